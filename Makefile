@@ -1,0 +1,62 @@
+# make quickstart   the whole recipe on a small model, from a fresh clone
+# make test         the tests that two CPU cores run in a few minutes; also test-slow, test-gpu
+# make lint         ruff and mypy
+# make bench        every benchmark (needs a GPU)
+
+VENV   ?= .venv
+# Python 3.11 or 3.12: the first that is installed and works.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+	&& echo $$python && break; done)
+# What pip is asked for first. From PyPI this build brings CUDA; for the small CPU build:
+#   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH  ?= torch==2.13.0
+# What of the project to install: .[dev] or .[dev,gpu]
+EXTRAS ?= .[dev]
+# Options of recipes/quickstart.py, such as ARGS="--data DIR"
+ARGS   ?=
+
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# One thread a physical core: the second hyper-thread of a core only slows a matrix product.
+CORES   = $(shell $(BIN)/python -c 'import os, psutil; \
+	print(min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0))))')
+
+.PHONY: setup quickstart test test-slow test-gpu lint bench
+
+setup: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one (Debian: apt install" \
+		"python3 python3-venv) or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "[1/3] $(VENV): a virtual environment of $$($(PYTHON) --version)"; \
+		$(PYTHON) -m venv $(VENV); } || { rm -rf $(VENV); \
+		echo "error: $(PYTHON) cannot make one; Debian: apt install python3-venv" >&2; exit 1; }
+	@echo "[2/3] $(TORCH): the largest download"
+	@$(PIP) $(TORCH)
+	@echo "[3/3] the project and the libraries it stands on"
+	@$(PIP) --editable '$(EXTRAS)'
+	@touch $@
+
+quickstart: $(STAMP)
+	OMP_NUM_THREADS=$(CORES) $(BIN)/torchrun --standalone --nproc-per-node=1 recipes/quickstart.py $(ARGS)
+
+# One thread a process: the tests start several ranks at once.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not gpu and not slurm"
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+BENCHMARKS = $(filter-out timing,$(basename $(notdir $(wildcard benchmarks/*.py))))
+bench: $(STAMP)
+	$(foreach name,$(BENCHMARKS),$(BIN)/python -m benchmarks.$(name) &&) true

@@ -1,0 +1,71 @@
+"""From scores to advantages: the KL penalty and its controller, GAE, whitening over the global batch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.rollout import Rollout
+from kernels.gae import KlEstimator, gae
+from kernels.moments import Whitening, merge_moments, whitening
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLConfig:
+    """The per-token penalty that keeps the policy near the reference."""
+
+    coef: float = 0.02
+    """beta of InstructGPT eq. 2 (paper, C.4: 0.02)."""
+    estimator: KlEstimator = "k1"
+    """Per-token estimate of the KL that is penalised; k1 = log(policy / reference) is eq. 2."""
+    control: Literal["fixed", "adaptive"] = "fixed"
+    """Fixed (paper), or Ziegler et al. 2019's controller, which steers coef towards target."""
+    target: float = 6.0
+    """Adaptive: nats a response, the sum over its tokens (Ziegler et al. 2019: 6)."""
+    horizon: int = 10_000
+    """Adaptive: responses over which coef moves by the proportional error (Ziegler et al. 2019: 10,000)."""
+
+
+class KLController:
+    """Holds the coefficient; its state belongs in the checkpoint."""
+
+    def __init__(self, config: KLConfig) -> None:
+        self.config = config
+        self.coef = config.coef
+
+    def update(self, kl: float, num_responses: int) -> None:
+        """Move coef after an iteration whose responses had `kl` nats on average (sum over tokens).
+
+        error = clip(kl / target - 1, -0.2, 0.2);  coef *= 1 + error x num_responses / horizon  (Ziegler 2019, 2.2)
+        """
+        if self.config.control == "fixed":
+            return
+        error = min(max(kl / self.config.target - 1.0, -0.2), 0.2)
+        self.coef *= 1.0 + error * num_responses / self.config.horizon
+
+
+def estimate_advantages(
+    rollout: Rollout,
+    *,
+    kl_coef: float,
+    kl_estimator: KlEstimator,
+    gamma: float,
+    lam: float,
+    whiten: bool,
+) -> tuple[Rollout, Whitening | None]:
+    """Fill in rewards, advantages and returns; return the whitening of the advantages, global over all ranks.
+
+    The advantages stay as they are, since returns need them so: the loss whitens them as it reads them.
+    """
+    result = gae(
+        rollout.logprobs,
+        rollout.ref_logprobs,
+        rollout.values,
+        rollout.scores,
+        rollout.cu_seqlens,
+        rollout.response_mask,
+        kl_coef=kl_coef,
+        gamma=gamma,
+        lam=lam,
+        kl_estimator=kl_estimator,
+    )
+    rollout.rewards, rollout.advantages, rollout.returns = result[:3]
+    return rollout, whitening(merge_moments(result.stats)) if whiten else None

@@ -1,0 +1,191 @@
+"""Checks on the numbers of a PPO iteration that name the likely bug and not only the symptom.
+
+Thresholds are our choice: wide enough that a sound run stays silent, narrow enough that each bug
+which a message names trips one within a few iterations. The tests plant those bugs.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+# What rounding alone explains: the mean |difference| of rollout and trainer log-probs (nats), and
+# the max |ratio - 1| over the first minibatch. One model and one set of kernels serve both sides;
+# what is left is the order of additions under another packing, so it scales with the dtype.
+_MISMATCH = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 5e-3}
+_RATIO_ERROR = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
+
+_MESSAGES = {
+    "non_finite": (
+        "{value} not finite: look at the first of them in the order of the phases, and at what "
+        "feeds it (learning rate, loss scale, an empty mask divided by its count)"
+    ),
+    "non_finite_grad_norm": (
+        "{value} not finite, again and again: the loss scale finds no value that fits; look at "
+        "the learning rate and at the largest logits"
+    ),
+    "logprob_mismatch": (
+        "generation and scoring differ by {value:.2g} nats a token in the mean, where rounding "
+        "explains {limit:g}: stale weights after an update, another temperature, positions that "
+        "do not start at 0, or a token masked in one of the two only"
+    ),
+    "first_ratio": (
+        "a ratio in the first minibatch of the first epoch is {value:.2g} away from 1, where "
+        "rounding explains {limit:g}: old log-probs are of other weights, of other tokens "
+        "(shifted by one?) or at another temperature, or dropout is on"
+    ),
+    "pad_leak": (
+        "rewards, advantages or returns reach {value:.2g} outside response_mask: the reverse scan "
+        "runs across a sequence's end, or whitening moved the masked positions"
+    ),
+    "negative_kl": (
+        "KL to the reference is {value:.2g} nats a response and stays below zero, which no KL "
+        "can: responses come from another distribution than the one scored (top-k, top-p, "
+        "temperature, a suppressed end token), or policy and reference are swapped"
+    ),
+    "large_kl": (
+        "KL to the reference is {value:.3g} nats a response, above {limit:g}: the policy games "
+        "the reward model; raise kl_coef, lower the learning rate, check that the reference is "
+        "the init policy"
+    ),
+    "eos_rate": (
+        "only {value:.0%} of responses end by themselves: demonstrations lack the end token or "
+        "mask it in their loss, the length limit is too short, or the missing-EOS rule is too "
+        "weak"
+    ),
+    "length_drift": (
+        "responses have {value:.0f} tokens, {limit:.0f} in the first iteration: the reward model "
+        "pays for length (or against it), or the score is added to more than the last token"
+    ),
+    "clip_fraction": (
+        "{value:.0%} of the ratios are clipped: the policy's learning rate or ppo_epochs is too "
+        "high, or advantages are not whitened"
+    ),
+    "value_loss": (
+        "value loss is {value:.3g} after a mean of {limit:.3g}: the critic's learning rate is too "
+        "high, the reward's scale has jumped, or returns were whitened with the advantages"
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlarmConfig:
+    """When a number of an iteration is called wrong. Every value is our choice."""
+
+    patience: int = 3
+    """Iterations in a row before a condition that chance can bring about is reported."""
+    min_kl: float = -0.05
+    """Nats a response: an estimate below it, `patience` times in a row, is not of a KL."""
+    max_kl: float = 50.0
+    """Nats a response: beyond it the policy has left the region that the reward model knows."""
+    min_eos_rate: float = 0.5
+    """Share of responses that must end by themselves and not at the length limit."""
+    max_length_drift: float = 4.0
+    """Factor by which the mean response length may leave that of the first iteration."""
+    max_clip_fraction: float = 0.5
+    """Share of tokens whose ratio may leave [1 - cliprange, 1 + cliprange]."""
+    value_loss_factor: float = 10.0
+    """Factor by which the value loss may exceed its running mean."""
+
+
+class Alarm(NamedTuple):
+    """A condition that does not hold: its name, and the likely bug with where to look."""
+
+    name: str
+    message: str
+
+
+class Alarms:
+    """Reads one iteration's metrics after another: `alarms.check(metrics)`.
+
+    The state (how long each condition has lasted, the first length, the running value loss) belongs
+    in the checkpoint; state_dict() is plain JSON.
+    """
+
+    def __init__(
+        self, config: AlarmConfig, *, dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    ) -> None:
+        """`dtype` is that of weights and activations; it sets how exact log-probs can be."""
+        self._config = config
+        self._dtype = dtype
+        self._streaks: dict[str, int] = {}  # iterations in a row, by condition
+        self._first_length: float | None = None  # tokens
+        self._value_loss: float | None = None  # running mean
+
+    def check(self, metrics: Mapping[str, float]) -> list[Alarm]:
+        """Return the alarms of an iteration; a condition whose key is absent is not checked.
+
+        A condition with patience n is reported at its n-th, 2n-th, ... iteration in a row.
+        """
+        # A NaN would compare as False below: it has an alarm of its own and no other.
+        finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        alarms = []
+        for name, is_wrong, patience, value, limit in self._conditions(metrics, finite):
+            self._streaks[name] = self._streaks.get(name, 0) + 1 if is_wrong else 0
+            if is_wrong and self._streaks[name] % patience == 0:
+                message = _MESSAGES[name].format(value=value, limit=limit)
+                alarms.append(Alarm(name, message))
+        self._remember(finite)
+        return alarms
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next check depends on."""
+        return {
+            "streaks": dict(self._streaks),
+            "first_length": self._first_length,
+            "value_loss": self._value_loss,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where state_dict() was taken."""
+        self._streaks = dict(state["streaks"])
+        self._first_length = state["first_length"]
+        self._value_loss = state["value_loss"]
+
+    def _conditions(
+        self, metrics: Mapping[str, float], finite: Mapping[str, float]
+    ) -> Iterator[tuple[str, bool, int, Any, float]]:
+        """Yield (name, is_wrong, patience, value, limit) of every condition that can be checked."""
+        config, patience = self._config, self._config.patience
+        bad = [key for key in metrics if key not in finite]
+        # An infinite gradient norm is how fp16 finds its loss scale: wrong only if it stays.
+        norms = [key for key in bad if key.endswith("grad_norm")]
+        others = [key for key in bad if key not in norms]
+        yield "non_finite", bool(others), 1, ", ".join(others), 0.0
+        yield "non_finite_grad_norm", bool(norms), patience, ", ".join(norms), 0.0
+
+        # These hold in every iteration, whatever is learned; a break is a bug.
+        if (value := finite.get("score/logprob_mismatch_mean")) is not None:
+            limit = _MISMATCH[self._dtype]
+            yield "logprob_mismatch", value > limit, 1, value, limit
+        if (value := finite.get("update/first_ratio_error")) is not None:
+            limit = _RATIO_ERROR[self._dtype]
+            yield "first_ratio", value > limit, 1, value, limit
+        if (value := finite.get("advantage/pad_leak")) is not None:
+            yield "pad_leak", value != 0.0, 1, value, 0.0
+
+        # These a sound run keeps, and a poor setting or a subtle bug breaks.
+        if (value := finite.get("score/kl")) is not None:
+            yield "negative_kl", value < config.min_kl, patience, value, config.min_kl
+            yield "large_kl", value > config.max_kl, patience, value, config.max_kl
+        if (value := finite.get("rollout/eos_rate")) is not None:
+            limit = config.min_eos_rate
+            yield "eos_rate", value < limit, patience, value, limit
+        value, first = finite.get("rollout/response_tokens"), self._first_length
+        if value is not None and first is not None:
+            drift = max(value, first) / max(min(value, first), 1.0)
+            yield "length_drift", drift > config.max_length_drift, patience, value, first
+        if (value := finite.get("update/clip_fraction")) is not None:
+            limit = config.max_clip_fraction
+            yield "clip_fraction", value > limit, patience, value, limit
+        value, mean = finite.get("update/value_loss"), self._value_loss
+        if value is not None and mean is not None:
+            yield "value_loss", value > config.value_loss_factor * mean, 1, value, mean
+
+    def _remember(self, finite: Mapping[str, float]) -> None:
+        if self._first_length is None:
+            self._first_length = finite.get("rollout/response_tokens")
+        loss = finite.get("update/value_loss")
+        if loss is not None:
+            mean = loss if self._value_loss is None else self._value_loss
+            self._value_loss = 0.9 * mean + 0.1 * loss

@@ -1,0 +1,235 @@
+"""Save, load and resume over megatron's distributed checkpoints, which any layout can read.
+
+    RUN/checkpoints/latest               the name of the newest complete checkpoint
+    RUN/checkpoints/step_00000100/
+        progress.json                    step, KL coefficient, alarms, ...: what a stage resumes from
+        policy/                          one network: sharded weights, optimizer state, network.json
+        critic/  ema/                    ...
+
+A checkpoint is written beside its place and renamed, and `latest` follows last: a run killed while saving
+resumes from the one before. Weights load through tensors only, never through pickled code.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch import Tensor
+
+from engine.config import UserError
+from engine.ema import EMA
+from engine.network import Network
+from engine.optimizer import Optimizer
+from engine.parallel import Parallel
+from models.sizes import GPTSize
+
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Checkpointer:
+    """The checkpoints of one run: which networks and numbers they hold, where, and how many are kept."""
+
+    directory: Path
+    parallel: Parallel
+    networks: dict[str, Network]
+    optimizers: dict[str, Optimizer]
+    ema: EMA | None = None
+    keep: int = 2
+    tokenizer_fingerprint: str = ""
+
+    def save(self, step: int, progress: dict[str, Any]) -> Path:
+        """Write checkpoint `step` with every rank's shards and the progress; return its folder."""
+        final = self.directory / f"step_{step:08d}"
+        partial = self.directory / f"step_{step:08d}.partial"
+        if self.parallel.is_writer:
+            shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier()
+        for role, network in self.networks.items():
+            self._save_network(partial / role, network, self.optimizers.get(role))
+        if self.ema is not None:
+            self._save_network(partial / "ema", self.ema.optimizer.network, None, self.ema)
+        dist.barrier()
+        if self.parallel.is_writer:
+            (partial / "progress.json").write_text(json.dumps({"step": step, **progress}, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            _write_atomically(self.directory / "latest", final.name)
+            self._remove_old(final)
+        dist.barrier()
+        return final
+
+    def resume(self) -> dict[str, Any] | None:
+        """Load the newest checkpoint into the networks and optimizers; return its progress, None if there is none."""
+        latest = self.directory / "latest"
+        if not latest.exists():
+            return None
+        folder = self.directory / latest.read_text().strip()
+        for role, network in self.networks.items():
+            self._load_network(folder / role, network, self.optimizers.get(role))
+        if self.ema is not None:
+            self._load_ema(folder / "ema")
+        return json.loads((folder / "progress.json").read_text())
+
+    def _save_network(
+        self, folder: Path, network: Network, optimizer: Optimizer | None, ema: EMA | None = None
+    ) -> None:
+        if self.parallel.is_writer:
+            folder.mkdir(parents=True)
+        dist.barrier()
+        state = _sharded_weights(network)
+        if ema is not None:
+            state = _with_values(state, ema.full_weights())
+        if optimizer is not None:
+            state["optimizer"] = _sharded_optimizer(optimizer, state, is_loading=False)
+        dist_checkpointing.save(
+            state, str(folder), sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1)
+        )
+        if self.parallel.is_writer:
+            description = {
+                "kind": network.kind,
+                "size": dataclasses.asdict(network.size),
+                "tokenizer": self.tokenizer_fingerprint,
+            }
+            (folder / "network.json").write_text(json.dumps(description, indent=1))
+
+    def _load_network(self, folder: Path, network: Network, optimizer: Optimizer | None) -> None:
+        _check_description(folder, network, self.tokenizer_fingerprint)
+        state = _sharded_weights(network)
+        if optimizer is not None:
+            state["optimizer"] = _sharded_optimizer(optimizer, state, is_loading=True)
+        loaded = dist_checkpointing.load(state, str(folder))
+        _adopt(network, loaded)
+        if optimizer is not None:
+            optimizer.load_state(loaded["optimizer"])
+
+    def _load_ema(self, folder: Path) -> None:
+        assert self.ema is not None
+        state = _sharded_weights(self.ema.optimizer.network)
+        full = {
+            sharded.data: torch.empty(sharded.data.shape, dtype=torch.float32)
+            for sharded in _sharded_tensors(state)
+        }
+        dist_checkpointing.load(_with_values(state, full), str(folder))
+        self.ema.load_full_weights(full)
+
+    def _remove_old(self, newest: Path) -> None:
+        complete = sorted(p for p in self.directory.glob("step_*") if not p.name.endswith(".partial"))
+        for old in complete[: -self.keep]:
+            if old != newest:
+                shutil.rmtree(old)
+
+
+def load_weights(
+    network: Network, path: Path, *, role: str, tokenizer_fingerprint: str = ""
+) -> None:
+    """Load the weights of the network `role` found at `path` into `network`, whatever layout wrote them.
+
+    path is a run, one of its checkpoints, or a network's folder in one. A language model loads into the trunk
+    of a scalar network, whose head stays as initialised. Raises UserError for what is missing or of another shape.
+    """
+    folder = find_network(path, role)
+    description = _check_description(folder, network, tokenizer_fingerprint)
+    state = _sharded_weights(network)
+    if network.kind == "scalar" and description["kind"] == "language":
+        state = {
+            chunk: {k: v for k, v in tensors.items() if not k.startswith("scalar_head.")}
+            for chunk, tensors in state.items()
+        }
+    _adopt(network, dist_checkpointing.load(state, str(folder)), strict=False)
+
+
+def find_network(path: Path, role: str) -> Path:
+    """Return the folder of network `role` under a run, a checkpoint or the folder itself; raises UserError."""
+    for parent in (path / "checkpoints", path):
+        latest = parent / "latest"
+        if latest.exists():
+            path = parent / latest.read_text().strip()
+            break
+    for folder in (path, path / role):
+        if (folder / "network.json").exists():
+            return folder
+    roles = sorted(p.parent.name for p in path.glob("*/network.json"))
+    raise UserError(
+        f"{path}: no checkpoint of a {role} here"
+        + (f"; it holds {', '.join(roles)}" if roles else " (a run, a checkpoint or a network's folder)")
+    )
+
+
+def size_of(path: Path, role: str) -> GPTSize:
+    """Return the size of the network at `path`, as its network.json says."""
+    return GPTSize(**_describe(find_network(path, role))["size"])
+
+
+def _describe(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "network.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'network.json'}: cannot be read ({error})") from None
+
+
+def _check_description(folder: Path, network: Network, fingerprint: str) -> dict[str, Any]:
+    description = _describe(folder)
+    written, wanted = GPTSize(**description["size"]), network.size
+    for field in dataclasses.fields(GPTSize):
+        a, b = getattr(written, field.name), getattr(wanted, field.name)
+        if a != b:
+            raise UserError(f"{folder}: {field.name} is {a}, this run's model has {b}")
+    if fingerprint and description["tokenizer"] and description["tokenizer"] != fingerprint:
+        raise UserError(
+            f"{folder}: trained with another tokenizer than this run's; "
+            "give the tokenizer that was saved beside that checkpoint's run"
+        )
+    return description
+
+
+def _sharded_weights(network: Network) -> dict[str, Any]:
+    return {
+        f"chunk{stage}": module.sharded_state_dict(metadata=dict(_METADATA))
+        for stage, module in enumerate(network.modules)
+    }
+
+
+def _sharded_optimizer(
+    optimizer: Optimizer, weights: dict[str, Any], *, is_loading: bool
+) -> dict[str, Any]:
+    optimizer.prepare_state()
+    return optimizer.megatron.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_METADATA))
+
+
+def _sharded_tensors(state: dict[str, Any]) -> list[ShardedTensor]:
+    return [v for tensors in state.values() for v in tensors.values() if isinstance(v, ShardedTensor)]
+
+
+def _with_values(state: dict[str, Any], values: dict[torch.nn.Parameter, Tensor]) -> dict[str, Any]:
+    """Return the sharded weights with other tensors in the parameters' places."""
+    return {
+        chunk: {
+            name: dataclasses.replace(v, data=values[v.data], dtype=values[v.data].dtype)
+            for name, v in tensors.items()
+            if isinstance(v, ShardedTensor)
+        }
+        for chunk, tensors in state.items()
+    }
+
+
+def _adopt(network: Network, loaded: dict[str, Any], *, strict: bool = True) -> None:
+    for stage, module in enumerate(network.modules):
+        module.load_state_dict(loaded[f"chunk{stage}"], strict=strict)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,190 @@
+"""From a command line to a frozen config, from there to JSON and back, and the user's errors.
+
+Imports neither torch nor megatron, so that `--help` and the planner answer at once.
+"""
+
+import contextlib
+import dataclasses
+import enum
+import functools
+import io
+import json
+import os
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import tyro
+
+Config = TypeVar("Config")
+
+
+class UserError(Exception):
+    """A mistake of the user's: a file, a line, a field or an option, said in one or two lines."""
+
+
+def run_stage(
+    train: Callable[[Config], object], default: Config, arguments: Sequence[str] | None = None
+) -> None:
+    """Parse the command line over `default` and call `train(config)`: the whole body of a recipe.
+
+    Field `data.skip_bad_lines` is the option `--data.skip-bad-lines`. A UserError, and an unknown
+    option is one, prints `error: ...` on stderr without a traceback and exits with status 2.
+    `arguments` replaces sys.argv[1:].
+    """
+    try:
+        train(parse_config(default, arguments))
+    except UserError as error:
+        _print_once(f"error: {error}")
+        sys.exit(2)
+
+
+def parse_config(default: Config, arguments: Sequence[str] | None = None) -> Config:
+    """Return `default` with the fields that the command line names replaced; raises UserError."""
+    parse = functools.partial(
+        tyro.cli,
+        type(default),
+        default=default,
+        args=arguments,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    try:
+        # Both streams: tyro chooses its box's characters and colours by what stdout can show.
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+            return parse()
+    except SystemExit as stop:
+        if stop.code:
+            printed.seek(0)
+            raise UserError(_parse_message(printed.read())) from None
+        if rank_of_environment() == 0:
+            parse()  # --help: once more, for the terminal to see
+        raise
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write a config dataclass as JSON, whole or not at all; makes its folder."""
+    from engine.data.files import replacing  # files.py takes UserError from here
+
+    text = json.dumps(_encode(config), indent=2) + "\n"
+    with replacing(path) as stream:
+        stream.write(text.encode())
+
+
+def load_config(cls: type[Config], path: Path) -> Config:
+    """Return the `cls` that save_config wrote; a field that the file lacks takes its default.
+
+    Raises UserError for a missing or malformed file, an unknown field, a value of another type.
+    """
+    from engine.data.files import open_file
+
+    with open_file(path) as stream:
+        text = stream.read()
+    try:
+        return _decode(cls, json.loads(text), "")
+    except ValueError as error:  # json.JSONDecodeError is one, and says the line
+        raise UserError(f"{path}: {error}") from None
+
+
+def rank_of_environment() -> int:
+    """Return this process's global rank, as torchrun or srun say it; 0 when launched alone.
+
+    Here and not in engine/parallel.py: an option can be wrong before torch is imported.
+    """
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def _print_once(message: str) -> None:
+    """Print on rank 0; another rank prints only if it still lives when rank 0 has had its say."""
+    rank = rank_of_environment()
+    if rank > 0:
+        time.sleep(5.0)  # when rank 0 fails too, the launcher ends this process meanwhile
+        message = f"[rank {rank}] {message}"
+    print(message, file=sys.stderr, flush=True)
+
+
+def _parse_message(box: str) -> str:
+    """Return tyro's error box as two lines: what is wrong, and what was perhaps meant."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    blocks: list[list[str]] = [[]]  # the box separates its parts with ruled lines
+    for line in lines:
+        if line.startswith("───"):
+            blocks.append([])
+        else:
+            blocks[-1].append(line)
+    problem = " ".join(blocks[0]) or box.strip()
+    advice = "run with --help to see every option"
+    if len(blocks) > 1 and blocks[1][:1] == ["Perhaps you meant:"]:
+        advice = f"perhaps you meant {blocks[1][1]}; {advice}"
+    return f"{problem}\n{advice}"
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _encode(item) for key, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a config cannot hold a {type(value).__name__}: {value!r}")
+
+
+def _decode(hint: Any, value: Any, where: str) -> Any:
+    """Return `value` as the type `hint`; ValueError names the field by its dotted path `where`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _decode_dataclass(hint, value, where)
+    if origin in (Union, types.UnionType):
+        return _decode_union(arguments, value, where)
+    if origin in (list, tuple) and isinstance(value, list):
+        return _decode_sequence(hint, value, where)
+    if origin is dict and isinstance(value, dict):
+        return {key: _decode(arguments[1], v, f"{where}.{key}") for key, v in value.items()}
+    if origin is Literal and value in arguments:
+        return value
+    if hint is float and type(value) is int:  # JSON has one kind of number
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, str):
+        if issubclass(hint, enum.Enum) and value in hint.__members__:
+            return hint[value]
+        if issubclass(hint, Path):
+            return hint(value)
+    if type(value) is hint:
+        return value
+    raise ValueError(f"{where or 'the file'} cannot be {value!r}")
+
+
+def _decode_sequence(hint: Any, values: list[Any], where: str) -> Any:
+    arguments = typing.get_args(hint)
+    is_fixed = typing.get_origin(hint) is tuple and arguments[1:] != (Ellipsis,)
+    hints = arguments if is_fixed else arguments[:1] * len(values)
+    if len(hints) != len(values):
+        raise ValueError(f"{where} wants {len(hints)} values, not {len(values)}")
+    pairs = enumerate(zip(hints, values, strict=True))
+    return typing.get_origin(hint)(_decode(h, v, f"{where}.{i}") for i, (h, v) in pairs)
+
+
+def _decode_dataclass(cls: Any, values: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    prefix = f"{where}." if where else ""
+    unknown = sorted(values.keys() - {f.name for f in dataclasses.fields(cls)})
+    if unknown:
+        raise ValueError(f"unknown field {prefix}{unknown[0]}")
+    return cls(**{name: _decode(hints[name], v, f"{prefix}{name}") for name, v in values.items()})
+
+
+def _decode_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    for choice in choices:
+        with contextlib.suppress(ValueError):
+            return _decode(choice, value, where)
+    raise ValueError(f"{where} cannot be {value!r}")

@@ -1,0 +1,259 @@
+"""Packed micro-batches: which examples a step takes, which rank takes which, how they are laid out.
+
+Everything is a pure function of the step number and the lengths, so every rank computes the same
+plan without talking, and a run resumes from its step number. The step's global batch does not
+depend on dp.
+"""
+
+import bisect
+import dataclasses
+import functools
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.data.examples import Example, Unit, sequences_of
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedBatch:
+    """One micro-batch on one rank: T tokens of B sequences laid end to end.
+
+    Position t of mask and of per-token fields belongs to the token at t, predicted from t-1. When T
+    had to be rounded up, the last sequence is padding: token 0, masked, in no unit, with sequence
+    id -1.
+    """
+
+    tokens: Tensor
+    """[T] int64."""
+    positions: Tensor
+    """[T] int64: from 0 in every sequence."""
+    cu_seqlens: Tensor
+    """[B+1] int32: sequence b is tokens[cu_seqlens[b] : cu_seqlens[b+1]]."""
+    mask: Tensor
+    """[T] bool: the token is predicted (the response_mask)."""
+    sequence_ids: Tensor
+    """[B] int64: the sequence's number in the step's global batch; -1 for padding."""
+    cu_units: Tensor
+    """[U+1] int32: unit u is the sequences cu_units[u] : cu_units[u+1]; padding is in none."""
+    fields: dict[str, Tensor]
+    """Further values, [T] or [B] each, 0 for padding; float32, int64 or bool."""
+    max_seqlen: int
+    num_sequences: int
+    """Sequences that are not padding: B or B - 1; 0 in a micro-batch that only keeps step."""
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """Return the batch on `device`; to a GPU through pinned memory, without waiting."""
+        is_cuda = torch.device(device).type == "cuda"
+
+        def move(tensor: Tensor) -> Tensor:
+            source = tensor.pin_memory() if is_cuda else tensor
+            return source.to(device, non_blocking=is_cuda)
+
+        return dataclasses.replace(
+            self,
+            tokens=move(self.tokens),
+            positions=move(self.positions),
+            cu_seqlens=move(self.cu_seqlens),
+            mask=move(self.mask),
+            sequence_ids=move(self.sequence_ids),
+            cu_units=move(self.cu_units),
+            fields={name: move(value) for name, value in self.fields.items()},
+        )
+
+
+class Units(Protocol):
+    """What has units as items: a list of examples or of comparisons, a token file's sequences."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Unit: ...
+
+
+class EpochOrder:
+    """Which examples each step's global batch holds: all once an epoch, in a new order each time.
+
+    The epochs follow one another without a gap, so that every batch has `batch_size` examples and
+    the one at a boundary takes from both epochs. Stateless: the step number is the whole position
+    in the data.
+    """
+
+    def __init__(self, num_examples: int, batch_size: int, seed: int) -> None:
+        if num_examples < 1 or batch_size < 1:
+            raise ValueError(
+                f"{num_examples} examples in batches of {batch_size}: both must be >= 1"
+            )
+        self.num_examples = num_examples
+        self.batch_size = batch_size
+        self.seed = seed
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every example is seen."""
+        return self.num_steps(1)
+
+    def num_steps(self, epochs: float) -> int:
+        """Return the steps after which `epochs` epochs are complete."""
+        return math.ceil(epochs * self.num_examples / self.batch_size)
+
+    def epoch(self, step: int) -> float:
+        """Return the epochs that are complete before `step`."""
+        return step * self.batch_size / self.num_examples
+
+    def indices(self, step: int) -> list[int]:
+        """Return the `batch_size` examples of this step, counted from 0."""
+        taken = range(step * self.batch_size, (step + 1) * self.batch_size)
+        places = (divmod(position, self.num_examples) for position in taken)
+        return [
+            int(_permutation(self.num_examples, self.seed, epoch)[place]) for epoch, place in places
+        ]
+
+
+def pack(
+    units: Sequence[Unit], *, multiple_of: int, sequence_ids: Sequence[int] | None = None
+) -> PackedBatch:
+    """Lay the units' sequences end to end, T rounded up to `multiple_of` by one masked sequence.
+
+    All sequences must have the same fields. `sequence_ids` counts from 0 where it is not given.
+    """
+    sequences = [sequence for unit in units for sequence in sequences_of(unit)]
+    if not sequences:
+        raise ValueError("a micro-batch needs at least one sequence")
+    ids = list(range(len(sequences)) if sequence_ids is None else sequence_ids)
+    num_padding = -sum(len(sequence.tokens) for sequence in sequences) % multiple_of
+    if num_padding:
+        sequences.append(_padding(sequences[0], num_padding))
+        ids.append(-1)
+    return _join(sequences, ids, [len(sequences_of(unit)) for unit in units])
+
+
+def deal(lengths: Sequence[int], dp: int, dp_rank: int) -> list[int]:
+    """Return the indices this dp rank takes, in order; all ranks together take each index once.
+
+    The ranks' tokens are balanced, and the answer is the same whoever asks.
+    """
+    return _deal_all(lengths, dp)[dp_rank]
+
+
+def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Return groups of indices of at most `budget` tokens; a longer sequence is alone in its group.
+
+    Best fit, longest first, which needs at most 11/9 of the fewest groups possible (Johnson 1974).
+    """
+    groups: list[list[int]] = []
+    open_groups: list[tuple[int, int]] = []  # (tokens of room, group), fullest first
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        place = bisect.bisect_left(open_groups, (lengths[index], -1))
+        if place == len(open_groups):
+            room, group = budget, len(groups)
+            groups.append([])
+        else:
+            room, group = open_groups.pop(place)
+        groups[group].append(index)
+        if room > lengths[index]:
+            bisect.insort(open_groups, (room - lengths[index], group))
+    return sorted(sorted(group) for group in groups)
+
+
+def micro_batches(  # noqa: PLR0913 - the three ways to cut a batch, each needed on every rank
+    examples: Units,
+    indices: Sequence[int],
+    *,
+    dp: int,
+    dp_rank: int,
+    budget: int,
+    multiple_of: int,
+    count_multiple: int = 1,
+) -> list[PackedBatch]:
+    """Return this rank's part of the step's global batch, in micro-batches of <= `budget` tokens.
+
+    `indices` are the step's units among `examples`. A unit stays in one micro-batch, and one that
+    is over the budget has its own. All dp ranks get the same number of micro-batches, a multiple of
+    `count_multiple` (pipelines ask for that); what is missing is filled with masked ones of
+    `multiple_of` tokens.
+    """
+    if not indices:
+        raise ValueError("a step's global batch needs at least one example")
+    units = [sequences_of(examples[index]) for index in indices]
+    lengths = [sum(len(sequence.tokens) for sequence in unit) for unit in units]
+    first_ids = np.cumsum([0] + [len(unit) for unit in units])
+    # Rounded down, so that the padding does not lift a micro-batch over the budget.
+    budget = max(budget // multiple_of, 1) * multiple_of
+    splits = []
+    for dealt in _deal_all(lengths, dp):
+        groups = split_by_tokens([lengths[index] for index in dealt], budget)
+        splits.append([[dealt[place] for place in group] for group in groups])
+    most = max(len(split) for split in splits)
+    count = math.ceil(most / count_multiple) * count_multiple
+
+    batches = []
+    for group in splits[dp_rank]:
+        ids = [n for index in group for n in range(first_ids[index], first_ids[index + 1])]
+        members = [units[index] for index in group]
+        batches.append(pack(members, multiple_of=multiple_of, sequence_ids=ids))
+    filler = _join([_padding(units[0][0], multiple_of)], [-1], [])
+    return batches + [filler] * (count - len(batches))
+
+
+def _deal_all(lengths: Sequence[int], dp: int) -> list[list[int]]:
+    """Return each rank's indices: the longest goes first, to the rank with the fewest tokens."""
+    dealt: list[list[int]] = [[] for _ in range(dp)]
+    load = [(0, rank) for rank in range(dp)]
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        tokens, rank = load[0]
+        dealt[rank].append(index)
+        heapq.heapreplace(load, (tokens + lengths[index], rank))
+    return [sorted(indices) for indices in dealt]
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+
+
+def _padding(like: Example, length: int) -> Example:
+    """Return a sequence of `length` tokens 0, none predicted, with the fields of `like` at 0."""
+    fields: dict[str, np.ndarray] = {}
+    for name, value in like.fields.items():
+        array = np.asarray(value)
+        fields[name] = np.zeros(length if array.ndim else (), dtype=array.dtype)
+    return Example(tokens=np.zeros(length, dtype=np.int64), prompt_length=length, fields=fields)
+
+
+def _join(sequences: list[Example], ids: list[int], unit_sizes: list[int]) -> PackedBatch:
+    lengths = np.array([len(sequence.tokens) for sequence in sequences])
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+    prompt_lengths = np.array([sequence.prompt_length for sequence in sequences])
+    tokens = np.concatenate([sequence.tokens for sequence in sequences], dtype=np.int64)
+    return PackedBatch(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        mask=torch.from_numpy(positions >= np.repeat(prompt_lengths, lengths)),
+        sequence_ids=torch.tensor(ids, dtype=torch.int64),
+        cu_units=torch.from_numpy(np.cumsum([0, *unit_sizes], dtype=np.int32)),
+        fields={name: _join_field(sequences, name) for name in sequences[0].fields},
+        max_seqlen=int(lengths.max()),
+        num_sequences=sum(unit_sizes),
+    )
+
+
+def _join_field(sequences: list[Example], name: str) -> Tensor:
+    """Return the field as [T] where the examples have an array, [B] where they have a number."""
+    arrays = [np.asarray(sequence.fields[name]) for sequence in sequences]
+    for sequence, array in zip(sequences, arrays, strict=True):
+        if array.ndim and array.shape != sequence.tokens.shape:
+            raise ValueError(f"field {name} has shape {array.shape}, not {sequence.tokens.shape}")
+    joined = np.concatenate([np.atleast_1d(array) for array in arrays])
+    if joined.dtype.kind == "f":
+        joined = joined.astype(np.float32)
+    elif joined.dtype.kind in "iu":
+        joined = joined.astype(np.int64)
+    return torch.from_numpy(joined)

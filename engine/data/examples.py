@@ -1,0 +1,102 @@
+"""Tokenised sequences: what a batch is made of, and which are short enough to be in one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from engine.config import UserError
+from engine.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Example:
+    """One tokenised sequence."""
+
+    tokens: np.ndarray
+    """[n] int64: the prompt's, then the response's, then in training data the end of text."""
+    prompt_length: int
+    """tokens[prompt_length:] are predicted. It is 1 for plain text, whose first token nothing
+    predicts, and n for a bare prompt."""
+    fields: Mapping[str, np.ndarray | float | int] = field(default_factory=dict)
+    """Values that travel along: an array [n] has one a token, a number is one for the sequence."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.prompt_length <= len(self.tokens):
+            raise ValueError(
+                f"prompt_length {self.prompt_length} is not within 1 to {len(self.tokens)} tokens"
+            )
+
+
+# What must stay in one micro-batch: one sequence, or the K completions of one prompt, whose ranking
+# loss needs all K scores.
+Unit = Example | Sequence[Example]
+AnyUnit = TypeVar("AnyUnit", bound=Unit)
+
+
+def sequences_of(unit: Unit) -> Sequence[Example]:
+    """Return the sequences of a unit."""
+    return [unit] if isinstance(unit, Example) else unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthReport:
+    """What drop_long kept."""
+
+    kept: list[int]
+    """Positions, in the list that was given, of the units that were kept."""
+    num_long_prompts: int
+    """Units dropped because their prompt is over its limit."""
+    num_long_sequences: int
+    """Units dropped because prompt and response together are over the limit."""
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.kept)} kept, {self.num_long_prompts} dropped for a long prompt, "
+            f"{self.num_long_sequences} for a long prompt and response"
+        )
+
+
+def drop_long(
+    units: Sequence[AnyUnit], *, max_length: int, max_prompt_length: int | None = None
+) -> tuple[list[AnyUnit], LengthReport]:
+    """Return the units within the limits (in tokens), in order, and what was dropped.
+
+    A unit of several sequences goes when one of them is too long. Raises UserError when none is
+    left.
+    """
+    prompt_limit = max_length if max_prompt_length is None else max_prompt_length
+    kept: list[int] = []
+    num_long_prompts = 0
+    for index, unit in enumerate(units):
+        sequences = sequences_of(unit)
+        if any(sequence.prompt_length > prompt_limit for sequence in sequences):
+            num_long_prompts += 1
+        elif all(len(sequence.tokens) <= max_length for sequence in sequences):
+            kept.append(index)
+    if units and not kept:
+        raise UserError(
+            f"all {len(units)} examples are too long, {num_long_prompts} with a prompt over "
+            f"{prompt_limit} tokens, the others over {max_length} in all; raise the limit"
+        )
+    report = LengthReport(
+        kept=kept,
+        num_long_prompts=num_long_prompts,
+        num_long_sequences=len(units) - len(kept) - num_long_prompts,
+    )
+    return [units[index] for index in kept], report
+
+
+def encode_pair(prompt: np.ndarray, response: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Return [n] int64: the prompt's tokens, the response's, and the end of text.
+
+    Prompt and response are encoded apart, so that a prompt has the same tokens here as in a
+    rollout, where its response does not exist yet.
+    """
+    return np.concatenate([prompt, [*tokenizer.encode(response), tokenizer.eos_id]], dtype=np.int64)
+
+
+def encode_prompt(prompt: str, tokenizer: Tokenizer, suffix: str = "") -> np.ndarray:
+    """Return [n] int64: the prompt's tokens. `suffix` closes every prompt, such as a newline."""
+    return np.asarray(tokenizer.encode(prompt + suffix), dtype=np.int64)

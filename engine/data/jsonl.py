@@ -1,0 +1,149 @@
+"""JSON lines in, records out: every bad line is named by file, line number and field."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from engine.config import UserError
+from engine.data.files import read_lines
+
+Record = TypeVar("Record")
+
+_NUM_FIRST_ERRORS = 5  # enough to see the pattern, few enough to print
+_UTF8_BOM = b"\xef\xbb\xbf"  # Windows editors put it before the first line
+
+
+class BadRecord(Exception):
+    """What is wrong with one line, and in which field; RecordReader adds the file and the line."""
+
+    def __init__(self, problem: str, *, field: str | None = None) -> None:
+        super().__init__(f'field "{field}" {problem}' if field else problem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadReport:
+    """How reading one file went."""
+
+    num_read: int
+    """Records that were read."""
+    num_bad: int
+    """Bad lines that were skipped; 0 unless skip_bad_lines."""
+    first_errors: tuple[str, ...]
+    """What was wrong with the first few bad lines."""
+
+    def __str__(self) -> str:
+        if not self.num_bad:
+            return f"{self.num_read} records"
+        return f"{self.num_read} records, {self.num_bad} bad lines skipped: {self.first_errors[0]}"
+
+
+class RecordReader(Generic[Record]):
+    """One pass over a .jsonl or .jsonl.gz file; iterate it once, then ask for its report.
+
+    `parse` turns one JSON object into a record or raises BadRecord. A bad line raises UserError, or
+    is counted when `skip_bad_lines` is set. A file without one good record raises UserError in both
+    cases. Empty lines are no records and no errors.
+    """
+
+    def __init__(
+        self, path: Path | str, parse: Callable[[dict[str, Any]], Record], *, skip_bad_lines: bool
+    ) -> None:
+        self.path = Path(path)
+        self._parse = parse
+        self._skip_bad_lines = skip_bad_lines
+        self._num_read = 0
+        self._num_bad = 0
+        self._first_errors: list[str] = []
+
+    def __iter__(self) -> Iterator[Record]:
+        for number, line in read_lines(self.path):
+            if number == 1:
+                line = line.removeprefix(_UTF8_BOM)
+            line = line.rstrip()
+            if not line:
+                continue
+            try:
+                record = self._parse(_parse_object(line))
+            except BadRecord as error:
+                self._reject(f"{self.path}:{number}: {error}")
+            else:
+                self._num_read += 1
+                yield record
+        if not self._num_read:
+            raise UserError(self._nothing_read())
+
+    def report(self) -> ReadReport:
+        """Return the counts so far."""
+        return ReadReport(
+            num_read=self._num_read,
+            num_bad=self._num_bad,
+            first_errors=tuple(self._first_errors),
+        )
+
+    def _reject(self, error: str) -> None:
+        if not self._skip_bad_lines:
+            raise UserError(f"{error}\ncorrect the line, or pass --data.skip-bad-lines") from None
+        self._num_bad += 1
+        if len(self._first_errors) < _NUM_FIRST_ERRORS:
+            self._first_errors.append(error)
+
+    def _nothing_read(self) -> str:
+        if not self._num_bad:
+            return f"{self.path}: the file is empty; it needs one JSON object a line"
+        return f"{self.path}: all {self._num_bad} lines are bad; the first: {self._first_errors[0]}"
+
+
+def read_records(
+    path: Path | str, parse: Callable[[dict[str, Any]], Record], *, skip_bad_lines: bool
+) -> tuple[list[Record], ReadReport]:
+    """Return all records of a file and the report."""
+    reader = RecordReader(path, parse, skip_bad_lines=skip_bad_lines)
+    return list(reader), reader.report()
+
+
+def required(record: dict[str, Any], key: str, *, within: str = "") -> Any:
+    """Return record[key]; BadRecord when it is missing. `within` is the path to a nested object."""
+    if key not in record:
+        keys = ", ".join(record) or "nothing"
+        raise BadRecord(f"is missing; there is {keys}", field=f"{within}{key}")
+    return record[key]
+
+
+def check_text(value: Any, field: str) -> str:
+    """Return `value` when it is a text with something in it; BadRecord otherwise."""
+    if not isinstance(value, str):
+        raise BadRecord(f"must be a string, not {json_type(value)}", field=field)
+    if not value.strip():
+        raise BadRecord("is empty", field=field)
+    try:
+        value.encode()
+    except (
+        UnicodeEncodeError
+    ):  # JSON can spell it ("\\ud800"), but no tokenizer can turn it into bytes
+        raise BadRecord("holds half of a surrogate pair", field=field) from None
+    return value
+
+
+def json_type(value: Any) -> str:
+    """Return JSON's own word for the type of a parsed value, with its article."""
+    names = {str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    names |= {list: "a list", dict: "an object", type(None): "null"}
+    return names[type(value)]
+
+
+def _parse_object(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"not UTF-8: byte {error.start + 1} of the line") from None
+    except json.JSONDecodeError as error:
+        raise BadRecord(
+            f"not one JSON object on one line: {error.msg} at column {error.colno}"
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
+        raise BadRecord(f"not JSON that can be read: {error}") from None
+    if not isinstance(value, dict):
+        raise BadRecord(f"must be one JSON object, not {json_type(value)}")
+    return value

@@ -1,0 +1,105 @@
+"""Invented places as lists of facts, and demonstrations of the instruction to describe them.
+
+    Describe this place. name: Blue Spice | type: pub | food: Italian | price: cheap
+
+Fields and form are those of the E2E data (Novikova et al. 2017), so one labeler judges both. A
+place belongs to the split that its name falls into: no name, and so no fact list, is in two.
+"""
+
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from random import Random
+from typing import Literal
+
+from engine.data.phrasings import PHRASES, describe
+
+Split = Literal["train", "prompts", "valid"]
+
+FIELDS = ("name", "type", "food", "price", "rating", "area", "family friendly", "near")
+INSTRUCTION = "Describe this place."
+
+NAME_WORDS = (
+    "Blue Golden Silver Crimson Copper Amber Ivory Scarlet Velvet Rusty Merry Hungry Lucky Jolly "
+    "Humble Royal Wild Gentle Lazy Dancing Laughing Hidden Seven Twin Olive Ginger Pepper Maple "
+    "Willow Cedar Juniper Saffron Lemon Walnut Thistle Clover Bramble Hazel Mint Honey".split(),
+    "Spice Anchor Kettle Lantern Spoon Plate Ladle Garden Oven Barrel Swan Fox Lion Stag Heron "
+    "Otter Badger Falcon Raven Bear Kitchen Cellar Parlour Pantry Hearth Mill Wheel Plough Harvest "
+    "Orchard Feather Compass Acorn Bell Arrow Castle Dragon Mermaid Pilgrim Sailor".split(),
+)
+LANDMARK_WORDS = (
+    "Grand Central Victoria Albion Trinity Regent Palace Abbey Temple Crown Queen Union Liberty "
+    "Empire Meridian Orion".split(),
+    "Hotel Museum Theatre Bridge Library Cinema Gallery Church College Hospital Tower Park".split(),
+)
+
+# How often a fact is given; the name always is. On average 5.5 facts a place, as in E2E.
+_PRESENCE = {"type": 0.85, "food": 0.8, "price": 0.6, "rating": 0.6, "area": 0.6}
+_PRESENCE |= {"family friendly": 0.5, "near": 0.5}
+_VALUES = {field: tuple(PHRASES[field]) for field in ("type", "food", "area")} | {
+    "price": ("cheap", "moderate", "high"),
+    "rating": ("low", "average", "high", "1 out of 5", "3 out of 5", "5 out of 5"),
+    "family friendly": ("yes", "no"),
+}
+_MIN_FACTS = 3
+
+
+def fact_lists(split: Split, count: int, *, seed: int = 0) -> list[dict[str, str]]:
+    """`count` different places of a split: field to value, in the order of FIELDS."""
+    places: dict[str, dict[str, str]] = {}
+    for facts in _endless_facts(split, seed):
+        places.setdefault(render_prompt(facts), facts)
+        if len(places) >= count:
+            break
+    return list(places.values())[:count]
+
+
+def demonstrations(split: Split, count: int, *, seed: int = 0) -> list[tuple[str, str]]:
+    """(prompt, description) of `count` places, each described once and without a fault."""
+    return [
+        (render_prompt(facts), describe(facts, Random(f"describe/{seed}/{split}/{index}")))
+        for index, facts in enumerate(fact_lists(split, count, seed=seed))
+    ]
+
+
+def render_prompt(facts: Mapping[str, str]) -> str:
+    """The instruction to describe the place."""
+    listed = " | ".join(f"{field}: {facts[field]}" for field in FIELDS if field in facts)
+    return f"{INSTRUCTION} {listed}"
+
+
+def parse_prompt(prompt: str) -> dict[str, str]:
+    """The facts that a prompt lists; the inverse of `render_prompt`.
+
+    Raises ValueError when the text is no such prompt.
+    """
+    instruction, found, listed = prompt.strip().partition(INSTRUCTION)
+    pairs = [part.partition(":") for part in listed.split("|")]
+    facts = {field.strip(): value.strip() for field, _, value in pairs}
+    if instruction or not found or not all(facts.values()) or not facts.keys() <= set(FIELDS):
+        raise ValueError(
+            f"not a list of facts to describe: {prompt[:80]!r}; "
+            f"expected '{INSTRUCTION} field: value | ...' with the fields {', '.join(FIELDS)}"
+        )
+    return facts
+
+
+def split_of(name: str) -> Split:
+    """The split of a place: a hash of its name gives 60 % train, 30 % prompts, 10 % valid."""
+    draw = int.from_bytes(sha256(name.encode()).digest()[:8], "big") / 2**64
+    return "train" if draw < 0.6 else "prompts" if draw < 0.9 else "valid"
+
+
+def _endless_facts(split: Split, seed: int) -> Iterator[dict[str, str]]:
+    rng = Random(f"facts/{seed}/{split}")
+    while True:
+        facts = {"name": " ".join(map(rng.choice, NAME_WORDS))}
+        for field in FIELDS[1:]:
+            if rng.random() < _PRESENCE[field]:
+                landmark = field == "near"
+                facts[field] = (
+                    " ".join(map(rng.choice, LANDMARK_WORDS))
+                    if landmark
+                    else rng.choice(_VALUES[field])
+                )
+        if split_of(facts["name"]) == split and len(facts) >= _MIN_FACTS:
+            yield facts

@@ -1,0 +1,150 @@
+"""Pretraining text, tokenised once into a memory-mapped file of token ids.
+
+Documents follow one another with an end of text after each, and sequences are cut from that stream
+without regard to documents (GPT-3, arXiv 2005.14165, appendix B).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.config import UserError
+from engine.data.examples import Example
+from engine.data.files import open_file, read_lines, replacing
+from engine.data.jsonl import ReadReport, RecordReader, check_text, required
+from engine.data.tokenizer import Tokenizer
+
+_CHUNK_CHARACTERS = 1 << 16  # a .txt file may not fit in memory
+
+
+class TokenSequences:
+    """Sequences of one length, cut in order from a token stream; an incomplete last one is not."""
+
+    def __init__(self, tokens: np.ndarray, length: int) -> None:
+        self._rows = tokens[: len(tokens) // length * length].reshape(-1, length)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        """Return one sequence, all of it predicted but the first token; reads it from the file."""
+        return Example(tokens=self._rows[index].astype(np.int64), prompt_length=1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenFile:
+    """The token stream of one source."""
+
+    tokens: np.ndarray
+    """[N] uint16 or uint32, memory-mapped."""
+    report: ReadReport
+    """How reading the source went; num_read is its documents."""
+    source: Path
+
+    def sequences(self, length: int) -> TokenSequences:
+        """Return the stream cut into sequences of `length` tokens; UserError when it has none."""
+        if len(self.tokens) < length:
+            raise UserError(
+                f"{self.source}: its {len(self.tokens)} tokens do not fill one sequence of {length}"
+            )
+        return TokenSequences(self.tokens, length)
+
+
+def open_token_file(
+    source: Path | str,
+    tokenizer: Tokenizer,
+    cache_dir: Path | str,
+    *,
+    skip_bad_lines: bool = False,
+) -> TokenFile:
+    """Return the tokens of a .jsonl file of {"text"} or of a .txt file, which is one document.
+
+    Either file may be gzip. The tokens are kept in `cache_dir` under the source's content and the
+    tokenizer's fingerprint, and made when they are not there. Several processes may do so at once:
+    all write the same bytes, each whole, but let one go first to save the work. Raises UserError.
+    """
+    source, cache_dir = Path(source), Path(cache_dir)
+    documents = _open_documents(source, skip_bad_lines)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    with open_file(source) as stream:
+        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    key = f"{source.name} {content} {tokenizer.fingerprint()} {skip_bad_lines}"
+    stem = f"{source.name.split('.')[0]}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+    tokens_path, report_path = cache_dir / f"{stem}.{dtype.name}", cache_dir / f"{stem}.json"
+
+    if not _is_complete(tokens_path, report_path):
+        with replacing(tokens_path) as stream:
+            for document in documents:
+                for text in document:
+                    stream.write(np.asarray(tokenizer.encode(text), dtype=dtype).tobytes())
+                stream.write(np.asarray([tokenizer.eos_id], dtype=dtype).tobytes())
+            num_bytes = stream.tell()
+        with replacing(report_path) as stream:  # last: where it is, the tokens are complete
+            summary = asdict(documents.report()) | {"num_bytes": num_bytes}
+            stream.write(json.dumps(summary).encode())
+    summary = json.loads(report_path.read_text())
+    report = ReadReport(
+        num_read=summary["num_read"],
+        num_bad=summary["num_bad"],
+        first_errors=tuple(summary["first_errors"]),
+    )
+    tokens = np.memmap(tokens_path, dtype=dtype, mode="r")
+    return TokenFile(tokens=tokens, report=report, source=source)
+
+
+def _is_complete(tokens_path: Path, report_path: Path) -> bool:
+    if not report_path.exists() or not tokens_path.exists():
+        return False
+    return json.loads(report_path.read_text())["num_bytes"] == tokens_path.stat().st_size
+
+
+def _open_documents(source: Path, skip_bad_lines: bool) -> "RecordReader[list[str]] | _TextFile":
+    """Return the source's documents, each as texts to encode one after the other."""
+    name = source.name.removesuffix(".gz")
+    if name.endswith((".jsonl", ".json")):
+        return RecordReader(source, _parse, skip_bad_lines=skip_bad_lines)
+    if name.endswith(".txt"):
+        return _TextFile(source)
+    raise UserError(f"{source}: pretraining text is a .jsonl or .txt file, or one of them with .gz")
+
+
+def _parse(record: dict[str, Any]) -> list[str]:
+    return [check_text(required(record, "text"), "text")]
+
+
+class _TextFile:
+    """A plain text file as a source of one document."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __iter__(self) -> Iterator[Iterable[str]]:
+        yield self._chunks()
+
+    def report(self) -> ReadReport:
+        return ReadReport(num_read=1, num_bad=0, first_errors=())
+
+    def _chunks(self) -> Iterator[str]:
+        """Yield the text in parts that end before whitespace, where tokenizers cut anyway."""
+        pending = ""
+        is_empty = True
+        for number, line in read_lines(self._path):
+            try:
+                pending += line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{self._path}:{number}: not UTF-8: byte {error.start + 1} of the line"
+                ) from None
+            is_empty = is_empty and not pending.strip()
+            if len(pending) > _CHUNK_CHARACTERS:
+                cut = len(pending.rstrip()) or len(pending)
+                yield pending[:cut]
+                pending = pending[cut:]
+        if is_empty:
+            raise UserError(f"{self._path}: the file is empty; it needs text")
+        yield pending

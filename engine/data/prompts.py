@@ -1,0 +1,49 @@
+"""Prompts: what PPO's rollouts answer, and the split that keeps a prompt on one side."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.data.chat import parse_prompt
+from engine.data.examples import Example, LengthReport, drop_long, encode_prompt
+from engine.data.jsonl import ReadReport, read_records
+from engine.data.tokenizer import Tokenizer
+
+
+def read_prompts(path: Path | str, *, skip_bad_lines: bool = False) -> tuple[list[str], ReadReport]:
+    """Read {"prompt"} or {"messages"} from .jsonl or .jsonl.gz; raises UserError."""
+    return read_records(path, lambda record: parse_prompt(record)[0], skip_bad_lines=skip_bad_lines)
+
+
+def prompt_examples(
+    prompts: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    max_prompt_length: int,
+    prompt_suffix: str = "",
+) -> tuple[list[Example], LengthReport]:
+    """Return the prompts' tokens; those over `max_prompt_length` are dropped and counted.
+
+    The report's `kept` says which text each example came from.
+    """
+    encoded = (encode_prompt(prompt, tokenizer, prompt_suffix) for prompt in prompts)
+    examples = [Example(tokens=tokens, prompt_length=len(tokens)) for tokens in encoded]
+    return drop_long(examples, max_length=max_prompt_length)
+
+
+def split_by_prompt(
+    prompts: Sequence[str], valid_fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Return the indices for training and those for validation.
+
+    A hash of the prompt's text decides, so that equal prompts are on one side, and stay there when
+    records are added, removed or reordered. About `valid_fraction` of the distinct prompts are for
+    validation.
+    """
+    train: list[int] = []
+    valid: list[int] = []
+    for index, prompt in enumerate(prompts):
+        digest = hashlib.sha256(f"{seed} {prompt}".encode()).digest()
+        is_valid = int.from_bytes(digest[:8]) < valid_fraction * 2**64
+        (valid if is_valid else train).append(index)
+    return train, valid

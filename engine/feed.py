@@ -1,0 +1,72 @@
+"""What a stage reads each step: this rank's micro-batches of a global batch that the step number names."""
+
+from dataclasses import dataclass
+
+from engine.data.batches import EpochOrder, PackedBatch, Units, micro_batches
+from engine.data.examples import sequences_of
+from engine.parallel import Parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """Examples dealt to steps, ranks and micro-batches; holds no position, so a resume needs only the step."""
+
+    units: Units
+    """Examples or comparisons, read on every rank alike."""
+    batch_size: int
+    """Units of a step's global batch."""
+    micro_batch_tokens: int
+    """Token budget of one micro-batch on one rank."""
+    seed: int
+    """Shuffles the epochs."""
+    parallel: Parallel
+
+    @property
+    def order(self) -> EpochOrder:
+        """Which units each step takes."""
+        return EpochOrder(len(self.units), self.batch_size, self.seed)
+
+    def batches(self, step: int) -> list[PackedBatch]:
+        """Return this rank's micro-batches of a step, on its device."""
+        return pack_for(
+            self.units, self.order.indices(step), self.parallel, self.micro_batch_tokens
+        )
+
+    def num_targets(self, step: int) -> int:
+        """Return the predicted tokens of a step's global batch."""
+        return count_targets(self.units, self.order.indices(step))
+
+    def num_tokens(self, step: int) -> int:
+        """Return all tokens of a step's global batch, predicted or not: what the network processes."""
+        return sum(
+            len(sequence.tokens)
+            for index in self.order.indices(step)
+            for sequence in sequences_of(self.units[index])
+        )
+
+
+def pack_for(
+    units: Units, indices: list[int], parallel: Parallel, micro_batch_tokens: int
+) -> list[PackedBatch]:
+    """Return this rank's share of the named units as micro-batches on its device."""
+    layout = parallel.layout
+    batches = micro_batches(
+        units,
+        indices,
+        dp=parallel.dp,
+        dp_rank=parallel.dp_rank,
+        budget=micro_batch_tokens,
+        multiple_of=layout.tp if layout.sequence_parallel else 1,
+        # The interleaved schedule walks micro-batches in groups of pp.
+        count_multiple=layout.pp if layout.virtual_pp > 1 else 1,
+    )
+    return [batch.to(parallel.device) for batch in batches]
+
+
+def count_targets(units: Units, indices: list[int]) -> int:
+    """Return how many tokens the named units predict."""
+    return sum(
+        len(sequence.tokens) - sequence.prompt_length
+        for index in indices
+        for sequence in sequences_of(units[index])
+    )

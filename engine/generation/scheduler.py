@@ -1,0 +1,199 @@
+"""What the next step computes: who decodes, which parts of which prompts, who is admitted and who gives way."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from engine.generation.block_manager import BlockManager, prefix_digests
+from engine.generation.sequence import LiveSequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Tokens [start, stop) of a sequence whose keys and values a step computes."""
+
+    sequence: LiveSequence
+    start: int
+    stop: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the chunk reaches the sequence's end, so that its next token is sampled."""
+        return self.stop == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One scheduling decision: what runs until the host looks again."""
+
+    decodes: list[LiveSequence]
+    """Sequences that feed their last token and sample the next, num_steps times."""
+    chunks: list[Chunk]
+    """Parts of prompts, several tokens each; where there are any, num_steps is 1."""
+    num_steps: int
+
+    @property
+    def sampled(self) -> list[LiveSequence]:
+        """The sequences that get tokens, in the order of the step's sampled rows."""
+        return self.decodes + [chunk.sequence for chunk in self.chunks if chunk.is_last]
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """What generation did, for metrics and benchmarks; add them up over calls by passing the same object."""
+
+    num_steps: int = 0
+    """Forward passes."""
+    num_slot_steps: int = 0
+    """Slots x forward passes: the room there was for tokens."""
+    num_sampled: int = 0
+    """Tokens that went into responses."""
+    num_prefilled: int = 0
+    """Tokens fed as prompts, those computed again after a preemption included."""
+    num_shared: int = 0
+    """Prompt tokens that were found in the cache instead."""
+    num_preempted: int = 0
+    """Times that a sequence gave its blocks back unfinished."""
+
+
+@dataclass(kw_only=True)
+class Scheduler:
+    """Continuous batching over one block cache, for one or more groups of sequences in flight.
+
+    In a pipeline every stage works on the step of another group; a group is scheduled again when its last step is
+    in. A block that one group gives back may be another's at once: every stage runs the steps in the same order.
+    """
+
+    waiting: deque[LiveSequence]
+    blocks: BlockManager
+    slots_per_group: int
+    prefill_tokens: int
+    steps_per_sync: int
+    stop_ids: frozenset[int]
+    num_groups: int
+    counts: Counts
+    running: list[list[LiveSequence]] = field(init=False)
+    """By group, in the order of admission."""
+
+    def __post_init__(self) -> None:
+        self.running = [[] for _ in range(self.num_groups)]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether some sequence is unfinished."""
+        return bool(self.waiting) or any(self.running)
+
+    def next_step(self, group: int) -> Step | None:
+        """Return the group's next step, with blocks for all it writes; None when the group has nothing to run."""
+        running = self.running[group]
+        num_steps = self._reserve_decodes(running)
+        chunks: list[Chunk] = []
+        left = self.prefill_tokens
+        for sequence in running:
+            left -= self._add_chunk(chunks, sequence, left)
+        while left > 0 and len(running) < self.slots_per_group and self._admit_next(running):
+            num_steps = 1  # it may decode at once, with room for one token
+            left -= self._add_chunk(chunks, running[-1], left)
+        in_chunks = {id(chunk.sequence) for chunk in chunks}
+        decodes = [s for s in running if s.num_pending == 1 and id(s) not in in_chunks]
+        if not decodes and not chunks:
+            return None
+        step = Step(decodes=decodes, chunks=chunks, num_steps=1 if chunks else num_steps)
+        self.counts.num_steps += step.num_steps
+        self.counts.num_slot_steps += step.num_steps * self.slots_per_group
+        self.counts.num_prefilled += sum(chunk.stop - chunk.start for chunk in chunks)
+        return step
+
+    def finish_step(
+        self, group: int, step: Step, sampled: Sequence[tuple[list[int], list[float]]]
+    ) -> list[LiveSequence]:
+        """Take in a step's outcome, (tokens, logprobs) for each of step.sampled; return who has finished."""
+        for chunk in step.chunks:
+            chunk.sequence.num_cached = chunk.stop
+        finished = []
+        for sequence, (tokens, logprobs) in zip(step.sampled, sampled, strict=True):
+            sequence.extend(tokens, logprobs, self.stop_ids)
+            sequence.num_cached = len(sequence.tokens) - 1
+            self.counts.num_sampled += len(tokens)
+            if sequence.is_finished:
+                self._give_back(sequence)
+                finished.append(sequence)
+        if finished:
+            self.running[group] = [s for s in self.running[group] if not s.is_finished]
+        return finished
+
+    def _reserve_decodes(self, running: list[LiveSequence]) -> int:
+        """Give every decoding sequence blocks for its next tokens; the latest admitted give way when there are none.
+
+        Returns how many steps there are blocks for: steps_per_sync, or 1 when blocks are scarce.
+        """
+        longest = max((s.max_length - len(s.tokens) for s in running if s.num_pending == 1), default=1)
+        num_steps = min(self.steps_per_sync, longest)
+        if sum(self._num_missing(s, num_steps) for s in running) > self.blocks.num_free:
+            num_steps = 1
+        index = 0
+        while index < len(running):
+            sequence = running[index]
+            missing = self._num_missing(sequence, num_steps)
+            if missing > self.blocks.num_free:
+                self._preempt(running.pop())  # perhaps the sequence itself
+                continue
+            sequence.blocks += self.blocks.allocate(missing)
+            index += 1
+        return num_steps
+
+    def _num_missing(self, sequence: LiveSequence, num_steps: int) -> int:
+        """Return the blocks that a sequence lacks for num_steps tokens; a prompt has its blocks from admission."""
+        if sequence.num_pending > 1:
+            return 0
+        length = min(sequence.num_cached + num_steps, sequence.max_length)
+        return max(0, self.blocks.num_blocks_for(length) - len(sequence.blocks))
+
+    def _preempt(self, sequence: LiveSequence) -> None:
+        """Take a sequence's blocks; what it has generated is fed as a prompt when its turn comes again."""
+        self._give_back(sequence)
+        self.waiting.appendleft(sequence)
+        self.counts.num_preempted += 1
+
+    def _give_back(self, sequence: LiveSequence) -> None:
+        self.blocks.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_cached = 0
+
+    def _admit_next(self, running: list[LiveSequence]) -> bool:
+        """Give the first waiting sequence the blocks of its prompt, where they are free; return whether it was."""
+        if not self.waiting:
+            return False
+        sequence = self.waiting[0]
+        if not sequence.digests:
+            sequence.digests = prefix_digests(sequence.tokens, self.blocks.block_size)
+        # At least the last token is computed: the next one is sampled from it.
+        num_shareable = (len(sequence.tokens) - 1) // self.blocks.block_size
+        shared = self.blocks.find(sequence.digests[:num_shareable])
+        num_new = self.blocks.num_blocks_for(len(sequence.tokens)) - len(shared)
+        # A block for everyone who runs, or the admission would soon be undone.
+        num_reserved = sum(len(group) for group in self.running)
+        if num_new + self.blocks.num_unused(shared) + num_reserved > self.blocks.num_free:
+            return False
+        self.waiting.popleft()
+        self.blocks.take(shared)
+        sequence.blocks = shared + self.blocks.allocate(num_new)
+        sequence.num_cached = len(shared) * self.blocks.block_size
+        self.counts.num_shared += sequence.num_cached
+        running.append(sequence)
+        return True
+
+    def _add_chunk(self, chunks: list[Chunk], sequence: LiveSequence, left: int) -> int:
+        """Add the sequence's next chunk of at most `left` tokens, if it is a prompt; return its tokens."""
+        if sequence.num_pending == 1 or left <= 0:
+            return 0
+        start = sequence.num_cached
+        stop = min(len(sequence.tokens), start + left)
+        chunks.append(Chunk(sequence=sequence, start=start, stop=stop))
+        # Whoever is scheduled after this may share the blocks: the step that fills them runs first, and in one
+        # step every layer writes the cache before it reads it.
+        size = self.blocks.block_size
+        for n in range(start // size, stop // size):
+            if n < len(sequence.digests):
+                self.blocks.name(sequence.blocks[n], sequence.digests[n])
+        return stop - start

@@ -1,0 +1,112 @@
+"""What generation is asked for and what it answers: settings, a sequence under way, a finished response."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.config import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How responses are drawn, and what a rank spends on drawing them."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy (paper: PPO samples at 1)."""
+    top_k: int = 0
+    """Draw among the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that hold this much probability; 1 keeps all."""
+    max_new_tokens: int = 64
+    """Longest response, in tokens; shorter where prompt and response fill the model's context."""
+    min_new_tokens: int = 0
+    """Tokens of a response before one of its stop tokens may be drawn."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response, besides the end of text."""
+    num_slots: int = 64
+    """Sequences decoded together on a rank; a finished one's slot is refilled at once. Our choice."""
+    prefill_tokens: int = 1024
+    """Prompt tokens that one step computes next to the decoding sequences; longer prompts take several steps."""
+    block_size: int = 16
+    """Tokens of one block of the key-value cache. Our choice: as in vLLM."""
+    cache_fraction: float = 0.85
+    """Share of the free memory that the key-value cache may take; it never takes more than the slots can use."""
+    cache_gib: float = 0.0
+    """Size of the key-value cache of a rank instead, in GiB; 0 goes by cache_fraction."""
+    steps_per_sync: int = 0
+    """Decode steps between two looks of the host at who has finished; 0 is 1 on the CPU and 8 on a GPU."""
+
+    def check(self) -> None:
+        """Raise UserError for a value that means nothing."""
+        for name in ("max_new_tokens", "num_slots", "prefill_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"sampling.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("temperature", "top_k", "min_new_tokens", "cache_gib", "steps_per_sync"):
+            if not getattr(self, name) >= 0:  # NaN is not either
+                raise UserError(f"sampling.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("top_p", "cache_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"sampling.{name} must lie in (0, 1], got {getattr(self, name)}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"sampling.min_new_tokens {self.min_new_tokens} is more than "
+                f"max_new_tokens {self.max_new_tokens}"
+            )
+
+    def greedy(self) -> "SamplingConfig":
+        """Return these settings with the likeliest token taken each time."""
+        return dataclasses.replace(self, temperature=0.0, top_k=0, top_p=1.0)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Response:
+    """One finished response."""
+
+    sample_index: int
+    """The number its draws were keyed by: the caller's, unique in the run."""
+    tokens: np.ndarray
+    """[n] int64: what was generated, with the stop token if it ended with one."""
+    logprobs: np.ndarray
+    """[n] fp32 log-prob of each token under softmax(logits / temperature), before top-k, top-p and min_new_tokens."""
+    has_eos: bool
+    """Whether it ended itself, by the end of text or another stop token, and not at max_new_tokens."""
+
+
+@dataclass(kw_only=True, eq=False)
+class LiveSequence:
+    """A prompt and what has been generated for it so far, on the host."""
+
+    sample_index: int
+    tokens: list[int]
+    """Prompt and response."""
+    prompt_length: int
+    max_length: int
+    """Prompt and response never get longer than this."""
+    logprobs: list[float] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    """Cache blocks, in order; they hold the keys and values of tokens[:num_cached]."""
+    num_cached: int = 0
+    digests: list[bytes] = field(default_factory=list)
+    """Names of the full blocks of the tokens it was admitted with; see block_manager."""
+    is_finished: bool = False
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens to feed before the next can be sampled: 1 while decoding, more for a prompt."""
+        return len(self.tokens) - self.num_cached
+
+    def extend(self, tokens: list[int], logprobs: list[float], stop_ids: frozenset[int]) -> None:
+        """Append sampled tokens, of which only the last can be a stop token or the limit."""
+        self.tokens.extend(tokens)
+        self.logprobs.extend(logprobs)
+        self.is_finished = tokens[-1] in stop_ids or len(self.tokens) >= self.max_length
+
+    def response(self, stop_ids: frozenset[int]) -> Response:
+        """Return the response of a finished sequence."""
+        return Response(
+            sample_index=self.sample_index,
+            tokens=np.array(self.tokens[self.prompt_length :], dtype=np.int64),
+            logprobs=np.array(self.logprobs, dtype=np.float32),
+            has_eos=self.tokens[-1] in stop_ids,
+        )

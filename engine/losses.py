@@ -1,0 +1,141 @@
+"""The losses of the three stages over packed micro-batches.
+
+Each function closes over a global count and returns what engine.step.forward_backward wants: a micro-batch's
+share of the loss, so that shares add up to the loss of the global batch whatever the packing or layout.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.data.batches import PackedBatch, Units
+from engine.feed import count_targets, pack_for
+from engine.network import Network
+from engine.step import LossFunction, Metrics, forward
+from kernels.moments import Whitening
+from kernels.ppo_loss import policy_loss, value_loss
+from kernels.ranking_loss import ranking_loss
+
+
+def language_loss(num_targets: int, name: str = "loss") -> LossFunction:
+    """Return -sum of log-probs / num_targets: the mean negative log-likelihood a predicted token, in nats."""
+
+    def loss_function(batch: PackedBatch, logprobs: Tensor) -> tuple[Tensor, Metrics]:
+        loss = -logprobs.masked_fill(~batch.mask, 0.0).sum() / num_targets
+        return loss, {name: loss.detach()}
+
+    return loss_function
+
+
+def comparison_loss(num_prompts: int) -> LossFunction:
+    """Return the ranking loss (InstructGPT eq. 1), mean over the global batch's prompts."""
+
+    def loss_function(batch: PackedBatch, readings: Tensor) -> tuple[Tensor, Metrics]:
+        scores = last_token_readings(batch, readings)[: batch.num_sequences]
+        result = ranking_loss(scores, batch.fields["ranks"][: batch.num_sequences], batch.cu_units)
+        # A filler micro-batch has no prompt: an empty sum keeps its (zero) gradient path.
+        loss = result.losses.sum() / num_prompts + 0.0 * readings.sum()
+        detached = scores.detach()
+        return loss, {
+            "loss": loss.detach(),
+            "num_correct": result.num_correct.sum(),
+            "num_pairs": result.num_pairs.sum(),
+            "score_sum": detached.sum(),
+            "score_square_sum": detached.square().sum(),
+            "num_scores": detached.new_tensor(len(detached)),
+        }
+
+    return loss_function
+
+
+def clipped_policy_loss(
+    num_targets: Tensor, *, cliprange: float, whitening: Whitening | None
+) -> LossFunction:
+    """Return PPO's clipped policy loss (Schulman et al. 2017, eq. 7), mean over the minibatch's response tokens."""
+
+    def loss_function(batch: PackedBatch, logprobs: Tensor) -> tuple[Tensor, Metrics]:
+        result = policy_loss(
+            logprobs,
+            batch.fields["logprobs"],
+            batch.fields["advantages"],
+            batch.mask,
+            num_targets,
+            cliprange=cliprange,
+            whitening=whitening,
+        )
+        return result.loss, {
+            "policy_loss": result.loss.detach(),
+            "clip_fraction": result.clip_fraction,
+            "approx_kl": result.kl_k3,
+            "ratio_min": result.ratio_min,
+            "ratio_max": result.ratio_max,
+        }
+
+    return loss_function
+
+
+def clipped_value_loss(num_targets: Tensor, *, cliprange: float | None) -> LossFunction:
+    """Return 0.5 x the clipped squared error of the values, mean over the minibatch's response tokens."""
+
+    def loss_function(batch: PackedBatch, readings: Tensor) -> tuple[Tensor, Metrics]:
+        result = value_loss(
+            values_of(readings),
+            batch.fields["values"],
+            batch.fields["returns"],
+            batch.mask,
+            num_targets,
+            cliprange=math.inf if cliprange is None else cliprange,
+        )
+        return result.loss, {
+            "value_loss": result.loss.detach(),
+            "value_clip_fraction": result.clip_fraction,
+            "return_moments": result.return_moments,
+            "error_moments": result.error_moments,
+        }
+
+    return loss_function
+
+
+def last_token_readings(batch: PackedBatch, readings: Tensor) -> Tensor:
+    """Return the reading [B] at every sequence's last token: a reward model's scores."""
+    return readings[batch.cu_seqlens[1:].long() - 1]
+
+
+def values_of(readings: Tensor) -> Tensor:
+    """Return the values [T]: token t's is the reading after t-1, before the token was chosen."""
+    return torch.nn.functional.pad(readings[:-1], (1, 0))
+
+
+@torch.no_grad()
+def mean_language_loss(network: Network, units: Units, micro_batch_tokens: int) -> float:
+    """Return the mean loss a predicted token over held-out units, dropout off, the same on every rank."""
+    network.train(False)
+    parallel = network.parallel
+    indices = list(range(len(units)))
+    batches = pack_for(units, indices, parallel, micro_batch_tokens)
+    total = torch.zeros((), device=parallel.device, dtype=torch.float64)
+    for batch, logprobs in zip(batches, forward(network, batches), strict=True):
+        total -= logprobs[batch.mask].double().sum()
+    dist.all_reduce(total, group=parallel.dp_group)
+    network.train(True)
+    return float(total) / count_targets(units, indices)
+
+
+def pair_accuracy(network: Network, units: Sequence, micro_batch_tokens: int) -> tuple[float, float]:
+    """Return (ranking loss, share of pairs in the right order) of held-out comparisons; equal scores count half."""
+    network.train(False)
+    parallel = network.parallel
+    batches = pack_for(units, list(range(len(units))), parallel, micro_batch_tokens)
+    loss_function = comparison_loss(len(units))
+    totals = torch.zeros(3, device=parallel.device, dtype=torch.float64)
+    for batch, readings in zip(batches, forward(network, batches), strict=True):
+        if batch.num_sequences:
+            _, found = loss_function(batch, readings)
+            totals += torch.stack([found["loss"], found["num_correct"], found["num_pairs"]])
+    dist.all_reduce(totals, group=parallel.dp_group)
+    network.train(True)
+    loss, num_correct, num_pairs = totals.tolist()
+    return loss, num_correct / max(num_pairs, 1.0)

@@ -1,0 +1,220 @@
+"""What a run says about itself: metrics.jsonl, TensorBoard, a line a step, sample tables, curves.
+
+The same keys everywhere, `phase/name`; steps count from 0. Only the writing rank has files and a
+voice; on the others the phase timers run and the rest does nothing.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from engine.alarms import Alarm
+from engine.data.files import replacing
+
+SFT_HEADLINE = ("train/loss", "train/pretrain_loss", "valid/loss", "train/lr", "train/tokens_per_s")
+RM_HEADLINE = ("train/loss", "train/pair_accuracy", "valid/pair_accuracy", "train/tokens_per_s")
+PPO_HEADLINE = (
+    "score/reward_mean",
+    "score/kl",
+    "rollout/response_tokens",
+    "rollout/eos_rate",
+    "update/policy_loss",
+    "update/value_loss",
+    "update/ptx_loss",
+    "time/step_seconds",
+)
+
+
+class Metrics:
+    """The record of one run, open while it trains: `with Metrics(...) as metrics:`.
+
+    Writes run_dir/{metrics,samples,alarms}.jsonl and run_dir/tensorboard. A run that resumes names
+    its `first_step`, and lines that a stopped run left from that step on are removed.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        is_writer: bool,
+        num_steps: int,
+        first_step: int = 0,
+        headline: Sequence[str] = (),
+    ) -> None:
+        """`headline` names the keys of the line on screen, in order; absent ones are left out."""
+        self.phase_seconds: dict[str, float] = {}  # of the step under way, by phase
+        self._run_dir = run_dir
+        self._is_writer = is_writer
+        self._num_steps = num_steps
+        self._first_step = first_step
+        self._headline = headline
+        self._start = time.perf_counter()
+        self._progress: Progress | None = None
+        if not is_writer:
+            return
+        from torch.utils.tensorboard import (
+            SummaryWriter,
+        )  # takes a second, which only one rank pays
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics", "samples", "alarms"):
+            _drop_steps_from(run_dir / f"{name}.jsonl", first_step)
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._console = Console()
+        if self._console.is_terminal:
+            self._progress = _start_progress(self._console, run_dir.name, first_step, num_steps)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record a step's values and phase seconds: one line in the file and one on screen."""
+        row = {f"{name}/seconds": seconds for name, seconds in self.phase_seconds.items()}
+        row.update(values)
+        self.phase_seconds = {}
+        if not self._is_writer:
+            return
+        row = {key: float(value) for key, value in row.items()}
+        # A number that is not finite has no JSON: null.
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self._append("metrics", {"step": step, **finite})
+        for key, value in row.items():
+            self._tensorboard.add_scalar(key, value, step)
+        self._show_line(step, row)
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, str | float]]) -> None:
+        """Record sample texts: one line a row in samples.jsonl, and a table on screen."""
+        if not self._is_writer or not rows:
+            return
+        for row in rows:
+            self._append("samples", {"step": step, **row})
+        table = Table(*rows[0], title=f"samples at step {step}", show_lines=True)
+        for row in rows:  # Text: a sample's square brackets are no markup
+            table.add_row(*(Text(_short(value)) for value in row.values()))
+        self._console.print(table)
+
+    def log_alarms(self, step: int, alarms: Sequence[Alarm]) -> None:
+        """Record alarms in alarms.jsonl and show each on a line of its own."""
+        if not self._is_writer:
+            return
+        for alarm in alarms:
+            self._append("alarms", {"step": step, "name": alarm.name, "message": alarm.message})
+            self._show(f"ALARM {alarm.name}: {alarm.message}", style="bold red")
+
+    def note(self, *lines: str) -> None:
+        """Show lines that belong to no step, such as what was read and dropped."""
+        if self._is_writer:
+            for line in lines:
+                self._show(line, style="dim")
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a block; its seconds are logged as `name/seconds`, summed over the step's blocks."""
+        _synchronize()
+        start = time.perf_counter()
+        yield
+        _synchronize()
+        seconds = time.perf_counter() - start
+        self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
+
+    def close(self) -> None:
+        """End the progress bar, flush the files and draw the curves."""
+        if not self._is_writer:
+            return
+        if self._progress:
+            self._progress.stop()
+        self._tensorboard.close()
+        plot_curves(self._run_dir)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        with open(self._run_dir / f"{name}.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _show_line(self, step: int, row: Mapping[str, float]) -> None:
+        keys = [key for key in self._headline or row if key in row]
+        line = f"{self._run_dir.name} {step + 1}/{self._num_steps}  "
+        line += "  ".join(f"{key} {row[key]:.4g}" for key in keys)
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], completed=step + 1)
+        else:
+            seconds = (time.perf_counter() - self._start) / max(1, step + 1 - self._first_step)
+            minutes, seconds = divmod(int(seconds * max(0, self._num_steps - step - 1)), 60)
+            line += f"  eta {minutes}:{seconds:02d}"
+        self._show(line)
+
+    def _show(self, line: str, style: str = "") -> None:
+        self._console.print(Text(line, style=style), soft_wrap=True)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """Return a run's rows by step, each with its "step"; nan where a value was not finite."""
+    rows: dict[int, dict[str, float]] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        finite = {key: math.nan if value is None else value for key, value in row.items()}
+        rows.setdefault(row["step"], {}).update(finite)
+    return [rows[step] for step in sorted(rows)]
+
+
+def plot_curves(run_dir: Path) -> Path | None:
+    """Draw every key against the step into run_dir/curves.png; None when nothing was logged."""
+    from matplotlib.figure import Figure  # a second that a run need not pay at its start
+
+    rows = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+    keys = list(dict.fromkeys(key for row in rows for key in row if key != "step"))
+    if not keys:
+        return None
+    num_columns = min(4, len(keys))
+    num_rows = math.ceil(len(keys) / num_columns)
+    figure = Figure(figsize=(4 * num_columns, 2.4 * num_rows), layout="constrained")
+    for i, key in enumerate(keys):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes = figure.add_subplot(num_rows, num_columns, i + 1)
+        axes.plot(*zip(*points, strict=True), linewidth=1.2, marker="." if len(points) < 20 else "")
+        axes.set_title(key, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+    path = run_dir / "curves.png"
+    figure.savefig(path, dpi=90)
+    return path
+
+
+def _drop_steps_from(path: Path, first_step: int) -> None:
+    """Remove the lines of `first_step` and later, and a last line that a crash cut short."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
+    with replacing(path) as stream:
+        stream.write("".join(kept).encode())
+
+
+def _start_progress(console: Console, title: str, first_step: int, num_steps: int) -> Progress:
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("eta"))
+    progress = Progress(*columns, TimeRemainingColumn(), console=console, refresh_per_second=2)
+    progress.add_task(title, total=num_steps, completed=first_step)
+    progress.start()
+    return progress
+
+
+def _short(value: str | float, limit: int = 400) -> str:
+    text = value if isinstance(value, str) else f"{value:.4g}"
+    return text if len(text) <= limit else f"{text[:limit]} ..."
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # sync: a phase ends when the GPU has ended it

@@ -1,0 +1,94 @@
+"""A model on this rank: its pipeline chunks, built for a role, frozen or trainable."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from engine.device import DTYPES
+from engine.parallel import Parallel, seed_for_initialisation
+from models.gpt import GPT
+from models.layers import Recompute, transformer_config
+from models.scalar_gpt import ScalarGPT
+from models.sizes import GPTSize
+
+Kind = Literal["language", "scalar"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """How the numbers of a network are held and computed."""
+
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Weights and activations; fp16 and bf16 keep fp32 masters in the optimizer (paper: fp16, app. C)."""
+    recompute: Recompute = "none"
+    """Activations computed again in the backward pass: none, selective (attention only) or full (every layer)."""
+
+
+@dataclass(kw_only=True)
+class Network:
+    """One model's share on this rank."""
+
+    kind: Kind
+    size: GPTSize
+    parallel: Parallel
+    config: Any  # megatron's TransformerConfig
+    modules: list[torch.nn.Module]  # the bare pipeline chunks, one per virtual stage
+    chunks: list[torch.nn.Module]  # what the schedules call: modules, or their data-parallel wrappers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.config.params_dtype
+
+    def train(self, mode: bool = True) -> None:
+        """Switch dropout on or off in every chunk."""
+        for chunk in self.chunks:
+            chunk.train(mode)
+
+
+def build_network(
+    kind: Kind,
+    size: GPTSize,
+    parallel: Parallel,
+    *,
+    numerics: Numerics,
+    dropout: float = 0.0,
+) -> Network:
+    """Return a freshly initialised network: "language" (policy, reference) or "scalar" (critic, reward model).
+
+    It is frozen and without dropout until engine.optimizer.make_trainable takes it over.
+    Raises UserError where the layout cannot hold the size.
+    """
+    layout = parallel.layout
+    layout.check(size)
+    config = transformer_config(
+        size,
+        tp=layout.tp,
+        pp=layout.pp,
+        virtual_pp=layout.virtual_pp,
+        sequence_parallel=layout.sequence_parallel,
+        dtype=DTYPES[numerics.dtype],
+        dropout=dropout,
+        recompute=numerics.recompute,
+        device=parallel.device,
+    )
+    seed_for_initialisation(parallel)
+    model_class = GPT if kind == "language" else ScalarGPT
+    modules: list[torch.nn.Module] = []
+    for stage in range(layout.virtual_pp):
+        module = model_class(
+            config,
+            size,
+            pre_process=parallel.is_first_stage and stage == 0,
+            post_process=parallel.is_last_stage and stage == layout.virtual_pp - 1,
+            vp_stage=stage if layout.virtual_pp > 1 else None,
+        )
+        modules.append(module.to(device=parallel.device, dtype=DTYPES[numerics.dtype]))
+    network = Network(
+        kind=kind, size=size, parallel=parallel, config=config, modules=modules, chunks=modules
+    )
+    for module in modules:
+        module.requires_grad_(False)
+    network.train(False)
+    return network

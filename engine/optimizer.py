@@ -1,0 +1,186 @@
+"""megatron's distributed Adam over a network: fp32 masters, loss scaling, clipping and the learning-rate schedule."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from engine.config import UserError
+from engine.network import Network
+from engine.step import finish_gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamConfig:
+    """Adam and its schedule."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Cosine to final_fraction x lr over the run (paper: SFT, RM), or constant after the warm-up (paper: PPO)."""
+    final_fraction: float = 0.1
+    """Where the cosine ends, as a fraction of lr (paper, C.1 and C.2: 10%)."""
+    warmup: int = 0
+    """Steps (PPO: iterations) of linear warm-up (paper: none for SFT, 10 iterations for PPO, C.4)."""
+    warmup_start: float = 0.1
+    """Where the warm-up starts, as a fraction of lr (paper, C.4: a tenth)."""
+    beta1: float = 0.9
+    """First moment decay (paper, app. C)."""
+    beta2: float = 0.95
+    """Second moment decay (paper, app. C)."""
+    epsilon: float = 1e-8
+    """Adam's epsilon; not stated for RLHF, our choice: GPT-3's."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the matrices; not stated for RLHF, our choice: none."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; not stated for RLHF, our choice: GPT-3's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    lr: float
+    """Learning rate that was applied."""
+    was_skipped: bool
+    """True when fp16 gradients overflowed and the weights stayed as they were."""
+
+
+class Optimizer:
+    """The optimizer of one network; its steps are counted in the schedule's unit by the caller."""
+
+    def __init__(self, network: Network, config: AdamConfig, *, total_steps: int) -> None:
+        if config.lr <= 0:
+            raise UserError(f"optimizer lr must be positive, got {config.lr}")
+        self.network = network
+        self.config = config
+        make_trainable(network)
+        dtype = network.dtype
+        self.megatron = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                min_lr=config.final_fraction * config.lr,
+                weight_decay=config.weight_decay,
+                fp16=dtype is torch.float16,
+                bf16=dtype is torch.bfloat16,
+                params_dtype=dtype,
+                initial_loss_scale=2.0**16,
+                adam_beta1=config.beta1,
+                adam_beta2=config.beta2,
+                adam_eps=config.epsilon,
+                clip_grad=config.clip_norm,
+                use_distributed_optimizer=True,
+            ),
+            network.chunks,
+            use_gloo_process_groups=False,
+        )
+        network.config.grad_scale_func = self.megatron.scale_loss if dtype is torch.float16 else None
+        is_cosine = config.schedule == "cosine"
+        self.schedule = OptimizerParamScheduler(
+            self.megatron,
+            init_lr=config.warmup_start * config.lr if config.warmup else 0.0,
+            max_lr=config.lr,
+            min_lr=config.final_fraction * config.lr if is_cosine else 0.0,
+            lr_warmup_steps=config.warmup,
+            lr_decay_steps=max(total_steps, config.warmup + 1),
+            lr_decay_style=config.schedule,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=1,
+            wd_incr_style="constant",
+        )
+
+    def zero_gradients(self) -> None:
+        """Clear the gradient buffers before the first forward_backward of a step."""
+        for chunk in self.network.chunks:
+            chunk.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    def step(self, position: int) -> StepResult:
+        """Reduce the gradients, clip and apply them with the learning rate of schedule position `position` (from 0)."""
+        finish_gradients(self.network)
+        self.schedule.num_steps = position
+        self.schedule.step(0)  # writes the learning rate of num_steps into the parameter groups
+        was_applied, grad_norm, _ = self.megatron.step()
+        lr = self.megatron.param_groups[0]["lr"]
+        return StepResult(grad_norm=float(grad_norm or 0.0), lr=lr, was_skipped=not was_applied)  # sync
+
+    def sync_weights(self) -> None:
+        """Make the network's weights follow the fp32 masters, after something other than step() changed those."""
+        for optimizer in self._distributed():
+            optimizer._copy_main_params_to_model_params()
+        for chunk in self.network.chunks:
+            chunk.start_param_sync(force_sync=True)
+
+    def adopt_weights(self) -> None:
+        """Make the fp32 masters follow the network's weights, after those were loaded from a checkpoint."""
+        self.megatron.reload_model_params()
+
+    def owned_masters(self) -> list[tuple[torch.nn.Parameter, slice, torch.Tensor]]:
+        """Return (parameter, range of its flattened elements, fp32 master of that range) of this rank's shards."""
+        owned = []
+        for optimizer in self._distributed():
+            pairs = (
+                (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
+                (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+            )
+            for parameter_groups, master_groups in pairs:
+                for parameters, masters in zip(parameter_groups, master_groups, strict=True):
+                    for parameter, master in zip(parameters, masters, strict=True):
+                        bounds = optimizer._get_model_param_range_map(parameter)["param"]
+                        owned.append((parameter, slice(bounds.start, bounds.end), master))
+        return owned
+
+    def prepare_state(self) -> None:
+        """Allocate Adam's moments as zeros where no step has done so yet; checkpoints need them to exist."""
+        for optimizer in self._distributed():
+            if optimizer.optimizer.state:
+                continue
+            for group in optimizer.optimizer.param_groups:
+                for master in group["params"]:
+                    optimizer.optimizer.state[master] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(master),
+                        "exp_avg_sq": torch.zeros_like(master),
+                    }
+
+    def load_state(self, state: dict) -> None:
+        """Take what megatron's sharded_state_dict(is_loading=True) described and a checkpoint filled in."""
+        parameter_state = state.pop("param_state")
+        self.megatron.load_state_dict(state)
+        (optimizer,) = self._distributed()
+        # megatron's loader copies every entry of torch Adam's state and trips over "step", which it does not save
+        # by parameter; load_state_dict above has set it from the parameter groups.
+        states = list(optimizer.optimizer.state.values())
+        steps = [adam_state.pop("step") for adam_state in states]
+        optimizer.load_parameter_state_from_fully_reshardable(parameter_state)
+        for adam_state, step in zip(states, steps, strict=True):
+            adam_state["step"] = step.clone()  # megatron hands all of them one tensor, which Adam counts up in place
+
+    def _distributed(self) -> list:
+        return getattr(self.megatron, "chained_optimizers", [self.megatron])
+
+
+def make_trainable(network: Network) -> None:
+    """Give a network gradients: dropout on, and megatron's data-parallel wrapper around every chunk."""
+    for module in network.modules:
+        module.requires_grad_(True)
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=False,
+        overlap_param_gather=False,
+        average_in_collective=False,
+        check_for_nan_in_grad=False,  # alarms and loss scaling look at the norm instead
+    )
+    network.chunks = [
+        DistributedDataParallel(network.config, config, module, disable_bucketing=stage > 0)
+        for stage, module in enumerate(network.modules)
+    ]
+    network.train(True)

@@ -1,0 +1,170 @@
+"""How ranks share the work: a ParallelLayout from the configuration, a Parallel of this rank's groups at run time."""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from engine.config import UserError
+from engine.device import communication_backend, start_device
+from models.sizes import GPTSize
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelLayout:
+    """The degrees of parallelism of a run; data parallelism takes the ranks that tp, pp and cp leave."""
+
+    tp: int = 1
+    """Tensor parallel: ranks that share every matrix of a layer (and the vocabulary)."""
+    pp: int = 1
+    """Pipeline parallel: stages that the layers are dealt to."""
+    virtual_pp: int = 1
+    """Model chunks a stage holds for the interleaved schedule; 1 is plain 1F1B."""
+    cp: int = 1
+    """Context parallel: ranks that share one long sequence."""
+    sequence_parallel: bool = False
+    """Split the activations between tensor parallel regions along the tokens (needs tp > 1)."""
+
+    def dp(self, world_size: int) -> int:
+        """Return the data-parallel degree that world_size ranks leave, or raise UserError."""
+        model_ranks = self.tp * self.pp * self.cp
+        if world_size % model_ranks:
+            raise UserError(
+                f"{world_size} ranks cannot be split: layout tp {self.tp} x pp {self.pp} x cp {self.cp} "
+                f"= {model_ranks} must divide the world size (set --nproc-per-node or --layout.*)"
+            )
+        return world_size // model_ranks
+
+    def check(self, size: GPTSize) -> None:
+        """Raise UserError where this layout cannot hold a model of that size."""
+        for name in ("tp", "pp", "virtual_pp", "cp"):
+            if getattr(self, name) < 1:
+                raise UserError(f"layout.{name} must be at least 1, got {getattr(self, name)}")
+        if size.num_heads % self.tp:
+            raise UserError(f"layout.tp {self.tp} must divide the model's {size.num_heads} heads")
+        if size.padded_vocab_size % self.tp:
+            raise UserError(f"layout.tp {self.tp} must divide the padded vocabulary {size.padded_vocab_size}")
+        chunks = self.pp * self.virtual_pp
+        if size.num_layers % chunks:
+            raise UserError(
+                f"pp {self.pp} x virtual_pp {self.virtual_pp} must divide the {size.num_layers} layers"
+            )
+        if self.virtual_pp > 1 and self.pp == 1:
+            raise UserError("layout.virtual_pp needs layout.pp > 1")
+        if self.sequence_parallel and self.tp == 1:
+            raise UserError("layout.sequence_parallel needs layout.tp > 1")
+        if self.cp > 1:
+            raise UserError("layout.cp > 1 is not supported for packed sequences yet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """This rank's place among the ranks, and the groups it talks in."""
+
+    layout: ParallelLayout
+    device: torch.device
+    seed: int
+    rank: int
+    world_size: int
+    dp: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes logs and files that are not sharded."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head, and so computes losses."""
+        return self.pp_rank == self.layout.pp - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """The global rank of this pipeline's last stage: the source of what only it computes."""
+        return parallel_state.get_pipeline_model_parallel_last_rank()
+
+
+def rank_of_environment() -> int:
+    """Return this process's global rank from torchrun's or srun's environment; 0 when launched alone."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def start_parallel(layout: ParallelLayout, seed: int, *, timeout_minutes: int = 30) -> Parallel:
+    """Join the other ranks, build the process groups and seed this rank's generators.
+
+    The ranks come from torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_NTASKS with MASTER_ADDR);
+    a process started by neither is a world of one. A second call in one process reuses the world.
+    """
+    device = start_device()
+    rank = rank_of_environment()
+    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    dp = layout.dp(world_size)  # before any rank waits for another
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        store = dist.HashStore() if world_size == 1 else None
+        dist.init_process_group(
+            communication_backend(device),
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=device if device.type == "cuda" else None,
+        )
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.virtual_pp if layout.virtual_pp > 1 else None,
+        context_parallel_size=layout.cp,
+        create_gloo_process_groups=False,
+    )
+    parallel = Parallel(
+        layout=layout,
+        device=device,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        dp=dp,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+    )
+    seed_for_initialisation(parallel)
+    return parallel
+
+
+def seed_for_initialisation(parallel: Parallel) -> None:
+    """Seed the generators alike on all data-parallel ranks, so that they draw the same initial weights."""
+    _seed(parallel.seed + 1_009 * parallel.pp_rank)
+
+
+def seed_for_step(parallel: Parallel, step: int) -> None:
+    """Seed dropout from (seed, step, pipeline stage, data-parallel rank), at the start of an optimizer step.
+
+    A resumed run so draws what an undisturbed one would, and checkpoints hold no generator state.
+    tp ranks differ inside tensor-parallel regions only, as megatron wants it.
+    """
+    _seed(parallel.seed + 100_003 * (step + 1) + 1_009 * parallel.pp_rank + 101 * parallel.dp_rank)
+
+
+def _seed(key: int) -> None:
+    torch.manual_seed(key)
+    tensor_parallel.model_parallel_cuda_manual_seed(key, force_reset_rng=True)

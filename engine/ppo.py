@@ -1,0 +1,450 @@
+"""PPO and PPO-ptx against the reward model (InstructGPT 3.5 and C.4)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.advantages import KLConfig, KLController, estimate_advantages
+from engine.alarms import AlarmConfig, Alarms
+from engine.checkpoint import Checkpointer, load_weights, size_of
+from engine.config import UserError
+from engine.data.batches import EpochOrder, PackedBatch
+from engine.data.examples import Example
+from engine.data.pretraining import open_token_file
+from engine.data.prompts import prompt_examples, read_prompts
+from engine.ema import EMA
+from engine.feed import Feed, pack_for
+from engine.generation.generate import SamplingConfig
+from engine.losses import clipped_policy_loss, clipped_value_loss, language_loss
+from engine.metrics import PPO_HEADLINE, Metrics
+from engine.network import Kind, Network, Numerics, build_network
+from engine.optimizer import AdamConfig, Optimizer
+from engine.parallel import ParallelLayout, seed_for_step
+from engine.rollout import EosRule, Rollout, generate_rollout, score_rollout
+from engine.run import Run, require_path, start_run
+from engine.step import forward_backward, reduce_metrics
+from kernels.moments import Whitening
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOData:
+    """What the stage reads."""
+
+    prompts: Path | None = None
+    """Prompts {prompt}, .jsonl or .jsonl.gz."""
+    pretraining: Path | None = None
+    """Pretraining text for the ptx gradients; needed when ptx_coef > 0."""
+    pretraining_tokens: int = 2048
+    """Length of a pretraining sequence in tokens; not stated, our choice: the context, as the paper's compute suggests."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted (paper, app. C: over 1k tokens)."""
+    prompt_suffix: str = "\n"
+    """Closes every prompt; the same in all stages."""
+    skip_bad_lines: bool = False
+    """Count and report bad lines instead of stopping at the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """One PPO run."""
+
+    directory: Path = Path("runs/ppo")
+    """The run's folder; a run that has checkpoints there continues from the newest."""
+    policy: Path | None = None
+    """Run or checkpoint of the RLHF initialisation: the policy starts from it and the KL is measured to it."""
+    reference: Path | None = None
+    """Another KL reference; none: the policy's own start (paper, C.4)."""
+    reward_model: Path | None = None
+    """Run or checkpoint of the reward model; the critic starts from it, head and bias included (paper, C.4)."""
+    data: PPOData = field(default_factory=PPOData)
+    """Files and limits."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=1024))
+    """Rollouts (paper, C.4: temperature 1; app. C: responses up to 1k tokens)."""
+    iterations: int = 500
+    """Rollout batches (paper, C.4: 256k episodes in batches of 512)."""
+    rollout_batch_size: int = 512
+    """Episodes of an iteration, over all ranks (paper, C.4: 512)."""
+    minibatch_size: int = 64
+    """Episodes of an optimizer step, over all ranks (paper, C.4: 64)."""
+    ppo_epochs: int = 1
+    """Passes over an iteration's episodes (paper, C.4: 1)."""
+    micro_batch_tokens: int = 8192
+    """Token budget of one forward pass on one rank; changes speed and memory, nothing else."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    """KL penalty."""
+    gamma: float = 1.0
+    """Discount (paper, C.4: none)."""
+    lam: float = 0.95
+    """GAE's lambda; not stated, our choice: Stiennon et al. 2020."""
+    cliprange: float = 0.2
+    """Policy ratio clip (paper, C.4: 0.2)."""
+    value_cliprange: float | None = 0.2
+    """Value clip; not stated, our choice: Ziegler et al. 2019's code. None: no clip."""
+    whiten_advantages: bool = True
+    """Shift and scale advantages over the global rollout batch; not stated, our choice: Ziegler et al. 2019's code."""
+    eos_rule: EosRule = "none"
+    """What becomes of the score of a response that hit the length limit; not stated, our choice: nothing."""
+    eos_penalty: float = 1.0
+    """The number of the eos_rule (Ziegler et al. 2019's code: replace by -1)."""
+    ptx_coef: float = 27.8
+    """gamma of InstructGPT eq. 2 (paper, C.4: 27.8); 0 is plain PPO."""
+    ptx_examples_per_episode: int = 8
+    """Pretraining sequences an episode (paper, C.4: 8)."""
+    ema_decay: float = 0.992
+    """Decay of the averaged weights (paper, C.4: 0.992), an optimizer step: our choice."""
+    adam: AdamConfig = field(
+        default_factory=lambda: AdamConfig(lr=5.49e-6, schedule="constant", warmup=10)
+    )
+    """Policy optimizer (paper, C.4: constant lr after 10 iterations of warm-up from a tenth; the lr by size is not stated)."""
+    critic_adam: AdamConfig = field(
+        default_factory=lambda: AdamConfig(lr=9e-6, schedule="constant", warmup=10)
+    )
+    """Critic optimizer (paper, C.4: 9e-6, 5e-6 at 175B)."""
+    numerics: Numerics = field(default_factory=Numerics)
+    """Dtype and recomputation."""
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    """Parallelism."""
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
+    """When a number is called wrong."""
+    seed: int = 0
+    """Shuffling and sampling."""
+    save_every: int = 0
+    """Iterations between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints kept."""
+    num_shown: int = 2
+    """Sample texts in the table of an iteration."""
+    show_every: int = 10
+    """Iterations between sample tables."""
+
+
+def train(config: PPOConfig) -> dict[str, float]:
+    """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
+    _check(config)
+    run = start_run(
+        config,
+        directory=config.directory,
+        layout=config.layout,
+        seed=config.seed,
+        tokenizer=config.policy,
+    )
+    parallel = run.parallel
+
+    # Build. The critic starts from the reward model; the reference is always read from its own path.
+    policy = _load("language", config.policy, "policy", config, run)
+    critic = _load("scalar", config.reward_model, "reward_model", config, run)
+    reference = _load("language", config.reference or config.policy, "policy", config, run)
+    reward_model = _load("scalar", config.reward_model, "reward_model", config, run)
+    prompts, notes = _load_prompts(config, run, policy)
+    policy_optimizer = Optimizer(policy, config.adam, total_steps=config.iterations)
+    critic_optimizer = Optimizer(critic, config.critic_adam, total_steps=config.iterations)
+    learner = Learner(
+        policy=policy_optimizer,
+        critic=critic_optimizer,
+        ema=EMA(policy_optimizer, config.ema_decay),
+        pretraining=_pretraining_feed(config, run, policy),
+    )
+    kl = KLController(config.kl)
+    alarms = Alarms(config.alarms, dtype=config.numerics.dtype)
+    order = EpochOrder(len(prompts), config.rollout_batch_size, config.seed)
+
+    checkpointer = Checkpointer(
+        directory=run.checkpoints,
+        parallel=parallel,
+        networks={"policy": policy, "critic": critic},
+        optimizers={"policy": policy_optimizer, "critic": critic_optimizer},
+        ema=learner.ema,
+        keep=config.keep,
+        tokenizer_fingerprint=run.tokenizer.fingerprint(),
+    )
+    progress = checkpointer.resume() or {"step": 0}
+    kl.coef = progress.get("kl_coef", kl.coef)
+    if "alarms" in progress:
+        alarms.load_state_dict(progress["alarms"])
+    values: dict[str, float] = progress.get("metrics", {})
+
+    with Metrics(
+        config.directory,
+        is_writer=parallel.is_writer,
+        num_steps=config.iterations,
+        first_step=progress["step"],
+        headline=PPO_HEADLINE,
+    ) as metrics:
+        metrics.note(*notes)
+        for iteration in range(progress["step"], config.iterations):
+            # 1 prompt
+            batch = [prompts[i] for i in order.indices(iteration)]
+            with metrics.phase("rollout"):  # 2
+                rollout = generate_rollout(
+                    policy,
+                    batch,
+                    config.sampling,
+                    eos_id=run.tokenizer.eos_id,
+                    seed=config.seed,
+                    first_sample_index=iteration * config.rollout_batch_size,
+                )
+            with metrics.phase("score"):  # 3
+                score_rollout(
+                    rollout,
+                    policy=policy,
+                    reference=reference,
+                    critic=critic,
+                    reward_model=reward_model,
+                    temperature=config.sampling.temperature,
+                    micro_batch_tokens=config.micro_batch_tokens,
+                    eos_rule=config.eos_rule,
+                    eos_penalty=config.eos_penalty,
+                )
+            with metrics.phase("advantage"):  # 4
+                _, whitening = estimate_advantages(
+                    rollout,
+                    kl_coef=kl.coef,
+                    kl_estimator=config.kl.estimator,
+                    gamma=config.gamma,
+                    lam=config.lam,
+                    whiten=config.whiten_advantages,
+                )
+            with metrics.phase("update"):  # 5
+                examples = rollout.examples()
+                updates = [
+                    update(learner, config, [examples[i] for i in chosen], whitening, step=step)
+                    for step, chosen in minibatches(config, iteration)
+                ]
+            # 6 record
+            values = rollout_metrics(rollout, metrics.phase_seconds) | merge_updates(updates)
+            values["kl/coef"] = kl.coef
+            kl.update(values["score/kl"], len(rollout))
+            metrics.log(iteration, values)
+            metrics.log_alarms(iteration, alarms.check(values))
+            is_last = iteration + 1 == config.iterations
+            if is_last or iteration % config.show_every == 0:
+                metrics.log_samples(iteration, _samples(rollout, run, config.num_shown))
+            if is_last or (config.save_every and (iteration + 1) % config.save_every == 0):
+                state = {"kl_coef": kl.coef, "alarms": alarms.state_dict(), "metrics": values}
+                checkpointer.save(iteration + 1, state)
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What learns in PPO, and the pretraining text it must not forget."""
+
+    policy: Optimizer
+    critic: Optimizer
+    ema: EMA
+    pretraining: Feed | None
+    """None without ptx."""
+
+
+def update(
+    learner: Learner,
+    config: PPOConfig,
+    minibatch: list[Example],
+    whitening: Whitening | None,
+    *,
+    step: int,
+) -> dict[str, float]:
+    """One optimizer step of policy and critic on a minibatch; `step` counts them over the run."""
+    policy, critic = learner.policy.network, learner.critic.network
+    parallel = policy.parallel
+    iteration = step // num_updates(config)
+    seed_for_step(parallel, step)
+    batches = pack_for(
+        minibatch, list(range(len(minibatch))), parallel, config.micro_batch_tokens
+    )
+    num_targets = torch.tensor(
+        float(sum(len(e.tokens) - e.prompt_length for e in minibatch)), device=parallel.device
+    )
+    learner.policy.zero_gradients()
+    found = policy_gradient(learner, config, batches, num_targets, whitening, step=step)
+    learner.critic.zero_gradients()
+    found |= forward_backward(
+        critic, batches, clipped_value_loss(num_targets, cliprange=config.value_cliprange)
+    )
+    values = reduce_metrics(found, parallel)
+    policy_step = learner.policy.step(iteration)
+    critic_step = learner.critic.step(iteration)
+    learner.ema.update()
+    return values | {
+        "policy_grad_norm": policy_step.grad_norm,
+        "critic_grad_norm": critic_step.grad_norm,
+        "policy_lr": policy_step.lr,
+        "critic_lr": critic_step.lr,
+    }
+
+
+def policy_gradient(  # noqa: PLR0913 - one call for PPO-ptx's two gradients
+    learner: Learner,
+    config: PPOConfig,
+    batches: list[PackedBatch],
+    num_targets: torch.Tensor,
+    whitening: Whitening | None,
+    *,
+    step: int,
+) -> dict[str, torch.Tensor]:
+    """Add the gradient of InstructGPT eq. 2 to the policy's buffers: PPO's, then ptx_coef x the pretraining's.
+
+    Both are means over tokens; the paper does not state the reduction that makes 27.8 meaningful.
+    """
+    policy = learner.policy.network
+    found = forward_backward(
+        policy,
+        batches,
+        clipped_policy_loss(num_targets, cliprange=config.cliprange, whitening=whitening),
+        temperature=config.sampling.temperature,
+    )
+    if learner.pretraining is not None:
+        found |= forward_backward(
+            policy,
+            learner.pretraining.batches(step),
+            language_loss(learner.pretraining.num_targets(step), "ptx_loss"),
+            scale=config.ptx_coef,
+        )
+    return found
+
+
+def num_updates(config: PPOConfig) -> int:
+    """Return the optimizer steps of an iteration."""
+    return config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
+
+
+def minibatches(config: PPOConfig, iteration: int) -> list[tuple[int, list[int]]]:
+    """Return (step of the run, indices of the rollout) of an iteration's minibatches, shuffled anew each epoch."""
+    chosen: list[list[int]] = []
+    for epoch in range(config.ppo_epochs):
+        shuffle = np.random.default_rng([config.seed, iteration, epoch])
+        order = shuffle.permutation(config.rollout_batch_size).tolist()
+        chosen += [
+            order[start : start + config.minibatch_size]
+            for start in range(0, len(order), config.minibatch_size)
+        ]
+    return list(enumerate(chosen, start=iteration * num_updates(config)))
+
+
+def rollout_metrics(rollout: Rollout, phase_seconds: dict[str, float]) -> dict[str, float]:
+    """Return the numbers of phases 2 to 4, over the global rollout batch."""
+    mask, count = rollout.response_mask, float(rollout.response_mask.sum())  # sync
+    log_ratio = (rollout.logprobs - rollout.ref_logprobs)[mask].double()
+    mismatch = (rollout.sampled_logprobs - rollout.logprobs)[mask].abs()
+    outside = torch.stack([rollout.rewards, rollout.advantages, rollout.returns])[:, ~mask]
+    advantages = rollout.advantages[mask]
+    return {
+        "rollout/tokens_per_s": count / phase_seconds["rollout"],
+        "rollout/response_tokens": count / len(rollout),
+        "rollout/prompt_tokens": sum(rollout.prompt_lengths) / len(rollout),
+        "rollout/eos_rate": float(rollout.has_eos.double().mean()),
+        "score/reward_mean": float(rollout.raw_scores.mean()),
+        "score/reward_std": float(rollout.raw_scores.std()) if len(rollout) > 1 else 0.0,
+        "score/kl": float(log_ratio.sum()) / len(rollout),
+        "score/kl_per_token": float(log_ratio.mean()),
+        "score/logprob_mismatch_mean": float(mismatch.mean()),
+        "score/logprob_mismatch_max": float(mismatch.max()),
+        "advantage/mean": float(advantages.mean()),
+        "advantage/std": float(advantages.std()) if count > 1 else 0.0,
+        "advantage/value_mean": float(rollout.values[mask].mean()),
+        "advantage/return_mean": float(rollout.returns[mask].mean()),
+        "advantage/pad_leak": float(outside.abs().max()) if outside.numel() else 0.0,
+        "update/tokens_per_s": len(rollout.tokens) / phase_seconds["update"],
+        "time/step_seconds": sum(phase_seconds.values()),
+    }
+
+
+def merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Return an iteration's update metrics: means over its minibatches, extremes of the ratios."""
+    first = updates[0]
+    merged: dict[str, float] = {}
+    for name in first:
+        column = [values[name] for values in updates]
+        pick = {"ratio_min": min, "ratio_max": max}.get(name)
+        merged[name] = pick(column) if pick else sum(column) / len(column)
+    variance = merged.pop("return_variance"), merged.pop("error_variance")
+    merged["explained_variance"] = 1.0 - variance[1] / variance[0] if variance[0] > 0 else 0.0
+    merged["first_ratio_error"] = max(first["ratio_max"] - 1.0, 1.0 - first["ratio_min"])
+    return {
+        f"update/{name}": value
+        for name, value in merged.items()
+        if name not in ("return_mean", "error_mean")
+    }
+
+
+def _check(config: PPOConfig) -> None:
+    """Raise UserError for what cannot work, before anything is loaded."""
+    require_path(config.policy, "policy")
+    require_path(config.reward_model, "reward-model")
+    require_path(config.data.prompts, "data.prompts")
+    if config.ptx_coef > 0:
+        require_path(config.data.pretraining, "data.pretraining")
+    if config.rollout_batch_size % config.minibatch_size:
+        raise UserError(
+            f"rollout_batch_size {config.rollout_batch_size} must be a multiple of "
+            f"minibatch_size {config.minibatch_size}"
+        )
+    if config.sampling.temperature <= 0:
+        raise UserError("sampling.temperature must be positive: PPO needs samples, not a maximum")
+
+
+def _load(kind: Kind, path: Path, role: str, config: PPOConfig, run: Run) -> Network:
+    """Build a network of the size at `path` and load its weights; dropout is off in PPO."""
+    network = build_network(kind, size_of(path, role), run.parallel, numerics=config.numerics)
+    load_weights(network, path, role=role, tokenizer_fingerprint=run.tokenizer.fingerprint())
+    return network
+
+
+def _load_prompts(
+    config: PPOConfig, run: Run, policy: Network
+) -> tuple[list[Example], list[str]]:
+    """Return the prompts that leave room for a whole response, and what reading them is to be told about."""
+    data = config.data
+    texts, report = read_prompts(data.prompts, skip_bad_lines=data.skip_bad_lines)
+    room = policy.size.context_length - config.sampling.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"sampling.max_new_tokens {config.sampling.max_new_tokens} leaves no room for a prompt "
+            f"in the context of {policy.size.context_length}"
+        )
+    prompts, lengths = prompt_examples(
+        texts,
+        run.tokenizer,
+        max_prompt_length=min(data.max_prompt_tokens, room),
+        prompt_suffix=data.prompt_suffix,
+    )
+    return prompts, [f"{data.prompts}: {report}; {lengths}"]
+
+
+def _pretraining_feed(config: PPOConfig, run: Run, policy: Network) -> Feed | None:
+    """Return the pretraining sequences that go with every minibatch."""
+    if config.ptx_coef <= 0:
+        return None
+    data = config.data
+    tokens = open_token_file(
+        data.pretraining,
+        run.tokenizer,
+        config.directory / "tokens",
+        skip_bad_lines=data.skip_bad_lines,
+    )
+    return Feed(
+        units=tokens.sequences(min(data.pretraining_tokens, policy.size.context_length)),
+        batch_size=config.ptx_examples_per_episode * config.minibatch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
+        seed=config.seed,
+        parallel=run.parallel,
+    )
+
+
+def _samples(rollout: Rollout, run: Run, count: int) -> list[dict[str, str | float]]:
+    """Return the first responses as text, with their scores."""
+    bounds = rollout.cu_seqlens.tolist()
+    return [
+        {
+            "prompt": run.tokenizer.decode(
+                rollout.tokens[bounds[i] : bounds[i] + rollout.prompt_lengths[i]].tolist()
+            ),
+            "response": run.tokenizer.decode(
+                rollout.tokens[bounds[i] + rollout.prompt_lengths[i] : bounds[i + 1]].tolist()
+            ),
+            "score": float(rollout.raw_scores[i]),
+        }
+        for i in range(min(count, len(rollout)))
+    ]

@@ -1,0 +1,228 @@
+"""The reward model, trained on rankings of K answers (InstructGPT 3.5 and C.2)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from engine.checkpoint import Checkpointer, load_weights, size_of
+from engine.data.comparisons import comparison_examples, read_comparisons
+from engine.data.demonstrations import demonstration_examples, read_demonstrations
+from engine.data.examples import Example
+from engine.data.prompts import split_by_prompt
+from engine.feed import Feed, pack_for
+from engine.losses import comparison_loss, last_token_readings, pair_accuracy
+from engine.metrics import RM_HEADLINE, Metrics
+from engine.network import Network, Numerics, build_network
+from engine.optimizer import AdamConfig, Optimizer
+from engine.parallel import ParallelLayout, seed_for_step
+from engine.run import Run, require_path, size_named, start_run
+from engine.step import forward, forward_backward, reduce_metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMData:
+    """What the stage reads."""
+
+    train: Path | None = None
+    """Comparisons {prompt, completions, ranks} or pairs {prompt, chosen, rejected}, .jsonl or .jsonl.gz."""
+    valid: Path | None = None
+    """Held-out comparisons; none: valid_fraction of the training prompts."""
+    valid_fraction: float = 0.05
+    """Share of the distinct prompts held out where no valid file is given."""
+    demonstrations: Path | None = None
+    """Demonstrations whose mean score the bias shift sets to 0; none: no shift."""
+    num_demonstrations: int = 1024
+    """Demonstrations that are scored for the shift, the first ones; our choice."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted (paper, app. C: over 1k tokens)."""
+    max_tokens: int = 2048
+    """Longer sequences are dropped with their whole comparison and counted (paper, app. C: 2k context)."""
+    prompt_suffix: str = "\n"
+    """Closes every prompt; the same in all stages."""
+    skip_bad_lines: bool = False
+    """Count and report bad lines instead of stopping at the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMConfig:
+    """One reward model run."""
+
+    directory: Path = Path("runs/rm")
+    """The run's folder; a run that has checkpoints there continues from the newest."""
+    size: str = "tiny"
+    """Named size of a model that starts from nothing; with init_from its size."""
+    init_from: Path | None = None
+    """A run or checkpoint whose policy the trunk starts from (paper, C.2: SFT and GPT-3 give similar results)."""
+    tokenizer: Path | None = None
+    """Tokenizer file or folder; none: the one of init_from's run."""
+    data: RMData = field(default_factory=RMData)
+    """Files and limits."""
+    epochs: float = 1.0
+    """Passes over the comparisons (paper, C.2: 1; more overfits fast)."""
+    batch_size: int = 64
+    """Prompts a step, each with all its completions (paper, C.2: 64)."""
+    micro_batch_tokens: int = 8192
+    """Token budget of one forward pass on one rank; a prompt's completions stay in one."""
+    adam: AdamConfig = field(default_factory=lambda: AdamConfig(lr=9e-6))
+    """Optimizer (paper, C.2: lr 9e-6, cosine to 10%)."""
+    numerics: Numerics = field(default_factory=Numerics)
+    """Dtype and recomputation."""
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    """Parallelism."""
+    seed: int = 0
+    """Shuffling and initialisation."""
+    eval_every: int = 0
+    """Steps between held-out accuracies; 0: only at the end."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+
+def train(config: RMConfig) -> dict[str, float]:
+    """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
+    require_path(config.data.train, "data.train")
+    run = start_run(
+        config,
+        directory=config.directory,
+        layout=config.layout,
+        seed=config.seed,
+        tokenizer=require_path(config.tokenizer or config.init_from, "init-from"),
+    )
+    parallel, fingerprint = run.parallel, run.tokenizer.fingerprint()
+    if config.init_from:
+        size = size_of(config.init_from, "policy")
+    else:
+        size = size_named(config.size, run.tokenizer)
+    network = build_network("scalar", size, parallel, numerics=config.numerics)
+    if config.init_from:
+        load_weights(network, config.init_from, role="policy", tokenizer_fingerprint=fingerprint)
+    train_units, valid_units, demonstrations, notes = _load_data(config, run, size.context_length)
+    feed = Feed(
+        units=train_units,
+        batch_size=min(config.batch_size, len(train_units)),
+        micro_batch_tokens=config.micro_batch_tokens,
+        seed=config.seed,
+        parallel=parallel,
+    )
+    num_steps = feed.order.num_steps(config.epochs)
+    optimizer = Optimizer(network, config.adam, total_steps=num_steps)
+    checkpointer = Checkpointer(
+        directory=run.checkpoints,
+        parallel=parallel,
+        networks={"reward_model": network},
+        optimizers={"reward_model": optimizer},
+        keep=config.keep,
+        tokenizer_fingerprint=fingerprint,
+    )
+    progress = checkpointer.resume() or {"step": 0}
+
+    values: dict[str, float] = progress.get("metrics", {})
+    with Metrics(
+        config.directory,
+        is_writer=parallel.is_writer,
+        num_steps=num_steps,
+        first_step=progress["step"],
+        headline=RM_HEADLINE,
+    ) as metrics:
+        metrics.note(*notes)
+        for step in range(progress["step"], num_steps):
+            with metrics.phase("train"):
+                values = _train_step(step, network, optimizer, feed)
+            is_last = step + 1 == num_steps
+            if valid_units and (
+                is_last or (config.eval_every and (step + 1) % config.eval_every == 0)
+            ):
+                with metrics.phase("valid"):
+                    loss, accuracy = pair_accuracy(network, valid_units, config.micro_batch_tokens)
+                values |= {"valid/loss": loss, "valid/pair_accuracy": accuracy}
+            if is_last and demonstrations:
+                mean = _mean_score(network, demonstrations, config.micro_batch_tokens)
+                shift_bias(network, optimizer, -mean)
+                values["train/bias_shift"] = -mean
+            values["train/epoch"] = feed.order.epoch(step + 1)
+            values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
+            metrics.log(step, values)
+            if is_last or (config.save_every and (step + 1) % config.save_every == 0):
+                checkpointer.save(step + 1, {"metrics": values})
+    return values
+
+
+def shift_bias(network: Network, optimizer: Optimizer, shift: float) -> None:
+    """Add `shift` to the head's bias, so that demonstrations score 0 on average (InstructGPT C.2: shift, no scale)."""
+    with torch.no_grad():
+        for module in network.modules:
+            head = getattr(module, "scalar_head", None)
+            if head is not None:
+                head.bias += shift
+    optimizer.adopt_weights()
+
+
+def _train_step(step: int, network: Network, optimizer: Optimizer, feed: Feed) -> dict[str, float]:
+    """One optimizer step on the ranking loss of the step's prompts."""
+    seed_for_step(network.parallel, step)
+    optimizer.zero_gradients()
+    batches = feed.batches(step)
+    found = reduce_metrics(
+        forward_backward(network, batches, comparison_loss(feed.batch_size)), network.parallel
+    )
+    result = optimizer.step(step)
+    num_scores = found["num_scores"]
+    mean = found["score_sum"] / num_scores
+    return {
+        "train/loss": found["loss"],
+        "train/pair_accuracy": found["num_correct"] / max(found["num_pairs"], 1.0),
+        "train/score_mean": mean,
+        "train/score_std": max(found["score_square_sum"] / num_scores - mean**2, 0.0) ** 0.5,
+        "train/grad_norm": result.grad_norm,
+        "train/lr": result.lr,
+        "train/tokens": float(feed.num_tokens(step)),
+    }
+
+
+def _mean_score(network: Network, examples: list[Example], budget: int) -> float:
+    """Return the mean score of the examples, the same on every rank."""
+    network.train(False)
+    parallel = network.parallel
+    batches = pack_for(examples, list(range(len(examples))), parallel, budget)
+    total = torch.zeros((), device=parallel.device, dtype=torch.float64)
+    for batch, readings in zip(batches, forward(network, batches), strict=True):
+        total += last_token_readings(batch, readings)[: batch.num_sequences].double().sum()
+    dist.all_reduce(total, group=parallel.dp_group)
+    return float(total) / len(examples)
+
+
+def _load_data(
+    config: RMConfig, run: Run, context_length: int
+) -> tuple[list[list[Example]], list[list[Example]], list[Example], list[str]]:
+    """Return training and held-out comparisons, demonstrations, and what reading them is to be told about."""
+    data = config.data
+    limits = {
+        "max_length": min(data.max_tokens, context_length),
+        "max_prompt_length": data.max_prompt_tokens,
+        "prompt_suffix": data.prompt_suffix,
+    }
+    records, report = read_comparisons(data.train, skip_bad_lines=data.skip_bad_lines)
+    notes = [f"{data.train}: {report}"]
+    if data.valid is not None:
+        held_out, _ = read_comparisons(data.valid, skip_bad_lines=data.skip_bad_lines)
+    else:
+        kept, out = split_by_prompt([r.prompt for r in records], data.valid_fraction, config.seed)
+        held_out = [records[i] for i in out]
+        records = [records[i] for i in kept]
+    train_units, lengths = comparison_examples(records, run.tokenizer, **limits)
+    notes.append(f"comparisons (train): {lengths}")
+    valid_units: list[list[Example]] = []
+    if held_out:
+        valid_units, lengths = comparison_examples(held_out, run.tokenizer, **limits)
+        notes.append(f"comparisons (valid): {lengths}")
+    demonstrations: list[Example] = []
+    if data.demonstrations is not None:
+        texts, _ = read_demonstrations(data.demonstrations, skip_bad_lines=data.skip_bad_lines)
+        demonstrations, lengths = demonstration_examples(
+            texts[: data.num_demonstrations], run.tokenizer, **limits
+        )
+        notes.append(f"demonstrations: {lengths}")
+    return train_units, valid_units, demonstrations, notes

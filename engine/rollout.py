@@ -1,0 +1,213 @@
+"""Rollouts: responses to a batch of prompts, then log-probs, values and scores of every one of them.
+
+Index convention, everywhere in Trident: position t of logprobs, ref_logprobs, sampled_logprobs, values, rewards,
+advantages, returns and response_mask belongs to the token at t, which was chosen in the state before it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.data.batches import PackedBatch, deal
+from engine.data.examples import Example
+from engine.feed import pack_for
+from engine.generation.generate import Response, SamplingConfig, generate
+from engine.losses import last_token_readings, values_of
+from engine.network import Network
+from engine.parallel import Parallel
+from engine.step import forward
+
+EosRule = Literal["none", "penalty", "replace"]
+
+
+@dataclass(kw_only=True)
+class Rollout:
+    """One iteration's responses of all data-parallel ranks, in prompt order, the same on every rank.
+
+    B responses, T tokens of prompts and responses together, packed; tensors are on the rank's device.
+    Tokens and numbers of a whole iteration are a few megabytes, so every rank holds all of them: global
+    statistics need no further collective, and any rank can train on any response.
+    """
+
+    tokens: Tensor
+    """[T] int64."""
+    cu_seqlens: Tensor
+    """[B+1] int32."""
+    response_mask: Tensor
+    """[T] bool: the token was sampled."""
+    sampled_logprobs: Tensor
+    """[T] of the sampler, 0 in prompts."""
+    has_eos: Tensor
+    """[B] bool: the response ended by itself and not at the length limit."""
+    prompt_lengths: list[int]
+    """[B]."""
+    logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[T] of the policy that sampled, by the trainer's forward pass: what ratios are taken against."""
+    ref_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[T] of the reference."""
+    values: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[T] of the critic: of the state in which the token was chosen."""
+    scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[B] of the reward model, at the last response token, after the EOS rule."""
+    raw_scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[B] of the reward model, before the EOS rule."""
+    rewards: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[T] -kl_coef x KL estimate, and the score at the last response token."""
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[T], not whitened."""
+    returns: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[T] advantages + values."""
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def response_lengths(self) -> list[int]:
+        """Tokens of every response."""
+        lengths = self.cu_seqlens.diff().tolist()
+        return [n - p for n, p in zip(lengths, self.prompt_lengths, strict=True)]
+
+    def examples(self) -> list[Example]:
+        """Return the responses as training examples that carry the per-token numbers computed so far."""
+        names = ("logprobs", "values", "advantages", "returns")
+        columns = {n: getattr(self, n).cpu().numpy() for n in names if len(getattr(self, n))}
+        tokens, bounds = self.tokens.cpu().numpy(), self.cu_seqlens.tolist()
+        return [
+            Example(
+                tokens=tokens[start:end],
+                prompt_length=prompt_length,
+                fields={name: column[start:end] for name, column in columns.items()},
+            )
+            for start, end, prompt_length in zip(
+                bounds[:-1], bounds[1:], self.prompt_lengths, strict=True
+            )
+        ]
+
+
+def generate_rollout(  # noqa: PLR0913 - what a draw is keyed by, each named
+    policy: Network,
+    prompts: Sequence[Example],
+    sampling: SamplingConfig,
+    *,
+    eos_id: int,
+    seed: int,
+    first_sample_index: int,
+) -> Rollout:
+    """Sample one response to each prompt, data-parallel ranks sharing the prompts, and gather all of them.
+
+    Draw i is keyed by (seed, first_sample_index + i, position): a resume or another layout samples the same.
+    """
+    parallel = policy.parallel
+    mine = deal([len(p.tokens) for p in prompts], parallel.dp, parallel.dp_rank)
+    responses = list(
+        generate(
+            policy,
+            [prompts[i].tokens for i in mine],
+            sampling,
+            eos_id=eos_id,
+            seed=seed,
+            sample_indices=[first_sample_index + i for i in mine],
+        )
+    )
+    gathered: list[list[Response]] = [[]] * parallel.dp
+    dist.all_gather_object(gathered, responses, group=parallel.dp_group)
+    by_index = {r.sample_index - first_sample_index: r for part in gathered for r in part}
+    return _join(prompts, [by_index[i] for i in range(len(prompts))], parallel)
+
+
+def score_rollout(  # noqa: PLR0913 - the four roles, each named
+    rollout: Rollout,
+    *,
+    policy: Network,
+    reference: Network,
+    critic: Network,
+    reward_model: Network,
+    temperature: float,
+    micro_batch_tokens: int,
+    eos_rule: EosRule,
+    eos_penalty: float,
+) -> Rollout:
+    """Fill in logprobs, ref_logprobs, values and scores of a rollout.
+
+    The temperature of sampling divides the logits here too. EOS rules, for a response that hit the length limit:
+    "penalty" takes eos_penalty off its score, "replace" makes -eos_penalty its score, "none" leaves it.
+    """
+    parallel = policy.parallel
+    batches = pack_for(rollout.examples(), list(range(len(rollout))), parallel, micro_batch_tokens)
+    rollout.logprobs = _read(policy, batches, rollout, temperature=temperature)
+    rollout.ref_logprobs = _read(reference, batches, rollout, temperature=temperature)
+    readings = _read(critic, batches, rollout)
+    # A value is read one token before its own; a prompt has at least one token, so none crosses sequences.
+    rollout.values = values_of(readings).masked_fill(~rollout.response_mask, 0.0)
+    readings = _read(reward_model, batches, rollout)
+    rollout.raw_scores = readings[rollout.cu_seqlens[1:].long() - 1]
+    rollout.scores = apply_eos_rule(rollout.raw_scores, rollout.has_eos, eos_rule, eos_penalty)
+    return rollout
+
+
+def apply_eos_rule(scores: Tensor, has_eos: Tensor, rule: EosRule, penalty: float) -> Tensor:
+    """Return the scores [B] with the rule applied where has_eos [B] is False; see score_rollout."""
+    if rule == "penalty":
+        return torch.where(has_eos, scores, scores - penalty)
+    if rule == "replace":
+        return torch.where(has_eos, scores, torch.full_like(scores, -penalty))
+    return scores
+
+
+def score_texts(
+    reward_model: Network, examples: Sequence[Example], micro_batch_tokens: int
+) -> Tensor:
+    """Return the reward model's score [N] of every example, the same on every rank."""
+    parallel = reward_model.parallel
+    batches = pack_for(examples, list(range(len(examples))), parallel, micro_batch_tokens)
+    scores = torch.zeros(len(examples), device=parallel.device)
+    for batch, readings in zip(batches, forward(reward_model, batches), strict=True):
+        is_real = batch.sequence_ids >= 0
+        scores[batch.sequence_ids[is_real]] = last_token_readings(batch, readings)[is_real]
+    dist.all_reduce(scores, group=parallel.dp_group)
+    return scores
+
+
+def _read(
+    network: Network, batches: list[PackedBatch], rollout: Rollout, *, temperature: float = 1.0
+) -> Tensor:
+    """Return the network's output [T] in the rollout's order: each rank reads its share, and all sum up."""
+    full = torch.zeros(len(rollout.tokens), device=rollout.tokens.device)
+    starts = rollout.cu_seqlens[:-1].long()
+    outputs = forward(network, batches, temperature=temperature)
+    for batch, output in zip(batches, outputs, strict=True):
+        ids = torch.repeat_interleave(batch.sequence_ids, batch.cu_seqlens.diff().long())
+        is_real = ids >= 0
+        full[starts[ids[is_real]] + batch.positions[is_real]] = output[is_real]
+    dist.all_reduce(full, group=network.parallel.dp_group)
+    return full
+
+
+def _join(prompts: Sequence[Example], responses: list[Response], parallel: Parallel) -> Rollout:
+    """Lay prompts and responses end to end."""
+    tokens = [
+        np.concatenate([prompt.tokens, response.tokens])
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    lengths = np.array([len(t) for t in tokens])
+    prompt_lengths = np.array([len(p.tokens) for p in prompts])
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    response_mask = positions >= np.repeat(prompt_lengths, lengths)
+    sampled = np.zeros(len(positions), dtype=np.float32)
+    sampled[response_mask] = np.concatenate([r.logprobs for r in responses])
+    device = parallel.device
+    return Rollout(
+        tokens=torch.from_numpy(np.concatenate(tokens)).to(device),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(
+            device
+        ),
+        response_mask=torch.from_numpy(response_mask).to(device),
+        sampled_logprobs=torch.from_numpy(sampled).to(device),
+        has_eos=torch.tensor([r.has_eos for r in responses], device=device),
+        prompt_lengths=prompt_lengths.tolist(),
+    )

@@ -1,0 +1,64 @@
+"""The frame of a run: its ranks, its folder, its tokenizer, the configuration it was resolved to."""
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from engine.config import UserError, save_config
+from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.parallel import Parallel, ParallelLayout, start_parallel
+from models.sizes import SIZES, GPTSize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What every stage starts from."""
+
+    directory: Path
+    parallel: Parallel
+    tokenizer: Tokenizer
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where this run's checkpoints lie."""
+        return self.directory / "checkpoints"
+
+
+def start_run(
+    config: Any, *, directory: Path, layout: ParallelLayout, seed: int, tokenizer: Path
+) -> Run:
+    """Load the tokenizer, join the ranks, and write the run's folder: config.json and the tokenizer.
+
+    tokenizer may be a file, a folder, or an earlier run, whose tokenizer it then is.
+    """
+    # megatron-core tells every process that Transformer Engine and Apex are absent: they are, by design.
+    warnings.filterwarnings("ignore", module="megatron|torch.distributed|torch.jit")
+    loaded = load_tokenizer(tokenizer / "tokenizer" if (tokenizer / "tokenizer").exists() else tokenizer)
+    parallel = start_parallel(layout, seed)
+    if parallel.is_writer:
+        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+        loaded.save(directory / "tokenizer")
+        save_config(config, directory / "config.json")
+    dist.barrier()
+    return Run(directory=directory, parallel=parallel, tokenizer=loaded)
+
+
+def size_named(name: str, tokenizer: Tokenizer, context_length: int | None = None) -> GPTSize:
+    """Return the size of that name with the tokenizer's vocabulary; raises UserError for an unknown name."""
+    if name not in SIZES:
+        raise UserError(f"no size is named {name!r}; the sizes are {', '.join(SIZES)}")
+    size = dataclasses.replace(SIZES[name], vocab_size=tokenizer.vocab_size)
+    return dataclasses.replace(size, context_length=context_length or size.context_length)
+
+
+def require_path(path: Path | None, option: str) -> Path:
+    """Return the path, or raise UserError naming the option when it is missing or does not exist."""
+    if path is None:
+        raise UserError(f"--{option} is required")
+    if not path.exists():
+        raise UserError(f"--{option} {path}: no such file or folder")
+    return path

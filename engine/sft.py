@@ -1,0 +1,263 @@
+"""Supervised fine-tuning (InstructGPT 3.5 and C.1), the RLHF initialisation (C.3), and plain pretraining.
+
+One stage, three uses: demonstrations alone are SFT; demonstrations with a share of pretraining text give the
+policy that PPO starts from; pretraining text alone trains the base model.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.checkpoint import Checkpointer, load_weights, size_of
+from engine.config import UserError
+from engine.data.batches import Units
+from engine.data.demonstrations import demonstration_examples, read_demonstrations
+from engine.data.pretraining import open_token_file
+from engine.data.prompts import split_by_prompt
+from engine.feed import Feed
+from engine.losses import language_loss, mean_language_loss
+from engine.metrics import SFT_HEADLINE, Metrics
+from engine.network import Network, Numerics, build_network
+from engine.optimizer import AdamConfig, Optimizer
+from engine.parallel import ParallelLayout, seed_for_step
+from engine.run import Run, require_path, size_named, start_run
+from engine.step import forward_backward, reduce_metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTData:
+    """What the stage reads."""
+
+    train: Path | None = None
+    """Demonstrations {prompt, response}, .jsonl or .jsonl.gz; none: plain language modelling."""
+    valid: Path | None = None
+    """Held-out demonstrations; none: valid_fraction of the training prompts."""
+    valid_fraction: float = 0.05
+    """Share of the distinct prompts held out where no valid file is given."""
+    pretraining: Path | None = None
+    """Pretraining text {text}, .jsonl or .txt."""
+    pretraining_valid: Path | None = None
+    """Held-out pretraining text."""
+    pretraining_fraction: float = 0.0
+    """Share of the sequences, and weight in the loss, of pretraining text (paper, C.3: 10%; what it is a share of is not stated)."""
+    pretraining_tokens: int = 2048
+    """Length of a pretraining sequence in tokens (GPT-3: the context)."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted (paper, app. C: over 1k tokens)."""
+    max_tokens: int = 2048
+    """Longer sequences, prompt and response together, are dropped and counted (paper, app. C: 2k context)."""
+    prompt_suffix: str = "\n"
+    """Closes every prompt; the same in all stages. Our choice: the separator is not stated."""
+    skip_bad_lines: bool = False
+    """Count and report bad lines instead of stopping at the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """One supervised run."""
+
+    directory: Path = Path("runs/sft")
+    """The run's folder; a run that has checkpoints there continues from the newest."""
+    size: str = "tiny"
+    """Named size (models/sizes.py) of a model that starts from nothing; with init_from its size."""
+    init_from: Path | None = None
+    """A run or checkpoint whose policy the weights start from."""
+    tokenizer: Path | None = None
+    """Tokenizer file or folder; none: the one of init_from's run."""
+    data: SFTData = field(default_factory=SFTData)
+    """Files and limits."""
+    epochs: float = 16.0
+    """Passes over the demonstrations (paper, C.1: 16; C.3: 2), or over the pretraining text without any."""
+    batch_size: int = 32
+    """Sequences a step, demonstrations and pretraining together (paper, C.1: 32; 8 at 175B)."""
+    micro_batch_tokens: int = 8192
+    """Token budget of one forward pass on one rank; changes speed and memory, nothing else."""
+    adam: AdamConfig = field(default_factory=lambda: AdamConfig(lr=9.65e-6))
+    """Optimizer (paper, C.1: lr 9.65e-6, cosine to 10%, no warm-up)."""
+    dropout: float = 0.2
+    """Residual dropout (paper, C.1: 0.2)."""
+    numerics: Numerics = field(default_factory=Numerics)
+    """Dtype and recomputation."""
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    """Parallelism."""
+    seed: int = 0
+    """Shuffling, initialisation, dropout."""
+    eval_every: int = 0
+    """Steps between held-out losses; 0: only at the end."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+
+def train(config: SFTConfig) -> dict[str, float]:
+    """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
+    data = config.data
+    tokenizer_path = require_path(config.tokenizer or config.init_from, "tokenizer")
+    run = start_run(
+        config,
+        directory=config.directory,
+        layout=config.layout,
+        seed=config.seed,
+        tokenizer=tokenizer_path,
+    )
+    parallel = run.parallel
+    if config.init_from:
+        size = size_of(config.init_from, "policy")
+    else:
+        size = size_named(config.size, run.tokenizer)
+    network = build_network(
+        "language", size, parallel, numerics=config.numerics, dropout=config.dropout
+    )
+    if config.init_from:
+        load_weights(
+            network,
+            config.init_from,
+            role="policy",
+            tokenizer_fingerprint=run.tokenizer.fingerprint(),
+        )
+    train_units, valid_units, notes = _load_data(config, run, size.context_length)
+    feeds = _feeds(config, train_units, run)
+    lead = feeds.get("loss") or feeds["pretrain_loss"]
+    num_steps = lead.order.num_steps(config.epochs)
+    optimizer = Optimizer(network, config.adam, total_steps=num_steps)
+    checkpointer = Checkpointer(
+        directory=run.checkpoints,
+        parallel=parallel,
+        networks={"policy": network},
+        optimizers={"policy": optimizer},
+        keep=config.keep,
+        tokenizer_fingerprint=run.tokenizer.fingerprint(),
+    )
+    progress = checkpointer.resume() or {"step": 0}
+
+    values: dict[str, float] = progress.get("metrics", {})
+    with Metrics(
+        config.directory,
+        is_writer=parallel.is_writer,
+        num_steps=num_steps,
+        first_step=progress["step"],
+        headline=SFT_HEADLINE,
+    ) as metrics:
+        metrics.note(*notes)
+        for step in range(progress["step"], num_steps):
+            with metrics.phase("train"):
+                values = _train_step(step, network, optimizer, feeds, data.pretraining_fraction)
+            is_last = step + 1 == num_steps
+            if is_last or (config.eval_every and (step + 1) % config.eval_every == 0):
+                with metrics.phase("valid"):
+                    values |= _validate(network, valid_units, config.micro_batch_tokens)
+            values["train/epoch"] = lead.order.epoch(step + 1)
+            values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
+            metrics.log(step, values)
+            if is_last or (config.save_every and (step + 1) % config.save_every == 0):
+                checkpointer.save(step + 1, {"metrics": values})
+    return values
+
+
+def _train_step(
+    step: int,
+    network: Network,
+    optimizer: Optimizer,
+    feeds: dict[str, Feed],
+    pretraining_fraction: float,
+) -> dict[str, float]:
+    """One optimizer step on loss = (1 - f) x demonstrations + f x pretraining, each its mean over target tokens."""
+    parallel = network.parallel
+    seed_for_step(parallel, step)
+    optimizer.zero_gradients()
+    values: dict[str, float] = {}
+    num_tokens = 0
+    for name, feed in feeds.items():
+        share = pretraining_fraction if name == "pretrain_loss" else 1.0 - pretraining_fraction
+        found = forward_backward(
+            network,
+            feed.batches(step),
+            language_loss(feed.num_targets(step), name),
+            scale=share if len(feeds) > 1 else 1.0,
+        )
+        values |= {f"train/{k}": v for k, v in reduce_metrics(found, parallel).items()}
+        num_tokens += feed.num_tokens(step)
+    result = optimizer.step(step)
+    values |= {"train/grad_norm": result.grad_norm, "train/lr": result.lr}
+    values["train/tokens"] = float(num_tokens)
+    return values
+
+
+def _validate(network: Network, units: dict[str, Units], budget: int) -> dict[str, float]:
+    return {
+        f"valid/{name}": mean_language_loss(network, held_out, budget)
+        for name, held_out in units.items()
+    }
+
+
+def _feeds(config: SFTConfig, units: dict[str, Units], run: Run) -> dict[str, Feed]:
+    """Return the feed of each source; the fraction of the batch's sequences is rounded, at least one each."""
+    num_pretraining = config.batch_size
+    if "loss" in units:
+        num_pretraining = max(1, round(config.data.pretraining_fraction * config.batch_size))
+    sizes = {"loss": config.batch_size - num_pretraining, "pretrain_loss": num_pretraining}
+    if "pretrain_loss" not in units:
+        sizes["loss"] = config.batch_size
+    if "loss" in units and sizes["loss"] < 1:
+        raise UserError(f"batch_size {config.batch_size} leaves no room for demonstrations")
+    return {
+        name: Feed(
+            units=source,
+            batch_size=sizes[name],
+            micro_batch_tokens=config.micro_batch_tokens,
+            seed=config.seed,
+            parallel=run.parallel,
+        )
+        for name, source in units.items()
+    }
+
+
+def _load_data(
+    config: SFTConfig, run: Run, context_length: int
+) -> tuple[dict[str, Units], dict[str, Units], list[str]]:
+    """Return training and held-out units by loss name, and what reading them is to be told about."""
+    data = config.data
+    train: dict[str, Units] = {}
+    valid: dict[str, Units] = {}
+    notes: list[str] = []
+    if not 0.0 <= data.pretraining_fraction < 1.0:
+        raise UserError(
+            f"data.pretraining_fraction must be in [0, 1), got {data.pretraining_fraction}"
+        )
+    if data.train is not None:
+        records, report = read_demonstrations(data.train, skip_bad_lines=data.skip_bad_lines)
+        notes.append(f"{data.train}: {report}")
+        if data.valid is not None:
+            held_out, _ = read_demonstrations(data.valid, skip_bad_lines=data.skip_bad_lines)
+        else:
+            kept, out = split_by_prompt(
+                [r.prompt for r in records], data.valid_fraction, config.seed
+            )
+            held_out = [records[i] for i in out]
+            records = [records[i] for i in kept]
+        for units, name, chosen in ((train, "train", records), (valid, "valid", held_out)):
+            if not chosen:
+                continue
+            units["loss"], lengths = demonstration_examples(
+                chosen,
+                run.tokenizer,
+                max_length=min(data.max_tokens, context_length),
+                max_prompt_length=data.max_prompt_tokens,
+                prompt_suffix=data.prompt_suffix,
+            )
+            notes.append(f"demonstrations ({name}): {lengths}")
+    wants_pretraining = data.train is None or data.pretraining_fraction > 0
+    if wants_pretraining:
+        require_path(data.pretraining, "data.pretraining")
+        length = min(data.pretraining_tokens, context_length)
+        for units, path in ((train, data.pretraining), (valid, data.pretraining_valid)):
+            if path is not None:
+                tokens = open_token_file(
+                    path,
+                    run.tokenizer,
+                    config.directory / "tokens",
+                    skip_bad_lines=data.skip_bad_lines,
+                )
+                units["pretrain_loss"] = tokens.sequences(length)
+                notes.append(f"{path}: {tokens.report}, {len(tokens.tokens)} tokens")
+    return train, valid, notes

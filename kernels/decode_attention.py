@@ -1,0 +1,312 @@
+"""Attention of one new token a sequence over a paged key-value cache, and the append to it.
+
+    out[b, h] = softmax(scale * q[b, h] . K[b, :, h]) V[b, :, h]   over context_lengths[b] tokens
+
+Token n of sequence b lies in block block_tables[b, n // block_size] at n % block_size.
+
+A context is cut into splits of a fixed number of tokens, each with its own softmax (o, m, l), merged
+in order. The cut depends on the context alone, so the batch around a sequence changes no bit of it.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import next_power_of_2, num_warps_for, uses_triton
+
+_SPLIT = 256  # tokens of context a program attends to
+_BLOCK_TOKENS = 64  # of them at a time
+# Keys of one group of sequences, gathered for the CPU: small enough to stay in a core's cache.
+_GROUP_BYTES = 1 << 20
+
+
+@triton.jit
+def _append_kernel(
+    k_cache,
+    v_cache,  # [slots, heads, dim]
+    k_new,
+    v_new,  # [N, heads, dim], strided
+    slot_mapping,  # [N]
+    k_token_stride,
+    k_head_stride,
+    v_token_stride,
+    v_head_stride,
+    row_length,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = (column < row_length) & (slot >= 0)
+    head, element = column // DIM, column % DIM
+    at = slot * row_length + column
+    k = tl.load(k_new + token * k_token_stride + head * k_head_stride + element, mask=inside)
+    tl.store(k_cache + at, k, mask=inside)
+    v = tl.load(v_new + token * v_token_stride + head * v_head_stride + element, mask=inside)
+    tl.store(v_cache + at, v, mask=inside)
+
+
+@triton.jit
+def _split_kernel(
+    partial_out,  # [B, heads, splits, DIM] unnormalised
+    partial_state,  # [B, heads, splits, 2] maximum and sum
+    query,  # [B, heads, dim]
+    k_cache,
+    v_cache,  # [blocks, block_size, heads, dim]
+    block_tables,  # [B, max_blocks]
+    context_lengths,  # [B]
+    scale,
+    heads,
+    num_splits,
+    max_blocks,
+    block_size,
+    dim,
+    SPLIT: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    # One program a sequence, head and split: row = (sequence * heads + head) * splits + split.
+    row = tl.program_id(0).to(tl.int64)
+    split = row % num_splits
+    head = (row // num_splits) % heads
+    sequence = row // num_splits // heads
+    column = tl.arange(0, BLOCK_DIM)
+    in_dim = column < dim
+    q = tl.load(query + (sequence * heads + head) * dim + column, mask=in_dim, other=0.0)
+    q = q.to(tl.float32) * scale
+    maximum = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    out = tl.zeros((BLOCK_DIM,), tl.float32)
+    start = split * SPLIT
+    end = tl.minimum(start + SPLIT, tl.load(context_lengths + sequence).to(tl.int64))
+    for first in range(start, end, BLOCK_TOKENS):
+        token = first + tl.arange(0, BLOCK_TOKENS)
+        inside = token < end
+        table = block_tables + sequence * max_blocks + token // block_size
+        block = tl.load(table, mask=inside, other=0).to(tl.int64)
+        slot = block * block_size + token % block_size
+        at = (slot * heads + head)[:, None] * dim + column[None, :]
+        wanted = inside[:, None] & in_dim[None, :]
+        k = tl.load(k_cache + at, mask=wanted, other=0.0).to(tl.float32)
+        # One query a head: a product and a sum; there is no second query to fill a matrix unit.
+        logit = tl.where(inside, tl.sum(k * q[None, :], axis=1), float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(logit))
+        decay = tl.exp(maximum - new_maximum)
+        weight = tl.exp(logit - new_maximum)
+        v = tl.load(v_cache + at, mask=wanted, other=0.0).to(tl.float32)
+        out = out * decay + tl.sum(weight[:, None] * v, axis=0)
+        total = total * decay + tl.sum(weight)
+        maximum = new_maximum
+    tl.store(partial_out + row * BLOCK_DIM + column, out)
+    tl.store(partial_state + 2 * row, maximum)
+    tl.store(partial_state + 2 * row + 1, total)
+
+
+@triton.jit
+def _merge_kernel(
+    out,  # [B, heads, dim]
+    partial_out,
+    partial_state,
+    num_splits,
+    dim,
+    SPLITS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    inside = split < num_splits
+    column = tl.arange(0, BLOCK_DIM)
+    state = partial_state + 2 * (row * num_splits + split)
+    maximum = tl.load(state, mask=inside, other=float("-inf"))
+    total = tl.load(state + 1, mask=inside, other=0.0)
+    best = tl.max(maximum)
+    # An idle slot has no maximum: its weights are exp(-inf - 0) = 0, and so is its output.
+    weight = tl.exp(maximum - tl.where(best == float("-inf"), 0.0, best))
+    at = (row * num_splits + split)[:, None] * BLOCK_DIM + column[None, :]
+    parts = tl.load(partial_out + at, mask=inside[:, None], other=0.0)
+    numerator = tl.sum(parts * weight[:, None], axis=0)
+    denominator = tl.sum(total * weight)
+    result = numerator / tl.where(denominator == 0, 1.0, denominator)
+    tl.store(out + row * dim + column, result, mask=column < dim)
+
+
+@torch.library.custom_op("trident::append_kv", mutates_args=("k_cache", "v_cache"))
+def _append_kv(
+    k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    num_tokens, heads, dim = k_new.shape
+    if num_tokens == 0:
+        return
+    k_new, v_new = (x if x.stride(2) == 1 else x.contiguous() for x in (k_new, v_new))
+    block = next_power_of_2(heads * dim)
+    with torch.cuda.device_of(k_cache):
+        _append_kernel[(num_tokens,)](
+            k_cache,
+            v_cache,
+            k_new,
+            v_new,
+            slot_mapping.contiguous(),
+            *k_new.stride()[:2],
+            *v_new.stride()[:2],
+            heads * dim,
+            DIM=dim,
+            BLOCK=block,
+            num_warps=num_warps_for(block),
+        )
+
+
+@torch.library.custom_op("trident::decode_attention", mutates_args=())
+def _decode_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lengths: Tensor,
+    scale: float,
+) -> Tensor:
+    batch, heads, dim = query.shape
+    block_size, max_blocks = k_cache.shape[1], block_tables.shape[1]
+    out = torch.empty(batch, heads, dim, dtype=query.dtype, device=query.device)
+    num_splits = max(1, triton.cdiv(max_blocks * block_size, _SPLIT))
+    block_dim, rows = next_power_of_2(dim), batch * heads
+    if rows == 0:
+        return out
+    fp32 = {"dtype": torch.float32, "device": query.device}
+    partial_out = torch.empty(rows, num_splits, block_dim, **fp32)
+    partial_state = torch.empty(rows, num_splits, 2, **fp32)
+    with torch.cuda.device_of(query):
+        _split_kernel[(rows * num_splits,)](
+            partial_out,
+            partial_state,
+            query.contiguous(),
+            k_cache,
+            v_cache,
+            block_tables.contiguous(),
+            context_lengths.contiguous(),
+            scale,
+            heads,
+            num_splits,
+            max_blocks,
+            block_size,
+            dim,
+            SPLIT=_SPLIT,
+            BLOCK_TOKENS=_BLOCK_TOKENS,
+            BLOCK_DIM=block_dim,
+            num_warps=4,
+        )
+        _merge_kernel[(rows,)](
+            out,
+            partial_out,
+            partial_state,
+            num_splits,
+            dim,
+            SPLITS=next_power_of_2(num_splits),
+            BLOCK_DIM=block_dim,
+            num_warps=1,
+        )
+    return out
+
+
+@_decode_attention.register_fake
+def _(query: Tensor, *_: object) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+def append_kv_reference(
+    k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """`append_kv` in plain torch: the specification and the CPU path."""
+    is_kept = slot_mapping >= 0
+    if not is_kept.all():
+        k_new, v_new, slot_mapping = k_new[is_kept], v_new[is_kept], slot_mapping[is_kept]
+    slots = slot_mapping.to(torch.int64)
+    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k_new.to(k_cache.dtype))
+    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v_new.to(v_cache.dtype))
+
+
+def decode_attention_reference(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lengths: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """`decode_attention` in plain torch: the specification and the CPU path.
+
+    Sequences are gathered in groups of like length: little padding, and the gathered keys and
+    values are still in cache when they are read, which makes it twice as fast as one gather.
+    """
+    num_blocks, block_size, heads, dim = k_cache.shape
+    keys, values = k_cache.view(num_blocks, -1), v_cache.view(num_blocks, -1)
+    out = torch.zeros_like(query)
+    token_bytes = heads * dim * k_cache.element_size()
+    lengths, order = context_lengths.sort()
+    start = int((lengths == 0).sum())
+    while start < len(order):
+        # Ascending lengths: the group ends where its longest member would overflow the cache.
+        size = torch.arange(1, len(order) - start + 1)
+        fits = size * lengths[start:] * token_bytes <= _GROUP_BYTES
+        stop = start + max(1, int(fits.sum()))
+        rows, longest = order[start:stop], int(lengths[stop - 1])
+        blocks = block_tables[rows, : -(-longest // block_size)]
+        shape = (len(rows), blocks.shape[1] * block_size, heads, dim)
+        group_keys = keys.index_select(0, blocks.reshape(-1)).view(shape).transpose(1, 2)
+        group_values = values.index_select(0, blocks.reshape(-1)).view(shape).transpose(1, 2)
+        inside = torch.arange(shape[1]) < lengths[start:stop, None]
+        out[rows] = F.scaled_dot_product_attention(
+            query[rows, :, None],
+            group_keys,
+            group_values,
+            attn_mask=inside[:, None, None],
+            scale=scale,
+        )[:, :, 0]
+        start = stop
+    return out
+
+
+def _check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError("k_cache and v_cache must be contiguous: [blocks, block_size, heads, dim]")
+
+
+def append_kv(
+    k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Write new tokens' keys and values into the cache, in place.
+
+    k_new, v_new [N, heads, dim]; k_cache, v_cache [blocks, block_size, heads, dim]; slot_mapping
+    [N] holds block * block_size + offset, or -1 for a token that is not kept.
+    """
+    _check_caches(k_cache, v_cache)
+    if uses_triton(k_cache):
+        _append_kv(k_new.to(k_cache.dtype), v_new.to(v_cache.dtype), k_cache, v_cache, slot_mapping)
+        return
+    append_kv_reference(k_new, v_new, k_cache, v_cache, slot_mapping)
+
+
+def decode_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lengths: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """[B, heads, dim] attention of one query a sequence over its cached tokens.
+
+    query [B, heads, dim]; caches [blocks, block_size, heads, dim]; block_tables [B, max_blocks]
+    int32, read only as far as the context reaches; context_lengths [B] int32, the new token
+    included. A length of 0 (an idle slot) gives zeros.
+    """
+    _check_caches(k_cache, v_cache)
+    if uses_triton(query):
+        return _decode_attention(query, k_cache, v_cache, block_tables, context_lengths, scale)
+    return decode_attention_reference(
+        query, k_cache, v_cache, block_tables, context_lengths, scale=scale
+    )

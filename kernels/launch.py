@@ -1,0 +1,130 @@
+"""Can Triton run on this tensor, and with which block size and how many warps.
+
+A CUDA tensor runs compiled kernels. A CPU tensor runs the plain torch reference, or, where
+`TRITON_INTERPRET=1` was set before `kernels` was imported and still is, the same kernels in
+Triton's interpreter. Triton decides at decoration, so setting the variable later does nothing;
+clearing it later returns CPU tensors to the reference.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_DECORATED_FOR_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one program of a kernel is shaped."""
+
+    block: int
+    """Elements a program handles at a time; a power of two."""
+    num_warps: int
+    """Warps a program runs on."""
+
+
+# Starting points by architecture; "default" serves the architectures without an entry.
+# Rows of a vocabulary are read in blocks of 2048 to 4096: whole rows spill above 32K columns.
+_TABLE: dict[str, dict[str, LaunchConfig]] = {
+    "default": {
+        "row_state": LaunchConfig(4096, 8),
+        "row_gradient": LaunchConfig(4096, 8),
+        "kl_state": LaunchConfig(2048, 8),
+        "kl_gradient": LaunchConfig(2048, 8),
+    },
+    "sm80": {
+        "row_state": LaunchConfig(2048, 8),
+        "row_gradient": LaunchConfig(2048, 8),
+    },
+    # The interpreter runs on short rows, in tests: blocks small enough that a row takes several.
+    "cpu": {
+        "row_state": LaunchConfig(64, 1),
+        "row_gradient": LaunchConfig(64, 1),
+        "kl_state": LaunchConfig(64, 1),
+        "kl_gradient": LaunchConfig(64, 1),
+    },
+}
+_tuned: dict[str, dict[str, LaunchConfig]] = {}
+
+
+def interpreting() -> bool:
+    """True when kernels run in Triton's interpreter: set at import and not cleared since."""
+    return _DECORATED_FOR_INTERPRETER and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """True when the Triton kernel runs for this tensor, False when the torch reference does."""
+    return tensor.is_cuda or interpreting()
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, and at least 1."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def num_warps_for(block: int) -> int:
+    """Warps that give each thread 4 to 8 elements of a block: 1 up to 256, 16 from 4096."""
+    return min(16, max(1, next_power_of_2(block) // 256))
+
+
+def architecture(device: torch.device) -> str:
+    """The key of the tables: "sm90" for a CUDA device of capability 9.0, "cpu" for the rest."""
+    if device.type != "cuda":
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+def config_for(kernel: str, columns: int, device: torch.device) -> LaunchConfig:
+    """The tuned, else the static configuration of a kernel, its block capped at the row length.
+
+    It depends on the architecture and the row length alone, never on the number of tokens, so
+    every tensor-parallel rank and every micro-batch runs the same sum order.
+    """
+    name = architecture(device)
+    config = _tuned.get(name, {}).get(kernel) or _TABLE.get(name, {}).get(kernel)
+    config = config or _TABLE["default"][kernel]
+    block = next_power_of_2(columns)
+    return config if block >= config.block else LaunchConfig(block, num_warps_for(block))
+
+
+def load_tuning(path: str | Path) -> None:
+    """Use the configurations a tuner wrote to a JSON file: {architecture: {kernel: config}}."""
+    for name, kernels in json.loads(Path(path).read_text()).items():
+        entries = {kernel: LaunchConfig(**config) for kernel, config in kernels.items()}
+        _tuned.setdefault(name, {}).update(entries)
+
+
+def tune(
+    kernel: str,
+    run: Callable[[], object],
+    candidates: Iterable[LaunchConfig],
+    path: str | Path,
+    *,
+    device: torch.device,
+) -> LaunchConfig:
+    """The fastest candidate for `run`, used from here on and written to the JSON file at `path`.
+
+    Opt-in and run by one process: `run` must give the same result when repeated, and the other
+    ranks read the file with `load_tuning`.
+    """
+    from triton.testing import do_bench
+
+    entries = _tuned.setdefault(architecture(device), {})
+    seconds: dict[LaunchConfig, float] = {}
+    for candidate in candidates:
+        entries[kernel] = candidate
+        seconds[candidate] = do_bench(run)
+    entries[kernel] = min(seconds, key=seconds.__getitem__)
+    Path(path).write_text(
+        json.dumps(
+            {name: {k: asdict(c) for k, c in tuned.items()} for name, tuned in _tuned.items()},
+            indent=1,
+        )
+    )
+    return entries[kernel]

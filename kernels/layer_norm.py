@@ -1,0 +1,257 @@
+"""Layer norm with optional residual add: fp32 statistics, deterministic weight gradients.
+
+    h = x + residual                      (rounded to x's dtype: the new residual stream)
+    n = (h - mean(h)) / sqrt(var(h) + eps)
+    y = n * weight + bias
+
+Backward, with g = dy * weight and means over the row:
+
+    dh = (g - mean(g) - n mean(g n)) / sqrt(var + eps)  [+ gradient of h from elsewhere]
+    dweight = sum over rows of dy n,   dbias = sum over rows of dy
+
+The two sums are taken by a fixed number of programs over fixed rows, then over the programs.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from kernels.launch import next_power_of_2, num_warps_for, uses_triton
+
+
+@triton.jit
+def _forward_kernel(
+    y,  # [rows, H]
+    hidden,  # [rows, H]: x + residual, or None
+    statistics,  # [2, rows] mean, 1 / standard deviation
+    x,
+    residual,  # or None
+    weight,
+    bias,  # [H]
+    eps,
+    row_length,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < row_length
+    at = row * row_length + column
+    h = tl.load(x + at, mask=inside, other=0.0).to(ACC)
+    if residual is not None:
+        h += tl.load(residual + at, mask=inside, other=0.0).to(ACC)
+        # Normalise what the next layer will read, not the unrounded sum.
+        h = h.to(hidden.dtype.element_ty)
+        tl.store(hidden + at, h, mask=inside)
+        h = h.to(ACC)
+    mean = tl.sum(h) / row_length
+    centered = tl.where(inside, h - mean, 0.0)
+    variance = tl.sum(centered * centered) / row_length
+    rstd = 1.0 / tl.sqrt(variance + tl.cast(eps, ACC))
+    w = tl.load(weight + column, mask=inside, other=0.0).to(ACC)
+    b = tl.load(bias + column, mask=inside, other=0.0).to(ACC)
+    tl.store(y + at, centered * rstd * w + b, mask=inside)
+    tl.store(statistics + row, mean)
+    tl.store(statistics + tl.num_programs(0) + row, rstd)
+
+
+@triton.jit
+def _backward_kernel(
+    dh,  # [rows, H]
+    dweight,  # [programs, H]
+    dbias,  # [programs, H]
+    dy,
+    dhidden,  # [rows, H] gradient that reaches x + residual directly, or None
+    h,
+    statistics,  # [2, rows]
+    weight,
+    num_rows,
+    row_length,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < row_length
+    weight_sum = tl.zeros((BLOCK,), ACC)
+    bias_sum = tl.zeros((BLOCK,), ACC)
+    for row in range(program, num_rows, tl.num_programs(0)):
+        at = row * row_length + column
+        mean = tl.load(statistics + row)
+        rstd = tl.load(statistics + num_rows + row)
+        upstream = tl.load(dy + at, mask=inside, other=0.0).to(ACC)
+        normed = (tl.load(h + at, mask=inside, other=0.0).to(ACC) - mean) * rstd
+        normed = tl.where(inside, normed, 0.0)
+        weight_sum += upstream * normed
+        bias_sum += upstream
+        # Read again for each row: held across the loop, a wide weight costs the registers.
+        g = upstream * tl.load(weight + column, mask=inside, other=0.0).to(ACC)
+        slope = tl.sum(g * normed) / row_length
+        grad = rstd * (g - tl.sum(g) / row_length - normed * slope)
+        if dhidden is not None:
+            grad += tl.load(dhidden + at, mask=inside, other=0.0).to(ACC)
+        tl.store(dh + at, grad, mask=inside)
+    tl.store(dweight + program * row_length + column, weight_sum, mask=inside)
+    tl.store(dbias + program * row_length + column, bias_sum, mask=inside)
+
+
+def _num_warps(block: int) -> int:
+    """Wide rows take all the warps there are, or the weight's sums spill from the registers."""
+    return 32 if block >= 8192 else num_warps_for(block)
+
+
+def _num_programs(rows: Tensor) -> int:
+    """Programs of the backward pass: what fills the device, whatever the number of rows."""
+    if not rows.is_cuda:
+        return 4
+    num_warps = _num_warps(next_power_of_2(rows.shape[1]))
+    multiprocessors = torch.cuda.get_device_properties(rows.device).multi_processor_count
+    return multiprocessors * max(1, 16 // num_warps)
+
+
+def _acc(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+@torch.library.custom_op("trident::layer_norm", mutates_args=())
+def _layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, x + residual or nothing, statistics [2, rows]) of x [rows, H]."""
+    num_rows, row_length = x.shape
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    y = torch.empty_like(x)
+    hidden = x.new_empty(0) if residual is None else torch.empty_like(x)
+    statistics = torch.empty(2, num_rows, dtype=dtype, device=x.device)
+    block = next_power_of_2(row_length)
+    if num_rows > 0:
+        with torch.cuda.device_of(x):
+            _forward_kernel[(num_rows,)](
+                y,
+                None if residual is None else hidden,
+                statistics,
+                x,
+                residual,
+                weight,
+                bias,
+                eps,
+                row_length,
+                ACC=_acc(dtype),
+                BLOCK=block,
+                num_warps=_num_warps(block),
+            )
+    return y, hidden, statistics
+
+
+@_layer_norm.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty(2, len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    hidden = x.new_empty(0) if residual is None else torch.empty_like(x)
+    return torch.empty_like(x), hidden, statistics
+
+
+@torch.library.custom_op("trident::layer_norm_backward", mutates_args=())
+def _layer_norm_backward(
+    dy: Tensor, dhidden: Tensor | None, h: Tensor, statistics: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dh [rows, H], dweight [programs, H], dbias [programs, H])."""
+    num_rows, row_length = h.shape
+    programs = _num_programs(h)
+    dh = torch.empty_like(h)
+    dweight = torch.empty(programs, row_length, dtype=statistics.dtype, device=h.device)
+    dbias = torch.empty_like(dweight)
+    block = next_power_of_2(row_length)
+    with torch.cuda.device_of(h):
+        _backward_kernel[(programs,)](
+            dh,
+            dweight,
+            dbias,
+            dy,
+            dhidden,
+            h,
+            statistics,
+            weight,
+            num_rows,
+            row_length,
+            ACC=_acc(statistics.dtype),
+            BLOCK=block,
+            num_warps=_num_warps(block),
+        )
+    return dh, dweight, dbias
+
+
+@_layer_norm_backward.register_fake
+def _(
+    dy: Tensor, dhidden: Tensor | None, h: Tensor, statistics: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    partial = torch.empty(_num_programs(h), h.shape[1], dtype=statistics.dtype, device=h.device)
+    return torch.empty_like(h), partial, torch.empty_like(partial)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """(x, weight, bias, residual or None) to y, or to (y, x + residual)."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        if residual is not None:
+            residual = residual.reshape(rows.shape).contiguous()
+        y, hidden, statistics = _layer_norm(rows, weight, bias, residual, eps)
+        ctx.save_for_backward(rows if residual is None else hidden, statistics, weight)
+        ctx.bias_dtype = bias.dtype
+        ctx.set_materialize_grads(False)
+        return y.view(x.shape), None if residual is None else hidden.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: FunctionCtx, dy: Tensor | None, dhidden: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        h, statistics, weight = ctx.saved_tensors
+        if dy is None:
+            return dhidden, None, None, dhidden, None
+        if dhidden is not None:
+            dhidden = dhidden.reshape(h.shape).contiguous()
+        rows = dy.reshape(h.shape).contiguous()
+        dh, dweight, dbias = _layer_norm_backward(rows, dhidden, h, statistics, weight)
+        dh = dh.view(dy.shape)
+        dresidual = dh if ctx.needs_input_grad[3] else None
+        dweight, dbias = dweight.sum(0).to(weight.dtype), dbias.sum(0).to(ctx.bias_dtype)
+        return dh, dweight, dbias, dresidual, None
+
+
+def layer_norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`layer_norm` in plain torch: the specification and the CPU path."""
+    hidden = x if residual is None else x + residual
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    row = (x.shape[-1],)
+    normed = F.layer_norm(hidden.to(dtype), row, weight.to(dtype), bias.to(dtype), eps)
+    return normed.to(x.dtype) if residual is None else (normed.to(x.dtype), hidden)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalised rows of x in x's dtype; with a residual, (normalised, x + residual).
+
+    x, residual [..., H] of one dtype; weight, bias [H] of that dtype or fp32. Differentiable in all
+    four; the weights' gradients are summed over rows in a fixed order.
+    """
+    if not uses_triton(x):
+        return layer_norm_reference(x, weight, bias, eps=eps, residual=residual)
+    y, hidden = _LayerNorm.apply(x, weight, bias, residual, eps)
+    return y if residual is None else (y, hidden)

@@ -1,0 +1,426 @@
+"""Clipped policy and value losses of PPO over packed tokens, forward and backward together.
+
+    ratio   = exp(logprob - old_logprob),   A = (advantage - mean) * rstd
+    policy  = sum of max(-A ratio, -A clip(ratio, 1 - c, 1 + c)) / num_tokens
+    value   = sum of 0.5 max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2) / num_tokens
+
+num_tokens counts the response tokens of the whole minibatch over all micro-batches and ranks, so
+that losses and gradients add up to the same numbers in every layout. Where the two branches tie,
+the unclipped one is taken: at ratio 1 the gradient is -A. (Schulman et al. 2017, eq. 7.)
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from kernels.gae import exp_remainder
+from kernels.launch import next_power_of_2, num_warps_for, uses_triton
+from kernels.moments import Whitening, block_moments, masked_moments, merge_block_moments
+
+_BLOCK = 1024  # tokens a program
+_NUM_PARTIALS = 13  # rows a program leaves for the reduction
+_NUM_SUMS = 14  # numbers the reduction leaves for the caller
+
+
+class PolicyLoss(NamedTuple):
+    """0-d device tensors. All but the extremes add up over micro-batches and ranks."""
+
+    loss: Tensor
+    """Differentiable in the new logprobs."""
+    clip_fraction: Tensor
+    """Share of tokens whose clipped branch is the larger one."""
+    kl_k1: Tensor
+    """Mean of old - new logprob: estimates KL(old || new), nats per token."""
+    kl_k3: Tensor
+    """Mean of ratio - 1 - log ratio: the same, never negative."""
+    ratio_min: Tensor
+    """Smallest ratio; 1 without tokens. Merged with min."""
+    ratio_max: Tensor
+    """Largest ratio; 1 without tokens. Merged with max."""
+
+
+class ValueLoss(NamedTuple):
+    """Device tensors; loss and clip_fraction add up over micro-batches and ranks."""
+
+    loss: Tensor
+    """0-d, differentiable in the new values."""
+    clip_fraction: Tensor
+    """0-d share of tokens whose clipped branch is the larger one."""
+    return_moments: Tensor
+    """[3] of the returns, for `kernels.moments`."""
+    error_moments: Tensor
+    """[3] of return - value; with return_moments they give the explained variance."""
+
+
+@triton.jit
+def _scale(token_count, ACC: tl.constexpr):
+    return 1.0 / tl.maximum(tl.load(token_count).to(ACC), 1.0)
+
+
+@triton.jit
+def _policy_token(log_ratio, advantage, cliprange):
+    """(loss, derivative by the new logprob, is clipped) of each token."""
+    ratio = tl.exp(log_ratio)
+    unclipped = -advantage * ratio
+    clipped = -advantage * tl.minimum(tl.maximum(ratio, 1 - cliprange), 1 + cliprange)
+    # d/dlogprob of -A ratio is -A ratio; the clipped branch is the larger only where it is flat.
+    is_clipped = clipped > unclipped
+    loss = tl.where(is_clipped, clipped, unclipped)  # a NaN stays one; tl.maximum would drop it
+    return loss, tl.where(is_clipped, 0.0, unclipped), is_clipped
+
+
+@triton.jit
+def _value_token(value, old_value, target, cliprange):
+    """(loss, derivative by the new value, is clipped) of each token."""
+    near_old = tl.minimum(tl.maximum(value, old_value - cliprange), old_value + cliprange)
+    unclipped = (value - target) * (value - target)
+    clipped = (near_old - target) * (near_old - target)
+    is_clipped = clipped > unclipped
+    derivative = tl.where(is_clipped, 0.0, value - target)
+    return 0.5 * tl.where(is_clipped, clipped, unclipped), derivative, is_clipped
+
+
+@triton.jit
+def _ppo_kernel(
+    partials,  # [13, programs]
+    policy_derivative,  # [T]; None, with the three after it, to leave the policy out
+    logprobs,
+    old_logprobs,
+    advantages,
+    value_derivative,  # [T]; None, with the three after it, to leave the value function out
+    values,
+    old_values,
+    returns,
+    response_mask,  # [T]
+    token_count,  # [] of the whole minibatch
+    mean_ptr,  # [], or None with rstd_ptr
+    rstd_ptr,
+    cliprange,
+    value_cliprange,
+    num_tokens,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    t = program * BLOCK + tl.arange(0, BLOCK)
+    in_range = t < num_tokens
+    inside = in_range & (tl.load(response_mask + t, mask=in_range, other=0) != 0)
+    scale = _scale(token_count, ACC)
+    count = tl.sum(inside.to(ACC))
+    part = partials + program
+    row = tl.num_programs(0)
+    tl.store(part, count)
+    if policy_derivative is not None:
+        logprob = tl.load(logprobs + t, mask=inside, other=0.0).to(ACC)
+        log_ratio = logprob - tl.load(old_logprobs + t, mask=inside, other=0.0).to(ACC)
+        advantage = tl.load(advantages + t, mask=inside, other=0.0).to(ACC)
+        if mean_ptr is not None:
+            advantage = (advantage - tl.load(mean_ptr).to(ACC)) * tl.load(rstd_ptr).to(ACC)
+            advantage = tl.where(inside, advantage, 0.0)
+        loss, derivative, is_clipped = _policy_token(log_ratio, advantage, tl.cast(cliprange, ACC))
+        tl.store(policy_derivative + t, derivative * scale, mask=in_range)
+        tl.store(part + row, tl.sum(loss))
+        tl.store(part + 2 * row, tl.sum(is_clipped.to(ACC)))
+        tl.store(part + 3 * row, -tl.sum(log_ratio))
+        tl.store(part + 4 * row, tl.sum(exp_remainder(log_ratio)))
+        tl.store(part + 5 * row, tl.min(tl.where(inside, log_ratio, float("inf"))))
+        tl.store(part + 6 * row, tl.max(tl.where(inside, log_ratio, float("-inf"))))
+    if value_derivative is not None:
+        value = tl.load(values + t, mask=inside, other=0.0).to(ACC)
+        old_value = tl.load(old_values + t, mask=inside, other=0.0).to(ACC)
+        target = tl.load(returns + t, mask=inside, other=0.0).to(ACC)
+        loss, derivative, is_clipped = _value_token(
+            value, old_value, target, tl.cast(value_cliprange, ACC)
+        )
+        tl.store(value_derivative + t, derivative * scale, mask=in_range)
+        tl.store(part + 7 * row, tl.sum(loss))
+        tl.store(part + 8 * row, tl.sum(is_clipped.to(ACC)))
+        mean, squares = block_moments(target, inside, count)
+        tl.store(part + 9 * row, mean)
+        tl.store(part + 10 * row, squares)
+        mean, squares = block_moments(target - value, inside, count)
+        tl.store(part + 11 * row, mean)
+        tl.store(part + 12 * row, squares)
+
+
+@triton.jit
+def _reduce_kernel(
+    sums,  # [14] in the order of the fields of PolicyLoss, then ValueLoss
+    partials,  # [13, programs]
+    token_count,
+    num_programs,
+    HAS_POLICY: tl.constexpr,
+    HAS_VALUE: tl.constexpr,
+    ACC: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    # One program adds up all partials: the number of tokens alone fixes the order.
+    lane = tl.arange(0, PROGRAMS)
+    inside = lane < num_programs
+    part = partials + lane
+    count = tl.load(part, mask=inside, other=0.0)
+    total = tl.sum(count)
+    scale = _scale(token_count, ACC)
+    if HAS_POLICY:
+        for i in tl.static_range(4):
+            terms = tl.load(part + (1 + i) * num_programs, mask=inside, other=0.0)
+            tl.store(sums + i, tl.sum(terms) * scale)
+        lowest = tl.load(part + 5 * num_programs, mask=inside, other=float("inf"))
+        highest = tl.load(part + 6 * num_programs, mask=inside, other=float("-inf"))
+        tl.store(sums + 4, tl.where(total > 0, tl.exp(tl.min(lowest)), 1.0))
+        tl.store(sums + 5, tl.where(total > 0, tl.exp(tl.max(highest)), 1.0))
+    if HAS_VALUE:
+        for i in tl.static_range(2):
+            terms = tl.load(part + (7 + i) * num_programs, mask=inside, other=0.0)
+            tl.store(sums + 6 + i, tl.sum(terms) * scale)
+            mean = tl.load(part + (9 + 2 * i) * num_programs, mask=inside, other=0.0)
+            squares = tl.load(part + (10 + 2 * i) * num_programs, mask=inside, other=0.0)
+            mean, squares = merge_block_moments(count, mean, squares)
+            tl.store(sums + 8 + 3 * i, total)
+            tl.store(sums + 9 + 3 * i, mean)
+            tl.store(sums + 10 + 3 * i, squares)
+
+
+@torch.library.custom_op("trident::ppo_loss", mutates_args=())
+def _ppo_loss(
+    policy: list[Tensor],
+    value: list[Tensor],
+    mask: Tensor,
+    num_tokens: Tensor,
+    whitening: list[Tensor],
+    cliprange: float,
+    value_cliprange: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """([14] sums, d loss / d logprobs [T or 0], d loss / d values [T or 0]).
+
+    policy holds logprobs, old_logprobs, advantages; value holds values, old_values, returns;
+    whitening a mean and an rstd. Each may be empty.
+    """
+    options = {"dtype": _dtype(policy, value), "device": mask.device}
+    acc = tl.float64 if options["dtype"] == torch.float64 else tl.float32
+    tokens = len(mask)
+    programs = triton.cdiv(tokens, _BLOCK)
+    sums = torch.zeros(_NUM_SUMS, **options)
+    partials = torch.empty(_NUM_PARTIALS, programs, **options)
+    derivatives = [torch.empty(tokens if part else 0, **options) for part in (policy, value)]
+    pointers: list[Tensor | None] = []
+    for derivative, part in zip(derivatives, (policy, value), strict=True):
+        pointers += [derivative, *(x.contiguous() for x in part)] if part else [None] * 4
+    with torch.cuda.device_of(mask):
+        if programs > 0:
+            _ppo_kernel[(programs,)](
+                partials,
+                *pointers,
+                mask.contiguous(),
+                num_tokens,
+                *(whitening or (None, None)),
+                cliprange,
+                value_cliprange,
+                tokens,
+                ACC=acc,
+                BLOCK=_BLOCK,
+                num_warps=num_warps_for(_BLOCK),
+            )
+        _reduce_kernel[(1,)](
+            sums,
+            partials,
+            num_tokens,
+            programs,
+            HAS_POLICY=bool(policy),
+            HAS_VALUE=bool(value),
+            ACC=acc,
+            PROGRAMS=next_power_of_2(programs),
+        )
+    return sums, derivatives[0], derivatives[1]
+
+
+def _dtype(policy: list[Tensor], value: list[Tensor]) -> torch.dtype:
+    """fp32, or fp64 for the gradient checks."""
+    return torch.promote_types((policy or value)[0].dtype, torch.float32)
+
+
+@_ppo_loss.register_fake
+def _(
+    policy: list[Tensor], value: list[Tensor], mask: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = (_NUM_SUMS, len(mask) if policy else 0, len(mask) if value else 0)
+    first, second, third = (mask.new_empty(n, dtype=_dtype(policy, value)) for n in sizes)
+    return first, second, third
+
+
+class _PpoLoss(torch.autograd.Function):
+    """(logprobs or None, values or None) to (policy loss, value loss, sums); keeps derivatives."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        logprobs: Tensor | None,
+        values: Tensor | None,
+        policy: list[Tensor],
+        value: list[Tensor],
+        *rest: object,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        sums, *derivatives = _ppo_loss(policy, value, *rest)
+        ctx.save_for_backward(*derivatives)
+        ctx.dtypes = [None if x is None else x.dtype for x in (logprobs, values)]
+        ctx.mark_non_differentiable(sums)
+        ctx.set_materialize_grads(False)
+        return sums[0].clone(), sums[6].clone(), sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads = [
+            None if dtype is None or grad is None else (grad * derivative).to(dtype)
+            for grad, derivative, dtype in zip(
+                upstream[:2], ctx.saved_tensors, ctx.dtypes, strict=True
+            )
+        ]
+        return *grads, *[None] * 7
+
+
+def policy_loss_reference(
+    policy: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor,
+    num_tokens: Tensor,
+    cliprange: float,
+    whitening: Whitening | None,
+) -> PolicyLoss:
+    """`policy_loss` in plain torch: the specification and the CPU path."""
+    dtype = torch.promote_types(policy[0].dtype, torch.float32)
+    logprob, old_logprob, advantage = (x.to(dtype) for x in policy)
+    if whitening is not None:
+        advantage = (advantage - whitening.mean) * whitening.rstd
+    advantage = torch.where(mask, advantage, 0)
+    log_ratio = torch.where(mask, logprob - old_logprob, 0)
+
+    ratio = log_ratio.exp()
+    unclipped = -advantage * ratio
+    clipped = -advantage * ratio.clamp(1 - cliprange, 1 + cliprange)
+    scale = 1 / num_tokens.to(dtype).clamp(min=1)
+    loss = torch.maximum(unclipped, clipped).sum() * scale
+    with torch.no_grad():
+        ratios = ratio[mask] if mask.any() else ratio.new_ones(1)
+        return PolicyLoss(
+            loss=loss,
+            clip_fraction=(clipped > unclipped).sum() * scale,
+            kl_k1=-log_ratio.sum() * scale,
+            kl_k3=(log_ratio.expm1() - log_ratio).sum() * scale,
+            ratio_min=ratios.min(),
+            ratio_max=ratios.max(),
+        )
+
+
+def value_loss_reference(
+    value: tuple[Tensor, Tensor, Tensor], mask: Tensor, num_tokens: Tensor, cliprange: float
+) -> ValueLoss:
+    """`value_loss` in plain torch: the specification and the CPU path."""
+    dtype = torch.promote_types(value[0].dtype, torch.float32)
+    new, old, target = (torch.where(mask, x.to(dtype), 0) for x in value)
+    unclipped = (new - target).square()
+    clipped = (new.clamp(old - cliprange, old + cliprange) - target).square()
+    scale = 1 / num_tokens.to(dtype).clamp(min=1)
+    loss = 0.5 * torch.maximum(unclipped, clipped).sum() * scale
+    with torch.no_grad():
+        return ValueLoss(
+            loss=loss,
+            clip_fraction=(clipped > unclipped).sum() * scale,
+            return_moments=masked_moments(target, mask),
+            error_moments=masked_moments(target - new, mask),
+        )
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    num_tokens: Tensor,
+    *,
+    cliprange: float = 0.2,
+    whitening: Whitening | None = None,
+) -> PolicyLoss:
+    """Clipped policy loss, differentiable in `logprobs`, and its metrics.
+
+    logprobs, old_logprobs, advantages [T]; mask [T] bool; num_tokens 0-d, the minibatch's count of
+    response tokens over all micro-batches and ranks. The advantages are whitened as they are read
+    if a whitening is given. Nothing outside the mask is read; zero tokens give zeros.
+    """
+    policy = (logprobs, old_logprobs, advantages)
+    if not uses_triton(logprobs):
+        return policy_loss_reference(policy, mask, num_tokens, cliprange, whitening)
+    loss, _, sums = _PpoLoss.apply(
+        logprobs, None, list(policy), [], mask, num_tokens, list(whitening or ()), cliprange, 0.0
+    )
+    return PolicyLoss(loss, *sums[1:6].unbind())
+
+
+def policy_loss_and_derivative(
+    logprobs: Tensor,
+    *inputs: Tensor,
+    cliprange: float = 0.2,
+    whitening: Whitening | None = None,
+) -> tuple[PolicyLoss, Tensor]:
+    """(`policy_loss` of the same arguments without a graph, d loss / d logprobs [T]).
+
+    For callers that go on to the logits' gradient themselves, a chunk of tokens at a time.
+    """
+    with torch.enable_grad():
+        leaf = logprobs.detach().requires_grad_()
+        result = policy_loss(leaf, *inputs, cliprange=cliprange, whitening=whitening)
+        (derivative,) = torch.autograd.grad(result.loss, leaf)
+    return result._replace(loss=result.loss.detach()), derivative
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    num_tokens: Tensor,
+    *,
+    cliprange: float = 0.2,
+) -> ValueLoss:
+    """Clipped value loss, differentiable in `values`, and its metrics.
+
+    values, old_values, returns [T]; mask [T] bool; num_tokens as in `policy_loss`. A cliprange of
+    `math.inf` is the plain squared error. Nothing outside the mask is read; zero tokens give zeros.
+    """
+    value = (values, old_values, returns)
+    if not uses_triton(values):
+        return value_loss_reference(value, mask, num_tokens, cliprange)
+    _, loss, sums = _PpoLoss.apply(
+        None, values, [], list(value), mask, num_tokens, [], 0.0, cliprange
+    )
+    return ValueLoss(loss, sums[7], sums[8:11], sums[11:14])
+
+
+def ppo_loss(
+    policy: tuple[Tensor, Tensor, Tensor],
+    value: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor,
+    num_tokens: Tensor,
+    *,
+    cliprange: float = 0.2,
+    value_cliprange: float = 0.2,
+    whitening: Whitening | None = None,
+) -> tuple[PolicyLoss, ValueLoss]:
+    """`policy_loss` and `value_loss` of the same tokens in one launch.
+
+    policy is (logprobs, old_logprobs, advantages); value is (values, old_values, returns).
+    """
+    if not uses_triton(mask):
+        return (
+            policy_loss_reference(policy, mask, num_tokens, cliprange, whitening),
+            value_loss_reference(value, mask, num_tokens, value_cliprange),
+        )
+    rest = (mask, num_tokens, list(whitening or ()), cliprange, value_cliprange)
+    first, second, sums = _PpoLoss.apply(policy[0], value[0], list(policy), list(value), *rest)
+    return (
+        PolicyLoss(first, *sums[1:6].unbind()),
+        ValueLoss(second, sums[7], sums[8:11], sums[11:14]),
+    )

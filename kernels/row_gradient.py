@@ -1,0 +1,225 @@
+"""The gradient of a row of logits, from the row's merged state (row_state.py) and one more read.
+
+    d log p_y / d z_i = [i = y] - p_i              d H / d z_i = -p_i (log p_i + H)
+
+    p_i = e^(z_i - m) / s        z = logits / temperature
+
+Summed over the upstream gradients g of log p_y and g_H of H, and divided by the temperature.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import config_for, uses_triton
+from kernels.row_state import LN_2, LOG2_E, NO_POWER, RowSpec, accumulation_dtype, triton_dtype
+
+
+@triton.jit
+def _logit_gradient(
+    x,  # logits of a block
+    is_label,
+    m,
+    log2_s,
+    entropy,
+    grad_logprob,
+    grad_entropy,
+    inv_temperature,
+    HAS_ENTROPY_GRAD: tl.constexpr,
+):
+    """[i = y] g - p_i (g + g_H (log p_i + H)), with g and g_H divided by temperature already."""
+    log2_p = (x * inv_temperature - m) * LOG2_E - log2_s
+    slope = grad_logprob
+    if HAS_ENTROPY_GRAD:
+        slope += grad_entropy * (tl.maximum(log2_p, NO_POWER) * LN_2 + entropy)
+    return tl.where(is_label, grad_logprob, 0.0) - tl.exp2(log2_p) * slope
+
+
+@triton.jit
+def _row_gradient_kernel(
+    logits,  # [T, V_local]
+    labels,  # [T]
+    states,  # [T, 4] merged
+    grad_logprobs,  # [T], read with HAS_LOGPROB_GRAD
+    grad_entropies,  # [T], read with HAS_ENTROPY_GRAD
+    out,  # [T, V_local], may lie over the logits
+    row_stride,
+    column_stride,
+    label_stride,
+    out_row_stride,
+    out_column_stride,
+    num_columns,
+    num_valid,
+    first_column,
+    inv_temperature,
+    ignore_index,
+    HAS_LOGPROB_GRAD: tl.constexpr,
+    HAS_ENTROPY_GRAD: tl.constexpr,
+    OVERWRITES: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * row_stride
+    out += row * out_row_stride
+    label = tl.load(labels + row * label_stride).to(tl.int64)
+    is_ignored = label == ignore_index  # such a row's state is empty: m = -inf, s = 0
+    m = tl.where(is_ignored, 0.0, tl.load(states + row * 4))
+    s = tl.where(is_ignored, 1.0, tl.load(states + row * 4 + 1))
+    log2_s = tl.log2(s)
+    inv_temperature = tl.cast(inv_temperature, ACC)
+    grad_logprob = tl.zeros([], ACC)
+    grad_entropy = tl.zeros([], ACC)
+    if HAS_LOGPROB_GRAD:
+        grad_logprob = tl.load(grad_logprobs + row).to(ACC) * inv_temperature
+    if HAS_ENTROPY_GRAD:
+        grad_entropy = tl.load(grad_entropies + row).to(ACC) * inv_temperature
+    entropy = log2_s * LN_2 - tl.load(states + row * 4 + 2) / s
+    end = tl.where(is_ignored, 0, num_valid)
+    whole = end - end % BLOCK
+    offsets = tl.arange(0, BLOCK)
+    for start in range(0, whole, BLOCK):
+        columns = start + offsets
+        x = tl.load(logits + columns * column_stride).to(ACC)
+        if OVERWRITES:
+            # A narrower dz lies over logits that other warps of this program have yet to read.
+            tl.debug_barrier()
+        dz = _logit_gradient(
+            x,
+            first_column + columns == label,
+            m,
+            log2_s,
+            entropy,
+            grad_logprob,
+            grad_entropy,
+            inv_temperature,
+            HAS_ENTROPY_GRAD,
+        )
+        tl.store(out + columns * out_column_stride, dz)
+    for start in range(whole, num_columns, BLOCK):
+        columns = start + offsets
+        valid = columns < end
+        x = tl.load(logits + columns * column_stride, mask=valid, other=-float("inf")).to(ACC)
+        if OVERWRITES:
+            tl.debug_barrier()
+        dz = _logit_gradient(
+            x,
+            first_column + columns == label,
+            m,
+            log2_s,
+            entropy,
+            grad_logprob,
+            grad_entropy,
+            inv_temperature,
+            HAS_ENTROPY_GRAD,
+        )
+        dz = tl.where(valid, dz, 0.0)  # padding and ignored rows: 0, also beside a NaN
+        tl.store(out + columns * out_column_stride, dz, mask=columns < num_columns)
+
+
+@torch.library.custom_op("trident::row_gradient_into", mutates_args=("out",))
+def _row_gradient_into(
+    out: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    state: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropies: Tensor | None,
+    num_valid_vocab: int,
+    first_column: int,
+    temperature: float,
+    ignore_index: int,
+) -> None:
+    spec = RowSpec(
+        num_valid_vocab=num_valid_vocab,
+        first_column=first_column,
+        temperature=temperature,
+        ignore_index=ignore_index,
+    )
+    if not uses_triton(logits):
+        grads = grad_logprobs, grad_entropies
+        out.copy_(_row_gradient_reference(logits, labels, state, grads, spec))
+        return
+    num_rows, num_columns = logits.shape
+    config = config_for("row_gradient", num_columns, logits.device)
+    if num_rows > 0:
+        with torch.cuda.device_of(logits):
+            _row_gradient_kernel[(num_rows,)](
+                logits,
+                labels,
+                state.contiguous(),
+                None if grad_logprobs is None else grad_logprobs.contiguous(),
+                None if grad_entropies is None else grad_entropies.contiguous(),
+                out,
+                *logits.stride(),
+                labels.stride(0),
+                *out.stride(),
+                num_columns,
+                spec.num_valid_columns(num_columns),
+                first_column,
+                1.0 / temperature,
+                ignore_index,
+                HAS_LOGPROB_GRAD=grad_logprobs is not None,
+                HAS_ENTROPY_GRAD=grad_entropies is not None,
+                OVERWRITES=out.data_ptr() == logits.data_ptr(),
+                ACC=triton_dtype(state.dtype),
+                BLOCK=config.block,
+                num_warps=config.num_warps,
+            )
+
+
+def row_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    state: Tensor,
+    grads: tuple[Tensor | None, ...],
+    spec: RowSpec,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gradient [T, V_local] of the logits, from the merged state [T, 4].
+
+    grads: those of the log-prob and of the entropy, [T] each or None. out: where to write it; may
+    share the logits' storage if it begins where they begin and its rows where their rows do.
+    """
+    out = torch.empty_like(logits) if out is None else out
+    _row_gradient_into(
+        out,
+        logits,
+        labels,
+        state,
+        *grads,
+        spec.num_valid_vocab,
+        spec.first_column,
+        spec.temperature,
+        spec.ignore_index,
+    )
+    return out
+
+
+def _row_gradient_reference(
+    logits: Tensor,
+    labels: Tensor,
+    state: Tensor,
+    grads: tuple[Tensor | None, ...],
+    spec: RowSpec,
+) -> Tensor:
+    """`row_gradient` in plain torch, in the accumulation dtype."""
+    num_valid = spec.num_valid_columns(logits.shape[1])
+    z = logits.to(accumulation_dtype(logits.dtype)) / spec.temperature
+    m, s, t, _ = state.unbind(-1)
+    log_p = (z - m.unsqueeze(1)) - s.log().unsqueeze(1)
+    p = log_p.exp()
+    columns = spec.first_column + torch.arange(z.shape[1], device=z.device)
+    gradient = torch.zeros_like(z)
+    if grads[0] is not None:
+        is_label = (columns == labels.unsqueeze(1)).to(z.dtype)
+        gradient += grads[0].unsqueeze(1) * (is_label - p)
+    if grads[1] is not None:
+        entropy = (s.log() - t / s).unsqueeze(1)
+        p_log_p = torch.where(p > 0, p * (log_p + entropy), 0.0 * p)
+        gradient -= grads[1].unsqueeze(1) * p_log_p
+    gradient[:, num_valid:] = 0.0
+    ignored = (labels == spec.ignore_index).unsqueeze(1)
+    return torch.where(ignored, 0.0, gradient / spec.temperature)

@@ -1,0 +1,256 @@
+"""The softmax of a row of logits in four numbers, for one vocabulary shard and merged over shards.
+
+With z = logits / temperature over the valid columns of a row and label y:
+
+    m = max_i z_i        s = sum_i e^(z_i - m)        t = sum_i e^(z_i - m) (z_i - m)
+
+    log p_y = (z_y - m) - log s            H = -sum_i p_i log p_i = log s - t / s
+
+The four numbers (m, s, t, z_y) are the row's state. Shards of a vocabulary exchange nothing else:
+with M = max over shards of m and w = e^(m - M),
+
+    S = sum w s      T = sum w (t + s (m - M))      Z_y = sum z_y  (0 where another shard owns y)
+
+H is formed from shifted logits because log sum e^z - sum p z loses eps * |z| when the logits are
+large. A program of the kernel reads one row in blocks. Every lane of a block keeps its own
+(m, s, t), merged once at the end of the row, and counts in powers of two: e^a = 2^(a log2 e).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import config_for, uses_triton
+
+IGNORE_INDEX = -100
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1e30)
+"""Stands for -inf in a running maximum, where -inf - -inf would be NaN; logits lie above it."""
+NO_POWER = tl.constexpr(-1100.0)
+"""2^x is 0 from here down in fp32 and fp64: bounds an exponent so that 0 * exponent stays 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSpec:
+    """Which columns a row's softmax runs over, and at which temperature."""
+
+    num_valid_vocab: int
+    """Columns of the whole vocabulary that are real; those from here on are padding."""
+    first_column: int = 0
+    """Number of the shard's first column within the whole vocabulary."""
+    temperature: float = 1.0
+    """Divides the logits."""
+    ignore_index: int = IGNORE_INDEX
+    """Rows with this label give log-prob 0, entropy 0 and gradient 0."""
+    with_entropy: bool = True
+    """Whether the state's t is wanted; the kernel leaves it at 0 otherwise."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature {self.temperature} must be positive")
+
+    def num_valid_columns(self, num_columns: int) -> int:
+        """How many of a shard's leading columns are real; 0 for a shard of padding alone."""
+        return max(0, min(num_columns, self.num_valid_vocab - self.first_column))
+
+
+def itself(tensor: Tensor) -> Tensor:
+    """The tensor: what joining the shards of a whole vocabulary comes to."""
+    return tensor
+
+
+@triton.jit
+def _add_block(
+    x,  # logits of one column a lane
+    m,
+    s,
+    t,
+    to_powers,
+    WITH_ENTROPY: tl.constexpr,
+):
+    """Every lane's (m, s, t) with one more logit. m is of the logits before temperature."""
+    difference = (x - m) * to_powers
+    power = tl.exp2(-tl.abs(difference))
+    is_new = difference > 0
+    # The larger of x and m becomes the maximum; the share of the other one is scaled by `power`.
+    scale_old = tl.where(is_new, power, 1.0)
+    scale_new = tl.where(is_new, 1.0, power)
+    if WITH_ENTROPY:
+        t = scale_old * (t - s * tl.maximum(difference, 0.0))
+        t += scale_new * tl.minimum(tl.maximum(difference, NO_POWER), 0.0)
+    return tl.maximum(m, x), s * scale_old + scale_new, t
+
+
+@triton.jit
+def _row_state_kernel(
+    logits,  # [T, V_local]
+    labels,  # [T]
+    states,  # [T, 4] out
+    row_stride,
+    column_stride,
+    label_stride,
+    num_valid,  # valid columns of this shard
+    first_column,
+    num_valid_vocab,
+    inv_temperature,
+    ignore_index,
+    WITH_ENTROPY: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # row * row_stride passes 2^31
+    logits += row * row_stride
+    label = tl.load(labels + row * label_stride).to(tl.int64)
+    inv_temperature = tl.cast(inv_temperature, ACC)
+    to_powers = inv_temperature * LOG2_E
+    offsets = tl.arange(0, BLOCK)
+    m = tl.full([BLOCK], LOWEST, ACC)
+    s = tl.zeros([BLOCK], ACC)
+    t = tl.zeros([BLOCK], ACC)
+    end = tl.where(label == ignore_index, 0, num_valid)  # ignored rows are not read
+    whole = end - end % BLOCK  # a mask would cost these blocks their wide loads
+    for start in range(0, whole, BLOCK):
+        x = tl.load(logits + (start + offsets) * column_stride)
+        m, s, t = _add_block(x.to(ACC), m, s, t, to_powers, WITH_ENTROPY)
+    columns = whole + offsets
+    x = tl.load(logits + columns * column_stride, mask=columns < end, other=-float("inf"))
+    m, s, t = _add_block(x.to(ACC), m, s, t, to_powers, WITH_ENTROPY)
+    top = tl.max(m, 0)
+    shift = (m - top) * to_powers
+    w = tl.exp2(shift)
+    row_s = tl.sum(w * s, 0)
+    row_t = tl.sum(w * (t + s * shift), 0) * LN_2
+    row_m = tl.where(top == LOWEST, -float("inf"), top * inv_temperature)
+
+    # A label that no shard owns has probability 0; one of another shard's adds 0 to the sum.
+    local = label - first_column
+    owned = (local >= 0) & (local < num_valid)
+    picked = tl.load(logits + local * column_stride, mask=owned, other=0.0).to(ACC)
+    nowhere = (label < 0) | (label >= num_valid_vocab)
+    label_logit = tl.where(nowhere, -float("inf"), picked * inv_temperature)
+    states += row * 4
+    tl.store(states, row_m)
+    tl.store(states + 1, row_s)
+    tl.store(states + 2, row_t)
+    tl.store(states + 3, label_logit)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64 inputs (gradient checks), fp32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of an accumulation dtype."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+@torch.library.custom_op("trident::row_state", mutates_args=())
+def _row_state(
+    logits: Tensor,
+    labels: Tensor,
+    num_valid_vocab: int,
+    first_column: int,
+    temperature: float,
+    ignore_index: int,
+    with_entropy: bool,
+) -> Tensor:
+    spec = RowSpec(
+        num_valid_vocab=num_valid_vocab,
+        first_column=first_column,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        with_entropy=with_entropy,
+    )
+    if not uses_triton(logits):
+        return _row_state_reference(logits, labels, spec)
+    num_rows, num_columns = logits.shape
+    states = logits.new_empty(num_rows, 4, dtype=accumulation_dtype(logits.dtype))
+    config = config_for("row_state", num_columns, logits.device)
+    if num_rows > 0:
+        with torch.cuda.device_of(logits):
+            _row_state_kernel[(num_rows,)](
+                logits,
+                labels,
+                states,
+                *logits.stride(),
+                labels.stride(0),
+                spec.num_valid_columns(num_columns),
+                first_column,
+                num_valid_vocab,
+                1.0 / temperature,
+                ignore_index,
+                WITH_ENTROPY=with_entropy,
+                ACC=triton_dtype(states.dtype),
+                BLOCK=config.block,
+                num_warps=config.num_warps,
+            )
+    return states
+
+
+@_row_state.register_fake
+def _(logits: Tensor, labels: Tensor, *spec: object) -> Tensor:
+    return logits.new_empty(logits.shape[0], 4, dtype=accumulation_dtype(logits.dtype))
+
+
+def row_state(logits: Tensor, labels: Tensor, spec: RowSpec) -> Tensor:
+    """State [T, 4] (m, s, t, z_y) fp32 of logits [T, V_local]; m = -inf without a valid column."""
+    return _row_state(
+        logits,
+        labels,
+        spec.num_valid_vocab,
+        spec.first_column,
+        spec.temperature,
+        spec.ignore_index,
+        spec.with_entropy,
+    )
+
+
+def merge_row_states(states: Tensor) -> Tensor:
+    """State [T, 4] of the whole vocabulary from those of its shards [shards, T, 4], in order."""
+    m, s, t, label_logit = states.unbind(-1)  # [shards, T] each
+    top = m.amax(0)
+    # A shard without a valid column has m = -inf and s = t = 0: shift it by 0, not by -inf.
+    shift = torch.where(m == -torch.inf, 0.0, m - top)
+    w = shift.exp()
+    return torch.stack(
+        (top, (w * s).sum(0), (w * (t + s * shift)).sum(0), label_logit.sum(0)), dim=-1
+    )
+
+
+def logprobs_and_entropy(
+    state: Tensor, labels: Tensor, spec: RowSpec
+) -> tuple[Tensor, Tensor | None]:
+    """log p_y [T] and, if the spec has it, H [T] of a merged state [T, 4]; 0 in ignored rows."""
+    m, s, t, label_logit = state.unbind(-1)
+    ignored = labels == spec.ignore_index
+    log_s = s.log()
+    logprob = torch.where(ignored, 0.0, (label_logit - m) - log_s)
+    if not spec.with_entropy:
+        return logprob, None
+    return logprob, torch.where(ignored, 0.0, log_s - t / s)
+
+
+def _row_state_reference(logits: Tensor, labels: Tensor, spec: RowSpec) -> Tensor:
+    """`row_state` in plain torch."""
+    num_valid = spec.num_valid_columns(logits.shape[1])
+    z = logits[:, :num_valid].to(accumulation_dtype(logits.dtype)) / spec.temperature
+    local = labels.long() - spec.first_column
+    owned = (local >= 0) & (local < num_valid)
+    # A label no shard owns (padding, negative) has probability 0; one of another shard adds 0.
+    nowhere = (labels < 0) | (labels >= spec.num_valid_vocab)
+    label_logit = torch.where(nowhere, -torch.inf, 0.0).to(z.dtype)
+    if num_valid == 0:
+        zero = torch.zeros_like(label_logit)
+        return torch.stack((zero - torch.inf, zero, zero, label_logit), dim=-1)
+    picked = z.gather(1, local.clamp(0, num_valid - 1).unsqueeze(1)).squeeze(1)
+    label_logit = torch.where(owned, picked, label_logit)
+    m = z.amax(1)
+    shifted = z - torch.where(m == -torch.inf, 0.0, m).unsqueeze(1)
+    e = shifted.exp()
+    t = torch.where(e > 0, e * shifted, 0.0).sum(1)  # 0 * -inf is 0 here
+    return torch.stack((m, e.sum(1), t, label_logit), dim=-1)

@@ -1,0 +1,429 @@
+"""Sampling by Gumbel-max: one read of the logits gives the token, its log-prob and logsumexp.
+
+    token = argmax over columns of  z + g,   z = logits / temperature,   g = -log(-log(1 - u))
+
+draws from softmax(z) (Gumbel 1954; Maddison et al. 2014). u comes from Philox4x32-10 (Salmon et al.
+2011) with key = seed and counter = (global column // 4, position, sample index), its four outputs
+serving four columns. A sample therefore depends on its own logits and (seed, sample index,
+position) alone: not on the batch around it, the vocabulary shards or the order of the work.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import next_power_of_2, num_warps_for, uses_triton
+
+_BLOCK = 2048  # columns a program reads; a row is merged from several programs
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_NO_COLUMN = tl.constexpr(2**31 - 1)  # sorts after every column
+
+
+class SampleKey(NamedTuple):
+    """What the noise of a batch depends on. No two draws of a run may share all three."""
+
+    seed: int
+    """In [0, 2^63), one a run."""
+    sample_index: Tensor
+    """[B] int64 number of the sample within the run."""
+    position: Tensor
+    """[B] int number of the token within the sample."""
+
+
+class Sample(NamedTuple):
+    """One sampled token a row."""
+
+    tokens: Tensor
+    """[B] int64 global column."""
+    logprobs: Tensor
+    """[B] fp32 log-prob of the token under softmax(logits / temperature), before top-k and top-p.
+
+    This is the one PPO's ratio needs. Greedy sampling reports it at temperature 1.
+    """
+    logsumexp: Tensor
+    """[B] fp32 logsumexp of logits / temperature over the valid columns."""
+
+
+@triton.jit
+def _gumbel(bits):
+    """Noise from 32 random bits."""
+    # In (0, 1): rounding never reaches 1, and 2^-33 at the small end keeps tokens rarer than 1e-9.
+    u = tl.minimum((bits.to(tl.float32) + 0.5) * (2.0**-32), 1 - 2.0**-24)
+    # -log(1 - u), by its series where 1 - u would round.
+    series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5)))))
+    return -tl.log(tl.where(u < 1 / 16, series, -tl.log(1 - u)))
+
+
+@triton.jit
+def _row_noise(seed, sample_index, position, quads):
+    """Noise of columns 4q to 4q+3 for each q in quads, in column order."""
+    zero = quads * 0
+    c1 = zero + position.to(tl.uint32)
+    c2 = zero + (sample_index & 0xFFFFFFFF).to(tl.uint32)
+    c3 = zero + ((sample_index >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    b0, b1, b2, b3 = tl.philox(seed, quads, c1, c2, c3)
+    return _gumbel(tl.interleave(tl.interleave(b0, b2), tl.interleave(b1, b3)))
+
+
+@triton.jit
+def _store_state(state, value, logit, logsumexp, column):
+    tl.store(state, value.to(tl.int32, bitcast=True))
+    tl.store(state + 1, logit.to(tl.int32, bitcast=True))
+    tl.store(state + 2, logsumexp.to(tl.int32, bitcast=True))
+    tl.store(state + 3, column.to(tl.int32))
+
+
+@triton.jit
+def _logsumexp(x):
+    """logsumexp of a block; -inf if it holds nothing else."""
+    m = tl.max(x)
+    shift = tl.where(m == float("-inf"), 0.0, m)
+    return shift + tl.log(tl.sum(tl.exp(x - shift)))
+
+
+@triton.jit(do_not_specialize=["seed", "first_column", "num_columns", "num_chunks"])
+def _sample_kernel(
+    states,  # [chunks, B, 4]
+    logits,  # [B, V]
+    sample_index,  # [B]
+    position,  # [B]
+    thresholds,  # [B] or None
+    inverse_temperature,
+    seed,
+    first_column,
+    num_columns,
+    num_chunks,
+    row_stride,
+    GREEDY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # One program a row and chunk of columns; chunks begin at a multiple of 4 global columns.
+    row = (tl.program_id(0) // num_chunks).to(tl.int64)
+    chunk = tl.program_id(0) % num_chunks
+    num_rows = tl.num_programs(0) // num_chunks
+    first_quad = first_column // 4 + chunk * (BLOCK // 4)
+    column = first_quad * 4 + tl.arange(0, BLOCK)
+    local = column - first_column
+    valid = (local >= 0) & (local < num_columns)
+    z = tl.load(logits + row * row_stride + local, mask=valid, other=float("-inf"))
+    z = z.to(tl.float32) * inverse_temperature
+    perturbed = z
+    if not GREEDY:
+        quads = (first_quad + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+        perturbed += _row_noise(
+            tl.cast(seed, tl.int64),
+            tl.load(sample_index + row).to(tl.int64),
+            tl.load(position + row),
+            quads,
+        )
+        if thresholds is not None:
+            kept = z >= tl.load(thresholds + row)
+            perturbed = tl.where(kept, perturbed, float("-inf"))
+    perturbed = tl.where(perturbed == perturbed, perturbed, float("-inf"))  # NaN never wins
+    best = tl.max(perturbed)
+    best_column = tl.min(tl.where(valid & (perturbed == best), column, _NO_COLUMN))
+    logit = tl.sum(tl.where(column == best_column, z, 0.0))
+    state = states + (chunk.to(tl.int64) * num_rows + row) * 4
+    _store_state(state, best, logit, _logsumexp(z), best_column)
+
+
+@triton.jit
+def _merge_kernel(
+    merged,  # [B, 4]
+    states,  # [N, B, 4]
+    num_states,
+    STATES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, STATES)
+    inside = n < num_states
+    state = states + (n.to(tl.int64) * tl.num_programs(0) + row) * 4
+    value = tl.load(state, mask=inside, other=0).to(tl.float32, bitcast=True)
+    value = tl.where(inside, value, float("-inf"))
+    logit = tl.load(state + 1, mask=inside, other=0).to(tl.float32, bitcast=True)
+    logsumexp = tl.load(state + 2, mask=inside, other=0).to(tl.float32, bitcast=True)
+    logsumexp = tl.where(inside, logsumexp, float("-inf"))
+    column = tl.load(state + 3, mask=inside, other=_NO_COLUMN)
+    best = tl.max(value)
+    best_column = tl.min(tl.where(value == best, column, _NO_COLUMN))
+    logit = tl.max(tl.where(column == best_column, logit, float("-inf")))
+    _store_state(merged + row * 4, best, logit, _logsumexp(logsumexp), best_column)
+
+
+@torch.library.custom_op("trident::merge_sample_states", mutates_args=())
+def _merge_states(states: Tensor) -> Tensor:
+    """[B, 4] state of whole rows from [N, B, 4] of their parts."""
+    num_states, num_rows, _ = states.shape
+    merged = torch.empty(num_rows, 4, dtype=torch.int32, device=states.device)
+    if num_rows > 0:
+        with torch.cuda.device_of(states):
+            _merge_kernel[(num_rows,)](
+                merged,
+                states.contiguous(),
+                num_states,
+                STATES=next_power_of_2(num_states),
+                num_warps=1,
+            )
+    return merged
+
+
+@_merge_states.register_fake
+def _(states: Tensor) -> Tensor:
+    return torch.empty_like(states[0])
+
+
+@torch.library.custom_op("trident::sample_state", mutates_args=())
+def _chunk_states(
+    logits: Tensor,
+    sample_index: Tensor,
+    position: Tensor,
+    thresholds: Tensor | None,
+    temperature: float,
+    seed: int,
+    first_column: int,
+    num_columns: int,
+) -> Tensor:
+    """[chunks, B, 4] states of the chunks of the first num_columns columns of logits."""
+    num_rows = len(logits)
+    num_chunks = max(1, triton.cdiv(first_column % 4 + num_columns, _BLOCK))
+    states = torch.empty(num_chunks, num_rows, 4, dtype=torch.int32, device=logits.device)
+    if num_rows > 0:
+        with torch.cuda.device_of(logits):
+            _sample_kernel[(num_rows * num_chunks,)](
+                states,
+                logits if logits.stride(1) == 1 else logits.contiguous(),
+                sample_index.contiguous(),
+                position.contiguous(),
+                thresholds,
+                1 / temperature if temperature > 0 else 1.0,
+                seed,
+                first_column,
+                num_columns,
+                num_chunks,
+                logits.stride(0) if logits.stride(1) == 1 else logits.shape[1],
+                GREEDY=temperature == 0,
+                BLOCK=_BLOCK,
+                num_warps=num_warps_for(_BLOCK),
+            )
+    return states
+
+
+@_chunk_states.register_fake
+def _(
+    logits: Tensor,
+    sample_index: Tensor,
+    position: Tensor,
+    thresholds: Tensor | None,
+    temperature: float,
+    seed: int,
+    first_column: int,
+    num_columns: int,
+) -> Tensor:
+    num_chunks = max(1, triton.cdiv(first_column % 4 + num_columns, _BLOCK))
+    return logits.new_empty(num_chunks, len(logits), 4, dtype=torch.int32)
+
+
+def philox(key: SampleKey, quads: Tensor) -> tuple[Tensor, ...]:
+    """Four [B, Q] int64 tensors of 32 random bits for the columns 4q to 4q+3 of quads [Q]."""
+    seed, sample_index, position = key
+    shape = (len(sample_index), len(quads))
+    # int64 holds a 32-bit word; a product of two words wraps at 64 bits and keeps its bit pattern.
+    c0 = quads.to(torch.int64).expand(shape).clone()
+    c1 = (position.to(torch.int64) & _MASK)[:, None].expand(shape).clone()
+    c2 = (sample_index & _MASK)[:, None].expand(shape).clone()
+    c3 = ((sample_index >> 32) & _MASK)[:, None].expand(shape).clone()
+    p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
+    k0, k1 = seed & _MASK, seed >> 32
+    for _ in range(10):
+        torch.mul(c0, _MULTIPLIERS[0], out=p0)
+        torch.mul(c2, _MULTIPLIERS[1], out=p1)
+        # c1 and c3 are whole products of the round before: mask off their high words, and the sign.
+        torch.bitwise_right_shift(p1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0)
+        torch.bitwise_right_shift(p0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1)
+        c0.bitwise_and_(_MASK)
+        c2.bitwise_and_(_MASK)
+        c1, p1 = p1, c1
+        c3, p0 = p0, c3
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)
+
+
+def gumbel_reference(key: SampleKey, first_column: int, num_columns: int) -> Tensor:
+    """[B, num_columns] fp32 noise of the global columns from first_column on."""
+    first_quad = first_column // 4
+    quads = torch.arange(first_quad, (first_column + num_columns + 3) // 4)
+    noise = torch.empty(len(key.sample_index), len(quads), 4)
+    for lane, bits in enumerate(philox(key, quads)):
+        noise[:, :, lane] = bits
+    # The steps of `_gumbel`, in place.
+    noise.add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    noise.neg_().log1p_().neg_().log_().neg_()
+    skip = first_column - 4 * first_quad
+    return noise.view(len(noise), -1)[:, skip : skip + num_columns]
+
+
+def sample_state_reference(
+    logits: Tensor,
+    key: SampleKey,
+    *,
+    temperature: float,
+    first_column: int,
+    num_columns: int,
+    thresholds: Tensor | None,
+) -> Tensor:
+    """[B, 4] state of the first num_columns columns in plain torch: specification and CPU path."""
+    if num_columns == 0:
+        nothing = torch.full((len(logits), 3), -torch.inf)
+        column = torch.full((len(logits), 1), _NO_COLUMN.value, dtype=torch.int32)
+        return torch.cat((nothing.view(torch.int32), column), dim=1)
+    z = logits[:, :num_columns].float()
+    perturbed = z
+    if temperature > 0:
+        z = z * (1 / temperature)
+        perturbed = z + gumbel_reference(key, first_column, num_columns)
+        if thresholds is not None:
+            perturbed = torch.where(z >= thresholds[:, None], perturbed, -torch.inf)
+    value, column = perturbed.max(1, keepdim=True)  # the first of equals
+    value = torch.where(value.isnan(), -torch.inf, value)
+    floats = torch.cat((value, z.gather(1, column), z.logsumexp(1, keepdim=True)), dim=1)
+    return torch.cat((floats.view(torch.int32), (column + first_column).int()), dim=1)
+
+
+def merge_states_reference(states: Tensor) -> Tensor:
+    """[B, 4] state of whole rows from [N, B, 4] states of their parts, in plain torch."""
+    value, logit, logsumexp = states[..., :3].view(torch.float32).unbind(2)
+    column = states[..., 3]
+    best = value.amax(0)
+    # Equal values go to the lowest column, as in one read of the whole row.
+    best_column = torch.where(value == best, column, _NO_COLUMN.value).amin(0)
+    best_logit = torch.where(column == best_column, logit, -torch.inf).amax(0)
+    floats = torch.stack((best, best_logit, logsumexp.logsumexp(0)), dim=1)
+    return torch.cat((floats.view(torch.int32), best_column[:, None]), dim=1)
+
+
+def truncation_thresholds(
+    logits: Tensor,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    num_valid_vocab: int | None = None,
+) -> Tensor:
+    """[B] fp32: columns of [B, V] whose logit / temperature reaches this survive.
+
+    top-k comes first; top-p then keeps the smallest set of the likeliest columns whose mass reaches
+    top_p. Columns equal to the last one kept are kept as well. Sorts whole rows: for evaluation.
+    """
+    z = logits[:, :num_valid_vocab].float() * (1 / temperature)
+    z = z.topk(top_k).values if 0 < top_k < z.shape[1] else z.sort(1, descending=True).values
+    if top_p == 1:
+        return z.amin(1)
+    mass = z.softmax(1)
+    # The likeliest column has no mass before it, so at least one column is kept.
+    is_kept = mass.cumsum(1) - mass < top_p
+    return z.masked_fill(~is_kept, torch.inf).amin(1)
+
+
+def sample_state(
+    logits: Tensor,
+    key: SampleKey,
+    *,
+    temperature: float,
+    first_column: int = 0,
+    num_valid_vocab: int | None = None,
+    thresholds: Tensor | None = None,
+) -> Tensor:
+    """[B, 4] int32 state of one vocabulary shard, 16 bytes a row, for `merge_samples`.
+
+    Columns: best perturbed value, its scaled logit, logsumexp (fp32 bits), its global column.
+    logits [B, V_shard] holds global columns first_column on; thresholds as `truncation_thresholds`
+    gives them for the whole vocabulary. A shard of padding alone is fine.
+    """
+    num_columns = logits.shape[1]
+    if num_valid_vocab is not None:
+        num_columns = min(max(num_valid_vocab - first_column, 0), num_columns)
+    if uses_triton(logits):
+        states = _chunk_states(
+            logits,
+            key.sample_index,
+            key.position,
+            thresholds,
+            temperature,
+            key.seed,
+            first_column,
+            num_columns,
+        )
+        return states[0] if len(states) == 1 else _merge_states(states)
+    return sample_state_reference(
+        logits,
+        key,
+        temperature=temperature,
+        first_column=first_column,
+        num_columns=num_columns,
+        thresholds=thresholds,
+    )
+
+
+def merge_samples(states: Tensor) -> Sample:
+    """The sample of whole rows from [N, B, 4] states of their N shards, in shard order."""
+    if len(states) == 1:
+        state = states[0]
+    elif uses_triton(states):
+        state = _merge_states(states)
+    else:
+        state = merge_states_reference(states)
+    _, logit, logsumexp = state[:, :3].view(torch.float32).unbind(1)
+    return Sample(state[:, 3].long(), logit - logsumexp, logsumexp.clone())
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float, seed: int) -> None:
+    """Raise ValueError for a value out of range."""
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= seed < 2**63:
+        raise ValueError(
+            f"temperature {temperature} and top_k {top_k} must not be negative, top_p {top_p} must "
+            f"lie in (0, 1] and seed {seed} in [0, 2^63)"
+        )
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float,
+    seed: int,
+    sample_index: Tensor,
+    position: Tensor,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    first_column: int = 0,
+    num_valid_vocab: int | None = None,
+) -> Sample:
+    """One token a row of logits [B, V], its log-prob and the row's logsumexp.
+
+    sample_index, position [B] and seed as in `SampleKey`. temperature 0 is greedy, the lowest
+    column of equals. top_k 0 and top_p 1 keep every column. A row with NaN gives some valid column
+    and a NaN log-prob. Raises ValueError for a value out of range.
+    """
+    check_sampling(temperature, top_k, top_p, seed)
+    thresholds = None
+    if temperature > 0 and (top_k > 0 or top_p < 1):
+        thresholds = truncation_thresholds(
+            logits,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            num_valid_vocab=num_valid_vocab,
+        )
+    state = sample_state(
+        logits,
+        SampleKey(seed, sample_index, position),
+        temperature=temperature,
+        first_column=first_column,
+        num_valid_vocab=num_valid_vocab,
+        thresholds=thresholds,
+    )
+    return merge_samples(state[None])

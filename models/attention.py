@@ -1,0 +1,164 @@
+"""Causal attention over packed sequences: flash-attn where installed, torch's varlen flash on CUDA, SDPA on the CPU.
+
+Tokens of all sequences lie in one row [T, heads, dim] with cu_seqlens between them; nothing is padded on the
+left, so learned positions start at 0 in every sequence.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+try:
+    from flash_attn.cute import flash_attn_varlen_func as _flash_attn_varlen  # flash-attn-4
+except ImportError:
+    try:
+        from flash_attn import flash_attn_varlen_func as _flash_attn_varlen
+    except ImportError:
+        _flash_attn_varlen = None
+
+
+@dataclass(kw_only=True)
+class PackedSequences(PackedSeqParams):
+    """Where the sequences of a packed row begin and end; travels through megatron's layers to the attention."""
+
+    qkv_format: str = "thd"
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, max_seqlen: int) -> "PackedSequences":
+        """Describe sequences from cu_seqlens [B+1] int32 and the longest length (known on the host)."""
+        return cls(
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_kv=max_seqlen,
+        )
+
+    @functools.cached_property
+    def padded_rows(self) -> tuple[Tensor, Tensor]:
+        """Gather [B, L] (packed index of row b, column l) and scatter [T] (flat padded index of token t).
+
+        Columns beyond a sequence repeat some valid token: causal attention never reads them for a real one.
+        """
+        starts, lengths = self.cu_seqlens_q[:-1].long(), self.cu_seqlens_q.diff().long()
+        num_tokens = int(self.cu_seqlens_q[-1])
+        columns = torch.arange(self.max_seqlen_q, device=starts.device)
+        gather = (starts[:, None] + columns).clamp(max=num_tokens - 1)  # [B, L]
+        rows = torch.repeat_interleave(torch.arange(len(lengths), device=starts.device), lengths)
+        tokens = torch.arange(num_tokens, device=starts.device)
+        scatter = rows * self.max_seqlen_q + tokens - starts[rows]  # [T]
+        return gather, scatter
+
+
+class PackedAttention(MegatronModule):
+    """megatron's core attention for packed rows; the layer's projections stay megatron's."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale or config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: PackedSeqParams,
+        **unused: Any,
+    ) -> Tensor:
+        """Return the attention output [T, heads x dim] of query, key, value [T, heads, dim]."""
+        attend = getattr(packed_seq_params, "attend", None)
+        if attend is not None:  # generation brings a paged cache along
+            out = attend(self.layer_number, query, key, value, self.softmax_scale)
+        else:
+            out = packed_attention(query, key, value, packed_seq_params, self.softmax_scale)
+        return out.flatten(1)
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences, scale: float
+) -> Tensor:
+    """Return causal self-attention [T, heads, dim] within each sequence of the packed row.
+
+    Where a sequence has more keys than queries (cu_seqlens_kv), its queries are the last of its tokens.
+    """
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        return _varlen_attention(query, key, value, sequences, scale)
+    num_sequences = len(sequences.cu_seqlens_q) - 1
+    is_whole = sequences.cu_seqlens_kv is sequences.cu_seqlens_q
+    # One padded SDPA call while it wastes little; sequences of very different length go one by one.
+    if is_whole and num_sequences * sequences.max_seqlen_q <= 2 * len(query):
+        return _padded_attention(query, key, value, sequences, scale)
+    query_lengths = sequences.cu_seqlens_q.diff().tolist()
+    key_lengths = sequences.cu_seqlens_kv.diff().tolist()
+    pieces = [
+        _attention_of_one(q, k, v, scale)
+        for q, k, v in zip(
+            query.split(query_lengths), key.split(key_lengths), value.split(key_lengths), strict=True
+        )
+        if len(q)
+    ]
+    return torch.cat(pieces)
+
+
+def _attention_of_one(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention [n, heads, dim] of the last n of a sequence's m tokens; key and value are [m, heads, dim]."""
+    num_queries, num_keys = len(query), len(key)
+    mask = None
+    if num_queries < num_keys:
+        # Query i is token m - n + i and sees the keys up to itself.
+        mask = query.new_ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
+    return out.transpose(0, 1)
+
+
+def _varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences, scale: float
+) -> Tensor:
+    # Both kernels align causal masks at the ends of queries and keys.
+    q_bounds, k_bounds = sequences.cu_seqlens_q, sequences.cu_seqlens_kv
+    q_longest, k_longest = sequences.max_seqlen_q, sequences.max_seqlen_kv
+    if _flash_attn_varlen is not None:
+        out = _flash_attn_varlen(
+            query,
+            key,
+            value,
+            cu_seqlens_q=q_bounds,
+            cu_seqlens_k=k_bounds,
+            max_seqlen_q=q_longest,
+            max_seqlen_k=k_longest,
+            softmax_scale=scale,
+            causal=True,
+        )
+        return out[0] if isinstance(out, tuple) else out  # flash-attn-4 also returns the logsumexp
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(
+        query, key, value, q_bounds, k_bounds, q_longest, k_longest, scale=scale, window_size=(-1, 0)
+    )
+
+
+def _padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences, scale: float
+) -> Tensor:
+    gather, scatter = sequences.padded_rows
+    # [T, heads, dim] -> [B, heads, L, dim]
+    q, k, v = (x[gather].transpose(1, 2) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return out.transpose(1, 2).flatten(0, 1)[scatter]

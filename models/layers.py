@@ -1,0 +1,140 @@
+"""What a transformer layer is made of: megatron's linear layers, our norm and our attention, GPT-3's GELU."""
+
+import functools
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from torch import Tensor
+
+from models.attention import PackedAttention
+from models.sizes import GPTSize
+
+Recompute = Literal["none", "selective", "full"]
+
+
+def transformer_config(
+    size: GPTSize,
+    *,
+    tp: int,
+    pp: int,
+    virtual_pp: int,
+    sequence_parallel: bool,
+    dtype: torch.dtype,
+    dropout: float,
+    recompute: Recompute,
+    device: torch.device,
+) -> TransformerConfig:
+    """Return megatron's configuration of a GPT-3 of that size.
+
+    Initialisation is GPT-2's, which GPT-3 keeps: normal with std 0.02, and 0.02 / sqrt(2 x layers) for the
+    matrices that write to the residual stream (Radford et al. 2019, section 2.3).
+    """
+    on_gpu = device.type == "cuda"
+    # GPT's GELU is the tanh approximation. megatron's fused bias + GELU computes that one when it is handed
+    # F.gelu; without the fusion the approximation has to be asked for.
+    gelu = F.gelu if on_gpu else functools.partial(F.gelu, approximate="tanh")
+    recompute_arguments: dict[str, Any] = {}
+    if recompute == "full":
+        recompute_arguments = {"recompute_granularity": "full", "recompute_method": "uniform"}
+        recompute_arguments["recompute_num_layers"] = 1
+    elif recompute == "selective":
+        recompute_arguments = {"recompute_granularity": "selective"}
+    return TransformerConfig(
+        num_layers=size.num_layers,
+        hidden_size=size.hidden_size,
+        num_attention_heads=size.num_heads,
+        ffn_hidden_size=4 * size.hidden_size,
+        hidden_dropout=dropout,
+        attention_dropout=0.0,
+        layernorm_epsilon=1e-5,
+        activation_func=gelu,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        masked_softmax_fusion=False,
+        init_method_std=0.02,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=virtual_pp if virtual_pp > 1 else None,
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        fp16=dtype is torch.float16,
+        bf16=dtype is torch.bfloat16,
+        calculate_per_token_loss=True,  # losses are sums over global counts: nothing to average
+        deallocate_pipeline_outputs=True,
+        gradient_accumulation_fusion=False,
+        batch_p2p_comm=on_gpu,
+        **recompute_arguments,
+    )
+
+
+class LayerNorm(torch.nn.Module):
+    """Layer norm whose parameters tell megatron when their gradients are partial (sequence parallel)."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        device = torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, device=device, dtype=config.params_dtype)
+        )
+        self.bias = torch.nn.Parameter(
+            torch.zeros(hidden_size, device=device, dtype=config.params_dtype)
+        )
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised x, shape [..., hidden]."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Return the layers of this pipeline stage: pre-norm attention and MLP, and the final norm."""
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=LayerNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=PackedAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=LayerNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LayerNorm)

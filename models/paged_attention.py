@@ -1,0 +1,67 @@
+"""Attention of generation: keys and values of earlier tokens come from a cache of blocks.
+
+A packed row of T tokens begins with the sequences that decode, one token each; the chunks of prompts follow.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.decode_attention import append_kv, decode_attention
+from models.attention import PackedSequences, packed_attention
+
+
+class PagedCache:
+    """Keys and values of the layers on this rank: [blocks, block_size, heads / tp, dim] each."""
+
+    def __init__(self, layer_numbers: Iterable[int], shape: tuple[int, int, int, int], like: Tensor) -> None:
+        self.block_size = shape[1]
+        # Zeros: what no token was written to is masked, and masked garbage may be NaN.
+        self._layers = {
+            number: (like.new_zeros(shape), like.new_zeros(shape)) for number in layer_numbers
+        }
+
+    def layer(self, layer_number: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of a layer, by megatron's number."""
+        return self._layers[layer_number]
+
+
+@dataclass(kw_only=True)
+class PagedSequences(PackedSequences):
+    """Where the tokens of a step belong in the cache; travels through megatron's layers to the attention."""
+
+    cache: PagedCache
+    slots: Tensor
+    """[T] int64: where each token's key and value go, block * block_size + offset; -1 for an idle row."""
+    block_tables: Tensor
+    """[D, N] int32: the blocks of the D decoding sequences."""
+    context_lengths: Tensor
+    """[D] int32: their tokens, the new one included; 0 for an idle row."""
+    chunks: PackedSequences | None
+    """The chunks of prompts in the rest of the row; their keys are those of all tokens so far."""
+    chunk_slots: Tensor | None
+    """[cu_seqlens_kv[-1]] int64: where the chunks' keys lie; None when all of them begin their sequences."""
+
+    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Store key and value and return the attention, all [T, heads, dim]."""
+        keys, values = self.cache.layer(layer_number)
+        append_kv(key, value, keys, values, self.slots)
+        num_decodes = len(self.context_lengths)
+        if self.chunks is None:
+            return self._decode(query, keys, values, scale)
+        if self.chunk_slots is None:
+            key, value = key[num_decodes:], value[num_decodes:]
+        else:
+            key = keys.flatten(0, 1)[self.chunk_slots]
+            value = values.flatten(0, 1)[self.chunk_slots]
+        out = packed_attention(query[num_decodes:], key, value, self.chunks, scale)
+        if num_decodes == 0:
+            return out
+        return torch.cat([self._decode(query[:num_decodes], keys, values, scale), out])
+
+    def _decode(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        return decode_attention(
+            query, keys, values, self.block_tables, self.context_lengths, scale=scale
+        )

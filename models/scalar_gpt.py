@@ -1,0 +1,108 @@
+"""The same trunk with a head of one number, reward model and critic."""
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from models.attention import PackedSequences
+from models.layers import block_spec
+from models.sizes import GPTSize
+
+
+class ScalarHead(MegatronModule):
+    """hidden -> one number. Weight std 1/sqrt(d+1), bias 0 (Stiennon et al. 2020, appendix B.1)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config=config)
+        device = torch.cuda.current_device()
+        hidden = config.hidden_size
+        self.weight = torch.nn.Parameter(
+            torch.empty(1, hidden, device=device, dtype=config.params_dtype)
+        )
+        self.bias = torch.nn.Parameter(torch.zeros(1, device=device, dtype=config.params_dtype))
+        torch.nn.init.normal_(self.weight, std=(hidden + 1) ** -0.5)
+        for parameter in self.parameters():
+            # Under sequence parallel each tp rank reads its own tokens: megatron sums these gradients over tp.
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return fp32 readings [T] of hidden [T, 1, H]."""
+        return (hidden[:, 0].float() @ self.weight.float().T + self.bias.float())[:, 0]
+
+
+class ScalarGPT(LanguageModule):
+    """One pipeline chunk of a GPT trunk whose last stage reads a number after every token."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        size: GPTSize,
+        *,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+    ) -> None:
+        super().__init__(config=config)
+        self.size = size
+        self.pre_process, self.post_process = pre_process, post_process
+        self.vp_stage = vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=size.padded_vocab_size,
+                max_sequence_length=size.context_length,
+                position_embedding_type="learned_absolute",
+                tp_group=self.pg_collection.tp,
+            )
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=block_spec(config, vp_stage),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=self.pg_collection,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.scalar_head = ScalarHead(config)
+
+    def set_input_tensor(self, input_tensor: list[Tensor]) -> None:
+        """Take the hidden states of the previous stage (megatron's schedules call this)."""
+        self.decoder.set_input_tensor(input_tensor[0])
+
+    def forward(self, tokens: Tensor, positions: Tensor, sequences: PackedSequences) -> Tensor:
+        """Run this chunk over a packed row; the last stage returns fp32 readings [T], reading t after token t.
+
+        A reward model's score is the reading at the last response token; a critic's value of token t
+        is the reading at t-1 (models.gpt.shift_right).
+        """
+        hidden = self.embedding(tokens[None], positions[None]) if self.pre_process else None
+        hidden = self.decoder(
+            hidden_states=hidden, attention_mask=None, packed_seq_params=sequences
+        )
+        if not self.post_process:
+            return hidden
+        readings = self.scalar_head(hidden)
+        if self.config.sequence_parallel:
+            readings = tensor_parallel.gather_from_sequence_parallel_region(
+                readings, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        return readings
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict | None = None,
+    ) -> ShardedStateDict:
+        """Return the sharded tensors of this chunk, under the same names as the language model's trunk."""
+        # LanguageModule's own version expects an output layer; there is only the scalar head here.
+        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)

@@ -1,0 +1,241 @@
+"""Joins vocabulary shards: token log-probs and entropy under tensor parallelism.
+
+Every rank holds a block of the LM head's rows, in rank order and of equal size. The maths of a
+shard is in kernels/; here are the only collectives over shards: one all-gather of 16 bytes a token,
+and the sum of the hidden states' gradient.
+"""
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from kernels.full_kl import merge_kl_states, shard_full_kl
+from kernels.linear_logprobs import (
+    WORKSPACE_BYTES,
+    LinearSpec,
+    TokenLoss,
+    shard_linear_logprobs,
+    shard_linear_logprobs_loss,
+)
+from kernels.logprobs import Joins, check_rows, shard_logprobs
+from kernels.row_state import IGNORE_INDEX, RowSpec, merge_row_states
+
+
+def _gather_states(state: Tensor, group: ProcessGroup) -> Tensor:
+    """The shards' states [tp, T, n], in rank order: the same bits on every rank, in every run."""
+    states = state.new_empty(group.size(), *state.shape)
+    dist.all_gather_into_tensor(states, state.contiguous(), group=group)
+    return states
+
+
+def _joins(group: ProcessGroup | None, *, sequence_parallel: bool = False) -> Joins:
+    """The collectives of a group; none for a single shard."""
+    if group is None or group.size() == 1:
+        return Joins()
+    tp = group.size()
+
+    def merge_states(state: Tensor) -> Tensor:
+        return merge_row_states(_gather_states(state, group))
+
+    def gather_hidden(hidden: Tensor) -> Tensor:
+        rows = hidden.new_empty(len(hidden) * tp, hidden.shape[1])
+        dist.all_gather_into_tensor(rows, hidden.contiguous(), group=group)
+        return rows
+
+    def start_all_reduce(gradient: Tensor) -> Callable[[], Tensor]:
+        work = dist.all_reduce(gradient, group=group, async_op=True)
+        return lambda: (work.wait(), gradient)[1]
+
+    def start_reduce_scatter(gradient: Tensor) -> Callable[[], Tensor]:
+        mine = gradient.new_empty(len(gradient) // tp, gradient.shape[1])
+        work = dist.reduce_scatter_tensor(mine, gradient, group=group, async_op=True)
+        return lambda: (work.wait(), mine)[1]
+
+    if sequence_parallel:
+        return Joins(
+            merge_states=merge_states,
+            gather_hidden=gather_hidden,
+            start_reduction=start_reduce_scatter,
+        )
+    return Joins(merge_states=merge_states, start_reduction=start_all_reduce)
+
+
+def _row_spec(
+    num_columns: int,
+    group: ProcessGroup | None,
+    *,
+    temperature: float,
+    num_valid_vocab: int | None,
+    ignore_index: int = IGNORE_INDEX,
+    with_entropy: bool = False,
+) -> RowSpec:
+    """The columns this rank holds of a vocabulary of num_columns a rank."""
+    rank, tp = (0, 1) if group is None else (group.rank(), group.size())
+    return RowSpec(
+        num_valid_vocab=num_columns * tp if num_valid_vocab is None else num_valid_vocab,
+        first_column=rank * num_columns,
+        temperature=temperature,
+        ignore_index=ignore_index,
+    )
+
+
+def vocab_parallel_logprobs(  # noqa: PLR0913
+    logits_shard: Tensor,
+    labels: Tensor,
+    *,
+    group: ProcessGroup | None,
+    temperature: float = 1.0,
+    num_valid_vocab: int | None = None,
+    with_entropy: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs [T] fp32 and entropy [T] (or None) of the whole vocabulary, on every rank.
+
+    logits_shard: this rank's columns [T, V / tp]; labels: [T], global numbers, the same on all
+    ranks. num_valid_vocab counts the real columns of the whole vocabulary. Differentiable.
+    """
+    check_rows(logits_shard, labels)
+    spec = _row_spec(
+        logits_shard.shape[1],
+        group,
+        temperature=temperature,
+        num_valid_vocab=num_valid_vocab,
+        ignore_index=ignore_index,
+        with_entropy=with_entropy,
+    )
+    return shard_logprobs(logits_shard, labels, spec, _joins(group))
+
+
+def vocab_parallel_full_kl(
+    logits_shard: Tensor,
+    ref_logits_shard: Tensor,
+    *,
+    group: ProcessGroup | None,
+    temperature: float = 1.0,
+    num_valid_vocab: int | None = None,
+) -> Tensor:
+    """`kernels.full_kl.full_kl` [T] over the whole vocabulary, on every rank.
+
+    logits_shard, ref_logits_shard: this rank's columns [T, V / tp]. Differentiable in both.
+    """
+    spec = _row_spec(
+        logits_shard.shape[1],
+        group,
+        temperature=temperature,
+        num_valid_vocab=num_valid_vocab,
+    )
+    if group is None or group.size() == 1:
+        return shard_full_kl(logits_shard, ref_logits_shard, spec)
+    return shard_full_kl(
+        logits_shard,
+        ref_logits_shard,
+        spec,
+        lambda state: merge_kl_states(_gather_states(state, group)),
+    )
+
+
+def _linear_spec(
+    weight: Tensor,
+    group: ProcessGroup | None,
+    *,
+    sequence_parallel: bool,
+    rows: RowSpec,
+    row_index: Tensor | None,
+    workspace_bytes: int,
+) -> LinearSpec:
+    """The collectives of the group, and where megatron wants this weight's gradient.
+
+    megatron's DistributedDataParallel reads `weight.grad` in a hook on the weight's autograd node
+    and adds it to `weight.main_grad`. The head's gradient goes to main_grad directly, in fp32, and
+    never through weight.grad. `grad_added_to_main_grad` stays False: the hook then still adds what
+    other users of the weight send through autograd, tied embeddings above all, and a gradient that
+    took another path is never dropped. With overlapped reduction the hook insists on finding a
+    gradient: zeros, unless the embeddings of this stage provide one (`zero_out_wgrad`).
+    """
+    is_hooked = hasattr(weight, "grad_added_to_main_grad")
+    return LinearSpec(
+        rows=rows,
+        joins=_joins(group, sequence_parallel=sequence_parallel),
+        workspace_bytes=workspace_bytes,
+        row_index=row_index,
+        main_grad=getattr(weight, "main_grad", None),
+        returns_zero_weight_grad=is_hooked and not getattr(weight, "zero_out_wgrad", False),
+    )
+
+
+def vocab_parallel_linear_logprobs(  # noqa: PLR0913
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    group: ProcessGroup | None,
+    sequence_parallel: bool = False,
+    temperature: float = 1.0,
+    num_valid_vocab: int | None = None,
+    with_entropy: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+    row_index: Tensor | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs [T] fp32 and entropy [T] (or None) from hidden states, on every rank.
+
+    hidden: [T, H], the same on all ranks, or with sequence_parallel this rank's rows [T / tp, H].
+    weight: this rank's rows [V / tp, H] of the head. labels, row_index: of all T rows. The weight's
+    gradient is added to `weight.main_grad` in fp32 where there is one.
+    """
+    rows = _row_spec(
+        len(weight),
+        group,
+        temperature=temperature,
+        num_valid_vocab=num_valid_vocab,
+        ignore_index=ignore_index,
+        with_entropy=with_entropy,
+    )
+    spec = _linear_spec(
+        weight,
+        group,
+        sequence_parallel=sequence_parallel,
+        rows=rows,
+        row_index=row_index,
+        workspace_bytes=workspace_bytes,
+    )
+    return shard_linear_logprobs(hidden, weight, labels, spec)
+
+
+def vocab_parallel_linear_logprobs_loss(  # noqa: PLR0913
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_loss: TokenLoss,
+    *,
+    group: ProcessGroup | None,
+    sequence_parallel: bool = False,
+    temperature: float = 1.0,
+    num_valid_vocab: int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    row_index: Tensor | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """Loss [] and log-probs [T] (without gradient) in one pass, on every rank.
+
+    token_loss as in `kernels.linear_logprobs.linear_logprobs_loss`, the same on all ranks; other
+    arguments as `vocab_parallel_linear_logprobs`.
+    """
+    rows = _row_spec(
+        len(weight),
+        group,
+        temperature=temperature,
+        num_valid_vocab=num_valid_vocab,
+        ignore_index=ignore_index,
+    )
+    spec = _linear_spec(
+        weight,
+        group,
+        sequence_parallel=sequence_parallel,
+        rows=rows,
+        row_index=row_index,
+        workspace_bytes=workspace_bytes,
+    )
+    return shard_linear_logprobs_loss(hidden, weight, labels, token_loss, spec)

@@ -1,0 +1,16 @@
+"""A Hugging Face GPT-2 as one of our checkpoints, and one of ours for Hugging Face.
+
+python recipes/convert_hf.py import --source gpt2/ --out runs/gpt2
+python recipes/convert_hf.py export --source runs/sft --out sft_hf/
+
+A model too large for one process, here on eight:
+torchrun --nproc-per-node=8 recipes/convert_hf.py import --source ... --out ... --layout.tp 8
+"""
+
+import tyro
+
+from engine.config import run_stage
+from engine.convert import ConvertConfig, convert
+
+if __name__ == "__main__":
+    run_stage(convert, ConvertConfig(direction=tyro.MISSING))

@@ -1,0 +1,22 @@
+"""Decorates the kernels for Triton's interpreter on machines without a GPU.
+
+Triton chooses between compiler and interpreter when it decorates a kernel, from TRITON_INTERPRET.
+So the variable is set while every kernel is imported, before any test is, and then put back: tests
+and the ranks they spawn take the torch reference for CPU tensors, and a test that wants the
+interpreter sets the variable again (the fixtures of tests/kernels/conftest.py).
+"""
+
+import importlib
+import os
+import pkgutil
+
+import pytest
+import torch
+
+import kernels
+
+if not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "TRITON_INTERPRET", "1")
+        for module in pkgutil.iter_modules(kernels.__path__):
+            importlib.import_module(f"kernels.{module.name}")

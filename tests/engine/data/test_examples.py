@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+
+from engine.config import UserError
+from engine.data.examples import Example, drop_long, encode_pair, encode_prompt
+from engine.data.tokenizer import Tokenizer
+
+
+def example(prompt_length: int, length: int) -> Example:
+    return Example(tokens=np.arange(length), prompt_length=prompt_length)
+
+
+def test_prompt_and_response_are_encoded_apart(tokenizer: Tokenizer) -> None:
+    # "pu" + "b" is one piece when it is read as one word.
+    prompt = encode_prompt("a pu", tokenizer)
+    tokens = encode_pair(prompt, "b", tokenizer)
+    assert tokens.dtype == np.int64
+    assert list(tokens) == [*tokenizer.encode("a pu"), *tokenizer.encode("b"), tokenizer.eos_id]
+    assert list(tokens[:-1]) != tokenizer.encode("a pub")
+
+
+def test_the_suffix_closes_the_prompt(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(encode_prompt("a pub", tokenizer, "\n")) == "a pub\n"
+
+
+def test_what_is_over_a_limit_is_dropped_and_counted() -> None:
+    units = [example(5, 9), example(6, 7), example(2, 10), example(5, 10), example(2, 11)]
+    kept, report = drop_long(units, max_length=10, max_prompt_length=5)
+    assert report.kept == [0, 2, 3]
+    assert [len(unit.tokens) for unit in kept] == [9, 10, 10]
+    assert (report.num_long_prompts, report.num_long_sequences) == (1, 1)
+
+
+def test_a_group_goes_when_one_of_its_sequences_is_too_long() -> None:
+    kept, report = drop_long([[example(2, 4), example(2, 9)], [example(2, 4)]], max_length=8)
+    assert report.kept == [1]
+    assert len(kept[0]) == 1
+
+
+def test_nothing_left_is_an_error() -> None:
+    with pytest.raises(UserError, match="all 2 examples are too long, 1 with a prompt over 5"):
+        drop_long([example(6, 7), example(2, 20)], max_length=10, max_prompt_length=5)
+
+
+@pytest.mark.parametrize("prompt_length", [0, 5])
+def test_the_prompt_has_a_token_and_is_within_the_sequence(prompt_length: int) -> None:
+    with pytest.raises(ValueError, match="is not within 1 to 4 tokens"):
+        example(prompt_length, 4)

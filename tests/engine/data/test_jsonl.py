@@ -1,0 +1,73 @@
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.config import UserError
+from engine.data.jsonl import ReadReport, check_text, read_records, required
+
+
+def read_texts(path: Path, *, skip_bad_lines: bool = False) -> tuple[list[str], ReadReport]:
+    return read_records(
+        path,
+        lambda record: check_text(required(record, "text"), "text"),
+        skip_bad_lines=skip_bad_lines,
+    )
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_records_come_in_order(tmp_path: Path, compress: type) -> None:
+    path = tmp_path / "good.jsonl"
+    path.write_bytes(compress(b'\xef\xbb\xbf{"text": "a"}\r\n\n{"text": "\xc3\xa9"}'))
+    texts, report = read_texts(path)
+    assert texts == ["a", "é"]
+    assert report == ReadReport(num_read=2, num_bad=0, first_errors=())
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"text": "a"', "not one JSON object on one line: Expecting ',' delimiter at column 13"),
+        (b'["text"]', "must be one JSON object, not a list"),
+        (b'{"txt": "a"}', 'field "text" is missing; there is txt'),
+        (b'{"text": 3}', 'field "text" must be a string, not a number'),
+        (b'{"text": null}', 'field "text" must be a string, not null'),
+        (b'{"text": " \\n"}', 'field "text" is empty'),
+        (b'{"text": "\\ud83d"}', 'field "text" holds half of a surrogate pair'),
+        (b'{"text": "\xff"}', "not UTF-8: byte 11 of the line"),
+        (b'{"text": ' + b"[" * 200_000, "not JSON that can be read"),
+        (b'{"text": ' + b"1" * 5_000 + b"}", "not JSON that can be read"),
+    ],
+)
+def test_a_bad_line_is_named_or_counted(tmp_path: Path, line: bytes, problem: str) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
+    with pytest.raises(UserError) as error:
+        read_texts(path)
+    assert f"some.jsonl:2: {problem}" in str(error.value)
+    assert str(error.value).endswith("\ncorrect the line, or pass --data.skip-bad-lines")
+
+    texts, report = read_texts(path, skip_bad_lines=True)
+    assert texts == ["a", "b"]
+    assert (report.num_read, report.num_bad) == (2, 1)
+    assert f"some.jsonl:2: {problem}" in report.first_errors[0]
+    assert "1 bad line" in str(report)
+
+
+def test_a_file_without_records_is_an_error_even_when_bad_lines_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_bytes(b"\n\n")
+    with pytest.raises(UserError, match="the file is empty"):
+        read_texts(path, skip_bad_lines=True)
+    path.write_bytes(b"{\n{\n")
+    with pytest.raises(UserError, match=r"all 2 lines are bad; the first: .*empty\.jsonl:1"):
+        read_texts(path, skip_bad_lines=True)
+
+
+def test_the_report_keeps_the_first_errors_only(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("{\n" * 100 + json.dumps({"text": "a"}))
+    _, report = read_texts(path, skip_bad_lines=True)
+    assert report.num_bad == 100
+    assert len(report.first_errors) == 5

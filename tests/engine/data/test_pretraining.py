@@ -1,0 +1,150 @@
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.config import UserError
+from engine.data.pretraining import open_token_file
+from engine.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+
+TEXTS = ["The Mill is a pub.\n", "The Punter is cheap.", "  It serves food.  "]
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_documents_follow_one_another_with_an_end_of_text(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    stream = [token for text in TEXTS for token in [*tokenizer.encode(text), tokenizer.eos_id]]
+    source = write(tmp_path / "books.jsonl", TEXTS)
+    packed = tmp_path / "books.jsonl.gz"
+    packed.write_bytes(gzip.compress(source.read_bytes()))
+    for path in (source, packed):
+        tokens = open_token_file(path, tokenizer, tmp_path / "cache")
+        assert tokens.tokens.dtype == np.uint16
+        assert list(tokens.tokens) == stream
+        assert tokens.report.num_read == 3
+
+
+def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(
+        vocab_size=70_000, eos_id=69_999, encode=lambda text: [65_536], decode=str, files={}
+    )
+    tokens = open_token_file(write(tmp_path / "a.jsonl", ["x"]), tokenizer, tmp_path / "cache")
+    assert tokens.tokens.dtype == np.uint32
+    assert list(tokens.tokens) == [65_536, 69_999]
+
+
+def test_sequences_are_cut_in_order_and_the_rest_is_left(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    token_file = open_token_file(write(tmp_path / "a.jsonl", TEXTS), tokenizer, tmp_path / "cache")
+    sequences = token_file.sequences(5)
+    assert len(sequences) == len(token_file.tokens) // 5
+    joined = np.concatenate([sequences[index].tokens for index in range(len(sequences))])
+    assert joined.dtype == np.int64
+    assert np.array_equal(joined, token_file.tokens[: len(sequences) * 5])
+    assert sequences[0].prompt_length == 1
+    with pytest.raises(UserError, match=r"a\.jsonl: its \d+ tokens do not fill one sequence of"):
+        token_file.sequences(1000)
+
+
+def test_the_cache_is_used_until_content_or_tokenizer_change(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    calls = []
+
+    def counting(text: str) -> list[int]:
+        calls.append(text)
+        return tokenizer.encode(text)
+
+    counted = Tokenizer(
+        vocab_size=400, eos_id=1, encode=counting, decode=str, files={"name": b"one"}
+    )
+    first = open_token_file(source, counted, cache)
+    again = open_token_file(source, counted, cache)
+    assert len(calls) == 3
+    assert np.array_equal(first.tokens, again.tokens)
+    assert first.report == again.report
+
+    renamed = Tokenizer(
+        vocab_size=400, eos_id=1, encode=counting, decode=str, files={"name": b"two"}
+    )
+    open_token_file(source, renamed, cache)
+    assert len(calls) == 6
+    write(source, [*TEXTS, "More."])
+    assert len(open_token_file(source, counted, cache).tokens) > len(first.tokens)
+    assert len(calls) == 10
+
+
+def test_a_damaged_cache_is_made_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    expected = list(open_token_file(source, tokenizer, cache).tokens)
+    [path] = cache.glob("*.uint16")
+    path.write_bytes(path.read_bytes()[:-4])
+    assert list(open_token_file(source, tokenizer, cache).tokens) == expected
+
+
+def test_a_bad_line_stops_and_leaves_no_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    source.write_text(source.read_text() + '{"txt": "x"}\n')
+    with pytest.raises(UserError, match=r'a\.jsonl:4: field "text" is missing'):
+        open_token_file(source, tokenizer, cache)
+    assert not list(cache.iterdir())
+
+    skipped = open_token_file(source, tokenizer, cache, skip_bad_lines=True)
+    assert (skipped.report.num_read, skipped.report.num_bad) == (3, 1)
+    assert "a.jsonl:4" in skipped.report.first_errors[0]
+    assert open_token_file(source, tokenizer, cache, skip_bad_lines=True).report == skipped.report
+    with pytest.raises(UserError):  # what was made while skipping does not hide the bad line
+        open_token_file(source, tokenizer, cache)
+
+
+def test_a_text_file_is_one_document(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = "The Mill is a pub.\n\n  The Punter is not.\n" * 4_000  # several parts
+    source = tmp_path / "book.txt"
+    source.write_text(text)
+    token_file = open_token_file(source, tokenizer, tmp_path / "cache")
+    assert tokenizer.decode(token_file.tokens) == text
+    assert list(token_file.tokens).count(tokenizer.eos_id) == 1
+    assert token_file.tokens[-1] == tokenizer.eos_id
+    assert token_file.report.num_read == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.txt", b" \n", "the file is empty"),
+        ("a.txt", b"a\n\xff", r"a\.txt:2: not UTF-8"),
+        ("a.jsonl", b"", "the file is empty"),
+        ("a.csv", b"a", r"is a \.jsonl or \.txt file"),
+        ("a.txt", None, "no such file"),
+    ],
+)
+def test_a_bad_source_is_a_user_error(
+    tokenizer: Tokenizer, tmp_path: Path, name: str, content: bytes | None, problem: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=problem):
+        open_token_file(tmp_path / name, tokenizer, tmp_path / "cache")
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def test_real_text_comes_back(data_pack: Path, tmp_path: Path) -> None:
+    source = data_pack / "mini" / "pretrain.jsonl"
+    texts = [json.loads(line)["text"] for line in source.read_text().splitlines()]
+    for tokenizer in (
+        load_tokenizer(data_pack / "bpe"),
+        train_sentencepiece(texts, tmp_path / "sp.model", vocab_size=1000),
+    ):
+        tokens = open_token_file(source, tokenizer, tmp_path / "cache").tokens
+        ends = np.flatnonzero(tokens == tokenizer.eos_id)
+        parts = np.split(tokens, ends + 1)[:-1]
+        assert [tokenizer.decode(part) for part in parts] == texts

@@ -1,0 +1,64 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.config import UserError
+from engine.data.prompts import prompt_examples, read_prompts, split_by_prompt
+from engine.data.tokenizer import Tokenizer
+
+
+def test_text_and_messages_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    records = [{"prompt": "a"}, {"messages": [{"role": "user", "content": "b"}]}]
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    assert read_prompts(path)[0] == ["a", "User: b\n\nAssistant:"]
+
+
+def test_a_bad_prompt_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    with pytest.raises(UserError, match=r'prompts\.jsonl:2: field "prompt" is missing'):
+        read_prompts(path)
+    assert read_prompts(path, skip_bad_lines=True)[1].num_bad == 1
+
+
+def test_long_prompts_are_dropped_and_the_kept_ones_known(tokenizer: Tokenizer) -> None:
+    prompts = ["The Mill " * 50, "The Mill", "pub"]
+    examples, report = prompt_examples(prompts, tokenizer, max_prompt_length=20)
+    assert report.kept == [1, 2]
+    assert report.num_long_prompts == 1
+    assert [tokenizer.decode(example.tokens) for example in examples] == ["The Mill", "pub"]
+    assert all(example.prompt_length == len(example.tokens) for example in examples)
+
+
+@given(
+    prompts=st.lists(st.text(max_size=5)),
+    valid_fraction=st.floats(0, 1),
+    seed=st.integers(0, 10),
+)
+def test_equal_prompts_are_on_one_side(
+    prompts: list[str], valid_fraction: float, seed: int
+) -> None:
+    train, valid = split_by_prompt(prompts, valid_fraction, seed)
+    assert sorted(train + valid) == list(range(len(prompts)))
+    assert not {prompts[index] for index in train} & {prompts[index] for index in valid}
+    # What was decided for a prompt stays when others come.
+    more_train, _ = split_by_prompt([*prompts, "another"], valid_fraction, seed)
+    assert [index for index in more_train if index < len(prompts)] == train
+
+
+def test_the_fraction_is_about_right_and_the_seed_matters() -> None:
+    prompts = [f"prompt {number}" for number in range(10_000)]
+    _, valid = split_by_prompt(prompts, 0.1, 0)
+    assert 900 < len(valid) < 1100
+    assert split_by_prompt(prompts, 0.1, 1)[1] != valid
+    assert split_by_prompt(prompts, 0.0, 0)[1] == []
+    assert split_by_prompt(prompts, 1.0, 0)[0] == []
+
+
+def test_real_prompts_are_read(data_pack: Path) -> None:
+    prompts, report = read_prompts(data_pack / "mini" / "prompts.jsonl")
+    assert report.num_read == len(prompts) == 200

@@ -1,0 +1,136 @@
+import json
+import math
+import time
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from engine.alarms import Alarm
+from engine.metrics import Metrics, plot_curves, read_metrics
+
+
+def lines_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def logged(run_dir, steps, first_step=0, num_steps=10, **options) -> None:
+    with Metrics(
+        run_dir, is_writer=True, first_step=first_step, num_steps=num_steps, **options
+    ) as metrics:
+        for step in steps:
+            metrics.log(step, {"train/loss": 2.0 - 0.1 * step})
+
+
+def test_file_screen_and_tensorboard_say_the_same(tmp_path, capsys):
+    logged(tmp_path / "sft", range(3))
+    rows = [{"step": s, "train/loss": pytest.approx(2.0 - 0.1 * s)} for s in range(3)]
+    assert read_metrics(tmp_path / "sft") == rows
+    screen = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[:2] for line in screen] == [
+        ["sft 1/10", "train/loss 2"],
+        ["sft 2/10", "train/loss 1.9"],
+        ["sft 3/10", "train/loss 1.8"],
+    ]
+    board = EventAccumulator(str(tmp_path / "sft" / "tensorboard")).Reload()
+    assert [e.step for e in board.Scalars("train/loss")] == [0, 1, 2]
+    assert [e.value for e in board.Scalars("train/loss")] == pytest.approx([2.0, 1.9, 1.8])
+
+
+def test_the_line_shows_the_headline_in_its_order(tmp_path, capsys):
+    headline = ("b/y", "absent", "a/x")
+    with Metrics(tmp_path / "ppo", is_writer=True, num_steps=2, headline=headline) as metrics:
+        metrics.log(0, {"a/x": 1.0, "b/y": 2.0, "c/z": 3.0})
+    assert "ppo 1/2  b/y 2  a/x 1  eta 0:0" in capsys.readouterr().out
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
+    metrics = Metrics(tmp_path, is_writer=True, num_steps=2)
+    metrics.log(0, {"train/loss": 1.0})
+    assert lines_of(tmp_path / "metrics.jsonl") == [{"step": 0, "train/loss": 1.0}]
+    metrics.close()
+
+
+def test_resume_replaces_the_steps_that_it_repeats(tmp_path):
+    logged(tmp_path, range(6))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "train/lo')  # killed while writing
+    logged(tmp_path, range(4, 8), first_step=4)
+    assert [row["step"] for row in lines_of(tmp_path / "metrics.jsonl")] == list(range(8))
+
+
+def test_a_new_run_in_an_old_folder_starts_empty(tmp_path):
+    logged(tmp_path, range(6))
+    logged(tmp_path, range(2))
+    assert [row["step"] for row in lines_of(tmp_path / "metrics.jsonl")] == [0, 1]
+
+
+def test_phase_seconds_are_summed_and_logged_once(tmp_path):
+    with Metrics(tmp_path, is_writer=True, num_steps=2) as metrics:
+        for _ in range(2):
+            with metrics.phase("rollout"):
+                time.sleep(0.02)
+        assert 0.04 <= metrics.phase_seconds["rollout"] < 1.0
+        metrics.log(0, {})
+        metrics.log(1, {"train/loss": 1.0})
+    first, second = lines_of(tmp_path / "metrics.jsonl")
+    assert 0.04 <= first["rollout/seconds"] < 1.0
+    assert "rollout/seconds" not in second
+
+
+def test_values_that_are_not_finite_stay_valid_json(tmp_path):
+    with Metrics(tmp_path, is_writer=True, num_steps=1) as metrics:
+        metrics.log(0, {"a/nan": math.nan, "a/inf": math.inf, "a/one": 1.0})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["a/nan"] is None
+    (row,) = read_metrics(tmp_path)
+    assert math.isnan(row["a/nan"])
+    assert row["a/one"] == 1.0
+
+
+def test_lines_of_one_step_are_read_as_one_row(tmp_path):
+    with Metrics(tmp_path, is_writer=True, num_steps=1) as metrics:
+        metrics.log(0, {"train/loss": 1.0})
+        metrics.log(0, {"valid/loss": 2.0})
+    assert read_metrics(tmp_path) == [{"step": 0, "train/loss": 1.0, "valid/loss": 2.0}]
+
+
+def test_samples_go_to_a_file_and_a_table_with_brackets_as_they_are(tmp_path, capsys):
+    with Metrics(tmp_path, is_writer=True, num_steps=1) as metrics:
+        metrics.log_samples(0, [{"prompt": "[red]hello[/red]", "score": 0.12345}])
+        metrics.log_samples(0, [])
+    expected = [{"step": 0, "prompt": "[red]hello[/red]", "score": 0.12345}]
+    assert lines_of(tmp_path / "samples.jsonl") == expected
+    screen = capsys.readouterr().out
+    assert "[red]hello[/red]" in screen
+    assert "0.1235" in screen
+
+
+def test_alarms_go_to_a_file_and_the_screen(tmp_path, capsys):
+    with Metrics(tmp_path, is_writer=True, num_steps=1) as metrics:
+        metrics.log_alarms(3, [Alarm("pad_leak", "look at the mask")])
+    expected = [{"step": 3, "name": "pad_leak", "message": "look at the mask"}]
+    assert lines_of(tmp_path / "alarms.jsonl") == expected
+    assert "ALARM pad_leak: look at the mask" in capsys.readouterr().out
+
+
+def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    with Metrics(run_dir, is_writer=False, num_steps=1) as metrics:
+        with metrics.phase("update"):
+            pass
+        metrics.log(0, {"train/loss": 1.0})
+        metrics.log_samples(0, [{"prompt": "x"}])
+        metrics.log_alarms(0, [Alarm("a", "b")])
+        assert metrics.phase_seconds == {}
+    assert not run_dir.exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_every_run_leaves_its_curves(tmp_path):
+    logged(tmp_path, range(3))
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_without_a_line_has_no_curves(tmp_path):
+    assert plot_curves(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []

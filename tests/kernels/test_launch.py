@@ -1,0 +1,72 @@
+"""Where a kernel runs, and with which configuration."""
+
+import json
+
+import pytest
+import torch
+
+from kernels import launch
+from kernels.launch import LaunchConfig
+
+
+def test_cpu_tensors_take_the_reference_unless_interpreting(
+    interpreter: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = torch.zeros(1)
+    assert launch.uses_triton(tensor)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert not launch.uses_triton(tensor)
+
+
+def test_a_variable_set_after_the_import_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_DECORATED_FOR_INTERPRETER", False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not launch.interpreting()
+
+
+@pytest.mark.parametrize(("n", "power"), [(0, 1), (1, 1), (2, 2), (3, 4), (1024, 1024), (1025, 2048)])
+def test_next_power_of_2(n: int, power: int) -> None:
+    assert launch.next_power_of_2(n) == power
+
+
+@pytest.mark.parametrize(("block", "warps"), [(1, 1), (256, 1), (1024, 4), (4096, 16), (65536, 16)])
+def test_num_warps_grow_with_the_block(block: int, warps: int) -> None:
+    assert launch.num_warps_for(block) == warps
+
+
+def test_a_block_is_no_longer_than_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm90")
+    device = torch.device("cpu")
+    assert launch.config_for("row_state", 100, device).block == 128
+    long_row = launch.config_for("row_state", 50304, device)
+    assert long_row == launch._TABLE["default"]["row_state"]
+
+
+def test_tuned_configurations_come_first_and_are_read_from_json(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setattr(launch, "_tuned", {})
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps({"cpu": {"row_state": {"block": 32, "num_warps": 2}}}))
+    launch.load_tuning(path)
+    assert launch.config_for("row_state", 999, torch.device("cpu")) == LaunchConfig(32, 2)
+
+
+def test_the_tuner_keeps_and_writes_the_fastest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pytest.TempPathFactory
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(launch, "_tuned", {})
+    milliseconds = {16: 3.0, 32: 1.0, 64: 2.0}
+    monkeypatch.setattr("triton.testing.do_bench", lambda run: run())
+    best = launch.tune(
+        "row_state",
+        lambda: milliseconds[launch.config_for("row_state", 999, cpu).block],
+        [LaunchConfig(block, 1) for block in milliseconds],
+        tmp_path / "tuned.json",
+        device=cpu,
+    )
+    assert best == LaunchConfig(32, 1)
+    monkeypatch.setattr(launch, "_tuned", {})
+    launch.load_tuning(tmp_path / "tuned.json")
+    assert launch.config_for("row_state", 999, cpu) == best

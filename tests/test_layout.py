@@ -1,0 +1,169 @@
+"""The rules of ARCHITECTURE.md that a program can check: who imports what, what has a docstring."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {"kernels": 0, "models": 1, "engine": 2, "recipes": 3, "benchmarks": 3, "tests": 4}
+LIBRARY = ("kernels", "models", "engine")
+MEGATRON_FILES = {
+    *(f"models/{name}.py" for name in ("gpt", "scalar_gpt", "layers", "attention")),
+    "models/vocab_parallel.py",
+    *(f"engine/{name}.py" for name in ("device", "parallel", "step", "optimizer", "checkpoint")),
+}
+LIGHT_FILES = {"models/sizes.py", "engine/plan.py", "engine/config.py"}
+# Who reads the environment, and which variables; None allows any.
+ENVIRONMENT = {
+    "engine/parallel.py": None,
+    "engine/device.py": None,
+    "engine/config.py": {"RANK", "SLURM_PROCID"},  # so that one process of a launch speaks
+    "kernels/launch.py": {"TRITON_INTERPRET"},
+}
+JUNK_DRAWERS = {"utils", "util", "common", "helpers", "helper", "base", "misc", "registry"}
+MAX_LINES = 450
+
+FILES = sorted(
+    str(path.relative_to(ROOT))
+    for floor in FLOORS
+    for path in (ROOT / floor).rglob("*.py")
+    if "__pycache__" not in path.parts
+)
+TREES = {name: ast.parse((ROOT / name).read_text()) for name in FILES}
+
+
+def in_library(name: str) -> bool:
+    return name.split("/")[0] in LIBRARY
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Yield the full name of every module that a file imports, wherever in the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "import by the full name, not relative to the file"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def packages(tree: ast.AST) -> set[str]:
+    return {name.split(".")[0] for name in imports(tree)}
+
+
+def environment_reads(tree: ast.AST) -> Iterator[str]:
+    """Yield the variables read through os.environ and os.getenv; "?" for a computed name."""
+    reads = ("os.environ", "os.getenv")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(reads):
+            argument = node.args[0] if node.args else None
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.value) in reads:
+            argument = node.slice
+        elif isinstance(node, ast.ImportFrom) and node.module == "os":
+            names = {alias.name for alias in node.names}
+            if names & {"environ", "getenv"}:
+                yield "?"
+            continue
+        else:
+            continue
+        yield argument.value if isinstance(argument, ast.Constant) else "?"
+
+
+def undocumented(tree: ast.Module) -> Iterator[str]:
+    """Yield the public functions, classes and methods without a docstring."""
+
+    def visit(body: list[ast.stmt], prefix: str) -> Iterator[str]:
+        for node in body:
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            if not ast.get_docstring(node):
+                yield prefix + node.name
+            if isinstance(node, ast.ClassDef) and not is_autograd_function(node):
+                yield from visit(node.body, f"{node.name}.")
+
+    # A triton kernel says in comments what its pointers hold; its function has the docstring.
+    yield from visit([node for node in tree.body if not is_triton_kernel(node)], "")
+
+
+def is_triton_kernel(node: ast.AST) -> bool:
+    return any("triton" in ast.unparse(d) for d in getattr(node, "decorator_list", []))
+
+
+def is_autograd_function(node: ast.ClassDef) -> bool:
+    return any(ast.unparse(base).endswith("Function") for base in node.bases)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_point_down(name):
+    floor = FLOORS[name.split("/")[0]]
+    up = {package for package in packages(TREES[name]) if FLOORS.get(package, -1) > floor}
+    assert not up, f"{name} imports from a floor above its own"
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if in_library(n)])
+def test_megatron_is_imported_where_it_is_wrapped(name):
+    uses = packages(TREES[name]) & {"megatron"}
+    assert not uses or name in MEGATRON_FILES, f"{name} imports megatron; wrap the call elsewhere"
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n in LIGHT_FILES])
+def test_light_files_import_neither_torch_nor_megatron(name):
+    heavy = {"torch", "megatron", "triton", "transformers"}
+    seen, waiting = set(), [name]
+    while waiting:  # and nothing of ours that does
+        current = waiting.pop()
+        seen.add(current)
+        assert not packages(TREES[current]) & heavy, f"{name} reaches {current}"
+        for module in imports(TREES[current]):
+            for dotted in (module, module.rpartition(".")[0]):
+                path = f"{dotted.replace('.', '/')}.py"
+                if path in TREES and path not in seen:
+                    waiting.append(path)
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if in_library(n)])
+def test_environment_is_read_in_few_places(name):
+    variables = set(environment_reads(TREES[name]))
+    allowed = ENVIRONMENT.get(name, set())
+    if allowed is not None:
+        assert variables <= allowed, f"{name} reads the environment"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_junk_drawers(name):
+    path = Path(name)
+    assert not JUNK_DRAWERS & {path.stem, *path.parts}, "name the file after what it answers"
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.endswith("__init__.py")])
+def test_init_files_are_empty(name):
+    assert (ROOT / name).read_text() == "", "import a function from the file that defines it"
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if in_library(n)])
+def test_files_are_short(name):
+    num_lines = len((ROOT / name).read_text().splitlines())
+    assert num_lines <= MAX_LINES, f"{name} answers more than one question"
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if in_library(n)])
+def test_public_names_have_docstrings(name):
+    assert list(undocumented(TREES[name])) == []
+
+
+def test_the_checks_see_what_they_look_for():
+    source = """
+import os
+from engine.step import forward
+def spoken():
+    "Says."
+def silent(): pass
+class Box:
+    "Holds."
+    def open(self): return os.environ["HOME"], os.environ.get("RANK"), os.getenv(name)
+"""
+    tree = ast.parse(source)
+    assert list(imports(tree)) == ["os", "engine.step.forward"]
+    assert sorted(environment_reads(tree)) == ["?", "HOME", "RANK"]
+    assert list(undocumented(tree)) == ["silent", "Box.open"]
