@@ -138,6 +138,8 @@ def load_weights(
     """
     folder = find_network(path, role)
     description = _check_description(folder, network, tokenizer_fingerprint)
+    if network.kind == "language" and description["kind"] == "scalar":
+        raise UserError(f"{folder} holds a reward model or critic where a language model is needed")
     state = _sharded_weights(network)
     if network.kind == "scalar" and description["kind"] == "language":
         state = {

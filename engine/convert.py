@@ -1,9 +1,10 @@
 """From a Hugging Face GPT-2 folder to one of our checkpoints and back, on the ranks of any layout.
 
-    HF/     config.json  model.safetensors (or parts and an index, or pytorch_model.bin)  tokenizer files
-    RUN/    config.json  tokenizer/  checkpoints/step_00000000/policy/
+    FOLDER/  config.json  model.safetensors (or parts and an index)  tokenizer.json
+    RUN/     config.json  checkpoints/step_00000000/policy/          tokenizer/
 
-Every rank reads or writes what it holds: a model too large for one machine goes through tp x pp ranks.
+Every rank reads or writes what it holds, tensor by tensor: a model too large for one machine goes
+through tp x pp ranks.
 """
 
 import dataclasses
@@ -54,7 +55,7 @@ class ConvertConfig:
     direction: tyro.conf.Positional[Literal["import", "export"]]
     """import: from Hugging Face to a run; export: from a run to Hugging Face."""
     source: Path | None = None
-    """import: the model's folder; export: a run, one of its checkpoints, or a network's folder in one."""
+    """import: the model's folder; export: a run, one of its checkpoints, or a network in one."""
     out: Path | None = None
     """The folder to make; it must not exist."""
     role: str = "policy"
@@ -80,10 +81,10 @@ def convert(config: ConvertConfig) -> None:
 
 
 def import_huggingface(config: ConvertConfig) -> Path:
-    """Write a run whose one checkpoint holds the weights of a Hugging Face folder; return the run's folder.
+    """Write a run whose one checkpoint holds the weights of a Hugging Face folder; return the run.
 
-    A stage starts from it with `--init-from`. Raises UserError for a model that is not ours, named by field
-    or tensor, before any rank waits for another.
+    A stage starts from it with `--init-from`. Raises UserError, naming the field or the tensor, for
+    a model that is not ours, before any rank waits for another.
     """
     source, out = require_path(config.source, "source"), _require_out(config)
     size = read_size(source)
@@ -106,7 +107,7 @@ def import_huggingface(config: ConvertConfig) -> Path:
 
 
 def export_huggingface(config: ConvertConfig) -> Path:
-    """Write a language model of a checkpoint as a Hugging Face folder; return that. Raises UserError."""
+    """Write a checkpoint's language model as a Hugging Face folder; return it. Raises UserError."""
     source, out = require_path(config.source, "source"), _require_out(config)
     size = size_of(source, config.role)
     # RUN/checkpoints/step/role: the tokenizer lies in RUN.
@@ -120,7 +121,7 @@ def export_huggingface(config: ConvertConfig) -> Path:
 
 
 def read_size(folder: Path) -> GPTSize:
-    """Return the size of the GPT-2 in a Hugging Face folder; raises UserError if it is no model of ours."""
+    """Return the size of the GPT-2 in a Hugging Face folder; raises UserError if it is not ours."""
     path = folder / "config.json"
     try:
         return size_of_config(read_json(path))
@@ -129,10 +130,10 @@ def read_size(folder: Path) -> GPTSize:
 
 
 def load_huggingface(network: Network, folder: Path) -> None:
-    """Fill a language model with the weights in a Hugging Face folder, this rank's share of each tensor.
+    """Fill a language model from a Hugging Face folder, with this rank's share of each tensor.
 
-    An optimizer that already holds fp32 masters has to adopt_weights() afterwards. Raises UserError for
-    another size, and for a tensor that is missing, of another shape, or not finite.
+    An optimizer that already holds fp32 masters has to adopt_weights() afterwards. Raises UserError
+    for another size, and for a tensor that is missing, of another shape, or not finite.
     """
     if network.kind != "language":
         raise ValueError("a Hugging Face GPT-2 is a language model; load it into one")
@@ -161,10 +162,10 @@ def load_huggingface(network: Network, folder: Path) -> None:
 def save_huggingface(
     network: Network, folder: Path, tokenizer: Tokenizer, *, file_bytes: int = 5 * 10**9
 ) -> None:
-    """Write a language model as a new Hugging Face folder, whole or not at all; every rank calls it.
+    """Write a language model as a new Hugging Face folder, whole or not at all; all ranks call it.
 
-    The first data-parallel replica writes, each pipeline stage its own files of at most `file_bytes`
-    bytes, one tensor at least; a tensor's shards meet on the first tensor-parallel rank.
+    The first data-parallel replica writes. Each pipeline stage has its own files, of at most
+    `file_bytes` bytes or one tensor; a tensor's shards meet on the first tensor-parallel rank.
     """
     if network.kind != "language":
         raise ValueError("only a language model is a Hugging Face GPT-2")
@@ -209,17 +210,16 @@ def _require_out(config: ConvertConfig) -> Path:
 
 
 def _find_tensors(folder: Path, size: GPTSize) -> dict[str, StoredTensor]:
-    """Return the tensors of a model of that size by GPT2LMHeadModel's names, after checking them all."""
-    found: dict[str, StoredTensor] = {}
-    for stored_name, stored in open_weights(folder).items():
-        name = canonical_name(stored_name)
-        if name is not None:
-            found[name] = stored
-    some_file = next(iter(found.values())).path.name if found else "an empty file"
+    """Return the tensors of that model by GPT2LMHeadModel's names, after checking all of them."""
+    stored_tensors = open_weights(folder)
+    paths = {stored.path for stored in stored_tensors.values()}
+    where = paths.pop() if len(paths) == 1 else folder
+    names = {canonical_name(stored_name): stored_name for stored_name in stored_tensors}
+    found = {name: stored_tensors[stored_name] for name, stored_name in names.items() if name}
     expected = {TIED_HEAD}
     for name, shape in tensor_shapes(size):
         if name not in found:
-            raise UserError(f"{folder}: tensor {name} is missing ({some_file} is there)")
+            raise UserError(f"{where}: tensor {name} is missing")
         _check_tensor(name, found[name], shape)
         expected.add(name)
     if TIED_HEAD in found:
@@ -254,7 +254,7 @@ def _parameters(network: Network) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 def _gather(shard: Tensor, parallel: Parallel) -> list[Tensor]:
-    """Return the shards of all tensor-parallel ranks, on the CPU of the first; nothing on the others."""
+    """Return all tensor-parallel ranks' shards, on the CPU of the first; nothing on the others."""
     if parallel.layout.tp == 1:
         return [shard.cpu()]
     is_target = parallel.tp_rank == 0
@@ -266,7 +266,7 @@ def _gather(shard: Tensor, parallel: Parallel) -> list[Tensor]:
 def _plan_files(
     network: Network, names: list[str], file_bytes: int
 ) -> dict[str, tuple[int, list[str]]]:
-    """Return {file: (pipeline stage, tensors)}, the same on every rank; `names` are this stage's tensors."""
+    """Return {file: (pipeline stage, tensors)}, alike on all ranks; `names` are this stage's."""
     parallel = network.parallel
     by_stage: list[list[str]] = [[]] * parallel.layout.pp
     dist.all_gather_object(by_stage, names, group=parallel.pp_group)
@@ -299,7 +299,7 @@ def _tensor_bytes(network: Network) -> dict[str, int]:
 
 
 def _load_tokenizer(path: Path, size: GPTSize) -> Tokenizer:
-    """Return the tokenizer, also from Hugging Face's two files of GPT-2; raises UserError if it does not fit."""
+    """Return the tokenizer, also from Hugging Face's two files of GPT-2; it must fit the model."""
     require_path(path, "tokenizer")
     if (path / "vocab.json").exists() and not (path / "tokenizer.json").exists():
         with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ from engine.data.batches import PackedBatch, deal
 from engine.data.examples import Example
 from engine.feed import pack_for
 from engine.generation.generate import Response, SamplingConfig, generate
-from engine.losses import last_token_readings, values_of
+from engine.losses import values_of
 from engine.network import Network
 from engine.parallel import Parallel
 from engine.step import forward
@@ -145,7 +145,7 @@ def score_rollout(  # noqa: PLR0913 - the four roles, each named
     # A value is read one token before its own; a prompt has at least one token, so none crosses sequences.
     rollout.values = values_of(readings).masked_fill(~rollout.response_mask, 0.0)
     readings = _read(reward_model, batches, rollout)
-    rollout.raw_scores = readings[rollout.cu_seqlens[1:].long() - 1]
+    rollout.raw_scores = last_readings(rollout, readings)
     rollout.scores = apply_eos_rule(rollout.raw_scores, rollout.has_eos, eos_rule, eos_penalty)
     return rollout
 
@@ -159,18 +159,18 @@ def apply_eos_rule(scores: Tensor, has_eos: Tensor, rule: EosRule, penalty: floa
     return scores
 
 
-def score_texts(
-    reward_model: Network, examples: Sequence[Example], micro_batch_tokens: int
+def read_rollout(
+    network: Network, rollout: Rollout, micro_batch_tokens: int, *, temperature: float = 1.0
 ) -> Tensor:
-    """Return the reward model's score [N] of every example, the same on every rank."""
-    parallel = reward_model.parallel
-    batches = pack_for(examples, list(range(len(examples))), parallel, micro_batch_tokens)
-    scores = torch.zeros(len(examples), device=parallel.device)
-    for batch, readings in zip(batches, forward(reward_model, batches), strict=True):
-        is_real = batch.sequence_ids >= 0
-        scores[batch.sequence_ids[is_real]] = last_token_readings(batch, readings)[is_real]
-    dist.all_reduce(scores, group=parallel.dp_group)
-    return scores
+    """Return a network's output [T] for a rollout: log-probs of a language model, readings of a scalar one."""
+    indices = list(range(len(rollout)))
+    batches = pack_for(rollout.examples(), indices, network.parallel, micro_batch_tokens)
+    return _read(network, batches, rollout, temperature=temperature)
+
+
+def last_readings(rollout: Rollout, readings: Tensor) -> Tensor:
+    """Return the reading [B] at the last token of every response: a reward model's score."""
+    return readings[rollout.cu_seqlens[1:].long() - 1]
 
 
 def _read(

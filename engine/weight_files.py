@@ -1,11 +1,12 @@
-"""The tensors in a folder of weights that others made, mapped into memory: only what is used is read.
+"""The tensors in a folder of weights that others made, mapped: only what is used is read.
 
-safetensors, or a torch file loaded with weights_only=True, each whole or in parts with an index. Nothing is
-unpickled beyond tensors, and every failure is a UserError that names the file.
+safetensors, or a torch file loaded with weights_only=True, each whole or in parts with an index.
+Nothing but tensors is unpickled, and every failure is a UserError that names the file.
 """
 
 import json
 import pickle
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from engine.data.files import open_file
 
 # In the order in which Hugging Face looks for them.
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-_MAX_HEADER_ERROR = 200  # characters; a damaged header can make the library quote all of it
+_PART_NAME = re.compile(r"[\w.-]+\.(safetensors|bin)")
+_MAX_REASON = 200  # characters: a damaged header can make the library quote all of it
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,7 @@ def open_weights(folder: Path) -> dict[str, StoredTensor]:
         index = folder / f"{single}.index.json"
         if index.exists():
             return _open_parts(index)
-    raise UserError(
-        f"{folder} holds no weights: neither {' nor '.join(_SINGLE_FILES)}, nor an index"
-    )
+    raise UserError(f"{folder} holds no {' or '.join(_SINGLE_FILES)}, nor an index of their parts")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def _open_parts(index: Path) -> dict[str, StoredTensor]:
     parts: dict[str, dict[str, Tensor]] = {}
     found = {}
     for name, part in places.items():
-        if not isinstance(part, str) or Path(part).name != part:
-            raise UserError(f"{index}: {name} is in {part!r}, which is not a file of this folder")
+        if not isinstance(part, str) or not _PART_NAME.fullmatch(part):
+            raise UserError(f"{index}: {name} is in {part!r}, which is no file of this folder")
         path = index.with_name(part)
         if part not in parts:
             parts[part] = _open(path)
@@ -86,10 +86,7 @@ def _open(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            reason = str(error)[:_MAX_HEADER_ERROR]
-            raise UserError(
-                f"{path} is damaged or cut short ({reason}); download it again"
-            ) from None
+            raise _damaged(path, error) from None
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         is_zip = zipfile.is_zipfile(path)
@@ -100,9 +97,14 @@ def _open(path: Path) -> dict[str, Tensor]:
             "get the model's safetensors files instead"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged or cut short ({error}); download it again") from None
+        raise _damaged(path, error) from None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
         raise UserError(f"{path} is not a model's state dict of named tensors")
     return tensors
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).split("\n", 1)[0][:_MAX_REASON]
+    return UserError(f"{path} is damaged or cut short ({reason}); download it again")

@@ -4,8 +4,8 @@
 
 Token n of sequence b lies in block block_tables[b, n // block_size] at n % block_size.
 
-A context is cut into splits of a fixed number of tokens, each with its own softmax (o, m, l), merged
-in order. The cut depends on the context alone, so the batch around a sequence changes no bit of it.
+A context is cut into splits of a fixed length, each with its own softmax, merged in order.
+The cut depends on the context alone, so the batch around a sequence changes no bit of its output.
 """
 
 import torch
@@ -40,13 +40,14 @@ def _append_kernel(
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = (column < row_length) & (slot >= 0)
+    inside = column < row_length
     head, element = column // DIM, column % DIM
-    at = slot * row_length + column
-    k = tl.load(k_new + token * k_token_stride + head * k_head_stride + element, mask=inside)
-    tl.store(k_cache + at, k, mask=inside)
-    v = tl.load(v_new + token * v_token_stride + head * v_head_stride + element, mask=inside)
-    tl.store(v_cache + at, v, mask=inside)
+    if slot >= 0:
+        k_at = token * k_token_stride + head * k_head_stride + element
+        v_at = token * v_token_stride + head * v_head_stride + element
+        at = slot * row_length + column
+        tl.store(k_cache + at, tl.load(k_new + k_at, mask=inside), mask=inside)
+        tl.store(v_cache + at, tl.load(v_new + v_at, mask=inside), mask=inside)
 
 
 @triton.jit
@@ -62,8 +63,8 @@ def _split_kernel(
     heads,
     num_splits,
     max_blocks,
-    block_size,
-    dim,
+    BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -74,8 +75,8 @@ def _split_kernel(
     head = (row // num_splits) % heads
     sequence = row // num_splits // heads
     column = tl.arange(0, BLOCK_DIM)
-    in_dim = column < dim
-    q = tl.load(query + (sequence * heads + head) * dim + column, mask=in_dim, other=0.0)
+    in_dim = column < DIM
+    q = tl.load(query + (sequence * heads + head) * DIM + column, mask=in_dim, other=0.0)
     q = q.to(tl.float32) * scale
     maximum = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
@@ -85,10 +86,10 @@ def _split_kernel(
     for first in range(start, end, BLOCK_TOKENS):
         token = first + tl.arange(0, BLOCK_TOKENS)
         inside = token < end
-        table = block_tables + sequence * max_blocks + token // block_size
+        table = block_tables + sequence * max_blocks + token // BLOCK_SIZE
         block = tl.load(table, mask=inside, other=0).to(tl.int64)
-        slot = block * block_size + token % block_size
-        at = (slot * heads + head)[:, None] * dim + column[None, :]
+        slot = block * BLOCK_SIZE + token % BLOCK_SIZE
+        at = ((slot * heads + head) * DIM)[:, None] + column[None, :]
         wanted = inside[:, None] & in_dim[None, :]
         k = tl.load(k_cache + at, mask=wanted, other=0.0).to(tl.float32)
         # One query a head: a product and a sum; there is no second query to fill a matrix unit.
@@ -190,8 +191,8 @@ def _decode_attention(
             heads,
             num_splits,
             max_blocks,
-            block_size,
-            dim,
+            BLOCK_SIZE=block_size,
+            DIM=dim,
             SPLIT=_SPLIT,
             BLOCK_TOKENS=_BLOCK_TOKENS,
             BLOCK_DIM=block_dim,

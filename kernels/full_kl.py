@@ -56,7 +56,7 @@ def _add_block(
     new_p = tl.where(d_p > 0, 1.0, power_p)
     t = old_p * (t + s_p * (tl.maximum(d_q, 0.0) - tl.maximum(d_p, 0.0)))
     gap = tl.minimum(tl.maximum(d_p, NO_POWER), 0.0) - tl.minimum(d_q, 0.0)
-    t += tl.where(new_p > 0, new_p * gap, 0.0)  # p = 0 adds nothing, whatever q is
+    t += new_p * tl.where(new_p > 0, gap, 0.0)  # p = 0 adds nothing, whatever q is
     s_p = s_p * old_p + new_p
     s_q = s_q * tl.where(d_q > 0, power_q, 1.0) + tl.where(d_q > 0, 1.0, power_q)
     return tl.maximum(m_p, x), s_p, tl.maximum(m_q, y), s_q, t

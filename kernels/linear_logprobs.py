@@ -36,7 +36,7 @@ from kernels.row_state import (
 
 WORKSPACE_BYTES = 256 * 2**20
 """Default bound of the memory that a chunk of logits takes."""
-REFERENCE_COPIES = 6
+REFERENCE_COPIES = 9
 """Chunk-sized tensors alive at once in the torch reference; the kernels need one."""
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]

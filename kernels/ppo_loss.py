@@ -283,6 +283,35 @@ class _PpoLoss(torch.autograd.Function):
         return *grads, *[None] * 7
 
 
+def _policy_branches(
+    policy: tuple[Tensor, Tensor, Tensor], cliprange: float, whitening: Whitening | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log ratio, -A ratio, -A clip(ratio)) of each token."""
+    dtype = torch.promote_types(policy[0].dtype, torch.float32)
+    logprob, old_logprob, advantage = (x.to(dtype) for x in policy)
+    if whitening is not None:
+        advantage = (advantage - whitening.mean) * whitening.rstd
+    log_ratio = logprob - old_logprob
+    ratio = log_ratio.exp()
+    return log_ratio, -advantage * ratio, -advantage * ratio.clamp(1 - cliprange, 1 + cliprange)
+
+
+def policy_token_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    cliprange: float = 0.2,
+    whitening: Whitening | None = None,
+) -> Tensor:
+    """[n] clipped policy loss of each token, differentiable in `logprobs`, in plain torch.
+
+    The per-token term of `policy_loss`, for what fuses the loss with the logits' gradient.
+    """
+    policy = (logprobs, old_logprobs, advantages)
+    return torch.maximum(*_policy_branches(policy, cliprange, whitening)[1:])
+
+
 def policy_loss_reference(
     policy: tuple[Tensor, Tensor, Tensor],
     mask: Tensor,
@@ -291,20 +320,14 @@ def policy_loss_reference(
     whitening: Whitening | None,
 ) -> PolicyLoss:
     """`policy_loss` in plain torch: the specification and the CPU path."""
-    dtype = torch.promote_types(policy[0].dtype, torch.float32)
-    logprob, old_logprob, advantage = (x.to(dtype) for x in policy)
-    if whitening is not None:
-        advantage = (advantage - whitening.mean) * whitening.rstd
-    advantage = torch.where(mask, advantage, 0)
-    log_ratio = torch.where(mask, logprob - old_logprob, 0)
-
-    ratio = log_ratio.exp()
-    unclipped = -advantage * ratio
-    clipped = -advantage * ratio.clamp(1 - cliprange, 1 + cliprange)
-    scale = 1 / num_tokens.to(dtype).clamp(min=1)
+    # Zeros outside the mask: ratio 1, whatever lies there.
+    inside = tuple(torch.where(mask, x, 0) for x in policy)
+    log_ratio, *branches = _policy_branches(inside, cliprange, whitening)
+    unclipped, clipped = (torch.where(mask, branch, 0) for branch in branches)
+    scale = 1 / num_tokens.to(log_ratio.dtype).clamp(min=1)
     loss = torch.maximum(unclipped, clipped).sum() * scale
     with torch.no_grad():
-        ratios = ratio[mask] if mask.any() else ratio.new_ones(1)
+        ratios = log_ratio[mask].exp() if mask.any() else log_ratio.new_ones(1)
         return PolicyLoss(
             loss=loss,
             clip_fraction=(clipped > unclipped).sum() * scale,
@@ -357,23 +380,6 @@ def policy_loss(
         logprobs, None, list(policy), [], mask, num_tokens, list(whitening or ()), cliprange, 0.0
     )
     return PolicyLoss(loss, *sums[1:6].unbind())
-
-
-def policy_loss_and_derivative(
-    logprobs: Tensor,
-    *inputs: Tensor,
-    cliprange: float = 0.2,
-    whitening: Whitening | None = None,
-) -> tuple[PolicyLoss, Tensor]:
-    """(`policy_loss` of the same arguments without a graph, d loss / d logprobs [T]).
-
-    For callers that go on to the logits' gradient themselves, a chunk of tokens at a time.
-    """
-    with torch.enable_grad():
-        leaf = logprobs.detach().requires_grad_()
-        result = policy_loss(leaf, *inputs, cliprange=cliprange, whitening=whitening)
-        (derivative,) = torch.autograd.grad(result.loss, leaf)
-    return result._replace(loss=result.loss.detach()), derivative
 
 
 def value_loss(

@@ -399,7 +399,6 @@ def sample(
     position: Tensor,
     top_k: int = 0,
     top_p: float = 1.0,
-    first_column: int = 0,
     num_valid_vocab: int | None = None,
 ) -> Sample:
     """One token a row of logits [B, V], its log-prob and the row's logsumexp.
@@ -422,7 +421,6 @@ def sample(
         logits,
         SampleKey(seed, sample_index, position),
         temperature=temperature,
-        first_column=first_column,
         num_valid_vocab=num_valid_vocab,
         thresholds=thresholds,
     )

@@ -109,7 +109,10 @@ def packed_attention(
     pieces = [
         _attention_of_one(q, k, v, scale)
         for q, k, v in zip(
-            query.split(query_lengths), key.split(key_lengths), value.split(key_lengths), strict=True
+            query.split(query_lengths),
+            key.split(key_lengths),
+            value.split(key_lengths),
+            strict=True,
         )
         if len(q)
     ]
@@ -150,7 +153,15 @@ def _varlen_attention(
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn(
-        query, key, value, q_bounds, k_bounds, q_longest, k_longest, scale=scale, window_size=(-1, 0)
+        query,
+        key,
+        value,
+        q_bounds,
+        k_bounds,
+        q_longest,
+        k_longest,
+        scale=scale,
+        window_size=(-1, 0),
     )
 
 

@@ -1,10 +1,11 @@
 """Hugging Face's GPT-2 and our language model: configurations, tensor names and splits, both ways.
 
-"Theirs" is a tensor of GPT2LMHeadModel, whole; "ours" is a parameter of models.gpt.GPT as megatron-core
-lays it out, of which a tensor-parallel rank holds a shard. Three things differ besides the names:
-their matrices are Conv1D's, [in, out] where a linear layer has [out, in]; their query, key and value
-follow one another as [3, heads, dim] where megatron has [heads, 3, dim], so that a block of rows is
-whole heads; and our vocabulary is padded with rows of zeros, which are masked everywhere.
+"Theirs" is a tensor of GPT2LMHeadModel, whole; "ours" is a parameter of models.gpt.GPT as
+megatron-core lays it out, of which a tensor-parallel rank holds a shard. Besides the names, three
+things differ. Their matrices are Conv1D's: [in, out] where a linear layer has [out, in]. Their
+query, key and value follow one another as [3, heads, dim] where megatron-core has [heads, 3, dim],
+so that a block of rows is whole heads (SelfAttention.get_query_key_value_tensors). Our vocabulary
+is padded, with rows of zeros that are masked everywhere.
 """
 
 import re
@@ -29,7 +30,7 @@ _SIZE_FIELDS = {
     "vocab_size": "vocab_size",
     "n_positions": "context_length",
 }
-# What else decides what a GPT-2 computes: the value that is also ours, which is GPT2Config's default.
+# What else decides what a GPT-2 computes: our value of it, which is also GPT2Config's default.
 _FIXED_FIELDS: dict[str, Any] = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
@@ -41,7 +42,7 @@ _FIXED_FIELDS: dict[str, Any] = {
 _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one formula, three spellings
 
 _PREFIX = "transformer."
-# Constant causal masks that older files store: transformer.h.0.attn.bias [1, 1, positions, positions].
+# Constant causal masks that older files store: transformer.h.0.attn.bias [1, 1, length, length].
 _MASK_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias")
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -82,9 +83,7 @@ def size_of_config(config: Mapping[str, Any]) -> GPTSize:
     Raises ValueError, naming the field, for a model that computes something else than ours.
     """
     if config.get("model_type") != "gpt2":
-        raise ValueError(
-            f"model_type is {config.get('model_type')!r}; only 'gpt2' can be converted"
-        )
+        raise ValueError(f"model_type is {config.get('model_type')!r}; only 'gpt2' converts")
     for field in _SIZE_FIELDS:
         value = config.get(field)
         if type(value) is not int or value < 1:
@@ -129,7 +128,7 @@ def tensor_shapes(size: GPTSize) -> Iterator[tuple[str, tuple[int, ...]]]:
 def canonical_name(stored: str) -> str | None:
     """Return GPT2LMHeadModel's name of a tensor in a file; None for a constant that is no weight.
 
-    Files of the bare trunk (GPT2Model, and GPT-2's own on the hub) leave the prefix "transformer." out.
+    Files of the bare trunk (GPT2Model, GPT-2's own on the hub) leave the prefix "transformer." out.
     """
     is_complete = stored == TIED_HEAD or stored.startswith(_PREFIX)
     name = stored if is_complete else _PREFIX + stored
@@ -137,7 +136,7 @@ def canonical_name(stored: str) -> str | None:
 
 
 def huggingface_name(name: str) -> str:
-    """Return their name of our parameter `name`, whose layer number counts from 0 in the whole model."""
+    """Return their name of our parameter `name`; its layers count from 0 in the whole model."""
     rule, layer = _find(name)
     return f"{_PREFIX}{rule.theirs}" if layer is None else f"{_PREFIX}h.{layer}.{rule.theirs}"
 
@@ -155,7 +154,7 @@ def to_shard(name: str, tensor: Tensor, size: GPTSize, *, tp: int, tp_rank: int)
 
 
 def from_shards(name: str, shards: Sequence[Tensor], size: GPTSize) -> Tensor:
-    """Return their whole tensor, contiguous, from the shards of our parameter `name` in rank order."""
+    """Return their whole tensor, contiguous, from our parameter's shards in rank order."""
     rule, _ = _find(name)
     tensor = shards[0] if rule.axis is None else torch.cat(list(shards), rule.axis)
     if _is_qkv(rule):

@@ -16,7 +16,9 @@ from models.attention import PackedSequences, packed_attention
 class PagedCache:
     """Keys and values of the layers on this rank: [blocks, block_size, heads / tp, dim] each."""
 
-    def __init__(self, layer_numbers: Iterable[int], shape: tuple[int, int, int, int], like: Tensor) -> None:
+    def __init__(
+        self, layer_numbers: Iterable[int], shape: tuple[int, int, int, int], like: Tensor
+    ) -> None:
         self.block_size = shape[1]
         # Zeros: what no token was written to is masked, and masked garbage may be NaN.
         self._layers = {
@@ -44,7 +46,9 @@ class PagedSequences(PackedSequences):
     chunk_slots: Tensor | None
     """[cu_seqlens_kv[-1]] int64: where the chunks' keys lie; None when all of them begin their sequences."""
 
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         """Store key and value and return the attention, all [T, heads, dim]."""
         keys, values = self.cache.layer(layer_number)
         append_kv(key, value, keys, values, self.slots)

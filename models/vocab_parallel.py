@@ -21,6 +21,14 @@ from kernels.linear_logprobs import (
 )
 from kernels.logprobs import Joins, check_rows, shard_logprobs
 from kernels.row_state import IGNORE_INDEX, RowSpec, merge_row_states
+from kernels.sample import (
+    Sample,
+    SampleKey,
+    check_sampling,
+    merge_samples,
+    sample_state,
+    truncation_thresholds,
+)
 
 
 def _gather_states(state: Tensor, group: ProcessGroup) -> Tensor:
@@ -239,3 +247,45 @@ def vocab_parallel_linear_logprobs_loss(  # noqa: PLR0913
         workspace_bytes=workspace_bytes,
     )
     return shard_linear_logprobs_loss(hidden, weight, labels, token_loss, spec)
+
+
+def vocab_parallel_sample(  # noqa: PLR0913
+    logits_shard: Tensor,
+    *,
+    group: ProcessGroup | None,
+    temperature: float,
+    seed: int,
+    sample_index: Tensor,
+    position: Tensor,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    num_valid_vocab: int | None = None,
+) -> Sample:
+    """`kernels.sample.sample` from the whole vocabulary: the same tokens on every rank.
+
+    logits_shard: this rank's columns [B, V / tp]. Gathers 16 bytes a row; top-k and top-p gather
+    the logits besides, to find the exact cut.
+    """
+    check_sampling(temperature, top_k, top_p, seed)
+    rank, tp = (0, 1) if group is None else (group.rank(), group.size())
+    thresholds = None
+    if temperature > 0 and (top_k > 0 or top_p < 1):
+        logits = logits_shard
+        if tp > 1:
+            logits = _gather_states(logits_shard, group).transpose(0, 1).flatten(1)
+        thresholds = truncation_thresholds(
+            logits,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            num_valid_vocab=num_valid_vocab,
+        )
+    state = sample_state(
+        logits_shard,
+        SampleKey(seed, sample_index, position),
+        temperature=temperature,
+        first_column=rank * logits_shard.shape[1],
+        num_valid_vocab=num_valid_vocab,
+        thresholds=thresholds,
+    )
+    return merge_samples(_gather_states(state, group) if tp > 1 else state[None])

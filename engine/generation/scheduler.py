@@ -127,7 +127,9 @@ class Scheduler:
 
         Returns how many steps there are blocks for: steps_per_sync, or 1 when blocks are scarce.
         """
-        longest = max((s.max_length - len(s.tokens) for s in running if s.num_pending == 1), default=1)
+        longest = max(
+            (s.max_length - len(s.tokens) for s in running if s.num_pending == 1), default=1
+        )
         num_steps = min(self.steps_per_sync, longest)
         if sum(self._num_missing(s, num_steps) for s in running) > self.blocks.num_free:
             num_steps = 1

@@ -95,7 +95,9 @@ def test_a_nan_stays_in_its_row(backend: str) -> None:
 def test_gradcheck(backend: str) -> None:
     leaves = [x[:2].requires_grad_() for x in two_policies(17, torch.float64)]
     options = {"temperature": 0.7, "num_valid_vocab": 15}
-    assert torch.autograd.gradcheck(lambda x, y: full_kl(x, y, **options), leaves)
+    assert torch.autograd.gradcheck(
+        lambda x, y: full_kl(x, y, **options), leaves, fast_mode=backend == "triton"
+    )
 
 
 def test_zero_rows(backend: str) -> None:

@@ -24,7 +24,9 @@ def test_a_variable_set_after_the_import_changes_nothing(monkeypatch: pytest.Mon
     assert not launch.interpreting()
 
 
-@pytest.mark.parametrize(("n", "power"), [(0, 1), (1, 1), (2, 2), (3, 4), (1024, 1024), (1025, 2048)])
+@pytest.mark.parametrize(
+    ("n", "power"), [(0, 1), (1, 1), (2, 2), (3, 4), (1024, 1024), (1025, 2048)]
+)
 def test_next_power_of_2(n: int, power: int) -> None:
     assert launch.next_power_of_2(n) == power
 

@@ -160,7 +160,8 @@ def test_gradcheck(backend: str) -> None:
         return logprobs(x, labels, temperature=0.7, num_valid_vocab=15, with_entropy=True)
 
     labels[-1] = 14
-    assert torch.autograd.gradcheck(outputs, logits.requires_grad_())
+    fast_mode = backend == "triton"  # random directions: the interpreter is slow
+    assert torch.autograd.gradcheck(outputs, logits.requires_grad_(), fast_mode=fast_mode)
 
 
 def test_an_entropy_that_is_only_logged_costs_no_gradient(backend: str) -> None:

@@ -39,9 +39,7 @@ def test_shards_give_the_columns_of_the_whole_gradient(backend: str, widths: lis
     grads = torch.randn(4), torch.randn(4)
     shards, specs, first_column = logits.split(widths, dim=1), [], 0
     for shard in shards:
-        specs.append(
-            RowSpec(num_valid_vocab=130, first_column=first_column, temperature=0.7)
-        )
+        specs.append(RowSpec(num_valid_vocab=130, first_column=first_column, temperature=0.7))
         first_column += shard.shape[1]
     states = [row_state(x, labels, spec) for x, spec in zip(shards, specs, strict=True)]
     merged = merge_row_states(torch.stack(states))

@@ -1,0 +1,64 @@
+"""The whole recipe, small: `make quickstart`, or torchrun --standalone --nproc-per-node=1 recipes/quickstart.py.
+
+A GPT of about a million parameters is pretrained, fine-tuned on demonstrations, and trained by PPO and PPO-ptx
+against a reward model of rankings, in minutes on two CPU cores. Values are ours, chosen for that size.
+"""
+
+from pathlib import Path
+
+from engine.advantages import KLConfig
+from engine.config import run_stage
+from engine.generation.generate import SamplingConfig
+from engine.optimizer import AdamConfig
+from engine.ppo import PPOConfig, PPOData
+from engine.quickstart import QuickstartConfig, run
+from engine.rm import RMConfig, RMData
+from engine.sft import SFTConfig, SFTData
+
+CONTEXT = 256
+
+config = QuickstartConfig(
+    directory=Path("runs/quickstart"),
+    pretrain=SFTConfig(
+        size="tiny",
+        data=SFTData(pretraining_tokens=CONTEXT),
+        epochs=1.0,
+        batch_size=16,
+        micro_batch_tokens=4096,
+        adam=AdamConfig(lr=3e-3, warmup=10),
+        dropout=0.0,
+    ),
+    sft=SFTConfig(
+        data=SFTData(
+            pretraining_fraction=0.1, pretraining_tokens=CONTEXT, max_tokens=CONTEXT
+        ),
+        epochs=2.0,
+        batch_size=32,
+        micro_batch_tokens=4096,
+        adam=AdamConfig(lr=2e-3),
+        dropout=0.0,
+    ),
+    rm=RMConfig(
+        data=RMData(max_tokens=CONTEXT),
+        epochs=2.0,
+        batch_size=16,
+        micro_batch_tokens=8192,
+        adam=AdamConfig(lr=1e-3, warmup=5),
+    ),
+    ppo=PPOConfig(
+        data=PPOData(pretraining_tokens=CONTEXT),
+        sampling=SamplingConfig(max_new_tokens=96, num_slots=64),
+        iterations=20,
+        rollout_batch_size=128,
+        minibatch_size=32,
+        micro_batch_tokens=4096,
+        kl=KLConfig(coef=0.02),
+        ptx_coef=1.0,
+        ptx_examples_per_episode=1,
+        adam=AdamConfig(lr=3e-4, schedule="constant", warmup=3),
+        critic_adam=AdamConfig(lr=1e-3, schedule="constant", warmup=3),
+    ),
+)
+
+if __name__ == "__main__":
+    run_stage(run, config)
