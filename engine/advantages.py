@@ -1,4 +1,5 @@
-"""From scores to advantages: the KL penalty and its controller, GAE, whitening over the global batch."""
+"""From scores to advantages: the KL penalty and its controller, GAE, whitening over the global
+batch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,7 +22,8 @@ class KLConfig:
     target: float = 6.0
     """Adaptive: nats a response, the sum over its tokens (Ziegler et al. 2019: 6)."""
     horizon: int = 10_000
-    """Adaptive: responses over which coef moves by the proportional error (Ziegler et al. 2019: 10,000)."""
+    """Adaptive: responses over which coef moves by the proportional error (Ziegler et al. 2019:
+    10,000)."""
 
 
 class KLController:
@@ -34,7 +36,8 @@ class KLController:
     def update(self, kl: float, num_responses: int) -> None:
         """Move coef after an iteration whose responses had `kl` nats on average (sum over tokens).
 
-        error = clip(kl / target - 1, -0.2, 0.2);  coef *= 1 + error x num_responses / horizon  (Ziegler 2019, 2.2)
+        error = clip(kl / target - 1, -0.2, 0.2);  coef *= 1 + error x num_responses / horizon
+        (Ziegler 2019, 2.2)
         """
         if self.config.control == "fixed":
             return
@@ -51,9 +54,11 @@ def estimate_advantages(
     lam: float,
     whiten: bool,
 ) -> tuple[Rollout, Whitening | None]:
-    """Fill in rewards, advantages and returns; return the whitening of the advantages, global over all ranks.
+    """Fill in rewards, advantages and returns; return the whitening of the advantages, global over
+    all ranks.
 
-    The advantages stay as they are, since returns need them so: the loss whitens them as it reads them.
+    The advantages stay as they are, since returns need them so: the loss whitens them as it reads
+    them.
     """
     result = gae(
         rollout.logprobs,

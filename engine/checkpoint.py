@@ -2,12 +2,13 @@
 
     RUN/checkpoints/latest               the name of the newest complete checkpoint
     RUN/checkpoints/step_00000100/
-        progress.json                    step, KL coefficient, alarms, ...: what a stage resumes from
+        progress.json                    step, KL coefficient, alarms, ...: what a stage resumes
+        from
         policy/                          one network: sharded weights, optimizer state, network.json
         critic/  ema/                    ...
 
-A checkpoint is written beside its place and renamed, and `latest` follows last: a run killed while saving
-resumes from the one before. Weights load through tensors only, never through pickled code.
+A checkpoint is written beside its place and renamed, and `latest` follows last: a run killed while
+saving resumes from the one before. Weights load through tensors only, never through pickled code.
 """
 
 import dataclasses
@@ -36,7 +37,8 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 @dataclasses.dataclass(kw_only=True)
 class Checkpointer:
-    """The checkpoints of one run: which networks and numbers they hold, where, and how many are kept."""
+    """The checkpoints of one run: which networks and numbers they hold, where, and how many are
+    kept."""
 
     directory: Path
     parallel: Parallel
@@ -68,7 +70,8 @@ class Checkpointer:
         return final
 
     def resume(self) -> dict[str, Any] | None:
-        """Load the newest checkpoint into the networks and optimizers; return its progress, None if there is none."""
+        """Load the newest checkpoint into the networks and optimizers; return its progress, None if
+        there is none."""
         latest = self.directory / "latest"
         if not latest.exists():
             return None
@@ -122,7 +125,9 @@ class Checkpointer:
         self.ema.load_full_weights(full)
 
     def _remove_old(self, newest: Path) -> None:
-        complete = sorted(p for p in self.directory.glob("step_*") if not p.name.endswith(".partial"))
+        complete = sorted(
+            p for p in self.directory.glob("step_*") if not p.name.endswith(".partial")
+        )
         for old in complete[: -self.keep]:
             if old != newest:
                 shutil.rmtree(old)
@@ -131,10 +136,12 @@ class Checkpointer:
 def load_weights(
     network: Network, path: Path, *, role: str, tokenizer_fingerprint: str = ""
 ) -> None:
-    """Load the weights of the network `role` found at `path` into `network`, whatever layout wrote them.
+    """Load the weights of the network `role` found at `path` into `network`, whatever layout wrote
+    them.
 
-    path is a run, one of its checkpoints, or a network's folder in one. A language model loads into the trunk
-    of a scalar network, whose head stays as initialised. Raises UserError for what is missing or of another shape.
+    path is a run, one of its checkpoints, or a network's folder in one. A language model loads into
+    the trunk of a scalar network, whose head stays as initialised. Raises UserError for what is
+    missing or of another shape.
     """
     folder = find_network(path, role)
     description = _check_description(folder, network, tokenizer_fingerprint)
@@ -150,7 +157,8 @@ def load_weights(
 
 
 def find_network(path: Path, role: str) -> Path:
-    """Return the folder of network `role` under a run, a checkpoint or the folder itself; raises UserError."""
+    """Return the folder of network `role` under a run, a checkpoint or the folder itself; raises
+    UserError."""
     for parent in (path / "checkpoints", path):
         latest = parent / "latest"
         if latest.exists():
@@ -162,7 +170,11 @@ def find_network(path: Path, role: str) -> Path:
     roles = sorted(p.parent.name for p in path.glob("*/network.json"))
     raise UserError(
         f"{path}: no checkpoint of a {role} here"
-        + (f"; it holds {', '.join(roles)}" if roles else " (a run, a checkpoint or a network's folder)")
+        + (
+            f"; it holds {', '.join(roles)}"
+            if roles
+            else " (a run, a checkpoint or a network's folder)"
+        )
     )
 
 
@@ -204,11 +216,15 @@ def _sharded_optimizer(
     optimizer: Optimizer, weights: dict[str, Any], *, is_loading: bool
 ) -> dict[str, Any]:
     optimizer.prepare_state()
-    return optimizer.megatron.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_METADATA))
+    return optimizer.megatron.sharded_state_dict(
+        weights, is_loading=is_loading, metadata=dict(_METADATA)
+    )
 
 
 def _sharded_tensors(state: dict[str, Any]) -> list[ShardedTensor]:
-    return [v for tensors in state.values() for v in tensors.values() if isinstance(v, ShardedTensor)]
+    return [
+        v for tensors in state.values() for v in tensors.values() if isinstance(v, ShardedTensor)
+    ]
 
 
 def _with_values(state: dict[str, Any], values: dict[torch.nn.Parameter, Tensor]) -> dict[str, Any]:

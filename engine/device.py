@@ -1,8 +1,10 @@
-"""Which device this rank computes on: one CUDA GPU, or the CPU with stand-ins for megatron's CUDA calls.
+"""Which device this rank computes on: one CUDA GPU, or the CPU with stand-ins for megatron's CUDA
+calls.
 
-megatron-core asks torch.cuda for a current device, a generator state and a synchronisation in the middle of
-code that is otherwise free of any device. On a machine without a GPU the same code runs over gloo once
-those few calls answer for the CPU, so that tests exercise the real engine and not a copy of it.
+megatron-core asks torch.cuda for a current device, a generator state and a synchronisation in the
+middle of code that is otherwise free of any device. On a machine without a GPU the same code runs
+over gloo once those few calls answer for the CPU, so that tests exercise the real engine and not a
+copy of it.
 """
 
 import contextlib
@@ -56,7 +58,8 @@ def _install_cpu_stand_ins() -> None:
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()  # type: ignore
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore
-    # The distributed optimizer sorts parameters by Tensor.type() strings such as torch.cuda.FloatTensor.
+    # The distributed optimizer sorts parameters by Tensor.type() strings such as
+    # torch.cuda.FloatTensor.
     torch.Tensor.type = _with_cuda_type_names(torch.Tensor.type)  # type: ignore
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))

@@ -13,8 +13,8 @@ from engine.optimizer import Optimizer
 class EMA:
     """shadow <- decay x shadow + (1 - decay) x weights, over the optimizer's fp32 masters.
 
-    The masters are sharded over data-parallel ranks, and so is the shadow: 4 bytes a parameter over dp.
-    The paper does not say what the decay counts; our choice is one update an optimizer step.
+    The masters are sharded over data-parallel ranks, and so is the shadow: 4 bytes a parameter over
+    dp. The paper does not say what the decay counts; our choice is one update an optimizer step.
     """
 
     def __init__(self, optimizer: Optimizer, decay: float) -> None:
@@ -29,7 +29,8 @@ class EMA:
 
     @contextmanager
     def weights(self) -> Iterator[None]:
-        """Run a block with the network holding the averaged weights; the trained ones come back after it."""
+        """Run a block with the network holding the averaged weights; the trained ones come back
+        after it."""
         self._swap()
         try:
             yield
@@ -37,7 +38,8 @@ class EMA:
             self._swap()
 
     def full_weights(self) -> dict[torch.nn.Parameter, Tensor]:
-        """Return the averaged fp32 weights of this rank's tp and pp share, joined over data-parallel ranks."""
+        """Return the averaged fp32 weights of this rank's tp and pp share, joined over
+        data-parallel ranks."""
         full = {}
         for (parameter, shard_range, _), shadow in zip(self._owned(), self.shadows, strict=True):
             full[parameter] = torch.zeros_like(parameter, dtype=torch.float32)

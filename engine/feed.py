@@ -1,4 +1,5 @@
-"""What a stage reads each step: this rank's micro-batches of a global batch that the step number names."""
+"""What a stage reads each step: this rank's micro-batches of a global batch that the step number
+names."""
 
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ from engine.parallel import Parallel
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """Examples dealt to steps, ranks and micro-batches; holds no position, so a resume needs only the step."""
+    """Examples dealt to steps, ranks and micro-batches; holds no position, so a resume needs only
+    the step."""
 
     units: Units
     """Examples or comparisons, read on every rank alike."""
@@ -37,7 +39,8 @@ class Feed:
         return count_targets(self.units, self.order.indices(step))
 
     def num_tokens(self, step: int) -> int:
-        """Return all tokens of a step's global batch, predicted or not: what the network processes."""
+        """Return all tokens of a step's global batch, predicted or not: what the network
+        processes."""
         return sum(
             len(sequence.tokens)
             for index in self.order.indices(step)

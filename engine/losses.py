@@ -1,7 +1,8 @@
 """The losses of the three stages over packed micro-batches.
 
-Each function closes over a global count and returns what engine.step.forward_backward wants: a micro-batch's
-share of the loss, so that shares add up to the loss of the global batch whatever the packing or layout.
+Each function closes over a global count and returns what engine.step.forward_backward wants: a
+micro-batch's share of the loss, so that shares add up to the loss of the global batch whatever the
+packing or layout.
 """
 
 import math
@@ -21,7 +22,8 @@ from kernels.ranking_loss import ranking_loss
 
 
 def language_loss(num_targets: int, name: str = "loss") -> LossFunction:
-    """Return -sum of log-probs / num_targets: the mean negative log-likelihood a predicted token, in nats."""
+    """Return -sum of log-probs / num_targets: the mean negative log-likelihood a predicted token,
+    in nats."""
 
     def loss_function(batch: PackedBatch, logprobs: Tensor) -> tuple[Tensor, Metrics]:
         loss = -logprobs.masked_fill(~batch.mask, 0.0).sum() / num_targets
@@ -54,7 +56,8 @@ def comparison_loss(num_prompts: int) -> LossFunction:
 def clipped_policy_loss(
     num_targets: Tensor, *, cliprange: float, whitening: Whitening | None
 ) -> LossFunction:
-    """Return PPO's clipped policy loss (Schulman et al. 2017, eq. 7), mean over the minibatch's response tokens."""
+    """Return PPO's clipped policy loss (Schulman et al. 2017, eq. 7), mean over the minibatch's
+    response tokens."""
 
     def loss_function(batch: PackedBatch, logprobs: Tensor) -> tuple[Tensor, Metrics]:
         result = policy_loss(
@@ -78,7 +81,8 @@ def clipped_policy_loss(
 
 
 def clipped_value_loss(num_targets: Tensor, *, cliprange: float | None) -> LossFunction:
-    """Return 0.5 x the clipped squared error of the values, mean over the minibatch's response tokens."""
+    """Return 0.5 x the clipped squared error of the values, mean over the minibatch's response
+    tokens."""
 
     def loss_function(batch: PackedBatch, readings: Tensor) -> tuple[Tensor, Metrics]:
         result = value_loss(
@@ -111,7 +115,8 @@ def values_of(readings: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_language_loss(network: Network, units: Units, micro_batch_tokens: int) -> float:
-    """Return the mean loss a predicted token over held-out units, dropout off, the same on every rank."""
+    """Return the mean loss a predicted token over held-out units, dropout off, the same on every
+    rank."""
     network.train(False)
     parallel = network.parallel
     indices = list(range(len(units)))
@@ -124,8 +129,11 @@ def mean_language_loss(network: Network, units: Units, micro_batch_tokens: int) 
     return float(total) / count_targets(units, indices)
 
 
-def pair_accuracy(network: Network, units: Sequence, micro_batch_tokens: int) -> tuple[float, float]:
-    """Return (ranking loss, share of pairs in the right order) of held-out comparisons; equal scores count half."""
+def pair_accuracy(
+    network: Network, units: Sequence, micro_batch_tokens: int
+) -> tuple[float, float]:
+    """Return (ranking loss, share of pairs in the right order) of held-out comparisons; equal
+    scores count half."""
     network.train(False)
     parallel = network.parallel
     batches = pack_for(units, list(range(len(units))), parallel, micro_batch_tokens)

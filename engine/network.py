@@ -20,9 +20,11 @@ class Numerics:
     """How the numbers of a network are held and computed."""
 
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Weights and activations; fp16 and bf16 keep fp32 masters in the optimizer (paper: fp16, app. C)."""
+    """Weights and activations; fp16 and bf16 keep fp32 masters in the optimizer (paper: fp16, app.
+    C)."""
     recompute: Recompute = "none"
-    """Activations computed again in the backward pass: none, selective (attention only) or full (every layer)."""
+    """Activations computed again in the backward pass: none, selective (attention only) or full
+    (every layer)."""
 
 
 @dataclass(kw_only=True)
@@ -33,8 +35,10 @@ class Network:
     size: GPTSize
     parallel: Parallel
     config: Any  # megatron's TransformerConfig
-    modules: list[torch.nn.Module]  # the bare pipeline chunks, one per virtual stage
-    chunks: list[torch.nn.Module]  # what the schedules call: modules, or their data-parallel wrappers
+    modules: list[Any]  # the bare pipeline chunks, one per virtual stage
+    chunks: list[
+        torch.nn.Module
+    ]  # what the schedules call: modules, or their data-parallel wrappers
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,10 +59,11 @@ def build_network(
     numerics: Numerics,
     dropout: float = 0.0,
 ) -> Network:
-    """Return a freshly initialised network: "language" (policy, reference) or "scalar" (critic, reward model).
+    """Return a freshly initialised network: "language" (policy, reference) or "scalar" (critic,
+    reward model).
 
-    It is frozen and without dropout until engine.optimizer.make_trainable takes it over.
-    Raises UserError where the layout cannot hold the size.
+    It is frozen and without dropout until engine.optimizer.make_trainable takes it over. Raises
+    UserError where the layout cannot hold the size.
     """
     layout = parallel.layout
     layout.check(size)
@@ -75,20 +80,20 @@ def build_network(
     )
     seed_for_initialisation(parallel)
     model_class = GPT if kind == "language" else ScalarGPT
-    modules: list[torch.nn.Module] = []
+    modules: list[Any] = []
     for stage in range(layout.virtual_pp):
-        module = model_class(
+        module: GPT | ScalarGPT = model_class(
             config,
             size,
             pre_process=parallel.is_first_stage and stage == 0,
             post_process=parallel.is_last_stage and stage == layout.virtual_pp - 1,
             vp_stage=stage if layout.virtual_pp > 1 else None,
         )
-        modules.append(module.to(device=parallel.device, dtype=DTYPES[numerics.dtype]))
+        module.to(device=parallel.device, dtype=DTYPES[numerics.dtype])
+        module.requires_grad_(False)
+        modules.append(module)
     network = Network(
         kind=kind, size=size, parallel=parallel, config=config, modules=modules, chunks=modules
     )
-    for module in modules:
-        module.requires_grad_(False)
     network.train(False)
     return network

@@ -1,4 +1,5 @@
-"""megatron's distributed Adam over a network: fp32 masters, loss scaling, clipping and the learning-rate schedule."""
+"""megatron's distributed Adam over a network: fp32 masters, loss scaling, clipping and the
+learning-rate schedule."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -20,11 +21,13 @@ class AdamConfig:
     lr: float = 1e-5
     """Peak learning rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """Cosine to final_fraction x lr over the run (paper: SFT, RM), or constant after the warm-up (paper: PPO)."""
+    """Cosine to final_fraction x lr over the run (paper: SFT, RM), or constant after the warm-up
+    (paper: PPO)."""
     final_fraction: float = 0.1
     """Where the cosine ends, as a fraction of lr (paper, C.1 and C.2: 10%)."""
     warmup: int = 0
-    """Steps (PPO: iterations) of linear warm-up (paper: none for SFT, 10 iterations for PPO, C.4)."""
+    """Steps (PPO: iterations) of linear warm-up (paper: none for SFT, 10 iterations for PPO,
+    C.4)."""
     warmup_start: float = 0.1
     """Where the warm-up starts, as a fraction of lr (paper, C.4: a tenth)."""
     beta1: float = 0.9
@@ -80,7 +83,9 @@ class Optimizer:
             network.chunks,
             use_gloo_process_groups=False,
         )
-        network.config.grad_scale_func = self.megatron.scale_loss if dtype is torch.float16 else None
+        network.config.grad_scale_func = (
+            self.megatron.scale_loss if dtype is torch.float16 else None
+        )
         is_cosine = config.schedule == "cosine"
         self.schedule = OptimizerParamScheduler(
             self.megatron,
@@ -103,27 +108,33 @@ class Optimizer:
         self.megatron.zero_grad()
 
     def step(self, position: int) -> StepResult:
-        """Reduce the gradients, clip and apply them with the learning rate of schedule position `position` (from 0)."""
+        """Reduce the gradients, clip and apply them with the learning rate of schedule position
+        `position` (from 0)."""
         finish_gradients(self.network)
         self.schedule.num_steps = position
         self.schedule.step(0)  # writes the learning rate of num_steps into the parameter groups
         was_applied, grad_norm, _ = self.megatron.step()
         lr = self.megatron.param_groups[0]["lr"]
-        return StepResult(grad_norm=float(grad_norm or 0.0), lr=lr, was_skipped=not was_applied)  # sync
+        return StepResult(
+            grad_norm=float(grad_norm or 0.0), lr=lr, was_skipped=not was_applied
+        )  # sync
 
     def sync_weights(self) -> None:
-        """Make the network's weights follow the fp32 masters, after something other than step() changed those."""
+        """Make the network's weights follow the fp32 masters, after something other than step()
+        changed those."""
         for optimizer in self._distributed():
             optimizer._copy_main_params_to_model_params()
         for chunk in self.network.chunks:
             chunk.start_param_sync(force_sync=True)
 
     def adopt_weights(self) -> None:
-        """Make the fp32 masters follow the network's weights, after those were loaded from a checkpoint."""
+        """Make the fp32 masters follow the network's weights, after those were loaded from a
+        checkpoint."""
         self.megatron.reload_model_params()
 
     def owned_masters(self) -> list[tuple[torch.nn.Parameter, slice, torch.Tensor]]:
-        """Return (parameter, range of its flattened elements, fp32 master of that range) of this rank's shards."""
+        """Return (parameter, range of its flattened elements, fp32 master of that range) of this
+        rank's shards."""
         owned = []
         for optimizer in self._distributed():
             pairs = (
@@ -138,7 +149,8 @@ class Optimizer:
         return owned
 
     def prepare_state(self) -> None:
-        """Allocate Adam's moments as zeros where no step has done so yet; checkpoints need them to exist."""
+        """Allocate Adam's moments as zeros where no step has done so yet; checkpoints need them to
+        exist."""
         for optimizer in self._distributed():
             if optimizer.optimizer.state:
                 continue
@@ -151,24 +163,28 @@ class Optimizer:
                     }
 
     def load_state(self, state: dict) -> None:
-        """Take what megatron's sharded_state_dict(is_loading=True) described and a checkpoint filled in."""
+        """Take what megatron's sharded_state_dict(is_loading=True) described and a checkpoint
+        filled in."""
         parameter_state = state.pop("param_state")
         self.megatron.load_state_dict(state)
         (optimizer,) = self._distributed()
-        # megatron's loader copies every entry of torch Adam's state and trips over "step", which it does not save
-        # by parameter; load_state_dict above has set it from the parameter groups.
+        # megatron's loader copies every entry of torch Adam's state and trips over "step", which it
+        # does not save by parameter; load_state_dict above has set it from the parameter groups.
         states = list(optimizer.optimizer.state.values())
         steps = [adam_state.pop("step") for adam_state in states]
         optimizer.load_parameter_state_from_fully_reshardable(parameter_state)
         for adam_state, step in zip(states, steps, strict=True):
-            adam_state["step"] = step.clone()  # megatron hands all of them one tensor, which Adam counts up in place
+            adam_state["step"] = (
+                step.clone()
+            )  # megatron hands all of them one tensor, which Adam counts up in place
 
     def _distributed(self) -> list:
         return getattr(self.megatron, "chained_optimizers", [self.megatron])
 
 
 def make_trainable(network: Network) -> None:
-    """Give a network gradients: dropout on, and megatron's data-parallel wrapper around every chunk."""
+    """Give a network gradients: dropout on, and megatron's data-parallel wrapper around every
+    chunk."""
     for module in network.modules:
         module.requires_grad_(True)
     config = DistributedDataParallelConfig(

@@ -1,4 +1,5 @@
-"""How ranks share the work: a ParallelLayout from the configuration, a Parallel of this rank's groups at run time."""
+"""How ranks share the work: a ParallelLayout from the configuration, a Parallel of this rank's
+groups at run time."""
 
 import datetime
 import os
@@ -15,7 +16,8 @@ from models.sizes import GPTSize
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """The degrees of parallelism of a run; data parallelism takes the ranks that tp, pp and cp leave."""
+    """The degrees of parallelism of a run; data parallelism takes the ranks that tp, pp and cp
+    leave."""
 
     tp: int = 1
     """Tensor parallel: ranks that share every matrix of a layer (and the vocabulary)."""
@@ -33,8 +35,8 @@ class ParallelLayout:
         model_ranks = self.tp * self.pp * self.cp
         if world_size % model_ranks:
             raise UserError(
-                f"{world_size} ranks cannot be split: layout tp {self.tp} x pp {self.pp} x cp {self.cp} "
-                f"= {model_ranks} must divide the world size (set --nproc-per-node or --layout.*)"
+                f"{world_size} ranks cannot be split: layout tp {self.tp} x pp {self.pp} "
+                f"x cp {self.cp} = {model_ranks} must divide them; change --layout or the launch"
             )
         return world_size // model_ranks
 
@@ -46,11 +48,14 @@ class ParallelLayout:
         if size.num_heads % self.tp:
             raise UserError(f"layout.tp {self.tp} must divide the model's {size.num_heads} heads")
         if size.padded_vocab_size % self.tp:
-            raise UserError(f"layout.tp {self.tp} must divide the padded vocabulary {size.padded_vocab_size}")
+            raise UserError(
+                f"layout.tp {self.tp} must divide the padded vocabulary {size.padded_vocab_size}"
+            )
         chunks = self.pp * self.virtual_pp
         if size.num_layers % chunks:
             raise UserError(
-                f"pp {self.pp} x virtual_pp {self.virtual_pp} must divide the {size.num_layers} layers"
+                f"pp {self.pp} x virtual_pp {self.virtual_pp} must divide the "
+                f"{size.num_layers} layers"
             )
         if self.virtual_pp > 1 and self.pp == 1:
             raise UserError("layout.virtual_pp needs layout.pp > 1")
@@ -99,15 +104,17 @@ class Parallel:
 
 
 def rank_of_environment() -> int:
-    """Return this process's global rank from torchrun's or srun's environment; 0 when launched alone."""
+    """Return this process's global rank from torchrun's or srun's environment; 0 when launched
+    alone."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def start_parallel(layout: ParallelLayout, seed: int, *, timeout_minutes: int = 30) -> Parallel:
     """Join the other ranks, build the process groups and seed this rank's generators.
 
-    The ranks come from torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_NTASKS with MASTER_ADDR);
-    a process started by neither is a world of one. A second call in one process reuses the world.
+    The ranks come from torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_NTASKS with
+    MASTER_ADDR); a process started by neither is a world of one. A second call in one process
+    reuses the world.
     """
     device = start_device()
     rank = rank_of_environment()
@@ -152,12 +159,14 @@ def start_parallel(layout: ParallelLayout, seed: int, *, timeout_minutes: int = 
 
 
 def seed_for_initialisation(parallel: Parallel) -> None:
-    """Seed the generators alike on all data-parallel ranks, so that they draw the same initial weights."""
+    """Seed the generators alike on all data-parallel ranks, so that they draw the same initial
+    weights."""
     _seed(parallel.seed + 1_009 * parallel.pp_rank)
 
 
 def seed_for_step(parallel: Parallel, step: int) -> None:
-    """Seed dropout from (seed, step, pipeline stage, data-parallel rank), at the start of an optimizer step.
+    """Seed dropout from (seed, step, pipeline stage, data-parallel rank), at the start of an
+    optimizer step.
 
     A resumed run so draws what an undisturbed one would, and checkpoints hold no generator state.
     tp ranks differ inside tensor-parallel regions only, as megatron wants it.

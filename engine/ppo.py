@@ -32,12 +32,13 @@ from kernels.moments import Whitening
 class PPOData:
     """What the stage reads."""
 
-    prompts: Path | None = None
+    prompts: Path = Path("data/prompts.jsonl")
     """Prompts {prompt}, .jsonl or .jsonl.gz."""
-    pretraining: Path | None = None
-    """Pretraining text for the ptx gradients; needed when ptx_coef > 0."""
+    pretraining: Path = Path("data/pretraining.jsonl")
+    """Pretraining text for the ptx gradients; read when ptx_coef > 0."""
     pretraining_tokens: int = 2048
-    """Length of a pretraining sequence in tokens; not stated, our choice: the context, as the paper's compute suggests."""
+    """Length of a pretraining sequence in tokens; not stated, our choice: the context, as the
+    paper's compute suggests."""
     max_prompt_tokens: int = 1024
     """Longer prompts are dropped and counted (paper, app. C: over 1k tokens)."""
     prompt_suffix: str = "\n"
@@ -52,12 +53,14 @@ class PPOConfig:
 
     directory: Path = Path("runs/ppo")
     """The run's folder; a run that has checkpoints there continues from the newest."""
-    policy: Path | None = None
-    """Run or checkpoint of the RLHF initialisation: the policy starts from it and the KL is measured to it."""
+    policy: Path = Path("runs/init")
+    """Run or checkpoint of the RLHF initialisation: the policy starts from it and the KL is
+    measured to it."""
     reference: Path | None = None
     """Another KL reference; none: the policy's own start (paper, C.4)."""
-    reward_model: Path | None = None
-    """Run or checkpoint of the reward model; the critic starts from it, head and bias included (paper, C.4)."""
+    reward_model: Path = Path("runs/rm")
+    """Run or checkpoint of the reward model; the critic starts from it, head and bias included
+    (paper, C.4)."""
     data: PPOData = field(default_factory=PPOData)
     """Files and limits."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=1024))
@@ -83,9 +86,11 @@ class PPOConfig:
     value_cliprange: float | None = 0.2
     """Value clip; not stated, our choice: Ziegler et al. 2019's code. None: no clip."""
     whiten_advantages: bool = True
-    """Shift and scale advantages over the global rollout batch; not stated, our choice: Ziegler et al. 2019's code."""
+    """Shift and scale advantages over the global rollout batch; not stated, our choice: Ziegler et
+    al. 2019's code."""
     eos_rule: EosRule = "none"
-    """What becomes of the score of a response that hit the length limit; not stated, our choice: nothing."""
+    """What becomes of the score of a response that hit the length limit; not stated, our choice:
+    nothing."""
     eos_penalty: float = 1.0
     """The number of the eos_rule (Ziegler et al. 2019's code: replace by -1)."""
     ptx_coef: float = 27.8
@@ -97,7 +102,8 @@ class PPOConfig:
     adam: AdamConfig = field(
         default_factory=lambda: AdamConfig(lr=5.49e-6, schedule="constant", warmup=10)
     )
-    """Policy optimizer (paper, C.4: constant lr after 10 iterations of warm-up from a tenth; the lr by size is not stated)."""
+    """Policy optimizer (paper, C.4: constant lr after 10 iterations of warm-up from a tenth; the lr
+    by size is not stated)."""
     critic_adam: AdamConfig = field(
         default_factory=lambda: AdamConfig(lr=9e-6, schedule="constant", warmup=10)
     )
@@ -132,7 +138,8 @@ def train(config: PPOConfig) -> dict[str, float]:
     )
     parallel = run.parallel
 
-    # Build. The critic starts from the reward model; the reference is always read from its own path.
+    # Build. The critic starts from the reward model; the reference is always read from its own
+    # path.
     policy = _load("language", config.policy, "policy", config, run)
     critic = _load("scalar", config.reward_model, "reward_model", config, run)
     reference = _load("language", config.reference or config.policy, "policy", config, run)
@@ -251,9 +258,7 @@ def update(
     parallel = policy.parallel
     iteration = step // num_updates(config)
     seed_for_step(parallel, step)
-    batches = pack_for(
-        minibatch, list(range(len(minibatch))), parallel, config.micro_batch_tokens
-    )
+    batches = pack_for(minibatch, list(range(len(minibatch))), parallel, config.micro_batch_tokens)
     num_targets = torch.tensor(
         float(sum(len(e.tokens) - e.prompt_length for e in minibatch)), device=parallel.device
     )
@@ -284,7 +289,8 @@ def policy_gradient(  # noqa: PLR0913 - one call for PPO-ptx's two gradients
     *,
     step: int,
 ) -> dict[str, torch.Tensor]:
-    """Add the gradient of InstructGPT eq. 2 to the policy's buffers: PPO's, then ptx_coef x the pretraining's.
+    """Add the gradient of InstructGPT eq. 2 to the policy's buffers: PPO's, then ptx_coef x the
+    pretraining's.
 
     Both are means over tokens; the paper does not state the reduction that makes 27.8 meaningful.
     """
@@ -311,7 +317,8 @@ def num_updates(config: PPOConfig) -> int:
 
 
 def minibatches(config: PPOConfig, iteration: int) -> list[tuple[int, list[int]]]:
-    """Return (step of the run, indices of the rollout) of an iteration's minibatches, shuffled anew each epoch."""
+    """Return (step of the run, indices of the rollout) of an iteration's minibatches, shuffled anew
+    each epoch."""
     chosen: list[list[int]] = []
     for epoch in range(config.ppo_epochs):
         shuffle = np.random.default_rng([config.seed, iteration, epoch])
@@ -392,10 +399,9 @@ def _load(kind: Kind, path: Path, role: str, config: PPOConfig, run: Run) -> Net
     return network
 
 
-def _load_prompts(
-    config: PPOConfig, run: Run, policy: Network
-) -> tuple[list[Example], list[str]]:
-    """Return the prompts that leave room for a whole response, and what reading them is to be told about."""
+def _load_prompts(config: PPOConfig, run: Run, policy: Network) -> tuple[list[Example], list[str]]:
+    """Return the prompts that leave room for a whole response, and what reading them is to be told
+    about."""
     data = config.data
     texts, report = read_prompts(data.prompts, skip_bad_lines=data.skip_bad_lines)
     room = policy.size.context_length - config.sampling.max_new_tokens

@@ -1,7 +1,8 @@
 """The whole recipe on a small model: pretrain, SFT, reward model, PPO and PPO-ptx, then a report.
 
-Without files it makes its own data: the English of the installed Python, invented places to describe, and a
-scripted labeler that ranks what the SFT model itself wrote, as the paper's labelers did.
+Without files it makes its own data: the English of the installed Python, invented places to
+describe, and a scripted labeler that ranks what the SFT model itself wrote, as the paper's labelers
+did.
 """
 
 import json
@@ -39,6 +40,7 @@ from engine.rollout import Rollout, generate_rollout, last_readings, read_rollou
 from engine.sft import SFTConfig
 from engine.sft import train as train_sft
 
+
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
     """One pass through the recipe."""
@@ -46,7 +48,8 @@ class QuickstartConfig:
     directory: Path = Path("runs/quickstart")
     """Everything is written below it; finished stages of an earlier start are kept."""
     data: Path | None = None
-    """Folder of files to train on instead of the made ones: {sft,comparisons,prompts}/TASK*.{train,val}.jsonl[.gz] and pretrain/{train,val}.jsonl[.gz]."""
+    """Folder of files to train on instead of the made ones:
+    {sft,comparisons,prompts}/TASK*.{train,val}.jsonl[.gz] and pretrain/{train,val}.jsonl[.gz]."""
     task: str = "e2e"
     """Which files of the data folder: their names begin with it."""
     vocab_size: int = 1500
@@ -90,7 +93,8 @@ class Files:
 
 
 def run(config: QuickstartConfig) -> dict[str, Any]:
-    """Run every stage, judge the four models on held-out prompts, write summary.json and report.html."""
+    """Run every stage, judge the four models on held-out prompts, write summary.json and
+    report.html."""
     home = config.directory
     seconds: dict[str, float] = {}
     common: dict[str, Any] = {
@@ -99,13 +103,13 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
         "seed": config.seed,
     }
 
-    def timed(name: str, work: Callable[[], Any]) -> Any:
+    def timed(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
         start = time.perf_counter()
-        result = work()
+        result = work(*arguments)
         seconds[name] = round(time.perf_counter() - start, 1)
         return result
 
-    files = timed("data", lambda: prepare_files(config))
+    files = timed("data", prepare_files, config)
     tokenizer = home / "tokenizer.model"
     pretrain = replace(
         config.pretrain,
@@ -118,7 +122,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
         ),
         **common,
     )
-    timed("pretrain", lambda: train_sft(pretrain))
+    timed("pretrain", train_sft, pretrain)
     fine_tune = replace(
         config.sft,
         directory=home / "sft",
@@ -132,9 +136,9 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
         ),
         **common,
     )
-    timed("sft", lambda: train_sft(fine_tune))
+    timed("sft", train_sft, fine_tune)
     if config.data is None:
-        timed("label", lambda: write_comparisons(config, files))
+        timed("label", write_comparisons, config, files)
     reward_model = replace(
         config.rm,
         directory=home / "rm",
@@ -147,7 +151,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
         ),
         **common,
     )
-    rm_values = timed("rm", lambda: train_rm(reward_model))
+    rm_values = timed("rm", train_rm, reward_model)
     for name in ("ppo", "ppo_ptx"):
         stage = replace(
             config.ppo,
@@ -155,13 +159,11 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
             policy=home / "sft",
             reward_model=home / "rm",
             ptx_coef=config.ppo.ptx_coef if name == "ppo_ptx" else 0.0,
-            data=replace(
-                config.ppo.data, prompts=files.prompts, pretraining=files.pretraining
-            ),
+            data=replace(config.ppo.data, prompts=files.prompts, pretraining=files.pretraining),
             **common,
         )
-        timed(name, lambda stage=stage: train_ppo(stage))
-    summary, samples = timed("judge", lambda: judge_models(config, files))
+        timed(name, train_ppo, stage)
+    summary, samples = timed("judge", judge_models, config, files)
     summary = {
         "rm_pair_accuracy": rm_values["valid/pair_accuracy"],
         **summary,
@@ -174,7 +176,8 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
 
 
 def prepare_files(config: QuickstartConfig) -> Files:
-    """Make or find the files, and train the tokenizer on their training text; rank 0 writes, all ranks wait."""
+    """Make or find the files, and train the tokenizer on their training text; rank 0 writes, all
+    ranks wait."""
     parallel = start_parallel(config.layout, config.seed)
     files = _found_files(config) if config.data else _made_files(config.directory / "data")
     if parallel.is_writer:
@@ -192,7 +195,8 @@ def prepare_files(config: QuickstartConfig) -> Files:
 
 
 def write_comparisons(config: QuickstartConfig, files: Files) -> None:
-    """Sample K = 4 to 9 completions a prompt from the SFT model and let the scripted labeler rank them.
+    """Sample K = 4 to 9 completions a prompt from the SFT model and let the scripted labeler rank
+    them.
 
     Prompts whose completions all tie say nothing and are left out, as a labeler's ties are.
     """
@@ -201,7 +205,9 @@ def write_comparisons(config: QuickstartConfig, files: Files) -> None:
     sampled = _Sampler(config, home_run="sft")
     facts = fact_lists("prompts", config.num_compared, seed=config.seed + 1)
     num_completions = [4 + i % 6 for i in range(len(facts))]  # K, paper C.2
-    repeated = [render_prompt(f) for f, k in zip(facts, num_completions, strict=True) for _ in range(k)]
+    repeated = [
+        render_prompt(f) for f, k in zip(facts, num_completions, strict=True) for _ in range(k)
+    ]
     answers = iter(sampled.answers(repeated))
     rows = []
     for listed, k in zip(facts, num_completions, strict=True):
@@ -210,7 +216,9 @@ def write_comparisons(config: QuickstartConfig, files: Files) -> None:
         completions = [text for text in completions if text.strip()]
         ranks = rank(listed, completions)
         if len(set(ranks)) > 1:
-            rows.append({"prompt": render_prompt(listed), "completions": completions, "ranks": ranks})
+            rows.append(
+                {"prompt": render_prompt(listed), "completions": completions, "ranks": ranks}
+            )
     if sampled.parallel.is_writer:
         num_valid = len(rows) // 10
         _write_jsonl(files.comparisons_valid, rows[:num_valid])
@@ -221,7 +229,8 @@ def write_comparisons(config: QuickstartConfig, files: Files) -> None:
 def judge_models(
     config: QuickstartConfig, files: Files
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the summary of base, sft, ppo and ppo_ptx on held-out prompts, and some answers side by side.
+    """Return the summary of base, sft, ppo and ppo_ptx on held-out prompts, and some answers side
+    by side.
 
     The judge is the scripted labeler where the prompts list facts, else the reward model.
     """
@@ -243,7 +252,9 @@ def judge_models(
         else:
             scores[name] = rewards
         log_ratio = sampler.read(network, rollout) - sampler.read(init, rollout)
-        held_out = open_token_file(files.pretraining_valid, sampler.tokenizer, config.directory / "tokens")
+        held_out = open_token_file(
+            files.pretraining_valid, sampler.tokenizer, config.directory / "tokens"
+        )
         judged[name] = {
             "labeler_score": sum(scores[name]) / len(prompts),
             "reward": sum(rewards) / len(prompts),
@@ -283,7 +294,10 @@ class _Sampler:
 
     def load(self, stage: str, kind: Kind) -> Network:
         """Return the network that a stage ended with."""
-        path, role = self.config.directory / stage, "policy" if kind == "language" else "reward_model"
+        path, role = (
+            self.config.directory / stage,
+            "policy" if kind == "language" else "reward_model",
+        )
         network = build_network(
             kind, size_of(path, role), self.parallel, numerics=self.config.numerics
         )
@@ -352,17 +366,15 @@ def _write_made_files(config: QuickstartConfig, files: Files) -> None:
         return
     files.prompts.parent.mkdir(parents=True, exist_ok=True)
     seed = config.seed
-    for path, split, count in (
-        (files.demonstrations, "train", config.num_demonstrations),
-        (files.demonstrations_valid, "valid", 200),
+    for path, pairs in (
+        (files.demonstrations, demonstrations("train", config.num_demonstrations, seed=seed)),
+        (files.demonstrations_valid, demonstrations("valid", 200, seed=seed)),
     ):
-        pairs = demonstrations(split, count, seed=seed)
         _write_jsonl(path, [{"prompt": p, "response": r} for p, r in pairs])
-    for path, split, count in (
-        (files.prompts, "prompts", config.num_prompts),
-        (files.prompts_valid, "valid", config.num_judged),
+    for path, listed in (
+        (files.prompts, fact_lists("prompts", config.num_prompts, seed=seed + 2)),
+        (files.prompts_valid, fact_lists("valid", config.num_judged, seed=seed + 2)),
     ):
-        listed = fact_lists(split, count, seed=seed + 2)
         _write_jsonl(path, [{"prompt": render_prompt(facts)} for facts in listed])
     train, valid = split_documents(python_documents())
     _write_jsonl(files.pretraining, [{"text": text} for text in train])
@@ -377,7 +389,13 @@ def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 def _write_results(home: Path, summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
     with replacing(home / "summary.json") as stream:
         stream.write(json.dumps(summary, indent=1).encode())
-    stages = [("pretrain", "base"), ("sft", "sft"), ("rm", "rm"), ("ppo", "ppo"), ("ppo_ptx", "ppo_ptx")]
+    stages = [
+        ("pretrain", "base"),
+        ("sft", "sft"),
+        ("rm", "rm"),
+        ("ppo", "ppo"),
+        ("ppo_ptx", "ppo_ptx"),
+    ]
     curves = {stage: read_metrics(home / folder) for stage, folder in stages}
     write_report(home / "report.html", summary, curves, samples)
     console = Console()

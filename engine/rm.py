@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,9 @@ from engine.step import forward, forward_backward, reduce_metrics
 class RMData:
     """What the stage reads."""
 
-    train: Path | None = None
-    """Comparisons {prompt, completions, ranks} or pairs {prompt, chosen, rejected}, .jsonl or .jsonl.gz."""
+    train: Path = Path("data/comparisons.jsonl")
+    """Comparisons {prompt, completions, ranks} or pairs {prompt, chosen, rejected}, .jsonl or
+    .jsonl.gz."""
     valid: Path | None = None
     """Held-out comparisons; none: valid_fraction of the training prompts."""
     valid_fraction: float = 0.05
@@ -38,7 +40,8 @@ class RMData:
     max_prompt_tokens: int = 1024
     """Longer prompts are dropped and counted (paper, app. C: over 1k tokens)."""
     max_tokens: int = 2048
-    """Longer sequences are dropped with their whole comparison and counted (paper, app. C: 2k context)."""
+    """Longer sequences are dropped with their whole comparison and counted (paper, app. C: 2k
+    context)."""
     prompt_suffix: str = "\n"
     """Closes every prompt; the same in all stages."""
     skip_bad_lines: bool = False
@@ -54,7 +57,8 @@ class RMConfig:
     size: str = "tiny"
     """Named size of a model that starts from nothing; with init_from its size."""
     init_from: Path | None = None
-    """A run or checkpoint whose policy the trunk starts from (paper, C.2: SFT and GPT-3 give similar results)."""
+    """A run or checkpoint whose policy the trunk starts from (paper, C.2: SFT and GPT-3 give
+    similar results)."""
     tokenizer: Path | None = None
     """Tokenizer file or folder; none: the one of init_from's run."""
     data: RMData = field(default_factory=RMData)
@@ -151,7 +155,8 @@ def train(config: RMConfig) -> dict[str, float]:
 
 
 def shift_bias(network: Network, optimizer: Optimizer, shift: float) -> None:
-    """Add `shift` to the head's bias, so that demonstrations score 0 on average (InstructGPT C.2: shift, no scale)."""
+    """Add `shift` to the head's bias, so that demonstrations score 0 on average (InstructGPT C.2:
+    shift, no scale)."""
     with torch.no_grad():
         for module in network.modules:
             head = getattr(module, "scalar_head", None)
@@ -197,9 +202,10 @@ def _mean_score(network: Network, examples: list[Example], budget: int) -> float
 def _load_data(
     config: RMConfig, run: Run, context_length: int
 ) -> tuple[list[list[Example]], list[list[Example]], list[Example], list[str]]:
-    """Return training and held-out comparisons, demonstrations, and what reading them is to be told about."""
+    """Return training and held-out comparisons, demonstrations, and what reading them is to be told
+    about."""
     data = config.data
-    limits = {
+    limits: dict[str, Any] = {
         "max_length": min(data.max_tokens, context_length),
         "max_prompt_length": data.max_prompt_tokens,
         "prompt_suffix": data.prompt_suffix,

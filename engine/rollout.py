@@ -1,7 +1,9 @@
-"""Rollouts: responses to a batch of prompts, then log-probs, values and scores of every one of them.
+"""Rollouts: responses to a batch of prompts, then log-probs, values and scores of every one of
+them.
 
-Index convention, everywhere in Trident: position t of logprobs, ref_logprobs, sampled_logprobs, values, rewards,
-advantages, returns and response_mask belongs to the token at t, which was chosen in the state before it.
+Index convention, everywhere in Trident: position t of logprobs, ref_logprobs, sampled_logprobs,
+values, rewards, advantages, returns and response_mask belongs to the token at t, which was chosen
+in the state before it.
 """
 
 from collections.abc import Sequence
@@ -27,11 +29,12 @@ EosRule = Literal["none", "penalty", "replace"]
 
 @dataclass(kw_only=True)
 class Rollout:
-    """One iteration's responses of all data-parallel ranks, in prompt order, the same on every rank.
+    """One iteration's responses of all data-parallel ranks, in prompt order, the same on every
+    rank.
 
-    B responses, T tokens of prompts and responses together, packed; tensors are on the rank's device.
-    Tokens and numbers of a whole iteration are a few megabytes, so every rank holds all of them: global
-    statistics need no further collective, and any rank can train on any response.
+    B responses, T tokens of prompts and responses together, packed; tensors are on the rank's
+    device. Tokens and numbers of a whole iteration are a few megabytes, so every rank holds all of
+    them: global statistics need no further collective, and any rank can train on any response.
     """
 
     tokens: Tensor
@@ -47,7 +50,8 @@ class Rollout:
     prompt_lengths: list[int]
     """[B]."""
     logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
-    """[T] of the policy that sampled, by the trainer's forward pass: what ratios are taken against."""
+    """[T] of the policy that sampled, by the trainer's forward pass: what ratios are taken
+    against."""
     ref_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
     """[T] of the reference."""
     values: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -73,7 +77,8 @@ class Rollout:
         return [n - p for n, p in zip(lengths, self.prompt_lengths, strict=True)]
 
     def examples(self) -> list[Example]:
-        """Return the responses as training examples that carry the per-token numbers computed so far."""
+        """Return the responses as training examples that carry the per-token numbers computed so
+        far."""
         names = ("logprobs", "values", "advantages", "returns")
         columns = {n: getattr(self, n).cpu().numpy() for n in names if len(getattr(self, n))}
         tokens, bounds = self.tokens.cpu().numpy(), self.cu_seqlens.tolist()
@@ -98,9 +103,11 @@ def generate_rollout(  # noqa: PLR0913 - what a draw is keyed by, each named
     seed: int,
     first_sample_index: int,
 ) -> Rollout:
-    """Sample one response to each prompt, data-parallel ranks sharing the prompts, and gather all of them.
+    """Sample one response to each prompt, data-parallel ranks sharing the prompts, and gather all
+    of them.
 
-    Draw i is keyed by (seed, first_sample_index + i, position): a resume or another layout samples the same.
+    Draw i is keyed by (seed, first_sample_index + i, position): a resume or another layout samples
+    the same.
     """
     parallel = policy.parallel
     mine = deal([len(p.tokens) for p in prompts], parallel.dp, parallel.dp_rank)
@@ -134,15 +141,17 @@ def score_rollout(  # noqa: PLR0913 - the four roles, each named
 ) -> Rollout:
     """Fill in logprobs, ref_logprobs, values and scores of a rollout.
 
-    The temperature of sampling divides the logits here too. EOS rules, for a response that hit the length limit:
-    "penalty" takes eos_penalty off its score, "replace" makes -eos_penalty its score, "none" leaves it.
+    The temperature of sampling divides the logits here too. EOS rules, for a response that hit the
+    length limit: "penalty" takes eos_penalty off its score, "replace" makes -eos_penalty its score,
+    "none" leaves it.
     """
     parallel = policy.parallel
     batches = pack_for(rollout.examples(), list(range(len(rollout))), parallel, micro_batch_tokens)
     rollout.logprobs = _read(policy, batches, rollout, temperature=temperature)
     rollout.ref_logprobs = _read(reference, batches, rollout, temperature=temperature)
     readings = _read(critic, batches, rollout)
-    # A value is read one token before its own; a prompt has at least one token, so none crosses sequences.
+    # A value is read one token before its own; a prompt has at least one token, so none crosses
+    # sequences.
     rollout.values = values_of(readings).masked_fill(~rollout.response_mask, 0.0)
     readings = _read(reward_model, batches, rollout)
     rollout.raw_scores = last_readings(rollout, readings)
@@ -162,7 +171,8 @@ def apply_eos_rule(scores: Tensor, has_eos: Tensor, rule: EosRule, penalty: floa
 def read_rollout(
     network: Network, rollout: Rollout, micro_batch_tokens: int, *, temperature: float = 1.0
 ) -> Tensor:
-    """Return a network's output [T] for a rollout: log-probs of a language model, readings of a scalar one."""
+    """Return a network's output [T] for a rollout: log-probs of a language model, readings of a
+    scalar one."""
     indices = list(range(len(rollout)))
     batches = pack_for(rollout.examples(), indices, network.parallel, micro_batch_tokens)
     return _read(network, batches, rollout, temperature=temperature)
@@ -176,7 +186,8 @@ def last_readings(rollout: Rollout, readings: Tensor) -> Tensor:
 def _read(
     network: Network, batches: list[PackedBatch], rollout: Rollout, *, temperature: float = 1.0
 ) -> Tensor:
-    """Return the network's output [T] in the rollout's order: each rank reads its share, and all sum up."""
+    """Return the network's output [T] in the rollout's order: each rank reads its share, and all
+    sum up."""
     full = torch.zeros(len(rollout.tokens), device=rollout.tokens.device)
     starts = rollout.cu_seqlens[:-1].long()
     outputs = forward(network, batches, temperature=temperature)

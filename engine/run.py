@@ -1,4 +1,5 @@
-"""The frame of a run: its ranks, its folder, its tokenizer, the configuration it was resolved to."""
+"""The frame of a run: its ranks, its folder, its tokenizer, the configuration it was resolved
+to."""
 
 import dataclasses
 import warnings
@@ -31,13 +32,17 @@ class Run:
 def start_run(
     config: Any, *, directory: Path, layout: ParallelLayout, seed: int, tokenizer: Path
 ) -> Run:
-    """Load the tokenizer, join the ranks, and write the run's folder: config.json and the tokenizer.
+    """Load the tokenizer, join the ranks, and write the run's folder: config.json and the
+    tokenizer.
 
     tokenizer may be a file, a folder, or an earlier run, whose tokenizer it then is.
     """
-    # megatron-core tells every process that Transformer Engine and Apex are absent: they are, by design.
+    # megatron-core tells every process that Transformer Engine and Apex are absent: they are, by
+    # design.
     warnings.filterwarnings("ignore", module="megatron|torch.distributed|torch.jit")
-    loaded = load_tokenizer(tokenizer / "tokenizer" if (tokenizer / "tokenizer").exists() else tokenizer)
+    loaded = load_tokenizer(
+        tokenizer / "tokenizer" if (tokenizer / "tokenizer").exists() else tokenizer
+    )
     parallel = start_parallel(layout, seed)
     if parallel.is_writer:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -48,7 +53,8 @@ def start_run(
 
 
 def size_named(name: str, tokenizer: Tokenizer, context_length: int | None = None) -> GPTSize:
-    """Return the size of that name with the tokenizer's vocabulary; raises UserError for an unknown name."""
+    """Return the size of that name with the tokenizer's vocabulary; raises UserError for an unknown
+    name."""
     if name not in SIZES:
         raise UserError(f"no size is named {name!r}; the sizes are {', '.join(SIZES)}")
     size = dataclasses.replace(SIZES[name], vocab_size=tokenizer.vocab_size)
@@ -56,7 +62,8 @@ def size_named(name: str, tokenizer: Tokenizer, context_length: int | None = Non
 
 
 def require_path(path: Path | None, option: str) -> Path:
-    """Return the path, or raise UserError naming the option when it is missing or does not exist."""
+    """Return the path, or raise UserError naming the option when it is missing or does not
+    exist."""
     if path is None:
         raise UserError(f"--{option} is required")
     if not path.exists():

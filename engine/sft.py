@@ -1,7 +1,8 @@
-"""Supervised fine-tuning (InstructGPT 3.5 and C.1), the RLHF initialisation (C.3), and plain pretraining.
+"""Supervised fine-tuning (InstructGPT 3.5 and C.1), the RLHF initialisation (C.3), and plain
+pretraining.
 
-One stage, three uses: demonstrations alone are SFT; demonstrations with a share of pretraining text give the
-policy that PPO starts from; pretraining text alone trains the base model.
+One stage, three uses: demonstrations alone are SFT; demonstrations with a share of pretraining text
+give the policy that PPO starts from; pretraining text alone trains the base model.
 """
 
 from dataclasses import dataclass, field
@@ -38,13 +39,15 @@ class SFTData:
     pretraining_valid: Path | None = None
     """Held-out pretraining text."""
     pretraining_fraction: float = 0.0
-    """Share of the sequences, and weight in the loss, of pretraining text (paper, C.3: 10%; what it is a share of is not stated)."""
+    """Share of the sequences, and weight in the loss, of pretraining text (paper, C.3: 10%; what it
+    is a share of is not stated)."""
     pretraining_tokens: int = 2048
     """Length of a pretraining sequence in tokens (GPT-3: the context)."""
     max_prompt_tokens: int = 1024
     """Longer prompts are dropped and counted (paper, app. C: over 1k tokens)."""
     max_tokens: int = 2048
-    """Longer sequences, prompt and response together, are dropped and counted (paper, app. C: 2k context)."""
+    """Longer sequences, prompt and response together, are dropped and counted (paper, app. C: 2k
+    context)."""
     prompt_suffix: str = "\n"
     """Closes every prompt; the same in all stages. Our choice: the separator is not stated."""
     skip_bad_lines: bool = False
@@ -66,7 +69,8 @@ class SFTConfig:
     data: SFTData = field(default_factory=SFTData)
     """Files and limits."""
     epochs: float = 16.0
-    """Passes over the demonstrations (paper, C.1: 16; C.3: 2), or over the pretraining text without any."""
+    """Passes over the demonstrations (paper, C.1: 16; C.3: 2), or over the pretraining text without
+    any."""
     batch_size: int = 32
     """Sequences a step, demonstrations and pretraining together (paper, C.1: 32; 8 at 175B)."""
     micro_batch_tokens: int = 8192
@@ -161,7 +165,8 @@ def _train_step(
     feeds: dict[str, Feed],
     pretraining_fraction: float,
 ) -> dict[str, float]:
-    """One optimizer step on loss = (1 - f) x demonstrations + f x pretraining, each its mean over target tokens."""
+    """One optimizer step on loss = (1 - f) x demonstrations + f x pretraining, each its mean over
+    target tokens."""
     parallel = network.parallel
     seed_for_step(parallel, step)
     optimizer.zero_gradients()
@@ -191,7 +196,8 @@ def _validate(network: Network, units: dict[str, Units], budget: int) -> dict[st
 
 
 def _feeds(config: SFTConfig, units: dict[str, Units], run: Run) -> dict[str, Feed]:
-    """Return the feed of each source; the fraction of the batch's sequences is rounded, at least one each."""
+    """Return the feed of each source; the fraction of the batch's sequences is rounded, at least
+    one each."""
     num_pretraining = config.batch_size
     if "loss" in units:
         num_pretraining = max(1, round(config.data.pretraining_fraction * config.batch_size))
@@ -215,7 +221,8 @@ def _feeds(config: SFTConfig, units: dict[str, Units], run: Run) -> dict[str, Fe
 def _load_data(
     config: SFTConfig, run: Run, context_length: int
 ) -> tuple[dict[str, Units], dict[str, Units], list[str]]:
-    """Return training and held-out units by loss name, and what reading them is to be told about."""
+    """Return training and held-out units by loss name, and what reading them is to be told
+    about."""
     data = config.data
     train: dict[str, Units] = {}
     valid: dict[str, Units] = {}

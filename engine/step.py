@@ -1,7 +1,8 @@
 """Run a network over micro-batches and pipeline stages: forward and backward, or forward only.
 
-A loss function sees one micro-batch and returns its share of the global loss, already divided by global
-counts, so gradients are sums over micro-batches and data-parallel ranks and no layout changes them.
+A loss function sees one micro-batch and returns its share of the global loss, already divided by
+global counts, so gradients are sums over micro-batches and data-parallel ranks and no layout
+changes them.
 """
 
 import dataclasses
@@ -36,9 +37,10 @@ def forward_backward(
 ) -> Metrics:
     """Add `scale` x the gradient of the summed losses to the network's gradient buffers.
 
-    loss_function(batch, output) -> (loss, metrics) runs on the last stage: output is the log-probs [T] of a
-    language model or the readings [T] of a scalar one. Returns the metrics summed over this rank's
-    micro-batches (`*_max`, `*_min`: extremes) on the last stage, nothing elsewhere; see reduce_metrics.
+    loss_function(batch, output) -> (loss, metrics) runs on the last stage: output is the log-probs
+    [T] of a language model or the readings [T] of a scalar one. Returns the metrics summed over
+    this rank's micro-batches (`*_max`, `*_min`: extremes) on the last stage, nothing elsewhere; see
+    reduce_metrics.
     """
 
     def loss_of(batch: PackedBatch, output: Tensor) -> tuple[Tensor, Tensor, Metrics]:
@@ -74,12 +76,14 @@ def forward(
 
 
 def finish_gradients(network: Network) -> None:
-    """Sum the gradient buffers over data-parallel ranks, tied embeddings and sequence-parallel norms; once a step."""
+    """Sum the gradient buffers over data-parallel ranks, tied embeddings and sequence-parallel
+    norms; once a step."""
     finalize_model_grads(network.chunks)
 
 
 def reduce_metrics(metrics: Metrics, parallel: Parallel) -> dict[str, float]:
-    """Return the metrics of the last stages of all data-parallel ranks as numbers, the same on every rank.
+    """Return the metrics of the last stages of all data-parallel ranks as numbers, the same on
+    every rank.
 
     `*_moments` [3] give two numbers, `*_mean` and `*_variance`.
     """
@@ -112,13 +116,16 @@ def _run_schedule(
     temperature: float,
     forward_only: bool,
 ) -> list:
-    """Run megatron's schedule (no pipelining, 1F1B or interleaved) and return what loss_of stored."""
+    """Run megatron's schedule (no pipelining, 1F1B or interleaved) and return what loss_of
+    stored."""
     if network.parallel.layout.pp > 1:
         batches = _of_one_length(batches)
     num_chunks = len(network.chunks)
     iterators = [iter(batches) for _ in range(num_chunks)]
 
-    def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
+    def forward_step(
+        iterator: Iterator[PackedBatch], chunk: torch.nn.Module
+    ) -> tuple[Tensor, Callable]:
         batch = next(iterator)
         sequences = PackedSequences.of(batch.cu_seqlens, batch.max_seqlen)
         heads = {"mask": batch.mask, "temperature": temperature}
@@ -141,8 +148,9 @@ def _run_schedule(
 def _of_one_length(batches: Sequence[PackedBatch]) -> list[PackedBatch]:
     """Pad the rows of a pipeline to the longest, so that stages need not tell each other shapes.
 
-    megatron's variable lengths cost a host sync a hop, and with two stages and interleaving it confuses
-    the shapes of the two directions, which then go to the same rank. Token budgets keep the padding small.
+    megatron's variable lengths cost a host sync a hop, and with two stages and interleaving it
+    confuses the shapes of the two directions, which then go to the same rank. Token budgets keep
+    the padding small.
     """
     longest = max(len(batch.tokens) for batch in batches)
     return [_padded(batch, longest) for batch in batches]
@@ -150,7 +158,7 @@ def _of_one_length(batches: Sequence[PackedBatch]) -> list[PackedBatch]:
 
 def _padded(batch: PackedBatch, length: int) -> PackedBatch:
     """Add masked sequences of token 0 until the row has `length` tokens."""
-    num_tokens, num_rows = len(batch.tokens), len(batch.sequence_ids)
+    num_tokens = len(batch.tokens)
     num_padding = length - num_tokens
     if num_padding == 0:
         return batch

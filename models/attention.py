@@ -1,7 +1,8 @@
-"""Causal attention over packed sequences: flash-attn where installed, torch's varlen flash on CUDA, SDPA on the CPU.
+"""Causal attention over packed sequences: flash-attn where installed, torch's varlen flash on CUDA,
+SDPA on the CPU.
 
-Tokens of all sequences lie in one row [T, heads, dim] with cu_seqlens between them; nothing is padded on the
-left, so learned positions start at 0 in every sequence.
+Tokens of all sequences lie in one row [T, heads, dim] with cu_seqlens between them; nothing is
+padded on the left, so learned positions start at 0 in every sequence.
 """
 
 import functools
@@ -25,13 +26,15 @@ except ImportError:
 
 @dataclass(kw_only=True)
 class PackedSequences(PackedSeqParams):
-    """Where the sequences of a packed row begin and end; travels through megatron's layers to the attention."""
+    """Where the sequences of a packed row begin and end; travels through megatron's layers to the
+    attention."""
 
     qkv_format: str = "thd"
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, max_seqlen: int) -> "PackedSequences":
-        """Describe sequences from cu_seqlens [B+1] int32 and the longest length (known on the host)."""
+        """Describe sequences from cu_seqlens [B+1] int32 and the longest length (known on the
+        host)."""
         return cls(
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
@@ -41,9 +44,11 @@ class PackedSequences(PackedSeqParams):
 
     @functools.cached_property
     def padded_rows(self) -> tuple[Tensor, Tensor]:
-        """Gather [B, L] (packed index of row b, column l) and scatter [T] (flat padded index of token t).
+        """Gather [B, L] (packed index of row b, column l) and scatter [T] (flat padded index of
+        token t).
 
-        Columns beyond a sequence repeat some valid token: causal attention never reads them for a real one.
+        Columns beyond a sequence repeat some valid token: causal attention never reads them for a
+        real one.
         """
         starts, lengths = self.cu_seqlens_q[:-1].long(), self.cu_seqlens_q.diff().long()
         num_tokens = int(self.cu_seqlens_q[-1])
@@ -95,7 +100,8 @@ def packed_attention(
 ) -> Tensor:
     """Return causal self-attention [T, heads, dim] within each sequence of the packed row.
 
-    Where a sequence has more keys than queries (cu_seqlens_kv), its queries are the last of its tokens.
+    Where a sequence has more keys than queries (cu_seqlens_kv), its queries are the last of its
+    tokens.
     """
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         return _varlen_attention(query, key, value, sequences, scale)
@@ -120,7 +126,8 @@ def packed_attention(
 
 
 def _attention_of_one(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attention [n, heads, dim] of the last n of a sequence's m tokens; key and value are [m, heads, dim]."""
+    """Attention [n, heads, dim] of the last n of a sequence's m tokens; key and value are [m,
+    heads, dim]."""
     num_queries, num_keys = len(query), len(key)
     mask = None
     if num_queries < num_keys:

@@ -1,6 +1,6 @@
-"""The GPT-3 language model, policy and reference: megatron's GPTModel read out as token log-probs."""
+"""The GPT-3 language model, policy and reference: megatron's GPTModel read out as token
+log-probs."""
 
-import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -49,14 +49,14 @@ class GPT(GPTModel):
         mask: Tensor | None = None,
         rows: Tensor | None = None,
         temperature: float = 1.0,
-        with_entropy: bool = False,
     ) -> Tensor:
         """Run this chunk over a packed row of T tokens.
 
-        tokens, positions: [T] int64. On the last stage, with mask [T] bool, returns fp32 log-probs [T] of each
-        token given those before it in its sequence (position t belongs to token t, predicted from t-1; zero
-        where mask is False), or [2, T] with the entropies below them. With rows [R] instead, returns
-        this rank's vocabulary shard of the logits [R, V / tp] after those tokens. Earlier stages return hidden states.
+        tokens, positions: [T] int64. On the last stage, with mask [T] bool, returns fp32 log-probs
+        [T] of each token given those before it in its sequence (position t belongs to token t,
+        predicted from t-1; zero where mask is False), or [2, T] with the entropies below them. With
+        rows [R] instead, returns this rank's vocabulary shard of the logits [R, V / tp] after those
+        tokens. Earlier stages return hidden states.
         """
         hidden = self.embedding(tokens[None], positions[None]) if self.pre_process else None
         hidden = self.decoder(
@@ -70,10 +70,13 @@ class GPT(GPTModel):
             if self.config.sequence_parallel:
                 hidden = gather_from_sequence_parallel_region(hidden)
             return hidden[rows].float() @ weight.float().T
-        # The state after token t-1 predicts token t: labels move one to the left, log-probs one to the right.
+        if mask is None:
+            raise ValueError("the last stage needs mask (log-probs) or rows (logits)")
+        # The state after token t-1 predicts token t: labels move one to the left, log-probs one to
+        # the right.
         labels = tokens.masked_fill(~mask, IGNORED).roll(-1)
         labels[-1] = IGNORED
-        logprobs, entropy = vocab_parallel_linear_logprobs(
+        logprobs, _ = vocab_parallel_linear_logprobs(
             hidden,
             weight,
             labels,
@@ -81,13 +84,11 @@ class GPT(GPTModel):
             sequence_parallel=self.config.sequence_parallel,
             temperature=temperature,
             num_valid_vocab=self.size.vocab_size,
-            with_entropy=with_entropy,
         )
-        if with_entropy:
-            return shift_right(torch.stack([logprobs, entropy]))
         return shift_right(logprobs)
 
 
 def shift_right(readings: Tensor) -> Tensor:
-    """Move what was read at position t-1 to position t, the token it is about; position 0 gets 0. Last dim is [T]."""
+    """Move what was read at position t-1 to position t, the token it is about; position 0 gets 0.
+    Last dim is [T]."""
     return F.pad(readings[..., :-1], (1, 0))

@@ -1,4 +1,5 @@
-"""What a transformer layer is made of: megatron's linear layers, our norm and our attention, GPT-3's GELU."""
+"""What a transformer layer is made of: megatron's linear layers, our norm and our attention,
+GPT-3's GELU."""
 
 import functools
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from models.sizes import GPTSize
 Recompute = Literal["none", "selective", "full"]
 
 
-def transformer_config(
+def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
     size: GPTSize,
     *,
     tp: int,
@@ -43,12 +44,12 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return megatron's configuration of a GPT-3 of that size.
 
-    Initialisation is GPT-2's, which GPT-3 keeps: normal with std 0.02, and 0.02 / sqrt(2 x layers) for the
-    matrices that write to the residual stream (Radford et al. 2019, section 2.3).
+    Initialisation is GPT-2's, which GPT-3 keeps: normal with std 0.02, and 0.02 / sqrt(2 x layers)
+    for the matrices that write to the residual stream (Radford et al. 2019, section 2.3).
     """
     on_gpu = device.type == "cuda"
-    # GPT's GELU is the tanh approximation. megatron's fused bias + GELU computes that one when it is handed
-    # F.gelu; without the fusion the approximation has to be asked for.
+    # GPT's GELU is the tanh approximation. megatron's fused bias + GELU computes that one when it
+    # is handed F.gelu; without the fusion the approximation has to be asked for.
     gelu = F.gelu if on_gpu else functools.partial(F.gelu, approximate="tanh")
     recompute_arguments: dict[str, Any] = {}
     if recompute == "full":
@@ -86,7 +87,8 @@ def transformer_config(
 
 
 class LayerNorm(torch.nn.Module):
-    """Layer norm whose parameters tell megatron when their gradients are partial (sequence parallel)."""
+    """Layer norm whose parameters tell megatron when their gradients are partial (sequence
+    parallel)."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any

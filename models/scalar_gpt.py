@@ -29,7 +29,8 @@ class ScalarHead(MegatronModule):
         self.bias = torch.nn.Parameter(torch.zeros(1, device=device, dtype=config.params_dtype))
         torch.nn.init.normal_(self.weight, std=(hidden + 1) ** -0.5)
         for parameter in self.parameters():
-            # Under sequence parallel each tp rank reads its own tokens: megatron sums these gradients over tp.
+            # Under sequence parallel each tp rank reads its own tokens: megatron sums these
+            # gradients over tp.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -79,10 +80,11 @@ class ScalarGPT(LanguageModule):
         self.decoder.set_input_tensor(input_tensor[0])
 
     def forward(self, tokens: Tensor, positions: Tensor, sequences: PackedSequences) -> Tensor:
-        """Run this chunk over a packed row; the last stage returns fp32 readings [T], reading t after token t.
+        """Run this chunk over a packed row; the last stage returns fp32 readings [T], reading t
+        after token t.
 
-        A reward model's score is the reading at the last response token; a critic's value of token t
-        is the reading at t-1 (models.gpt.shift_right).
+        A reward model's score is the reading at the last response token; a critic's value of token
+        t is the reading at t-1 (models.gpt.shift_right).
         """
         hidden = self.embedding(tokens[None], positions[None]) if self.pre_process else None
         hidden = self.decoder(
@@ -103,6 +105,7 @@ class ScalarGPT(LanguageModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict | None = None,
     ) -> ShardedStateDict:
-        """Return the sharded tensors of this chunk, under the same names as the language model's trunk."""
+        """Return the sharded tensors of this chunk, under the same names as the language model's
+        trunk."""
         # LanguageModule's own version expects an output layer; there is only the scalar head here.
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)

@@ -1,4 +1,5 @@
-"""The sizes of GPT-3 (Brown et al. 2020, Table 2.1), and two small ones for CPUs. Imports neither torch nor megatron."""
+"""The sizes of GPT-3 (Brown et al. 2020, Table 2.1), and two small ones for CPUs. Imports neither
+torch nor megatron."""
 
 from dataclasses import dataclass
 
@@ -30,7 +31,8 @@ class GPTSize:
 
     @property
     def padded_vocab_size(self) -> int:
-        """vocab_size rounded up to a multiple of 128; the columns beyond vocab_size are masked everywhere."""
+        """vocab_size rounded up to a multiple of 128; the columns beyond vocab_size are masked
+        everywhere."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
@@ -42,11 +44,15 @@ class GPTSize:
         return self.num_layers * layer + (self.vocab_size + self.context_length + 2) * hidden
 
 
-# GPT-3's table prints 24 heads for XL and width 5140 for 13B; both are slips: 16 heads of 128 and width 5120
-# reproduce its parameter counts, and Stiennon et al. 2020, Table 3, lists them so.
+# GPT-3's table prints 24 heads for XL and width 5140 for 13B; both are slips: 16 heads of 128 and
+# width 5120 reproduce its parameter counts, and Stiennon et al. 2020, Table 3, lists them so.
 SIZES = {
-    "tiny": GPTSize(num_layers=4, hidden_size=128, num_heads=4, vocab_size=2048, context_length=256),
-    "small": GPTSize(num_layers=6, hidden_size=192, num_heads=6, vocab_size=2048, context_length=256),
+    "tiny": GPTSize(
+        num_layers=4, hidden_size=128, num_heads=4, vocab_size=2048, context_length=256
+    ),
+    "small": GPTSize(
+        num_layers=6, hidden_size=192, num_heads=6, vocab_size=2048, context_length=256
+    ),
     "125m": GPTSize(num_layers=12, hidden_size=768, num_heads=12),
     "350m": GPTSize(num_layers=24, hidden_size=1024, num_heads=16),
     "760m": GPTSize(num_layers=24, hidden_size=1536, num_heads=16),

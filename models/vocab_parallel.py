@@ -33,9 +33,10 @@ from kernels.sample import (
 
 def _gather_states(state: Tensor, group: ProcessGroup) -> Tensor:
     """The shards' states [tp, T, n], in rank order: the same bits on every rank, in every run."""
-    states = state.new_empty(group.size(), *state.shape)
+    # End to end: gloo refuses an output with a dimension of its own for the ranks.
+    states = state.new_empty(group.size() * len(state), *state.shape[1:])
     dist.all_gather_into_tensor(states, state.contiguous(), group=group)
-    return states
+    return states.view(group.size(), *state.shape)
 
 
 def _joins(group: ProcessGroup | None, *, sequence_parallel: bool = False) -> Joins:

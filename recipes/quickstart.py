@@ -1,7 +1,9 @@
-"""The whole recipe, small: `make quickstart`, or torchrun --standalone --nproc-per-node=1 recipes/quickstart.py.
+"""The whole recipe, small: `make quickstart`, or torchrun --standalone --nproc-per-node=1
+recipes/quickstart.py.
 
-A GPT of about a million parameters is pretrained, fine-tuned on demonstrations, and trained by PPO and PPO-ptx
-against a reward model of rankings, in minutes on two CPU cores. Values are ours, chosen for that size.
+A GPT of about a million parameters is pretrained, fine-tuned on demonstrations, and trained by PPO
+and PPO-ptx against a reward model of rankings, in minutes on two CPU cores. Values are ours, chosen
+for that size.
 """
 
 from pathlib import Path
@@ -19,19 +21,21 @@ CONTEXT = 256
 
 config = QuickstartConfig(
     directory=Path("runs/quickstart"),
+    vocab_size=2000,
+    num_demonstrations=6000,
+    num_compared=500,
+    num_judged=200,
     pretrain=SFTConfig(
         size="tiny",
         data=SFTData(pretraining_tokens=CONTEXT),
-        epochs=1.0,
+        epochs=2.0,
         batch_size=16,
         micro_batch_tokens=4096,
         adam=AdamConfig(lr=3e-3, warmup=10),
         dropout=0.0,
     ),
     sft=SFTConfig(
-        data=SFTData(
-            pretraining_fraction=0.1, pretraining_tokens=CONTEXT, max_tokens=CONTEXT
-        ),
+        data=SFTData(pretraining_fraction=0.1, pretraining_tokens=CONTEXT, max_tokens=CONTEXT),
         epochs=2.0,
         batch_size=32,
         micro_batch_tokens=4096,
@@ -39,17 +43,17 @@ config = QuickstartConfig(
         dropout=0.0,
     ),
     rm=RMConfig(
-        data=RMData(max_tokens=CONTEXT),
+        data=RMData(max_tokens=CONTEXT, num_demonstrations=256),
         epochs=2.0,
         batch_size=16,
         micro_batch_tokens=8192,
         adam=AdamConfig(lr=1e-3, warmup=5),
     ),
     ppo=PPOConfig(
-        data=PPOData(pretraining_tokens=CONTEXT),
+        data=PPOData(pretraining_tokens=128),
         sampling=SamplingConfig(max_new_tokens=96, num_slots=64),
-        iterations=20,
-        rollout_batch_size=128,
+        iterations=24,
+        rollout_batch_size=64,
         minibatch_size=32,
         micro_batch_tokens=4096,
         kl=KLConfig(coef=0.02),

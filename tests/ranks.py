@@ -18,8 +18,8 @@ TIMEOUT = datetime.timedelta(seconds=120)  # of one collective: a rank that fail
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Call `function(*args)` on every rank; return what each returned, in rank order.
 
-    The function is found again by its name, so it stands at the top of a test file, and arguments and
-    results go through pickle. The ranks are joined already: start_parallel takes their world over.
+    The function is found again by its name, so it stands at the top level of a test file; arguments
+    and results go through pickle. The ranks are joined already: start_parallel takes them over.
     An exception on a rank ends all of them and is raised here with its traceback.
     """
     with tempfile.TemporaryDirectory() as name:

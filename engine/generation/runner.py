@@ -258,7 +258,8 @@ class Runner:
         output = module(tensors.tokens, tensors.positions, tensors.paged, rows=tensors.rows)
         is_last_hop = virtual_stage == len(self.network.modules) - 1
         if module.post_process:
-            self._sample(output, tensors, flight.sampled[n])
+            if len(tensors.rows):  # none where a long prompt's chunk is the whole step
+                self._sample(output, tensors, flight.sampled[n])
         else:
             self._send(output)
         if self._reply_group is not None and is_last_hop:

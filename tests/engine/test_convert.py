@@ -18,6 +18,7 @@ from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.network import Network, Numerics, build_network
 from engine.parallel import Parallel, ParallelLayout, start_parallel
 from engine.step import forward
+from models.attention import PackedSequences
 from tests.ranks import run_ranks
 
 LENGTHS = (1, 33, 2, 64, 17, 5)  # tokens of the packed sequences; 64 is the whole context
@@ -133,8 +134,6 @@ def test_logits_are_those_of_transformers(gpt2, parallel):
     (module,) = network.modules
     tokens = sequences()[3]
     batch = pack([Example(tokens=tokens, prompt_length=1)], multiple_of=1)
-    from models.attention import PackedSequences
-
     logits = module(
         batch.tokens,
         batch.positions,
@@ -321,12 +320,13 @@ def test_a_file_cut_short_is_named(copy):
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(copy):
-    config = json.loads((copy / "config.json").read_text()) | {"vocab_size": 290}
+    num_ids = load_tokenizer(copy).vocab_size
+    config = json.loads((copy / "config.json").read_text()) | {"vocab_size": num_ids - 1}
     (copy / "config.json").write_text(json.dumps(config))
     changed = weights(copy)
-    changed["transformer.wte.weight"] = changed["transformer.wte.weight"][:290].clone()
+    changed["transformer.wte.weight"] = changed["transformer.wte.weight"][: num_ids - 1].clone()
     save_file(changed, copy / "model.safetensors")
-    assert "the tokenizer has 300 ids, the model 290" in refusal(copy)
+    assert f"the tokenizer has {num_ids} ids, the model {num_ids - 1}" in refusal(copy)
 
 
 def test_missing_paths_and_layouts_that_do_not_fit(copy, tmp_path):

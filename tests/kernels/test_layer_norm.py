@@ -1,0 +1,160 @@
+"""Layer norm with residual add: outputs, gradients, fixed order of the weights' sums."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.layer_norm import layer_norm
+from tests.kernels.oracle import largest_difference, relative_difference
+
+
+def random_layer(
+    shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32, with_residual: bool
+) -> list[Tensor]:
+    """Leaves x, weight, bias and, where wanted, residual."""
+    row = shape[-1:]
+    tensors = [torch.randn(shape) + 0.5, 1 + 0.1 * torch.randn(row), torch.randn(row)]
+    tensors += [torch.randn(shape)] if with_residual else []
+    return [x.to(dtype).requires_grad_() for x in tensors]
+
+
+def exact_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
+    """fp64 layer norm of x or of the hidden state that stands for it."""
+    centered = hidden - hidden.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+
+def outputs_and_gradients(leaves: list[Tensor], upstream: list[Tensor], *, exact: bool) -> tuple:
+    """Outputs (y and, with a residual, the new one) and the gradients of all leaves."""
+    x, weight, bias, *residual = leaves
+    if exact:
+        hidden = x + residual[0] if residual else x
+        outputs = (exact_layer_norm(x, weight, bias, hidden), hidden)[: 1 + len(residual)]
+    elif residual:
+        outputs = layer_norm(x, weight, bias, eps=1e-5, residual=residual[0])
+    else:
+        outputs = (layer_norm(x, weight, bias, eps=1e-5),)
+    upstream = [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
+    return outputs, torch.autograd.grad(outputs, leaves, upstream)
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (3, 4, 100), (1, 3), (9, 257), (2, 768)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_matches_fp64(backend: str, shape: tuple[int, ...], with_residual: bool) -> None:
+    leaves = random_layer(shape, with_residual=with_residual)
+    exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
+    upstream = [torch.randn(shape) for _ in range(1 + with_residual)]
+    got = outputs_and_gradients(leaves, upstream, exact=False)
+    want = outputs_and_gradients(exact_leaves, upstream, exact=True)
+    for a, b in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+        assert a.shape == b.shape
+        assert largest_difference(a, b) < 5e-6 * (1 + b.abs().max())
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_bf16_is_fp32_rounded_once(backend: str, with_residual: bool) -> None:
+    leaves = random_layer((7, 200), dtype=torch.bfloat16, with_residual=with_residual)
+    exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
+    if with_residual:  # the statistics are of the residual stream as it is stored
+        rounded = (leaves[0] + leaves[3]).detach().double()
+        exact_leaves[3].data = rounded - exact_leaves[0].detach()
+    upstream = [torch.randn(7, 200).bfloat16() for _ in range(1 + with_residual)]
+    got = outputs_and_gradients(leaves, upstream, exact=False)
+    want = outputs_and_gradients(exact_leaves, upstream, exact=True)
+    assert {x.dtype for x in (*got[0], *got[1])} == {torch.bfloat16}
+    for a, b in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+        assert relative_difference(a, b) < 4e-3
+    if with_residual:
+        # The interpreter truncates where the device rounds to nearest: one unit in the last place.
+        assert largest_difference(got[0][1], rounded) <= 2**-7 * rounded.abs().max()
+
+
+def test_fp32_weights_of_a_bf16_network(backend: str) -> None:
+    x, weight, bias = random_layer((6, 64), with_residual=False)
+    x = x.detach().bfloat16().requires_grad_()
+    y = layer_norm(x, weight, bias, eps=1e-5)
+    y.sum().backward()
+    assert [t.dtype for t in (y, x.grad)] == [torch.bfloat16] * 2
+    assert [t.grad.dtype for t in (weight, bias)] == [torch.float32] * 2
+
+
+def test_a_large_mean_costs_no_digits(backend: str) -> None:
+    x, weight, bias = random_layer((4, 128), with_residual=False)
+    shifted = (x.detach() + 1000).requires_grad_()
+    exact = exact_layer_norm(*(t.detach().double() for t in (shifted, weight, bias)),
+                             shifted.detach().double())  # fmt: skip
+    assert largest_difference(layer_norm(shifted, weight, bias, eps=1e-5), exact) < 1e-3
+
+
+def test_the_new_residual_alone_passes_its_gradient_on(backend: str) -> None:
+    leaves = random_layer((3, 32), with_residual=True)
+    _, hidden = layer_norm(*leaves[:3], eps=1e-5, residual=leaves[3])
+    hidden.backward(torch.full((3, 32), 2.0))
+    assert (leaves[0].grad == 2).all()
+    assert (leaves[3].grad == 2).all()
+
+
+def test_strided_rows_and_no_rows(backend: str) -> None:
+    x, weight, bias = random_layer((6, 32), with_residual=False)
+    wide = torch.randn(6, 64, requires_grad=True)
+    half = wide[:, ::2]
+    assert torch.equal(
+        layer_norm(half, weight, bias, eps=1e-5),
+        layer_norm(half.contiguous(), weight, bias, eps=1e-5),
+    )
+    y = layer_norm(x[:0], weight, bias, eps=1e-5)
+    y.sum().backward()
+    assert y.shape == (0, 32)
+    assert (weight.grad == 0).all()
+
+
+def test_gradcheck(backend: str) -> None:
+    leaves = [
+        x.detach().double().requires_grad_() for x in random_layer((2, 3), with_residual=True)
+    ]
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return layer_norm(x, weight, bias, eps=1e-5, residual=residual)
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+def test_repeats_bit_for_bit(backend: str) -> None:
+    leaves = random_layer((12, 64), with_residual=True)
+    upstream = [torch.randn(12, 64) for _ in range(2)]
+    runs = [outputs_and_gradients(leaves, upstream, exact=False) for _ in range(2)]
+    for a, b in zip((*runs[0][0], *runs[0][1]), (*runs[1][0], *runs[1][1]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiles_without_a_graph_break(interpreter: None) -> None:
+    leaves = random_layer((4, 32), with_residual=True)
+
+    def loss(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        y, hidden = layer_norm(x, weight, bias, eps=1e-5, residual=residual)
+        return (y * hidden).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    got = torch.autograd.grad(compiled(*leaves), leaves)
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(8192, 2048), (70000, 768), (3, 12288), (1, 80)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    leaves = [x.detach().cuda().requires_grad_() for x in
+              random_layer(shape, dtype=dtype, with_residual=False)]  # fmt: skip
+    exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
+    upstream = [torch.randn(shape, device="cuda").to(dtype)]
+    outputs_and_gradients(leaves, upstream, exact=False)
+    torch.cuda.set_sync_debug_mode("error")
+    runs = [outputs_and_gradients(leaves, upstream, exact=False) for _ in range(3)]
+    torch.cuda.set_sync_debug_mode("default")
+    want = outputs_and_gradients(exact_leaves, upstream, exact=True)
+    for run in runs:
+        for a, b, c in zip((*run[0], *run[1]), (*runs[0][0], *runs[0][1]), (*want[0], *want[1]),
+                           strict=True):  # fmt: skip
+            assert torch.equal(a, b)
+            assert relative_difference(a, c) < (1e-5 if dtype == torch.float32 else 4e-3)

@@ -1,0 +1,186 @@
+"""A recipe small enough for tests: files, checkpoints to start from, and the configs of the three stages.
+
+The weights are random and large, so that every part of a network matters to its output; a network that training
+has just initialised hardly looks at its attention.
+"""
+
+import dataclasses
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+
+from engine.advantages import KLConfig
+from engine.checkpoint import Checkpointer, load_weights
+from engine.data.tokenizer import load_tokenizer
+from engine.generation.generate import SamplingConfig
+from engine.network import Kind, Network, Numerics, build_network
+from engine.optimizer import AdamConfig
+from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.ppo import PPOConfig, PPOData
+from engine.rm import RMConfig, RMData
+from engine.sft import SFTConfig, SFTData
+from models.sizes import GPTSize
+
+SIZE = GPTSize(num_layers=4, hidden_size=32, num_heads=4, vocab_size=100, context_length=64)
+WORDS = "the mill is a cheap pub near the river and serves fish to families with children".split()
+ROLES = {"policy": "language", "reference": "language", "reward_model": "scalar"}
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> Path:
+    """Write a .jsonl file and return its path."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def write_files(folder: Path) -> None:
+    """Write a tokenizer and the files of the three stages; lengths differ from one record to the next."""
+    draw = random.Random(0)
+
+    def text(fewest: int, most: int) -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(fewest, most)))
+
+    write_tokenizer(folder / "tokenizer.json", vocab_size=SIZE.vocab_size)
+    write_lines(
+        folder / "demonstrations.jsonl",
+        ({"prompt": text(2, 6), "response": text(1, 9)} for _ in range(40)),
+    )
+    write_lines(
+        folder / "comparisons.jsonl",
+        (
+            {
+                "prompt": text(2, 5),
+                "completions": [text(1, 6) for _ in range(num_completions)],
+                # The last two are tied where there are more than two.
+                "ranks": [*range(1, num_completions), max(num_completions - 1, 2)],
+            }
+            for num_completions in (2, 4, 3, 5) * 6
+        ),
+    )
+    write_lines(folder / "prompts.jsonl", ({"prompt": text(2, 8)} for _ in range(24)))
+    write_lines(folder / "pretraining.jsonl", ({"text": text(5, 60)} for _ in range(60)))
+
+
+def write_tokenizer(path: Path, *, vocab_size: int) -> Path:
+    """Train a small byte-pair tokenizer on WORDS."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    texts = [" ".join(WORDS[i:] + WORDS[:i]) + "\n" for i in range(len(WORDS))]
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(path))
+    return path
+
+
+def write_checkpoints(folder: Path, size: GPTSize = SIZE) -> None:
+    """Write one run a role, by one rank: folder/{policy,reference,reward_model}, each with its tokenizer."""
+    parallel = start_parallel(ParallelLayout(), seed=0)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    for seed, (name, kind) in enumerate(ROLES.items()):
+        network = random_network(kind, parallel, size=size, seed=seed)
+        role = "policy" if kind == "language" else name
+        Checkpointer(
+            directory=folder / name / "checkpoints",
+            parallel=parallel,
+            networks={role: network},
+            optimizers={},
+            tokenizer_fingerprint=tokenizer.fingerprint(),
+        ).save(0, {})
+        tokenizer.save(folder / name / "tokenizer")
+
+
+def random_network(
+    kind: Kind, parallel: Parallel, *, size: GPTSize = SIZE, seed: int = 0, dtype: str = "fp32"
+) -> Network:
+    """Return a network whose weights are all drawn anew; on one rank, they depend on the seed only."""
+    network = build_network(kind, size, parallel, numerics=Numerics(dtype=dtype))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in network.modules:
+            for name, parameter in module.named_parameters():
+                noise = 0.15 * torch.randn(parameter.shape, generator=generator)
+                is_scale = "layernorm.weight" in name
+                parameter.copy_(1.0 + noise if is_scale else noise)
+    return network
+
+
+def sft_config(files: Path, directory: Path, **changes: Any) -> SFTConfig:
+    """Three steps on demonstrations with a quarter of pretraining text."""
+    config = SFTConfig(
+        directory=directory,
+        init_from=files / "policy",
+        data=SFTData(
+            train=files / "demonstrations.jsonl",
+            pretraining=files / "pretraining.jsonl",
+            pretraining_fraction=0.25,
+            pretraining_tokens=32,
+            valid_fraction=0.25,
+        ),
+        epochs=0.6,
+        batch_size=8,
+        micro_batch_tokens=96,
+        adam=AdamConfig(lr=1e-3),
+        dropout=0.0,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def rm_config(files: Path, directory: Path, **changes: Any) -> RMConfig:
+    """Three steps on comparisons of two to five completions."""
+    config = RMConfig(
+        directory=directory,
+        init_from=files / "policy",
+        data=RMData(
+            train=files / "comparisons.jsonl",
+            demonstrations=files / "demonstrations.jsonl",
+            num_demonstrations=10,
+            valid_fraction=0.25,
+        ),
+        epochs=1.0,
+        batch_size=6,
+        micro_batch_tokens=256,
+        adam=AdamConfig(lr=1e-3),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def ppo_config(files: Path, directory: Path, **changes: Any) -> PPOConfig:
+    """Two iterations of two optimizer steps of policy, critic and ptx; the KL is above 0 from the start."""
+    config = PPOConfig(
+        directory=directory,
+        policy=files / "policy",
+        reference=files / "reference",
+        reward_model=files / "reward_model",
+        data=PPOData(
+            prompts=files / "prompts.jsonl",
+            pretraining=files / "pretraining.jsonl",
+            pretraining_tokens=32,
+        ),
+        sampling=SamplingConfig(max_new_tokens=24, num_slots=4, cache_gib=0.01),
+        iterations=2,
+        rollout_batch_size=8,
+        minibatch_size=4,
+        micro_batch_tokens=128,
+        kl=KLConfig(control="adaptive", horizon=100),
+        eos_rule="penalty",
+        ptx_examples_per_episode=1,
+        adam=AdamConfig(lr=1e-3, schedule="constant"),
+        critic_adam=AdamConfig(lr=1e-3, schedule="constant"),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def weights_of(run: Path, role: str, size: GPTSize = SIZE) -> dict[str, torch.Tensor]:
+    """Return a run's newest weights of a role by name, joined on one rank."""
+    parallel = start_parallel(ParallelLayout(), seed=0)
+    kind: Kind = "language" if role in ("policy", "ema") else "scalar"
+    network = build_network(kind, size, parallel, numerics=Numerics())
+    load_weights(network, run, role=role)
+    (module,) = network.modules
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
