@@ -7,6 +7,7 @@ packing or layout.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,24 +16,33 @@ from torch import Tensor
 from engine.data.batches import PackedBatch, Units
 from engine.feed import count_targets, pack_for
 from engine.network import Network
-from engine.step import LossFunction, Metrics, forward
+from engine.step import Metrics, ScalarLoss, forward
+from kernels.linear_logprobs import TokenLoss
 from kernels.moments import Whitening
 from kernels.ppo_loss import policy_loss, value_loss
 from kernels.ranking_loss import ranking_loss
+from models.gpt import shift_right
 
 
-def language_loss(num_targets: int, name: str = "loss") -> LossFunction:
-    """Return -sum of log-probs / num_targets: the mean negative log-likelihood a predicted token,
-    in nats."""
+@dataclass(frozen=True)
+class NegativeLogLikelihood:
+    """-sum of log-probs / num_targets: the mean over the global batch's predicted tokens, in
+    nats."""
 
-    def loss_function(batch: PackedBatch, logprobs: Tensor) -> tuple[Tensor, Metrics]:
-        loss = -logprobs.masked_fill(~batch.mask, 0.0).sum() / num_targets
-        return loss, {name: loss.detach()}
+    num_targets: int
+    name: str = "loss"
+    """Key of the loss among the metrics."""
 
-    return loss_function
+    def token_loss(self, batch: PackedBatch) -> TokenLoss:
+        """Return the loss of a token from its log-prob."""
+        return lambda logprobs, positions: -logprobs / self.num_targets
+
+    def metrics(self, batch: PackedBatch, logprobs: Tensor) -> Metrics:
+        """Return the micro-batch's share of the loss."""
+        return {self.name: -logprobs.masked_fill(~batch.mask, 0.0).sum() / self.num_targets}
 
 
-def comparison_loss(num_prompts: int) -> LossFunction:
+def comparison_loss(num_prompts: int) -> ScalarLoss:
     """Return the ranking loss (InstructGPT eq. 1), mean over the global batch's prompts."""
 
     def loss_function(batch: PackedBatch, readings: Tensor) -> tuple[Tensor, Metrics]:
@@ -53,40 +63,60 @@ def comparison_loss(num_prompts: int) -> LossFunction:
     return loss_function
 
 
-def clipped_policy_loss(
-    num_targets: Tensor, *, cliprange: float, whitening: Whitening | None
-) -> LossFunction:
-    """Return PPO's clipped policy loss (Schulman et al. 2017, eq. 7), mean over the minibatch's
-    response tokens."""
+@dataclass(frozen=True, kw_only=True)
+class ClippedPolicyLoss:
+    """PPO's clipped loss (Schulman et al. 2017, eq. 7), mean over the minibatch's response
+    tokens."""
 
-    def loss_function(batch: PackedBatch, logprobs: Tensor) -> tuple[Tensor, Metrics]:
+    num_targets: Tensor
+    cliprange: float
+    whitening: Whitening | None
+
+    def token_loss(self, batch: PackedBatch) -> TokenLoss:
+        """Return max(-A ratio, -A clip(ratio)) / num_targets of a token from its log-prob."""
+        old_logprobs, advantages = batch.fields["logprobs"], batch.fields["advantages"]
+        if self.whitening is not None:
+            advantages = (advantages - self.whitening.mean) * self.whitening.rstd
+
+        def loss(logprobs: Tensor, positions: Tensor) -> Tensor:
+            ratio = (logprobs - old_logprobs[positions]).exp()
+            clipped = ratio.clamp(1.0 - self.cliprange, 1.0 + self.cliprange)
+            advantage = advantages[positions]
+            # Where the branches tie, as at ratio 1, the unclipped one gives the gradient.
+            is_clipped = -advantage * clipped > -advantage * ratio
+            return (
+                torch.where(is_clipped, -advantage * clipped, -advantage * ratio) / self.num_targets
+            )
+
+        return loss
+
+    def metrics(self, batch: PackedBatch, logprobs: Tensor) -> Metrics:
+        """Return loss, clip fraction, KL from the old policy and the extremes of the ratio."""
         result = policy_loss(
             logprobs,
             batch.fields["logprobs"],
             batch.fields["advantages"],
             batch.mask,
-            num_targets,
-            cliprange=cliprange,
-            whitening=whitening,
+            self.num_targets,
+            cliprange=self.cliprange,
+            whitening=self.whitening,
         )
-        return result.loss, {
-            "policy_loss": result.loss.detach(),
+        return {
+            "policy_loss": result.loss,
             "clip_fraction": result.clip_fraction,
             "approx_kl": result.kl_k3,
             "ratio_min": result.ratio_min,
             "ratio_max": result.ratio_max,
         }
 
-    return loss_function
 
-
-def clipped_value_loss(num_targets: Tensor, *, cliprange: float | None) -> LossFunction:
+def clipped_value_loss(num_targets: Tensor, *, cliprange: float | None) -> ScalarLoss:
     """Return 0.5 x the clipped squared error of the values, mean over the minibatch's response
     tokens."""
 
     def loss_function(batch: PackedBatch, readings: Tensor) -> tuple[Tensor, Metrics]:
         result = value_loss(
-            values_of(readings),
+            shift_right(readings),
             batch.fields["values"],
             batch.fields["returns"],
             batch.mask,
@@ -106,11 +136,6 @@ def clipped_value_loss(num_targets: Tensor, *, cliprange: float | None) -> LossF
 def last_token_readings(batch: PackedBatch, readings: Tensor) -> Tensor:
     """Return the reading [B] at every sequence's last token: a reward model's scores."""
     return readings[batch.cu_seqlens[1:].long() - 1]
-
-
-def values_of(readings: Tensor) -> Tensor:
-    """Return the values [T]: token t's is the reading after t-1, before the token was chosen."""
-    return torch.nn.functional.pad(readings[:-1], (1, 0))
 
 
 @torch.no_grad()

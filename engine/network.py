@@ -36,9 +36,7 @@ class Network:
     parallel: Parallel
     config: Any  # megatron's TransformerConfig
     modules: list[Any]  # the bare pipeline chunks, one per virtual stage
-    chunks: list[
-        torch.nn.Module
-    ]  # what the schedules call: modules, or their data-parallel wrappers
+    chunks: list[Any]  # what the schedules call: modules, or their data-parallel wrappers
 
     @property
     def dtype(self) -> torch.dtype:

@@ -81,6 +81,8 @@ class Parallel:
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    reply_group: dist.ProcessGroup
+    """The ranks of pp_group again: messages here wait for none of those there. pp_group without pp."""
 
     @property
     def is_writer(self) -> bool:
@@ -153,9 +155,23 @@ def start_parallel(layout: ParallelLayout, seed: int, *, timeout_minutes: int = 
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        reply_group=_reply_group(layout.pp, world_size),
     )
     seed_for_initialisation(parallel)
     return parallel
+
+
+def _reply_group(pp: int, world_size: int) -> dist.ProcessGroup:
+    """Return another group of this rank's pipeline; all ranks make those of all pipelines."""
+    mine = parallel_state.get_pipeline_model_parallel_group()
+    if pp == 1:
+        return mine
+    stride = world_size // pp  # megatron deals ranks to stages in blocks
+    for first in range(stride):
+        group = dist.new_group(range(first, world_size, stride))
+        if group is not dist.GroupMember.NON_GROUP_MEMBER:
+            mine = group
+    return mine
 
 
 def seed_for_initialisation(parallel: Parallel) -> None:

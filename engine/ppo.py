@@ -17,7 +17,7 @@ from engine.data.prompts import prompt_examples, read_prompts
 from engine.ema import EMA
 from engine.feed import Feed, pack_for
 from engine.generation.generate import SamplingConfig
-from engine.losses import clipped_policy_loss, clipped_value_loss, language_loss
+from engine.losses import ClippedPolicyLoss, NegativeLogLikelihood, clipped_value_loss
 from engine.metrics import PPO_HEADLINE, Metrics
 from engine.network import Kind, Network, Numerics, build_network
 from engine.optimizer import AdamConfig, Optimizer
@@ -298,14 +298,14 @@ def policy_gradient(  # noqa: PLR0913 - one call for PPO-ptx's two gradients
     found = forward_backward(
         policy,
         batches,
-        clipped_policy_loss(num_targets, cliprange=config.cliprange, whitening=whitening),
+        ClippedPolicyLoss(num_targets=num_targets, cliprange=config.cliprange, whitening=whitening),
         temperature=config.sampling.temperature,
     )
     if learner.pretraining is not None:
         found |= forward_backward(
             policy,
             learner.pretraining.batches(step),
-            language_loss(learner.pretraining.num_targets(step), "ptx_loss"),
+            NegativeLogLikelihood(learner.pretraining.num_targets(step), "ptx_loss"),
             scale=config.ptx_coef,
         )
     return found

@@ -19,10 +19,10 @@ from engine.data.batches import PackedBatch, deal
 from engine.data.examples import Example
 from engine.feed import pack_for
 from engine.generation.generate import Response, SamplingConfig, generate
-from engine.losses import values_of
 from engine.network import Network
 from engine.parallel import Parallel
 from engine.step import forward
+from models.gpt import shift_right
 
 EosRule = Literal["none", "penalty", "replace"]
 
@@ -152,7 +152,7 @@ def score_rollout(  # noqa: PLR0913 - the four roles, each named
     readings = _read(critic, batches, rollout)
     # A value is read one token before its own; a prompt has at least one token, so none crosses
     # sequences.
-    rollout.values = values_of(readings).masked_fill(~rollout.response_mask, 0.0)
+    rollout.values = shift_right(readings).masked_fill(~rollout.response_mask, 0.0)
     readings = _read(reward_model, batches, rollout)
     rollout.raw_scores = last_readings(rollout, readings)
     rollout.scores = apply_eos_rule(rollout.raw_scores, rollout.has_eos, eos_rule, eos_penalty)

@@ -15,7 +15,7 @@ from engine.data.demonstrations import demonstration_examples, read_demonstratio
 from engine.data.pretraining import open_token_file
 from engine.data.prompts import split_by_prompt
 from engine.feed import Feed
-from engine.losses import language_loss, mean_language_loss
+from engine.losses import NegativeLogLikelihood, mean_language_loss
 from engine.metrics import SFT_HEADLINE, Metrics
 from engine.network import Network, Numerics, build_network
 from engine.optimizer import AdamConfig, Optimizer
@@ -177,7 +177,7 @@ def _train_step(
         found = forward_backward(
             network,
             feed.batches(step),
-            language_loss(feed.num_targets(step), name),
+            NegativeLogLikelihood(feed.num_targets(step), name),
             scale=share if len(feeds) > 1 else 1.0,
         )
         values |= {f"train/{k}": v for k, v in reduce_metrics(found, parallel).items()}

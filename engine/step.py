@@ -1,14 +1,13 @@
 """Run a network over micro-batches and pipeline stages: forward and backward, or forward only.
 
-A loss function sees one micro-batch and returns its share of the global loss, already divided by
-global counts, so gradients are sums over micro-batches and data-parallel ranks and no layout
-changes them.
+A loss sees one micro-batch and returns its share of the global loss, already divided by global
+counts, so gradients are sums over micro-batches and data-parallel ranks and no layout changes them.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,35 +19,58 @@ from torch import Tensor
 from engine.data.batches import PackedBatch
 from engine.network import Network
 from engine.parallel import Parallel
+from kernels.linear_logprobs import TokenLoss
 from kernels.moments import merge_moments
 from models.attention import PackedSequences
 
 Metrics = dict[str, Tensor]
-LossFunction = Callable[[PackedBatch, Tensor], tuple[Tensor, Metrics]]
+ScalarLoss = Callable[[PackedBatch, Tensor], tuple[Tensor, Metrics]]
+"""(micro-batch, readings [T]) to its share of the loss, and metrics."""
+
+
+class LanguageLoss(Protocol):
+    """A loss that is a sum over tokens, each from its own log-prob: the head makes loss and
+    gradients in one pass over the logits."""
+
+    def token_loss(self, batch: PackedBatch) -> TokenLoss:
+        """Return f(log-probs [n], their positions in the batch [n]) -> losses [n]."""
+
+    def metrics(self, batch: PackedBatch, logprobs: Tensor) -> Metrics:
+        """Return what the log-probs [T] of a micro-batch say, without gradient."""
 
 
 def forward_backward(
     network: Network,
     batches: Sequence[PackedBatch],
-    loss_function: LossFunction,
+    loss: LanguageLoss | ScalarLoss,
     *,
     temperature: float = 1.0,
     scale: float = 1.0,
 ) -> Metrics:
     """Add `scale` x the gradient of the summed losses to the network's gradient buffers.
 
-    loss_function(batch, output) -> (loss, metrics) runs on the last stage: output is the log-probs
-    [T] of a language model or the readings [T] of a scalar one. Returns the metrics summed over
-    this rank's micro-batches (`*_max`, `*_min`: extremes) on the last stage, nothing elsewhere; see
-    reduce_metrics.
+    The loss runs on the last stage: a LanguageLoss for a language model, a ScalarLoss on the
+    readings of a scalar one. Returns the metrics summed over this rank's micro-batches (`*_max`,
+    `*_min`: extremes) on the last stage, nothing elsewhere; see reduce_metrics.
     """
 
-    def loss_of(batch: PackedBatch, output: Tensor) -> tuple[Tensor, Tensor, Metrics]:
-        loss, metrics = loss_function(batch, output)
-        return loss * scale, torch.zeros((), dtype=torch.int, device=loss.device), metrics
+    def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[Any, Any]:
+        batch = next(iterator)
+        heads: dict[str, Any] = {}
+        if not callable(loss):
+            token_loss = loss.token_loss(batch)
+            heads = {"mask": batch.mask, "token_loss": token_loss, "temperature": temperature}
+        return _call(chunk, batch, heads), functools.partial(loss_of, batch)
 
-    stored = _run_schedule(network, batches, loss_of, temperature=temperature, forward_only=False)
-    return _merge(stored)
+    def loss_of(batch: PackedBatch, output: Any) -> tuple[Tensor, Tensor, Metrics]:
+        if callable(loss):
+            value, metrics = loss(batch, output)
+        else:
+            value, logprobs = output
+            metrics = loss.metrics(batch, logprobs)
+        return value * scale, torch.zeros((), dtype=torch.int, device=value.device), metrics
+
+    return _merge(_run_schedule(network, batches, forward_step, forward_only=False))
 
 
 def forward(
@@ -56,14 +78,15 @@ def forward(
 ) -> list[Tensor]:
     """Return the network's output [T] for every micro-batch, on every rank of the pipeline."""
 
-    def output_of(batch: PackedBatch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        zero = output.new_zeros(())
-        return zero, zero.int(), output
+    def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[Any, Any]:
+        batch = next(iterator)
+        is_language = network.kind == "language"
+        heads = {"mask": batch.mask, "temperature": temperature} if is_language else {}
+        return _call(chunk, batch, heads), lambda output: (output.sum(), no_tokens, output)
 
+    no_tokens = torch.zeros((), dtype=torch.int, device=network.parallel.device)
     with torch.no_grad():
-        outputs = _run_schedule(
-            network, batches, output_of, temperature=temperature, forward_only=True
-        )
+        outputs = _run_schedule(network, batches, forward_step, forward_only=True)
     lengths = [len(batch.tokens) for batch in batches]
     if network.parallel.layout.pp == 1:
         return outputs
@@ -108,32 +131,24 @@ def reduce_metrics(metrics: Metrics, parallel: Parallel) -> dict[str, float]:
     return values
 
 
+def _call(chunk: torch.nn.Module, batch: PackedBatch, heads: dict[str, Any]) -> Any:
+    sequences = PackedSequences.of(batch.cu_seqlens, batch.max_seqlen)
+    return chunk(batch.tokens, batch.positions, sequences, **heads)
+
+
 def _run_schedule(
     network: Network,
     batches: Sequence[PackedBatch],
-    loss_of: Callable,
+    forward_step: Callable,
     *,
-    temperature: float,
     forward_only: bool,
 ) -> list:
-    """Run megatron's schedule (no pipelining, 1F1B or interleaved) and return what loss_of
+    """Run megatron's schedule (no pipelining, 1F1B or interleaved); return what the losses
     stored."""
     if network.parallel.layout.pp > 1:
         batches = _of_one_length(batches)
     num_chunks = len(network.chunks)
     iterators = [iter(batches) for _ in range(num_chunks)]
-
-    def forward_step(
-        iterator: Iterator[PackedBatch], chunk: torch.nn.Module
-    ) -> tuple[Tensor, Callable]:
-        batch = next(iterator)
-        sequences = PackedSequences.of(batch.cu_seqlens, batch.max_seqlen)
-        heads = {"mask": batch.mask, "temperature": temperature}
-        if network.kind == "scalar":
-            heads = {}
-        output = chunk(batch.tokens, batch.positions, sequences, **heads)
-        return output, functools.partial(loss_of, batch)
-
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if num_chunks > 1 else iterators[0],

@@ -7,10 +7,14 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from kernels.linear_logprobs import TokenLoss
 from models.attention import PackedSequences
 from models.layers import block_spec
 from models.sizes import GPTSize
-from models.vocab_parallel import vocab_parallel_linear_logprobs
+from models.vocab_parallel import (
+    vocab_parallel_linear_logprobs,
+    vocab_parallel_linear_logprobs_loss,
+)
 
 IGNORED = -100  # a label that asks for no log-prob
 
@@ -40,7 +44,7 @@ class GPT(GPTModel):
         )
         self.size = size
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # noqa: PLR0913 - three ways to read the last stage
         self,
         tokens: Tensor,
         positions: Tensor,
@@ -48,15 +52,17 @@ class GPT(GPTModel):
         *,
         mask: Tensor | None = None,
         rows: Tensor | None = None,
+        token_loss: TokenLoss | None = None,
         temperature: float = 1.0,
-    ) -> Tensor:
-        """Run this chunk over a packed row of T tokens.
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Run this chunk over a packed row of T tokens; earlier stages return hidden states.
 
-        tokens, positions: [T] int64. On the last stage, with mask [T] bool, returns fp32 log-probs
-        [T] of each token given those before it in its sequence (position t belongs to token t,
-        predicted from t-1; zero where mask is False), or [2, T] with the entropies below them. With
-        rows [R] instead, returns this rank's vocabulary shard of the logits [R, V / tp] after those
-        tokens. Earlier stages return hidden states.
+        tokens, positions: [T] int64. The last stage returns, with mask [T] bool, the fp32 log-probs
+        [T] of each token given those before it in its sequence: position t belongs to token t,
+        predicted from t-1, and is 0 where mask is False. With a token_loss(log-probs [n], their
+        positions [n]) -> [n] besides, it returns (summed loss, log-probs without gradient), the
+        head's gradients made in the same pass. With rows [R] instead of a mask it returns this
+        rank's vocabulary shard of the logits [R, V / tp] after those tokens.
         """
         hidden = self.embedding(tokens[None], positions[None]) if self.pre_process else None
         hidden = self.decoder(
@@ -76,16 +82,24 @@ class GPT(GPTModel):
         # the right.
         labels = tokens.masked_fill(~mask, IGNORED).roll(-1)
         labels[-1] = IGNORED
-        logprobs, _ = vocab_parallel_linear_logprobs(
-            hidden,
-            weight,
-            labels,
-            group=self.pg_collection.tp,
-            sequence_parallel=self.config.sequence_parallel,
-            temperature=temperature,
-            num_valid_vocab=self.size.vocab_size,
+        arguments = {
+            "group": self.pg_collection.tp,
+            "sequence_parallel": self.config.sequence_parallel,
+            "temperature": temperature,
+            "num_valid_vocab": self.size.vocab_size,
+        }
+        if token_loss is None:
+            logprobs, _ = vocab_parallel_linear_logprobs(hidden, weight, labels, **arguments)
+            return shift_right(logprobs)
+
+        def at_tokens(values: Tensor, rows: Tensor) -> Tensor:
+            # The last row predicts nothing; its loss is discarded, yet it must look at some token.
+            return token_loss(values, (rows + 1).clamp(max=len(tokens) - 1))
+
+        loss, logprobs = vocab_parallel_linear_logprobs_loss(
+            hidden, weight, labels, at_tokens, **arguments
         )
-        return shift_right(logprobs)
+        return loss, shift_right(logprobs)
 
 
 def shift_right(readings: Tensor) -> Tensor:

@@ -76,11 +76,23 @@ def count_faults(facts: Mapping[str, str], text: str, language: Language | None 
         again = said["name", facts["name"]] - 1
         repeated -= min(again, len(sentences) - 1)
     # Another place's name stands for a name that should be there, or else is invented.
-    replaced = min(len(places), sum((f, v) not in said for f, v in facts.items() if f in ("name", "near")))
-    missing, wrong, invented = missing - replaced, wrong + replaced, invented + len(places) - replaced
+    replaced = min(
+        len(places), sum((f, v) not in said for f, v in facts.items() if f in ("name", "near"))
+    )
+    missing, wrong, invented = (
+        missing - replaced,
+        wrong + replaced,
+        invented + len(places) - replaced,
+    )
     repeated += len(sentences) - len(set(sentences))
     repeated += sum(a == b for s in sentences for a, b in zip(s, s[1:]))
-    return Faults(missing=missing, wrong=wrong, invented=invented, garbled=_count_garbled(sentences, language), repeated=repeated)
+    return Faults(
+        missing=missing,
+        wrong=wrong,
+        invented=invented,
+        garbled=_count_garbled(sentences, language),
+        repeated=repeated,
+    )
 
 
 def score(facts: Mapping[str, str], text: str, language: Language | None = None) -> float:
@@ -130,7 +142,9 @@ def _words(text: str) -> list[str]:
 
 
 def _read(facts, text, language):
-    own = {tuple(_words(facts[f])): ("{" + f + "}", facts[f]) for f in ("name", "near") if f in facts}
+    own = {
+        tuple(_words(facts[f])): ("{" + f + "}", facts[f]) for f in ("name", "near") if f in facts
+    }
     known = language.phrases
     longest = _longest(language)
     words = _words(text)
@@ -140,45 +154,61 @@ def _read(facts, text, language):
     i = 0
     while i < len(words):
         for n in range(min(longest, len(words) - i), 0, -1):
-            w = tuple(words[i:i+n])
+            w = tuple(words[i : i + n])
             hit = own.get(w) or known.get(w)
-            if hit: break
+            if hit:
+                break
         if not hit:
-            items.append(words[i]); i += 1; continue
+            items.append(words[i])
+            i += 1
+            continue
         slot, level = hit
         if slot == _PLACE:
-            if items and items[-1] == _PLACE: places[-1] += w
+            if items and items[-1] == _PLACE:
+                places[-1] += w
             else:
-                places.append(w); items.append(_PLACE)
+                places.append(w)
+                items.append(_PLACE)
         else:
             said[field_of(slot[1:-1]), level] += 1
             items.append(slot)
         i += n
     return items, said, set(places)
 
-_L={}
+
+_L = {}
+
+
 def _longest(language):
-    if id(language) not in _L: _L[id(language)] = max(map(len, language.phrases))
+    if id(language) not in _L:
+        _L[id(language)] = max(map(len, language.phrases))
     return max(_L[id(language)], 6)
 
+
 def _sentences(items):
-    s=[[]]
+    s = [[]]
     for it in items:
         s[-1].append(it)
-        if it in ('.','!','?'): s.append([])
+        if it in (".", "!", "?"):
+            s.append([])
     return [tuple(x) for x in s if x]
+
 
 def _runs(words, order):
     padded = (words[0],) * (order - 2) + tuple(words)
-    return [padded[i:i+order] for i in range(len(padded)-order+1)]
+    return [padded[i : i + order] for i in range(len(padded) - order + 1)]
+
 
 def _count_garbled(sentences, language):
     n = 0
-    if not sentences: return 1
+    if not sentences:
+        return 1
     for k, s in enumerate(sentences):
         seq = (_FIRST if k == 0 else _LATER, *s)
-        if s[-1] not in ('.','!','?'): seq += (_END,)
+        if s[-1] not in (".", "!", "?"):
+            seq += (_END,)
         ok = [r in language.runs or _PLACE in r for r in _runs(seq, language.order)]
         for good, g in groupby(ok):
-            if not good: n += math.ceil(len(list(g))/language.order)
+            if not good:
+                n += math.ceil(len(list(g)) / language.order)
     return n

@@ -40,7 +40,11 @@ PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "price.clause": {
         "cheap": ("prices are low", "meals cost little", "you pay little"),
-        "moderate": ("prices are moderate", "prices are in the middle range", "prices are about average"),
+        "moderate": (
+            "prices are moderate",
+            "prices are in the middle range",
+            "prices are about average",
+        ),
         "high": ("prices are high", "meals cost a lot", "prices are steep"),
     },
     "rating.adjective": {
@@ -55,7 +59,11 @@ PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "rating.clause": {
         "low": ("customers rate it poorly", "guests give it 1 out of 5", "reviews are bad"),
-        "average": ("customers rate it as average", "guests give it 3 out of 5", "reviews are so-so"),
+        "average": (
+            "customers rate it as average",
+            "guests give it 3 out of 5",
+            "reviews are so-so",
+        ),
         "high": ("customers rate it highly", "guests give it 5 out of 5", "reviews are very good"),
     },
     "area": {
@@ -228,7 +236,9 @@ def _spell_out(pattern: str) -> list[str]:
             done.append(text)
         else:
             choices = dict.fromkeys(group[1].split("|"))
-            pending.extend(text[: group.start()] + choice + text[group.end() :] for choice in choices)
+            pending.extend(
+                text[: group.start()] + choice + text[group.end() :] for choice in choices
+            )
     return done
 
 

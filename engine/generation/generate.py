@@ -149,7 +149,6 @@ def _run(  # noqa: PLR0913
                     if flight is not None:
                         runner.proceed(flight, virtual_stage)
     finally:
-        runner.close()
         network.train(was_training)
 
 

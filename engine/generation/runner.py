@@ -84,18 +84,6 @@ class Runner:
             layer_numbers, (self.num_blocks, *self._block_shape()), self._weight()
         )
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
-        self._reply_group = None
-        if self.parallel.layout.pp > 1:
-            # Sampled tokens go back in a group of their own: a reply that waits for the last stage
-            # must not hold up the hidden states that are sent after it.
-            ranks = dist.get_process_group_ranks(self.parallel.pp_group)
-            self._reply_group = dist.new_group(ranks, use_local_synchronization=True)
-
-    def close(self) -> None:
-        """Give the cache and the pipeline's group back."""
-        del self.cache
-        if self._reply_group is not None:
-            dist.destroy_process_group(self._reply_group)
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Flight:
@@ -262,11 +250,11 @@ class Runner:
                 self._sample(output, tensors, flight.sampled[n])
         else:
             self._send(output)
-        if self._reply_group is not None and is_last_hop:
+        if self.parallel.layout.pp > 1 and is_last_hop:
             flight.reply = dist.broadcast(
                 flight.sampled,
                 self.parallel.last_stage_rank,
-                group=self._reply_group,
+                group=self.parallel.reply_group,
                 async_op=True,
             )
 
@@ -281,14 +269,14 @@ class Runner:
         hidden = torch.empty(shape, dtype=self.network.dtype, device=self.device)
         # From the last stage to the first (virtual stages) in the other group: NCCL runs the messages
         # of a pair one after the other, and those of the two directions must not wait for each other.
-        group = self._reply_group if self.parallel.is_first_stage else self.parallel.pp_group
+        group = self.parallel.reply_group if self.parallel.is_first_stage else self.parallel.pp_group
         dist.recv(hidden, self._neighbour(-1), group=group)
         return hidden
 
     def _send(self, hidden: Tensor) -> None:
         while self._sends and self._sends[0][0].is_completed():
             self._sends.popleft()
-        group = self._reply_group if self.parallel.is_last_stage else self.parallel.pp_group
+        group = self.parallel.reply_group if self.parallel.is_last_stage else self.parallel.pp_group
         hidden = hidden.contiguous()
         work = dist.isend(hidden, self._neighbour(1), group=group)
         self._sends.append((work, hidden))  # alive until it is sent

@@ -91,8 +91,10 @@ def sequences() -> list[np.ndarray]:
 def our_logprobs(network: Network) -> torch.Tensor:
     """[sum of LENGTHS]: the log-prob of every token; 0 for the first of a sequence."""
     examples = [Example(tokens=tokens, prompt_length=1) for tokens in sequences()]
-    (logprobs,) = forward(network, [pack(examples, multiple_of=8)])
-    return logprobs[: sum(LENGTHS)]
+    batches = [pack(half, multiple_of=8) for half in (examples[:3], examples[3:])]
+    ends = [int(batch.cu_seqlens[3]) for batch in batches]  # what follows is padding
+    outputs = forward(network, batches)
+    return torch.cat([output[:end] for output, end in zip(outputs, ends, strict=True)])
 
 
 def their_logprobs(folder: Path) -> torch.Tensor:
@@ -147,7 +149,10 @@ def test_logits_are_those_of_transformers(gpt2, parallel):
 
 
 def convert_on_ranks(gpt2: Path, out: Path) -> dict[str, torch.Tensor]:
-    """Import and export under every layout; return the log-probs under each."""
+    """Import and export under every layout; return the log-probs under each.
+
+    Also write a run under tp 2 and export it under pp 2.
+    """
     answers = {}
     tokenizer = load_tokenizer(gpt2)
     for name, layout in LAYOUTS.items():
@@ -155,33 +160,42 @@ def convert_on_ranks(gpt2: Path, out: Path) -> dict[str, torch.Tensor]:
         load_huggingface(network, gpt2)
         answers[name] = our_logprobs(network)
         save_huggingface(network, out / name, tokenizer, file_bytes=200_000)
+    run, back = out / "run", out / "back"
+    convert(ConvertConfig(direction="import", source=gpt2, out=run, layout=LAYOUTS["tp2"]))
+    convert(ConvertConfig(direction="export", source=run, out=back, layout=LAYOUTS["pp2"]))
     return answers
 
 
-def test_two_ranks_import_and_export_under_every_layout(gpt2, tmp_path):
-    expected = their_logprobs(gpt2)
-    for answers in run_ranks(convert_on_ranks, 2, gpt2, tmp_path):
-        for name in LAYOUTS:
-            torch.testing.assert_close(answers[name], expected, atol=1e-5, rtol=0)
-    for name in LAYOUTS:
-        assert_same_weights(tmp_path / name, gpt2)
-        assert len(list((tmp_path / name).glob("model-*.safetensors"))) > 2
-        torch.testing.assert_close(their_logprobs(tmp_path / name), expected, atol=0, rtol=0)
+@pytest.fixture(scope="module")
+def two_ranks(
+    gpt2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, torch.Tensor]]]:
+    """The folder that two ranks wrote, and what each of them answered."""
+    out = tmp_path_factory.mktemp("two_ranks")
+    return out, run_ranks(convert_on_ranks, 2, gpt2, out)
 
 
-def run_and_back(gpt2: Path, out: Path) -> None:
-    """A run written under tp 2 and exported under pp 2."""
-    tensor, pipeline = ParallelLayout(tp=2), ParallelLayout(pp=2)
-    convert(ConvertConfig(direction="import", source=gpt2, out=out / "run", layout=tensor))
-    convert(ConvertConfig(direction="export", source=out / "run", out=out / "hf", layout=pipeline))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logprobs_under_a_layout_are_those_of_transformers(gpt2, two_ranks, layout):
+    _, answers = two_ranks
+    for answer in answers:
+        torch.testing.assert_close(answer[layout], their_logprobs(gpt2), atol=1e-5, rtol=0)
 
 
-def test_a_run_imported_under_tp_is_exported_under_pp(gpt2, parallel, tmp_path):
-    run_ranks(run_and_back, 2, gpt2, tmp_path)
-    assert_same_weights(tmp_path / "hf", gpt2)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_export_under_a_layout_is_bit_exact(gpt2, two_ranks, layout):
+    folder = two_ranks[0] / layout
+    assert_same_weights(folder, gpt2)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    torch.testing.assert_close(their_logprobs(folder), their_logprobs(gpt2), atol=0, rtol=0)
+
+
+def test_a_run_imported_under_tp_is_exported_under_pp(gpt2, two_ranks, parallel):
+    folder = two_ranks[0]
+    assert_same_weights(folder / "back", gpt2)
     network = build(gpt2, parallel)
     fingerprint = load_tokenizer(gpt2).fingerprint()
-    load_weights(network, tmp_path / "run", role="policy", tokenizer_fingerprint=fingerprint)
+    load_weights(network, folder / "run", role="policy", tokenizer_fingerprint=fingerprint)
     torch.testing.assert_close(our_logprobs(network), their_logprobs(gpt2), atol=1e-5, rtol=0)
 
 

@@ -1,0 +1,278 @@
+"""Gumbel-max sampling: its bits, its distribution, and what a sample does not depend on."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import sample as sample_module
+from kernels.sample import (
+    SampleKey,
+    gumbel_reference,
+    merge_samples,
+    philox,
+    sample,
+    sample_state,
+    truncation_thresholds,
+)
+from tests.kernels.oracle import largest_difference
+
+# Sample indices beyond 32 bits, and positions up to the largest.
+INDEX = torch.tensor([0, 1, 2**33 + 5, 7, 2**40])
+POSITION = torch.tensor([0, 5, 1000, 3, 2**31 - 1])
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of 64 columns, so that a row is merged from several."""
+    monkeypatch.setattr(sample_module, "_BLOCK", 64)
+
+
+def draw(logits: Tensor, **options: object) -> sample_module.Sample:
+    defaults = {"temperature": 1.0, "seed": 3, "sample_index": INDEX, "position": POSITION}
+    return sample(logits, **{**defaults, **options})
+
+
+def exact_logprobs(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    return (logits.double() / (temperature or 1.0)).log_softmax(1)
+
+
+def test_philox_gives_the_published_numbers() -> None:
+    # Random123's known answers for philox4x32-10: counter and key all zeros, then all ones.
+    zero = torch.zeros(1, dtype=torch.int64)
+    words = [int(x) for x in philox(SampleKey(0, zero, zero), zero)]
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    ones = 0xFFFFFFFF
+    key = SampleKey(2**64 - 1, torch.tensor([-1]), torch.tensor([ones]))
+    words = [int(x) for x in philox(key, torch.tensor([ones]))]
+    assert words == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+OPTIONS = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "num_valid_vocab": 290},
+    {"temperature": 0.0},
+    {"temperature": 1.0, "top_k": 10},
+    {"temperature": 1.0, "top_p": 0.8},
+    {"temperature": 1.3, "top_k": 20, "top_p": 0.8, "num_valid_vocab": 200},
+]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**40 + 7, 2**63 - 1])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_kernel_draws_what_the_reference_draws(
+    interpreter: None, monkeypatch: pytest.MonkeyPatch, options: dict, seed: int
+) -> None:
+    logits = 3 * torch.randn(5, 301)
+    on_triton = draw(logits, seed=seed, **options)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    on_torch = draw(logits, seed=seed, **options)
+    assert torch.equal(on_triton.tokens, on_torch.tokens)
+    assert largest_difference(on_triton.logprobs, on_torch.logprobs) < 4e-6
+    assert largest_difference(on_triton.logsumexp, on_torch.logsumexp) < 4e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_logprob_and_logsumexp_match_fp64(backend: str, options: dict, dtype: torch.dtype) -> None:
+    logits = (4 * torch.randn(5, 301)).to(dtype)
+    result = draw(logits, **options)
+    valid = options.get("num_valid_vocab", 301)
+    temperature = options["temperature"] or 1.0
+    exact = exact_logprobs(logits[:, :valid], temperature)
+    assert (result.tokens < valid).all()
+    tolerance = 2e-6 * logits.abs().max() / temperature
+    # Of the whole distribution, whatever top-k and top-p cut away.
+    assert (
+        largest_difference(result.logprobs, exact.gather(1, result.tokens[:, None])[:, 0])
+        < tolerance
+    )
+    lse = (logits[:, :valid].double() / temperature).logsumexp(1)
+    assert largest_difference(result.logsumexp, lse) < tolerance
+
+
+def chi_square(counts: Tensor, probabilities: Tensor) -> float:
+    """Standard deviations by which Pearson's statistic exceeds its mean."""
+    expected = probabilities * counts.sum()
+    kept = expected > 0
+    assert counts[~kept].sum() == 0
+    statistic = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    freedom = int(kept.sum()) - 1
+    return float((statistic - freedom) / math.sqrt(2 * freedom))
+
+
+@pytest.mark.parametrize(
+    ("options", "num_kept"),
+    [({}, 40), ({"temperature": 0.5}, 40), ({"top_k": 7}, 7), ({"top_p": 0.7}, None)],
+)
+def test_frequencies_are_the_softmax(options: dict, num_kept: int | None) -> None:
+    logits = 1.2 * torch.randn(40)
+    num_draws = 40_000
+    result = draw(
+        logits.expand(num_draws, -1),
+        sample_index=torch.arange(num_draws) // 100,
+        position=torch.arange(num_draws) % 100,
+        **options,
+    )
+    probabilities = exact_logprobs(logits[None], options.get("temperature", 1.0))[0].exp()
+    order = probabilities.argsort(descending=True)
+    if num_kept is None:
+        num_kept = int((probabilities[order].cumsum(0) < options["top_p"]).sum()) + 1
+    probabilities[order[num_kept:]] = 0
+    counts = torch.bincount(result.tokens, minlength=40).double()
+    assert abs(chi_square(counts, probabilities / probabilities.sum())) < 4
+
+
+def test_frequencies_of_the_kernel_are_the_softmax(interpreter: None) -> None:
+    logits = 1.2 * torch.randn(12)
+    result = draw(
+        logits.expand(1500, -1), sample_index=torch.arange(1500), position=torch.zeros(1500)
+    )
+    counts = torch.bincount(result.tokens, minlength=12).double()
+    assert abs(chi_square(counts, exact_logprobs(logits[None])[0].exp())) < 4
+
+
+def test_noise_is_standard_gumbel_and_uncorrelated() -> None:
+    noise = gumbel_reference(SampleKey(5, torch.arange(64), torch.arange(64) % 7), 0, 8192).double()
+    assert noise.mean() == pytest.approx(0.577216, abs=0.01)
+    assert noise.var() == pytest.approx(math.pi**2 / 6, abs=0.02)
+    flat = noise - noise.mean()
+    for lag in ((0, 1), (0, 4), (1, 0)):  # neighbouring columns, quads and samples
+        product = flat[lag[0] :, lag[1] :] * flat[: len(flat) - lag[0], : 8192 - lag[1]]
+        assert abs(product.mean()) < 0.02
+
+
+def test_a_sample_does_not_depend_on_its_batch(backend: str) -> None:
+    logits = torch.randn(5, 150)
+    whole = draw(logits)
+    order = torch.tensor([3, 0, 4, 2, 1])
+    shuffled = draw(logits[order], sample_index=INDEX[order], position=POSITION[order])
+    alone = draw(logits[3:4], sample_index=INDEX[3:4], position=POSITION[3:4])
+    for a, b, c in zip(whole, shuffled, alone, strict=True):
+        assert torch.equal(a[order], b)
+        assert torch.equal(a[3:4], c)
+
+
+@pytest.mark.parametrize("num_valid_vocab", [None, 130])
+@pytest.mark.parametrize("widths", [[160], [80, 80], [61, 1, 98], [40] * 4, [20] * 8])
+def test_shards_draw_what_the_whole_draws(
+    backend: str, widths: list[int], num_valid_vocab: int | None
+) -> None:
+    # With 130 valid columns of 160, the last of 8 shards holds none.
+    logits = 3 * torch.randn(5, 160)
+    whole = draw(logits, num_valid_vocab=num_valid_vocab)
+    first_columns = [sum(widths[:i]) for i in range(len(widths))]
+    states = [
+        sample_state(
+            shard,
+            SampleKey(3, INDEX, POSITION),
+            temperature=1.0,
+            first_column=first_column,
+            num_valid_vocab=num_valid_vocab,
+        )
+        for shard, first_column in zip(logits.split(widths, dim=1), first_columns, strict=True)
+    ]
+    assert states[0].shape == (5, 4)
+    assert states[0].element_size() == 4
+    merged = merge_samples(torch.stack(states))
+    assert torch.equal(merged.tokens, whole.tokens)
+    assert largest_difference(merged.logprobs, whole.logprobs) < 2e-6
+    assert largest_difference(merged.logsumexp, whole.logsumexp) < 2e-6
+
+
+def test_padding_is_never_sampled(backend: str) -> None:
+    logits = torch.full((5, 100), -50.0)
+    logits[:, 90:] = 50.0
+    for temperature in (0.0, 1.0):
+        result = draw(logits, temperature=temperature, num_valid_vocab=90)
+        assert (result.tokens < 90).all()
+        assert largest_difference(result.logprobs, torch.full((5,), -math.log(90))) < 1e-5
+
+
+def test_greedy_takes_the_first_of_equals(backend: str) -> None:
+    logits = torch.zeros(5, 150)
+    logits[:, [70, 3, 149]] = 1.0
+    assert draw(logits, temperature=0.0).tokens.tolist() == [3] * 5
+
+
+def test_shifting_all_logits_changes_no_token(backend: str) -> None:
+    logits = torch.randn(5, 100).round(decimals=2)
+    for shift in (-1e3, -104.0, 1e3):
+        shifted = draw(logits + shift)
+        assert torch.equal(shifted.tokens, draw(logits).tokens)
+        assert largest_difference(shifted.logprobs, draw(logits).logprobs) < 1e-3
+
+
+def test_rows_of_nan_and_infinities_give_a_valid_column(backend: str) -> None:
+    logits = torch.randn(5, 150)
+    logits[0, 70] = torch.nan
+    logits[1] = torch.nan
+    logits[2] = -torch.inf
+    logits[3, :] = -torch.inf
+    logits[3, 100] = 2.0
+    for options in ({}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 3}):
+        result = draw(logits, **options)
+        assert ((result.tokens >= 0) & (result.tokens < 150)).all()
+        assert result.logprobs[:2].isnan().all()
+        assert result.tokens[3] == 100
+        assert result.logprobs[3:].isfinite().all()
+
+
+def test_top_k_and_top_p_keep_whom_they_should(backend: str) -> None:
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    cut = {"temperature": 1.0}
+    assert truncation_thresholds(logits, top_k=2, **cut) == logits[0, 1]
+    assert truncation_thresholds(logits, top_p=0.39, **cut) == logits[0, 0]
+    assert truncation_thresholds(logits, top_p=0.6, **cut) == logits[0, 1]
+    assert truncation_thresholds(logits, top_k=3, top_p=0.5, **cut) == logits[0, 1]
+    assert truncation_thresholds(logits, top_k=9, **cut) == logits[0, 3]
+    assert draw(logits.expand(5, -1), top_k=1).tokens.tolist() == [0] * 5
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"seed": 2**63}]
+)
+def test_values_out_of_range_are_named(options: dict) -> None:
+    with pytest.raises(ValueError, match="must"):
+        draw(torch.randn(5, 10), **options)
+
+
+def test_no_rows_and_strided_rows(backend: str) -> None:
+    wide = torch.randn(5, 200)
+    assert torch.equal(draw(wide[:, :100]).tokens, draw(wide[:, :100].contiguous()).tokens)
+    assert torch.equal(draw(wide[:, ::2]).tokens, draw(wide[:, ::2].contiguous()).tokens)
+    nothing = draw(wide[:0], sample_index=INDEX[:0], position=POSITION[:0])
+    assert [len(x) for x in nothing] == [0, 0, 0]
+
+
+def test_repeats_bit_for_bit_and_compiles(interpreter: None) -> None:
+    logits = torch.randn(5, 150)
+    compiled = torch.compile(draw, backend="aot_eager", fullgraph=True)
+    for a, b, c in zip(draw(logits), draw(logits), compiled(logits), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_columns", [50304, 17, 151936])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(num_columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    logits = (3 * torch.randn(64, num_columns)).to(dtype)
+    keys = {"sample_index": torch.arange(64), "position": torch.arange(64)}
+    on_cpu = draw(logits, **keys)
+    on_gpu = logits.cuda()
+    keys = {name: x.cuda() for name, x in keys.items()}
+    draw(on_gpu, **keys)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = draw(on_gpu, **keys)
+    for _ in range(3):
+        graph.replay()
+        assert largest_difference(result.logsumexp.cpu(), on_cpu.logsumexp) < 1e-5
+        # The logarithms differ in their last bits: a near tie may fall the other way.
+        assert (result.tokens.cpu() == on_cpu.tokens).sum() >= 63
+        exact = exact_logprobs(logits).gather(1, result.tokens.cpu()[:, None])[:, 0]
+        assert largest_difference(result.logprobs.cpu(), exact) < 5e-5

@@ -1,0 +1,276 @@
+"""The softmax kernels as compiled code: that they compile anywhere, and how they run on a GPU."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels.linear_logprobs import WORKSPACE_BYTES, linear_logprobs, linear_logprobs_loss
+from kernels.logprobs import logprobs
+from kernels.row_gradient import row_gradient
+from kernels.row_state import RowSpec, row_state
+from tests.kernels.oracle import exact_logprobs, largest_difference, relative_difference
+
+CUDA = "cuda"
+VOCAB, NUM_VALID = 50304, 50257  # GPT-2's vocabulary, padded
+
+COMPILE = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels import full_kl, row_gradient, row_state
+
+POINTERS = {"logits": "*bf16", "ref_logits": "*bf16", "out": "*bf16", "labels": "*i64"}
+STRIDES = {name: 1 for name in ("column_stride", "ref_column_stride", "out_column_stride")}
+
+def compile(kernel, **constants):
+    constants |= {name: 1 for name in STRIDES if name in kernel.arg_names}
+    constants |= {"ACC": tl.float32, "BLOCK": 2048}
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in POINTERS:
+            signature[name] = POINTERS[name]
+        elif name.startswith(("states", "grad")):
+            signature[name] = "*fp32"
+        else:
+            signature[name] = "fp32" if name == "inv_temperature" else "i32"
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": 8},
+    )
+    assert compiled.asm["cubin"], kernel
+
+for entropy in (True, False):
+    compile(row_state._row_state_kernel, WITH_ENTROPY=entropy)
+    compile(row_gradient._row_gradient_kernel, HAS_LOGPROB_GRAD=True,
+            HAS_ENTROPY_GRAD=entropy, OVERWRITES=entropy)
+    compile(full_kl._kl_gradient_kernel, OF_REF=entropy)
+compile(full_kl._kl_state_kernel)
+"""
+
+
+def test_kernels_compile_for_hopper_without_a_gpu() -> None:
+    # A process of its own: here the kernels may be decorated for the interpreter.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(["."] + sys.path)}
+    subprocess.run([sys.executable, "-c", COMPILE], check=True, env=environment, timeout=300)
+
+
+def rows(num_rows: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of GPT-2's padded vocabulary and labels on the GPU."""
+    logits = 4 * torch.randn(num_rows, VOCAB, device=CUDA, dtype=dtype)
+    labels = torch.randint(0, NUM_VALID, (num_rows,), device=CUDA)
+    labels[0], labels[-1] = 0, NUM_VALID - 1
+    return logits, labels
+
+
+def head(num_rows: int, width: int) -> tuple[torch.Tensor, ...]:
+    """Hidden states, weight and labels of an LM head on the GPU, bf16."""
+    hidden = torch.randn(num_rows, width, device=CUDA, dtype=torch.bfloat16)
+    weight = (4 / math.sqrt(width)) * torch.randn(VOCAB, width, device=CUDA)
+    labels = torch.randint(0, NUM_VALID, (num_rows,), device=CUDA)
+    labels[:: max(2, num_rows // 4)] = -100
+    return hidden.requires_grad_(), weight.bfloat16().requires_grad_(), labels
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("num_rows", [1, 4096])
+def test_logits_at_real_size(num_rows: int, dtype: torch.dtype) -> None:
+    logits, labels = rows(num_rows, dtype)
+    leaf = logits.clone().requires_grad_()
+    options = {"temperature": 0.7, "num_valid_vocab": NUM_VALID}
+    outputs = logprobs(leaf, labels, with_entropy=True, **options)
+    upstream = torch.randn(2, num_rows, device=CUDA)
+    (gradient,) = torch.autograd.grad(outputs, leaf, list(upstream))
+    few = slice(max(0, num_rows - 64), num_rows)
+    exact_leaf = logits[few].double().requires_grad_()
+    exact = exact_logprobs(exact_leaf, labels[few], **options)
+    (want,) = torch.autograd.grad(exact, exact_leaf, list(upstream[:, few].double()))
+    largest = logits.abs().max().item() / 0.7
+    assert largest_difference(outputs[0][few], exact[0]) < 2e-6 * largest
+    assert largest_difference(outputs[1][few], exact[1]) < 5e-6 * math.log(VOCAB)
+    assert relative_difference(gradient[few], want) < max(1e-5, torch.finfo(dtype).eps)
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements() -> None:
+    logits, labels = rows(43008)
+    logprob, entropy = logprobs(logits, labels, with_entropy=True, num_valid_vocab=NUM_VALID)
+    for few in (slice(0, 8), slice(-8, None)):
+        exact = exact_logprobs(logits[few], labels[few], num_valid_vocab=NUM_VALID)
+        assert largest_difference(logprob[few], exact[0]) < 5e-5
+        assert largest_difference(entropy[few], exact[1]) < 5e-5
+    leaf = logits.requires_grad_()
+    logprob, _ = logprobs(leaf, labels, num_valid_vocab=NUM_VALID, overwrite_logits=True)
+    (gradient,) = torch.autograd.grad(logprob.sum(), leaf)
+    assert gradient[-1].sum().abs() < 0.05
+    assert gradient[-1, labels[-1]] > 0.5
+
+
+@pytest.mark.gpu
+def test_more_rows_than_a_second_grid_axis_holds() -> None:
+    logits = torch.randn(70000, 64, device=CUDA)
+    labels = torch.randint(0, 64, (70000,), device=CUDA)
+    exact, _ = exact_logprobs(logits, labels)
+    assert largest_difference(logprobs(logits, labels)[0], exact) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [768, 2048])
+def test_hidden_states_at_real_size(width: int) -> None:
+    hidden, weight, labels = head(3000, width)
+    main_grad = torch.zeros(weight.shape, device=CUDA)
+    options = {"num_valid_vocab": NUM_VALID}
+    outputs = linear_logprobs(
+        hidden, weight, labels, with_entropy=True, main_grad=main_grad, **options
+    )
+    upstream = torch.randn(2, 3000, device=CUDA)
+    (hidden_grad,) = torch.autograd.grad(outputs, hidden, list(upstream))
+    leaves = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    exact = exact_logprobs(leaves[0] @ leaves[1].t(), labels, **options)
+    hidden_want, weight_want = torch.autograd.grad(exact, leaves, list(upstream.double()))
+    assert largest_difference(outputs[0], exact[0]) < 2e-4
+    assert largest_difference(outputs[1], exact[1]) < 1e-4
+    # dz is rounded to bf16, as in every backward: 8e-4 of each element, in fp32 sums.
+    assert relative_difference(hidden_grad, hidden_want) < 4e-3
+    assert relative_difference(main_grad, weight_want) < 1.5e-3
+
+
+@pytest.mark.gpu
+def test_one_pass_agrees_with_two_at_real_size() -> None:
+    hidden, weight, labels = head(3000, 768)
+    row_index = (labels != -100).nonzero().squeeze(1)
+    weights = torch.rand(3000, device=CUDA)
+    loss, logprob = linear_logprobs_loss(
+        hidden, weight, labels, lambda x, rows: -(weights[rows] * x), row_index=row_index
+    )
+    one_pass = torch.autograd.grad(loss, (hidden, weight))
+    plain, _ = linear_logprobs(hidden, weight, labels)
+    two_pass = torch.autograd.grad(-(weights * plain).sum(), (hidden, weight))
+    assert largest_difference(logprob, plain) < 1e-4
+    for a, b in zip(one_pass, two_pass, strict=True):
+        assert relative_difference(a, b) < 4e-3
+
+
+@pytest.mark.gpu
+def test_a_gradient_over_its_logits_meets_no_race() -> None:
+    logits, labels = rows(512, torch.float32)
+    spec = RowSpec(num_valid_vocab=NUM_VALID)
+    grads = torch.randn(512, device=CUDA), torch.randn(512, device=CUDA)
+    state = row_state(logits, labels, spec)
+    out = torch.empty(logits.shape, device=CUDA, dtype=torch.bfloat16)
+    want = row_gradient(logits, labels, state, grads, spec, out=out)
+    for _ in range(50):
+        again = logits.clone()
+        over = again.view(torch.bfloat16)[:, :VOCAB]
+        row_gradient(again, labels, state, grads, spec, out=over)
+        assert over.equal(want)
+
+
+@pytest.mark.gpu
+def test_no_host_sync_and_bitwise_repeats() -> None:
+    hidden, weight, labels = head(2000, 768)
+    row_index = (labels != -100).nonzero().squeeze(1)
+    main_grad = torch.zeros(weight.shape, device=CUDA)
+    logits = rows(64)[0].requires_grad_()
+
+    def run() -> list[torch.Tensor]:
+        main_grad.zero_()
+        logprob, entropy = linear_logprobs(
+            hidden, weight, labels, with_entropy=True, main_grad=main_grad, row_index=row_index
+        )
+        (hidden_grad,) = torch.autograd.grad((logprob + entropy).sum(), hidden)
+        loss, _ = linear_logprobs_loss(hidden, weight, labels, lambda x, rows: -x)
+        one_pass = torch.autograd.grad(loss, (hidden, weight))
+        (dlogits,) = torch.autograd.grad(logprobs(logits, labels[:64])[0].sum(), logits)
+        return [logprob, entropy, hidden_grad, main_grad.clone(), loss, *one_pass, dlogits]
+
+    first = run()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+def test_cuda_graph_capture() -> None:
+    hidden, weight, labels = head(512, 768)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        logprob, _ = linear_logprobs(hidden, weight, labels)
+        return logprob, *torch.autograd.grad(logprob.sum(), (hidden, weight))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        hidden.copy_(torch.randn_like(hidden))
+    graph.replay()
+    for a, b in zip(captured, run(), strict=True):
+        assert a.equal(b)
+
+
+@pytest.mark.gpu
+def test_peak_memory_is_the_workspace_and_hidden_sized_buffers() -> None:
+    num_rows, width = 32768, 2048
+    hidden, weight, labels = head(num_rows, width)
+    main_grad = torch.zeros(weight.shape, device=CUDA)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    logprob, _ = linear_logprobs(hidden, weight, labels, main_grad=main_grad)
+    logprob.sum().backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    hidden_bytes = 2 * num_rows * width
+    assert peak < WORKSPACE_BYTES + 1.5 * hidden_bytes + 32 * 2**20
+    assert 4 * num_rows * VOCAB > 10 * peak
+
+
+@pytest.mark.gpu
+def test_kernels_do_not_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels import full_kl
+    from kernels import row_gradient as gradient_file
+    from kernels import row_state as state_file
+
+    spills: dict[str, int] = {}
+
+    class Launcher:
+        """A kernel that notes the spills of what it launches."""
+
+        def __init__(self, kernel: object, name: str) -> None:
+            self.kernel, self.name = kernel, name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            def launch(*args: object, **kwargs: object) -> None:
+                compiled = self.kernel[grid](*args, **kwargs)
+                spills[self.name] = max(spills.get(self.name, 0), compiled.n_spills)
+
+            return launch
+
+    kernels = {
+        state_file: ["_row_state_kernel"],
+        gradient_file: ["_row_gradient_kernel"],
+        full_kl: ["_kl_state_kernel", "_kl_gradient_kernel"],
+    }
+    for module, names in kernels.items():
+        for name in names:
+            monkeypatch.setattr(module, name, Launcher(getattr(module, name), name))
+    for dtype in (torch.bfloat16, torch.float32):
+        logits, labels = rows(8, dtype)
+        leaf = logits.requires_grad_()
+        sum(logprobs(leaf, labels, with_entropy=True)).sum().backward()
+        full_kl.full_kl(leaf, leaf).sum().backward()
+    assert spills == dict.fromkeys(sum(kernels.values(), []), 0)
