@@ -242,6 +242,7 @@ def _with_values(state: dict[str, Any], values: dict[torch.nn.Parameter, Tensor]
 def _adopt(network: Network, loaded: dict[str, Any], *, strict: bool = True) -> None:
     for stage, module in enumerate(network.modules):
         module.load_state_dict(loaded[f"chunk{stage}"], strict=strict)
+    network.weights_version += 1
 
 
 def _write_atomically(path: Path, text: str) -> None:

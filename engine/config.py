@@ -14,6 +14,7 @@ import sys
 import time
 import types
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -21,6 +22,10 @@ from typing import Any, Literal, TypeVar, Union
 import tyro
 
 Config = TypeVar("Config")
+
+# megatron-core tells every process that Transformer Engine and Apex are absent, and torch of names
+# that megatron still uses. Set here, since every entry point imports this file before megatron.
+warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
 
 
 class UserError(Exception):

@@ -110,8 +110,8 @@ def export_huggingface(config: ConvertConfig) -> Path:
     """Write a checkpoint's language model as a Hugging Face folder; return it. Raises UserError."""
     source, out = require_path(config.source, "source"), _require_out(config)
     size = size_of(source, config.role)
-    # RUN/checkpoints/step/role: the tokenizer lies in RUN.
-    run = find_network(source, config.role).resolve().parents[2]
+    # The network is RUN/checkpoints/step/role, and the tokenizer lies in RUN.
+    run = find_network(source, config.role).resolve().parent.parent.parent
     tokenizer = _load_tokenizer(config.tokenizer or run / "tokenizer", size)
     parallel = start_parallel(config.layout, seed=0)
     network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))

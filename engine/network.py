@@ -37,11 +37,23 @@ class Network:
     config: Any  # megatron's TransformerConfig
     modules: list[Any]  # the bare pipeline chunks, one per virtual stage
     chunks: list[Any]  # what the schedules call: modules, or their data-parallel wrappers
+    weights_version: int = 0
+    """Counts the changes of the weights: what was made from older ones is known as stale."""
+    source: "Network | None" = None
+    """The network in another layout that this one copies (engine/generation/refit.py)."""
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
         return self.config.params_dtype
+
+    def check_fresh(self) -> None:
+        """Raise RuntimeError when the network is a copy of one whose weights have changed since."""
+        if self.source is not None and self.source.weights_version != self.weights_version:
+            raise RuntimeError(
+                f"stale weights: this copy is of version {self.weights_version}, its source at "
+                f"{self.source.weights_version}; refit before generating"
+            )
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout on or off in every chunk."""

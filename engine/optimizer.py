@@ -114,6 +114,7 @@ class Optimizer:
         self.schedule.num_steps = position
         self.schedule.step(0)  # writes the learning rate of num_steps into the parameter groups
         was_applied, grad_norm, _ = self.megatron.step()
+        self.network.weights_version += was_applied
         lr = self.megatron.param_groups[0]["lr"]
         return StepResult(
             grad_norm=float(grad_norm or 0.0), lr=lr, was_skipped=not was_applied
@@ -126,6 +127,7 @@ class Optimizer:
             optimizer._copy_main_params_to_model_params()
         for chunk in self.network.chunks:
             chunk.start_param_sync(force_sync=True)
+        self.network.weights_version += 1
 
     def adopt_weights(self) -> None:
         """Make the fp32 masters follow the network's weights, after those were loaded from a

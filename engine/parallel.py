@@ -82,7 +82,7 @@ class Parallel:
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     reply_group: dist.ProcessGroup
-    """The ranks of pp_group again: messages here wait for none of those there. pp_group without pp."""
+    """The ranks of pp_group again, for messages that wait for none of those there."""
 
     @property
     def is_writer(self) -> bool:

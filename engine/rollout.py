@@ -183,6 +183,34 @@ def last_readings(rollout: Rollout, readings: Tensor) -> Tensor:
     return readings[rollout.cu_seqlens[1:].long() - 1]
 
 
+def rollout_metrics(rollout: Rollout, phase_seconds: dict[str, float]) -> dict[str, float]:
+    """Return the numbers of phases 2 to 4, over the global rollout batch."""
+    mask, count = rollout.response_mask, float(rollout.response_mask.sum())  # sync
+    log_ratio = (rollout.logprobs - rollout.ref_logprobs)[mask].double()
+    mismatch = (rollout.sampled_logprobs - rollout.logprobs)[mask].abs()
+    outside = torch.stack([rollout.rewards, rollout.advantages, rollout.returns])[:, ~mask]
+    advantages = rollout.advantages[mask]
+    return {
+        "rollout/tokens_per_s": count / phase_seconds["rollout"],
+        "rollout/response_tokens": count / len(rollout),
+        "rollout/prompt_tokens": sum(rollout.prompt_lengths) / len(rollout),
+        "rollout/eos_rate": float(rollout.has_eos.double().mean()),
+        "score/reward_mean": float(rollout.raw_scores.mean()),
+        "score/reward_std": float(rollout.raw_scores.std()) if len(rollout) > 1 else 0.0,
+        "score/kl": float(log_ratio.sum()) / len(rollout),
+        "score/kl_per_token": float(log_ratio.mean()),
+        "score/logprob_mismatch_mean": float(mismatch.mean()),
+        "score/logprob_mismatch_max": float(mismatch.max()),
+        "advantage/mean": float(advantages.mean()),
+        "advantage/std": float(advantages.std()) if count > 1 else 0.0,
+        "advantage/value_mean": float(rollout.values[mask].mean()),
+        "advantage/return_mean": float(rollout.returns[mask].mean()),
+        "advantage/pad_leak": float(outside.abs().max()) if outside.numel() else 0.0,
+        "update/tokens_per_s": len(rollout.tokens) / phase_seconds["update"],
+        "time/step_seconds": sum(phase_seconds.values()),
+    }
+
+
 def _read(
     network: Network, batches: list[PackedBatch], rollout: Rollout, *, temperature: float = 1.0
 ) -> Tensor:

@@ -2,7 +2,6 @@
 to."""
 
 import dataclasses
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,6 @@ def start_run(
 
     tokenizer may be a file, a folder, or an earlier run, whose tokenizer it then is.
     """
-    # megatron-core tells every process that Transformer Engine and Apex are absent: they are, by
-    # design.
-    warnings.filterwarnings("ignore", module="megatron|torch.distributed|torch.jit")
     loaded = load_tokenizer(
         tokenizer / "tokenizer" if (tokenizer / "tokenizer").exists() else tokenizer
     )

@@ -264,7 +264,7 @@ def gumbel_reference(key: SampleKey, first_column: int, num_columns: int) -> Ten
     noise.add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     noise.neg_().log1p_().neg_().log_().neg_()
     skip = first_column - 4 * first_quad
-    return noise.view(len(noise), -1)[:, skip : skip + num_columns]
+    return noise.flatten(1)[:, skip : skip + num_columns]
 
 
 def sample_state_reference(

@@ -1,6 +1,7 @@
 """Attention of generation: keys and values of earlier tokens come from a cache of blocks.
 
-A packed row of T tokens begins with the sequences that decode, one token each; the chunks of prompts follow.
+A packed row of T tokens begins with the sequences that decode, one token each; chunks of prompts
+follow.
 """
 
 from collections.abc import Iterable
@@ -14,37 +15,49 @@ from models.attention import PackedSequences, packed_attention
 
 
 class PagedCache:
-    """Keys and values of the layers on this rank: [blocks, block_size, heads / tp, dim] each."""
+    """Keys and values of the layers on this rank, in blocks that any sequence can hold."""
 
     def __init__(
-        self, layer_numbers: Iterable[int], shape: tuple[int, int, int, int], like: Tensor
+        self,
+        layer_numbers: Iterable[int],
+        shape: tuple[int, int, int, int],
+        *,
+        blocks_per_sequence: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.block_size = shape[1]
-        # Zeros: what no token was written to is masked, and masked garbage may be NaN.
+        """shape: [blocks, block_size, heads / tp, dim]; layer_numbers are megatron's."""
+        self.num_blocks, self.block_size = shape[:2]
+        self.blocks_per_sequence = blocks_per_sequence
+        # Zeros: what no token was written to is masked, but masked NaN stays NaN.
         self._layers = {
-            number: (like.new_zeros(shape), like.new_zeros(shape)) for number in layer_numbers
+            number: (
+                torch.zeros(shape, dtype=dtype, device=device),
+                torch.zeros(shape, dtype=dtype, device=device),
+            )
+            for number in layer_numbers
         }
 
     def layer(self, layer_number: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values of a layer, by megatron's number."""
+        """Return the keys and the values of a layer."""
         return self._layers[layer_number]
 
 
 @dataclass(kw_only=True)
 class PagedSequences(PackedSequences):
-    """Where the tokens of a step belong in the cache; travels through megatron's layers to the attention."""
+    """Where a step's tokens lie in the cache; travels through megatron's layers to attention."""
 
     cache: PagedCache
     slots: Tensor
-    """[T] int64: where each token's key and value go, block * block_size + offset; -1 for an idle row."""
+    """[T] int64: where a token's key and value go, block * block_size + offset; -1: nowhere."""
     block_tables: Tensor
-    """[D, N] int32: the blocks of the D decoding sequences."""
+    """[D, blocks_per_sequence] int32: the blocks of the D decoding sequences."""
     context_lengths: Tensor
     """[D] int32: their tokens, the new one included; 0 for an idle row."""
     chunks: PackedSequences | None
     """The chunks of prompts in the rest of the row; their keys are those of all tokens so far."""
     chunk_slots: Tensor | None
-    """[cu_seqlens_kv[-1]] int64: where the chunks' keys lie; None when all of them begin their sequences."""
+    """[cu_seqlens_kv[-1]] int64: where the chunks' keys lie; None if all start at 0."""
 
     def attend(
         self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float
@@ -52,9 +65,9 @@ class PagedSequences(PackedSequences):
         """Store key and value and return the attention, all [T, heads, dim]."""
         keys, values = self.cache.layer(layer_number)
         append_kv(key, value, keys, values, self.slots)
-        num_decodes = len(self.context_lengths)
         if self.chunks is None:
             return self._decode(query, keys, values, scale)
+        num_decodes = len(self.context_lengths)
         if self.chunk_slots is None:
             key, value = key[num_decodes:], value[num_decodes:]
         else:

@@ -9,6 +9,7 @@ interpreter sets the variable again (the fixtures of tests/kernels/conftest.py).
 import importlib
 import os
 import pkgutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,3 +21,14 @@ if not torch.cuda.is_available():
         patch.setitem(os.environ, "TRITON_INTERPRET", "1")
         for module in pkgutil.iter_modules(kernels.__path__):
             importlib.import_module(f"kernels.{module.name}")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of tests/tiny.py: a tokenizer, training files and checkpoints to start from."""
+    from tests.tiny import write_checkpoints, write_files  # brings megatron, not for every test
+
+    folder = tmp_path_factory.mktemp("tiny")
+    write_files(folder)
+    write_checkpoints(folder)
+    return folder

@@ -1,23 +1,26 @@
-"""A recipe small enough for tests: files, checkpoints to start from, and the configs of the three stages.
+"""A recipe small enough for tests: files, checkpoints to start from, configs of the three stages.
 
-The weights are random and large, so that every part of a network matters to its output; a network that training
-has just initialised hardly looks at its attention.
+The weights are random and large, so that every part of a network matters to its output; a network
+that has just been initialised hardly looks at its attention.
 """
 
 import dataclasses
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tokenizers
 import torch
 
+from engine import ppo, rm, sft
 from engine.advantages import KLConfig
 from engine.checkpoint import Checkpointer, load_weights
 from engine.data.tokenizer import load_tokenizer
 from engine.generation.generate import SamplingConfig
+from engine.metrics import Metrics, read_metrics
 from engine.network import Kind, Network, Numerics, build_network
 from engine.optimizer import AdamConfig
 from engine.parallel import Parallel, ParallelLayout, start_parallel
@@ -38,7 +41,7 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> Path:
 
 
 def write_files(folder: Path) -> None:
-    """Write a tokenizer and the files of the three stages; lengths differ from one record to the next."""
+    """Write a tokenizer and the files of the three stages; no two records are of one length."""
     draw = random.Random(0)
 
     def text(fewest: int, most: int) -> str:
@@ -79,7 +82,7 @@ def write_tokenizer(path: Path, *, vocab_size: int) -> Path:
 
 
 def write_checkpoints(folder: Path, size: GPTSize = SIZE) -> None:
-    """Write one run a role, by one rank: folder/{policy,reference,reward_model}, each with its tokenizer."""
+    """Write a run a role, by one rank: folder/{policy,reference,reward_model}."""
     parallel = start_parallel(ParallelLayout(), seed=0)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     for seed, (name, kind) in enumerate(ROLES.items()):
@@ -98,7 +101,7 @@ def write_checkpoints(folder: Path, size: GPTSize = SIZE) -> None:
 def random_network(
     kind: Kind, parallel: Parallel, *, size: GPTSize = SIZE, seed: int = 0, dtype: str = "fp32"
 ) -> Network:
-    """Return a network whose weights are all drawn anew; on one rank, they depend on the seed only."""
+    """Return a frozen network whose weights are all drawn from the seed, on one rank."""
     network = build_network(kind, size, parallel, numerics=Numerics(dtype=dtype))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -151,7 +154,7 @@ def rm_config(files: Path, directory: Path, **changes: Any) -> RMConfig:
 
 
 def ppo_config(files: Path, directory: Path, **changes: Any) -> PPOConfig:
-    """Two iterations of two optimizer steps of policy, critic and ptx; the KL is above 0 from the start."""
+    """Two iterations of two optimizer steps; another reference, so that the KL is never 0."""
     config = PPOConfig(
         directory=directory,
         policy=files / "policy",
@@ -184,3 +187,37 @@ def weights_of(run: Path, role: str, size: GPTSize = SIZE) -> dict[str, torch.Te
     load_weights(network, run, role=role)
     (module,) = network.modules
     return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def train(config: SFTConfig | RMConfig | PPOConfig) -> None:
+    """Run the stage of a config, without drawing its curves: that takes longer than the training."""
+    stages = {SFTConfig: sft.train, RMConfig: rm.train, PPOConfig: ppo.train}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.metrics.plot_curves", lambda run_dir: None)
+        stages[type(config)](config)  # type: ignore[operator]
+
+
+class Killed(Exception):
+    """Ends a run from inside, as a signal would."""
+
+
+def train_until(config: SFTConfig | RMConfig | PPOConfig, step: int) -> None:
+    """Run a stage that dies when step `step` (from 0) is logged, before that step can be saved."""
+    log = Metrics.log
+
+    def log_and_die(self: Metrics, current: int, values: Mapping[str, float]) -> None:
+        log(self, current, values)
+        if current == step:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Metrics, "log", log_and_die)
+        train(config)
+
+
+def rows_of(run: Path) -> list[dict[str, float]]:
+    """Return a run's metrics by step, without the clock's."""
+    return [
+        {k: v for k, v in row.items() if not k.endswith(("seconds", "tokens_per_s"))}
+        for row in read_metrics(run)
+    ]

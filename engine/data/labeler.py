@@ -2,26 +2,28 @@
 
 A description is read phrase by phrase. What the phrases say is compared with the facts (missing,
 wrong, invented, repeated); the words between them must stand as they do in fluent descriptions
-(garbled). Reciting all values, contradicting oneself, rambling on and stopping short all cost.
+(garbled). So reciting all values, contradicting oneself, rambling on and stopping short all cost.
 """
 
 import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import groupby
+from functools import cache, cached_property
+from itertools import groupby, pairwise
 
-from engine.data.phrasings import PHRASES, field_of, level_of, sentence_forms
-from engine.data.places import LANDMARK_WORDS, NAME_WORDS
+from engine.data import e2e_phrases, phrasings
+from engine.data.phrasings import field_of, level_of, sentence_forms
+from engine.data.places import LANDMARK_WORDS, NAME_WORDS, parse_prompt
 
 Words = tuple[str, ...]
 
-_PLACE = "{place}"  # the name of some other place
-_FIRST, _LATER, _END = "<first>", "<later>", "<end>"
-_TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)?|£\d+|[^\s-]")
+_OTHER_PLACE = "<other place>"  # the slot of a name that is not in the fact list
+_FIRST, _LATER, _UNFINISHED = "<first>", "<later>", "<unfinished>"  # around a sentence's words
+_TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)?|£\d+|[^\s-]")  # hyphens part words
+_FULL_STOPS = frozenset(".!?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +35,11 @@ class Faults:
     wrong: int
     """Other values said for a field of the fact list, beside the right one or instead of it."""
     invented: int
-    """Values said for fields that the fact list does not have."""
+    """Values said for fields that the fact list does not have, and other places named."""
     garbled: int
-    """Words that no fluent description holds, or not in this place; a missing end."""
+    """Words, or their order, that no fluent description has; a missing end."""
     repeated: int
-    """Facts, words or sentences said again."""
+    """Facts, words and sentences said again."""
 
     @property
     def total(self) -> float:
@@ -47,56 +49,66 @@ class Faults:
 
 @dataclass(frozen=True, kw_only=True)
 class Language:
-    """What the labeler takes for fluent."""
+    """What the labeler can read, and takes for fluent."""
 
-    phrases: Mapping[Words, tuple[str, str]]
-    """Words of a phrase to the slot it fills and the level it says."""
+    phrases: dict[Words, tuple[str, str]]
+    """The words of a phrase to the slot that it fills and the level that it says."""
     order: int
-    """Length of `runs`."""
+    """Length of `runs`; 1 accepts any order of known words."""
     runs: frozenset[Words]
     """Runs of words and slots that occur in fluent descriptions."""
 
+    @cached_property
+    def sayable(self) -> frozenset[tuple[str, str]]:
+        """(field, level) of everything that some phrase says."""
+        return frozenset((field_of(slot), level) for slot, level in self.phrases.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """A description as the labeler reads it."""
+
+    sentences: list[Words]
+    """Each a run of words and `{slot}`s."""
+    said: Counter[tuple[str, str]]
+    """How often each (field, level) is said."""
+    other_places: set[Words]
+    """Names that are not in the fact list."""
+
 
 def count_faults(facts: Mapping[str, str], text: str, language: Language | None = None) -> Faults:
-    """The faults of `text` as a description of `facts`, in the generator's language by default."""
+    """The faults of `text` as a description of `facts`, by default in the generator's language."""
     language = language or places_language()
-    items, said, places = _read(facts, text, language)
+    reading = _read(facts, text, language)
     missing = wrong = invented = repeated = 0
-    sentences = _sentences(items)
-    for field in {field for field, _ in said} | set(facts):
-        levels = {level: times for (named, level), times in said.items() if named == field}
-        repeated += sum(levels.values()) - len(levels)
+    for field in facts.keys() | {field for field, _ in reading.said}:
+        times = {level: n for (said, level), n in reading.said.items() if said == field}
+        repeated += sum(times.values()) - len(times)
         if field not in facts:
-            invented += len(levels)
-        elif not levels:
+            invented += len(times)
+        elif not times:
             missing += 1
         else:
-            wrong += len(levels.keys() - {level_of(field, facts[field])})
-    if ("name", facts["name"]) in said:  # a sentence may repeat the name
-        again = said["name", facts["name"]] - 1
-        repeated -= min(again, len(sentences) - 1)
-    # Another place's name stands for a name that should be there, or else is invented.
-    replaced = min(
-        len(places), sum((f, v) not in said for f, v in facts.items() if f in ("name", "near"))
-    )
-    missing, wrong, invented = (
-        missing - replaced,
-        wrong + replaced,
-        invented + len(places) - replaced,
-    )
-    repeated += len(sentences) - len(set(sentences))
-    repeated += sum(a == b for s in sentences for a, b in zip(s, s[1:]))
+            wrong += len(times.keys() - {level_of(field, facts[field])})
+    # Another place's name stands in for the name or the neighbour that is missing, or is invented.
+    unnamed = sum(f in facts and (f, facts[f]) not in reading.said for f in ("name", "near"))
+    mistaken = min(unnamed, len(reading.other_places))
+    # Each sentence may name the place again.
+    renamed = max(0, reading.said["name", facts.get("name", "")] - 1)
+    repeated -= min(renamed, max(0, len(reading.sentences) - 1))
+    repeated += len(reading.sentences) - len(set(reading.sentences))
+    repeated += sum(a == b for sentence in reading.sentences for a, b in pairwise(sentence))
     return Faults(
-        missing=missing,
-        wrong=wrong,
-        invented=invented,
-        garbled=_count_garbled(sentences, language),
+        missing=missing - mistaken,
+        wrong=wrong + mistaken,
+        invented=invented + len(reading.other_places) - mistaken,
+        garbled=_count_garbled(reading.sentences, language),
         repeated=repeated,
     )
 
 
 def score(facts: Mapping[str, str], text: str, language: Language | None = None) -> float:
-    """Minus the number of faults: 0 is best."""
+    """Minus the number of faults, a repetition counting half; 0 is best."""
     return -count_faults(facts, text, language).total
 
 
@@ -111,23 +123,41 @@ def rank(
 
 @cache
 def places_language() -> Language:
-    """The language of the generator, exactly: every run of three that its sentences can hold."""
-    phrases = phrase_table(PHRASES)
-    for word in (word for words in (*NAME_WORDS, *LANDMARK_WORDS) for word in words):
-        phrases[(word.lower(),)] = (_PLACE, "")
+    """The generator's language, exactly: every run of three that its sentences can hold."""
+    phrases = _phrase_table(phrasings.PHRASES)
+    for words in (*NAME_WORDS, *LANDMARK_WORDS):
+        phrases |= {(word.lower(),): (_OTHER_PLACE, "") for word in words}
     runs: set[Words] = set()
     for form in sentence_forms():
-        words = []
+        items = [_FIRST if form.is_opening else _LATER]
         for part in form.parts:
-            words.extend([part] if part.startswith("{") else _words(part))
-        start = _FIRST if form.is_opening else _LATER
-        runs.update(_runs((start, *words, "."), 3))
+            items += [part] if part.startswith("{") else _words(part)
+        runs.update(_runs((*items, "."), order=3))
     return Language(phrases=phrases, order=3, runs=frozenset(runs))
 
 
-def phrase_table(phrases):
+def e2e_language(demonstrations: Iterable[tuple[str, str]]) -> Language:
+    """The language of E2E's writers, its words and names from (prompt, response) demonstrations.
+
+    People's sentences are too free to judge the order of the words, so only the words count.
+    """
+    phrases = _phrase_table(e2e_phrases.PHRASES)
+    described = [(parse_prompt(prompt), response) for prompt, response in demonstrations]
+    for facts, _ in described:
+        names = (facts[field] for field in ("name", "near") if field in facts)
+        phrases |= {tuple(_words(name)): (_OTHER_PLACE, "") for name in names}
+    language = Language(phrases=phrases, order=1, runs=frozenset())
+    known = {_FIRST, _LATER, _UNFINISHED}
+    for facts, response in described:
+        known.update(item for words in _read(facts, response, language).sentences for item in words)
+    return Language(phrases=phrases, order=1, runs=frozenset((item,) for item in known))
+
+
+def _phrase_table(
+    phrases: Mapping[str, Mapping[str, Sequence[str]]],
+) -> dict[Words, tuple[str, str]]:
     return {
-        tuple(_words(phrase)): ("{" + slot + "}", level)
+        tuple(_words(phrase)): (slot, level)
         for slot, levels in phrases.items()
         for level, wordings in levels.items()
         for phrase in wordings
@@ -135,80 +165,78 @@ def phrase_table(phrases):
 
 
 def _words(text: str) -> list[str]:
-    """Lower-case words and punctuation; hyphens part words, accents go, "an" is "a"."""
-    plain = unicodedata.normalize("NFKD", text.lower())
-    plain = "".join(c for c in plain if not unicodedata.combining(c))
+    """Lower-case words and punctuation without accents; "an" is read as "a"."""
+    letters = unicodedata.normalize("NFKD", text.lower().replace("\u2019", "'"))
+    plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return ["a" if word == "an" else word for word in _TOKEN.findall(plain)]
 
 
-def _read(facts, text, language):
-    own = {
-        tuple(_words(facts[f])): ("{" + f + "}", facts[f]) for f in ("name", "near") if f in facts
-    }
-    known = language.phrases
-    longest = _longest(language)
+def _own_phrases(facts: Mapping[str, str], language: Language) -> dict[Words, tuple[str, str]]:
+    """The names of this fact list, and values that the language has no phrase for, verbatim."""
+    own: dict[Words, tuple[str, str]] = {}
+    for field, value in facts.items():
+        if (field, level_of(field, value)) not in language.sayable:
+            words = tuple(_words(value))
+            own[words] = (field, level_of(field, value))
+            if words[0] == "the":
+                own[words[1:]] = own[words]
+    return own
+
+
+def _read(facts: Mapping[str, str], text: str, language: Language) -> _Reading:
+    """Read from left to right, at each word the longest phrase that starts there."""
+    phrases = {**language.phrases, **_own_phrases(facts, language)}
+    longest = max(map(len, phrases))
     words = _words(text)
-    items = []
-    said = Counter()
-    places = []
-    i = 0
-    while i < len(words):
-        for n in range(min(longest, len(words) - i), 0, -1):
-            w = tuple(words[i : i + n])
-            hit = own.get(w) or known.get(w)
-            if hit:
+    items: list[str] = []
+    said: Counter[tuple[str, str]] = Counter()
+    other_places: list[Words] = []
+    position = 0
+    while position < len(words):
+        for end in range(min(position + longest, len(words)), position, -1):
+            phrase = tuple(words[position:end])
+            if phrase in phrases:
+                slot, level = phrases[phrase]
                 break
-        if not hit:
-            items.append(words[i])
-            i += 1
-            continue
-        slot, level = hit
-        if slot == _PLACE:
-            if items and items[-1] == _PLACE:
-                places[-1] += w
-            else:
-                places.append(w)
-                items.append(_PLACE)
         else:
-            said[field_of(slot[1:-1]), level] += 1
-            items.append(slot)
-        i += n
-    return items, said, set(places)
+            items.append(words[position])
+            position += 1
+            continue
+        if slot != _OTHER_PLACE:
+            said[field_of(slot), level] += 1
+            items.append("{" + slot + "}")
+        elif items[-1:] == [_OTHER_PLACE] and len(other_places[-1]) == 1:
+            other_places[-1] += phrase  # the generator's names are two words long
+        else:
+            other_places.append(phrase)
+            items.append(_OTHER_PLACE)
+        position = end
+    return _Reading(sentences=_sentences(items), said=said, other_places=set(other_places))
 
 
-_L = {}
+def _sentences(items: list[str]) -> list[Words]:
+    ends = [i + 1 for i, item in enumerate(items) if item in _FULL_STOPS]
+    cuts = sorted({0, *ends, len(items)})
+    return [tuple(items[start:end]) for start, end in pairwise(cuts)]
 
 
-def _longest(language):
-    if id(language) not in _L:
-        _L[id(language)] = max(map(len, language.phrases))
-    return max(_L[id(language)], 6)
-
-
-def _sentences(items):
-    s = [[]]
-    for it in items:
-        s[-1].append(it)
-        if it in (".", "!", "?"):
-            s.append([])
-    return [tuple(x) for x in s if x]
-
-
-def _runs(words, order):
-    padded = (words[0],) * (order - 2) + tuple(words)
+def _runs(items: Words, *, order: int) -> list[Words]:
+    """Every run of `order` items; the first item, a sentence's start, is repeated to fill."""
+    padded = (items[0],) * (order - 2) + items
     return [padded[i : i + order] for i in range(len(padded) - order + 1)]
 
 
-def _count_garbled(sentences, language):
-    n = 0
-    if not sentences:
-        return 1
-    for k, s in enumerate(sentences):
-        seq = (_FIRST if k == 0 else _LATER, *s)
-        if s[-1] not in (".", "!", "?"):
-            seq += (_END,)
-        ok = [r in language.runs or _PLACE in r for r in _runs(seq, language.order)]
-        for good, g in groupby(ok):
-            if not good:
-                n += math.ceil(len(list(g)) / language.order)
-    return n
+def _count_garbled(sentences: list[Words], language: Language) -> int:
+    """One fault for each item that breaks runs: a wrong word breaks as many runs as it is in."""
+    garbled = 0 if sentences else 1
+    for index, sentence in enumerate(sentences):
+        items = (_LATER if index else _FIRST, *sentence)
+        if sentence[-1] not in _FULL_STOPS:
+            items += (_UNFINISHED,)
+        broken = [
+            run not in language.runs and _OTHER_PLACE not in run
+            for run in _runs(items, order=language.order)
+        ]
+        spans = (len(list(span)) for is_broken, span in groupby(broken) if is_broken)
+        garbled += sum(math.ceil(length / language.order) for length in spans)
+    return garbled

@@ -5,7 +5,6 @@ be left out, `(a|b)` is a choice. Every pattern is spelled out into all its form
 so that the labeler knows exactly which words may follow which.
 """
 
-import itertools
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -93,13 +92,10 @@ PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
         "no": ("children are not welcome", "families are not welcome", "no children are allowed"),
     },
 }
-CUISINES = ("English Italian French Indian Chinese Japanese Greek Thai Mexican Spanish Turkish "
-            "Moroccan").split()  # fmt: skip
-PHRASES["food"] = {
-    cuisine: tuple(f"{cuisine} {noun}" for noun in ("food", "dishes", "cuisine", "cooking"))
-    for cuisine in CUISINES
-}
-PHRASES["food.adjective"] = {cuisine: (cuisine,) for cuisine in CUISINES}
+for _cuisine in ("English", "Italian", "French", "Indian", "Chinese", "Greek", "Thai", "Mexican"):
+    _nouns = ("food", "dishes", "cuisine", "cooking")
+    PHRASES.setdefault("food", {})[_cuisine] = tuple(f"{_cuisine} {noun}" for noun in _nouns)
+    PHRASES.setdefault("food.adjective", {})[_cuisine] = (_cuisine,)
 
 # Values that are said like another one; the prices in pounds occur in the E2E data.
 _SAME_AS = {

@@ -18,23 +18,25 @@ Split = Literal["train", "prompts", "valid"]
 FIELDS = ("name", "type", "food", "price", "rating", "area", "family friendly", "near")
 INSTRUCTION = "Describe this place."
 
-NAME_WORDS = (
+_NAME_WORDS = (
     "Blue Golden Silver Crimson Copper Amber Ivory Scarlet Velvet Rusty Merry Hungry Lucky Jolly "
     "Humble Royal Wild Gentle Lazy Dancing Laughing Hidden Seven Twin Olive Ginger Pepper Maple "
-    "Willow Cedar Juniper Saffron Lemon Walnut Thistle Clover Bramble Hazel Mint Honey".split(),
+    "Willow Cedar Juniper Saffron Lemon Walnut Thistle Clover Bramble Hazel Mint Honey",
     "Spice Anchor Kettle Lantern Spoon Plate Ladle Garden Oven Barrel Swan Fox Lion Stag Heron "
     "Otter Badger Falcon Raven Bear Kitchen Cellar Parlour Pantry Hearth Mill Wheel Plough Harvest "
-    "Orchard Feather Compass Acorn Bell Arrow Castle Dragon Mermaid Pilgrim Sailor".split(),
+    "Orchard Feather Compass Acorn Bell Arrow Castle Dragon Mermaid Pilgrim Sailor",
 )
-LANDMARK_WORDS = (
+_LANDMARK_WORDS = (
     "Grand Central Victoria Albion Trinity Regent Palace Abbey Temple Crown Queen Union Liberty "
-    "Empire Meridian Orion".split(),
-    "Hotel Museum Theatre Bridge Library Cinema Gallery Church College Hospital Tower Park".split(),
+    "Empire Meridian Orion",
+    "Hotel Museum Theatre Bridge Library Cinema Gallery Church College Hospital Tower Park",
 )
+NAME_WORDS = tuple(words.split() for words in _NAME_WORDS)
+LANDMARK_WORDS = tuple(words.split() for words in _LANDMARK_WORDS)
 
 # How often a fact is given; the name always is. On average 5.5 facts a place, as in E2E.
-_PRESENCE = {"type": 0.85, "food": 0.8, "price": 0.6, "rating": 0.6, "area": 0.6}
-_PRESENCE |= {"family friendly": 0.5, "near": 0.5}
+_PRESENCE = {"name": 1.0, "type": 0.85, "food": 0.8, "price": 0.6, "rating": 0.6}
+_PRESENCE |= {"area": 0.6, "family friendly": 0.5, "near": 0.5}
 _VALUES = {field: tuple(PHRASES[field]) for field in ("type", "food", "area")} | {
     "price": ("cheap", "moderate", "high"),
     "rating": ("low", "average", "high", "1 out of 5", "3 out of 5", "5 out of 5"),
@@ -92,14 +94,9 @@ def split_of(name: str) -> Split:
 def _endless_facts(split: Split, seed: int) -> Iterator[dict[str, str]]:
     rng = Random(f"facts/{seed}/{split}")
     while True:
-        facts = {"name": " ".join(map(rng.choice, NAME_WORDS))}
-        for field in FIELDS[1:]:
-            if rng.random() < _PRESENCE[field]:
-                landmark = field == "near"
-                facts[field] = (
-                    " ".join(map(rng.choice, LANDMARK_WORDS))
-                    if landmark
-                    else rng.choice(_VALUES[field])
-                )
-        if split_of(facts["name"]) == split and len(facts) >= _MIN_FACTS:
+        place = {"name": " ".join(map(rng.choice, NAME_WORDS))}
+        place |= {field: rng.choice(values) for field, values in _VALUES.items()}
+        place["near"] = " ".join(map(rng.choice, LANDMARK_WORDS))
+        facts = {field: place[field] for field in FIELDS if rng.random() < _PRESENCE[field]}
+        if len(facts) >= _MIN_FACTS and split_of(facts["name"]) == split:
             yield facts

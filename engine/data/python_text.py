@@ -24,12 +24,12 @@ _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-package
 _SKIPPED_FOLDERS |= {"encodings", "pydoc_data", "__phello__", "turtledemo"}
 
 # A paragraph in which few of these occur is a table, a signature or code.
-_FUNCTION_WORDS = frozenset(
+_FUNCTION_WORDS = (
     "a all an and any are as at be been but by can do does each for from given has have if in into "
     "is it its may must no not of on only or otherwise same should so such than that the their "
     "them then there these they this to use used when where which while will with would you your"
-    "".split()
 )
+_FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 _MIN_FUNCTION_WORDS = 0.25  # of the words; English prose has about 0.45
 _MAX_ODD_CHARACTERS = 0.03  # of the characters: brackets, operators, underscores, non-ASCII
 

@@ -1,8 +1,8 @@
-"""Which block of the key-value cache belongs to whom: allocation, sharing of equal prompt beginnings, release.
+"""Who holds which block of the key-value cache: allocation, sharing of prompts that begin alike.
 
-A full block of a prompt is known by a digest of all tokens up to its end, so that sequences which begin alike
-hold the same blocks, computed once and counted by reference. Shared blocks are full and never written again;
-nothing has to be copied.
+A full block of a prompt is known by a digest of all tokens up to its end: sequences that begin
+alike hold the same blocks, computed once and counted by reference. Shared blocks are full and never
+written again, so nothing is ever copied.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ class BlockManager:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
-        # Free blocks in the order they were freed. They keep their digest until they are given out again, so a
-        # prompt that comes back soon (the next sample of it, or one that was preempted) still finds its blocks.
+        # Free blocks, those freed first in front. They keep their digest until they are given out
+        # again: a prompt that comes back soon (its next sample, or a preempted one) finds them.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._num_users = [0] * num_blocks
         self._digest_of: list[bytes | None] = [None] * num_blocks
@@ -34,7 +34,7 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def allocate(self, count: int) -> list[int]:
-        """Return `count` blocks with one user each, those unused for longest first; KeyError when too few are free."""
+        """Return `count` free blocks, now with one user each; KeyError when there are too few."""
         blocks = []
         for _ in range(count):
             block, _ = self._free.popitem(last=False)

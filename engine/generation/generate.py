@@ -1,6 +1,5 @@
 """generate(): responses of a language model to prompts, in the order in which they finish."""
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,6 +9,7 @@ import torch.distributed as dist
 
 from engine.config import UserError
 from engine.generation.block_manager import BlockManager
+from engine.generation.cache import build_cache
 from engine.generation.runner import Flight, Runner
 from engine.generation.scheduler import Counts, Scheduler
 from engine.generation.sequence import LiveSequence, Response, SamplingConfig
@@ -31,60 +31,80 @@ def generate(  # noqa: PLR0913
     on_tokens: TokenListener | None = None,
     counts: Counts | None = None,
 ) -> Iterator[Response]:
-    """Yield one finished response for every prompt [n] of token ids, as they finish.
+    """Yield one finished response to every prompt [n] of token ids, as they finish.
 
-    The ranks of a replica (tp x pp) call it with the same arguments, take every response, and get the same ones;
-    data-parallel replicas take prompts of their own. Repeat a prompt for several samples of it: it is computed once.
-    A draw is keyed by (seed, sample index, position of the token), so neither batch nor layout changes a response.
+    The ranks of a replica (tp x pp) make the same call, take every response and get the same ones;
+    each data-parallel replica has prompts of its own. Repeat a prompt to sample it several times:
+    it is computed once. A draw is keyed by (seed, sample index, position of the token in prompt and
+    response), so neither batch nor layout changes a response, up to rounding.
 
-    sample_indices: unique in the run; from 0 by default. max_new_tokens: a limit of each prompt's own, in place
-    of the config's. on_tokens(sample index, tokens) hears of tokens as they are drawn. counts is added to.
-    The network is in eval mode until the iterator ends. Raises UserError for a prompt that is empty or leaves no
-    room in the context, FloatingPointError for logits that are not finite.
+    sample_indices: unique in the run, 0 onwards by default. max_new_tokens: each prompt's own
+    limit, in place of the config's. on_tokens(sample index, tokens) hears of tokens as they are
+    drawn. counts is added to. The network is in eval mode until the iterator ends.
+    Raises UserError for a prompt that is empty or leaves no room in the context, RuntimeError for
+    stale weights, FloatingPointError for logits that are not finite.
     """
     config.check()
     if network.kind != "language":
-        raise ValueError("generate needs a language model, not a scalar one")
-    if sample_indices is None:
-        sample_indices = range(len(prompts))
-    if len(set(sample_indices)) != len(prompts):
+        raise ValueError(f"a {network.kind} network generates nothing; it takes a language model")
+    network.check_fresh()
+    indices = range(len(prompts)) if sample_indices is None else sample_indices
+    if len(set(indices)) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts need as many different sample indices")
     limits = [config.max_new_tokens] * len(prompts) if max_new_tokens is None else max_new_tokens
     sequences = [
         _live_sequence(index, prompt, limit, network.size.context_length)
-        for index, prompt, limit in zip(sample_indices, prompts, limits, strict=True)
+        for index, prompt, limit in zip(indices, prompts, limits, strict=True)
     ]
-    stop_ids = frozenset((eos_id, *config.stop_token_ids))
-    return _run(
+    if not sequences:
+        return iter(())
+    # Long prompts first, for a short tail; equal ones side by side, to share their blocks.
+    sequences.sort(key=lambda s: (-len(s.tokens), s.tokens, s.sample_index))
+    cache = build_cache(
         network,
-        sequences,
         config,
+        num_sequences=len(sequences),
+        max_length=max(sequence.max_length for sequence in sequences),
+    )
+    stop_ids = frozenset((eos_id, *config.stop_token_ids))
+    runner = Runner(network, config, cache, stop_ids=stop_ids, seed=seed)
+    pp = network.parallel.layout.pp
+    steps_per_sync = config.steps_per_sync or (8 if network.parallel.device.type == "cuda" else 1)
+    scheduler = Scheduler(
+        waiting=deque(sequences),
+        blocks=BlockManager(cache.num_blocks, config.block_size),
+        slots_per_group=config.slots_per_group(pp),
+        prefill_tokens=config.prefill_tokens,
+        # In a pipeline a step's tokens travel between ranks before the next.
+        steps_per_sync=steps_per_sync if pp == 1 else 1,
         stop_ids=stop_ids,
-        seed=seed,
-        on_tokens=on_tokens or (lambda index, tokens: None),
+        num_groups=pp,
         counts=counts or Counts(),
     )
+    return _run(runner, scheduler, on_tokens or _nobody)
 
 
 def length_spread(num_tokens: int, parallel: Parallel) -> float:
-    """Return how unlevel data-parallel ranks are: the most tokens on one of them over the mean; 1 is level."""
+    """Return how uneven the data-parallel ranks' tokens are: the most over the mean; 1 is even."""
     totals = torch.zeros(parallel.dp, device=parallel.device)
     totals[parallel.dp_rank] = num_tokens
     dist.all_reduce(totals, group=parallel.dp_group)
     return float(totals.max() / totals.mean().clamp(min=1))  # sync
 
 
+def _nobody(sample_index: int, tokens: list[int]) -> None:
+    """Hear of tokens where the caller did not ask to."""
+
+
 def _live_sequence(
     sample_index: int, prompt: np.ndarray, limit: int, context_length: int
 ) -> LiveSequence:
     if len(prompt) == 0:
-        raise UserError(
-            f"the prompt of sample {sample_index} is empty: there is nothing to continue"
-        )
+        raise UserError(f"the prompt of sample {sample_index} is empty: nothing to continue")
     if len(prompt) >= context_length:
         raise UserError(
-            f"the prompt of sample {sample_index} has {len(prompt)} tokens, which leaves no room for a response "
-            f"in the model's context of {context_length}: shorten or drop it"
+            f"the prompt of sample {sample_index} has {len(prompt)} tokens and leaves no room for "
+            f"a response in the model's context of {context_length}: shorten or drop it"
         )
     if limit < 1:
         raise UserError(f"max_new_tokens of sample {sample_index} must be at least 1, got {limit}")
@@ -96,55 +116,24 @@ def _live_sequence(
     )
 
 
-def _run(  # noqa: PLR0913
-    network: Network,
-    sequences: list[LiveSequence],
-    config: SamplingConfig,
-    *,
-    stop_ids: frozenset[int],
-    seed: int,
-    on_tokens: TokenListener,
-    counts: Counts,
-) -> Iterator[Response]:
-    if not sequences:
-        return
-    pp, virtual_pp = network.parallel.layout.pp, network.parallel.layout.virtual_pp
+def _run(runner: Runner, scheduler: Scheduler, on_tokens: TokenListener) -> Iterator[Response]:
+    """Run rounds until every sequence has finished.
+
+    A round takes one step of every group through all virtual stages. With as many groups as stages,
+    a group's tokens are back at the first stage just when its turn comes again.
+    """
+    network = runner.network
+    flights: list[Flight | None] = [None] * scheduler.num_groups
     was_training = network.chunks[0].training
     network.train(False)
-    runner = Runner(
-        network,
-        config,
-        stop_ids=stop_ids,
-        seed=seed,
-        max_length=max(sequence.max_length for sequence in sequences),
-        num_sequences=len(sequences),
-    )
-    # Long prompts first, for a short tail; equal ones side by side, for shared blocks.
-    sequences.sort(key=lambda s: (-len(s.tokens), s.tokens, s.sample_index))
-    steps_per_sync = config.steps_per_sync or (8 if network.parallel.device.type == "cuda" else 1)
-    scheduler = Scheduler(
-        waiting=deque(sequences),
-        blocks=BlockManager(runner.num_blocks, config.block_size),
-        slots_per_group=math.ceil(config.num_slots / pp),
-        prefill_tokens=config.prefill_tokens,
-        # In a pipeline a step's tokens travel between ranks before the next.
-        steps_per_sync=steps_per_sync if pp == 1 else 1,
-        stop_ids=stop_ids,
-        num_groups=pp,
-        counts=counts,
-    )
-    flights: list[Flight | None] = [None] * pp
     try:
-        # A round takes one step of every group through all virtual stages. With as many groups as stages, a
-        # group's tokens are back at the first stage just when its turn comes again.
         while scheduler.has_work:
-            for group in range(pp):
-                flight, flights[group] = flights[group], None
+            for group, flight in enumerate(flights):
                 if flight is not None:
                     yield from _finish(flight, group, runner, scheduler, on_tokens)
                 step = scheduler.next_step(group)
                 flights[group] = None if step is None else runner.launch(step)
-            for virtual_stage in range(1, virtual_pp):
+            for virtual_stage in range(1, len(network.modules)):
                 for flight in flights:
                     if flight is not None:
                         runner.proceed(flight, virtual_stage)
@@ -153,8 +142,13 @@ def _run(  # noqa: PLR0913
 
 
 def _finish(
-    flight: Flight, group: int, runner: Runner, scheduler: Scheduler, on_tokens: TokenListener
+    flight: Flight,
+    group: int,
+    runner: Runner,
+    scheduler: Scheduler,
+    on_tokens: TokenListener,
 ) -> Iterator[Response]:
+    """Wait for a step, and yield the responses that it has finished."""
     sampled = runner.collect(flight)
     for sequence, (tokens, _) in zip(flight.step.sampled, sampled, strict=True):
         on_tokens(sequence.sample_index, tokens)

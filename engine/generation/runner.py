@@ -1,45 +1,19 @@
-"""How a step runs on this rank: the tensors of a step, the forward passes, sampling, the pipeline's messages."""
+"""How a step runs on this rank: forward passes, the pipeline's messages, sampling, CUDA graphs."""
 
-import math
 from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.config import UserError
 from engine.generation.scheduler import Step
-from engine.generation.sequence import LiveSequence, SamplingConfig
+from engine.generation.sequence import SamplingConfig
+from engine.generation.step_tensors import IDLE_TOKEN, StepTensors, upload
 from engine.network import Network
-from models.attention import PackedSequences
-from models.paged_attention import PagedCache, PagedSequences
+from models.paged_attention import PagedCache
 from models.vocab_parallel import vocab_parallel_sample
-
-IDLE_TOKEN = -1
-
-
-@dataclass(kw_only=True)
-class StepTensors:
-    """A step on the device: T tokens, of which R rows sample. A decoding step updates them in place."""
-
-    tokens: Tensor
-    """[T] int64."""
-    positions: Tensor
-    """[T] int64, from 0 in every sequence."""
-    paged: PagedSequences
-    rows: Tensor
-    """[R] int64: the tokens after which one is sampled; all T of them in a decoding step."""
-    sample_index: Tensor
-    """[R] int64."""
-    first_stop: Tensor
-    """[R] int64: stop tokens are drawn from this position on (min_new_tokens)."""
-    last_position: Tensor
-    """[R] int64: no token is drawn beyond this position."""
-    is_idle: Tensor
-    """[R] bool: finished, or no sequence at all."""
 
 
 @dataclass(kw_only=True)
@@ -49,59 +23,88 @@ class Flight:
     step: Step
     tensors: StepTensors
     sampled: Tensor
-    """[num_steps, 2, R] int32: tokens (IDLE_TOKEN after the end) and the bits of their fp32 log-probs."""
+    """[num_steps, 2, R] int32: tokens, IDLE_TOKEN after the last, and the bits of their fp32
+    log-probs."""
     reply: dist.Work | None = None
 
 
-class Runner:
-    """Runs the steps of one generate() call; holds its cache.
+@dataclass(kw_only=True)
+class DecodeGraph:
+    """A CUDA graph of one decoding step of a fixed number of rows; advances its own tensors."""
 
-    Every rank of a replica makes the same calls in the same order.
-    """
+    graph: torch.cuda.CUDAGraph
+    tensors: StepTensors
+    sampled: Tensor
+    """[2, R] int32."""
+
+
+class Runner:
+    """Runs the steps of one generate() call. All ranks of a replica make the same calls."""
 
     def __init__(
         self,
         network: Network,
         config: SamplingConfig,
+        cache: PagedCache,
         *,
         stop_ids: frozenset[int],
         seed: int,
-        max_length: int,
-        num_sequences: int,
     ) -> None:
         self.network = network
         self.config = config
+        self.cache = cache
         self.seed = seed
         self.parallel = network.parallel
         self.device = network.parallel.device
-        self.stop_tokens = torch.tensor(sorted(stop_ids), device=self.device)
-        self.blocks_per_sequence = math.ceil(max_length / config.block_size)
-        self.num_blocks = self._num_blocks(num_sequences)
-        layer_numbers = [
-            layer.layer_number for module in network.modules for layer in module.decoder.layers
-        ]
-        self.cache = PagedCache(
-            layer_numbers, (self.num_blocks, *self._block_shape()), self._weight()
+        self.weights_version = network.weights_version
+        self.stop_tokens = torch.tensor(sorted(stop_ids), device=self.device)  # [S]
+        # Which of them this rank's columns of the logits hold, and where.
+        num_columns = network.size.padded_vocab_size // self.parallel.layout.tp
+        first_column = self.parallel.tp_rank * num_columns
+        columns = [token - first_column for token in sorted(stop_ids)]
+        held = [n for n, column in enumerate(columns) if 0 <= column < num_columns]
+        self._held_stops = torch.tensor(held, dtype=torch.int64, device=self.device)
+        self._stop_columns = torch.tensor(
+            [columns[n] for n in held], dtype=torch.int64, device=self.device
         )
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
+        self._graphs: dict[int, DecodeGraph] = {}
+        # Not in a pipeline, whose messages between ranks stay outside of graphs.
+        self._uses_graphs = (
+            config.cuda_graphs and self.device.type == "cuda" and self.parallel.layout.pp == 1
+        )
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Flight:
-        """Start a step: upload it and run this rank's first pipeline chunk, num_steps times over without pipeline."""
-        tensors = self._upload(step)
-        num_rows = len(tensors.rows)
-        sampled = torch.empty(step.num_steps, 2, num_rows, dtype=torch.int32, device=self.device)
+        """Start a step: run this rank's first pipeline chunk; without pipeline, all num_steps."""
+        if self.network.weights_version != self.weights_version:
+            raise RuntimeError(
+                "the weights changed while responses were being generated: finish or close the "
+                "iterator of generate() before the optimizer's step"
+            )
+        tensors = upload(
+            step,
+            self.cache,
+            num_decode_rows=self._num_decode_rows(step),
+            min_new_tokens=self.config.min_new_tokens,
+            device=self.device,
+        )
+        shape = (step.num_steps, 2, len(tensors.rows))
+        sampled = torch.empty(shape, dtype=torch.int32, device=self.device)
         flight = Flight(step=step, tensors=tensors, sampled=sampled)
+        if self._uses_graphs and not step.chunks:
+            self._replay(flight)
+            return flight
         for n in range(step.num_steps):
             if n > 0:
-                self._advance(tensors, sampled[n - 1, 0])
-            self._run_chunk(flight, 0, n)
+                tensors.advance(sampled[n - 1, 0], self.stop_tokens)
+            self._run_chunk(flight, 0, sampled[n])
         return flight
 
     @torch.inference_mode()
     def proceed(self, flight: Flight, virtual_stage: int) -> None:
         """Run one of this rank's later pipeline chunks on a step."""
-        self._run_chunk(flight, virtual_stage, 0)
+        self._run_chunk(flight, virtual_stage, flight.sampled[0])
 
     def collect(self, flight: Flight) -> list[tuple[list[int], list[float]]]:
         """Wait for a step and return (tokens, logprobs) of each of its sampled sequences.
@@ -123,168 +126,65 @@ class Runner:
             outcome.append((tokens[:num_tokens, row].tolist(), logprobs[:num_tokens, row].tolist()))
         return outcome
 
-    def _weight(self) -> Tensor:
-        return next(self.network.modules[0].parameters())
+    def _num_decode_rows(self, step: Step) -> int:
+        """Return the rows before a step's chunks: more than it decodes where T must be round."""
+        num_rows = len(step.decodes)
+        if self._uses_graphs and not step.chunks:
+            # Few shapes, so that few graphs are captured: powers of two, then multiples of 16.
+            is_small = num_rows <= 16
+            num_rows = 1 << (num_rows - 1).bit_length() if is_small else -(-num_rows // 16) * 16
+        if self.parallel.layout.sequence_parallel:
+            num_tokens = num_rows + sum(chunk.stop - chunk.start for chunk in step.chunks)
+            num_rows += -num_tokens % self.parallel.layout.tp
+        return num_rows
 
-    def _block_shape(self) -> tuple[int, int, int]:
-        size = self.network.size
-        heads = size.num_heads // self.parallel.layout.tp
-        return self.config.block_size, heads, size.hidden_size // size.num_heads
-
-    def _num_blocks(self, num_sequences: int) -> int:
-        """Return the blocks of the cache: what memory allows on the fullest rank, at most what the slots can use."""
-        num_layers = sum(len(module.decoder.layers) for module in self.network.modules)
-        block_bytes = (
-            2 * num_layers * math.prod(self._block_shape()) * self._weight().element_size()
-        )
-        if self.config.cache_gib:
-            cache_bytes = self.config.cache_gib * 2**30
-        else:
-            cache_bytes = self.config.cache_fraction * free_bytes(self.device)
-        fit = torch.tensor(int(cache_bytes // block_bytes), device=self.device)
-        for group in (self.parallel.tp_group, self.parallel.pp_group):
-            dist.all_reduce(fit, op=dist.ReduceOp.MIN, group=group)
-        most_used = min(self.config.num_slots, num_sequences) * self.blocks_per_sequence
-        num_blocks = min(int(fit), most_used)  # sync
-        if num_blocks < self.blocks_per_sequence:
-            raise UserError(
-                f"the key-value cache has room for {num_blocks * self.config.block_size} tokens, too few for one "
-                f"sequence of {self.blocks_per_sequence * self.config.block_size}: raise sampling.cache_gib or "
-                "cache_fraction, or lower max_new_tokens"
-            )
-        return num_blocks
-
-    def _upload(self, step: Step) -> StepTensors:
-        """Lay a step out as tensors: the decoding sequences, idle rows up to a multiple of tp, the chunks."""
-        num_chunk_tokens = sum(chunk.stop - chunk.start for chunk in step.chunks)
-        num_decodes = len(step.decodes)
-        multiple = self.parallel.layout.tp if self.parallel.layout.sequence_parallel else 1
-        num_idle = -(num_decodes + num_chunk_tokens) % multiple
-        first_chunk = num_decodes + num_idle
-        tokens = np.zeros(first_chunk + num_chunk_tokens, dtype=np.int64)
-        positions = np.zeros_like(tokens)
-        slots = np.full_like(tokens, -1)
-        tables = np.zeros((first_chunk, self.blocks_per_sequence), dtype=np.int32)
-        context_lengths = np.zeros(first_chunk, dtype=np.int32)
-        for row, sequence in enumerate(step.decodes):
-            tokens[row] = sequence.tokens[-1]
-            positions[row] = sequence.num_cached
-            tables[row, : len(sequence.blocks)] = sequence.blocks
-            context_lengths[row] = len(sequence.tokens)
-        block = self.config.block_size
-        at = positions[:num_decodes]
-        slots[:num_decodes] = tables[np.arange(num_decodes), at // block] * block + at % block
-        rows = list(range(num_decodes))
-        end = first_chunk
-        for chunk in step.chunks:
-            begin, end = end, end + chunk.stop - chunk.start
-            tokens[begin:end] = chunk.sequence.tokens[chunk.start : chunk.stop]
-            positions[begin:end] = np.arange(chunk.start, chunk.stop)
-            slots[begin:end] = self._slots_of(chunk.sequence, chunk.stop)[chunk.start :]
-            if chunk.is_last:
-                rows.append(end - 1)
-        if not step.chunks:
-            rows = list(range(first_chunk))
-        sampled = step.sampled
-        per_row = np.zeros((3, len(rows)), dtype=np.int64)
-        per_row[0, : len(sampled)] = [s.sample_index for s in sampled]
-        per_row[1, : len(sampled)] = [s.prompt_length + self.config.min_new_tokens for s in sampled]
-        per_row[2, : len(sampled)] = [s.max_length - 1 for s in sampled]
-        chunks, chunk_slots = self._chunk_keys(step)
-        sample_index, first_stop, last_position = self._to_device(per_row)
-        return StepTensors(
-            tokens=self._to_device(tokens),
-            positions=self._to_device(positions),
-            paged=PagedSequences(
-                cache=self.cache,
-                slots=self._to_device(slots),
-                block_tables=self._to_device(tables),
-                context_lengths=self._to_device(context_lengths),
-                chunks=chunks,
-                chunk_slots=chunk_slots,
-            ),
-            rows=self._to_device(np.array(rows, dtype=np.int64)),
-            sample_index=sample_index,
-            first_stop=first_stop,
-            last_position=last_position,
-            is_idle=self._to_device(np.arange(len(rows)) >= len(sampled)),
-        )
-
-    def _chunk_keys(self, step: Step) -> tuple[PackedSequences | None, Tensor | None]:
-        """Return where the step's chunks and their keys begin and end, and the keys' cache slots if any is older."""
-        if not step.chunks:
-            return None, None
-        lengths = [chunk.stop - chunk.start for chunk in step.chunks]
-        bounds = self._to_device(np.cumsum([0, *lengths], dtype=np.int32))
-        sequences = PackedSequences.of(bounds, max(lengths))
-        if all(chunk.start == 0 for chunk in step.chunks):
-            return sequences, None
-        key_lengths = [chunk.stop for chunk in step.chunks]
-        sequences.cu_seqlens_kv = self._to_device(np.cumsum([0, *key_lengths], dtype=np.int32))
-        sequences.max_seqlen_kv = max(key_lengths)
-        slots = [self._slots_of(chunk.sequence, chunk.stop) for chunk in step.chunks]
-        return sequences, self._to_device(np.concatenate(slots))
-
-    def _slots_of(self, sequence: LiveSequence, length: int) -> np.ndarray:
-        """Return the cache slots of a sequence's first `length` tokens."""
-        block = self.config.block_size
-        blocks = np.array(sequence.blocks[: math.ceil(length / block)], dtype=np.int64)
-        return (blocks[:, None] * block + np.arange(block)).reshape(-1)[:length]
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor
-
-    def _run_chunk(self, flight: Flight, virtual_stage: int, n: int) -> None:
-        """Receive hidden states, run one pipeline chunk, and send its output on or sample from it."""
-        module = self.network.modules[virtual_stage]
-        tensors = flight.tensors
+    def _run_chunk(self, flight: Flight, virtual_stage: int, sampled: Tensor) -> None:
+        """Receive hidden states, run one pipeline chunk, send its output on or sample from it."""
+        module, tensors = self.network.modules[virtual_stage], flight.tensors
         if not module.pre_process:
             module.set_input_tensor([self._receive(len(tensors.tokens))])
         output = module(tensors.tokens, tensors.positions, tensors.paged, rows=tensors.rows)
-        is_last_hop = virtual_stage == len(self.network.modules) - 1
-        if module.post_process:
-            if len(tensors.rows):  # none where a long prompt's chunk is the whole step
-                self._sample(output, tensors, flight.sampled[n])
-        else:
+        if not module.post_process:
             self._send(output)
+        elif len(tensors.rows):  # none where a part of a long prompt is the whole step
+            self._sample(output, tensors, sampled)
+        is_last_hop = virtual_stage == len(self.network.modules) - 1
         if self.parallel.layout.pp > 1 and is_last_hop:
             flight.reply = dist.broadcast(
                 flight.sampled,
-                self.parallel.last_stage_rank,
+                group_src=self.parallel.layout.pp - 1,
                 group=self.parallel.reply_group,
                 async_op=True,
             )
-
-    def _neighbour(self, offset: int) -> int:
-        group = self.parallel.pp_group
-        return dist.get_global_rank(group, (self.parallel.pp_rank + offset) % group.size())
 
     def _receive(self, num_tokens: int) -> Tensor:
         layout = self.parallel.layout
         rows = num_tokens // layout.tp if layout.sequence_parallel else num_tokens
         shape = (rows, 1, self.network.size.hidden_size)
         hidden = torch.empty(shape, dtype=self.network.dtype, device=self.device)
-        # From the last stage to the first (virtual stages) in the other group: NCCL runs the messages
-        # of a pair one after the other, and those of the two directions must not wait for each other.
-        group = self.parallel.reply_group if self.parallel.is_first_stage else self.parallel.pp_group
-        dist.recv(hidden, self._neighbour(-1), group=group)
+        # What goes from the last stage to the first (virtual stages) takes the other group: NCCL
+        # runs the messages of a pair of ranks in order, and the two directions would wait.
+        is_wrapped = self.parallel.is_first_stage
+        group = self.parallel.reply_group if is_wrapped else self.parallel.pp_group
+        dist.recv(hidden, group_src=(self.parallel.pp_rank - 1) % layout.pp, group=group)
         return hidden
 
     def _send(self, hidden: Tensor) -> None:
         while self._sends and self._sends[0][0].is_completed():
             self._sends.popleft()
-        group = self.parallel.reply_group if self.parallel.is_last_stage else self.parallel.pp_group
+        is_wrapped = self.parallel.is_last_stage
+        group = self.parallel.reply_group if is_wrapped else self.parallel.pp_group
+        target = (self.parallel.pp_rank + 1) % self.parallel.layout.pp
         hidden = hidden.contiguous()
-        work = dist.isend(hidden, self._neighbour(1), group=group)
-        self._sends.append((work, hidden))  # alive until it is sent
+        work = dist.isend(hidden, group_dst=target, group=group)
+        self._sends.append((work, hidden))  # which lives until it is sent
 
     def _sample(self, logits: Tensor, tensors: StepTensors, sampled: Tensor) -> None:
-        """Draw a token a row from this rank's columns of the logits [R, V / tp] into sampled [2, R]."""
+        """Draw a token a row from this rank's columns of the logits [R, V / tp] into [2, R]."""
         config = self.config
         position = tensors.positions[tensors.rows] + 1  # of the token that is drawn
+        is_early = position < tensors.first_stop
+        stop_mass = self._suppress_stops(logits, is_early) if config.min_new_tokens else None
         draw = vocab_parallel_sample(
             logits,
             group=self.parallel.tp_group,
@@ -296,26 +196,41 @@ class Runner:
             position=position,
             num_valid_vocab=self.network.size.vocab_size,
         )
+        logprobs = draw.logprobs
+        if stop_mass is not None:
+            # Under the full softmax: log p = z - log(sum of e^z without and with the stop tokens).
+            everything = torch.logaddexp(draw.logsumexp, stop_mass)
+            logprobs = torch.where(is_early, logprobs + draw.logsumexp - everything, logprobs)
         sampled[0] = draw.tokens.masked_fill(tensors.is_idle, IDLE_TOKEN)
-        sampled[1] = draw.logprobs.view(torch.int32)
+        sampled[1] = logprobs.contiguous().view(torch.int32)
 
-    def _advance(self, tensors: StepTensors, tokens: Tensor) -> None:
-        """Make a decoding step the next one: every row feeds the token it drew, and stops where that was its last."""
-        paged, block = tensors.paged, self.config.block_size
-        is_stop = torch.isin(tokens, self.stop_tokens)
-        tensors.is_idle |= is_stop | (tensors.positions + 1 >= tensors.last_position)
-        tensors.tokens.copy_(tokens.clamp(min=0))
-        tensors.positions += ~tensors.is_idle
-        column = (tensors.positions // block)[:, None]
-        slots = paged.block_tables.gather(1, column)[:, 0] * block + tensors.positions % block
-        paged.slots.copy_(slots.masked_fill(tensors.is_idle, -1))
-        lengths = (tensors.positions + 1).masked_fill(tensors.is_idle, 0)
-        paged.context_lengths.copy_(lengths)
+    def _suppress_stops(self, logits: Tensor, is_early: Tensor) -> Tensor:
+        """Put stop tokens' logits to -inf in rows that are early; return their logsumexp [R]."""
+        held = logits[:, self._stop_columns]
+        logits[:, self._stop_columns] = held.masked_fill(is_early[:, None], -torch.inf)
+        stops = logits.new_full((len(logits), len(self.stop_tokens)), -torch.inf)
+        stops[:, self._held_stops] = held
+        dist.all_reduce(stops, op=dist.ReduceOp.MAX, group=self.parallel.tp_group)
+        return (stops / (self.config.temperature or 1.0)).logsumexp(1)
 
+    def _replay(self, flight: Flight) -> None:
+        """Run a decoding step's graph num_steps times; capture it first where its shape is new."""
+        num_rows = len(flight.tensors.rows)
+        graph = self._graphs.get(num_rows)
+        if graph is None:
+            graph = self._graphs[num_rows] = self._capture(flight)
+        graph.tensors.copy_(flight.tensors)
+        for sampled in flight.sampled:
+            graph.graph.replay()
+            sampled.copy_(graph.sampled)
 
-def free_bytes(device: torch.device) -> int:
-    """Return the memory that a cache could take on this device now."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    def _capture(self, flight: Flight) -> DecodeGraph:
+        # The first run compiles and allocates; it writes what the graph will write again.
+        self._run_chunk(flight, 0, flight.sampled[0])
+        tensors, sampled = flight.tensors, torch.empty_like(flight.sampled[0])
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            self._run_chunk(flight, 0, sampled)
+            tensors.advance(sampled[0], self.stop_tokens)
+        return DecodeGraph(graph=graph, tensors=tensors, sampled=sampled)

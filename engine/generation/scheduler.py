@@ -1,4 +1,4 @@
-"""What the next step computes: who decodes, which parts of which prompts, who is admitted and who gives way."""
+"""What the next step computes: who decodes, which parts of prompts, who comes in, who gives way."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class Step:
 
 @dataclass(kw_only=True)
 class Counts:
-    """What generation did, for metrics and benchmarks; add them up over calls by passing the same object."""
+    """What generation did, for metrics and benchmarks; calls that share one add up."""
 
     num_steps: int = 0
     """Forward passes."""
@@ -60,8 +60,9 @@ class Counts:
 class Scheduler:
     """Continuous batching over one block cache, for one or more groups of sequences in flight.
 
-    In a pipeline every stage works on the step of another group; a group is scheduled again when its last step is
-    in. A block that one group gives back may be another's at once: every stage runs the steps in the same order.
+    In a pipeline every stage works on another group's step, and a group is scheduled again when its
+    last step is in. A block that one group gives back may be another's at once: every stage runs
+    the steps in the same order.
     """
 
     waiting: deque[LiveSequence]
@@ -84,7 +85,7 @@ class Scheduler:
         return bool(self.waiting) or any(self.running)
 
     def next_step(self, group: int) -> Step | None:
-        """Return the group's next step, with blocks for all it writes; None when the group has nothing to run."""
+        """Return the group's next step, with blocks for all it writes; None if it has none."""
         running = self.running[group]
         num_steps = self._reserve_decodes(running)
         chunks: list[Chunk] = []
@@ -107,7 +108,10 @@ class Scheduler:
     def finish_step(
         self, group: int, step: Step, sampled: Sequence[tuple[list[int], list[float]]]
     ) -> list[LiveSequence]:
-        """Take in a step's outcome, (tokens, logprobs) for each of step.sampled; return who has finished."""
+        """Take in what a step sampled, (tokens, logprobs) for each of step.sampled.
+
+        Returns the sequences that have finished.
+        """
         for chunk in step.chunks:
             chunk.sequence.num_cached = chunk.stop
         finished = []
@@ -123,14 +127,12 @@ class Scheduler:
         return finished
 
     def _reserve_decodes(self, running: list[LiveSequence]) -> int:
-        """Give every decoding sequence blocks for its next tokens; the latest admitted give way when there are none.
+        """Give decoding sequences blocks for their next tokens; the last to come give way for it.
 
         Returns how many steps there are blocks for: steps_per_sync, or 1 when blocks are scarce.
         """
-        longest = max(
-            (s.max_length - len(s.tokens) for s in running if s.num_pending == 1), default=1
-        )
-        num_steps = min(self.steps_per_sync, longest)
+        room = [s.max_length - len(s.tokens) for s in running if s.num_pending == 1]
+        num_steps = min(self.steps_per_sync, max(room, default=1))
         if sum(self._num_missing(s, num_steps) for s in running) > self.blocks.num_free:
             num_steps = 1
         index = 0
@@ -145,14 +147,14 @@ class Scheduler:
         return num_steps
 
     def _num_missing(self, sequence: LiveSequence, num_steps: int) -> int:
-        """Return the blocks that a sequence lacks for num_steps tokens; a prompt has its blocks from admission."""
+        """Return the blocks that a sequence lacks for num_steps tokens; a prompt lacks none."""
         if sequence.num_pending > 1:
             return 0
         length = min(sequence.num_cached + num_steps, sequence.max_length)
         return max(0, self.blocks.num_blocks_for(length) - len(sequence.blocks))
 
     def _preempt(self, sequence: LiveSequence) -> None:
-        """Take a sequence's blocks; what it has generated is fed as a prompt when its turn comes again."""
+        """Take a sequence's blocks; when its turn comes again it is fed as a longer prompt."""
         self._give_back(sequence)
         self.waiting.appendleft(sequence)
         self.counts.num_preempted += 1
@@ -163,7 +165,7 @@ class Scheduler:
         sequence.num_cached = 0
 
     def _admit_next(self, running: list[LiveSequence]) -> bool:
-        """Give the first waiting sequence the blocks of its prompt, where they are free; return whether it was."""
+        """Admit the first waiting sequence if the blocks of its prompt are free; return whether."""
         if not self.waiting:
             return False
         sequence = self.waiting[0]
@@ -186,14 +188,14 @@ class Scheduler:
         return True
 
     def _add_chunk(self, chunks: list[Chunk], sequence: LiveSequence, left: int) -> int:
-        """Add the sequence's next chunk of at most `left` tokens, if it is a prompt; return its tokens."""
+        """Add the next chunk, of at most `left` tokens, of what is fed as a prompt; return its size."""
         if sequence.num_pending == 1 or left <= 0:
             return 0
         start = sequence.num_cached
         stop = min(len(sequence.tokens), start + left)
         chunks.append(Chunk(sequence=sequence, start=start, stop=stop))
-        # Whoever is scheduled after this may share the blocks: the step that fills them runs first, and in one
-        # step every layer writes the cache before it reads it.
+        # Whoever is scheduled after this may share the blocks: the step that fills them runs first,
+        # and within a step every layer writes the cache before it reads it.
         size = self.blocks.block_size
         for n in range(start // size, stop // size):
             if n < len(sequence.digests):

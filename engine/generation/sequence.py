@@ -1,6 +1,7 @@
-"""What generation is asked for and what it answers: settings, a sequence under way, a finished response."""
+"""What is asked for and what comes back: settings, a sequence under way, a finished response."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,17 +26,20 @@ class SamplingConfig:
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a response, besides the end of text."""
     num_slots: int = 64
-    """Sequences decoded together on a rank; a finished one's slot is refilled at once. Our choice."""
+    """Sequences decoded together on a rank; a finished one's slot is refilled at once."""
     prefill_tokens: int = 1024
-    """Prompt tokens that one step computes next to the decoding sequences; longer prompts take several steps."""
+    """Prompt tokens that a step computes next to the decoding ones; longer prompts take several."""
     block_size: int = 16
-    """Tokens of one block of the key-value cache. Our choice: as in vLLM."""
+    """Tokens of one block of the key-value cache; our choice: as in vLLM."""
     cache_fraction: float = 0.85
-    """Share of the free memory that the key-value cache may take; it never takes more than the slots can use."""
+    """Share of the free memory for the key-value cache, which takes what its slots can use."""
     cache_gib: float = 0.0
-    """Size of the key-value cache of a rank instead, in GiB; 0 goes by cache_fraction."""
+    """Most that the cache takes on a rank instead, in GiB; 0 goes by cache_fraction."""
     steps_per_sync: int = 0
-    """Decode steps between two looks of the host at who has finished; 0 is 1 on the CPU and 8 on a GPU."""
+    """Decoding steps between two looks of the host at who has finished; 0: 1 on the CPU, 8 on a
+    GPU. With pipeline parallelism it is always 1."""
+    cuda_graphs: bool = True
+    """Replay decoding steps from CUDA graphs; they need pp 1, and a GPU."""
 
     def check(self) -> None:
         """Raise UserError for a value that means nothing."""
@@ -54,6 +58,10 @@ class SamplingConfig:
                 f"max_new_tokens {self.max_new_tokens}"
             )
 
+    def slots_per_group(self, pp: int) -> int:
+        """Return the slots of one of the pp groups that are in flight in a pipeline."""
+        return math.ceil(self.num_slots / pp)
+
     def greedy(self) -> "SamplingConfig":
         """Return these settings with the likeliest token taken each time."""
         return dataclasses.replace(self, temperature=0.0, top_k=0, top_p=1.0)
@@ -68,9 +76,10 @@ class Response:
     tokens: np.ndarray
     """[n] int64: what was generated, with the stop token if it ended with one."""
     logprobs: np.ndarray
-    """[n] fp32 log-prob of each token under softmax(logits / temperature), before top-k, top-p and min_new_tokens."""
+    """[n] fp32 log-prob of each token under softmax(logits / temperature), of the whole vocabulary:
+    before top_k, top_p and min_new_tokens. At temperature 0 under softmax(logits)."""
     has_eos: bool
-    """Whether it ended itself, by the end of text or another stop token, and not at max_new_tokens."""
+    """Whether it ended by itself, with the end of text or another stop token, not at its limit."""
 
 
 @dataclass(kw_only=True, eq=False)

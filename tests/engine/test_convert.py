@@ -345,7 +345,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(copy):
 
 def test_missing_paths_and_layouts_that_do_not_fit(copy, tmp_path):
     assert "--source" in refusal(tmp_path / "nowhere")
-    assert "world size" in refusal(copy, layout=ParallelLayout(tp=2))
+    assert "layout tp 2" in refusal(copy, layout=ParallelLayout(tp=2))
     (copy / "tokenizer.json").unlink()
     assert "tokenizer.json" in refusal(copy)
     with pytest.raises(UserError, match="--out .* exists already"):

@@ -1,4 +1,4 @@
-"""Vocabulary shards on four gloo ranks give what one device gives, and megatron gets its gradients."""
+"""Vocabulary shards on gloo ranks give what one device gives; megatron gets its gradients."""
 
 import os
 from pathlib import Path

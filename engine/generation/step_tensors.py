@@ -1,0 +1,154 @@
+"""What a step is on the device, and how a decoding step becomes the next without the host."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.generation.scheduler import Step
+from engine.generation.sequence import LiveSequence
+from models.attention import PackedSequences
+from models.paged_attention import PagedCache, PagedSequences
+
+IDLE_TOKEN = -1
+
+
+@dataclass(kw_only=True)
+class StepTensors:
+    """A step of T tokens, of which R sample the next one; in a decoding step all T rows do."""
+
+    tokens: Tensor
+    """[T] int64."""
+    positions: Tensor
+    """[T] int64, from 0 in every sequence."""
+    paged: PagedSequences
+    rows: Tensor
+    """[R] int64: the tokens after which one is sampled."""
+    sample_index: Tensor
+    """[R] int64."""
+    first_stop: Tensor
+    """[R] int64: stop tokens are drawn from this position on (min_new_tokens)."""
+    last_position: Tensor
+    """[R] int64: nothing is drawn beyond this position."""
+    is_idle: Tensor
+    """[R] bool: the row's sequence has ended, or it never had one."""
+
+    def advance(self, sampled: Tensor, stop_tokens: Tensor) -> None:
+        """Make a decoding step the one that feeds the tokens [R] just sampled, in place.
+
+        A row whose token was its sequence's last becomes idle.
+        """
+        paged, block_size = self.paged, self.paged.cache.block_size
+        has_stopped = (sampled[:, None] == stop_tokens).any(1)
+        self.is_idle |= has_stopped | (self.positions + 1 >= self.last_position)
+        self.tokens.copy_(sampled.masked_fill(self.is_idle, 0))
+        self.positions += ~self.is_idle
+        column = self.positions // block_size
+        block = paged.block_tables.gather(1, column[:, None])[:, 0]
+        slots = block * block_size + self.positions % block_size
+        paged.slots.copy_(slots.masked_fill_(self.is_idle, -1))
+        paged.context_lengths.copy_((self.positions + 1).masked_fill_(self.is_idle, 0))
+
+    def copy_(self, other: "StepTensors") -> None:
+        """Take over the contents of a decoding step of the same shape."""
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_(theirs)
+
+    def _tensors(self) -> list[Tensor]:
+        mine = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        paged = [self.paged.slots, self.paged.block_tables, self.paged.context_lengths]
+        return [x for x in mine if isinstance(x, Tensor)] + paged
+
+
+def upload(
+    step: Step,
+    cache: PagedCache,
+    *,
+    num_decode_rows: int,
+    min_new_tokens: int,
+    device: torch.device,
+) -> StepTensors:
+    """Return a step's tensors: decoding sequences, idle rows up to num_decode_rows, chunks."""
+    sampled = step.sampled
+    num_tokens = num_decode_rows + sum(chunk.stop - chunk.start for chunk in step.chunks)
+    tokens = np.zeros(num_tokens, dtype=np.int64)
+    positions = np.zeros(num_tokens, dtype=np.int64)
+    slots = np.full(num_tokens, -1, dtype=np.int64)
+    block_tables = np.zeros((num_decode_rows, cache.blocks_per_sequence), dtype=np.int32)
+    context_lengths = np.zeros(num_decode_rows, dtype=np.int32)
+    for row, sequence in enumerate(step.decodes):
+        tokens[row] = sequence.tokens[-1]
+        positions[row] = sequence.num_cached
+        block_tables[row, : len(sequence.blocks)] = sequence.blocks
+        context_lengths[row] = len(sequence.tokens)
+    num_decodes = len(step.decodes)
+    block, offset = np.divmod(positions[:num_decodes], cache.block_size)
+    slots[:num_decodes] = block_tables[np.arange(num_decodes), block] * cache.block_size + offset
+    rows = list(range(num_decodes if step.chunks else num_decode_rows))
+    end = num_decode_rows
+    for chunk in step.chunks:
+        start, end = end, end + chunk.stop - chunk.start
+        tokens[start:end] = chunk.sequence.tokens[chunk.start : chunk.stop]
+        positions[start:end] = np.arange(chunk.start, chunk.stop)
+        slots[start:end] = _slots(chunk.sequence, chunk.stop, cache)[chunk.start :]
+        if chunk.is_last:
+            rows.append(end - 1)
+    per_row = np.zeros((3, len(rows)), dtype=np.int64)
+    per_row[0, : len(sampled)] = [s.sample_index for s in sampled]
+    per_row[1, : len(sampled)] = [s.prompt_length + min_new_tokens for s in sampled]
+    per_row[2, : len(sampled)] = [s.max_length - 1 for s in sampled]
+    sample_index, first_stop, last_position = _to(device, per_row)
+    chunks, chunk_slots = _chunk_keys(step, cache, device)
+    return StepTensors(
+        tokens=_to(device, tokens),
+        positions=_to(device, positions),
+        paged=PagedSequences(
+            cache=cache,
+            slots=_to(device, slots),
+            block_tables=_to(device, block_tables),
+            context_lengths=_to(device, context_lengths),
+            chunks=chunks,
+            chunk_slots=chunk_slots,
+        ),
+        rows=_to(device, np.array(rows, dtype=np.int64)),
+        sample_index=sample_index,
+        first_stop=first_stop,
+        last_position=last_position,
+        is_idle=_to(device, np.arange(len(rows)) >= len(sampled)),
+    )
+
+
+def _chunk_keys(
+    step: Step, cache: PagedCache, device: torch.device
+) -> tuple[PackedSequences | None, Tensor | None]:
+    """Return where the chunks and their keys begin and end, and the keys' slots if any is older."""
+    if not step.chunks:
+        return None, None
+    lengths = [chunk.stop - chunk.start for chunk in step.chunks]
+    bounds = _to(device, np.cumsum([0, *lengths], dtype=np.int32))
+    sequences = PackedSequences.of(bounds, max(lengths))
+    if all(chunk.start == 0 for chunk in step.chunks):
+        return sequences, None
+    key_lengths = [chunk.stop for chunk in step.chunks]
+    sequences.cu_seqlens_kv = _to(device, np.cumsum([0, *key_lengths], dtype=np.int32))
+    sequences.max_seqlen_kv = max(key_lengths)
+    slots = [_slots(chunk.sequence, chunk.stop, cache) for chunk in step.chunks]
+    return sequences, _to(device, np.concatenate(slots))
+
+
+def _slots(sequence: LiveSequence, length: int, cache: PagedCache) -> np.ndarray:
+    """Return the cache slots of a sequence's first `length` tokens."""
+    size = cache.block_size
+    blocks = np.array(sequence.blocks[: math.ceil(length / size)], dtype=np.int64)
+    return (blocks[:, None] * size + np.arange(size)).reshape(-1)[:length]
+
+
+def _to(device: torch.device, array: np.ndarray) -> Tensor:
+    """Return the array on the device; to a GPU through pinned memory, without waiting."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor

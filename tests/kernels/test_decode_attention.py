@@ -1,0 +1,164 @@
+"""Attention of one query a sequence over a paged cache, and the append to it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import decode_attention as decode_module
+from kernels.decode_attention import append_kv, decode_attention
+from tests.kernels.oracle import largest_difference
+
+HEADS, DIM, BLOCK_SIZE = 3, 20, 8
+CONTEXTS = (0, 1, 8, 63, 65, 150)
+
+
+@pytest.fixture(autouse=True)
+def small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits of 64 tokens read 16 at a time, and CPU groups of about two sequences."""
+    monkeypatch.setattr(decode_module, "_SPLIT", 64)
+    monkeypatch.setattr(decode_module, "_BLOCK_TOKENS", 16)
+    monkeypatch.setattr(decode_module, "_GROUP_BYTES", 2 * 65 * HEADS * DIM * 4)
+
+
+def random_cache(
+    contexts: tuple[int, ...] = CONTEXTS, *, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """query, k_cache, v_cache, block_tables in shuffled order, context_lengths."""
+    batch, max_blocks = len(contexts), -(-max(contexts) // BLOCK_SIZE) + 1
+    blocks = torch.randperm(batch * max_blocks).view(batch, max_blocks).to(torch.int32)
+    cache = torch.randn(2, batch * max_blocks, BLOCK_SIZE, HEADS, DIM).to(dtype)
+    query = torch.randn(batch, HEADS, DIM).to(dtype)
+    return query, *cache.unbind(), blocks, torch.tensor(contexts, dtype=torch.int32)
+
+
+def exact_attention(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """fp64, one sequence at a time."""
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    for b, length in enumerate(lengths.tolist()):
+        keys, values = (
+            cache[tables[b].long()].flatten(0, 1)[:length].double() for cache in (k_cache, v_cache)
+        )
+        weights = (torch.einsum("hd,nhd->hn", query[b].double(), keys) * scale).softmax(1)
+        out[b] = torch.einsum("hn,nhd->hd", weights, values)
+    return out
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1.6e-2)])
+def test_matches_fp64(backend: str, dtype: torch.dtype, tolerance: float) -> None:
+    inputs = random_cache(dtype=dtype)
+    out = decode_attention(*inputs, scale=0.3)
+    exact = exact_attention(*inputs, scale=0.3)
+    assert out.dtype == dtype
+    assert largest_difference(out, exact) < tolerance * exact.abs().max()
+
+
+def test_idle_slots_give_zeros(backend: str) -> None:
+    inputs = random_cache()
+    assert (decode_attention(*inputs, scale=0.3)[0] == 0).all()
+    inputs[4].zero_()
+    assert (decode_attention(*inputs, scale=0.3) == 0).all()
+
+
+def test_nothing_beyond_the_context_is_read(backend: str) -> None:
+    query, k_cache, v_cache, tables, lengths = random_cache()
+    want = decode_attention(query, k_cache, v_cache, tables, lengths, scale=0.3)
+    for b, length in enumerate(lengths.tolist()):
+        used = -(-length // BLOCK_SIZE)
+        tables[b, used:] = 0  # not this sequence's block
+        offset = length % BLOCK_SIZE
+        if offset:  # the rest of its last block
+            k_cache[tables[b, used - 1], offset:] = 1e4
+            v_cache[tables[b, used - 1], offset:] = 1e4
+    assert torch.equal(decode_attention(query, k_cache, v_cache, tables, lengths, scale=0.3), want)
+
+
+def test_extreme_logits_stay_finite(backend: str) -> None:
+    inputs = random_cache()
+    out = decode_attention(*inputs, scale=1e4)
+    assert largest_difference(out, exact_attention(*inputs, scale=1e4)) < 1e-3
+
+
+def test_a_sequence_does_not_depend_on_its_batch(interpreter: None) -> None:
+    query, k_cache, v_cache, tables, lengths = random_cache()
+    whole = decode_attention(query, k_cache, v_cache, tables, lengths, scale=0.3)
+    wider = torch.nn.functional.pad(tables, (0, 30))  # tables for a longer context: more splits
+    for b in range(len(lengths)):
+        alone = decode_attention(
+            query[b : b + 1], k_cache, v_cache, wider[b : b + 1], lengths[b : b + 1], scale=0.3
+        )
+        assert torch.equal(alone[0], whole[b])
+
+
+def test_append_writes_each_token_to_its_slot(backend: str) -> None:
+    _, k_cache, v_cache, _, _ = random_cache()
+    # The keys and values of one projection: strided views, as the attention layer hands them over.
+    projection = torch.randn(6, HEADS, 3 * DIM)
+    k_new, v_new = projection[..., DIM : 2 * DIM], projection[..., 2 * DIM :]
+    slots = torch.tensor([3, -1, 17, 100, 101, k_cache.shape[0] * BLOCK_SIZE - 1])
+    want_k, want_v = k_cache.clone(), v_cache.clone()
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            want_k[slot // BLOCK_SIZE, slot % BLOCK_SIZE] = k_new[token]
+            want_v[slot // BLOCK_SIZE, slot % BLOCK_SIZE] = v_new[token]
+    append_kv(k_new, v_new, k_cache, v_cache, slots)
+    assert torch.equal(k_cache, want_k)
+    assert torch.equal(v_cache, want_v)
+
+
+def test_no_sequences_and_no_tokens(backend: str) -> None:
+    query, k_cache, v_cache, tables, lengths = random_cache()
+    out = decode_attention(query[:0], k_cache, v_cache, tables[:0], lengths[:0], scale=1.0)
+    assert out.shape == (0, HEADS, DIM)
+    before = k_cache.clone()
+    append_kv(query[:0], query[:0], k_cache, v_cache, lengths[:0])
+    assert torch.equal(k_cache, before)
+
+
+def test_a_strided_cache_is_refused() -> None:
+    query, k_cache, v_cache, tables, lengths = random_cache()
+    with pytest.raises(ValueError, match="contiguous"):
+        decode_attention(query, k_cache[:, ::2], v_cache, tables, lengths, scale=1.0)
+
+
+def test_repeats_bit_for_bit_and_compiles(interpreter: None) -> None:
+    query, k_cache, v_cache, tables, lengths = random_cache()
+    slots = torch.tensor([5, 6, -1, 7, 8, 9])
+
+    def step(query: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        append_kv(query, query, k_cache, v_cache, slots)
+        return decode_attention(query, k_cache, v_cache, tables, lengths, scale=0.3)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    caches = [(k_cache.clone(), v_cache.clone()) for _ in range(3)]
+    outs = [f(query, *c) for f, c in zip((step, step, compiled), caches, strict=True)]
+    for out, cache in zip(outs[1:], caches[1:], strict=True):
+        assert torch.equal(out, outs[0])
+        assert torch.equal(cache[0], caches[0][0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 80, 128])
+def test_on_a_gpu(dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(f"{__name__}.DIM", dim)
+    inputs = random_cache((1, 1024, 0, 300, 2048, 17, 256, 257), dtype=dtype)
+    exact = exact_attention(*inputs, scale=dim**-0.5)
+    on_gpu = [x.cuda() for x in inputs]
+    slots = torch.arange(len(exact), device="cuda") + 3
+    new = on_gpu[0].clone()
+
+    def step() -> Tensor:
+        append_kv(new, new, on_gpu[1].clone(), on_gpu[2].clone(), slots)
+        return decode_attention(*on_gpu, scale=dim**-0.5)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for _ in range(20):
+        graph.replay()
+        assert largest_difference(out.cpu(), exact) < (1e-5 if dtype == torch.float32 else 1.6e-2)
