@@ -14,6 +14,7 @@ saving resumes from the one before. Weights load through tensors only, never thr
 import dataclasses
 import json
 import os
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 
@@ -33,6 +35,11 @@ from engine.parallel import Parallel
 from models.sizes import GPTSize
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+# Through this queue megatron's writer hands what it wrote to the rank that waits for it. Its own
+# is served by one more process a rank, which imports the recipe anew; ours writes and waits in one
+# process, where a plain queue does.
+filesystem_async._results_queue = queue.Queue()
 
 
 @dataclasses.dataclass(kw_only=True)

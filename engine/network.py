@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 
 from engine.device import DTYPES
-from engine.parallel import Parallel, seed_for_initialisation
+from engine.parallel import Parallel, seed_for_head, seed_for_initialisation
 from models.gpt import GPT
 from models.layers import Recompute, transformer_config
 from models.scalar_gpt import ScalarGPT
@@ -99,6 +99,9 @@ def build_network(
             post_process=parallel.is_last_stage and stage == layout.virtual_pp - 1,
             vp_stage=stage if layout.virtual_pp > 1 else None,
         )
+        if isinstance(module, ScalarGPT) and module.post_process:
+            seed_for_head(parallel)
+            module.scalar_head.initialise()
         module.to(device=parallel.device, dtype=DTYPES[numerics.dtype])
         module.requires_grad_(False)
         modules.append(module)

@@ -180,6 +180,12 @@ def seed_for_initialisation(parallel: Parallel) -> None:
     _seed(parallel.seed + 1_009 * parallel.pp_rank)
 
 
+def seed_for_head(parallel: Parallel) -> None:
+    """Seed the generators alike on every rank and in every layout, to draw a scalar head: it is what
+    a checkpoint of a language model leaves open in a reward model."""
+    _seed(parallel.seed + 50_021)
+
+
 def seed_for_step(parallel: Parallel, step: int) -> None:
     """Seed dropout from (seed, step, pipeline stage, data-parallel rank), at the start of an
     optimizer step.

@@ -59,7 +59,7 @@ def forward_backward(
         heads: dict[str, Any] = {}
         if not callable(loss):
             token_loss = loss.token_loss(batch)
-            heads = {"mask": batch.mask, "token_loss": token_loss, "temperature": temperature}
+            heads = _language_heads(batch, temperature) | {"token_loss": token_loss}
         return _call(chunk, batch, heads), functools.partial(loss_of, batch)
 
     def loss_of(batch: PackedBatch, output: Any) -> tuple[Tensor, Tensor, Metrics]:
@@ -81,7 +81,7 @@ def forward(
     def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[Any, Any]:
         batch = next(iterator)
         is_language = network.kind == "language"
-        heads = {"mask": batch.mask, "temperature": temperature} if is_language else {}
+        heads = _language_heads(batch, temperature) if is_language else {}
         return _call(chunk, batch, heads), lambda output: (output.sum(), no_tokens, output)
 
     no_tokens = torch.zeros((), dtype=torch.int, device=network.parallel.device)
@@ -129,6 +129,10 @@ def reduce_metrics(metrics: Metrics, parallel: Parallel) -> dict[str, float]:
         else:
             values[name] = float(value)
     return values
+
+
+def _language_heads(batch: PackedBatch, temperature: float) -> dict[str, Any]:
+    return {"mask": batch.mask, "targets": batch.targets, "temperature": temperature}
 
 
 def _call(chunk: torch.nn.Module, batch: PackedBatch, heads: dict[str, Any]) -> Any:

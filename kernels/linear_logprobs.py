@@ -280,6 +280,19 @@ def _loss_and_derivative(
     return loss.detach(), derivative
 
 
+def _loss_in_two_passes(
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_loss: TokenLoss, spec: LinearSpec
+) -> tuple[Tensor, Tensor]:
+    """The same loss for fp16: its dz would vanish before backward brings the loss scale."""
+    logprob, _ = _LinearLogprobs.apply(hidden, weight, labels, spec)
+    rows = spec.row_index
+    if rows is None:
+        rows = torch.arange(len(labels), device=labels.device)
+    counts = labels[rows] != spec.rows.ignore_index
+    loss = torch.where(counts, token_loss(logprob[rows], rows), 0.0).sum()
+    return loss, logprob.detach()
+
+
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -330,7 +343,8 @@ def linear_logprobs_loss(
     token_loss(logprobs [n], rows [n]) gives the loss [n] of tokens from their own log-probs alone,
     for example `lambda logprobs, rows: -(weights[rows] * logprobs)`; torch differentiates it. It is
     called once a chunk and summed, so its normalisers are known beforehand. The weight's fp32
-    gradient [V, H] is held until backward. Other arguments as `linear_logprobs`.
+    gradient [V, H] is held until backward. fp16 takes two passes, for the sake of its loss scale.
+    Other arguments as `linear_logprobs`.
     """
     rows = RowSpec(
         num_valid_vocab=len(weight) if num_valid_vocab is None else num_valid_vocab,
@@ -360,6 +374,8 @@ def shard_linear_logprobs_loss(
     """`linear_logprobs_loss` from one shard of the weight [V_local, H]."""
     _check(hidden, weight)
     spec = _compacted(labels, spec)
+    if weight.dtype == torch.float16:
+        return _loss_in_two_passes(hidden, weight, labels, token_loss, spec)
     return _LinearLogprobsLoss.apply(
         hidden, weight, labels, token_loss, spec, torch.is_grad_enabled()
     )

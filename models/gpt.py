@@ -51,6 +51,7 @@ class GPT(GPTModel):
         sequences: PackedSequences,
         *,
         mask: Tensor | None = None,
+        targets: Tensor | None = None,
         rows: Tensor | None = None,
         token_loss: TokenLoss | None = None,
         temperature: float = 1.0,
@@ -59,10 +60,11 @@ class GPT(GPTModel):
 
         tokens, positions: [T] int64. The last stage returns, with mask [T] bool, the fp32 log-probs
         [T] of each token given those before it in its sequence: position t belongs to token t,
-        predicted from t-1, and is 0 where mask is False. With a token_loss(log-probs [n], their
-        positions [n]) -> [n] besides, it returns (summed loss, log-probs without gradient), the
-        head's gradients made in the same pass. With rows [R] instead of a mask it returns this
-        rank's vocabulary shard of the logits [R, V / tp] after those tokens.
+        predicted from t-1, and is 0 where mask is False; targets [R], the positions of mask, spare
+        the head the other tokens. With a token_loss(log-probs [n], their positions [n]) -> [n]
+        besides, it returns (summed loss, log-probs without gradient), the head's gradients made in
+        the same pass. With rows [R] instead of a mask it returns this rank's vocabulary shard of
+        the logits [R, V / tp] after those tokens.
         """
         hidden = self.embedding(tokens[None], positions[None]) if self.pre_process else None
         hidden = self.decoder(
@@ -87,6 +89,7 @@ class GPT(GPTModel):
             "sequence_parallel": self.config.sequence_parallel,
             "temperature": temperature,
             "num_valid_vocab": self.size.vocab_size,
+            "row_index": None if targets is None else targets - 1,
         }
         if token_loss is None:
             logprobs, _ = vocab_parallel_linear_logprobs(hidden, weight, labels, **arguments)

@@ -26,12 +26,17 @@ class ScalarHead(MegatronModule):
         self.weight = torch.nn.Parameter(
             torch.empty(1, hidden, device=device, dtype=config.params_dtype)
         )
-        self.bias = torch.nn.Parameter(torch.zeros(1, device=device, dtype=config.params_dtype))
-        torch.nn.init.normal_(self.weight, std=(hidden + 1) ** -0.5)
+        self.bias = torch.nn.Parameter(torch.empty(1, device=device, dtype=config.params_dtype))
+        self.initialise()
         for parameter in self.parameters():
             # Under sequence parallel each tp rank reads its own tokens: megatron sums these
             # gradients over tp.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def initialise(self) -> None:
+        """Draw the weight anew, and zero the bias."""
+        torch.nn.init.normal_(self.weight, std=(self.weight.shape[1] + 1) ** -0.5)
+        torch.nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return fp32 readings [T] of hidden [T, 1, H]."""

@@ -31,6 +31,9 @@ from models.sizes import GPTSize
 
 SIZE = GPTSize(num_layers=4, hidden_size=32, num_heads=4, vocab_size=100, context_length=64)
 WORDS = "the mill is a cheap pub near the river and serves fish to families with children".split()
+# Adam's epsilon lies above the rounding of gradients that are exactly 0 in real numbers (attention's
+# key biases; the head's bias in a ranking loss), which Adam would otherwise scale up to whole steps.
+ADAM = AdamConfig(lr=1e-3, epsilon=1e-6)
 ROLES = {"policy": "language", "reference": "language", "reward_model": "scalar"}
 
 
@@ -128,7 +131,7 @@ def sft_config(files: Path, directory: Path, **changes: Any) -> SFTConfig:
         epochs=0.6,
         batch_size=8,
         micro_batch_tokens=96,
-        adam=AdamConfig(lr=1e-3),
+        adam=ADAM,
         dropout=0.0,
     )
     return dataclasses.replace(config, **changes)
@@ -148,7 +151,7 @@ def rm_config(files: Path, directory: Path, **changes: Any) -> RMConfig:
         epochs=1.0,
         batch_size=6,
         micro_batch_tokens=256,
-        adam=AdamConfig(lr=1e-3),
+        adam=ADAM,
     )
     return dataclasses.replace(config, **changes)
 
@@ -173,17 +176,20 @@ def ppo_config(files: Path, directory: Path, **changes: Any) -> PPOConfig:
         kl=KLConfig(control="adaptive", horizon=100),
         eos_rule="penalty",
         ptx_examples_per_episode=1,
-        adam=AdamConfig(lr=1e-3, schedule="constant"),
-        critic_adam=AdamConfig(lr=1e-3, schedule="constant"),
+        adam=dataclasses.replace(ADAM, schedule="constant"),
+        critic_adam=dataclasses.replace(ADAM, schedule="constant"),
     )
     return dataclasses.replace(config, **changes)
 
 
-def weights_of(run: Path, role: str, size: GPTSize = SIZE) -> dict[str, torch.Tensor]:
-    """Return a run's newest weights of a role by name, joined on one rank."""
+def weights_of(run: Path, role: str, kind: Kind | None = None) -> dict[str, torch.Tensor]:
+    """Return a run's newest weights of a role by name, joined on one rank.
+
+    A scalar network of a run's policy is what a reward model of seed 0 starts from.
+    """
     parallel = start_parallel(ParallelLayout(), seed=0)
-    kind: Kind = "language" if role in ("policy", "ema") else "scalar"
-    network = build_network(kind, size, parallel, numerics=Numerics())
+    kind = kind or ("language" if role in ("policy", "ema") else "scalar")
+    network = build_network(kind, SIZE, parallel, numerics=Numerics())
     load_weights(network, run, role=role)
     (module,) = network.modules
     return {name: p.detach().clone() for name, p in module.named_parameters()}

@@ -38,6 +38,8 @@ class PackedBatch:
     """[B+1] int32: sequence b is tokens[cu_seqlens[b] : cu_seqlens[b+1]]."""
     mask: Tensor
     """[T] bool: the token is predicted (the response_mask)."""
+    targets: Tensor
+    """[R] int64: the positions where mask is True, known without asking the device."""
     sequence_ids: Tensor
     """[B] int64: the sequence's number in the step's global batch; -1 for padding."""
     cu_units: Tensor
@@ -232,11 +234,13 @@ def _join(sequences: list[Example], ids: list[int], unit_sizes: list[int]) -> Pa
     positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
     prompt_lengths = np.array([sequence.prompt_length for sequence in sequences])
     tokens = np.concatenate([sequence.tokens for sequence in sequences], dtype=np.int64)
+    mask = positions >= np.repeat(prompt_lengths, lengths)
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-        mask=torch.from_numpy(positions >= np.repeat(prompt_lengths, lengths)),
+        mask=torch.from_numpy(mask),
+        targets=torch.from_numpy(np.flatnonzero(mask)),
         sequence_ids=torch.tensor(ids, dtype=torch.int64),
         cu_units=torch.from_numpy(np.cumsum([0, *unit_sizes], dtype=np.int32)),
         fields={name: _join_field(sequences, name) for name in sequences[0].fields},

@@ -22,34 +22,27 @@ PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
         "restaurant": ("restaurant",),
         "coffee shop": ("coffee shop", "coffee house"),
         "wine bar": ("wine bar",),
-        "tea room": ("tea room", "tea house"),
         "bakery": ("bakery",),
-        "bistro": ("bistro",),
-        "diner": ("diner",),
     },
     "price.adjective": {
-        "cheap": ("cheap", "inexpensive", "low-priced", "low-cost"),
-        "moderate": ("moderately priced", "mid-priced", "reasonably priced"),
-        "high": ("expensive", "high-priced", "pricey", "upmarket"),
+        "cheap": ("cheap", "inexpensive", "low-priced"),
+        "moderate": ("moderately priced", "mid-priced"),
+        "high": ("expensive", "high-priced", "pricey"),
     },
     "price.at": {
-        "cheap": ("at low prices", "for little money", "at a low cost"),
-        "moderate": ("at moderate prices", "for a moderate price", "at reasonable prices"),
-        "high": ("at high prices", "for a lot of money", "at a high price"),
+        "cheap": ("at low prices", "for little money"),
+        "moderate": ("at moderate prices", "for a moderate price"),
+        "high": ("at high prices", "for a lot of money"),
     },
     "price.clause": {
-        "cheap": ("prices are low", "meals cost little", "you pay little"),
-        "moderate": (
-            "prices are moderate",
-            "prices are in the middle range",
-            "prices are about average",
-        ),
-        "high": ("prices are high", "meals cost a lot", "prices are steep"),
+        "cheap": ("prices are low", "meals cost little"),
+        "moderate": ("prices are moderate", "prices are in the middle range"),
+        "high": ("prices are high", "meals cost a lot"),
     },
     "rating.adjective": {
-        "low": ("poorly rated", "low-rated", "one-star"),
-        "average": ("averagely rated", "mid-rated", "three-star"),
-        "high": ("highly rated", "top-rated", "five-star"),
+        "low": ("poorly rated", "one-star"),
+        "average": ("averagely rated", "three-star"),
+        "high": ("highly rated", "five-star"),
     },
     "rating.noun": {
         "low": ("a low customer rating", "a rating of 1 out of 5", "poor reviews"),
@@ -57,43 +50,36 @@ PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
         "high": ("a high customer rating", "a rating of 5 out of 5", "excellent reviews"),
     },
     "rating.clause": {
-        "low": ("customers rate it poorly", "guests give it 1 out of 5", "reviews are bad"),
-        "average": (
-            "customers rate it as average",
-            "guests give it 3 out of 5",
-            "reviews are so-so",
-        ),
-        "high": ("customers rate it highly", "guests give it 5 out of 5", "reviews are very good"),
+        "low": ("customers rate it poorly", "guests give it 1 out of 5"),
+        "average": ("customers rate it as average", "guests give it 3 out of 5"),
+        "high": ("customers rate it highly", "guests give it 5 out of 5"),
     },
     "area": {
-        "city centre": ("in the city centre", "in the middle of town", "right in the centre"),
-        "riverside": ("by the river", "in the riverside area", "on the riverside"),
+        "city centre": ("in the city centre", "in the middle of town"),
+        "riverside": ("by the river", "in the riverside area"),
         "old town": ("in the old town", "in the old part of town"),
-        "harbour": ("at the harbour", "down by the harbour", "in the harbour area"),
-        "market square": ("on the market square", "at the market square"),
-        "station": ("by the station", "in the station area", "beside the railway station"),
-        "university": ("by the university", "in the university area"),
-        "seafront": ("on the seafront", "by the sea", "along the seafront"),
+        "harbour": ("at the harbour", "in the harbour area"),
+        "station": ("by the station", "beside the railway station"),
     },
     "family friendly.adjective": {
         "yes": ("family-friendly", "child-friendly", "kid-friendly"),
         "no": ("adults-only", "child-free"),
     },
     "family friendly.predicate": {
-        "yes": ("good for families", "suitable for children", "open to families with children"),
-        "no": ("not family-friendly", "not suitable for children", "not child-friendly"),
+        "yes": ("good for families", "suitable for children"),
+        "no": ("not family-friendly", "not suitable for children"),
     },
     "family friendly.post": {
-        "yes": ("that welcomes families", "where children are welcome", "that welcomes children"),
-        "no": ("for adults only", "where children are not welcome", "with no room for children"),
+        "yes": ("that welcomes families", "where children are welcome"),
+        "no": ("for adults only", "where children are not welcome"),
     },
     "family friendly.clause": {
-        "yes": ("children are welcome", "families are welcome", "kids are welcome"),
-        "no": ("children are not welcome", "families are not welcome", "no children are allowed"),
+        "yes": ("children are welcome", "families are welcome"),
+        "no": ("children are not welcome", "families are not welcome"),
     },
 }
-for _cuisine in ("English", "Italian", "French", "Indian", "Chinese", "Greek", "Thai", "Mexican"):
-    _nouns = ("food", "dishes", "cuisine", "cooking")
+for _cuisine in ("English", "Italian", "French", "Indian", "Chinese", "Japanese"):
+    _nouns = ("food", "dishes", "cuisine")
     PHRASES.setdefault("food", {})[_cuisine] = tuple(f"{_cuisine} {noun}" for noun in _nouns)
     PHRASES.setdefault("food.adjective", {})[_cuisine] = (_cuisine,)
 

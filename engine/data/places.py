@@ -19,17 +19,14 @@ FIELDS = ("name", "type", "food", "price", "rating", "area", "family friendly", 
 INSTRUCTION = "Describe this place."
 
 _NAME_WORDS = (
-    "Blue Golden Silver Crimson Copper Amber Ivory Scarlet Velvet Rusty Merry Hungry Lucky Jolly "
-    "Humble Royal Wild Gentle Lazy Dancing Laughing Hidden Seven Twin Olive Ginger Pepper Maple "
-    "Willow Cedar Juniper Saffron Lemon Walnut Thistle Clover Bramble Hazel Mint Honey",
-    "Spice Anchor Kettle Lantern Spoon Plate Ladle Garden Oven Barrel Swan Fox Lion Stag Heron "
-    "Otter Badger Falcon Raven Bear Kitchen Cellar Parlour Pantry Hearth Mill Wheel Plough Harvest "
-    "Orchard Feather Compass Acorn Bell Arrow Castle Dragon Mermaid Pilgrim Sailor",
+    "Blue Golden Silver Copper Velvet Hungry Lucky Royal Gentle Dancing Hidden Olive Ginger Willow "
+    "Lemon Thistle",
+    "Spice Anchor Kettle Lantern Spoon Garden Swan Fox Lion Heron Badger Cellar Mill Orchard Castle "
+    "Dragon",
 )
 _LANDMARK_WORDS = (
-    "Grand Central Victoria Albion Trinity Regent Palace Abbey Temple Crown Queen Union Liberty "
-    "Empire Meridian Orion",
-    "Hotel Museum Theatre Bridge Library Cinema Gallery Church College Hospital Tower Park",
+    "Grand Central Victoria Trinity Palace Crown",
+    "Hotel Museum Theatre Bridge Library Cinema",
 )
 NAME_WORDS = tuple(words.split() for words in _NAME_WORDS)
 LANDMARK_WORDS = tuple(words.split() for words in _LANDMARK_WORDS)

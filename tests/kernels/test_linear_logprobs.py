@@ -243,6 +243,19 @@ def test_one_pass_scales_what_it_adds_to_main_grad() -> None:
     assert largest_difference(main_grad, 1 + 0.25 * want) < 1e-6
 
 
+def test_fp16_gradients_survive_until_the_loss_scale_arrives(backend: str) -> None:
+    hidden, weight, labels = head(dtype=torch.float16)
+    small, scale = 2.0**-24, 2.0**20
+    loss, logprob = linear_logprobs_loss(hidden, weight, labels, lambda x, rows: -small * x)
+    got = torch.autograd.grad(scale * loss, (hidden, weight))
+    plain, _ = linear_logprobs(hidden, weight, labels)
+    want = torch.autograd.grad(-small * scale * plain.sum(), (hidden, weight))
+    assert torch.allclose(loss, -small * plain.sum())
+    assert logprob.equal(plain) and not logprob.requires_grad
+    for a, b in zip(got, want, strict=True):
+        assert relative_difference(a, b) < 2e-3
+
+
 def test_one_pass_without_gradients_only_adds_up_the_loss() -> None:
     hidden, weight, labels = head()
     token_loss = sft_loss(torch.ones(12))

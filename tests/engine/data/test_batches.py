@@ -147,7 +147,7 @@ def test_moving_keeps_every_tensor() -> None:
     batch = pack([make(3, scores=1.0)], multiple_of=4)
     moved = batch.to("meta")
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 6
+    assert len(tensors) == 7
     assert all(tensor.is_meta for tensor in [*tensors, moved.fields["scores"]])
     assert (moved.max_seqlen, moved.num_sequences) == (batch.max_seqlen, batch.num_sequences)
 

@@ -1,0 +1,173 @@
+"""Every kernel compiles for a GPU, on a machine without one: the interpreter checks no types.
+
+Run as a program, with the kernels decorated for the compiler, it calls the public functions on CPU
+tensors and compiles each launch for sm_90 in place of running it.
+"""
+
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+import kernels
+from kernels import launch
+
+DTYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+CU_SEQLENS = torch.tensor([0, 5, 32], dtype=torch.int32)
+COUNT = torch.tensor(9)
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape).to(dtype).requires_grad_()
+
+
+def gae_launches() -> None:
+    from kernels.gae import gae
+
+    tokens = [torch.randn(32) for _ in range(3)]
+    for kl_coef in (0.1, torch.tensor(0.1)):
+        for kind in ("k1", "k2", "k3"):
+            gae(*tokens, torch.randn(2), CU_SEQLENS, tokens[0] > 0, kl_coef=kl_coef,
+                kl_estimator=kind)  # fmt: skip
+
+
+def ppo_launches() -> None:
+    from kernels.moments import Whitening
+    from kernels.ppo_loss import policy_loss, ppo_loss, value_loss
+
+    tokens = [leaf(32, dtype=torch.float32), torch.randn(32), torch.randn(32)]
+    mask = tokens[1] > 0
+    policy_loss(*tokens, mask, COUNT, whitening=Whitening(torch.zeros(()), torch.ones(())))
+    value_loss(*tokens, mask, COUNT)
+    ppo_loss(tokens, tokens, mask, COUNT)
+
+
+def ranking_launches() -> None:
+    from kernels.ranking_loss import ranking_loss
+
+    ranking_loss(leaf(32), torch.ones(32, dtype=torch.int64), CU_SEQLENS)
+
+
+def layer_norm_launches() -> None:
+    from kernels.layer_norm import layer_norm
+
+    for width in (80, 2048, 12288):
+        weight, bias = leaf(width), leaf(width)
+        layer_norm(leaf(4, width), weight, bias, eps=1e-5).sum().backward()
+        y, hidden = layer_norm(leaf(4, width), weight, bias, eps=1e-5, residual=leaf(4, width))
+        (y + hidden).sum().backward()
+
+
+def sample_launches() -> None:
+    from kernels.sample import sample
+
+    key = {"seed": 1, "sample_index": torch.arange(3), "position": torch.arange(3)}
+    for options in ({"temperature": 0.7}, {"temperature": 0.0}, {"temperature": 1.0, "top_k": 3}):
+        sample(leaf(3, 50304).detach(), **key, **options)
+
+
+def decode_launches() -> None:
+    from kernels.decode_attention import append_kv, decode_attention
+
+    for dim in (64, 80, 128):
+        cache, query = torch.zeros(2, 40, 16, 12, dim).bfloat16(), leaf(3, 12, dim).detach()
+        tables = torch.zeros(3, 20, dtype=torch.int32)
+        append_kv(query, query, cache[0], cache[1], torch.arange(3))
+        decode_attention(query, cache[0], cache[1], tables, tables[:, 0].contiguous(), scale=0.1)
+
+
+def logprob_launches() -> None:
+    from kernels.full_kl import full_kl
+    from kernels.linear_logprobs import linear_logprobs
+    from kernels.logprobs import logprobs
+
+    labels = torch.arange(4)
+    for dtype in (torch.float32, torch.bfloat16):
+        for with_entropy in (False, True):
+            outputs = logprobs(leaf(4, 50304, dtype=dtype), labels, with_entropy=with_entropy)
+            sum(x.sum() for x in outputs if x is not None).backward()
+        full_kl(leaf(4, 50304, dtype=dtype), leaf(4, 50304, dtype=dtype)).sum().backward()
+    linear_logprobs(leaf(4, 64), leaf(500, 64), labels)[0].sum().backward()
+
+
+def compile_launch(kernel: triton.JITFunction, *args: object, **options: object) -> None:
+    """Compile a kernel as this launch would: `triton.JITFunction.run` without a device."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = [parameter.name for parameter in kernel.params]
+    values = dict(zip(names, args, strict=False)) | {n: options[n] for n in names if n in options}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        is_free = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (is_free and value is 1):  # noqa: F632
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[parameter.name] = "*" + DTYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+        if isinstance(value, Tensor) or (is_free and isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    warps = {"num_warps": options["num_warps"]} if "num_warps" in options else {}
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=warps)
+    print(kernel.__module__, kernel.__name__)
+
+
+def compile_all() -> None:
+    """Make every launch of the public functions a compilation."""
+    triton.JITFunction.run = lambda self, *args, grid, warmup, **options: compile_launch(
+        self, *args, **options
+    )
+    launch.interpreting = lambda: True  # CPU tensors take the Triton path
+    launches: list[Callable[[], None]] = [
+        function for name, function in globals().items() if name.endswith("_launches")
+    ]
+    for function in launches:
+        function()
+
+
+def test_every_kernel_compiles_for_sm_90() -> None:
+    modules = [
+        importlib.import_module(f"kernels.{module.name}")
+        for module in pkgutil.iter_modules(kernels.__path__)
+    ]
+    names = {
+        f"{module.__name__} {name}"
+        for module in modules
+        for name in vars(module)
+        if name.endswith("_kernel") and hasattr(vars(module)[name], "fn")
+    }
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.kernels.test_compiles"],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert set(process.stdout.splitlines()) == names, "a kernel has no case here"
+
+
+if __name__ == "__main__":
+    compile_all()
