@@ -239,8 +239,9 @@ def _with_values(state: dict[str, Any], values: dict[torch.nn.Parameter, Tensor]
     return {
         chunk: {
             name: dataclasses.replace(v, data=values[v.data], dtype=values[v.data].dtype)
-            for name, v in tensors.items()
             if isinstance(v, ShardedTensor)
+            else v
+            for name, v in tensors.items()
         }
         for chunk, tensors in state.items()
     }

@@ -1,8 +1,10 @@
 """How ranks share the work: a ParallelLayout from the configuration, a Parallel of this rank's
 groups at run time."""
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +67,10 @@ class ParallelLayout:
             raise UserError("layout.cp > 1 is not supported for packed sequences yet")
 
 
+# The layout whose groups megatron's global state holds, and its reply group.
+_built: "tuple[ParallelLayout, dist.ProcessGroup] | None" = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
     """This rank's place among the ranks, and the groups it talks in."""
@@ -121,7 +127,7 @@ def start_parallel(layout: ParallelLayout, seed: int, *, timeout_minutes: int = 
     device = start_device()
     rank = rank_of_environment()
     world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
-    dp = layout.dp(world_size)  # before any rank waits for another
+    layout.dp(world_size)  # or UserError, before any rank waits for another
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         store = dist.HashStore() if world_size == 1 else None
@@ -133,7 +139,59 @@ def start_parallel(layout: ParallelLayout, seed: int, *, timeout_minutes: int = 
             timeout=datetime.timedelta(minutes=timeout_minutes),
             device_id=device if device.type == "cuda" else None,
         )
+    return _join(layout, seed, device)
+
+
+@contextlib.contextmanager
+def other_layout(parallel: Parallel, layout: ParallelLayout) -> Iterator[Parallel]:
+    """Build networks of another layout on the same ranks: yield this rank's place in that layout.
+
+    Within the block megatron's global state is the other layout's, and modules built there keep its
+    groups. All ranks enter together.
+    """
+    layout.dp(parallel.world_size)  # or UserError
+    global _built
+    kept_built = _built
+    kept = {name: value for name, value in vars(parallel_state).items() if name[1:].isupper()}
+    try:
+        yield _join(layout, parallel.seed, parallel.device)
+    finally:
+        vars(parallel_state).update(kept)
+        _built = kept_built
+        seed_for_initialisation(parallel)
+
+
+def _join(layout: ParallelLayout, seed: int, device: torch.device) -> Parallel:
+    """Return this rank's place in a layout, with megatron's groups built and generators seeded."""
+    reply_group = _build_groups(layout)
+    parallel = Parallel(
+        layout=layout,
+        device=device,
+        seed=seed,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        dp=layout.dp(dist.get_world_size()),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        reply_group=reply_group,
+    )
+    seed_for_initialisation(parallel)
+    return parallel
+
+
+def _build_groups(layout: ParallelLayout) -> dist.ProcessGroup:
+    """Build megatron's process groups, and return the group for replies in this rank's pipeline.
+
+    Stages that follow one another in a process keep those they have.
+    """
+    global _built
     if parallel_state.model_parallel_is_initialized():
+        if _built is not None and _built[0] == layout:
+            return _built[1]
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
@@ -142,36 +200,15 @@ def start_parallel(layout: ParallelLayout, seed: int, *, timeout_minutes: int = 
         context_parallel_size=layout.cp,
         create_gloo_process_groups=False,
     )
-    parallel = Parallel(
-        layout=layout,
-        device=device,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        dp=dp,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
-        reply_group=_reply_group(layout.pp, world_size),
-    )
-    seed_for_initialisation(parallel)
-    return parallel
-
-
-def _reply_group(pp: int, world_size: int) -> dist.ProcessGroup:
-    """Return another group of this rank's pipeline; all ranks make those of all pipelines."""
-    mine = parallel_state.get_pipeline_model_parallel_group()
-    if pp == 1:
-        return mine
-    stride = world_size // pp  # megatron deals ranks to stages in blocks
-    for first in range(stride):
-        group = dist.new_group(range(first, world_size, stride))
-        if group is not dist.GroupMember.NON_GROUP_MEMBER:
-            mine = group
-    return mine
+    reply_group = parallel_state.get_pipeline_model_parallel_group()
+    if layout.pp > 1:
+        stride = dist.get_world_size() // layout.pp  # megatron deals ranks to stages in blocks
+        for first in range(stride):  # every rank makes the groups of all pipelines
+            group = dist.new_group(range(first, dist.get_world_size(), stride))
+            if group is not dist.GroupMember.NON_GROUP_MEMBER:
+                reply_group = group
+    _built = layout, reply_group
+    return reply_group
 
 
 def seed_for_initialisation(parallel: Parallel) -> None:
@@ -181,8 +218,8 @@ def seed_for_initialisation(parallel: Parallel) -> None:
 
 
 def seed_for_head(parallel: Parallel) -> None:
-    """Seed the generators alike on every rank and in every layout, to draw a scalar head: it is what
-    a checkpoint of a language model leaves open in a reward model."""
+    """Seed the generators alike on every rank and in every layout, to draw a scalar head: it is
+    what a checkpoint of a language model leaves open in a reward model."""
     _seed(parallel.seed + 50_021)
 
 

@@ -170,14 +170,13 @@ def _decode_attention(
 ) -> Tensor:
     batch, heads, dim = query.shape
     block_size, max_blocks = k_cache.shape[1], block_tables.shape[1]
-    out = torch.empty(batch, heads, dim, dtype=query.dtype, device=query.device)
+    out = query.new_empty(batch, heads, dim)
     num_splits = max(1, triton.cdiv(max_blocks * block_size, _SPLIT))
     block_dim, rows = next_power_of_2(dim), batch * heads
     if rows == 0:
         return out
-    fp32 = {"dtype": torch.float32, "device": query.device}
-    partial_out = torch.empty(rows, num_splits, block_dim, **fp32)
-    partial_state = torch.empty(rows, num_splits, 2, **fp32)
+    partial_out = query.new_empty(rows, num_splits, block_dim, dtype=torch.float32)
+    partial_state = query.new_empty(rows, num_splits, 2, dtype=torch.float32)
     with torch.cuda.device_of(query):
         _split_kernel[(rows * num_splits,)](
             partial_out,

@@ -322,8 +322,9 @@ def gae(
     """
     if kl_estimator not in ("k1", "k2", "k3"):
         raise ValueError(f"kl_estimator {kl_estimator!r} is none of k1, k2, k3")
-    inputs = (logprobs, ref_logprobs, values, scores)
-    inputs = (*(tensor.detach() for tensor in inputs), cu_seqlens, response_mask)
+    logprobs, ref_logprobs = logprobs.detach(), ref_logprobs.detach()
+    values, scores = values.detach(), scores.detach()
+    inputs = (logprobs, ref_logprobs, values, scores, cu_seqlens, response_mask)
     if not uses_triton(values):
         return gae_reference(
             *inputs, kl_coef=kl_coef, gamma=gamma, lam=lam, kl_estimator=kl_estimator
@@ -339,4 +340,5 @@ def gae(
         lam,
         kl_estimator,
     )
-    return Advantages(*out.unbind(), stats)
+    rewards, advantages, returns, kl = out.unbind()
+    return Advantages(rewards, advantages, returns, kl, stats)

@@ -12,12 +12,14 @@ Backward, with g = dy * weight and means over the row:
 The two sums are taken by a fixed number of programs over fixed rows, then over the programs.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from kernels.launch import next_power_of_2, num_warps_for, uses_triton
 
@@ -198,7 +200,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -216,9 +218,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: FunctionCtx, dy: Tensor | None, dhidden: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dhidden: Tensor | None) -> tuple[Tensor | None, ...]:
         h, statistics, weight = ctx.saved_tensors
         if dy is None:
             return dhidden, None, None, dhidden, None

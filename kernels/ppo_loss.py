@@ -9,13 +9,13 @@ that losses and gradients add up to the same numbers in every layout. Where the 
 the unclipped one is taken: at ratio 1 the gradient is -A. (Schulman et al. 2017, eq. 7.)
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from kernels.gae import exp_remainder
 from kernels.launch import next_power_of_2, num_warps_for, uses_triton
@@ -23,7 +23,7 @@ from kernels.moments import Whitening, block_moments, masked_moments, merge_bloc
 
 _BLOCK = 1024  # tokens a program
 _NUM_PARTIALS = 13  # rows a program leaves for the reduction
-_NUM_SUMS = 14  # numbers the reduction leaves for the caller
+_NUM_SUMS = 12  # numbers the reduction leaves for the caller beside the two losses
 
 
 class PolicyLoss(NamedTuple):
@@ -149,7 +149,9 @@ def _ppo_kernel(
 
 @triton.jit
 def _reduce_kernel(
-    sums,  # [14] in the order of the fields of PolicyLoss, then ValueLoss
+    policy_total,  # [] loss
+    value_total,  # [] loss
+    sums,  # [12]: the other fields of PolicyLoss, then those of ValueLoss
     partials,  # [13, programs]
     token_count,
     num_programs,
@@ -166,23 +168,27 @@ def _reduce_kernel(
     total = tl.sum(count)
     scale = _scale(token_count, ACC)
     if HAS_POLICY:
-        for i in tl.static_range(4):
-            terms = tl.load(part + (1 + i) * num_programs, mask=inside, other=0.0)
+        loss = tl.load(part + num_programs, mask=inside, other=0.0)
+        tl.store(policy_total, tl.sum(loss) * scale)
+        for i in tl.static_range(3):
+            terms = tl.load(part + (2 + i) * num_programs, mask=inside, other=0.0)
             tl.store(sums + i, tl.sum(terms) * scale)
         lowest = tl.load(part + 5 * num_programs, mask=inside, other=float("inf"))
         highest = tl.load(part + 6 * num_programs, mask=inside, other=float("-inf"))
-        tl.store(sums + 4, tl.where(total > 0, tl.exp(tl.min(lowest)), 1.0))
-        tl.store(sums + 5, tl.where(total > 0, tl.exp(tl.max(highest)), 1.0))
+        tl.store(sums + 3, tl.where(total > 0, tl.exp(tl.min(lowest)), 1.0))
+        tl.store(sums + 4, tl.where(total > 0, tl.exp(tl.max(highest)), 1.0))
     if HAS_VALUE:
+        loss = tl.load(part + 7 * num_programs, mask=inside, other=0.0)
+        tl.store(value_total, tl.sum(loss) * scale)
+        clipped = tl.load(part + 8 * num_programs, mask=inside, other=0.0)
+        tl.store(sums + 5, tl.sum(clipped) * scale)
         for i in tl.static_range(2):
-            terms = tl.load(part + (7 + i) * num_programs, mask=inside, other=0.0)
-            tl.store(sums + 6 + i, tl.sum(terms) * scale)
             mean = tl.load(part + (9 + 2 * i) * num_programs, mask=inside, other=0.0)
             squares = tl.load(part + (10 + 2 * i) * num_programs, mask=inside, other=0.0)
             mean, squares = merge_block_moments(count, mean, squares)
-            tl.store(sums + 8 + 3 * i, total)
-            tl.store(sums + 9 + 3 * i, mean)
-            tl.store(sums + 10 + 3 * i, squares)
+            tl.store(sums + 6 + 3 * i, total)
+            tl.store(sums + 7 + 3 * i, mean)
+            tl.store(sums + 8 + 3 * i, squares)
 
 
 @torch.library.custom_op("trident::ppo_loss", mutates_args=())
@@ -194,19 +200,20 @@ def _ppo_loss(
     whitening: list[Tensor],
     cliprange: float,
     value_cliprange: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """([14] sums, d loss / d logprobs [T or 0], d loss / d values [T or 0]).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(policy loss, value loss, [12] sums, d loss / d logprobs [T], d loss / d values [T]).
 
     policy holds logprobs, old_logprobs, advantages; value holds values, old_values, returns;
-    whitening a mean and an rstd. Each may be empty.
+    whitening a mean and an rstd. Each may be empty, and what it leads to then has no meaning.
     """
-    options = {"dtype": _dtype(policy, value), "device": mask.device}
-    acc = tl.float64 if options["dtype"] == torch.float64 else tl.float32
+    dtype = _dtype(policy, value)
+    acc = tl.float64 if dtype == torch.float64 else tl.float32
     tokens = len(mask)
     programs = triton.cdiv(tokens, _BLOCK)
-    sums = torch.zeros(_NUM_SUMS, **options)
-    partials = torch.empty(_NUM_PARTIALS, programs, **options)
-    derivatives = [torch.empty(tokens if part else 0, **options) for part in (policy, value)]
+    losses = [mask.new_empty((), dtype=dtype) for _ in range(2)]
+    sums = mask.new_empty(_NUM_SUMS, dtype=dtype)
+    partials = mask.new_empty(_NUM_PARTIALS, programs, dtype=dtype)
+    derivatives = [mask.new_empty(tokens if part else 0, dtype=dtype) for part in (policy, value)]
     pointers: list[Tensor | None] = []
     for derivative, part in zip(derivatives, (policy, value), strict=True):
         pointers += [derivative, *(x.contiguous() for x in part)] if part else [None] * 4
@@ -226,6 +233,7 @@ def _ppo_loss(
                 num_warps=num_warps_for(_BLOCK),
             )
         _reduce_kernel[(1,)](
+            *losses,
             sums,
             partials,
             num_tokens,
@@ -235,7 +243,7 @@ def _ppo_loss(
             ACC=acc,
             PROGRAMS=next_power_of_2(programs),
         )
-    return sums, derivatives[0], derivatives[1]
+    return losses[0], losses[1], sums, derivatives[0], derivatives[1]
 
 
 def _dtype(policy: list[Tensor], value: list[Tensor]) -> torch.dtype:
@@ -244,12 +252,10 @@ def _dtype(policy: list[Tensor], value: list[Tensor]) -> torch.dtype:
 
 
 @_ppo_loss.register_fake
-def _(
-    policy: list[Tensor], value: list[Tensor], mask: Tensor, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = (_NUM_SUMS, len(mask) if policy else 0, len(mask) if value else 0)
-    first, second, third = (mask.new_empty(n, dtype=_dtype(policy, value)) for n in sizes)
-    return first, second, third
+def _(policy: list[Tensor], value: list[Tensor], mask: Tensor, *_: object) -> tuple[Tensor, ...]:
+    num_tokens = len(mask)
+    shapes = ((), (), _NUM_SUMS, num_tokens if policy else 0, num_tokens if value else 0)
+    return tuple(mask.new_empty(shape, dtype=_dtype(policy, value)) for shape in shapes)
 
 
 class _PpoLoss(torch.autograd.Function):
@@ -257,23 +263,23 @@ class _PpoLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         logprobs: Tensor | None,
         values: Tensor | None,
         policy: list[Tensor],
         value: list[Tensor],
         *rest: object,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        sums, *derivatives = _ppo_loss(policy, value, *rest)
+        policy_total, value_total, sums, *derivatives = _ppo_loss(policy, value, *rest)
         ctx.save_for_backward(*derivatives)
         ctx.dtypes = [None if x is None else x.dtype for x in (logprobs, values)]
         ctx.mark_non_differentiable(sums)
         ctx.set_materialize_grads(False)
-        return sums[0].clone(), sums[6].clone(), sums
+        return policy_total, value_total, sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         grads = [
             None if dtype is None or grad is None else (grad * derivative).to(dtype)
             for grad, derivative, dtype in zip(
@@ -284,7 +290,7 @@ class _PpoLoss(torch.autograd.Function):
 
 
 def _policy_branches(
-    policy: tuple[Tensor, Tensor, Tensor], cliprange: float, whitening: Whitening | None
+    policy: tuple[Tensor, ...], cliprange: float, whitening: Whitening | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log ratio, -A ratio, -A clip(ratio)) of each token."""
     dtype = torch.promote_types(policy[0].dtype, torch.float32)
@@ -379,7 +385,7 @@ def policy_loss(
     loss, _, sums = _PpoLoss.apply(
         logprobs, None, list(policy), [], mask, num_tokens, list(whitening or ()), cliprange, 0.0
     )
-    return PolicyLoss(loss, *sums[1:6].unbind())
+    return PolicyLoss(loss, *sums[:5].unbind())
 
 
 def value_loss(
@@ -402,7 +408,7 @@ def value_loss(
     _, loss, sums = _PpoLoss.apply(
         None, values, [], list(value), mask, num_tokens, [], 0.0, cliprange
     )
-    return ValueLoss(loss, sums[7], sums[8:11], sums[11:14])
+    return ValueLoss(loss, sums[5], sums[6:9], sums[9:])
 
 
 def ppo_loss(
@@ -427,6 +433,6 @@ def ppo_loss(
     rest = (mask, num_tokens, list(whitening or ()), cliprange, value_cliprange)
     first, second, sums = _PpoLoss.apply(policy[0], value[0], list(policy), list(value), *rest)
     return (
-        PolicyLoss(first, *sums[1:6].unbind()),
-        ValueLoss(second, sums[7], sums[8:11], sums[11:14]),
+        PolicyLoss(first, *sums[:5].unbind()),
+        ValueLoss(second, sums[5], sums[6:9], sums[9:]),
     )

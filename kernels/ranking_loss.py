@@ -6,14 +6,14 @@ InstructGPT eq. 1, for one prompt p with K completions. Rank 1 is best. Completi
 make no pair, and K counts them all the same: a prompt with ties weighs less, not more.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from kernels.launch import uses_triton
 
@@ -116,7 +116,7 @@ class _RankingLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, scores: Tensor, ranks: Tensor, cu_prompts: Tensor
+        ctx: Any, scores: Tensor, ranks: Tensor, cu_prompts: Tensor
     ) -> tuple[Tensor, Tensor]:
         results, derivative = _ranking_loss(scores, ranks, cu_prompts)
         ctx.save_for_backward(derivative, cu_prompts)
@@ -127,7 +127,7 @@ class _RankingLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         derivative, cu_prompts = ctx.saved_tensors
         # The known output size spares the host a wait for the device.
         own = grad.repeat_interleave(cu_prompts.diff(), output_size=len(derivative))

@@ -76,7 +76,7 @@ class GPT(GPTModel):
         weight = self.shared_embedding_or_output_weight()
         if rows is not None:
             if self.config.sequence_parallel:
-                hidden = gather_from_sequence_parallel_region(hidden)
+                hidden = gather_from_sequence_parallel_region(hidden, group=self.pg_collection.tp)
             return hidden[rows].float() @ weight.float().T
         if mask is None:
             raise ValueError("the last stage needs mask (log-probs) or rows (logits)")

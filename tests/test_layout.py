@@ -13,6 +13,7 @@ MEGATRON_FILES = {
     *(f"models/{name}.py" for name in ("gpt", "scalar_gpt", "layers", "attention")),
     "models/vocab_parallel.py",
     *(f"engine/{name}.py" for name in ("device", "parallel", "step", "optimizer", "checkpoint")),
+    "engine/generation/refit.py",
 }
 LIGHT_FILES = {"models/sizes.py", "engine/plan.py", "engine/config.py"}
 # Who reads the environment, and which variables; None allows any.

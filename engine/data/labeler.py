@@ -233,10 +233,15 @@ def _count_garbled(sentences: list[Words], language: Language) -> int:
         items = (_LATER if index else _FIRST, *sentence)
         if sentence[-1] not in _FULL_STOPS:
             items += (_UNFINISHED,)
-        broken = [
-            run not in language.runs and _OTHER_PLACE not in run
-            for run in _runs(items, order=language.order)
-        ]
+        broken = [not _is_fluent(run, language) for run in _runs(items, order=language.order)]
         spans = (len(list(span)) for is_broken, span in groupby(broken) if is_broken)
         garbled += sum(math.ceil(length / language.order) for length in spans)
     return garbled
+
+
+def _is_fluent(run: Words, language: Language) -> bool:
+    """Whether the run occurs, with any other place's name read as one of the fact list's."""
+    readings = [
+        tuple(own if item == _OTHER_PLACE else item for item in run) for own in ("{name}", "{near}")
+    ]
+    return any(reading in language.runs for reading in readings)

@@ -19,10 +19,10 @@ FIELDS = ("name", "type", "food", "price", "rating", "area", "family friendly", 
 INSTRUCTION = "Describe this place."
 
 _NAME_WORDS = (
-    "Blue Golden Silver Copper Velvet Hungry Lucky Royal Gentle Dancing Hidden Olive Ginger Willow "
-    "Lemon Thistle",
-    "Spice Anchor Kettle Lantern Spoon Garden Swan Fox Lion Heron Badger Cellar Mill Orchard Castle "
-    "Dragon",
+    "Blue Golden Silver Copper Velvet Hungry Lucky Royal "
+    "Gentle Dancing Hidden Olive Ginger Willow Lemon Thistle",
+    "Spice Anchor Kettle Lantern Spoon Garden Swan Fox "
+    "Lion Heron Badger Cellar Mill Orchard Castle Dragon",
 )
 _LANDMARK_WORDS = (
     "Grand Central Victoria Trinity Palace Crown",
@@ -31,9 +31,9 @@ _LANDMARK_WORDS = (
 NAME_WORDS = tuple(words.split() for words in _NAME_WORDS)
 LANDMARK_WORDS = tuple(words.split() for words in _LANDMARK_WORDS)
 
-# How often a fact is given; the name always is. On average 5.5 facts a place, as in E2E.
-_PRESENCE = {"name": 1.0, "type": 0.85, "food": 0.8, "price": 0.6, "rating": 0.6}
-_PRESENCE |= {"area": 0.6, "family friendly": 0.5, "near": 0.5}
+# How often a fact is given; the name always is. A place has about five of the eight.
+_PRESENCE = {"name": 1.0, "type": 0.8, "food": 0.7, "price": 0.5, "rating": 0.5}
+_PRESENCE |= {"area": 0.5, "family friendly": 0.4, "near": 0.4}
 _VALUES = {field: tuple(PHRASES[field]) for field in ("type", "food", "area")} | {
     "price": ("cheap", "moderate", "high"),
     "rating": ("low", "average", "high", "1 out of 5", "3 out of 5", "5 out of 5"),

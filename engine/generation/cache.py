@@ -15,9 +15,10 @@ from models.paged_attention import PagedCache
 def build_cache(
     network: Network, config: SamplingConfig, *, num_sequences: int, max_length: int
 ) -> PagedCache:
-    """Return a cache for num_sequences of at most max_length tokens; its size agrees on a replica.
+    """Return a cache for num_sequences at once, of max_length tokens each, as far as memory goes.
 
-    Raises UserError where there is no room for one sequence of that length.
+    Its number of blocks is the same on all ranks of a replica. Raises UserError where there is no
+    room for one sequence of that length.
     """
     parallel, size = network.parallel, network.size
     layers = [layer for module in network.modules for layer in module.decoder.layers]
@@ -30,10 +31,7 @@ def build_cache(
     for group in (parallel.tp_group, parallel.pp_group):
         dist.all_reduce(num_blocks, op=dist.ReduceOp.MIN, group=group)
     blocks_per_sequence = math.ceil(max_length / config.block_size)
-    num_running = min(
-        config.slots_per_group(parallel.layout.pp) * parallel.layout.pp, num_sequences
-    )
-    num_usable = min(int(num_blocks), num_running * blocks_per_sequence)  # sync
+    num_usable = min(int(num_blocks), num_sequences * blocks_per_sequence)  # sync
     if num_usable < blocks_per_sequence:
         raise UserError(
             f"the key-value cache has room for {num_usable * config.block_size} tokens, and one "

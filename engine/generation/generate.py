@@ -1,5 +1,6 @@
 """generate(): responses of a language model to prompts, in the order in which they finish."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
@@ -60,20 +61,22 @@ def generate(  # noqa: PLR0913
         return iter(())
     # Long prompts first, for a short tail; equal ones side by side, to share their blocks.
     sequences.sort(key=lambda s: (-len(s.tokens), s.tokens, s.sample_index))
+    pp = network.parallel.layout.pp
+    # As many groups in flight as there are stages, and none empty while there are sequences.
+    slots_per_group = math.ceil(min(config.num_slots, len(sequences)) / pp)
     cache = build_cache(
         network,
         config,
-        num_sequences=len(sequences),
+        num_sequences=slots_per_group * pp,
         max_length=max(sequence.max_length for sequence in sequences),
     )
     stop_ids = frozenset((eos_id, *config.stop_token_ids))
     runner = Runner(network, config, cache, stop_ids=stop_ids, seed=seed)
-    pp = network.parallel.layout.pp
     steps_per_sync = config.steps_per_sync or (8 if network.parallel.device.type == "cuda" else 1)
     scheduler = Scheduler(
         waiting=deque(sequences),
         blocks=BlockManager(cache.num_blocks, config.block_size),
-        slots_per_group=config.slots_per_group(pp),
+        slots_per_group=slots_per_group,
         prefill_tokens=config.prefill_tokens,
         # In a pipeline a step's tokens travel between ranks before the next.
         steps_per_sync=steps_per_sync if pp == 1 else 1,

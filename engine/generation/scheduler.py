@@ -188,7 +188,7 @@ class Scheduler:
         return True
 
     def _add_chunk(self, chunks: list[Chunk], sequence: LiveSequence, left: int) -> int:
-        """Add the next chunk, of at most `left` tokens, of what is fed as a prompt; return its size."""
+        """Add the next chunk, of at most `left` tokens, if it is a prompt; return its size."""
         if sequence.num_pending == 1 or left <= 0:
             return 0
         start = sequence.num_cached

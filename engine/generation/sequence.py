@@ -1,7 +1,6 @@
 """What is asked for and what comes back: settings, a sequence under way, a finished response."""
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,10 +56,6 @@ class SamplingConfig:
                 f"sampling.min_new_tokens {self.min_new_tokens} is more than "
                 f"max_new_tokens {self.max_new_tokens}"
             )
-
-    def slots_per_group(self, pp: int) -> int:
-        """Return the slots of one of the pp groups that are in flight in a pipeline."""
-        return math.ceil(self.num_slots / pp)
 
     def greedy(self) -> "SamplingConfig":
         """Return these settings with the likeliest token taken each time."""

@@ -39,10 +39,8 @@ def gae_launches() -> None:
     from kernels.gae import gae
 
     tokens = [torch.randn(32) for _ in range(3)]
-    for kl_coef in (0.1, torch.tensor(0.1)):
-        for kind in ("k1", "k2", "k3"):
-            gae(*tokens, torch.randn(2), CU_SEQLENS, tokens[0] > 0, kl_coef=kl_coef,
-                kl_estimator=kind)  # fmt: skip
+    for kl_coef, kind in ((0.1, "k1"), (torch.tensor(0.1), "k2"), (0.1, "k3")):
+        gae(*tokens, torch.randn(2), CU_SEQLENS, tokens[0] > 0, kl_coef=kl_coef, kl_estimator=kind)
 
 
 def ppo_launches() -> None:
@@ -115,7 +113,11 @@ def compile_launch(kernel: triton.JITFunction, *args: object, **options: object)
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         is_free = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (is_free and value is 1):  # noqa: F632
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (is_free and type(value) is int and value == 1)
+        ):
             signature[parameter.name], constants[(i,)] = "constexpr", value
             continue
         if isinstance(value, Tensor):

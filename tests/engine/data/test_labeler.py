@@ -1,7 +1,6 @@
 from dataclasses import asdict
 from random import Random
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,9 +18,9 @@ FACTS = {
     "near": "Crown Hotel",
 }
 GOOD = (
-    "Blue Spice is a cheap pub that welcomes families, close to Crown Hotel. "
-    "It serves Italian food."
-).replace("a cheap pub", "a pub").replace("Italian food.", "Italian food at low prices.")
+    "Blue Spice is a pub that welcomes families, close to Crown Hotel. "
+    "It serves Italian food at low prices."
+)
 
 places = st.sampled_from(PLACES)
 seeds = st.integers(0, 2**32)
@@ -178,19 +177,14 @@ def test_values_without_phrases_are_read_word_for_word() -> None:
 def test_names_are_not_words_of_the_sentences() -> None:
     names = {word.lower() for words in (*NAME_WORDS, *LANDMARK_WORDS) for word in words}
     assert names & {item for run in places_language().runs for item in run} == set()
-    spoken = {p.lower() for levels in PHRASES.values() for several in levels.values() for p in several}
+    spoken = {
+        p.lower() for levels in PHRASES.values() for several in levels.values() for p in several
+    }
     assert names & {word for phrase in spoken for word in phrase.split()} == set()
 
 
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_a_wrong_word_is_one_fault_whatever_the_order(order: int) -> None:
-    # The language of one sentence, cut into runs of `order`.
-    from engine.data.labeler import Language, _count_garbled, _runs
-
-    items = ("<first>", *"it stands on the hill by the sea".split(), ".")
-    runs = frozenset((item,) for item in items) if order == 1 else frozenset(_runs(items, order=order))
-    language = Language(phrases={}, order=order, runs=runs)
-    sentence = items[1:]
-    assert _count_garbled([sentence], language) == 0
-    assert _count_garbled([(*sentence[:4], "x", *sentence[5:])], language) == 1
-    assert _count_garbled([(*sentence[:2], "x", "y", *sentence[4:])], language) == 2
+def test_a_wrong_word_is_one_fault() -> None:
+    # In the middle of a sentence a word is part of three runs of three.
+    assert faults(GOOD.replace("is a pub", "are a pub")) == {"garbled": 1}
+    assert faults(GOOD.replace("is a pub", "be the pub")) == {"garbled": 2}
+    assert faults(GOOD.replace("It serves", "Them serve")) == {"garbled": 2}

@@ -24,12 +24,15 @@ def documents() -> list[str]:
 def stdlib(tmp_path: Path) -> Path:
     """A standard library of two topics and three modules."""
     (tmp_path / "pydoc_data").mkdir()
-    topics = {"while": f"While\n*****\n\n{'A loop is run as long as it is true. ' * 8}", "empty": ""}
+    topics = {
+        "while": f"While\n*****\n\n{'A loop is run as long as it is true. ' * 8}",
+        "empty": "",
+    }
     (tmp_path / "pydoc_data" / "topics.py").write_text(f"topics = {topics!r}\n")
     (tmp_path / "pydoc.py").write_text(f'"""{PROSE * 4}"""\nraise RuntimeError("never run")\n')
     (tmp_path / "zebra.py").write_text(
         f'class Zebra:\n    """{PROSE * 4}"""\n'  # the same again
-        f'    def run(self):\n        """{"Run to the river as if it were the last time. " * 8}"""\n'
+        f'    def run(self):\n        """{"Run to it as if it were the last time. " * 8}"""\n'
     )
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "secret.py").write_text(f'"""{"It is a secret of the test. " * 20}"""\n')
@@ -44,7 +47,7 @@ def test_amount_and_length(documents: list[str]) -> None:
 
 def test_it_is_clean_english(documents: list[str]) -> None:
     text = "\n\n".join(documents)
-    for markup in (">>>", "::=", "``", "====", "****", ":func:", "\t"):
+    for markup in ("\n>>>", "::=", "``", "====", "****", ":func:", "\t"):
         assert markup not in text, markup
     words = re.findall(r"[a-z]+", text.lower())
     assert 0.05 < words.count("the") / len(words) < 0.12
@@ -91,12 +94,10 @@ def test_what_is_not_prose_is_dropped(other: str) -> None:
 def test_markup_is_removed() -> None:
     text = (
         "Title of it\n===========\n\n"
-        "- Call :func:`print` with the *name* of the \u201cfile\u201d, as it is\n  in the list [1]_.\n"
+        "- Call :func:`print` with the *name* of\n  the \u201cfile\u201d, as it is here [1]_.\n"
         "- It is **not** the same as the one that is used here; see this::\n\n     f = g(1)\n"
     )
-    assert prose_paragraphs(text) == [
-        'Call print with the name of the "file", as it is in the list.'
-    ]
+    assert prose_paragraphs(text) == ['Call print with the name of the "file", as it is here.']
 
 
 def test_a_split_keeps_every_document_on_its_side(documents: list[str]) -> None:

@@ -1,0 +1,226 @@
+"""What a call costs: milliseconds, peak memory and launches, and the machine that it was measured on.
+
+Calls that are compared take turns (A B A B ...), so that a drift of the clocks meets all of them
+alike. On a GPU the second-level cache is cold at the start of every sample.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Call = Callable[[], object]
+Clock = Callable[[Call], float]
+"""Runs a call once and returns its milliseconds."""
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one call over its samples."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    num_samples: int
+
+
+def time_calls(
+    calls: Mapping[str, Call], clock: Clock, *, num_samples: int = 20
+) -> dict[str, Timing]:
+    """Time calls that have run before, one sample of each in turn."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(num_samples):
+        for name, call in calls.items():
+            samples[name].append(clock(call))
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _summary(samples: list[float]) -> Timing:
+    if len(samples) == 1:
+        return Timing(*samples * 3, 1)
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return Timing(statistics.median(samples), fifths[0], fifths[3], len(samples))
+
+
+def wall_clock(device: torch.device) -> Clock:
+    """Host time from the call to the end of its work on the device, its launches included."""
+
+    def clock(call: Call) -> float:
+        _synchronize(device)
+        start = time.perf_counter()
+        call()
+        _synchronize(device)
+        return (time.perf_counter() - start) * 1e3
+
+    return clock
+
+
+def device_clock(device: torch.device) -> Clock:
+    """Time on the GPU between events, its L2 cache cold; on a CPU the wall clock.
+
+    The flush of the cache is still running while the host launches the call, which hides the
+    launches of a short call as they are hidden in a training step.
+    """
+    if device.type != "cuda":
+        return wall_clock(device)
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    flush = torch.empty(2 * cache_bytes, dtype=torch.int8, device=device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def clock(call: Call) -> float:
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()  # sync
+        return start.elapsed_time(end)
+
+    return clock
+
+
+def as_cuda_graph(call: Call) -> Call | None:
+    """Replay of the call captured as a CUDA graph, or None where it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            call()  # what is allocated or initialised on a first run on this stream
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:  # it waits for the device, or copies to the host
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Most memory the call holds at once beyond what it found, its results included.
+
+    On a CPU this is what torch's allocator gave out; scratch space within a library is not seen.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _profiled(call, ProfilerActivity.CPU) as events:
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = 0
+    for _, num_bytes in changes:
+        held += num_bytes
+        peak = max(peak, held)
+    return peak
+
+
+def num_launches(call: Call) -> int:
+    """Kernels, copies and fills that the call starts on the GPU."""
+    with _profiled(call, ProfilerActivity.CUDA) as events:
+        return sum(e.device_type() == torch.autograd.DeviceType.CUDA for e in events)
+
+
+@contextlib.contextmanager
+def _profiled(call: Call, activity: ProfilerActivity) -> Iterator[list[Any]]:
+    """Yield the profiler's raw events of one call."""
+    with _silent_stderr(), profile(activities=[activity], profile_memory=True) as profiler:
+        result = call()  # alive to the end: the memory of a result counts
+        if activity == ProfilerActivity.CUDA:
+            torch.cuda.synchronize()
+    del result
+    yield profiler.profiler.kineto_results.events()
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what native code prints: the profiler announces each start and stop."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a measurement is only comparable under: device, driver, versions, commit, date."""
+    fields: dict[str, Any] = {"device": device_name(device)}
+    if device.type == "cuda":
+        query = "--query-gpu=driver_version,clocks.max.sm"
+        answer = _output_of("nvidia-smi", query, "--format=csv,noheader", f"--id={device.index or 0}")
+        driver, _, clock = (answer or "unknown, unknown").partition(", ")
+        fields |= {"driver": driver, "max_clock": clock, "cuda": torch.version.cuda}
+    else:
+        fields["threads"] = torch.get_num_threads()
+    fields |= {name: _version(name) for name in ("torch", "triton", "megatron-core")}
+    fields["python"] = platform.python_version()
+    fields["commit"] = _commit()
+    fields["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+    return fields
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU, or of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        if models:
+            return models[0].strip()
+    return platform.processor() or platform.machine()
+
+
+def records_path(folder: Path, device: torch.device) -> Path:
+    """The file that a device's records go to: nvidia-h200.jsonl; cpu.jsonl for any CPU."""
+    if device.type != "cuda":
+        return folder / "cpu.jsonl"
+    return folder / f"{re.sub('[^a-z0-9]+', '-', device_name(device).lower()).strip('-')}.jsonl"
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line, one measurement."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # sync
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of the working tree, marked where files differ from it."""
+    commit = _output_of("git", "rev-parse", "--short", "HEAD")
+    is_changed = _output_of("git", "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}+changes" if commit and is_changed else commit
+
+
+def _output_of(*command: str) -> str | None:
+    """First line that a command prints; None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.partition("\n")[0].strip() or None

@@ -1,0 +1,163 @@
+"""A run that was stopped and started again continues bit for bit, whatever stopped it."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+
+from engine.config import UserError
+from engine.network import Numerics
+from engine.parallel import ParallelLayout
+from tests.ranks import run_ranks
+from tests.tiny import (
+    Killed,
+    ppo_config,
+    rm_config,
+    rows_of,
+    sft_config,
+    train,
+    train_until,
+    weights_of,
+)
+
+STAGES: dict[str, tuple[Callable, dict, tuple[str, ...]]] = {
+    "sft": (sft_config, {"dropout": 0.2, "epochs": 0.8, "save_every": 2}, ("policy",)),
+    "rm": (rm_config, {"save_every": 2}, ("reward_model",)),
+    "ppo": (ppo_config, {"iterations": 3, "save_every": 1}, ("policy", "critic", "ema")),
+}
+LAYOUTS = {
+    "tp2_sequence": ParallelLayout(tp=2, sequence_parallel=True),
+    "pp2": ParallelLayout(pp=2),
+    "dp2": ParallelLayout(),
+}
+
+
+def assert_same_run(run: Path, other: Path, roles: tuple[str, ...]) -> None:
+    """Compare metrics, weights and the numbers beside them, to the last bit."""
+    assert rows_of(run) == rows_of(other)
+    for role in roles:
+        ours, theirs = weights_of(run, role), weights_of(other, role)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), role
+    latest = (other / "checkpoints" / "latest").read_text()
+    assert (run / "checkpoints" / "latest").read_text() == latest
+    ours, theirs = (
+        json.loads((path / "checkpoints" / latest / "progress.json").read_text())
+        for path in (run, other)
+    )
+    for clock in ("seconds", "tokens_per_s"):
+        for progress in (ours, theirs):
+            progress["metrics"] = {
+                k: v for k, v in progress["metrics"].items() if not k.endswith(clock)
+            }
+    assert ours == theirs
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that nothing stopped: whole/STAGE."""
+    folder = tmp_path_factory.mktemp("whole")
+    for stage, (config, changes, _) in STAGES.items():
+        train(config(tiny, folder / stage, **changes))
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_run_continues_bit_for_bit(stage: str, tiny: Path, whole: Path, tmp_path: Path):
+    make_config, changes, roles = STAGES[stage]
+    config = make_config(tiny, tmp_path, **changes)
+    train_until(config, 2)  # the third step is logged, and lost: only two were saved
+    assert len(rows_of(tmp_path)) == 3
+    train(config)
+    assert_same_run(tmp_path, whole / stage, roles)
+
+
+def test_the_runs_move_what_a_resume_must_restore(whole: Path):
+    rows = rows_of(whole / "ppo")
+    assert len({row["kl/coef"] for row in rows}) == len(rows) == 3  # the adaptive controller
+    assert len({row["update/ptx_loss"] for row in rows}) == 3
+    policy, average = (weights_of(whole / "ppo", role) for role in ("policy", "ema"))
+    assert not any(torch.equal(policy[name], average[name]) for name in policy)
+
+
+def test_dropout_depends_on_the_seed_of_the_step(tiny: Path, whole: Path, tmp_path: Path):
+    make_config, changes, _ = STAGES["sft"]
+    train(make_config(tiny, tmp_path, **{**changes, "dropout": 0.0, "epochs": 0.2}))
+    assert rows_of(tmp_path)[0]["train/loss"] != rows_of(whole / "sft")[0]["train/loss"]
+
+
+def test_bf16_run_continues_bit_for_bit(tiny: Path, tmp_path: Path):
+    config = ppo_config(
+        tiny, tmp_path / "whole", numerics=Numerics(dtype="bf16"), save_every=1, ema_decay=0.5
+    )
+    train(config)
+    stopped = dataclasses.replace(config, directory=tmp_path / "stopped")
+    train_until(stopped, 1)
+    train(stopped)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole", ("policy", "critic", "ema"))
+    # The average is fp32 in the file: bf16 would have dropped its last 16 bits.
+    average = torch.cat([w.flatten() for w in weights_of(tmp_path / "whole", "ema").values()])
+    assert (average != average.bfloat16().float()).float().mean() > 0.5
+
+
+def test_run_killed_while_saving_continues_from_the_checkpoint_before(
+    tiny: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make_config, changes, roles = STAGES["ppo"]
+    config = make_config(tiny, tmp_path, **changes)
+    save = dist_checkpointing.save
+    calls = []
+
+    def save_and_die(state: dict, folder: str, **arguments: object) -> None:
+        calls.append(folder)
+        if len(calls) == 5:  # the first checkpoint has three networks; of the second, the critic
+            (Path(folder) / "__0_0.distcp").write_bytes(b"the beginning of a sh")
+            raise Killed
+        save(state, folder, **arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(dist_checkpointing, "save", save_and_die)
+        train(config)
+    checkpoints = tmp_path / "checkpoints"
+    names = {path.name for path in checkpoints.iterdir()}
+    assert names == {"latest", "step_00000001", "step_00000002.partial"}
+    assert (checkpoints / "latest").read_text() == "step_00000001"
+
+    train(config)
+    assert_same_run(tmp_path, whole / "ppo", roles)
+    names = {path.name for path in checkpoints.iterdir()}
+    assert names == {"latest", "step_00000002", "step_00000003"}  # the last two are kept
+
+
+def test_finished_run_has_nothing_left_to_do(tiny: Path, whole: Path):
+    make_config, changes, _ = STAGES["sft"]
+    rows = rows_of(whole / "sft")
+    train(make_config(tiny, whole / "sft", **changes))
+    assert rows_of(whole / "sft") == rows
+
+
+def test_other_model_in_the_run_folder_is_an_error(tiny: Path, whole: Path):
+    make_config, changes, _ = STAGES["rm"]
+    with pytest.raises(UserError, match="reward_model"):
+        train(make_config(tiny, whole / "sft", **changes))
+
+
+def stop_and_resume(files: Path, folder: Path) -> None:
+    """Under each layout, a PPO run that is stopped and one that is not: folder/LAYOUT/{...}."""
+    for name, layout in LAYOUTS.items():
+        whole = ppo_config(files, folder / name / "whole", layout=layout, save_every=1)
+        train(whole)
+        stopped = dataclasses.replace(whole, directory=folder / name / "stopped")
+        train_until(stopped, 1)
+        train(stopped)
+
+
+@pytest.mark.slow
+def test_two_ranks_continue_bit_for_bit(tiny: Path, tmp_path: Path):
+    run_ranks(stop_and_resume, 2, tiny, tmp_path)
+    for name in LAYOUTS:
+        roles = ("policy", "critic", "ema")
+        assert_same_run(tmp_path / name / "stopped", tmp_path / name / "whole", roles)
