@@ -1,4 +1,4 @@
-"""What a call costs: milliseconds, peak memory and launches, and the machine that it was measured on.
+"""What a call costs: milliseconds, peak memory and launches, and the machine it was measured on.
 
 Calls that are compared take turns (A B A B ...), so that a drift of the clocks meets all of them
 alike. On a GPU the second-level cache is cold at the start of every sample.
@@ -160,8 +160,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What a measurement is only comparable under: device, driver, versions, commit, date."""
     fields: dict[str, Any] = {"device": device_name(device)}
     if device.type == "cuda":
-        query = "--query-gpu=driver_version,clocks.max.sm"
-        answer = _output_of("nvidia-smi", query, "--format=csv,noheader", f"--id={device.index or 0}")
+        query = ("--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader")
+        answer = _output_of("nvidia-smi", *query, f"--id={device.index or 0}")
         driver, _, clock = (answer or "unknown, unknown").partition(", ")
         fields |= {"driver": driver, "max_clock": clock, "cuda": torch.version.cuda}
     else:

@@ -34,6 +34,7 @@ class ParallelLayout:
 
     def dp(self, world_size: int) -> int:
         """Return the data-parallel degree that world_size ranks leave, or raise UserError."""
+        self._check_degrees()
         model_ranks = self.tp * self.pp * self.cp
         if world_size % model_ranks:
             raise UserError(
@@ -44,9 +45,7 @@ class ParallelLayout:
 
     def check(self, size: GPTSize) -> None:
         """Raise UserError where this layout cannot hold a model of that size."""
-        for name in ("tp", "pp", "virtual_pp", "cp"):
-            if getattr(self, name) < 1:
-                raise UserError(f"layout.{name} must be at least 1, got {getattr(self, name)}")
+        self._check_degrees()
         if size.num_heads % self.tp:
             raise UserError(f"layout.tp {self.tp} must divide the model's {size.num_heads} heads")
         if size.padded_vocab_size % self.tp:
@@ -65,6 +64,11 @@ class ParallelLayout:
             raise UserError("layout.sequence_parallel needs layout.tp > 1")
         if self.cp > 1:
             raise UserError("layout.cp > 1 is not supported for packed sequences yet")
+
+    def _check_degrees(self) -> None:
+        for name in ("tp", "pp", "virtual_pp", "cp"):
+            if getattr(self, name) < 1:
+                raise UserError(f"layout.{name} must be at least 1, got {getattr(self, name)}")
 
 
 # The layout whose groups megatron's global state holds, and its reply group.

@@ -268,14 +268,14 @@ def vocab_parallel_sample(  # noqa: PLR0913
     the logits besides, to find the exact cut.
     """
     check_sampling(temperature, top_k, top_p, seed)
-    rank, tp = (0, 1) if group is None else (group.rank(), group.size())
+
+    def gather(shard: Tensor) -> Tensor:
+        return shard[None] if group is None else _gather_states(shard, group)
+
     thresholds = None
     if temperature > 0 and (top_k > 0 or top_p < 1):
-        logits = logits_shard
-        if tp > 1:
-            logits = _gather_states(logits_shard, group).transpose(0, 1).flatten(1)
         thresholds = truncation_thresholds(
-            logits,
+            gather(logits_shard).transpose(0, 1).flatten(1),  # [B, V]
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -285,8 +285,8 @@ def vocab_parallel_sample(  # noqa: PLR0913
         logits_shard,
         SampleKey(seed, sample_index, position),
         temperature=temperature,
-        first_column=rank * logits_shard.shape[1],
+        first_column=0 if group is None else group.rank() * logits_shard.shape[1],
         num_valid_vocab=num_valid_vocab,
         thresholds=thresholds,
     )
-    return merge_samples(_gather_states(state, group) if tp > 1 else state[None])
+    return merge_samples(gather(state))

@@ -23,7 +23,7 @@ config = QuickstartConfig(
     directory=Path("runs/quickstart"),
     vocab_size=1400,
     num_demonstrations=12_000,
-    num_compared=500,
+    num_compared=1200,
     num_judged=200,
     pretrain=SFTConfig(
         size="tiny",
@@ -46,7 +46,7 @@ config = QuickstartConfig(
     rm=RMConfig(
         data=RMData(max_tokens=CONTEXT, num_demonstrations=256),
         epochs=2.0,
-        batch_size=16,
+        batch_size=8,
         micro_batch_tokens=8192,
         adam=AdamConfig(lr=1e-3, warmup=5),
     ),

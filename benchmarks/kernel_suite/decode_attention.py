@@ -65,14 +65,12 @@ def _inputs(size: Size, device: torch.device) -> Inputs:
 
 
 def _exact(inputs: Inputs) -> dict[str, Expected]:
-    few = slice(_NUM_CHECKED)
-    out = _gathered(
-        inputs["query"][few].double(),
-        inputs["k_cache"].double(),
-        inputs["v_cache"].double(),
-        inputs["block_tables"][few],
-        inputs["context_lengths"][few],
+    query, blocks, lengths = (
+        inputs[name][:_NUM_CHECKED] for name in ("query", "block_tables", "context_lengths")
     )
+    k_blocks, v_blocks = (inputs[name][blocks.flatten()] for name in ("k_cache", "v_cache"))
+    in_order = torch.arange(len(k_blocks), device=query.device).view_as(blocks)
+    out = _gathered(query.double(), k_blocks.double(), v_blocks.double(), in_order, lengths)
     rows = torch.arange(len(out), device=out.device)
     return {"out": Expected(out, 0.02, rows, is_relative=True)}
 

@@ -1,4 +1,4 @@
-"""From log-probs, values and scores to rewards, advantages, returns and the advantages' moments.
+"""From log-probs, values and scores to advantages, returns and their moments for whitening.
 
 The batch is a padded one, [B, L] with a mask of contiguous responses, because that is what the
 frameworks compute on; the packed form of the same tensors is its flat view. Every provider does the
@@ -23,6 +23,7 @@ from benchmarks.kernel_suite.operation import (
     plain,
 )
 from kernels.gae import gae
+from kernels.moments import masked_moments
 
 _KL_COEF, _GAMMA, _LAM = 0.05, 0.99, 0.95
 _PADDED = ("padded_logprobs", "padded_ref_logprobs", "padded_values", "scores", "padded_mask")
@@ -35,7 +36,7 @@ _SIZES = {
         {"sequences": 8192, "length": 1024},
         {"sequences": 512, "length": 4096},
     ],
-    "cpu": [{"sequences": 16, "length": 128}, {"sequences": 64, "length": 512}],
+    "cpu": [{"sequences": 16, "length": 128}, {"sequences": 64, "length": 256}],
 }
 
 
@@ -66,8 +67,12 @@ def _inputs(size: Size, device: torch.device) -> Inputs:
 def _exact(inputs: Inputs) -> dict[str, Expected]:
     tensors = [inputs[name] for name in _PADDED]
     doubles = [x.double() if x.is_floating_point() else x for x in tensors]
-    advantages, returns, _ = _verl_loop(*doubles)
-    return {"advantages": Expected(advantages, 1e-3), "returns": Expected(returns, 1e-3)}
+    advantages, returns, moments = _verl_loop(*doubles)
+    return {
+        "advantages": Expected(advantages, 1e-3),
+        "returns": Expected(returns, 1e-3),
+        "moments": Expected(moments, 1e-4, is_relative=True),
+    }
 
 
 def _cost(inputs: Inputs, mode: Mode) -> Cost:
@@ -78,9 +83,7 @@ def _cost(inputs: Inputs, mode: Mode) -> Cost:
 def _ours(
     logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, *others: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    result = gae(
-        logprobs, ref_logprobs, values, *others, kl_coef=_KL_COEF, gamma=_GAMMA, lam=_LAM
-    )
+    result = gae(logprobs, ref_logprobs, values, *others, kl_coef=_KL_COEF, gamma=_GAMMA, lam=_LAM)
     return result.advantages, result.returns, result.stats
 
 
@@ -96,12 +99,8 @@ def _whole_job(
         rewards = -_KL_COEF * (logprobs - ref_logprobs) + is_last * scores[:, None]
         rewards, values = rewards * mask, values * mask
         advantages = scan(rewards, values, mask) * mask
-        count = mask.sum()
-        mean = advantages.sum() / count
-        deviation = (advantages - mean) * mask
-        moments = torch.stack((count, mean, deviation.square().sum()))
-        returns = (advantages + values) * mask
-        return advantages.flatten(), returns.flatten(), moments
+        moments = masked_moments(advantages, mask)
+        return advantages.flatten(), (advantages + values).flatten(), moments
 
     return compute
 

@@ -30,7 +30,7 @@ _SIZES = {
         {"tokens": 8192, "hidden": 12288},
         {"tokens": 131072, "hidden": 2048},
     ],
-    "cpu": [{"tokens": 512, "hidden": 768}, {"tokens": 1024, "hidden": 2048}],
+    "cpu": [{"tokens": 512, "hidden": 768}, {"tokens": 512, "hidden": 2048}],
 }
 
 

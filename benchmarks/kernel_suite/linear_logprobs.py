@@ -50,7 +50,7 @@ _SIZES = {
         _head(8192, 4096, 6288),
         _head(8192, 4096, 151936),
     ],
-    "cpu": [_head(256, 128, 8192), _head(256, 128, 50304)],
+    "cpu": [_head(128, 128, 8192), _head(128, 128, 50304)],
 }
 
 
@@ -117,9 +117,7 @@ def _exact(inputs: Inputs, upstream: Tensor) -> dict[str, Expected]:
         "logprobs": Expected(log_p.gather(1, labels[rows, None])[:, 0], 0.15, rows),
         "loss": Expected((logsumexp - z_labels).mean(), 1e-2),
         "hidden_grad": Expected(dz @ weight.double(), 0.05, rows, is_relative=True),
-        "weight_grad": Expected(
-            dz_columns.t() @ hidden.double(), 0.05, columns, is_relative=True
-        ),
+        "weight_grad": Expected(dz_columns.t() @ hidden.double(), 0.05, columns, is_relative=True),
     }
 
 
@@ -167,9 +165,7 @@ def _mean_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def _one_pass(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     scale = -1 / len(labels)
-    return linear_logprobs_loss(
-        hidden, weight, labels, lambda logprobs, rows: scale * logprobs
-    )[0]
+    return linear_logprobs_loss(hidden, weight, labels, lambda logprobs, rows: scale * logprobs)[0]
 
 
 def _trl() -> Any:

@@ -37,7 +37,7 @@ _SIZES = {
         {"tokens": 8192, "vocab": 6288},
         {"tokens": 8192, "vocab": 151936},
     ],
-    "cpu": [{"tokens": 64, "vocab": 50304}, {"tokens": 256, "vocab": 50304}],
+    "cpu": [{"tokens": 64, "vocab": 8192}, {"tokens": 64, "vocab": 50304}],
 }
 
 

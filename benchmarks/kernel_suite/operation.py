@@ -1,4 +1,4 @@
-"""One operation of the benchmark: its inputs, its exact results, its least cost, and who computes it.
+"""An operation of the benchmark: its inputs, its exact results, its least cost, who computes it.
 
 A provider is a plain function of the operation's arguments. `bind` makes it a call that runs
 forward, or forward and backward, for every provider in the same way.

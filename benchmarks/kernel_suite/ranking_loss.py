@@ -74,9 +74,7 @@ def _pair_by_pair(scores: Tensor, ranks: Tensor, cu_prompts: Tensor) -> tuple[Te
     num_prompts = len(cu_prompts) - 1
     num_completions = len(scores) // num_prompts
     losses, num_correct = [], []
-    for score, rank in zip(
-        scores.view(num_prompts, -1), ranks.view(num_prompts, -1), strict=True
-    ):
+    for score, rank in zip(scores.view(num_prompts, -1), ranks.view(num_prompts, -1), strict=True):
         ordered = score[rank.argsort()]
         margins = [
             ordered[better] - ordered[worse]

@@ -30,7 +30,7 @@ _SIZES = {
         {"rows": 512, "vocab": 50304},
         {"rows": 256, "vocab": 6288},
     ],
-    "cpu": [{"rows": 8, "vocab": 50304}, {"rows": 64, "vocab": 50304}],
+    "cpu": [{"rows": 8, "vocab": 8192}, {"rows": 8, "vocab": 50304}],
 }
 
 

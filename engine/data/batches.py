@@ -64,6 +64,7 @@ class PackedBatch:
             positions=move(self.positions),
             cu_seqlens=move(self.cu_seqlens),
             mask=move(self.mask),
+            targets=move(self.targets),
             sequence_ids=move(self.sequence_ids),
             cu_units=move(self.cu_units),
             fields={name: move(value) for name, value in self.fields.items()},

@@ -175,8 +175,11 @@ class Scheduler:
         num_shareable = (len(sequence.tokens) - 1) // self.blocks.block_size
         shared = self.blocks.find(sequence.digests[:num_shareable])
         num_new = self.blocks.num_blocks_for(len(sequence.tokens)) - len(shared)
-        # A block for everyone who runs, or the admission would soon be undone.
-        num_reserved = sum(len(group) for group in self.running)
+        # A block for everyone who runs and may need one, or the admission would soon be undone.
+        size = self.blocks.block_size
+        num_reserved = sum(
+            len(other.blocks) * size < other.max_length for group in self.running for other in group
+        )
         if num_new + self.blocks.num_unused(shared) + num_reserved > self.blocks.num_free:
             return False
         self.waiting.popleft()

@@ -1,0 +1,123 @@
+"""The same responses whatever the layout: every rank of a replica gets all of its own."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from engine.config import UserError
+from engine.data.batches import deal
+from engine.generation.generate import generate, length_spread
+from engine.generation.refit import Refit
+from engine.generation.sequence import Response, SamplingConfig
+from engine.network import Network, Numerics
+from engine.parallel import ParallelLayout
+from tests.engine.generation.random_gpt2 import load_gpt2, random_prompts
+from tests.ranks import run_ranks
+
+LAYOUTS = {
+    "tp2": ParallelLayout(tp=2),
+    "tp2_sequence": ParallelLayout(tp=2, sequence_parallel=True),
+    "pp2": ParallelLayout(pp=2),
+    "pp2_virtual": ParallelLayout(pp=2, virtual_pp=2),
+    "dp2": ParallelLayout(),
+}
+SAMPLED = SamplingConfig(max_new_tokens=10, num_slots=6, temperature=0.7, prefill_tokens=50)
+CONFIGS = {
+    "sampled": SAMPLED,
+    "greedy": SAMPLED.greedy(),
+    "truncated": dataclasses.replace(SAMPLED, top_k=20, top_p=0.9, min_new_tokens=3),
+    "preempted": dataclasses.replace(SAMPLED, block_size=4, num_slots=64, cache_gib=1.5e-4),
+}
+Outcome = dict[int, tuple[list[int], np.ndarray, bool]]
+
+
+def outcome(network: Network, config: SamplingConfig) -> Outcome:
+    """What this rank's replica answers to its share of the prompts."""
+    prompts = random_prompts(14, 60) + random_prompts(2, 60)
+    parallel = network.parallel
+    mine = deal([len(prompt) for prompt in prompts], parallel.dp, parallel.dp_rank)
+    found: list[Response] = list(
+        generate(
+            network,
+            [prompts[index] for index in mine],
+            config,
+            eos_id=0,
+            seed=3,
+            sample_indices=mine,
+        )
+    )
+    return {r.sample_index: (r.tokens.tolist(), r.logprobs, r.has_eos) for r in found}
+
+
+def outcomes_in_layouts(folder: Path) -> dict[str, dict[str, Outcome]]:
+    found = {}
+    for name, layout in LAYOUTS.items():
+        network = load_gpt2(folder, layout)
+        found[name] = {kind: outcome(network, config) for kind, config in CONFIGS.items()}
+    return found
+
+
+def outcomes_after_refit(folder: Path) -> dict[str, Outcome | str | int]:
+    source = load_gpt2(folder, ParallelLayout(pp=2))
+    found: dict[str, Outcome | str | int] = {}
+    for name, layout in (("tp2", LAYOUTS["tp2_sequence"]), ("dp2", LAYOUTS["dp2"])):
+        refit = Refit(source, layout, numerics=Numerics())
+        report = refit()
+        found[name] = outcome(refit.network, SAMPLED)
+        found[f"{name}_bytes"] = report.received_bytes
+    found["source"] = outcome(source, SAMPLED)  # its own groups are still the ones in use
+    source.weights_version += 1
+    with pytest.raises(RuntimeError, match="stale weights"):
+        outcome(refit.network, SAMPLED)
+    for parameter in source.modules[0].parameters():
+        parameter.data.mul_(0.5)
+    refit()
+    found["halved_dp2"] = outcome(refit.network, SAMPLED)
+    found["halved_source"] = outcome(source, SAMPLED)
+    with pytest.raises(UserError, match="pp 2"):
+        Refit(source, ParallelLayout(pp=2), numerics=Numerics())
+    found["spread"] = length_spread([10, 30][dist.get_rank()], refit.network.parallel)
+    return found
+
+
+def joined(ranks: list[Outcome], num_prompts: int = 16) -> Outcome:
+    """One outcome of both ranks: a replica's ranks agree, replicas share the prompts."""
+    both = ranks[0] | ranks[1]
+    assert sorted(both) == list(range(num_prompts))
+    for rank in ranks:
+        assert_same(rank, {index: both[index] for index in rank})
+    return both
+
+
+def assert_same(actual: Outcome, expected: Outcome) -> None:
+    assert actual.keys() == expected.keys()
+    for index, (tokens, logprobs, has_eos) in expected.items():
+        assert actual[index][0] == tokens, index
+        assert np.allclose(actual[index][1], logprobs, rtol=0, atol=2e-5)
+        assert actual[index][2] == has_eos
+
+
+def test_every_layout_gives_the_same_responses(network, gpt2_folder):
+    expected = {kind: outcome(network, config) for kind, config in CONFIGS.items()}
+    assert len({tuple(tokens) for tokens, _, _ in expected["sampled"].values()}) > 10
+    ranks = run_ranks(outcomes_in_layouts, 2, gpt2_folder)
+    for name in LAYOUTS:
+        for kind in CONFIGS:
+            found = joined([rank[name][kind] for rank in ranks])
+            assert_same(found, expected[kind])
+
+
+def test_refit_fills_another_layout_and_stale_copies_are_refused(network, gpt2_folder):
+    expected = outcome(network, SAMPLED)
+    ranks = run_ranks(outcomes_after_refit, 2, gpt2_folder)
+    for name in ("tp2", "dp2", "source"):
+        assert_same(joined([rank[name] for rank in ranks]), expected)
+        if name != "source":
+            assert all(rank[f"{name}_bytes"] > 0 for rank in ranks)
+    halved = joined([rank["halved_dp2"] for rank in ranks])
+    assert_same(halved, joined([rank["halved_source"] for rank in ranks]))
+    assert any(halved[index][0] != expected[index][0] for index in expected)
+    assert [rank["spread"] for rank in ranks] == [1.5, 1.5]

@@ -1,0 +1,94 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from engine.data.examples import Example
+from engine.feed import Feed, count_targets, pack_for
+from engine.parallel import Parallel, ParallelLayout, start_parallel
+
+LENGTHS = (5, 9, 3, 14, 8, 2, 11)
+
+
+@pytest.fixture
+def parallel() -> Parallel:
+    return start_parallel(ParallelLayout(), seed=1)
+
+
+def examples() -> list[Example]:
+    """Example i is all tokens i; its first two are the prompt."""
+    return [Example(tokens=np.full(n, i), prompt_length=2) for i, n in enumerate(LENGTHS)]
+
+
+def feed_of(parallel: Parallel, **changes: object) -> Feed:
+    feed = Feed(
+        units=examples(), batch_size=3, micro_batch_tokens=12, seed=0, parallel=parallel
+    )
+    return dataclasses.replace(feed, **changes)
+
+
+def test_steps_of_an_epoch_hold_every_example_once(parallel: Parallel):
+    feed = feed_of(parallel, batch_size=7)
+    seen = [int(b.tokens[start]) for b in feed.batches(0) for start in b.cu_seqlens[:-1]]
+    assert sorted(seen) == list(range(7))
+    assert feed.batches(0)[0].tokens.tolist() == feed.batches(0)[0].tokens.tolist()
+    assert feed.order.indices(1) != feed.order.indices(0)
+
+
+def test_micro_batches_keep_to_the_budget(parallel: Parallel):
+    batches = feed_of(parallel, batch_size=7).batches(0)
+    lengths = [len(batch.tokens) for batch in batches]
+    assert sum(lengths) == sum(LENGTHS)
+    assert [n for n in lengths if n > 12] == [14]  # what is longer is alone
+
+
+def test_counts_are_of_the_global_batch_whatever_the_rank(parallel: Parallel):
+    for dp, dp_rank in ((1, 0), (2, 0), (2, 1)):
+        rank = dataclasses.replace(parallel, dp=dp, dp_rank=dp_rank)
+        feed = feed_of(rank)
+        chosen = feed.order.indices(4)
+        assert feed.num_tokens(4) == sum(LENGTHS[i] for i in chosen)
+        assert feed.num_targets(4) == sum(LENGTHS[i] - 2 for i in chosen)
+
+
+def test_targets_of_all_ranks_add_up_to_the_count(parallel: Parallel):
+    num_targets = 0
+    for dp_rank in range(3):
+        rank = dataclasses.replace(parallel, dp=3, dp_rank=dp_rank)
+        num_targets += sum(int(b.mask.sum()) for b in feed_of(rank).batches(2))
+    assert num_targets == feed_of(parallel).num_targets(2)
+
+
+def test_comparisons_count_all_their_sequences():
+    pair = [Example(tokens=np.arange(n), prompt_length=2) for n in (4, 7)]
+    assert count_targets([pair, pair], [0]) == 7
+
+
+@pytest.mark.parametrize(
+    ("layout", "multiple_of", "count_multiple"),
+    [
+        (ParallelLayout(tp=4), 1, 1),
+        (ParallelLayout(tp=4, sequence_parallel=True), 4, 1),
+        (ParallelLayout(pp=4), 1, 1),
+        (ParallelLayout(pp=4, virtual_pp=2), 1, 4),
+    ],
+)
+def test_layout_asks_for_even_rows_and_counts(
+    layout: ParallelLayout, multiple_of: int, count_multiple: int, parallel: Parallel
+):
+    rank = dataclasses.replace(parallel, layout=layout)
+    batches = pack_for(examples(), list(range(7)), rank, 12)
+    assert all(len(batch.tokens) % multiple_of == 0 for batch in batches)
+    assert len(batches) % count_multiple == 0
+    plain = pack_for(examples(), list(range(7)), parallel, 12)
+    assert sum(int(b.mask.sum()) for b in batches) == sum(int(b.mask.sum()) for b in plain)
+    if multiple_of == count_multiple == 1:
+        assert [len(b.tokens) for b in batches] == [len(b.tokens) for b in plain]
+
+
+def test_batches_go_to_the_device_whole(parallel: Parallel):
+    (batch, *_) = pack_for(examples(), [0, 1], parallel, 100)
+    moved = batch.to("meta")
+    tensors = [value for value in vars(moved).values() if hasattr(value, "device")]
+    assert len(tensors) >= 6
+    assert {tensor.device.type for tensor in tensors} == {"meta"}

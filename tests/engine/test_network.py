@@ -1,0 +1,76 @@
+import dataclasses
+
+import pytest
+import torch
+
+from engine.config import UserError
+from engine.data.batches import pack
+from engine.data.examples import Example
+from engine.losses import NegativeLogLikelihood
+from engine.network import Numerics, build_network
+from engine.optimizer import make_trainable
+from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.step import forward_backward
+from tests.tiny import SIZE
+
+
+@pytest.fixture
+def parallel() -> Parallel:
+    return start_parallel(ParallelLayout(), seed=1)
+
+
+@pytest.mark.parametrize("kind", ["language", "scalar"])
+def test_new_network_is_frozen_and_without_dropout(kind: str, parallel: Parallel):
+    network = build_network(kind, SIZE, parallel, numerics=Numerics(), dropout=0.1)
+    (module,) = network.modules
+    assert not any(p.requires_grad for p in module.parameters())
+    assert not any(part.training for part in module.modules())
+    make_trainable(network)
+    assert all(p.requires_grad for p in module.parameters())
+    assert all(part.training for part in module.modules())
+    network.train(False)
+    assert not any(part.training for part in module.modules())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+)
+def test_weights_have_the_dtype_that_was_asked_for(dtype, expected, parallel: Parallel):
+    for kind in ("language", "scalar"):
+        network = build_network(kind, SIZE, parallel, numerics=Numerics(dtype=dtype))
+        assert network.dtype is expected
+        assert {p.dtype for m in network.modules for p in m.parameters()} == {expected}
+
+
+def test_weights_depend_on_the_seed_and_on_nothing_drawn_before(parallel: Parallel):
+    def weights(seed: int) -> torch.Tensor:
+        torch.rand(3)
+        network = build_network(
+            "language", SIZE, start_parallel(ParallelLayout(), seed=seed), numerics=Numerics()
+        )
+        return torch.cat([p.flatten() for p in network.modules[0].parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_layout_is_checked_before_anything_is_built(parallel: Parallel):
+    wide = dataclasses.replace(parallel, layout=ParallelLayout(tp=3))
+    with pytest.raises(UserError, match="must divide the model's 4 heads"):
+        build_network("language", SIZE, wide, numerics=Numerics())
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_activations_give_the_same_gradients(recompute, parallel: Parallel):
+    tokens = torch.arange(1, 40).numpy()
+    batch = pack([Example(tokens=tokens, prompt_length=4)], multiple_of=1)
+    gradients = []
+    for numerics in (Numerics(), Numerics(recompute=recompute)):
+        network = build_network("language", SIZE, parallel, numerics=numerics)
+        make_trainable(network)
+        forward_backward(network, [batch], NegativeLogLikelihood(35))
+        parameters = network.modules[0].parameters()
+        gradients.append(torch.cat([p.main_grad.flatten() for p in parameters]))
+    assert gradients[0].norm() > 0.1
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
