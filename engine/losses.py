@@ -19,7 +19,7 @@ from engine.network import Network
 from engine.step import Metrics, ScalarLoss, forward
 from kernels.linear_logprobs import TokenLoss
 from kernels.moments import Whitening
-from kernels.ppo_loss import policy_loss, value_loss
+from kernels.ppo_loss import policy_loss, policy_token_loss, value_loss
 from kernels.ranking_loss import ranking_loss
 from models.gpt import shift_right
 
@@ -75,18 +75,16 @@ class ClippedPolicyLoss:
     def token_loss(self, batch: PackedBatch) -> TokenLoss:
         """Return max(-A ratio, -A clip(ratio)) / num_targets of a token from its log-prob."""
         old_logprobs, advantages = batch.fields["logprobs"], batch.fields["advantages"]
-        if self.whitening is not None:
-            advantages = (advantages - self.whitening.mean) * self.whitening.rstd
 
         def loss(logprobs: Tensor, positions: Tensor) -> Tensor:
-            ratio = (logprobs - old_logprobs[positions]).exp()
-            clipped = ratio.clamp(1.0 - self.cliprange, 1.0 + self.cliprange)
-            advantage = advantages[positions]
-            # Where the branches tie, as at ratio 1, the unclipped one gives the gradient.
-            is_clipped = -advantage * clipped > -advantage * ratio
-            return (
-                torch.where(is_clipped, -advantage * clipped, -advantage * ratio) / self.num_targets
+            losses = policy_token_loss(
+                logprobs,
+                old_logprobs[positions],
+                advantages[positions],
+                cliprange=self.cliprange,
+                whitening=self.whitening,
             )
+            return losses / self.num_targets
 
         return loss
 

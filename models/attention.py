@@ -7,7 +7,7 @@ padded on the left, so learned positions start at 0 in every sequence.
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -159,17 +159,9 @@ def _varlen_attention(
         return out[0] if isinstance(out, tuple) else out  # flash-attn-4 also returns the logsumexp
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(
-        query,
-        key,
-        value,
-        q_bounds,
-        k_bounds,
-        q_longest,
-        k_longest,
-        scale=scale,
-        window_size=(-1, 0),
-    )
+    bounds = (q_bounds, k_bounds, q_longest, k_longest)
+    out = varlen_attn(query, key, value, *bounds, scale=scale, window_size=(-1, 0))
+    return cast(Tensor, out)
 
 
 def _padded_attention(

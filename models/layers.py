@@ -2,7 +2,7 @@
 GPT-3's GELU."""
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+from kernels.layer_norm import layer_norm
 from models.attention import PackedAttention
 from models.sizes import GPTSize
 
@@ -107,7 +108,7 @@ class LayerNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x, shape [..., hidden]."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return cast(Tensor, layer_norm(x, self.weight, self.bias, eps=self.eps))
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

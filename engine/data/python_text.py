@@ -24,12 +24,12 @@ _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-package
 _SKIPPED_FOLDERS |= {"encodings", "pydoc_data", "__phello__", "turtledemo"}
 
 # A paragraph in which few of these occur is a table, a signature or code.
-_FUNCTION_WORDS = (
-    "a all an and any are as at be been but by can do does each for from given has have if in into "
-    "is it its may must no not of on only or otherwise same should so such than that the their "
-    "them then there these they this to use used when where which while will with would you your"
+_FUNCTION_WORDS = re.compile(
+    r"\b(a|all|an|and|any|are|as|at|be|been|but|by|can|do|does|each|for|from|given|has|have|if|in"
+    r"|into|is|it|its|may|must|no|not|of|on|only|or|otherwise|same|should|so|such|than|that|the"
+    r"|their|them|then|there|these|they|this|to|use|used|when|where|which|while|will|with|would"
+    r"|you|your)\b"
 )
-_FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 _MIN_FUNCTION_WORDS = 0.25  # of the words; English prose has about 0.45
 _MAX_ODD_CHARACTERS = 0.03  # of the characters: brackets, operators, underscores, non-ASCII
 
@@ -133,10 +133,10 @@ def _as_prose(lines: list[str]) -> str | None:
     if not whole or len(whole[0]) < MIN_PARAGRAPH_CHARS or len(whole[0]) > MAX_DOCUMENT_CHARS:
         return None
     text = whole[0]
-    words = _WORD.findall(text.lower())
     if len(_ODD_CHARACTER.findall(text)) > _MAX_ODD_CHARACTERS * len(text):
         return None
-    if sum(word in _FUNCTION_WORDS for word in words) < _MIN_FUNCTION_WORDS * len(words):
+    num_words = len(_WORD.findall(text))
+    if len(_FUNCTION_WORDS.findall(text.lower())) < _MIN_FUNCTION_WORDS * num_words:
         return None
     return text if text[0].isalpha() or text[0] in "\"'(" else None
 

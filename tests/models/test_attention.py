@@ -1,0 +1,99 @@
+import pytest
+import torch
+from torch import Tensor
+
+from models.attention import PackedSequences, packed_attention
+
+SCALE = 0.4
+EVEN = (7, 8, 6)  # go through one padded call
+UNEVEN = (1, 29, 2, 3, 1)  # go one by one
+EMPTY = (4, 0, 5)
+
+
+def packed(lengths: tuple[int, ...]) -> PackedSequences:
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    return PackedSequences.of(bounds, max(lengths))
+
+
+def draw(num_tokens: int, seed: int = 0, heads: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.randn(num_tokens, heads, 8, generator=generator, requires_grad=True)
+        for _ in range(3)
+    )
+
+
+def naive(query: Tensor, key: Tensor, value: Tensor, cu_queries: Tensor, cu_keys: Tensor) -> Tensor:
+    """The formula over the whole row: a softmax of what a token may see, in fp64."""
+    num_queries, num_keys = len(query), len(key)
+    query_ids = torch.bucketize(torch.arange(num_queries), cu_queries[1:], right=True)
+    key_ids = torch.bucketize(torch.arange(num_keys), cu_keys[1:], right=True)
+    # Places count from the end of a sequence, whose last query is its last key.
+    query_place = torch.arange(num_queries) - cu_queries[1:][query_ids]
+    key_place = torch.arange(num_keys) - cu_keys[1:][key_ids]
+    sees = (query_ids[:, None] == key_ids) & (key_place <= query_place[:, None])
+    logits = SCALE * torch.einsum("qhd,khd->hqk", query.double(), key.double())
+    weights = logits.masked_fill(~sees, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value.double()).float()
+
+
+@pytest.mark.parametrize("lengths", [EVEN, UNEVEN, EMPTY, (5,), (1, 1, 1)])
+def test_attention_is_the_naive_one(lengths: tuple[int, ...]):
+    sequences = packed(lengths)
+    inputs = draw(sum(lengths))
+    out = packed_attention(*inputs, sequences, SCALE)
+    expected = naive(*inputs, sequences.cu_seqlens_q, sequences.cu_seqlens_q)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad((out * weight).sum(), inputs)
+    reference = torch.autograd.grad((expected * weight).sum(), inputs)
+    for ours, theirs in zip(found, reference, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_even_sequences_take_one_call_and_uneven_ones_take_theirs(monkeypatch):
+    calls = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def count(*arguments, **named):
+        calls.append(arguments[0].shape)
+        return plain(*arguments, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    packed_attention(*draw(sum(EVEN)), packed(EVEN), SCALE)
+    assert calls == [(3, 3, 8, 8)]  # [sequences, heads, longest, dim]
+    calls.clear()
+    packed_attention(*draw(sum(UNEVEN)), packed(UNEVEN), SCALE)
+    assert len(calls) == len(UNEVEN)
+
+
+def test_a_sequence_says_the_same_alone_and_packed():
+    inputs = draw(sum(EVEN))
+    together = packed_attention(*inputs, packed(EVEN), SCALE)
+    for part in range(3):
+        alone = [x.split(EVEN)[part] for x in inputs]
+        out = packed_attention(*alone, packed((EVEN[part],)), SCALE)
+        torch.testing.assert_close(out, together.split(EVEN)[part], rtol=1e-5, atol=1e-6)
+
+
+def test_queries_are_the_last_tokens_where_there_are_more_keys():
+    num_queries, num_keys = (2, 4, 1), (6, 4, 9)
+    sequences = packed(num_queries)
+    sequences.cu_seqlens_kv = torch.tensor([0, *num_keys]).cumsum(0).int()
+    sequences.max_seqlen_kv = max(num_keys)
+    query, _, _ = draw(sum(num_queries))
+    _, key, value = draw(sum(num_keys), seed=1)
+    out = packed_attention(query, key, value, sequences, SCALE)
+    expected = naive(query, key, value, sequences.cu_seqlens_q, sequences.cu_seqlens_kv)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_seen_of_what_comes_later_or_is_of_others():
+    query, key, value = draw(sum(EVEN))
+    before = packed_attention(query, key, value, packed(EVEN), SCALE)
+    with torch.no_grad():
+        key[10:] += 5  # from the fourth token of the second sequence on
+        value[10:] -= 5
+    after = packed_attention(query, key, value, packed(EVEN), SCALE)
+    assert torch.equal(before[:10], after[:10])
+    assert not torch.isclose(before[10:15], after[10:15]).any()

@@ -1,0 +1,67 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from engine.parallel import ParallelLayout, start_parallel
+from models.layers import LayerNorm, transformer_config
+from models.sizes import GPTSize
+
+SIZE = GPTSize(num_layers=3, hidden_size=16, num_heads=2, vocab_size=50, context_length=32)
+
+
+def config_of(**changes: Any):
+    start_parallel(ParallelLayout(), seed=1)
+    arguments = {
+        "tp": 1,
+        "pp": 1,
+        "virtual_pp": 1,
+        "sequence_parallel": False,
+        "dtype": torch.float32,
+        "dropout": 0.0,
+        "recompute": "none",
+        "device": torch.device("cpu"),
+    }
+    return transformer_config(SIZE, **(arguments | changes))
+
+
+def test_gelu_is_the_tanh_approximation():
+    x = torch.linspace(-4, 4, 101)
+    tanh = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    found = config_of().activation_func(x)
+    torch.testing.assert_close(found, tanh, rtol=1e-5, atol=1e-6)
+    exact = torch.nn.functional.gelu(x)
+    assert (found - exact).abs().max() > 1e-4  # the two can be told apart
+
+
+def test_dropout_is_on_the_residual_branches_only():
+    config = config_of(dropout=0.2)
+    assert (config.hidden_dropout, config.attention_dropout) == (0.2, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "granularity"), [("none", None), ("selective", "selective"), ("full", "full")]
+)
+def test_recomputation_is_passed_on(recompute: str, granularity: str | None):
+    assert config_of(recompute=recompute).recompute_granularity == granularity
+
+
+def test_matrices_that_write_to_the_residual_start_smaller():
+    config = config_of()
+    weight = torch.empty(400, 400)
+    config.init_method(weight)
+    assert weight.std().item() == pytest.approx(0.02, rel=0.02)
+    config.output_layer_init_method(weight)
+    assert weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * 3), rel=0.02)
+
+
+def test_layer_norm_is_torchs_and_tells_of_sequence_parallel():
+    config = config_of()
+    norm = LayerNorm(config, 16)
+    x = 3 * torch.randn(5, 1, 16) + 1
+    plain = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(norm(x), plain)
+    assert not any(p.sequence_parallel for p in norm.parameters())
+    config.sequence_parallel = True
+    assert all(p.sequence_parallel for p in LayerNorm(config, 16).parameters())
