@@ -135,9 +135,10 @@ def num_launches(call: Call) -> int:
 @contextlib.contextmanager
 def _profiled(call: Call, activity: ProfilerActivity) -> Iterator[list[Any]]:
     """Yield the profiler's raw events of one call."""
-    with _silent_stderr(), profile(activities=[activity], profile_memory=True) as profiler:
+    on_gpu = activity == ProfilerActivity.CUDA
+    with _silent_stderr(), profile(activities=[activity], profile_memory=not on_gpu) as profiler:
         result = call()  # alive to the end: the memory of a result counts
-        if activity == ProfilerActivity.CUDA:
+        if on_gpu:
             torch.cuda.synchronize()
     del result
     yield profiler.profiler.kineto_results.events()

@@ -4,6 +4,7 @@ batch."""
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.config import check_numbers
 from engine.rollout import Rollout
 from kernels.gae import KlEstimator, gae
 from kernels.moments import Whitening, merge_moments, whitening
@@ -24,6 +25,9 @@ class KLConfig:
     horizon: int = 10_000
     """Adaptive: responses over which coef moves by the proportional error (Ziegler et al. 2019:
     10,000)."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "kl.", counts="horizon", positive="target", not_negative="coef")
 
 
 class KLController:

@@ -9,7 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from engine.config import UserError
+from engine.config import check_numbers
 from engine.network import Network
 from engine.step import finish_gradients
 
@@ -41,6 +41,15 @@ class AdamConfig:
     clip_norm: float = 1.0
     """Largest global gradient norm; not stated for RLHF, our choice: GPT-3's."""
 
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            "optimizer ",
+            positive="lr epsilon clip_norm",
+            not_negative="warmup weight_decay",
+            shares="final_fraction warmup_start beta1 beta2",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -58,8 +67,6 @@ class Optimizer:
     """The optimizer of one network; its steps are counted in the schedule's unit by the caller."""
 
     def __init__(self, network: Network, config: AdamConfig, *, total_steps: int) -> None:
-        if config.lr <= 0:
-            raise UserError(f"optimizer lr must be positive, got {config.lr}")
         self.network = network
         self.config = config
         make_trainable(network)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from engine.config import UserError
+from engine.config import UserError, check_numbers
 from engine.device import communication_backend, start_device
 from models.sizes import GPTSize
 
@@ -58,17 +58,15 @@ class ParallelLayout:
                 f"pp {self.pp} x virtual_pp {self.virtual_pp} must divide the "
                 f"{size.num_layers} layers"
             )
-        if self.virtual_pp > 1 and self.pp == 1:
-            raise UserError("layout.virtual_pp needs layout.pp > 1")
         if self.sequence_parallel and self.tp == 1:
             raise UserError("layout.sequence_parallel needs layout.tp > 1")
         if self.cp > 1:
             raise UserError("layout.cp > 1 is not supported for packed sequences yet")
 
     def _check_degrees(self) -> None:
-        for name in ("tp", "pp", "virtual_pp", "cp"):
-            if getattr(self, name) < 1:
-                raise UserError(f"layout.{name} must be at least 1, got {getattr(self, name)}")
+        check_numbers(self, "layout.", counts="tp pp virtual_pp cp")
+        if self.virtual_pp > 1 and self.pp == 1:
+            raise UserError("layout.virtual_pp needs layout.pp > 1")
 
 
 # The layout whose groups megatron's global state holds, and its reply group.

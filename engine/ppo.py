@@ -9,7 +9,7 @@ import torch
 from engine.advantages import KLConfig, KLController, estimate_advantages
 from engine.alarms import AlarmConfig, Alarms
 from engine.checkpoint import Checkpointer, load_weights, size_of
-from engine.config import UserError
+from engine.config import UserError, check_numbers
 from engine.data.batches import EpochOrder, PackedBatch
 from engine.data.examples import Example
 from engine.data.pretraining import open_token_file
@@ -131,12 +131,21 @@ class PPOConfig:
     show_every: int = 10
     """Iterations between sample tables."""
 
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            counts="iterations rollout_batch_size minibatch_size ppo_epochs keep show_every",
+            positive="cliprange value_cliprange",
+            not_negative="ptx_coef seed save_every num_shown",
+            shares="gamma lam ema_decay",
+        )
+        check_numbers(self, counts="micro_batch_tokens ptx_examples_per_episode")
+
 
 def train(config: PPOConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     _check(config)
     run = start_run(
-        config,
         directory=config.directory,
         layout=config.layout,
         seed=config.seed,
@@ -173,6 +182,7 @@ def train(config: PPOConfig) -> dict[str, float]:
         tokenizer_fingerprint=run.tokenizer.fingerprint(),
     )
     progress = checkpointer.resume() or {"step": 0}
+    run.write_settings(config)
     kl.coef = progress.get("kl_coef", kl.coef)
     if "alarms" in progress:
         alarms.load_state_dict(progress["alarms"])
@@ -366,6 +376,7 @@ def _check(config: PPOConfig) -> None:
             f"rollout_batch_size {config.rollout_batch_size} must be a multiple of "
             f"minibatch_size {config.minibatch_size}"
         )
+    config.sampling.check()
     if config.sampling.temperature <= 0:
         raise UserError("sampling.temperature must be positive: PPO needs samples, not a maximum")
 

@@ -58,6 +58,8 @@ class QuickstartConfig:
     """Made demonstrations."""
     num_compared: int = 800
     """Prompts whose completions are sampled from the SFT model and ranked; a tenth is held out."""
+    faults_per_level: float = 3.0
+    """Faults by which the scripted labeler tells two completions apart; closer ones tie."""
     num_prompts: int = 2000
     """Made prompts for PPO."""
     num_judged: int = 300
@@ -214,7 +216,7 @@ def write_comparisons(config: QuickstartConfig, files: Files) -> None:
         completions = [next(answers) for _ in range(k)]
         # An empty completion is no text to compare; the reader of comparisons would refuse it.
         completions = [text for text in completions if text.strip()]
-        ranks = rank(listed, completions)
+        ranks = rank(listed, completions, faults_per_level=config.faults_per_level)
         if len(set(ranks)) > 1:
             rows.append(
                 {"prompt": render_prompt(listed), "completions": completions, "ranks": ranks}

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from engine.checkpoint import Checkpointer, load_weights, size_of
+from engine.config import UserError, check_numbers
 from engine.data.comparisons import comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
@@ -47,6 +48,9 @@ class RMData:
     skip_bad_lines: bool = False
     """Count and report bad lines instead of stopping at the first."""
 
+    def __post_init__(self) -> None:
+        check_numbers(self, "data.", counts="num_demonstrations", shares="valid_fraction")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RMConfig:
@@ -84,12 +88,19 @@ class RMConfig:
     keep: int = 2
     """Checkpoints kept."""
 
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            counts="batch_size micro_batch_tokens keep",
+            positive="epochs",
+            not_negative="seed eval_every save_every",
+        )
+
 
 def train(config: RMConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     require_path(config.data.train, "data.train")
     run = start_run(
-        config,
         directory=config.directory,
         layout=config.layout,
         seed=config.seed,
@@ -122,6 +133,7 @@ def train(config: RMConfig) -> dict[str, float]:
         tokenizer_fingerprint=fingerprint,
     )
     progress = checkpointer.resume() or {"step": 0}
+    run.write_settings(config)
 
     values: dict[str, float] = progress.get("metrics", {})
     with Metrics(
@@ -218,6 +230,8 @@ def _load_data(
         kept, out = split_by_prompt([r.prompt for r in records], data.valid_fraction, config.seed)
         held_out = [records[i] for i in out]
         records = [records[i] for i in kept]
+        if not records:
+            raise UserError(f"--data.valid-fraction {data.valid_fraction} holds out all prompts")
     train_units, lengths = comparison_examples(records, run.tokenizer, **limits)
     notes.append(f"comparisons (train): {lengths}")
     valid_units: list[list[Example]] = []

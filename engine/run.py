@@ -1,12 +1,10 @@
-"""The frame of a run: its ranks, its folder, its tokenizer, the configuration it was resolved
+"""The frame of a run: its ranks, its tokenizer, its folder with the configuration it was resolved
 to."""
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from engine.config import UserError, save_config
 from engine.data.tokenizer import Tokenizer, load_tokenizer
@@ -27,12 +25,19 @@ class Run:
         """Where this run's checkpoints lie."""
         return self.directory / "checkpoints"
 
+    def write_settings(self, config: Any) -> None:
+        """Write config.json and the tokenizer into the run's folder.
 
-def start_run(
-    config: Any, *, directory: Path, layout: ParallelLayout, seed: int, tokenizer: Path
-) -> Run:
-    """Load the tokenizer, join the ranks, and write the run's folder: config.json and the
-    tokenizer.
+        The stages do so once everything is loaded: a mistake of the user's so leaves no folder, and
+        changes none that an earlier run has written.
+        """
+        if self.parallel.is_writer:
+            self.tokenizer.save(self.directory / "tokenizer")
+            save_config(config, self.directory / "config.json")
+
+
+def start_run(*, directory: Path, layout: ParallelLayout, seed: int, tokenizer: Path) -> Run:
+    """Load the tokenizer and join the ranks.
 
     tokenizer may be a file, a folder, or an earlier run, whose tokenizer it then is.
     """
@@ -40,11 +45,6 @@ def start_run(
         tokenizer / "tokenizer" if (tokenizer / "tokenizer").exists() else tokenizer
     )
     parallel = start_parallel(layout, seed)
-    if parallel.is_writer:
-        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-        loaded.save(directory / "tokenizer")
-        save_config(config, directory / "config.json")
-    dist.barrier()
     return Run(directory=directory, parallel=parallel, tokenizer=loaded)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.checkpoint import Checkpointer, load_weights, size_of
-from engine.config import UserError
+from engine.config import UserError, check_numbers
 from engine.data.batches import Units
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.pretraining import open_token_file
@@ -53,6 +53,13 @@ class SFTData:
     skip_bad_lines: bool = False
     """Count and report bad lines instead of stopping at the first."""
 
+    def __post_init__(self) -> None:
+        check_numbers(self, "data.", shares="valid_fraction")
+        if not 0.0 <= self.pretraining_fraction < 1.0:
+            raise UserError(
+                f"data.pretraining_fraction must be in [0, 1), got {self.pretraining_fraction}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig:
@@ -92,13 +99,21 @@ class SFTConfig:
     keep: int = 2
     """Checkpoints kept."""
 
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            counts="batch_size micro_batch_tokens keep",
+            positive="epochs",
+            not_negative="seed eval_every save_every",
+            shares="dropout",
+        )
+
 
 def train(config: SFTConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     data = config.data
     tokenizer_path = require_path(config.tokenizer or config.init_from, "tokenizer")
     run = start_run(
-        config,
         directory=config.directory,
         layout=config.layout,
         seed=config.seed,
@@ -133,6 +148,7 @@ def train(config: SFTConfig) -> dict[str, float]:
         tokenizer_fingerprint=run.tokenizer.fingerprint(),
     )
     progress = checkpointer.resume() or {"step": 0}
+    run.write_settings(config)
 
     values: dict[str, float] = progress.get("metrics", {})
     with Metrics(
@@ -227,10 +243,6 @@ def _load_data(
     train: dict[str, Units] = {}
     valid: dict[str, Units] = {}
     notes: list[str] = []
-    if not 0.0 <= data.pretraining_fraction < 1.0:
-        raise UserError(
-            f"data.pretraining_fraction must be in [0, 1), got {data.pretraining_fraction}"
-        )
     if data.train is not None:
         records, report = read_demonstrations(data.train, skip_bad_lines=data.skip_bad_lines)
         notes.append(f"{data.train}: {report}")
@@ -242,6 +254,10 @@ def _load_data(
             )
             held_out = [records[i] for i in out]
             records = [records[i] for i in kept]
+            if not records:
+                raise UserError(
+                    f"--data.valid-fraction {data.valid_fraction} holds out all prompts"
+                )
         for units, name, chosen in ((train, "train", records), (valid, "valid", held_out)):
             if not chosen:
                 continue

@@ -30,9 +30,9 @@ from engine.sft import SFTConfig, SFTData
 from models.sizes import GPTSize
 
 SIZE = GPTSize(num_layers=4, hidden_size=32, num_heads=4, vocab_size=100, context_length=64)
-WORDS = "the mill is a cheap pub near the river and serves fish to families with children".split()
-# Adam's epsilon lies above the rounding of gradients that are exactly 0 in real numbers (attention's
-# key biases; the head's bias in a ranking loss), which Adam would otherwise scale up to whole steps.
+WORDS = ["the", "mill", "is", "a", "cheap", "pub", "near", "the", "river", "and", "serves", "fish"]
+# Adam's epsilon lies above the rounding of gradients that are exactly 0 in real numbers (of
+# attention's key biases, of a ranking loss's bias), which Adam scales up to whole steps.
 ADAM = AdamConfig(lr=1e-3, epsilon=1e-6)
 ROLES = {"policy": "language", "reference": "language", "reward_model": "scalar"}
 
@@ -196,7 +196,7 @@ def weights_of(run: Path, role: str, kind: Kind | None = None) -> dict[str, torc
 
 
 def train(config: SFTConfig | RMConfig | PPOConfig) -> None:
-    """Run the stage of a config, without drawing its curves: that takes longer than the training."""
+    """Run the stage of a config without drawing its curves, which takes longer than training."""
     stages = {SFTConfig: sft.train, RMConfig: rm.train, PPOConfig: ppo.train}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine.metrics.plot_curves", lambda run_dir: None)

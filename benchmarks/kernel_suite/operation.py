@@ -44,7 +44,7 @@ class Expected:
         values = self.values(results) if callable(self.values) else self.values
         difference = result.double() - values
         if self.is_relative:
-            return (difference.norm() / values.norm()).item()
+            return (difference.norm() / values.norm().clamp(min=1e-30)).item()
         return difference.abs().max().item()
 
 

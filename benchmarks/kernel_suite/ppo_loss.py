@@ -29,7 +29,8 @@ _SIZES = {
 
 def _inputs(size: Size, device: torch.device) -> Inputs:
     inputs = {name: torch.randn(size["tokens"], device=device) for name in _POLICY + _VALUE}
-    inputs["old_logprobs"] = inputs["logprobs"] + 0.1 * inputs["old_logprobs"]
+    for name in ("logprobs", "values"):  # which moved a little since the rollout
+        inputs[f"old_{name}"] = inputs[name] + 0.1 * inputs[f"old_{name}"]
     mask = torch.rand(size["tokens"], device=device) < 0.5
     return inputs | {
         "mask": mask,

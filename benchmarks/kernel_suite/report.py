@@ -1,7 +1,7 @@
 """The measurements of a case as a table for the terminal, those of an operation as a plot."""
 
+import itertools
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -85,49 +85,60 @@ def _left_out(records: Sequence[Record]) -> str:
         for record in _with_status(records, "wrong", "failed")
     ]
     skipped = sorted(_with_status(records, "skipped"), key=lambda record: record["reason"])
-    for reason, group in groupby(skipped, key=lambda record: record["reason"]):
+    for reason, group in itertools.groupby(skipped, key=lambda record: record["reason"]):
         names = ", ".join(record["provider"] for record in group)
         lines.append(f"skipped, {reason}: {names}")
     return "\n".join(lines)
 
 
-def plot(records: Sequence[Record], sizes: Sequence[Size], title: str, path: Path) -> Path:
-    """Draw milliseconds by size, one panel a mode, one line a provider; return the file."""
+def plot(records: Sequence[Record], sizes: Sequence[Size], title: str, path: Path) -> None:
+    """Draw milliseconds into a file: a panel a mode, a column a size, a mark a provider."""
     mpl.use("agg")
     from matplotlib import pyplot
 
     timed = _with_status(records, "timed")
     modes = list(dict.fromkeys(record["mode"] for record in timed))
+    width = 3 + max(4.0, 1.2 * len(sizes)) * len(modes)
     figure, panels = pyplot.subplots(
-        1, len(modes), figsize=(7 * len(modes), 5.5), squeeze=False, layout="constrained"
+        1, len(modes), figsize=(width, 4.5), squeeze=False, layout="constrained"
     )
+    sizes = sorted(sizes, key=lambda size: tuple(size.values()))
+    providers = dict.fromkeys(record["provider"] for record in timed)
+    colors = dict(zip(providers, itertools.cycle(mpl.colormaps["tab20"].colors), strict=False))
     for panel, mode in zip(panels[0], modes, strict=True):
-        _draw(panel, [record for record in timed if record["mode"] == mode], sizes)
-        panel.set_title(mode)
-    figure.suptitle(title)
+        _draw(panel, [record for record in timed if record["mode"] == mode], sizes, colors)
+        panel.set_title(mode, fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    # The first panel has all providers: who has a backward has a forward.
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-    return path
 
 
-def _draw(panel: Any, records: Sequence[Record], sizes: Sequence[Size]) -> None:
-    for provider in dict.fromkeys(record["provider"] for record in records):
+def _draw(
+    panel: Any, records: Sequence[Record], sizes: Sequence[Size], colors: Mapping[str, Any]
+) -> None:
+    providers = list(dict.fromkeys(record["provider"] for record in records))
+    for rank, provider in enumerate(providers):
         mine = [record for record in records if record["provider"] == provider]
-        at = [next(i for i, size in enumerate(sizes) if size.items() <= r.items()) for r in mine]
+        column = [next(i for i, s in enumerate(sizes) if s.items() <= r.items()) for r in mine]
+        # Side by side within the column of their size.
+        place = [i + 0.7 * (rank / max(1, len(providers) - 1) - 0.5) for i in column]
         middle = [r["median_ms"] for r in mine]
         below = [r["median_ms"] - r["p20_ms"] for r in mine]
         above = [r["p80_ms"] - r["median_ms"] for r in mine]
+        look: dict[str, Any] = {"fmt": "o", "markersize": 5, "color": colors[provider]}
         if provider == OURS:
-            look: dict[str, Any] = {"color": "black", "linewidth": 3, "zorder": 3}
+            look = {"fmt": "D", "markersize": 8, "color": "black"}
         elif mine[0]["is_bound"]:
-            look = {"color": "gray", "linestyle": ":"}
-        else:
-            look = {"linewidth": 1.2}
-        panel.errorbar(at, middle, (below, above), marker="o", label=_label(mine[0]), **look)
+            look = {"fmt": "_", "markersize": 12, "color": "gray"}
+        panel.errorbar(place, middle, (below, above), label=_label(mine[0]), **look)
+    for edge in range(1, len(sizes)):
+        panel.axvline(edge - 0.5, color="lightgray", linewidth=0.8)
     labels = ["\n".join(f"{name} {value}" for name, value in size.items()) for size in sizes]
     panel.set_xticks(range(len(sizes)), labels, fontsize=7)
+    panel.set_xlim(-0.5, len(sizes) - 0.5)
     panel.set_yscale("log")
-    panel.set_ylabel("ms: median, p20 to p80")
+    panel.set_ylabel("ms: median, p20 to p80", fontsize=8)
     panel.grid(axis="y", alpha=0.3)
-    panel.legend(fontsize=8)

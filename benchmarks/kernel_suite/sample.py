@@ -1,5 +1,6 @@
 """One sampled token a row of logits [B, V] in fp32 and its log-prob under the whole softmax."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -91,20 +92,27 @@ def _sorted_top_p(logits: Tensor) -> tuple[Tensor, Tensor]:
     return tokens[:, 0], log_p.gather(1, tokens)[:, 0]
 
 
-def _flashinfer(name: str, **options: Any) -> Any:
-    def load() -> Any:
-        import flashinfer.sampling
+def _scored(draw: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Tokens from draw(scaled logits), and their log-probs, which flashinfer does not give."""
 
-        draw = getattr(flashinfer.sampling, name)
+    def draw_and_score(logits: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = logits / _TEMPERATURE
+        tokens = draw(scaled).long()
+        return tokens, scaled.gather(1, tokens[:, None])[:, 0] - scaled.logsumexp(-1)
 
-        def draw_and_score(logits: Tensor) -> tuple[Tensor, Tensor]:
-            scaled = logits / _TEMPERATURE
-            tokens = draw(scaled, **options).long()
-            return tokens, scaled.gather(1, tokens[:, None])[:, 0] - scaled.logsumexp(-1)
+    return draw_and_score
 
-        return draw_and_score
 
-    return load
+def _flashinfer() -> Any:
+    from flashinfer.sampling import sampling_from_logits
+
+    return _scored(sampling_from_logits)
+
+
+def _flashinfer_top_p() -> Any:
+    from flashinfer.sampling import top_p_sampling_from_probs
+
+    return _scored(lambda scaled: top_p_sampling_from_probs(scaled.softmax(-1), _TOP_P))
 
 
 def _rival(name: str, load: Any, *, needs_gpu: bool = False) -> Provider:
@@ -125,7 +133,7 @@ SAMPLE = Operation(
         _rival("torch multinomial", plain(_multinomial)),
         _rival("torch exponential race", plain(_exponential_race)),
         _rival("torch.compile", compiled(_exponential_race), needs_gpu=True),
-        _rival("flashinfer", _flashinfer("sampling_from_logits"), needs_gpu=True),
+        _rival("flashinfer", _flashinfer, needs_gpu=True),
     ),
 )
 
@@ -135,10 +143,6 @@ SAMPLE_TOP_P = replace(
     providers=(
         Provider("trident", plain(partial(_ours, top_p=_TOP_P))),
         _rival("torch, sorted", plain(_sorted_top_p)),
-        _rival(
-            "flashinfer",
-            _flashinfer("top_k_top_p_sampling_from_logits", top_k=2**30, top_p=_TOP_P),
-            needs_gpu=True,
-        ),
+        _rival("flashinfer", _flashinfer_top_p, needs_gpu=True),
     ),
 )

@@ -113,12 +113,21 @@ def score(facts: Mapping[str, str], text: str, language: Language | None = None)
 
 
 def rank(
-    facts: Mapping[str, str], completions: Sequence[str], language: Language | None = None
+    facts: Mapping[str, str],
+    completions: Sequence[str],
+    language: Language | None = None,
+    *,
+    faults_per_level: float = 0.5,
 ) -> list[int]:
-    """Dense ranks by score: 1 is best, equal scores share a rank."""
+    """Dense ranks by level of quality: 1 is best, equal levels share a rank.
+
+    A faultless text is of the best level, the next `faults_per_level` faults are one level more,
+    and
+    so on. The paper's labelers were told to let similar answers tie (InstructGPT, app. B).
+    """
     scores = [score(facts, completion, language) for completion in completions]
-    best_first = sorted(set(scores), reverse=True)
-    return [best_first.index(value) + 1 for value in scores]
+    levels = [math.ceil(-value / faults_per_level) for value in scores]
+    return [sorted(set(levels)).index(level) + 1 for level in levels]
 
 
 @cache

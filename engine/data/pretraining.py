@@ -48,6 +48,8 @@ class TokenFile:
 
     def sequences(self, length: int) -> TokenSequences:
         """Return the stream cut into sequences of `length` tokens; UserError when it has none."""
+        if length < 2:
+            raise UserError(f"a pretraining sequence of {length} tokens has none to predict")
         if len(self.tokens) < length:
             raise UserError(
                 f"{self.source}: its {len(self.tokens)} tokens do not fill one sequence of {length}"

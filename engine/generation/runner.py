@@ -177,6 +177,7 @@ class Runner:
         target = (self.parallel.pp_rank + 1) % self.parallel.layout.pp
         hidden = hidden.contiguous()
         work = dist.isend(hidden, group_dst=target, group=group)
+        assert work is not None  # it is for ranks outside of the group
         self._sends.append((work, hidden))  # which lives until it is sent
 
     def _sample(self, logits: Tensor, tensors: StepTensors, sampled: Tensor) -> None:

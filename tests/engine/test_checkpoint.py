@@ -50,7 +50,9 @@ class Training:
         return weights + masters + [shadow.clone() for shadow in self.ema.shadows]
 
 
-def training(directory: Path, parallel: Parallel, *, dtype: str = "fp32", seed: int = 0) -> Training:
+def training(
+    directory: Path, parallel: Parallel, *, dtype: str = "fp32", seed: int = 0
+) -> Training:
     network = random_network("language", parallel, dtype=dtype, seed=seed)
     optimizer = Optimizer(network, AdamConfig(lr=1e-3), total_steps=10)
     ema = EMA(optimizer, 0.9)
@@ -89,9 +91,7 @@ def weights(network: Network) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_resumed_training_goes_on_to_the_last_bit(
-    dtype: str, parallel: Parallel, tmp_path: Path
-):
+def test_resumed_training_goes_on_to_the_last_bit(dtype: str, parallel: Parallel, tmp_path: Path):
     first = training(tmp_path, parallel, dtype=dtype)
     # Overflows under fp16, the first of which the scaler forgives: its state counts as well.
     results = [first.step(0), first.step(1, scale=1e38 if dtype == "fp16" else 1.0)]

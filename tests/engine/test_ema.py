@@ -46,9 +46,7 @@ def test_average_follows_the_formula(parallel: Parallel):
         pairs = zip(expected, weights(optimizer), strict=True)
         expected = [0.9 * shadow + 0.1 * weight for shadow, weight in pairs]
     averages = ema.full_weights()
-    for parameter, average in zip(
-        optimizer.network.modules[0].parameters(), expected, strict=True
-    ):
+    for parameter, average in zip(optimizer.network.modules[0].parameters(), expected, strict=True):
         torch.testing.assert_close(averages[parameter], average, rtol=1e-6, atol=1e-7)
         assert not torch.equal(average, parameter)
 

@@ -21,9 +21,7 @@ def examples() -> list[Example]:
 
 
 def feed_of(parallel: Parallel, **changes: object) -> Feed:
-    feed = Feed(
-        units=examples(), batch_size=3, micro_batch_tokens=12, seed=0, parallel=parallel
-    )
+    feed = Feed(units=examples(), batch_size=3, micro_batch_tokens=12, seed=0, parallel=parallel)
     return dataclasses.replace(feed, **changes)
 
 

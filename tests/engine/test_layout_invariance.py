@@ -1,6 +1,6 @@
-"""Layout, packing and micro-batch size change nothing but rounding: every stage, from one checkpoint.
+"""Layout, packing and micro-batch size change nothing but rounding, in every stage.
 
-The checkpoint is written by one rank and loaded under each layout. The weights that each run ends
+One checkpoint is written by one rank and loaded under each layout. The weights that each run ends
 with are loaded on one rank again, so that saving and loading across layouts is part of the claim.
 """
 

@@ -122,9 +122,7 @@ def comparisons() -> list[list[Example]]:
 
     def unit(ranks: tuple[int, ...]) -> list[Example]:
         return [
-            Example(
-                tokens=draw.integers(0, 100, 3 + rank), prompt_length=2, fields={"ranks": rank}
-            )
+            Example(tokens=draw.integers(0, 100, 3 + rank), prompt_length=2, fields={"ranks": rank})
             for rank in ranks
         ]
 
@@ -199,7 +197,9 @@ def test_held_out_accuracy_is_that_of_the_whole(parallel: Parallel):
 def test_evaluation_switches_dropout_off(parallel: Parallel, monkeypatch: pytest.MonkeyPatch):
     modes = []
     train = Network.train
-    monkeypatch.setattr(Network, "train", lambda self, mode=True: (modes.append(mode), train(self, mode)))
+    monkeypatch.setattr(
+        Network, "train", lambda self, mode=True: (modes.append(mode), train(self, mode))
+    )
     units = [Example(tokens=np.arange(9), prompt_length=2)]
     mean_language_loss(random_network("language", parallel), units, 100)
     assert modes[-2:] == [False, True]

@@ -149,9 +149,10 @@ def test_fp16_overflow_skips_the_step_and_halves_the_scale(parallel: Parallel):
     result = take_step(optimizer, 0)
     assert not result.was_skipped
     assert math.isfinite(result.grad_norm)
-    assert not torch.equal(weights(network)["embedding.word_embeddings.weight"], before[
-        "embedding.word_embeddings.weight"
-    ])
+    assert not torch.equal(
+        weights(network)["embedding.word_embeddings.weight"],
+        before["embedding.word_embeddings.weight"],
+    )
 
 
 def test_loss_scale_leaves_no_trace_in_the_norm(parallel: Parallel):

@@ -85,9 +85,7 @@ def scene(parallel: Parallel) -> Scene:
     assert whitening is not None
     optimizer = Optimizer(policy, ADAM, total_steps=10)
     texts = [Example(tokens=draw.integers(1, 100, 20), prompt_length=1) for _ in range(10)]
-    pretraining = Feed(
-        units=texts, batch_size=4, micro_batch_tokens=40, seed=0, parallel=parallel
-    )
+    pretraining = Feed(units=texts, batch_size=4, micro_batch_tokens=40, seed=0, parallel=parallel)
     learner = Learner(
         policy=optimizer,
         critic=Optimizer(critic, ADAM, total_steps=10),
@@ -186,9 +184,7 @@ def test_first_minibatch_has_ratio_one(scene: Scene):
 
 def test_update_lowers_both_losses_on_its_minibatch(scene: Scene):
     examples = scene.rollout.examples()
-    values = [
-        update(scene.learner, CONFIG, examples, scene.whitening, step=0) for _ in range(4)
-    ]
+    values = [update(scene.learner, CONFIG, examples, scene.whitening, step=0) for _ in range(4)]
     assert values[-1]["policy_loss"] < values[0]["policy_loss"]
     assert values[-1]["value_loss"] < values[0]["value_loss"]
 
@@ -309,7 +305,6 @@ def test_run_records_every_phase(tiny: Path, tmp_path: Path):
         ({"minibatch_size": 3}, "rollout_batch_size 8 must be a multiple of minibatch_size 3"),
         ({"sampling": SamplingConfig(temperature=0.0)}, "sampling.temperature must be positive"),
         ({"sampling": SamplingConfig(max_new_tokens=64)}, "max_new_tokens 64 leaves no room"),
-        ({"policy": None}, "--policy is required"),
         ({"reward_model": Path("nowhere")}, "--reward-model nowhere: no such file or folder"),
     ],
 )

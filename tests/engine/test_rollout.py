@@ -65,7 +65,9 @@ def test_rollout_holds_prompts_and_responses_in_order(policy: Network):
     assert rollout.cu_seqlens.dtype == torch.int32
     bounds = rollout.cu_seqlens.tolist()
     for i, prompt in enumerate(prompts()):
-        tokens, mask = (x[bounds[i] : bounds[i + 1]] for x in (rollout.tokens, rollout.response_mask))
+        tokens, mask = (
+            x[bounds[i] : bounds[i + 1]] for x in (rollout.tokens, rollout.response_mask)
+        )
         length = len(prompt.tokens)
         assert tokens[:length].tolist() == prompt.tokens.tolist()
         assert mask.tolist() == [False] * length + [True] * rollout.response_lengths[i]

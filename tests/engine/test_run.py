@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,7 @@ from models.sizes import SIZES
 
 
 def start(tokenizer: Path, directory: Path) -> Run:
-    return start_run(
-        SFTConfig(directory=directory, seed=7),
-        directory=directory,
-        layout=ParallelLayout(),
-        seed=7,
-        tokenizer=tokenizer,
-    )
+    return start_run(directory=directory, layout=ParallelLayout(), seed=7, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "policy", "policy/tokenizer"])
@@ -29,6 +22,16 @@ def test_tokenizer_comes_from_a_file_a_folder_or_an_earlier_run(
     assert run.tokenizer.fingerprint() == load_tokenizer(tiny / "tokenizer.json").fingerprint()
     assert run.parallel.seed == 7
     assert run.checkpoints == tmp_path / "run" / "checkpoints"
+
+
+def test_settings_are_written_when_the_stage_says_so(tiny: Path, tmp_path: Path):
+    run = start(tiny / "policy", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    config = SFTConfig(directory=tmp_path / "run", seed=7)
+    run.write_settings(config)
+    assert load_config(SFTConfig, tmp_path / "run" / "config.json") == config
+    saved = load_tokenizer(tmp_path / "run" / "tokenizer")
+    assert saved.fingerprint() == run.tokenizer.fingerprint()
 
 
 def test_missing_tokenizer_leaves_no_folder(tmp_path: Path):

@@ -168,7 +168,7 @@ def test_loss_sees_the_batch_that_made_the_output(parallel: Parallel):
 
     batches = several_batches()
     forward_backward(network, batches, loss)
-    for (batch, output), expected in zip(seen, forward(network, batches), strict=True):
+    for (_, output), expected in zip(seen, forward(network, batches), strict=True):
         torch.testing.assert_close(output, expected)
     assert [id(batch) for batch, _ in seen] == [id(batch) for batch in batches]
 

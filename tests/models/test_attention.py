@@ -18,8 +18,7 @@ def packed(lengths: tuple[int, ...]) -> PackedSequences:
 def draw(num_tokens: int, seed: int = 0, heads: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(
-        torch.randn(num_tokens, heads, 8, generator=generator, requires_grad=True)
-        for _ in range(3)
+        torch.randn(num_tokens, heads, 8, generator=generator, requires_grad=True) for _ in range(3)
     )
 
 

@@ -1,0 +1,281 @@
+"""Compares generation with Hugging Face's `generate`, and vLLM's where it is installed.
+
+    python -m benchmarks.generation --device cpu
+    python -m benchmarks.generation --device cuda --size 1.3b --out benchmarks/results
+
+All providers have the same random GPT-2 and answer the same prompts with the same number of tokens,
+drawn at temperature 1. On "fixed" every answer has 64 tokens; on "mixed" 16 to 256, of which nobody
+is told in advance: Hugging Face decodes a batch until its longest answer is done. Only tokens up to
+an answer's own length count.
+"""
+
+import argparse
+import dataclasses
+import math
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from benchmarks.timing import append_record, machine, records_path, time_calls, wall_clock
+from engine.convert import load_huggingface
+from engine.generation.generate import generate
+from engine.generation.scheduler import Counts
+from engine.generation.sequence import SamplingConfig
+from engine.network import Network, Numerics, build_network
+from engine.parallel import ParallelLayout, start_parallel
+from models.sizes import SIZES, GPTSize
+
+PROMPT_LENGTH = 64
+NO_EOS = -1
+BENCHMARK_SIZES = {
+    "cpu": GPTSize(num_layers=4, hidden_size=256, num_heads=4, vocab_size=8192, context_length=512),
+    "125m": SIZES["125m"],
+    "1.3b": SIZES["1.3b"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Prompts of PROMPT_LENGTH tokens, and how many tokens each answer has."""
+
+    name: str
+    prompts: np.ndarray  # [n, PROMPT_LENGTH]
+    lengths: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all answers."""
+        return sum(self.lengths)
+
+
+def workloads(size: GPTSize, batch: int) -> list[Workload]:
+    """Return one batch of 64 tokens each, and three batches of 16 to 256."""
+    rng = np.random.default_rng(0)
+
+    def prompts(count: int) -> np.ndarray:
+        return rng.integers(0, size.vocab_size, (count, PROMPT_LENGTH))
+
+    mixed = rng.integers(16, 257, 3 * batch).tolist()
+    return [
+        Workload(name="fixed", prompts=prompts(batch), lengths=[64] * batch),
+        Workload(name="mixed", prompts=prompts(3 * batch), lengths=mixed),
+    ]
+
+
+def run_trident(
+    network: Network, workload: Workload, config: SamplingConfig, counts: Counts | None = None
+) -> dict[int, np.ndarray]:
+    """Return every answer's tokens."""
+    responses = generate(
+        network,
+        list(workload.prompts),
+        config,
+        eos_id=NO_EOS,
+        seed=0,
+        max_new_tokens=workload.lengths,
+        counts=counts,
+    )
+    return {response.sample_index: response.tokens for response in responses}
+
+
+@torch.inference_mode()
+def run_huggingface(
+    model: GPT2LMHeadModel, workload: Workload, batch: int, *, is_greedy: bool = False
+) -> torch.Tensor:
+    """Decode batch after batch, each to its longest answer; return the last batch's tokens."""
+    for start in range(0, len(workload.prompts), batch):
+        rows = torch.from_numpy(workload.prompts[start : start + batch]).to(model.device)
+        tokens = model.generate(
+            rows,
+            attention_mask=torch.ones_like(rows),
+            do_sample=not is_greedy,
+            top_k=0,
+            max_new_tokens=max(workload.lengths[start : start + batch]),
+        )
+    return tokens[:, PROMPT_LENGTH:]
+
+
+def vllm_provider(folder: Path, size: GPTSize, dtype: torch.dtype) -> Callable[[Workload], Any]:
+    """Return vLLM's way to run a workload; ImportError where it is not installed."""
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    model = LLM(
+        str(folder),
+        skip_tokenizer_init=True,
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=size.context_length,
+        gpu_memory_utilization=0.4,
+        enable_prefix_caching=False,
+    )
+
+    def run(workload: Workload) -> None:
+        prompts = [TokensPrompt(prompt_token_ids=row) for row in workload.prompts.tolist()]
+        settings = [
+            SamplingParams(max_tokens=length, min_tokens=length, ignore_eos=True, detokenize=False)
+            for length in workload.lengths
+        ]
+        model.generate(prompts, settings, use_tqdm=False)
+
+    return run
+
+
+def random_gpt2(size: GPTSize, device: torch.device, dtype: torch.dtype) -> GPT2LMHeadModel:
+    """Return a GPT-2 of that size as transformers initialises it, which never stops by itself."""
+    torch.manual_seed(0)
+    shape = {"n_layer": size.num_layers, "n_embd": size.hidden_size, "n_head": size.num_heads}
+    shape |= {"vocab_size": size.vocab_size, "n_positions": size.context_length}
+    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
+    settings = model.generation_config
+    settings.bos_token_id = settings.eos_token_id = None
+    settings.pad_token_id = 0
+    return model.to(device, dtype).eval()
+
+
+def bound_seconds(workload: Workload, network: Network, batch: int, bandwidth: float) -> float:
+    """Return the time to read the weights once a step of a full batch, and each token's context.
+
+    bandwidth: bytes a second, read.
+    """
+    size, itemsize = network.size, network.dtype.itemsize
+    weights = size.num_parameters * itemsize * math.ceil(workload.num_tokens / batch)
+    contexts = sum(n * PROMPT_LENGTH + n * (n - 1) // 2 for n in workload.lengths)
+    cache = contexts * 2 * size.num_layers * size.hidden_size * itemsize
+    return (weights + cache) / bandwidth
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Return the bytes a second that a sum over a large tensor reads."""
+    numbers = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
+    numbers.sum()
+    timing = time_calls({"sum": lambda: numbers.sum()}, wall_clock(device), num_samples=10)
+    return numbers.nbytes / (timing["sum"].median_ms / 1e3)
+
+
+def check_greedy(network: Network, model: GPT2LMHeadModel, workload: Workload) -> None:
+    """Raise RuntimeError where fp32 answers differ from Hugging Face's: both must be right."""
+    few = dataclasses.replace(workload, prompts=workload.prompts[:8], lengths=[24] * 8)
+    ours = run_trident(network, few, SamplingConfig(temperature=0.0))
+    theirs = run_huggingface(model, few, 8, is_greedy=True).cpu().numpy()
+    if network.dtype is torch.float32 and any((ours[i] != theirs[i]).any() for i in range(8)):
+        raise RuntimeError("greedy answers differ from Hugging Face's: nothing is compared")
+
+
+def main() -> None:
+    """Time every provider on both workloads; print a table and, with --out, append records."""
+    arguments = _parse()
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    device = torch.device(arguments.device)
+    size = BENCHMARK_SIZES[arguments.size or ("cpu" if device.type == "cpu" else "1.3b")]
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    batch = arguments.batch
+    where = machine(device)
+    console = Console()
+    console.print(", ".join(f"{name} {value}" for name, value in where.items()))
+    model = random_gpt2(size, device, dtype)
+    parallel = start_parallel(ParallelLayout(), seed=0)
+    numerics = Numerics(dtype="fp32" if device.type == "cpu" else "bf16")
+    network = build_network("language", size, parallel, numerics=numerics)
+    config = SamplingConfig(num_slots=batch)
+    runs: dict[str, Callable[[Workload], Any]] = {
+        "trident": lambda workload: run_trident(network, workload, config),
+        "huggingface": lambda workload: run_huggingface(model, workload, batch),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        load_huggingface(network, Path(folder))
+        try:
+            runs["vllm"] = vllm_provider(Path(folder), size, dtype)
+        except ImportError:
+            console.print("vLLM is not installed: left out")
+    todo = workloads(size, batch)
+    check_greedy(network, model, todo[0])
+    bandwidth = read_bandwidth(device)
+    console.print(f"{size}, batch {batch}, reads {bandwidth / 1e9:.1f} GB/s")
+    for workload in todo:
+        records = _measure(workload, runs, wall_clock(device), arguments.num_samples)
+        counts = Counts()
+        run_trident(network, workload, config, counts)
+        bound = bound_seconds(workload, network, batch, bandwidth)
+        for record in records:
+            record["bandwidth_share"] = bound / record["median_s"]
+            record |= {"size": dataclasses.asdict(size), "batch": batch}
+        records[0]["slot_use"] = counts.num_sampled / counts.num_slot_steps
+        records[1]["slot_use"] = workload.num_tokens / _huggingface_slot_steps(workload, batch)
+        console.print(_table(workload, records))
+        if arguments.out:
+            for record in records:
+                append_record(records_path(arguments.out, device), record | where)
+
+
+def _measure(
+    workload: Workload, runs: dict[str, Callable], clock: Callable, num_samples: int
+) -> list[dict[str, Any]]:
+    calls = {name: lambda run=run: run(workload) for name, run in runs.items()}
+    for call in calls.values():
+        call()
+    records = []
+    for name, timing in time_calls(calls, clock, num_samples=num_samples).items():
+        records.append(
+            {
+                "benchmark": "generation",
+                "workload": workload.name,
+                "provider": name,
+                "median_s": timing.median_ms / 1e3,
+                "p20_s": timing.p20_ms / 1e3,
+                "p80_s": timing.p80_ms / 1e3,
+                "num_samples": timing.num_samples,
+                "tokens_per_s": workload.num_tokens / timing.median_ms * 1e3,
+            }
+        )
+    return records
+
+
+def _huggingface_slot_steps(workload: Workload, batch: int) -> int:
+    lengths = [
+        workload.lengths[start : start + batch] for start in range(0, len(workload.lengths), batch)
+    ]
+    return sum(len(part) * max(part) for part in lengths)
+
+
+def _table(workload: Workload, records: list[dict[str, Any]]) -> Table:
+    title = f"{workload.name}: {len(workload.lengths)} prompts, {workload.num_tokens} tokens"
+    columns = ("provider", "seconds", "useful tokens/s", "x Hugging Face", "slots used", "of bound")
+    table = Table(*columns, title=title)
+    (theirs,) = (r["tokens_per_s"] for r in records if r["provider"] == "huggingface")
+    for record in records:
+        table.add_row(
+            record["provider"],
+            f"{record['median_s']:.2f} ({record['p20_s']:.2f} to {record['p80_s']:.2f})",
+            f"{record['tokens_per_s']:.0f}",
+            f"{record['tokens_per_s'] / theirs:.2f}",
+            f"{record['slot_use']:.0%}" if "slot_use" in record else "",
+            f"{record['bandwidth_share']:.0%}",
+        )
+    return table
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.generation")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--size", choices=BENCHMARK_SIZES, help="default: cpu, on a GPU 1.3b")
+    parser.add_argument("--batch", type=int, default=64, help="sequences decoded together")
+    parser.add_argument("--num-samples", type=int, default=3, help="runs of each provider")
+    parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

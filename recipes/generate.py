@@ -1,0 +1,14 @@
+"""Answers of any checkpoint, ours or a Hugging Face GPT-2: a file of prompts, or a dialogue.
+
+python recipes/generate.py --source runs/ppo --prompts prompts.jsonl --out responses.jsonl
+python recipes/generate.py --source runs/ppo --role ema --sampling.temperature 0.7
+
+A model too large for one process, here on eight:
+torchrun --nproc-per-node=8 recipes/generate.py --source ... --prompts ... --layout.tp 8
+"""
+
+from engine.config import run_stage
+from engine.generation.text import GenerateConfig, generate_text
+
+if __name__ == "__main__":
+    run_stage(generate_text, GenerateConfig())

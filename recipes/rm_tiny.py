@@ -1,0 +1,24 @@
+"""The reward model, tiny, from rankings of K answers.
+
+python recipes/rm_tiny.py --data.train comparisons.jsonl --data.demonstrations demonstrations.jsonl
+Values are ours.
+"""
+
+from pathlib import Path
+
+from engine.config import run_stage
+from engine.optimizer import AdamConfig
+from engine.rm import RMConfig, RMData, train
+
+config = RMConfig(
+    directory=Path("runs/rm_tiny"),
+    init_from=Path("runs/sft_tiny"),
+    data=RMData(max_prompt_tokens=128, max_tokens=256, num_demonstrations=256),
+    epochs=2.0,
+    batch_size=8,
+    micro_batch_tokens=8192,
+    adam=AdamConfig(lr=1e-3, warmup=5),
+)
+
+if __name__ == "__main__":
+    run_stage(train, config)

@@ -1,0 +1,130 @@
+import json
+import shutil
+
+import pytest
+
+from engine.config import UserError
+from engine.generation.sequence import SamplingConfig
+from engine.generation.text import NEXT_TURN, GenerateConfig, _Screen, _TurnEnded, generate_text
+from tests.ranks import run_ranks
+from tests.tiny import write_checkpoints, write_files, write_lines, write_tokenizer
+
+SAMPLING = SamplingConfig(max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_files(folder)
+    write_checkpoints(folder)
+    return folder
+
+
+def config(source, tmp_path, **changes) -> GenerateConfig:
+    prompts = write_lines(
+        tmp_path / "prompts.jsonl",
+        [
+            {"prompt": "the mill"},
+            {"prompt": "a pub near the river " * 40},  # longer than the context
+            {"messages": [{"role": "user", "content": "families"}]},
+        ],
+    )
+    settings = {
+        "source": source,
+        "prompts": prompts,
+        "out": tmp_path / "out.jsonl",
+        "sampling": SAMPLING,
+    }
+    return GenerateConfig(**(settings | changes))
+
+
+def answers(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_file_of_prompts_is_answered_in_order(run, tmp_path, capsys):
+    generate_text(config(run / "policy", tmp_path, num_samples=2))
+    found = answers(tmp_path / "out.jsonl")
+    assert [(a["prompt"], a["sample"]) for a in found] == [
+        ("the mill", 0),
+        ("the mill", 1),
+        ("User: families\n\nAssistant:", 0),
+        ("User: families\n\nAssistant:", 1),
+    ]
+    assert all(1 <= a["tokens"] <= 6 and a["logprob"] < 0 for a in found)
+    assert found[0]["response"] != found[1]["response"]
+    assert "1 dropped for a long prompt" in capsys.readouterr().out
+
+
+def test_two_replicas_share_the_prompts(run, tmp_path):
+    generate_text(config(run / "policy", tmp_path, num_samples=2))
+    expected = answers(tmp_path / "out.jsonl")
+    both = config(run / "policy", tmp_path, num_samples=2, out=tmp_path / "both.jsonl")
+    run_ranks(generate_text, 2, both)
+    found = answers(tmp_path / "both.jsonl")
+    for answer, other in zip(expected, found, strict=True):
+        assert answer.pop("logprob") == pytest.approx(other.pop("logprob"), abs=1e-4)
+        assert answer == other
+
+
+def test_a_huggingface_folder_answers_too(gpt2_folder, tmp_path):
+    folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2")
+    write_tokenizer(folder / "tokenizer.json", vocab_size=100)
+    generate_text(config(folder, tmp_path))
+    assert len(answers(tmp_path / "out.jsonl")) == 3  # its context is longer
+
+
+def test_a_dialogue_answers_until_the_end_of_input(run, tmp_path, monkeypatch, capsys):
+    lines = iter(["the mill", "", "fish " * 60, "/new", "river"])
+
+    def typed(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    generate_text(config(run / "policy", tmp_path, prompts=None))
+    out = capsys.readouterr().out
+    assert "too long" in out
+    assert len(out.splitlines()) >= 4
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"num_samples": 0}, "num_samples"),
+        ({"source": None}, "--source is required"),
+        ({"sampling": SamplingConfig(top_p=0.0)}, "top_p"),
+    ],
+)
+def test_a_mistake_is_named(run, tmp_path, change, match):
+    settings = {"source": run / "policy"} | change
+    with pytest.raises(UserError, match=match):
+        generate_text(config(tmp_path=tmp_path, **settings))
+
+
+class Letters:
+    """A tokenizer of single characters; id 0 is half of a character."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(i) if i else "\ufffd" for i in ids)
+
+
+def test_the_screen_holds_back_what_may_change_and_stops_at_the_next_turn():
+    shown: list[str] = []
+    screen = _Screen(Letters(), shown.append)
+    for letter in "Hi.":
+        screen.add(0, [ord(letter)])
+    assert "".join(shown) == "Hi."
+    screen.add(0, [0])
+    screen.add(0, [])
+    assert "".join(shown) == "Hi."
+    screen = _Screen(Letters(), shown.append)
+    shown.clear()
+    with pytest.raises(_TurnEnded):
+        for letter in f"Yes.\nNo.{NEXT_TURN} and so on":
+            screen.add(0, [ord(letter)])
+    screen.finish()
+    assert screen.text == "Yes.\nNo."
+    assert "".join(shown) == "Yes.\nNo.\n"

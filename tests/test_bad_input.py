@@ -1,0 +1,346 @@
+"""What a user can get wrong: one error of one or two lines that names the cause; nothing written.
+
+The stages run in this process, through run_stage as in a recipe. The last test starts a recipe.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine import ppo, rm, sft
+from engine.config import run_stage
+from tests.tiny import (
+    ppo_config,
+    rm_config,
+    rows_of,
+    sft_config,
+    train,
+    write_lines,
+    write_tokenizer,
+)
+
+ROOT = Path(__file__).parents[1]
+STAGES: dict[str, tuple[Callable, Callable]] = {
+    "sft": (sft.train, sft_config),
+    "rm": (rm.train, rm_config),
+    "ppo": (ppo.train, ppo_config),
+}
+
+
+@pytest.fixture
+def fails(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """fails(stage, *options) runs a stage that must not run, and returns its error."""
+
+    def run(stage: str, *options: object, directory: Path = tmp_path / "run", **changes) -> str:
+        stage_train, config = STAGES[stage]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_stage(stage_train, config(tiny, directory, **changes), [str(o) for o in options])
+        assert stop.value.code == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith("error: ")
+        assert len(printed.err.splitlines()) <= 2
+        assert "Traceback" not in printed.err + printed.out
+        if directory == tmp_path / "run":
+            written = [p for p in directory.rglob("*") if p.is_file()]
+            # The token file of good pretraining text may be there, whole.
+            assert all(p.parent == directory / "tokens" for p in written)
+        assert not list(tmp_path.rglob("*.partial"))
+        return printed.err
+
+    return run
+
+
+def line_file(folder: Path, *lines: str) -> Path:
+    path = folder / "bad.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+DEMONSTRATION = json.dumps({"prompt": "the mill", "response": "is cheap"})
+COMPARISON = {"prompt": "the mill", "completions": ["is cheap", "is a pub"], "ranks": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("stage", "option"),
+    [
+        ("sft", "--data.train"),
+        ("sft", "--data.valid"),
+        ("sft", "--data.pretraining"),
+        ("sft", "--data.pretraining-valid"),
+        ("sft", "--init-from"),
+        ("sft", "--tokenizer"),
+        ("rm", "--data.train"),
+        ("rm", "--data.valid"),
+        ("rm", "--data.demonstrations"),
+        ("rm", "--init-from"),
+        ("ppo", "--data.prompts"),
+        ("ppo", "--data.pretraining"),
+        ("ppo", "--policy"),
+        ("ppo", "--reference"),
+        ("ppo", "--reward-model"),
+    ],
+)
+def test_missing_file(stage: str, option: str, fails: Callable, tmp_path: Path):
+    error = fails(stage, option, tmp_path / "nowhere.jsonl")
+    assert "nowhere.jsonl" in error
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ('{"prompt": "the mill", "response": "is che', "not one JSON object on one line"),
+        ("[1, 2]", "must be one JSON object"),
+        (json.dumps({"prompt": "the mill"}), 'field "response" is missing'),
+        (json.dumps({"prompt": "the mill", "response": " "}), 'field "response" is empty'),
+        (json.dumps({"prompt": "", "response": "is cheap"}), 'field "prompt" is empty'),
+        (json.dumps({"prompt": "the mill", "response": 3}), 'field "response" must be a text'),
+    ],
+)
+def test_bad_demonstration(line: str, cause: str, fails: Callable, tmp_path: Path):
+    path = line_file(tmp_path, DEMONSTRATION, line, DEMONSTRATION)
+    error = fails("sft", "--data.train", path)
+    assert f"{path}:2: " in error
+    assert cause in error
+    assert "--data.skip-bad-lines" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"completions": ["is cheap"], "ranks": [1]}, "needs at least 2 to compare, not 1"),
+        ({"ranks": [2, 2]}, "all ties say nothing"),
+        ({"completions": ["is cheap", ""]}, 'field "completions[1]" is empty'),
+        ({"ranks": [1, 2, 3]}, "has 3 ranks for 2 completions"),
+        ({"ranks": [1, "b"]}, 'field "ranks[1]" must be a whole number'),
+    ],
+)
+def test_bad_comparison(change: dict, cause: str, fails: Callable, tmp_path: Path):
+    path = line_file(tmp_path, json.dumps(COMPARISON), json.dumps(COMPARISON | change))
+    error = fails("rm", "--data.train", path)
+    assert f"{path}:2: " in error
+    assert cause in error
+
+
+def test_bad_prompt_and_bad_pretraining_text(fails: Callable, tmp_path: Path):
+    path = line_file(tmp_path, json.dumps({"prompt": "the mill"}), json.dumps({"text": "x"}))
+    assert f'{path}:2: field "prompt" is missing' in fails("ppo", "--data.prompts", path)
+    assert f'{path}:1: field "text" is missing' in fails("ppo", "--data.pretraining", path)
+    assert f'{path}:1: field "text" is missing' in fails("sft", "--data.pretraining", path)
+
+
+def test_bad_lines_are_skipped_on_request(tiny: Path, tmp_path: Path, capsys):
+    good = (tiny / "demonstrations.jsonl").read_text().splitlines()
+    path = line_file(tmp_path, '{"prompt": ', *good)
+    config = sft_config(tiny, tmp_path / "run")
+    data = dataclasses.replace(config.data, train=path, skip_bad_lines=True)
+    train(dataclasses.replace(config, data=data))
+    assert "1 bad lines skipped" in capsys.readouterr().out
+    assert rows_of(tmp_path / "run")
+
+
+def test_prompts_over_the_limit(tiny: Path, fails: Callable, tmp_path: Path, capsys):
+    for stage, option in (("sft", "demonstrations"), ("rm", "comparisons"), ("ppo", "prompts")):
+        error = fails(stage, "--data.max-prompt-tokens", 1)
+        assert "examples are too long" in error
+        assert "raise the limit" in error
+        # One among good ones is dropped and counted.
+        longest = max(
+            (tiny / f"{option}.jsonl").read_text().splitlines(),
+            key=lambda line: len(json.loads(line)["prompt"]),
+        )
+        long_prompt = json.loads(longest)["prompt"] + " the mill" * 20
+        lines = (tiny / f"{option}.jsonl").read_text().splitlines()
+        lines.insert(1, json.dumps(json.loads(longest) | {"prompt": long_prompt}))
+        path = line_file(tmp_path, *lines)
+        config = STAGES[stage][1](tiny, tmp_path / stage)
+        key = "prompts" if stage == "ppo" else "train"
+        data = dataclasses.replace(
+            config.data, **{key: path, "max_prompt_tokens": 24}, **no_held_out(stage)
+        )
+        capsys.readouterr()
+        train(dataclasses.replace(config, data=data))
+        assert "1 dropped for a long prompt" in capsys.readouterr().out
+
+
+def no_held_out(stage: str) -> dict[str, float]:
+    return {} if stage == "ppo" else {"valid_fraction": 0.0}
+
+
+def test_prompt_with_no_room_for_a_response(fails: Callable):
+    assert "leaves no room for a prompt" in fails("ppo", "--sampling.max-new-tokens", 64)
+
+
+def test_text_shorter_than_one_sequence(fails: Callable, tmp_path: Path):
+    path = write_lines(tmp_path / "short.jsonl", [{"text": "the mill"}])
+    assert "do not fill one sequence of 32" in fails("sft", "--data.pretraining", path)
+    assert "do not fill one sequence of 32" in fails("ppo", "--data.pretraining", path)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_empty_file(content: str, fails: Callable, tmp_path: Path):
+    path = tmp_path / "empty.jsonl"
+    path.write_text(content)
+    for stage, option in (
+        ("sft", "--data.train"),
+        ("rm", "--data.train"),
+        ("ppo", "--data.prompts"),
+    ):
+        assert "the file is empty" in fails(stage, option, path)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_nothing_left_to_train_on(stage: str, fails: Callable):
+    error = fails(stage, "--data.valid-fraction", 1.0)
+    assert "valid-fraction" in error
+
+
+def other_vocabulary(tiny: Path, folder: Path, role: str) -> Path:
+    """A copy of a run that says it has another vocabulary: another tokenizer, one entry less."""
+    run = Path(shutil.copytree(tiny / role, folder / role))
+    shutil.rmtree(run / "tokenizer")
+    (run / "tokenizer").mkdir()
+    write_tokenizer(run / "tokenizer" / "tokenizer.json", vocab_size=99)
+    for path in run.rglob("network.json"):
+        description = json.loads(path.read_text())
+        description["size"]["vocab_size"] = 99
+        description["tokenizer"] = "another"
+        path.write_text(json.dumps(description))
+    return run
+
+
+def test_checkpoints_of_different_vocabularies(tiny: Path, fails: Callable, tmp_path: Path):
+    for option, role in (("--reward-model", "reward_model"), ("--reference", "reference")):
+        run = other_vocabulary(tiny, tmp_path, role)
+        error = fails("ppo", option, run)
+        assert role in error or "policy" in error
+        assert "tokenizer" in error or "vocab" in error
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_tokenizer_of_another_vocabulary(stage: str, fails: Callable, tmp_path: Path):
+    path = write_tokenizer(tmp_path / "tokenizer.json", vocab_size=90)
+    error = fails(stage, "--tokenizer", path)
+    assert "trained with another tokenizer" in error
+
+
+def test_wrong_tokenizer_leaves_a_run_as_it_was(tiny: Path, fails: Callable, tmp_path: Path):
+    run = tmp_path / "earlier"
+    train(sft_config(tiny, run))
+    kept = {
+        p: p.read_bytes() for p in run.rglob("*") if p.is_file() and "tensorboard" not in str(p)
+    }
+    path = write_tokenizer(tmp_path / "tokenizer.json", vocab_size=90)
+    fails("sft", "--tokenizer", path, directory=run)
+    assert {p: p.read_bytes() for p in kept} == kept
+
+
+@pytest.mark.parametrize(
+    ("stage", "role", "cause"),
+    [
+        ("sft", "reward_model", "no checkpoint of a policy here; it holds reward_model"),
+        ("rm", "reward_model", "no checkpoint of a policy here; it holds reward_model"),
+    ],
+)
+def test_checkpoint_of_another_role(stage: str, role: str, cause: str, tiny: Path, fails: Callable):
+    assert cause in fails(stage, "--init-from", tiny / role)
+
+
+def test_policy_in_the_place_of_the_reward_model(tiny: Path, fails: Callable):
+    error = fails("ppo", "--reward-model", tiny / "policy")
+    assert "no checkpoint of a reward_model here; it holds policy" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        (["--layout.tp", "3"], "layout tp 3"),
+        (["--layout.tp", "0"], "layout.tp must be at least 1"),
+        (["--layout.pp", "2"], "1 ranks cannot be split"),
+        (["--layout.virtual-pp", "2"], "virtual_pp needs"),
+        (["--layout.sequence-parallel"], "sequence_parallel needs layout.tp > 1"),
+    ],
+)
+@pytest.mark.parametrize("stage", STAGES)
+def test_impossible_layout(stage: str, options: list[str], cause: str, fails: Callable):
+    assert cause in fails(stage, *options)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_unknown_option(stage: str, fails: Callable):
+    error = fails(stage, "--data.skip-bad-line")
+    assert "--data.skip-bad-line" in error
+    assert "perhaps you meant --data.skip-bad-lines" in error
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "cause"),
+    [
+        ("sft", ["--batch-size", "0"], "batch"),
+        ("sft", ["--batch-size", "1"], "batch_size 1 leaves no room for demonstrations"),
+        ("sft", ["--epochs", "0"], "epochs"),
+        ("sft", ["--micro-batch-tokens", "0"], "micro"),
+        ("sft", ["--keep", "0"], "keep"),
+        ("sft", ["--dropout", "1.5"], "dropout"),
+        ("sft", ["--adam.lr", "-1"], "lr must be positive"),
+        ("sft", ["--adam.lr", "abc"], "--adam.lr"),
+        ("sft", ["--numerics.dtype", "fp8"], "fp8"),
+        ("sft", ["--data.pretraining-fraction", "1.0"], "must be in [0, 1)"),
+        ("sft", ["--data.valid-fraction", "-1"], "valid"),
+        ("sft", ["--data.pretraining-tokens", "1"], "has none to predict"),
+        ("sft", ["--data.max-tokens", "0"], "are too long"),
+        ("rm", ["--batch-size", "0"], "batch"),
+        ("rm", ["--epochs", "-1"], "epochs"),
+        ("rm", ["--keep", "0"], "keep"),
+        ("ppo", ["--minibatch-size", "3"], "must be a multiple of minibatch_size 3"),
+        ("ppo", ["--minibatch-size", "0"], "minibatch"),
+        ("ppo", ["--rollout-batch-size", "0"], "rollout"),
+        ("ppo", ["--iterations", "0"], "iterations"),
+        ("ppo", ["--ppo-epochs", "0"], "epochs"),
+        ("ppo", ["--ema-decay", "1.5"], "ema"),
+        ("ppo", ["--gamma", "-1"], "gamma"),
+        ("ppo", ["--lam", "2"], "lam"),
+        ("ppo", ["--cliprange", "-0.1"], "cliprange"),
+        ("ppo", ["--kl.horizon", "0"], "horizon"),
+        ("ppo", ["--sampling.temperature", "0"], "temperature must be positive"),
+        ("ppo", ["--sampling.top-p", "0"], "top_p"),
+        ("ppo", ["--ptx-examples-per-episode", "0"], "ptx"),
+    ],
+)
+def test_value_that_means_nothing(stage: str, options: list[str], cause: str, fails: Callable):
+    error = fails(stage, *options)
+    assert cause in error
+
+
+def test_unknown_size(tiny: Path, fails: Callable):
+    options = ["--init-from", "None", "--tokenizer", tiny / "tokenizer.json"]
+    for stage in ("sft", "rm"):
+        assert "no size is named 'huge'" in fails(stage, "--size", "huge", *options)
+
+
+def test_folder_that_cannot_be_written(fails: Callable, tmp_path: Path):
+    (tmp_path / "file").write_text("no folder")
+    fails("sft", directory=tmp_path / "file" / "run")
+
+
+def test_recipe_from_the_command_line(tmp_path: Path):
+    recipe = [sys.executable, str(ROOT / "recipes" / "sft_tiny.py")]
+    done = subprocess.run(
+        [*recipe, "--directory", str(tmp_path / "run"), "--tokenizer", str(tmp_path / "t.model")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"error: --tokenizer {tmp_path / 't.model'}: no such file or folder\n"
+    assert not (tmp_path / "run").exists()
