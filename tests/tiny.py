@@ -5,6 +5,7 @@ that has just been initialised hardly looks at its attention.
 """
 
 import dataclasses
+import gc
 import json
 import random
 from collections.abc import Iterable, Mapping
@@ -198,6 +199,7 @@ def weights_of(run: Path, role: str, kind: Kind | None = None) -> dict[str, torc
 def train(config: SFTConfig | RMConfig | PPOConfig) -> None:
     """Run the stage of a config without drawing its curves, which takes longer than training."""
     stages = {SFTConfig: sft.train, RMConfig: rm.train, PPOConfig: ppo.train}
+    gc.freeze()  # megatron collects garbage on every save, and most objects here are the libraries'
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine.metrics.plot_curves", lambda run_dir: None)
         stages[type(config)](config)  # type: ignore[operator]

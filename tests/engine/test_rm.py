@@ -1,0 +1,96 @@
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.checkpoint import load_weights
+from engine.data.demonstrations import demonstration_examples, read_demonstrations
+from engine.data.tokenizer import load_tokenizer
+from engine.feed import pack_for
+from engine.network import Network, Numerics, build_network
+from engine.optimizer import AdamConfig, Optimizer
+from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.rm import shift_bias
+from engine.step import forward
+from tests.tiny import SIZE, random_network, rm_config, rows_of, train, weights_of
+
+
+@pytest.fixture
+def parallel() -> Parallel:
+    return start_parallel(ParallelLayout(), seed=0)
+
+
+def scores_of_demonstrations(network: Network, files: Path, count: int) -> torch.Tensor:
+    records, _ = read_demonstrations(files / "demonstrations.jsonl")
+    tokenizer = load_tokenizer(files / "tokenizer.json")
+    units, _ = demonstration_examples(records[:count], tokenizer, max_length=64, prompt_suffix="\n")
+    (batch,) = pack_for(units, list(range(count)), network.parallel, 10_000)
+    (readings,) = forward(network, [batch])
+    return readings[batch.cu_seqlens[1:].long() - 1]
+
+
+def test_demonstrations_score_zero_on_average(tiny: Path, tmp_path: Path, parallel: Parallel):
+    train(rm_config(tiny, tmp_path))
+    network = build_network("scalar", SIZE, parallel, numerics=Numerics())
+    load_weights(network, tmp_path, role="reward_model")
+    scores = scores_of_demonstrations(network, tiny, 10)  # as many as the config says
+    assert scores.mean().item() == pytest.approx(0.0, abs=1e-5)
+    assert scores.std() > 0.1
+    assert scores_of_demonstrations(network, tiny, 30).mean().abs() > 1e-4
+    shift = rows_of(tmp_path)[-1]["train/bias_shift"]
+    assert network.modules[0].scalar_head.bias.item() == pytest.approx(shift, abs=1e-2)
+    assert abs(shift) > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_shift_reaches_the_masters(dtype: str, parallel: Parallel):
+    network = random_network("scalar", parallel, dtype=dtype)
+    optimizer = Optimizer(network, AdamConfig(), total_steps=9)
+    head = network.modules[0].scalar_head
+    before = head.bias.item()
+    shift_bias(network, optimizer, -0.5)
+    assert head.bias.item() == pytest.approx(before - 0.5, rel=1e-2)
+    masters = {id(parameter): master for parameter, _, master in optimizer.owned_masters()}
+    assert masters[id(head.bias)].item() == head.bias.item()
+
+
+def test_without_demonstrations_nothing_is_shifted(tiny: Path, tmp_path: Path):
+    config = rm_config(tiny, tmp_path, epochs=0.2)
+    train(dataclasses.replace(config, data=dataclasses.replace(config.data, demonstrations=None)))
+    assert "train/bias_shift" not in rows_of(tmp_path)[-1]
+    assert abs(weights_of(tmp_path, "reward_model")["scalar_head.bias"].item()) < 0.01
+
+
+def test_training_ranks_its_own_comparisons(tiny: Path, tmp_path: Path):
+    config = rm_config(tiny, tmp_path, epochs=12.0)
+    data = dataclasses.replace(config.data, valid=tiny / "comparisons.jsonl")
+    train(dataclasses.replace(config, data=data))
+    rows = rows_of(tmp_path)
+    assert rows[-1]["valid/pair_accuracy"] > rows[0]["train/pair_accuracy"] + 0.1
+    assert rows[-1]["valid/loss"] < rows[0]["train/loss"]
+    assert 0.0 < rows[-1]["train/score_std"] < 10.0
+
+
+def test_run_takes_its_epochs_of_prompts(tiny: Path, tmp_path: Path):
+    train(rm_config(tiny, tmp_path, epochs=2.0, eval_every=3))
+    rows = rows_of(tmp_path)
+    num_prompts = round(6 / rows[0]["train/epoch"])
+    assert 12 <= num_prompts < 24  # the others are held out
+    assert len(rows) == int(np.ceil(2.0 * num_prompts / 6))
+    assert "valid/loss" in rows[2] and "valid/loss" not in rows[1]
+    assert "valid/pair_accuracy" in rows[-1]
+
+
+def test_more_prompts_a_step_than_there_are_takes_all(tiny: Path, tmp_path: Path):
+    train(rm_config(tiny, tmp_path, batch_size=1000))
+    (row,) = rows_of(tmp_path)
+    assert row["train/epoch"] == 1.0
+
+
+def test_trunk_starts_as_the_policys(tiny: Path, tmp_path: Path):
+    train(rm_config(tiny, tmp_path, epochs=0.2, adam=AdamConfig(lr=1e-12)))
+    start, end = weights_of(tiny / "policy", "policy"), weights_of(tmp_path, "reward_model")
+    for name, weight in start.items():
+        torch.testing.assert_close(end[name], weight)

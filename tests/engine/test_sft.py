@@ -1,0 +1,131 @@
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.checkpoint import load_weights
+from engine.data.batches import pack
+from engine.data.demonstrations import demonstration_examples, read_demonstrations
+from engine.data.examples import Example
+from engine.data.tokenizer import load_tokenizer
+from engine.feed import Feed
+from engine.losses import NegativeLogLikelihood, mean_language_loss
+from engine.network import Numerics, build_network
+from engine.optimizer import AdamConfig, Optimizer
+from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.sft import SFTConfig, SFTData, _train_step
+from engine.step import forward_backward
+from tests.tiny import SIZE, random_network, rows_of, sft_config, train, weights_of
+
+
+@pytest.fixture
+def parallel() -> Parallel:
+    return start_parallel(ParallelLayout(), seed=0)
+
+
+def feed_of(parallel: Parallel, seed: int, prompt_length: int) -> Feed:
+    draw = np.random.default_rng(seed)
+    units = [
+        Example(tokens=draw.integers(0, 100, n), prompt_length=prompt_length)
+        for n in (5, 20, 9, 14)
+    ]
+    return Feed(units=units, batch_size=4, micro_batch_tokens=24, seed=0, parallel=parallel)
+
+
+def test_step_is_on_the_weighted_sum_of_both_means(parallel: Parallel):
+    feeds = {"loss": feed_of(parallel, 0, 4), "pretrain_loss": feed_of(parallel, 1, 1)}
+    network = random_network("language", parallel)
+    parameters = list(network.modules[0].parameters())
+    adam = AdamConfig(lr=1e-9, clip_norm=1e9)
+    optimizer = Optimizer(network, adam, total_steps=9)
+    gradients = []
+    for feed in feeds.values():
+        optimizer.zero_gradients()
+        batch = pack(list(feed.units), multiple_of=1)  # all four, in one micro-batch
+        forward_backward(network, [batch], NegativeLogLikelihood(int(batch.mask.sum())))
+        gradients.append(torch.cat([p.main_grad.flatten() for p in parameters]))
+    values = _train_step(0, network, optimizer, feeds, 0.3)
+    expected = 0.7 * gradients[0] + 0.3 * gradients[1]
+    assert values["train/grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-5)
+    found = torch.cat([p.main_grad.flatten() for p in parameters])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for name, feed in feeds.items():
+        alone = mean_language_loss(network, feed.units, 1000)
+        assert values[f"train/{name}"] == pytest.approx(alone, rel=1e-5)
+    assert values["train/tokens"] == 2 * 48
+
+
+def test_step_on_one_source_takes_all_of_it(parallel: Parallel):
+    norms = []
+    for share in (0.0, 0.9):
+        feeds = {"pretrain_loss": feed_of(parallel, 1, 1)}
+        optimizer = Optimizer(random_network("language", parallel), AdamConfig(), total_steps=9)
+        norms.append(_train_step(0, optimizer.network, optimizer, feeds, share)["train/grad_norm"])
+    assert norms[0] == norms[1]
+
+
+def test_run_takes_its_epochs_and_ends_with_a_held_out_loss(tiny: Path, tmp_path: Path):
+    train(sft_config(tiny, tmp_path, epochs=0.8, eval_every=2))
+    rows = rows_of(tmp_path)
+    # Of 40 demonstrations a quarter is held out, of 8 sequences a quarter is pretraining text.
+    num_kept = round(6 / rows[0]["train/epoch"])
+    assert len(rows) == int(np.ceil(0.8 * num_kept / 6))
+    assert [("valid/loss" in row) for row in rows] == [
+        (step % 2 == 0) or step == len(rows) for step in range(1, len(rows) + 1)
+    ]
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+    rates = [row["train/lr"] for row in rows]
+    assert rates[0] == 1e-3
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_held_out_loss_is_of_the_weights_that_are_saved(
+    tiny: Path, tmp_path: Path, parallel: Parallel
+):
+    config = sft_config(tiny, tmp_path / "run")
+    data = dataclasses.replace(config.data, valid=tiny / "demonstrations.jsonl")
+    train(dataclasses.replace(config, data=data, dropout=0.3))
+    network = build_network("language", SIZE, parallel, numerics=Numerics())
+    load_weights(network, tmp_path / "run", role="policy")
+    records, _ = read_demonstrations(tiny / "demonstrations.jsonl")
+    tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
+    units, _ = demonstration_examples(records, tokenizer, max_length=64, prompt_suffix="\n")
+    expected = mean_language_loss(network, units, 1000)
+    assert rows_of(tmp_path / "run")[-1]["valid/loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_model_from_nothing_pretrains_on_text_alone(tiny: Path, tmp_path: Path):
+    config = SFTConfig(
+        directory=tmp_path,
+        tokenizer=tiny / "tokenizer.json",
+        data=SFTData(
+            pretraining=tiny / "pretraining.jsonl",
+            pretraining_valid=tiny / "pretraining.jsonl",
+            pretraining_tokens=32,
+        ),
+        epochs=0.5,
+        batch_size=8,
+        adam=AdamConfig(lr=3e-3),
+        dropout=0.0,
+    )
+    train(config)
+    rows = rows_of(tmp_path)
+    assert rows[0]["train/pretrain_loss"] == pytest.approx(np.log(100), rel=0.02)  # knows nothing
+    assert rows[-1]["valid/pretrain_loss"] < rows[0]["train/pretrain_loss"] - 0.2
+    assert not any("train/loss" in row or "valid/loss" in row for row in rows)
+
+
+def test_seed_shuffles(tiny: Path, tmp_path: Path):
+    for seed in (0, 1):
+        train(sft_config(tiny, tmp_path / str(seed), seed=seed, epochs=0.2))
+    first, second = (rows_of(tmp_path / str(seed))[0]["train/loss"] for seed in (0, 1))
+    assert first != second
+
+
+def test_run_starts_from_the_checkpoint_it_is_given(tiny: Path, tmp_path: Path):
+    train(sft_config(tiny, tmp_path, epochs=0.2, adam=AdamConfig(lr=1e-12)))
+    start, end = weights_of(tiny / "policy", "policy"), weights_of(tmp_path, "policy")
+    for name, weight in start.items():
+        torch.testing.assert_close(end[name], weight)
