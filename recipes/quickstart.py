@@ -22,9 +22,10 @@ CONTEXT = 256
 config = QuickstartConfig(
     directory=Path("runs/quickstart"),
     vocab_size=1400,
-    num_demonstrations=12_000,
+    num_demonstrations=10_000,
+    faults_per_level=2.0,
     num_compared=3000,
-    num_judged=200,
+    num_judged=300,
     pretrain=SFTConfig(
         size="tiny",
         data=SFTData(pretraining_tokens=CONTEXT),
@@ -53,11 +54,11 @@ config = QuickstartConfig(
     ppo=PPOConfig(
         data=PPOData(pretraining_tokens=128),
         sampling=SamplingConfig(max_new_tokens=64, num_slots=256),
-        iterations=24,
+        iterations=30,
         rollout_batch_size=64,
         minibatch_size=32,
         micro_batch_tokens=4096,
-        kl=KLConfig(coef=0.1),
+        kl=KLConfig(coef=0.2),
         ptx_coef=1.0,
         ptx_examples_per_episode=1,
         adam=AdamConfig(lr=2e-4, schedule="constant", warmup=3),

@@ -189,6 +189,20 @@ def test_update_lowers_both_losses_on_its_minibatch(scene: Scene):
     assert values[-1]["value_loss"] < values[0]["value_loss"]
 
 
+def test_update_holds_no_gradient_of_the_one_before(scene: Scene):
+    still = dataclasses.replace(ADAM, lr=1e-12)
+    learner = dataclasses.replace(
+        scene.learner,
+        policy=Optimizer(scene.learner.policy.network, still, total_steps=10),
+        critic=Optimizer(scene.learner.critic.network, still, total_steps=10),
+    )
+    learner.ema.optimizer = learner.policy
+    examples = scene.rollout.examples()
+    first, second = (update(learner, CONFIG, examples, scene.whitening, step=0) for _ in range(2))
+    for name in ("policy_grad_norm", "critic_grad_norm"):
+        assert second[name] == pytest.approx(first[name], rel=1e-5)
+
+
 def test_update_moves_the_average(scene: Scene):
     before = [shadow.clone() for shadow in scene.learner.ema.shadows]
     update(scene.learner, CONFIG, scene.rollout.examples(), scene.whitening, step=0)
