@@ -1,6 +1,7 @@
 """The GPT-3 language model, policy and reference: megatron's GPTModel read out as token
 log-probs."""
 
+import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -77,7 +78,7 @@ class GPT(GPTModel):
         if rows is not None:
             if self.config.sequence_parallel:
                 hidden = gather_from_sequence_parallel_region(hidden, group=self.pg_collection.tp)
-            return hidden[rows].float() @ weight.float().T
+            return _logits(hidden[rows], weight)
         if mask is None:
             raise ValueError("the last stage needs mask (log-probs) or rows (logits)")
         # The state after token t-1 predicts token t: labels move one to the left, log-probs one to
@@ -103,6 +104,17 @@ class GPT(GPTModel):
             hidden, weight, labels, at_tokens, **arguments
         )
         return loss, shift_right(logprobs)
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[R, V / tp] fp32 logits, summed in fp32 as the kernels of the log-probs do.
+
+    On a GPU from the weights as they are: an fp32 copy of the head would cost every decoding step
+    more than reading it.
+    """
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.float() @ weight.float().T
 
 
 def shift_right(readings: Tensor) -> Tensor:

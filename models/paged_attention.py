@@ -5,12 +5,12 @@ follow.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from kernels.decode_attention import append_kv, decode_attention
+from kernels.decode_attention import DecodeGroup, append_kv, decode_attention, decode_groups
 from models.attention import PackedSequences, packed_attention
 
 
@@ -59,6 +59,9 @@ class PagedSequences(PackedSequences):
     chunk_slots: Tensor | None
     """[cu_seqlens_kv[-1]] int64: where the chunks' keys lie; None if all start at 0."""
 
+    groups: list[DecodeGroup] | None = field(default=None, init=False)
+    """On the CPU, made by the first layer for all; whoever changes a length puts it to None."""
+
     def attend(
         self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
@@ -79,6 +82,19 @@ class PagedSequences(PackedSequences):
         return torch.cat([self._decode(query[:num_decodes], keys, values, scale), out])
 
     def _decode(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        if self.groups is None and not query.is_cuda:
+            self.groups = decode_groups(
+                self.block_tables,
+                self.context_lengths,
+                block_size=self.cache.block_size,
+                token_bytes=keys[0, 0].nbytes,
+            )
         return decode_attention(
-            query, keys, values, self.block_tables, self.context_lengths, scale=scale
+            query,
+            keys,
+            values,
+            self.block_tables,
+            self.context_lengths,
+            scale=scale,
+            groups=self.groups,
         )

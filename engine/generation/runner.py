@@ -114,17 +114,23 @@ class Runner:
         if flight.reply is not None:
             flight.reply.wait()
         sampled = flight.sampled.cpu().numpy()  # sync
-        tokens, logprobs = sampled[:, 0], sampled[:, 1].view(np.float32)
-        outcome = []
-        for row, sequence in enumerate(flight.step.sampled):
-            num_tokens = int((tokens[:, row] != IDLE_TOKEN).sum())
-            if not np.isfinite(logprobs[:num_tokens, row]).all():
-                raise FloatingPointError(
-                    f"the logits of sample {sequence.sample_index} are not finite after "
-                    f"{len(sequence.tokens)} tokens: the weights hold NaN or infinity"
-                )
-            outcome.append((tokens[:num_tokens, row].tolist(), logprobs[:num_tokens, row].tolist()))
-        return outcome
+        num_rows = len(flight.step.sampled)
+        tokens = sampled[:, 0, :num_rows].T  # [rows, steps]
+        logprobs = sampled[:, 1, :num_rows].T.copy().view(np.float32)
+        is_drawn = tokens != IDLE_TOKEN
+        is_broken = (is_drawn & ~np.isfinite(logprobs)).any(1)
+        if is_broken.any():
+            sequence = flight.step.sampled[int(is_broken.argmax())]
+            raise FloatingPointError(
+                f"the logits of sample {sequence.sample_index} are not finite after "
+                f"{len(sequence.tokens)} tokens: the weights hold NaN or infinity"
+            )
+        return [
+            (row[:num_tokens], row_logprobs[:num_tokens])
+            for row, row_logprobs, num_tokens in zip(
+                tokens.tolist(), logprobs.tolist(), is_drawn.sum(1).tolist(), strict=True
+            )
+        ]
 
     def _num_decode_rows(self, step: Step) -> int:
         """Return the rows before a step's chunks: more than it decodes where T must be round."""

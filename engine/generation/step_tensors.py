@@ -51,6 +51,7 @@ class StepTensors:
         slots = block * block_size + self.positions % block_size
         paged.slots.copy_(slots.masked_fill_(self.is_idle, -1))
         paged.context_lengths.copy_((self.positions + 1).masked_fill_(self.is_idle, 0))
+        paged.groups = None
 
     def copy_(self, other: "StepTensors") -> None:
         """Take over the contents of a decoding step of the same shape."""

@@ -153,6 +153,7 @@ def test_latest_is_the_old_name_until_it_is_the_new_one(
 
     def look_and_fail(new: Path, old: Path) -> None:
         assert (new.read_text(), old) == ("step_00000002", tmp_path / "latest")
+        assert (tmp_path / "step_00000002" / "policy" / "network.json").exists()
         seen.append(old.read_text())
         raise OSError("the machine is gone")
 

@@ -47,16 +47,16 @@ def assert_same(actual: dict[int, Response], expected: dict[int, Response]) -> N
 def test_greedy_equals_huggingface_for_ragged_prompts(network, gpt2_folder):
     prompts = random_prompts(64, 200)
     theirs = GPT2LMHeadModel.from_pretrained(gpt2_folder).eval()
-    config = SamplingConfig(max_new_tokens=16, temperature=0.0, num_slots=64)
+    config = SamplingConfig(max_new_tokens=8, temperature=0.0, num_slots=64)
     found = responses(network, prompts, config)
     num_compared = 0
     for index, prompt in enumerate(prompts):
         row = torch.from_numpy(prompt)[None]
         with torch.no_grad():
-            expected = theirs.generate(row, do_sample=False, max_new_tokens=16, pad_token_id=0)
+            expected = theirs.generate(row, do_sample=False, max_new_tokens=8, pad_token_id=0)
         assert found[index].tokens.tolist() == expected[0, len(prompt) :].tolist(), index
         num_compared += len(found[index].tokens)
-    assert num_compared > 500
+    assert num_compared > 400
 
 
 def test_greedy_with_the_cache_equals_greedy_without(network):
@@ -83,13 +83,14 @@ def test_logprobs_are_those_of_the_trainer(network, temperature):
     assert np.abs(logprobs[batch.mask].numpy() - sampled).max() < 1e-5
 
 
+@pytest.mark.parametrize("num_prompts", [20, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "change", [{}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 40, "top_p": 0.6}, {"temperature": 1.5}]
 )
-def test_draws_have_the_distribution_of_the_softmax(network, change):
+def test_draws_have_the_distribution_of_the_softmax(network, change, num_prompts):
     # Where a draw falls in its cumulative distribution is uniform: chi-square over 50 bins.
     config = dataclasses.replace(CONFIG, max_new_tokens=100, num_slots=128, **change)
-    prompts = random_prompts(200, 4)
+    prompts = random_prompts(num_prompts, 4)
     found = responses(network, prompts, config, eos_id=NO_EOS)
     rng = np.random.default_rng(0)
     places = []
@@ -102,7 +103,7 @@ def test_draws_have_the_distribution_of_the_softmax(network, change):
         below = (probabilities.cumsum(1).gather(1, torch.from_numpy(tokens)[:, None]))[:, 0]
         places.append((below - chosen * torch.from_numpy(rng.random(len(tokens)))).numpy())
     counts, _ = np.histogram(np.concatenate(places), bins=50, range=(0, 1))
-    assert counts.sum() == 20_000  # five settings: 100,000 draws
+    assert counts.sum() == 100 * num_prompts  # 10,000 draws in all, the slow ones 100,000
     expected = counts.sum() / 50
     assert ((counts - expected) ** 2 / expected).sum() < 94.6  # 49 degrees: p = 1e-4
 
@@ -130,13 +131,14 @@ def truncated(z: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
     ],
 )
 def test_slots_chunks_and_preemption_change_nothing(network, change):
-    prompts = random_prompts(24, 100)
-    prompts += [prompts[1]] * 4 + [prompts[1][:50]]
-    expected = responses(network, prompts)
+    prompts = random_prompts(14, 100)
+    prompts += [prompts[1]] * 3 + [prompts[1][:50]]
+    stops = tuple(range(1, 20))
+    expected = responses(network, prompts, dataclasses.replace(CONFIG, stop_token_ids=stops))
     assert any(r.has_eos for r in expected.values())
     assert not all(r.has_eos for r in expected.values())
     counts = Counts()
-    config = dataclasses.replace(CONFIG, **change)
+    config = dataclasses.replace(CONFIG, stop_token_ids=stops, **change)
     assert_same(responses(network, prompts, config, counts=counts), expected)
     assert counts.num_sampled == sum(len(r.tokens) for r in expected.values())
     assert (counts.num_preempted > 0) == ("cache_gib" in change)

@@ -56,6 +56,7 @@ def test_a_file_of_prompts_is_answered_in_order(run, tmp_path, capsys):
     assert "1 dropped for a long prompt" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_replicas_share_the_prompts(run, tmp_path):
     generate_text(config(run / "policy", tmp_path, num_samples=2))
     expected = answers(tmp_path / "out.jsonl")
