@@ -30,9 +30,11 @@ from benchmarks.timing import append_record, machine, records_path, time_calls, 
 from engine.convert import load_huggingface
 from engine.generation.generate import generate
 from engine.generation.scheduler import Counts
-from engine.generation.sequence import SamplingConfig
-from engine.network import Network, Numerics, build_network
-from engine.parallel import ParallelLayout, start_parallel
+from engine.network import Network, build_network
+from engine.parallel import start_parallel
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
+from engine.settings.sampling import SamplingConfig
 from models.sizes import SIZES, GPTSize
 
 PROMPT_LENGTH = 64

@@ -1,33 +1,10 @@
 """From scores to advantages: the KL penalty and its controller, GAE, whitening over the global
 batch."""
 
-from dataclasses import dataclass
-from typing import Literal
-
-from engine.config import check_numbers
 from engine.rollout import Rollout
+from engine.settings.kl import KLConfig
 from kernels.gae import KlEstimator, gae
 from kernels.moments import Whitening, merge_moments, whitening
-
-
-@dataclass(frozen=True, kw_only=True)
-class KLConfig:
-    """The per-token penalty that keeps the policy near the reference."""
-
-    coef: float = 0.02
-    """beta of InstructGPT eq. 2 (paper, C.4: 0.02)."""
-    estimator: KlEstimator = "k1"
-    """Per-token estimate of the KL that is penalised; k1 = log(policy / reference) is eq. 2."""
-    control: Literal["fixed", "adaptive"] = "fixed"
-    """Fixed (paper), or Ziegler et al. 2019's controller, which steers coef towards target."""
-    target: float = 6.0
-    """Adaptive: nats a response, the sum over its tokens (Ziegler et al. 2019: 6)."""
-    horizon: int = 10_000
-    """Adaptive: responses over which coef moves by the proportional error (Ziegler et al. 2019:
-    10,000)."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "kl.", counts="horizon", positive="target", not_negative="coef")
 
 
 class KLController:

@@ -6,8 +6,9 @@ which a message names trips one within a few iterations. The tests plant those b
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+
+from engine.settings.alarms import AlarmConfig
 
 # What rounding alone explains: the mean |difference| of rollout and trainer log-probs (nats), and
 # the max |ratio - 1| over the first minibatch. One model and one set of kernels serve both sides;
@@ -66,26 +67,6 @@ _MESSAGES = {
         "high, the reward's scale has jumped, or returns were whitened with the advantages"
     ),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlarmConfig:
-    """When a number of an iteration is called wrong. Every value is our choice."""
-
-    patience: int = 3
-    """Iterations in a row before a condition that chance can bring about is reported."""
-    min_kl: float = -0.05
-    """Nats a response: an estimate below it, `patience` times in a row, is not of a KL."""
-    max_kl: float = 50.0
-    """Nats a response: beyond it the policy has left the region that the reward model knows."""
-    min_eos_rate: float = 0.5
-    """Share of responses that must end by themselves and not at the length limit."""
-    max_length_drift: float = 4.0
-    """Factor by which the mean response length may leave that of the first iteration."""
-    max_clip_fraction: float = 0.5
-    """Share of tokens whose ratio may leave [1 - cliprange, 1 + cliprange]."""
-    value_loss_factor: float = 10.0
-    """Factor by which the value loss may exceed its running mean."""
 
 
 class Alarm(NamedTuple):

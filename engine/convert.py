@@ -26,9 +26,11 @@ from engine.checkpoint import Checkpointer, find_network, load_weights, size_of
 from engine.config import UserError, save_config
 from engine.data.files import open_file, replacing
 from engine.data.tokenizer import Tokenizer, load_tokenizer
-from engine.network import Network, Numerics, build_network
-from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.network import Network, build_network
+from engine.parallel import Parallel, start_parallel
 from engine.run import require_path
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
 from engine.weight_files import StoredTensor, open_weights, read_json
 from models.huggingface import (
     TIED_HEAD,

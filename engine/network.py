@@ -7,24 +7,13 @@ import torch
 
 from engine.device import DTYPES
 from engine.parallel import Parallel, seed_for_head, seed_for_initialisation
+from engine.settings.numerics import Numerics
 from models.gpt import GPT
-from models.layers import Recompute, transformer_config
+from models.layers import transformer_config
 from models.scalar_gpt import ScalarGPT
 from models.sizes import GPTSize
 
 Kind = Literal["language", "scalar"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Numerics:
-    """How the numbers of a network are held and computed."""
-
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Weights and activations; fp16 and bf16 keep fp32 masters in the optimizer (paper: fp16, app.
-    C)."""
-    recompute: Recompute = "none"
-    """Activations computed again in the backward pass: none, selective (attention only) or full
-    (every layer)."""
 
 
 @dataclass(kw_only=True)

@@ -2,53 +2,15 @@
 learning-rate schedule."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from engine.config import check_numbers
 from engine.network import Network
+from engine.settings.adam import AdamConfig
 from engine.step import finish_gradients
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamConfig:
-    """Adam and its schedule."""
-
-    lr: float = 1e-5
-    """Peak learning rate."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Cosine to final_fraction x lr over the run (paper: SFT, RM), or constant after the warm-up
-    (paper: PPO)."""
-    final_fraction: float = 0.1
-    """Where the cosine ends, as a fraction of lr (paper, C.1 and C.2: 10%)."""
-    warmup: int = 0
-    """Steps (PPO: iterations) of linear warm-up (paper: none for SFT, 10 iterations for PPO,
-    C.4)."""
-    warmup_start: float = 0.1
-    """Where the warm-up starts, as a fraction of lr (paper, C.4: a tenth)."""
-    beta1: float = 0.9
-    """First moment decay (paper, app. C)."""
-    beta2: float = 0.95
-    """Second moment decay (paper, app. C)."""
-    epsilon: float = 1e-8
-    """Adam's epsilon; not stated for RLHF, our choice: GPT-3's."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of the matrices; not stated for RLHF, our choice: none."""
-    clip_norm: float = 1.0
-    """Largest global gradient norm; not stated for RLHF, our choice: GPT-3's."""
-
-    def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            "optimizer ",
-            positive="lr epsilon clip_norm",
-            not_negative="warmup weight_decay",
-            shares="final_fraction warmup_start beta1 beta2",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,63 +11,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from engine.config import UserError, check_numbers
 from engine.device import communication_backend, start_device
-from models.sizes import GPTSize
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelLayout:
-    """The degrees of parallelism of a run; data parallelism takes the ranks that tp, pp and cp
-    leave."""
-
-    tp: int = 1
-    """Tensor parallel: ranks that share every matrix of a layer (and the vocabulary)."""
-    pp: int = 1
-    """Pipeline parallel: stages that the layers are dealt to."""
-    virtual_pp: int = 1
-    """Model chunks a stage holds for the interleaved schedule; 1 is plain 1F1B."""
-    cp: int = 1
-    """Context parallel: ranks that share one long sequence."""
-    sequence_parallel: bool = False
-    """Split the activations between tensor parallel regions along the tokens (needs tp > 1)."""
-
-    def dp(self, world_size: int) -> int:
-        """Return the data-parallel degree that world_size ranks leave, or raise UserError."""
-        self._check_degrees()
-        model_ranks = self.tp * self.pp * self.cp
-        if world_size % model_ranks:
-            raise UserError(
-                f"{world_size} ranks cannot be split: layout tp {self.tp} x pp {self.pp} "
-                f"x cp {self.cp} = {model_ranks} must divide them; change --layout or the launch"
-            )
-        return world_size // model_ranks
-
-    def check(self, size: GPTSize) -> None:
-        """Raise UserError where this layout cannot hold a model of that size."""
-        self._check_degrees()
-        if size.num_heads % self.tp:
-            raise UserError(f"layout.tp {self.tp} must divide the model's {size.num_heads} heads")
-        if size.padded_vocab_size % self.tp:
-            raise UserError(
-                f"layout.tp {self.tp} must divide the padded vocabulary {size.padded_vocab_size}"
-            )
-        chunks = self.pp * self.virtual_pp
-        if size.num_layers % chunks:
-            raise UserError(
-                f"pp {self.pp} x virtual_pp {self.virtual_pp} must divide the "
-                f"{size.num_layers} layers"
-            )
-        if self.sequence_parallel and self.tp == 1:
-            raise UserError("layout.sequence_parallel needs layout.tp > 1")
-        if self.cp > 1:
-            raise UserError("layout.cp > 1 is not supported for packed sequences yet")
-
-    def _check_degrees(self) -> None:
-        check_numbers(self, "layout.", counts="tp pp virtual_pp cp")
-        if self.virtual_pp > 1 and self.pp == 1:
-            raise UserError("layout.virtual_pp needs layout.pp > 1")
-
+from engine.settings.layout import ParallelLayout
 
 # The layout whose groups megatron's global state holds, and its reply group.
 _built: "tuple[ParallelLayout, dist.ProcessGroup] | None" = None

@@ -29,15 +29,17 @@ from engine.data.tokenizer import load_tokenizer, train_sentencepiece
 from engine.evaluate import win_rate
 from engine.losses import mean_language_loss
 from engine.metrics import read_metrics
-from engine.network import Kind, Network, Numerics, build_network
-from engine.parallel import ParallelLayout, start_parallel
-from engine.ppo import PPOConfig
+from engine.network import Kind, Network, build_network
+from engine.parallel import start_parallel
 from engine.ppo import train as train_ppo
 from engine.report import MODELS, summary_table, write_report
-from engine.rm import RMConfig
 from engine.rm import train as train_rm
 from engine.rollout import Rollout, generate_rollout, last_readings, read_rollout
-from engine.sft import SFTConfig
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
+from engine.settings.ppo import PPOConfig
+from engine.settings.rm import RMConfig
+from engine.settings.sft import SFTConfig
 from engine.sft import train as train_sft
 
 

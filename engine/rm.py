@@ -1,14 +1,12 @@
 """The reward model, trained on rankings of K answers (InstructGPT 3.5 and C.2)."""
 
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from engine.checkpoint import Checkpointer, load_weights, size_of
-from engine.config import UserError, check_numbers
+from engine.config import UserError
 from engine.data.comparisons import comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
@@ -16,85 +14,12 @@ from engine.data.prompts import split_by_prompt
 from engine.feed import Feed, pack_for
 from engine.losses import comparison_loss, last_token_readings, pair_accuracy
 from engine.metrics import RM_HEADLINE, Metrics
-from engine.network import Network, Numerics, build_network
-from engine.optimizer import AdamConfig, Optimizer
-from engine.parallel import ParallelLayout, seed_for_step
+from engine.network import Network, build_network
+from engine.optimizer import Optimizer
+from engine.parallel import seed_for_step
 from engine.run import Run, require_path, size_named, start_run
+from engine.settings.rm import RMConfig
 from engine.step import forward, forward_backward, reduce_metrics
-
-
-@dataclass(frozen=True, kw_only=True)
-class RMData:
-    """What the stage reads."""
-
-    train: Path = Path("data/comparisons.jsonl")
-    """Comparisons {prompt, completions, ranks} or pairs {prompt, chosen, rejected}, .jsonl or
-    .jsonl.gz."""
-    valid: Path | None = None
-    """Held-out comparisons; none: valid_fraction of the training prompts."""
-    valid_fraction: float = 0.05
-    """Share of the distinct prompts held out where no valid file is given."""
-    demonstrations: Path | None = None
-    """Demonstrations whose mean score the bias shift sets to 0; none: no shift."""
-    num_demonstrations: int = 1024
-    """Demonstrations that are scored for the shift, the first ones; our choice."""
-    max_prompt_tokens: int = 1024
-    """Longer prompts are dropped and counted (paper, app. C: over 1k tokens)."""
-    max_tokens: int = 2048
-    """Longer sequences are dropped with their whole comparison and counted (paper, app. C: 2k
-    context)."""
-    prompt_suffix: str = "\n"
-    """Closes every prompt; the same in all stages."""
-    skip_bad_lines: bool = False
-    """Count and report bad lines instead of stopping at the first."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "data.", counts="num_demonstrations", shares="valid_fraction")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RMConfig:
-    """One reward model run."""
-
-    directory: Path = Path("runs/rm")
-    """The run's folder; a run that has checkpoints there continues from the newest."""
-    size: str = "tiny"
-    """Named size of a model that starts from nothing; with init_from its size."""
-    init_from: Path | None = None
-    """A run or checkpoint whose policy the trunk starts from (paper, C.2: SFT and GPT-3 give
-    similar results)."""
-    tokenizer: Path | None = None
-    """Tokenizer file or folder; none: the one of init_from's run."""
-    data: RMData = field(default_factory=RMData)
-    """Files and limits."""
-    epochs: float = 1.0
-    """Passes over the comparisons (paper, C.2: 1; more overfits fast)."""
-    batch_size: int = 64
-    """Prompts a step, each with all its completions (paper, C.2: 64)."""
-    micro_batch_tokens: int = 8192
-    """Token budget of one forward pass on one rank; a prompt's completions stay in one."""
-    adam: AdamConfig = field(default_factory=lambda: AdamConfig(lr=9e-6))
-    """Optimizer (paper, C.2: lr 9e-6, cosine to 10%)."""
-    numerics: Numerics = field(default_factory=Numerics)
-    """Dtype and recomputation."""
-    layout: ParallelLayout = field(default_factory=ParallelLayout)
-    """Parallelism."""
-    seed: int = 0
-    """Shuffling and initialisation."""
-    eval_every: int = 0
-    """Steps between held-out accuracies; 0: only at the end."""
-    save_every: int = 0
-    """Steps between checkpoints; 0: only at the end."""
-    keep: int = 2
-    """Checkpoints kept."""
-
-    def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            counts="batch_size micro_batch_tokens keep",
-            positive="epochs",
-            not_negative="seed eval_every save_every",
-        )
 
 
 def train(config: RMConfig) -> dict[str, float]:

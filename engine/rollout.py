@@ -18,9 +18,10 @@ from torch import Tensor
 from engine.data.batches import PackedBatch, deal
 from engine.data.examples import Example
 from engine.feed import pack_for
-from engine.generation.generate import Response, SamplingConfig, generate
+from engine.generation.generate import Response, generate
 from engine.network import Network
 from engine.parallel import Parallel
+from engine.settings.sampling import SamplingConfig
 from engine.step import forward
 from models.gpt import shift_right
 

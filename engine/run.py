@@ -8,7 +8,8 @@ from typing import Any
 
 from engine.config import UserError, save_config
 from engine.data.tokenizer import Tokenizer, load_tokenizer
-from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.parallel import Parallel, start_parallel
+from engine.settings.layout import ParallelLayout
 from models.sizes import SIZES, GPTSize
 
 

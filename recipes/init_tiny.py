@@ -8,8 +8,9 @@ The tenth is the paper's (C.3); the other values are ours.
 from pathlib import Path
 
 from engine.config import run_stage
-from engine.optimizer import AdamConfig
-from engine.sft import SFTConfig, SFTData, train
+from engine.settings.adam import AdamConfig
+from engine.settings.sft import SFTConfig, SFTData
+from engine.sft import train
 
 config = SFTConfig(
     directory=Path("runs/init_tiny"),

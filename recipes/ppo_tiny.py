@@ -7,9 +7,10 @@ Values are ours.
 from pathlib import Path
 
 from engine.config import run_stage
-from engine.generation.generate import SamplingConfig
-from engine.optimizer import AdamConfig
-from engine.ppo import PPOConfig, PPOData, train
+from engine.ppo import train
+from engine.settings.adam import AdamConfig
+from engine.settings.ppo import PPOConfig, PPOData
+from engine.settings.sampling import SamplingConfig
 
 config = PPOConfig(
     directory=Path("runs/ppo_tiny"),

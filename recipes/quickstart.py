@@ -8,14 +8,14 @@ for that size.
 
 from pathlib import Path
 
-from engine.advantages import KLConfig
 from engine.config import run_stage
-from engine.generation.generate import SamplingConfig
-from engine.optimizer import AdamConfig
-from engine.ppo import PPOConfig, PPOData
 from engine.quickstart import QuickstartConfig, run
-from engine.rm import RMConfig, RMData
-from engine.sft import SFTConfig, SFTData
+from engine.settings.adam import AdamConfig
+from engine.settings.kl import KLConfig
+from engine.settings.ppo import PPOConfig, PPOData
+from engine.settings.rm import RMConfig, RMData
+from engine.settings.sampling import SamplingConfig
+from engine.settings.sft import SFTConfig, SFTData
 
 CONTEXT = 256
 

@@ -7,8 +7,9 @@ Values are ours.
 from pathlib import Path
 
 from engine.config import run_stage
-from engine.optimizer import AdamConfig
-from engine.rm import RMConfig, RMData, train
+from engine.rm import train
+from engine.settings.adam import AdamConfig
+from engine.settings.rm import RMConfig, RMData
 
 config = RMConfig(
     directory=Path("runs/rm_tiny"),

@@ -7,8 +7,9 @@ With --data.pretraining text.jsonl and no --data.train it pretrains. Values are 
 from pathlib import Path
 
 from engine.config import run_stage
-from engine.optimizer import AdamConfig
-from engine.sft import SFTConfig, SFTData, train
+from engine.settings.adam import AdamConfig
+from engine.settings.sft import SFTConfig, SFTData
+from engine.sft import train
 
 config = SFTConfig(
     directory=Path("runs/sft_tiny"),

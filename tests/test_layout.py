@@ -15,7 +15,12 @@ MEGATRON_FILES = {
     *(f"engine/{name}.py" for name in ("device", "parallel", "step", "optimizer", "checkpoint")),
     "engine/generation/refit.py",
 }
-LIGHT_FILES = {"models/sizes.py", "engine/plan.py", "engine/config.py"}
+LIGHT_FILES = {
+    "models/sizes.py",
+    "engine/plan.py",
+    "engine/config.py",
+    *(str(path.relative_to(ROOT)) for path in (ROOT / "engine/settings").glob("*.py")),
+}
 # Who reads the environment, and which variables; None allows any.
 ENVIRONMENT = {
     "engine/parallel.py": None,

@@ -17,17 +17,19 @@ import tokenizers
 import torch
 
 from engine import ppo, rm, sft
-from engine.advantages import KLConfig
 from engine.checkpoint import Checkpointer, load_weights
 from engine.data.tokenizer import load_tokenizer
-from engine.generation.generate import SamplingConfig
 from engine.metrics import Metrics, read_metrics
-from engine.network import Kind, Network, Numerics, build_network
-from engine.optimizer import AdamConfig
-from engine.parallel import Parallel, ParallelLayout, start_parallel
-from engine.ppo import PPOConfig, PPOData
-from engine.rm import RMConfig, RMData
-from engine.sft import SFTConfig, SFTData
+from engine.network import Kind, Network, build_network
+from engine.parallel import Parallel, start_parallel
+from engine.settings.adam import AdamConfig
+from engine.settings.kl import KLConfig
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
+from engine.settings.ppo import PPOConfig, PPOData
+from engine.settings.rm import RMConfig, RMData
+from engine.settings.sampling import SamplingConfig
+from engine.settings.sft import SFTConfig, SFTData
 from models.sizes import GPTSize
 
 SIZE = GPTSize(num_layers=4, hidden_size=32, num_heads=4, vocab_size=100, context_length=64)

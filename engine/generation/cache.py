@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from engine.config import UserError
-from engine.generation.sequence import SamplingConfig
 from engine.network import Network
+from engine.settings.sampling import SamplingConfig
 from models.paged_attention import PagedCache
 
 

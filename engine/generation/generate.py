@@ -13,9 +13,10 @@ from engine.generation.block_manager import BlockManager
 from engine.generation.cache import build_cache
 from engine.generation.runner import Flight, Runner
 from engine.generation.scheduler import Counts, Scheduler
-from engine.generation.sequence import LiveSequence, Response, SamplingConfig
+from engine.generation.sequence import LiveSequence, Response
 from engine.network import Network
 from engine.parallel import Parallel
+from engine.settings.sampling import SamplingConfig
 
 TokenListener = Callable[[int, list[int]], None]
 

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from engine.config import UserError
 from engine.device import synchronize
-from engine.network import Network, Numerics, build_network
-from engine.parallel import ParallelLayout, other_layout
+from engine.network import Network, build_network
+from engine.parallel import other_layout
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
 
 
 @dataclass(frozen=True, kw_only=True)

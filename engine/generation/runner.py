@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.generation.scheduler import Step
-from engine.generation.sequence import SamplingConfig
 from engine.generation.step_tensors import IDLE_TOKEN, StepTensors, upload
 from engine.network import Network
+from engine.settings.sampling import SamplingConfig
 from models.paged_attention import PagedCache
 from models.vocab_parallel import vocab_parallel_sample
 

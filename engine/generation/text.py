@@ -20,10 +20,12 @@ from engine.data.files import replacing
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.generation.generate import generate
-from engine.generation.sequence import SamplingConfig
-from engine.network import Network, Numerics, build_network
-from engine.parallel import ParallelLayout, start_parallel
+from engine.network import Network, build_network
+from engine.parallel import start_parallel
 from engine.run import require_path
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
+from engine.settings.sampling import SamplingConfig
 
 NEXT_TURN = "\n\nUser:"
 """Where a model that was not taught to stop goes on with the user's part."""

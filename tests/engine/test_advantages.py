@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from engine.advantages import KLConfig, KLController, estimate_advantages
+from engine.advantages import KLController, estimate_advantages
 from engine.rollout import Rollout
+from engine.settings.kl import KLConfig
 
 LOG_RATIO = torch.tensor([0.0, 0.0, 0.1, -0.2, 0.0, 0.5])
 

@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from engine.alarms import AlarmConfig, Alarms
+from engine.alarms import Alarms
+from engine.settings.alarms import AlarmConfig
 
 SOUND = {
     "rollout/response_tokens": 40.0,

@@ -12,9 +12,12 @@ from engine.data.batches import pack
 from engine.data.examples import Example
 from engine.ema import EMA
 from engine.losses import NegativeLogLikelihood
-from engine.network import Network, Numerics, build_network
-from engine.optimizer import AdamConfig, Optimizer, StepResult
-from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.network import Network, build_network
+from engine.optimizer import Optimizer, StepResult
+from engine.parallel import Parallel, start_parallel
+from engine.settings.adam import AdamConfig
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
 from engine.step import forward_backward
 from tests.tiny import SIZE, random_network
 

@@ -15,8 +15,10 @@ from engine.convert import ConvertConfig, convert, load_huggingface, read_size, 
 from engine.data.batches import pack
 from engine.data.examples import Example
 from engine.data.tokenizer import Tokenizer, load_tokenizer
-from engine.network import Network, Numerics, build_network
-from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.network import Network, build_network
+from engine.parallel import Parallel, start_parallel
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
 from engine.step import forward
 from models.attention import PackedSequences
 from tests.ranks import run_ranks

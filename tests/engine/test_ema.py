@@ -6,8 +6,10 @@ from engine.data.batches import pack
 from engine.data.examples import Example
 from engine.ema import EMA
 from engine.losses import NegativeLogLikelihood
-from engine.optimizer import AdamConfig, Optimizer
-from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.optimizer import Optimizer
+from engine.parallel import Parallel, start_parallel
+from engine.settings.adam import AdamConfig
+from engine.settings.layout import ParallelLayout
 from engine.step import forward, forward_backward
 from tests.tiny import random_network
 

@@ -5,7 +5,8 @@ import pytest
 
 from engine.data.examples import Example
 from engine.feed import Feed, count_targets, pack_for
-from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.parallel import Parallel, start_parallel
+from engine.settings.layout import ParallelLayout
 
 LENGTHS = (5, 9, 3, 14, 8, 2, 11)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.parallel import ParallelLayout
+from engine.settings.layout import ParallelLayout
 from tests.ranks import run_ranks
 from tests.tiny import ppo_config, rm_config, rows_of, sft_config, train, weights_of
 

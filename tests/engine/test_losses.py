@@ -18,7 +18,8 @@ from engine.losses import (
     pair_accuracy,
 )
 from engine.network import Network
-from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.parallel import Parallel, start_parallel
+from engine.settings.layout import ParallelLayout
 from engine.step import LanguageLoss, forward
 from kernels.moments import Whitening
 from tests.tiny import random_network

@@ -7,9 +7,11 @@ from engine.config import UserError
 from engine.data.batches import pack
 from engine.data.examples import Example
 from engine.losses import NegativeLogLikelihood
-from engine.network import Numerics, build_network
+from engine.network import build_network
 from engine.optimizer import make_trainable
-from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.parallel import Parallel, start_parallel
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
 from engine.step import forward_backward
 from tests.tiny import SIZE
 

@@ -9,8 +9,10 @@ from engine.data.batches import PackedBatch, pack
 from engine.data.examples import Example
 from engine.losses import NegativeLogLikelihood
 from engine.network import Network
-from engine.optimizer import AdamConfig, Optimizer, StepResult
-from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.optimizer import Optimizer, StepResult
+from engine.parallel import Parallel, start_parallel
+from engine.settings.adam import AdamConfig
+from engine.settings.layout import ParallelLayout
 from engine.step import forward_backward
 from tests.tiny import random_network
 

@@ -6,13 +6,13 @@ import torch
 from engine.config import UserError
 from engine.parallel import (
     Parallel,
-    ParallelLayout,
     rank_of_environment,
     seed_for_head,
     seed_for_initialisation,
     seed_for_step,
     start_parallel,
 )
+from engine.settings.layout import ParallelLayout
 from models.sizes import GPTSize
 from tests.ranks import run_ranks
 

@@ -12,21 +12,15 @@ from engine.data.batches import PackedBatch
 from engine.data.examples import Example
 from engine.ema import EMA
 from engine.feed import Feed, pack_for
-from engine.generation.generate import SamplingConfig
 from engine.network import Network
 from engine.optimizer import Optimizer
-from engine.parallel import Parallel, ParallelLayout, start_parallel
-from engine.ppo import (
-    Learner,
-    PPOConfig,
-    merge_updates,
-    minibatches,
-    num_updates,
-    policy_gradient,
-    update,
-)
+from engine.parallel import Parallel, start_parallel
+from engine.ppo import Learner, merge_updates, minibatches, num_updates, policy_gradient, update
 from engine.ppo import train as train_ppo
 from engine.rollout import Rollout, generate_rollout, read_rollout, score_rollout
+from engine.settings.layout import ParallelLayout
+from engine.settings.ppo import PPOConfig
+from engine.settings.sampling import SamplingConfig
 from kernels.moments import Whitening
 from models.attention import PackedSequences
 from tests.tiny import ADAM, WORDS, ppo_config, random_network, rows_of, train

@@ -10,8 +10,8 @@ import torch
 from megatron.core import dist_checkpointing
 
 from engine.config import UserError
-from engine.network import Numerics
-from engine.parallel import ParallelLayout
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
 from tests.ranks import run_ranks
 from tests.tiny import (
     Killed,

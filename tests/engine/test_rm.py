@@ -9,10 +9,13 @@ from engine.checkpoint import load_weights
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.tokenizer import load_tokenizer
 from engine.feed import pack_for
-from engine.network import Network, Numerics, build_network
-from engine.optimizer import AdamConfig, Optimizer
-from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.network import Network, build_network
+from engine.optimizer import Optimizer
+from engine.parallel import Parallel, start_parallel
 from engine.rm import shift_bias
+from engine.settings.adam import AdamConfig
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
 from engine.step import forward
 from tests.tiny import SIZE, random_network, rm_config, rows_of, train, weights_of
 

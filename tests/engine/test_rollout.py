@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from engine.data.examples import Example
-from engine.generation.generate import SamplingConfig
 from engine.network import Network
-from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.parallel import Parallel, start_parallel
 from engine.rollout import (
     Rollout,
     apply_eos_rule,
@@ -17,6 +16,8 @@ from engine.rollout import (
     rollout_metrics,
     score_rollout,
 )
+from engine.settings.layout import ParallelLayout
+from engine.settings.sampling import SamplingConfig
 from tests.tiny import random_network
 
 EOS = 0

@@ -4,9 +4,9 @@ import pytest
 
 from engine.config import UserError, load_config
 from engine.data.tokenizer import load_tokenizer
-from engine.parallel import ParallelLayout
 from engine.run import Run, require_path, size_named, start_run
-from engine.sft import SFTConfig
+from engine.settings.layout import ParallelLayout
+from engine.settings.sft import SFTConfig
 from models.sizes import SIZES
 
 

@@ -12,10 +12,14 @@ from engine.data.examples import Example
 from engine.data.tokenizer import load_tokenizer
 from engine.feed import Feed
 from engine.losses import NegativeLogLikelihood, mean_language_loss
-from engine.network import Numerics, build_network
-from engine.optimizer import AdamConfig, Optimizer
-from engine.parallel import Parallel, ParallelLayout, start_parallel
-from engine.sft import SFTConfig, SFTData, _train_step
+from engine.network import build_network
+from engine.optimizer import Optimizer
+from engine.parallel import Parallel, start_parallel
+from engine.settings.adam import AdamConfig
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
+from engine.settings.sft import SFTConfig, SFTData
+from engine.sft import _train_step
 from engine.step import forward_backward
 from tests.tiny import SIZE, random_network, rows_of, sft_config, train, weights_of
 

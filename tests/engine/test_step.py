@@ -10,7 +10,8 @@ from engine.data.examples import Example
 from engine.losses import NegativeLogLikelihood
 from engine.network import Network
 from engine.optimizer import make_trainable
-from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.parallel import Parallel, start_parallel
+from engine.settings.layout import ParallelLayout
 from engine.step import _padded, forward, forward_backward, reduce_metrics
 from models.attention import PackedSequences
 from tests.tiny import random_network

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from engine.data.batches import PackedBatch, pack
 from engine.data.examples import Example
-from engine.network import Network, Numerics, build_network
+from engine.network import Network, build_network
 from engine.optimizer import make_trainable
-from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.parallel import Parallel, start_parallel
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
 from models.attention import PackedSequences
 from models.gpt import shift_right
 from models.sizes import GPTSize

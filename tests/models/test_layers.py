@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.parallel import ParallelLayout, start_parallel
+from engine.parallel import start_parallel
+from engine.settings.layout import ParallelLayout
 from models.layers import LayerNorm, transformer_config
 from models.sizes import GPTSize
 

@@ -6,8 +6,10 @@ import torch
 
 from engine.data.batches import pack
 from engine.data.examples import Example
-from engine.network import Network, Numerics, build_network
-from engine.parallel import Parallel, ParallelLayout, start_parallel
+from engine.network import Network, build_network
+from engine.parallel import Parallel, start_parallel
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
 from models.attention import PackedSequences
 from tests.tiny import SIZE, random_network
 

@@ -7,8 +7,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine.convert import load_huggingface, read_size
-from engine.network import Network, Numerics, build_network
-from engine.parallel import ParallelLayout, start_parallel
+from engine.network import Network, build_network
+from engine.parallel import start_parallel
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
 
 CONTEXT = 224
 VOCAB = 300  # padded to 384 here: masking the padding matters

@@ -3,7 +3,7 @@ import torch
 
 from engine.config import UserError
 from engine.generation.cache import build_cache, free_bytes
-from engine.generation.sequence import SamplingConfig
+from engine.settings.sampling import SamplingConfig
 
 BLOCK_BYTES = 4 * 2 * 16 * 64 * 4  # layers x (keys, values) x tokens x width x fp32
 

@@ -10,9 +10,12 @@ from engine.data.batches import pack
 from engine.data.examples import Example
 from engine.generation.generate import generate, length_spread
 from engine.generation.scheduler import Counts
-from engine.generation.sequence import Response, SamplingConfig
-from engine.network import Network, Numerics, build_network
-from engine.optimizer import AdamConfig, Optimizer
+from engine.generation.sequence import Response
+from engine.network import Network, build_network
+from engine.optimizer import Optimizer
+from engine.settings.adam import AdamConfig
+from engine.settings.numerics import Numerics
+from engine.settings.sampling import SamplingConfig
 from engine.step import forward
 from models.attention import PackedSequences
 from tests.engine.generation.random_gpt2 import CONTEXT, VOCAB, random_prompts

@@ -11,9 +11,11 @@ from engine.config import UserError
 from engine.data.batches import deal
 from engine.generation.generate import generate, length_spread
 from engine.generation.refit import Refit
-from engine.generation.sequence import Response, SamplingConfig
-from engine.network import Network, Numerics
-from engine.parallel import ParallelLayout
+from engine.generation.sequence import Response
+from engine.network import Network
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
+from engine.settings.sampling import SamplingConfig
 from tests.engine.generation.random_gpt2 import load_gpt2, random_prompts
 from tests.ranks import run_ranks
 

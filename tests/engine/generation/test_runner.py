@@ -6,9 +6,11 @@ import torch
 
 from engine.generation.generate import generate
 from engine.generation.scheduler import Counts
-from engine.generation.sequence import SamplingConfig
-from engine.network import Numerics, build_network
-from engine.parallel import ParallelLayout, start_parallel
+from engine.network import build_network
+from engine.parallel import start_parallel
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
+from engine.settings.sampling import SamplingConfig
 from models.sizes import GPTSize
 from tests.engine.generation.random_gpt2 import VOCAB, random_prompts
 

@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 
 from engine.config import UserError
-from engine.generation.sequence import LiveSequence, SamplingConfig
+from engine.generation.sequence import LiveSequence
+from engine.settings.sampling import SamplingConfig
 
 
 @pytest.mark.parametrize(

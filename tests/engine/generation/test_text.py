@@ -4,8 +4,8 @@ import shutil
 import pytest
 
 from engine.config import UserError
-from engine.generation.sequence import SamplingConfig
 from engine.generation.text import NEXT_TURN, GenerateConfig, _Screen, _TurnEnded, generate_text
+from engine.settings.sampling import SamplingConfig
 from tests.ranks import run_ranks
 from tests.tiny import write_checkpoints, write_files, write_lines, write_tokenizer
 

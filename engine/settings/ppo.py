@@ -1,0 +1,121 @@
+"""One run of engine/ppo.py. Imports neither torch nor megatron."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from engine.config import check_numbers
+from engine.settings.adam import AdamConfig
+from engine.settings.alarms import AlarmConfig
+from engine.settings.kl import KLConfig
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
+from engine.settings.sampling import SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOData:
+    """What the stage reads."""
+
+    prompts: Path = Path("data/prompts.jsonl")
+    """Prompts {prompt}, .jsonl or .jsonl.gz."""
+    pretraining: Path = Path("data/pretraining.jsonl")
+    """Pretraining text for the ptx gradients; read when ptx_coef > 0."""
+    pretraining_tokens: int = 2048
+    """Length of a pretraining sequence in tokens; not stated, our choice: the context, as the
+    paper's compute suggests."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted (paper, app. C: over 1k tokens)."""
+    prompt_suffix: str = "\n"
+    """Closes every prompt; the same in all stages."""
+    skip_bad_lines: bool = False
+    """Count and report bad lines instead of stopping at the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """One PPO run."""
+
+    directory: Path = Path("runs/ppo")
+    """The run's folder; a run that has checkpoints there continues from the newest."""
+    policy: Path = Path("runs/init")
+    """Run or checkpoint of the RLHF initialisation: the policy starts from it and the KL is
+    measured to it."""
+    reference: Path | None = None
+    """Another KL reference; none: the policy's own start (paper, C.4)."""
+    reward_model: Path = Path("runs/rm")
+    """Run or checkpoint of the reward model; the critic starts from it, head and bias included
+    (paper, C.4)."""
+    data: PPOData = field(default_factory=PPOData)
+    """Files and limits."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=1024))
+    """Rollouts (paper, C.4: temperature 1; app. C: responses up to 1k tokens)."""
+    iterations: int = 500
+    """Rollout batches (paper, C.4: 256k episodes in batches of 512)."""
+    rollout_batch_size: int = 512
+    """Episodes of an iteration, over all ranks (paper, C.4: 512)."""
+    minibatch_size: int = 64
+    """Episodes of an optimizer step, over all ranks (paper, C.4: 64)."""
+    ppo_epochs: int = 1
+    """Passes over an iteration's episodes (paper, C.4: 1)."""
+    micro_batch_tokens: int = 8192
+    """Token budget of one forward pass on one rank; changes speed and memory, nothing else."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    """KL penalty."""
+    gamma: float = 1.0
+    """Discount (paper, C.4: none)."""
+    lam: float = 0.95
+    """GAE's lambda; not stated, our choice: Stiennon et al. 2020."""
+    cliprange: float = 0.2
+    """Policy ratio clip (paper, C.4: 0.2)."""
+    value_cliprange: float | None = 0.2
+    """Value clip; not stated, our choice: Ziegler et al. 2019's code. None: no clip."""
+    whiten_advantages: bool = True
+    """Shift and scale advantages over the global rollout batch; not stated, our choice: Ziegler et
+    al. 2019's code."""
+    eos_rule: Literal["none", "penalty", "replace"] = "none"
+    """What becomes of the score of a response that hit the length limit; not stated, our choice:
+    nothing."""
+    eos_penalty: float = 1.0
+    """The number of the eos_rule (Ziegler et al. 2019's code: replace by -1)."""
+    ptx_coef: float = 27.8
+    """gamma of InstructGPT eq. 2 (paper, C.4: 27.8); 0 is plain PPO."""
+    ptx_examples_per_episode: int = 8
+    """Pretraining sequences an episode (paper, C.4: 8)."""
+    ema_decay: float = 0.992
+    """Decay of the averaged weights (paper, C.4: 0.992), an optimizer step: our choice."""
+    adam: AdamConfig = field(
+        default_factory=lambda: AdamConfig(lr=5.49e-6, schedule="constant", warmup=10)
+    )
+    """Policy optimizer (paper, C.4: constant lr after 10 iterations of warm-up from a tenth; the lr
+    by size is not stated)."""
+    critic_adam: AdamConfig = field(
+        default_factory=lambda: AdamConfig(lr=9e-6, schedule="constant", warmup=10)
+    )
+    """Critic optimizer (paper, C.4: 9e-6, 5e-6 at 175B)."""
+    numerics: Numerics = field(default_factory=Numerics)
+    """Dtype and recomputation."""
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    """Parallelism."""
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
+    """When a number is called wrong."""
+    seed: int = 0
+    """Shuffling and sampling."""
+    save_every: int = 0
+    """Iterations between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints kept."""
+    num_shown: int = 2
+    """Sample texts in the table of an iteration."""
+    show_every: int = 10
+    """Iterations between sample tables."""
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            counts="iterations rollout_batch_size minibatch_size ppo_epochs keep show_every",
+            positive="cliprange value_cliprange",
+            not_negative="ptx_coef seed save_every num_shown",
+            shares="gamma lam ema_decay",
+        )
+        check_numbers(self, counts="micro_batch_tokens ptx_examples_per_episode")

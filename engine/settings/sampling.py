@@ -1,0 +1,60 @@
+"""How responses are drawn. Imports neither torch nor megatron."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from engine.config import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How responses are drawn, and what a rank spends on drawing them."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy (paper: PPO samples at 1)."""
+    top_k: int = 0
+    """Draw among the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that hold this much probability; 1 keeps all."""
+    max_new_tokens: int = 64
+    """Longest response, in tokens; shorter where prompt and response fill the model's context."""
+    min_new_tokens: int = 0
+    """Tokens of a response before one of its stop tokens may be drawn."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response, besides the end of text."""
+    num_slots: int = 64
+    """Sequences decoded together on a rank; a finished one's slot is refilled at once."""
+    prefill_tokens: int = 1024
+    """Prompt tokens that a step computes next to the decoding ones; longer prompts take several."""
+    block_size: int = 16
+    """Tokens of one block of the key-value cache; our choice: as in vLLM."""
+    cache_fraction: float = 0.85
+    """Share of the free memory for the key-value cache, which takes what its slots can use."""
+    cache_gib: float = 0.0
+    """Most that the cache takes on a rank instead, in GiB; 0 goes by cache_fraction."""
+    steps_per_sync: int = 0
+    """Decoding steps between two looks of the host at who has finished; 0: 1 on the CPU, 8 on a
+    GPU. With pipeline parallelism it is always 1."""
+    cuda_graphs: bool = True
+    """Replay decoding steps from CUDA graphs; they need pp 1, and a GPU."""
+
+    def check(self) -> None:
+        """Raise UserError for a value that means nothing."""
+        for name in ("max_new_tokens", "num_slots", "prefill_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"sampling.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("temperature", "top_k", "min_new_tokens", "cache_gib", "steps_per_sync"):
+            if not getattr(self, name) >= 0:  # NaN is not either
+                raise UserError(f"sampling.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("top_p", "cache_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"sampling.{name} must lie in (0, 1], got {getattr(self, name)}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"sampling.min_new_tokens {self.min_new_tokens} is more than "
+                f"max_new_tokens {self.max_new_tokens}"
+            )
+
+    def greedy(self) -> "SamplingConfig":
+        """Return these settings with the likeliest token taken each time."""
+        return dataclasses.replace(self, temperature=0.0, top_k=0, top_p=1.0)

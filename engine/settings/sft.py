@@ -1,0 +1,97 @@
+"""One run of engine/sft.py: SFT, the RLHF initialisation or pretraining.
+
+Imports neither torch nor megatron.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.config import UserError, check_numbers
+from engine.settings.adam import AdamConfig
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTData:
+    """What the stage reads."""
+
+    train: Path | None = None
+    """Demonstrations {prompt, response}, .jsonl or .jsonl.gz; none: plain language modelling."""
+    valid: Path | None = None
+    """Held-out demonstrations; none: valid_fraction of the training prompts."""
+    valid_fraction: float = 0.05
+    """Share of the distinct prompts held out where no valid file is given."""
+    pretraining: Path | None = None
+    """Pretraining text {text}, .jsonl or .txt."""
+    pretraining_valid: Path | None = None
+    """Held-out pretraining text."""
+    pretraining_fraction: float = 0.0
+    """Share of the sequences, and weight in the loss, of pretraining text (paper, C.3: 10%; what it
+    is a share of is not stated)."""
+    pretraining_tokens: int = 2048
+    """Length of a pretraining sequence in tokens (GPT-3: the context)."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted (paper, app. C: over 1k tokens)."""
+    max_tokens: int = 2048
+    """Longer sequences, prompt and response together, are dropped and counted (paper, app. C: 2k
+    context)."""
+    prompt_suffix: str = "\n"
+    """Closes every prompt; the same in all stages. Our choice: the separator is not stated."""
+    skip_bad_lines: bool = False
+    """Count and report bad lines instead of stopping at the first."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "data.", shares="valid_fraction")
+        if not 0.0 <= self.pretraining_fraction < 1.0:
+            raise UserError(
+                f"data.pretraining_fraction must be in [0, 1), got {self.pretraining_fraction}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """One supervised run."""
+
+    directory: Path = Path("runs/sft")
+    """The run's folder; a run that has checkpoints there continues from the newest."""
+    size: str = "tiny"
+    """Named size (models/sizes.py) of a model that starts from nothing; with init_from its size."""
+    init_from: Path | None = None
+    """A run or checkpoint whose policy the weights start from."""
+    tokenizer: Path | None = None
+    """Tokenizer file or folder; none: the one of init_from's run."""
+    data: SFTData = field(default_factory=SFTData)
+    """Files and limits."""
+    epochs: float = 16.0
+    """Passes over the demonstrations (paper, C.1: 16; C.3: 2), or over the pretraining text without
+    any."""
+    batch_size: int = 32
+    """Sequences a step, demonstrations and pretraining together (paper, C.1: 32; 8 at 175B)."""
+    micro_batch_tokens: int = 8192
+    """Token budget of one forward pass on one rank; changes speed and memory, nothing else."""
+    adam: AdamConfig = field(default_factory=lambda: AdamConfig(lr=9.65e-6))
+    """Optimizer (paper, C.1: lr 9.65e-6, cosine to 10%, no warm-up)."""
+    dropout: float = 0.2
+    """Residual dropout (paper, C.1: 0.2)."""
+    numerics: Numerics = field(default_factory=Numerics)
+    """Dtype and recomputation."""
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    """Parallelism."""
+    seed: int = 0
+    """Shuffling, initialisation, dropout."""
+    eval_every: int = 0
+    """Steps between held-out losses; 0: only at the end."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            counts="batch_size micro_batch_tokens keep",
+            positive="epochs",
+            not_negative="seed eval_every save_every",
+            shares="dropout",
+        )
