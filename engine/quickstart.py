@@ -20,7 +20,7 @@ from engine.checkpoint import load_weights, size_of
 from engine.config import UserError
 from engine.data.demonstrations import read_demonstrations
 from engine.data.files import read_lines, replacing
-from engine.data.labeler import rank, score
+from engine.data.labeler import e2e_language, rank, score
 from engine.data.places import demonstrations, fact_lists, parse_prompt, render_prompt
 from engine.data.pretraining import open_token_file
 from engine.data.prompts import prompt_examples, read_prompts
@@ -56,8 +56,10 @@ class QuickstartConfig:
     """Which files of the data folder: their names begin with it."""
     vocab_size: int = 1500
     """Entries of the sentencepiece tokenizer that is trained."""
+    num_pretraining_tokens: int = 300_000
+    """Tokens that the base model is trained on, drawn from all of the text."""
     num_demonstrations: int = 6000
-    """Made demonstrations."""
+    """Made demonstrations, or from files: demonstrations seen, fewer ones being read again."""
     num_compared: int = 800
     """Prompts whose completions are sampled from the SFT model and ranked; a tenth is held out."""
     faults_per_level: float = 3.0
@@ -115,10 +117,12 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
 
     files = timed("data", prepare_files, config)
     tokenizer = home / "tokenizer.model"
+    text = open_token_file(files.pretraining, load_tokenizer(tokenizer), home / "tokens")
     pretrain = replace(
         config.pretrain,
         directory=home / "base",
         tokenizer=tokenizer,
+        epochs=config.num_pretraining_tokens / len(text.tokens),
         data=replace(
             config.pretrain.data,
             pretraining=files.pretraining,
@@ -131,6 +135,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
         config.sft,
         directory=home / "sft",
         init_from=home / "base",
+        epochs=config.num_demonstrations / len(read_demonstrations(files.demonstrations)[0]),
         data=replace(
             config.sft.data,
             train=files.demonstrations,
@@ -242,19 +247,15 @@ def judge_models(
     sampler = _Sampler(config, home_run="sft")
     init = sampler.network
     reward_model = sampler.load("rm", "scalar")
-    judged: dict[str, Any] = {}
+    label = _labeler(config, files, prompts)
+    judged: dict[str, Any] = {"judge": "labeler" if label else "reward_model"}
     scores: dict[str, list[float]] = {}
     texts: dict[str, list[str]] = {}
     for name in MODELS:
         network = sampler.load(name, "language")
         rollout, texts[name] = sampler.rollout(network, prompts)
         rewards = last_readings(rollout, sampler.read(reward_model, rollout)).tolist()
-        if config.data is None:
-            scores[name] = [
-                score(parse_prompt(p), text) for p, text in zip(prompts, texts[name], strict=True)
-            ]
-        else:
-            scores[name] = rewards
+        scores[name] = label(texts[name]) if label else rewards
         log_ratio = sampler.read(network, rollout) - sampler.read(init, rollout)
         held_out = open_token_file(
             files.pretraining_valid, sampler.tokenizer, config.directory / "tokens"
@@ -285,6 +286,24 @@ def judge_models(
         for i, prompt in enumerate(prompts[:8])
     ]
     return judged, samples
+
+
+def _labeler(
+    config: QuickstartConfig, files: Files, prompts: Sequence[str]
+) -> Callable[[Sequence[str]], list[float]] | None:
+    """Return the scripted labeler of answers to the prompts; None where a prompt lists no facts.
+
+    It reads the generator's language, or with files that of their demonstrations.
+    """
+    language = None
+    try:
+        facts = [parse_prompt(prompt) for prompt in prompts]
+        if config.data is not None:
+            records, _ = read_demonstrations(files.demonstrations)
+            language = e2e_language([(r.prompt, r.response) for r in records])
+    except ValueError:
+        return None
+    return lambda texts: [score(f, t, language) for f, t in zip(facts, texts, strict=True)]
 
 
 class _Sampler:

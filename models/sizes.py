@@ -48,7 +48,7 @@ class GPTSize:
 # width 5120 reproduce its parameter counts, and Stiennon et al. 2020, Table 3, lists them so.
 SIZES = {
     "tiny": GPTSize(
-        num_layers=4, hidden_size=160, num_heads=4, vocab_size=2048, context_length=256
+        num_layers=2, hidden_size=192, num_heads=6, vocab_size=2048, context_length=256
     ),
     "small": GPTSize(
         num_layers=4, hidden_size=256, num_heads=8, vocab_size=8192, context_length=512

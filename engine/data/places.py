@@ -24,20 +24,26 @@ _NAME_WORDS = (
     "Spice Anchor Kettle Lantern Spoon Garden Swan Fox "
     "Lion Heron Badger Cellar Mill Orchard Castle Dragon",
 )
-_LANDMARK_WORDS = (
-    "Grand Central Victoria Trinity Palace Crown",
-    "Hotel Museum Theatre Bridge Library Cinema",
+LANDMARKS = (
+    "Grand Hotel",
+    "Central Museum",
+    "Victoria Theatre",
+    "Trinity Bridge",
+    "Palace Cinema",
+    "Crown Library",
 )
 NAME_WORDS = tuple(words.split() for words in _NAME_WORDS)
-LANDMARK_WORDS = tuple(words.split() for words in _LANDMARK_WORDS)
+LANDMARK_WORDS = tuple(list(words) for words in zip(*map(str.split, LANDMARKS), strict=True))
 
 # How often a fact is given; the name always is. A place has about five of the eight.
 _PRESENCE = {"name": 1.0, "type": 0.8, "food": 0.7, "price": 0.5, "rating": 0.5}
 _PRESENCE |= {"area": 0.5, "family friendly": 0.4, "near": 0.4}
+# No two fields share a word: "high" as a price and as a rating takes a small model long to part.
 _VALUES = {field: tuple(PHRASES[field]) for field in ("type", "food", "area")} | {
-    "price": ("cheap", "moderate", "high"),
-    "rating": ("low", "average", "high", "1 out of 5", "3 out of 5", "5 out of 5"),
+    "price": ("cheap", "moderate", "expensive"),
+    "rating": ("poor", "average", "excellent"),
     "family friendly": ("yes", "no"),
+    "near": LANDMARKS,
 }
 _MIN_FACTS = 3
 
@@ -93,7 +99,6 @@ def _endless_facts(split: Split, seed: int) -> Iterator[dict[str, str]]:
     while True:
         place = {"name": " ".join(map(rng.choice, NAME_WORDS))}
         place |= {field: rng.choice(values) for field, values in _VALUES.items()}
-        place["near"] = " ".join(map(rng.choice, LANDMARK_WORDS))
         facts = {field: place[field] for field in FIELDS if rng.random() < _PRESENCE[field]}
         if len(facts) >= _MIN_FACTS and split_of(facts["name"]) == split:
             yield facts
