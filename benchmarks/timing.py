@@ -12,7 +12,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -155,6 +155,33 @@ def _silent_stderr() -> Iterator[None]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(nowhere)
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product at its fastest, the most a network can hope for."""
+    width = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
+    return 2 * width**3 / _fastest_seconds(lambda: torch.mm(a, b), device)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes/s that a copy within the device's memory moves at its fastest: those it reads and those
+    it writes."""
+    source = torch.zeros(2**30 if device.type == "cuda" else 2**27, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _fastest_seconds(lambda: target.copy_(source), device)
+
+
+def _fastest_seconds(call: Call, device: torch.device, num_samples: int = 20) -> float:
+    clock = wall_clock(device)
+    call()
+    return min(clock(call) for _ in range(num_samples)) / 1e3
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors' memory; what several of them share counts once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 def machine(device: torch.device) -> dict[str, Any]:

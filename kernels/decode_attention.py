@@ -21,7 +21,7 @@ from kernels.launch import next_power_of_2, num_warps_for, uses_triton
 _SPLIT = 256  # tokens of context a program attends to
 _BLOCK_TOKENS = 64  # of them at a time
 # Keys of one group of sequences, gathered for the CPU: small enough to stay in a core's cache.
-_GROUP_BYTES = 1 << 20
+_GROUP_BYTES = 1 << 21
 
 
 @triton.jit
@@ -232,25 +232,33 @@ def append_kv_reference(
 class DecodeGroup(NamedTuple):
     """Sequences of like length, which the CPU path gathers and attends to together."""
 
-    rows: Tensor
-    """[n] which of the batch."""
+    rows: slice
+    """Which of the batch, in the order of `DecodeGroups.order`."""
     blocks: Tensor
     """[n * blocks of the longest] their blocks, one sequence after the other."""
-    is_inside: Tensor
-    """[n, 1, 1, tokens of these blocks] whether a token is within its sequence."""
+    bias: Tensor
+    """[n, 1, 1, tokens of these blocks] 0 within the sequence, -inf beyond."""
 
 
-def decode_groups(
-    block_tables: Tensor, context_lengths: Tensor, *, block_size: int, token_bytes: int
-) -> list[DecodeGroup]:
-    """How the CPU path deals with a batch; the layers of a model can share it.
+class DecodeGroups(NamedTuple):
+    """How the CPU path deals with a batch; the layers of a model can share it."""
 
-    token_bytes: of a token's keys. Groups are small enough that what was gathered is still in the
-    core's cache when it is read, and of like length, so that little of it is padding.
+    order: Tensor
+    """[busy] the sequences that are not idle, by length."""
+    groups: list[DecodeGroup]
+
+
+def decode_groups(k_cache: Tensor, block_tables: Tensor, context_lengths: Tensor) -> DecodeGroups:
+    """Cut a batch into groups of like length, so that little of what they gather is padding.
+
+    A group is small enough that what was gathered is still in the core's cache when it is read.
     """
+    block_size, token_bytes = k_cache.shape[1], k_cache[0, 0].nbytes
     lengths, order = context_lengths.sort()
-    num_tokens = lengths.tolist()
-    start, groups = num_tokens.count(0), []
+    num_idle = int((lengths == 0).sum())
+    lengths, order = lengths[num_idle:], order[num_idle:]
+    tables, num_tokens = block_tables[order], lengths.tolist()
+    groups, start = [], 0
     while start < len(num_tokens):
         # Ascending lengths: the group ends where its longest member would overflow the cache.
         stop = start + 1
@@ -258,33 +266,31 @@ def decode_groups(
             (stop + 1 - start) * num_tokens[stop] * token_bytes <= _GROUP_BYTES
         ):
             stop += 1
-        rows, num_blocks = order[start:stop], -(-num_tokens[stop - 1] // block_size)
-        is_inside = torch.arange(num_blocks * block_size) < lengths[start:stop, None]
-        blocks = block_tables[rows, :num_blocks].reshape(-1)
-        groups.append(DecodeGroup(rows, blocks, is_inside[:, None, None]))
+        rows, num_blocks = slice(start, stop), -(-num_tokens[stop - 1] // block_size)
+        is_outside = torch.arange(num_blocks * block_size) >= lengths[rows, None]
+        bias = torch.zeros(is_outside.shape, dtype=k_cache.dtype)
+        bias.masked_fill_(is_outside, -torch.inf)
+        blocks = tables[rows, :num_blocks].reshape(-1)
+        groups.append(DecodeGroup(rows, blocks, bias[:, None, None]))
         start = stop
-    return groups
+    return DecodeGroups(order, groups)
 
 
 def decode_attention_reference(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    groups: list[DecodeGroup],
-    *,
-    scale: float,
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, groups: DecodeGroups, *, scale: float
 ) -> Tensor:
     """`decode_attention` in plain torch: the specification and the CPU path."""
     num_blocks, block_size, heads, dim = k_cache.shape
     keys, values = k_cache.view(num_blocks, -1), v_cache.view(num_blocks, -1)
     out = torch.zeros_like(query)
-    for rows, blocks, is_inside in groups:
-        shape = (len(rows), -1, heads, dim)
-        out[rows] = F.scaled_dot_product_attention(
-            query[rows, :, None],
+    busy = query[groups.order, :, None]
+    for rows, blocks, bias in groups.groups:
+        shape = (len(bias), -1, heads, dim)
+        out[groups.order[rows]] = F.scaled_dot_product_attention(
+            busy[rows],
             keys.index_select(0, blocks).view(shape).transpose(1, 2),
             values.index_select(0, blocks).view(shape).transpose(1, 2),
-            attn_mask=is_inside,
+            attn_mask=bias,
             scale=scale,
         )[:, :, 0]
     return out
@@ -318,7 +324,7 @@ def decode_attention(
     context_lengths: Tensor,
     *,
     scale: float,
-    groups: list[DecodeGroup] | None = None,
+    groups: DecodeGroups | None = None,
 ) -> Tensor:
     """[B, heads, dim] attention of one query a sequence over its cached tokens.
 
@@ -331,10 +337,5 @@ def decode_attention(
     if uses_triton(query):
         return _decode_attention(query, k_cache, v_cache, block_tables, context_lengths, scale)
     if groups is None:
-        groups = decode_groups(
-            block_tables,
-            context_lengths,
-            block_size=k_cache.shape[1],
-            token_bytes=k_cache[0, 0].nbytes,
-        )
+        groups = decode_groups(k_cache, block_tables, context_lengths)
     return decode_attention_reference(query, k_cache, v_cache, groups, scale=scale)

@@ -233,45 +233,37 @@ def _(
 def philox(key: SampleKey, quads: Tensor) -> tuple[Tensor, ...]:
     """Four [B, Q] int64 tensors of 32 random bits for the columns 4q to 4q+3 of quads [Q]."""
     seed, sample_index, position = key
-    shape = (len(sample_index), len(quads))
     # int64 holds a 32-bit word; a product of two words wraps at 64 bits and keeps its bit pattern.
-    c0 = quads.to(torch.int64).expand(shape).clone()
-    c1 = (position.to(torch.int64) & _MASK)[:, None].expand(shape).clone()
-    c2 = (sample_index & _MASK)[:, None].expand(shape).clone()
-    c3 = ((sample_index >> 32) & _MASK)[:, None].expand(shape).clone()
-    p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
+    # [1, Q] and [B, 1] meet in the second round only, so the first costs next to nothing.
+    c0 = quads.to(torch.int64)[None] & _MASK
+    c1 = position.to(torch.int64)[:, None] & _MASK
+    c2 = sample_index[:, None] & _MASK
+    c3 = (sample_index >> 32)[:, None] & _MASK
     k0, k1 = seed & _MASK, seed >> 32
     for _ in range(10):
-        torch.mul(c0, _MULTIPLIERS[0], out=p0)
-        torch.mul(c2, _MULTIPLIERS[1], out=p1)
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         # c1 and c3 are whole products of the round before: mask off their high words, and the sign.
-        torch.bitwise_right_shift(p1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0)
-        torch.bitwise_right_shift(p0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1)
-        c0.bitwise_and_(_MASK)
-        c2.bitwise_and_(_MASK)
-        c1, p1 = p1, c1
-        c3, p0 = p0, c3
+        c0 = (p1 >> 32).bitwise_xor(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
+        c2 = (p0 >> 32).bitwise_xor(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
+        c1, c3 = p1, p0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)
 
 
-def gumbel_reference(key: SampleKey, first_column: int, num_columns: int) -> Tensor:
-    """[B, num_columns] fp32 noise of the global columns from first_column on."""
+def log_survival_reference(key: SampleKey, first_column: int, num_columns: int) -> Tensor:
+    """[B, num_columns] fp32 log(1 - u) of the global columns from first_column on.
+
+    The noise of a column is g = -log(-log(1 - u)).
+    """
     first_quad = first_column // 4
     quads = torch.arange(first_quad, (first_column + num_columns + 3) // 4)
-    noise = torch.empty(len(key.sample_index), len(quads), 4)
-    # Some rows at a time: their hundred passes of integer arithmetic stay in each core's cache.
-    num_rows = max(1, _PHILOX_WORDS * torch.get_num_threads() // max(1, len(quads)))
-    for start in range(0, len(noise), num_rows):
-        rows = slice(start, start + num_rows)
-        some = SampleKey(key.seed, key.sample_index[rows], key.position[rows])
-        for lane, bits in enumerate(philox(some, quads)):
-            noise[rows, :, lane] = bits
-        # The steps of `_gumbel`, in place.
-        noise[rows].add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
-        noise[rows].neg_().log1p_().neg_().log_().neg_()
+    u = torch.empty(len(key.sample_index), len(quads), 4)
+    for lane, bits in enumerate(philox(key, quads)):
+        u[:, :, lane] = bits
+    # The steps of `_gumbel`, in place; the scale carries the sign.
+    u.add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)
     skip = first_column - 4 * first_quad
-    return noise.flatten(1)[:, skip : skip + num_columns]
+    return u.log1p_().flatten(1)[:, skip : skip + num_columns]
 
 
 def sample_state_reference(
@@ -284,20 +276,42 @@ def sample_state_reference(
     thresholds: Tensor | None,
 ) -> Tensor:
     """[B, 4] state of the first num_columns columns in plain torch: specification and CPU path."""
-    if num_columns == 0:
-        nothing = torch.full((len(logits), 3), -torch.inf)
-        column = torch.full((len(logits), 1), _NO_COLUMN.value, dtype=torch.int32)
+    states = [torch.empty(0, 4, dtype=torch.int32)]
+    # Some rows at a time: their hundred passes of integer arithmetic stay in each core's cache.
+    num_rows = max(1, 4 * _PHILOX_WORDS * torch.get_num_threads() // max(1, num_columns))
+    for start in range(0, len(logits), num_rows):
+        rows = slice(start, start + num_rows)
+        z = logits[rows, :num_columns].float() * (1 / (temperature or 1.0))
+        some = SampleKey(key.seed, key.sample_index[rows], key.position[rows])
+        cut = None if thresholds is None else thresholds[rows, None]
+        states.append(_state_of_rows(z, None if temperature == 0 else some, first_column, cut))
+    return torch.cat(states)
+
+
+def _state_of_rows(
+    z: Tensor, key: SampleKey | None, first_column: int, thresholds: Tensor | None
+) -> Tensor:
+    """[R, 4] state of logits / temperature [R, n] fp32; without a key it is greedy."""
+    if z.shape[1] == 0:
+        nothing = torch.full((len(z), 3), -torch.inf)
+        column = torch.full((len(z), 1), _NO_COLUMN.value, dtype=torch.int32)
         return torch.cat((nothing.view(torch.int32), column), dim=1)
-    z = logits[:, :num_columns].float()
-    perturbed = z
-    if temperature > 0:
-        z = z * (1 / temperature)
-        perturbed = z + gumbel_reference(key, first_column, num_columns)
+    largest = z.amax(1, keepdim=True)
+    largest = largest.masked_fill(largest == -torch.inf, 0.0)
+    mass = (z - largest).exp_()
+    logsumexp = largest + mass.sum(1, keepdim=True).log_()
+    if key is None:
+        value, column = z.max(1, keepdim=True)  # the first of equals
+    else:
+        # z + g = log(mass) + largest - log(-log(1 - u)) is largest where log(1 - u) / mass is:
+        # one logarithm a column instead of two, and the exponential serves twice.
         if thresholds is not None:
-            perturbed = torch.where(z >= thresholds[:, None], perturbed, -torch.inf)
-    value, column = perturbed.max(1, keepdim=True)  # the first of equals
+            mass.masked_fill_(z < thresholds, 0.0)
+        survival = log_survival_reference(key, first_column, z.shape[1])
+        best, column = survival.div_(mass).max(1, keepdim=True)
+        value = largest - best.neg_().log_()
     value = torch.where(value.isnan(), -torch.inf, value)
-    floats = torch.cat((value, z.gather(1, column), z.logsumexp(1, keepdim=True)), dim=1)
+    floats = torch.cat((value, z.gather(1, column), logsumexp), dim=1)
     return torch.cat((floats.view(torch.int32), (column + first_column).int()), dim=1)
 
 

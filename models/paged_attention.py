@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.decode_attention import DecodeGroup, append_kv, decode_attention, decode_groups
+from kernels.decode_attention import DecodeGroups, append_kv, decode_attention, decode_groups
 from models.attention import PackedSequences, packed_attention
 
 
@@ -45,7 +45,7 @@ class PagedCache:
 
 @dataclass(kw_only=True)
 class PagedSequences(PackedSequences):
-    """Where a step's tokens lie in the cache; travels through megatron's layers to attention."""
+    """Where a step's tokens lie in the cache."""
 
     cache: PagedCache
     slots: Tensor
@@ -59,7 +59,7 @@ class PagedSequences(PackedSequences):
     chunk_slots: Tensor | None
     """[cu_seqlens_kv[-1]] int64: where the chunks' keys lie; None if all start at 0."""
 
-    groups: list[DecodeGroup] | None = field(default=None, init=False)
+    groups: DecodeGroups | None = field(default=None, init=False)
     """On the CPU, made by the first layer for all; whoever changes a length puts it to None."""
 
     def attend(
@@ -83,12 +83,7 @@ class PagedSequences(PackedSequences):
 
     def _decode(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         if self.groups is None and not query.is_cuda:
-            self.groups = decode_groups(
-                self.block_tables,
-                self.context_lengths,
-                block_size=self.cache.block_size,
-                token_bytes=keys[0, 0].nbytes,
-            )
+            self.groups = decode_groups(keys, self.block_tables, self.context_lengths)
         return decode_attention(
             query,
             keys,

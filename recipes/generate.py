@@ -11,4 +11,4 @@ from engine.config import run_stage
 from engine.generation.text import GenerateConfig, generate_text
 
 if __name__ == "__main__":
-    run_stage(generate_text, GenerateConfig())
+    run_stage(generate_text, GenerateConfig(), has_dry_run=False)

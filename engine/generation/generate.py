@@ -5,8 +5,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from engine.config import UserError
 from engine.generation.block_manager import BlockManager
@@ -15,7 +13,6 @@ from engine.generation.runner import Flight, Runner
 from engine.generation.scheduler import Counts, Scheduler
 from engine.generation.sequence import LiveSequence, Response
 from engine.network import Network
-from engine.parallel import Parallel
 from engine.settings.sampling import SamplingConfig
 
 TokenListener = Callable[[int, list[int]], None]
@@ -50,6 +47,7 @@ def generate(  # noqa: PLR0913
     if network.kind != "language":
         raise ValueError(f"a {network.kind} network generates nothing; it takes a language model")
     network.check_fresh()
+    network.settle()
     indices = range(len(prompts)) if sample_indices is None else sample_indices
     if len(set(indices)) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts need as many different sample indices")
@@ -88,12 +86,9 @@ def generate(  # noqa: PLR0913
     return _run(runner, scheduler, on_tokens or _nobody)
 
 
-def length_spread(num_tokens: int, parallel: Parallel) -> float:
-    """Return how uneven the data-parallel ranks' tokens are: the most over the mean; 1 is even."""
-    totals = torch.zeros(parallel.dp, device=parallel.device)
-    totals[parallel.dp_rank] = num_tokens
-    dist.all_reduce(totals, group=parallel.dp_group)
-    return float(totals.max() / totals.mean().clamp(min=1))  # sync
+def length_spread(num_tokens: Sequence[int]) -> float:
+    """Return how uneven the replicas' tokens are: the most over the mean; 1 is even."""
+    return max(num_tokens) * len(num_tokens) / sum(num_tokens)
 
 
 def _nobody(sample_index: int, tokens: list[int]) -> None:

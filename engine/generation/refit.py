@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.config import UserError
 from engine.device import synchronize
 from engine.network import Network, build_network
-from engine.parallel import other_layout
+from engine.parallel import rearranged
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 
@@ -36,14 +36,16 @@ class Refit:
 
     def __init__(self, source: Network, layout: ParallelLayout, *, numerics: Numerics) -> None:
         """numerics: of the source. Raises UserError for a layout that refit cannot fill."""
+        if layout.cp > 1 or source.parallel.layout.cp > 1:
+            raise UserError("refit goes between layouts without context parallelism (cp 1)")
         if layout.pp > 1 or source.parallel.layout.virtual_pp > 1:
             raise UserError(
                 "refit goes from a layout without virtual stages to one without pipeline, not from "
                 f"virtual_pp {source.parallel.layout.virtual_pp} to pp {layout.pp}"
             )
         self.source = source
-        with other_layout(source.parallel, layout) as parallel:
-            self.network = build_network("language", source.size, parallel, numerics=numerics)
+        parallel = rearranged(source.parallel, layout)
+        self.network = build_network("language", source.size, parallel, numerics=numerics)
         self.network.source = source
         self.network.weights_version = -1  # never filled
 
@@ -53,7 +55,9 @@ class Refit:
         synchronize(self.source.parallel.device)
         started = time.perf_counter()
         service = _Exchange()
-        reshard_model_weights(self.source.modules, self.network.modules, service)
+        self.source.settle()
+        with self.source.parallel.active():
+            reshard_model_weights(self.source.modules, self.network.modules, service)
         synchronize(self.source.parallel.device)
         self.network.weights_version = self.source.weights_version
         return RefitReport(

@@ -1,5 +1,9 @@
-"""How a step runs on this rank: forward passes, the pipeline's messages, sampling, CUDA graphs."""
+"""How a step runs on this rank: forward passes, the pipeline's messages, sampling, CUDA graphs.
 
+The CUDA graphs are written with care and untested: they have not run on a GPU yet.
+"""
+
+import dataclasses
 from collections import deque
 from dataclasses import dataclass
 
@@ -69,14 +73,20 @@ class Runner:
         )
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
         self._graphs: dict[int, DecodeGraph] = {}
-        # Not in a pipeline, whose messages between ranks stay outside of graphs.
+        # Not in a pipeline, whose messages between ranks stay outside of graphs; not with sequence
+        # parallelism, under which megatron's embedding looks at the device's random state.
+        layout = self.parallel.layout
         self._uses_graphs = (
-            config.cuda_graphs and self.device.type == "cuda" and self.parallel.layout.pp == 1
+            config.cuda_graphs
+            and self.device.type == "cuda"
+            and layout.pp == 1
+            and not layout.sequence_parallel
         )
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Flight:
         """Start a step: run this rank's first pipeline chunk; without pipeline, all num_steps."""
+        self.network.check_present()
         if self.network.weights_version != self.weights_version:
             raise RuntimeError(
                 "the weights changed while responses were being generated: finish or close the "
@@ -232,12 +242,26 @@ class Runner:
             sampled.copy_(graph.sampled)
 
     def _capture(self, flight: Flight) -> DecodeGraph:
-        # The first run compiles and allocates; it writes what the graph will write again.
-        self._run_chunk(flight, 0, flight.sampled[0])
-        tensors, sampled = flight.tensors, torch.empty_like(flight.sampled[0])
-        graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool):
-            self._run_chunk(flight, 0, sampled)
+        """Return the graph of a decoding step of as many rows; it reads tensors of its own."""
+        tensors, sampled = flight.tensors.clone(), torch.empty_like(flight.sampled[0])
+        static = dataclasses.replace(flight, tensors=tensors)
+
+        def decode() -> None:
+            self._run_chunk(static, 0, sampled)
             tensors.advance(sampled[0], self.stop_tokens)
+
+        # The first run compiles kernels, loads them and opens connections, which a capture must
+        # not, on another stream than the work that is still queued. What it writes into the cache
+        # the first replay writes again.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            decode()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # One pool: no graph's scratch memory outlives its replay. It is freed with this runner.
+        pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
+        # thread_local: what other threads ask the device meanwhile does not spoil the capture.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            decode()
         return DecodeGraph(graph=graph, tensors=tensors, sampled=sampled)

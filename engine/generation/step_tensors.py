@@ -53,6 +53,18 @@ class StepTensors:
         paged.context_lengths.copy_((self.positions + 1).masked_fill_(self.is_idle, 0))
         paged.groups = None
 
+    def clone(self) -> "StepTensors":
+        """Return a decoding step of the same contents that shares no tensor with this one."""
+        paged = dataclasses.replace(
+            self.paged,
+            slots=self.paged.slots.clone(),
+            block_tables=self.paged.block_tables.clone(),
+            context_lengths=self.paged.context_lengths.clone(),
+        )
+        mine = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        copies = {name: x.clone() for name, x in mine.items() if isinstance(x, Tensor)}
+        return dataclasses.replace(self, paged=paged, **copies)
+
     def copy_(self, other: "StepTensors") -> None:
         """Take over the contents of a decoding step of the same shape."""
         for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):

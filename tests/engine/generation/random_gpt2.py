@@ -35,10 +35,11 @@ def save_gpt2(folder: Path) -> GPT2LMHeadModel:
     return model
 
 
-def load_gpt2(folder: Path, layout: ParallelLayout | None = None) -> Network:
+def load_gpt2(folder: Path, layout: ParallelLayout | None = None, dtype: str = "fp32") -> Network:
     """Return that model as a network of ours, in a layout of all ranks."""
     parallel = start_parallel(layout or ParallelLayout(), seed=1)
-    network = build_network("language", read_size(folder), parallel, numerics=Numerics())
+    numerics = Numerics(dtype=dtype)  # type: ignore[arg-type]
+    network = build_network("language", read_size(folder), parallel, numerics=numerics)
     load_huggingface(network, folder)
     return network
 

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.distributed as dist
+import torch
 
 from engine.config import UserError
 from engine.data.batches import deal
-from engine.generation.generate import generate, length_spread
+from engine.generation.generate import generate
 from engine.generation.refit import Refit
 from engine.generation.sequence import Response
 from engine.network import Network
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
-from tests.engine.generation.random_gpt2 import load_gpt2, random_prompts
+from tests.engine.generation.random_gpt2 import CONTEXT, load_gpt2, random_prompts
 from tests.ranks import run_ranks
 
 LAYOUTS = {
@@ -27,6 +27,7 @@ LAYOUTS = {
     "dp2": ParallelLayout(),
 }
 SAMPLED = SamplingConfig(max_new_tokens=6, num_slots=4, temperature=0.7, prefill_tokens=50)
+GREEDY = SamplingConfig(max_new_tokens=8, temperature=0.0)
 CONFIGS = {
     "sampled": SAMPLED,
     "truncated": dataclasses.replace(SAMPLED, top_k=20, top_p=0.9, min_new_tokens=3),
@@ -58,7 +59,34 @@ def outcomes_in_layouts(folder: Path) -> dict[str, dict[str, Outcome]]:
     for name, layout in LAYOUTS.items():
         network = load_gpt2(folder, layout)
         found[name] = {kind: outcome(network, config) for kind, config in CONFIGS.items()}
+        if name in ("tp2", "pp2"):
+            prompts = random_prompts(64, 200)
+            responses = generate(network, prompts, GREEDY, eos_id=0, seed=3)
+            found[name]["greedy"] = {r.sample_index: r.tokens.tolist() for r in responses}
+            assert_bad_input_ends_every_rank(network)
     return found
+
+
+def assert_bad_input_ends_every_rank(network: Network) -> None:
+    """Errors, not waits, on every rank; the ranks agree afterwards and go on."""
+    mistakes = [
+        ([np.array([], dtype=np.int64)], SAMPLED, "is empty"),
+        ([np.arange(CONTEXT)], SAMPLED, "no room"),
+        ([np.arange(9)], dataclasses.replace(SAMPLED, max_new_tokens=0), "max_new_tokens"),
+        ([np.arange(9)], dataclasses.replace(SAMPLED, cache_gib=1e-9), "room for 0 tokens"),
+    ]
+    for prompts, config, words in mistakes:
+        with pytest.raises(UserError, match=words):
+            generate(network, prompts, config, eos_id=0, seed=3)
+    weights = [p for module in network.modules for p in module.parameters()]
+    kept = [p.detach().clone() for p in weights]
+    for parameter in weights:
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        outcome(network, SAMPLED)
+    for parameter, value in zip(weights, kept, strict=True):
+        parameter.data.copy_(value)
+    outcome(network, dataclasses.replace(SAMPLED, max_new_tokens=1))
 
 
 def outcomes_after_refit(folder: Path) -> dict[str, Outcome | str | int]:
@@ -67,6 +95,7 @@ def outcomes_after_refit(folder: Path) -> dict[str, Outcome | str | int]:
     for name, layout in (("tp2", LAYOUTS["tp2_sequence"]), ("dp2", LAYOUTS["dp2"])):
         refit = Refit(source, layout, numerics=Numerics())
         report = refit()
+        assert report.seconds > 0
         found[name] = outcome(refit.network, SAMPLED)
         found[f"{name}_bytes"] = report.received_bytes
     found["source"] = outcome(source, SAMPLED)  # its own groups are still the ones in use
@@ -80,7 +109,6 @@ def outcomes_after_refit(folder: Path) -> dict[str, Outcome | str | int]:
     found["halved_source"] = outcome(source, SAMPLED)
     with pytest.raises(UserError, match="pp 2"):
         Refit(source, ParallelLayout(pp=2), numerics=Numerics())
-    found["spread"] = length_spread([10, 30][dist.get_rank()], refit.network.parallel)
     return found
 
 
@@ -121,6 +149,14 @@ def test_every_layout_gives_the_same_responses(network, found_on_ranks):
             assert_same(found, expected[kind])
 
 
+def test_greedy_equals_huggingface_in_a_tensor_and_a_pipeline_layout(
+    huggingface_greedy, found_on_ranks
+):
+    for in_layouts, _ in found_on_ranks:
+        for name in ("tp2", "pp2"):
+            assert in_layouts[name]["greedy"] == huggingface_greedy
+
+
 def test_refit_fills_another_layout_and_stale_copies_are_refused(network, found_on_ranks):
     expected = outcome(network, SAMPLED)
     ranks = [after_refit for _, after_refit in found_on_ranks]
@@ -131,4 +167,3 @@ def test_refit_fills_another_layout_and_stale_copies_are_refused(network, found_
     halved = joined([rank["halved_dp2"] for rank in ranks])
     assert_same(halved, joined([rank["halved_source"] for rank in ranks]))
     assert any(halved[index][0] != expected[index][0] for index in expected)
-    assert [rank["spread"] for rank in ranks] == [1.5, 1.5]

@@ -48,6 +48,19 @@ def test_a_decoding_step_feeds_last_tokens_and_idle_rows_write_nowhere():
     assert tensors.last_position.tolist() == [15, 8, 0]
 
 
+def test_a_clone_shares_nothing_and_takes_contents_over():
+    first = tensors_of(decode_step(decoding(8, 6, [3, 5])), 2)
+    other = tensors_of(decode_step(decoding(9, 4, [7])), 2)
+    copy = first.clone()
+    copy.advance(torch.tensor([50, -1], dtype=torch.int32), STOPS)
+    assert first.tokens.tolist() == [105, 0]
+    assert first.paged.slots.tolist() == [5 * 4 + 1, -1]
+    copy.copy_(other)
+    for mine, theirs in zip(copy._tensors(), other._tensors(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.data_ptr() != theirs.data_ptr()
+
+
 def test_chunks_follow_the_decoding_rows_and_sample_at_their_ends():
     whole = decoding(1, 3, [1])
     part = decoding(2, 9, [4, 2, 6])
