@@ -44,7 +44,7 @@ class EMA:
         for (parameter, shard_range, _), shadow in zip(self._owned(), self.shadows, strict=True):
             full[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
             full[parameter].view(-1)[shard_range] = shadow
-        group = self.optimizer.network.parallel.dp_group
+        group = self.optimizer.network.parallel.replica_group
         for module in self.optimizer.network.modules:
             for parameter in module.parameters():  # the same order on every rank
                 if parameter not in full:  # another rank holds all of it

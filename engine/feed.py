@@ -3,7 +3,7 @@ names."""
 
 from dataclasses import dataclass
 
-from engine.data.batches import EpochOrder, PackedBatch, Units, micro_batches
+from engine.data.batches import EpochOrder, PackedBatch, Units, deal, micro_batches
 from engine.data.examples import sequences_of
 from engine.parallel import Parallel
 
@@ -41,11 +41,11 @@ class Feed:
     def num_tokens(self, step: int) -> int:
         """Return all tokens of a step's global batch, predicted or not: what the network
         processes."""
-        return sum(
-            len(sequence.tokens)
-            for index in self.order.indices(step)
-            for sequence in sequences_of(self.units[index])
-        )
+        return sum(_lengths(self.units, self.order.indices(step)))
+
+    def token_spread(self, step: int) -> float:
+        """Return how evenly a step's tokens are dealt; see token_spread."""
+        return token_spread(self.units, self.order.indices(step), self.parallel.dp)
 
 
 def pack_for(
@@ -59,9 +59,12 @@ def pack_for(
         dp=parallel.dp,
         dp_rank=parallel.dp_rank,
         budget=micro_batch_tokens,
-        multiple_of=layout.tp if layout.sequence_parallel else 1,
+        # Sequence parallelism splits a rank's tokens evenly, context parallelism a row into 2 cp.
+        multiple_of=(layout.tp if layout.sequence_parallel else 1)
+        * (2 * layout.cp if layout.cp > 1 else 1),
         # The interleaved schedule walks micro-batches in groups of pp.
         count_multiple=layout.pp if layout.virtual_pp > 1 else 1,
+        is_even=layout.pp > 1,
     )
     return [batch.to(parallel.device) for batch in batches]
 
@@ -73,3 +76,16 @@ def count_targets(units: Units, indices: list[int]) -> int:
         for index in indices
         for sequence in sequences_of(units[index])
     )
+
+
+def token_spread(units: Units, indices: list[int], dp: int) -> float:
+    """Return the tokens of the data-parallel rank that was dealt most over their mean: 1 is even,
+    and what is above it the others wait for."""
+    lengths = _lengths(units, indices)
+    loads = [sum(lengths[i] for i in deal(lengths, dp, rank)) for rank in range(dp)]
+    return max(loads) * dp / sum(loads)
+
+
+def _lengths(units: Units, indices: list[int]) -> list[int]:
+    """The tokens of the named units."""
+    return [sum(len(sequence.tokens) for sequence in sequences_of(units[i])) for i in indices]

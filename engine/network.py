@@ -1,7 +1,10 @@
 """A model on this rank: its pipeline chunks, built for a role, frozen or trainable."""
 
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -14,6 +17,16 @@ from models.scalar_gpt import ScalarGPT
 from models.sizes import GPTSize
 
 Kind = Literal["language", "scalar"]
+
+
+class Place(Protocol):
+    """Device memory that a network's weights come into to be read (engine/residency/seat.py)."""
+
+    def holds(self, network: "Network") -> bool:
+        """Whether the network's weights are there, ready to be read."""
+
+    def present(self, network: "Network") -> AbstractContextManager[None]:
+        """Run a block with the network's weights there."""
 
 
 @dataclass(kw_only=True)
@@ -30,6 +43,8 @@ class Network:
     """Counts the changes of the weights: what was made from older ones is known as stale."""
     source: "Network | None" = None
     """The network in another layout that this one copies (engine/generation/refit.py)."""
+    place: Place | None = None
+    """Where the weights come and go; none: they stay."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,6 +58,33 @@ class Network:
                 f"stale weights: this copy is of version {self.weights_version}, its source at "
                 f"{self.source.weights_version}; refit before generating"
             )
+
+    def check_present(self) -> None:
+        """Raise RuntimeError when other weights than this network's, or none, are in its memory."""
+        if self.place is not None and not self.place.holds(self):
+            raise RuntimeError(
+                f"absent weights: this {self.kind} network was swapped out; read it inside "
+                "network.present(), train it inside residency.update()"
+            )
+
+    @contextlib.contextmanager
+    def present(self) -> Iterator[None]:
+        """Run a block with the weights on the device, wherever they rest."""
+        with self.place.present(self) if self.place else contextlib.nullcontext():
+            yield
+
+    def settle(self) -> None:
+        """Wait for the weights that data-parallel ranks still gather, after a step with
+        overlap_param_gather.
+
+        A pass through the chunks waits by itself, layer by layer. Whatever else reads or moves
+        weights calls this first, on all data-parallel ranks. RuntimeError where they are absent.
+        """
+        self.check_present()
+        for chunk in self.chunks:
+            if getattr(chunk, "use_forward_hook", False):
+                for group in chunk.bucket_groups:
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout on or off in every chunk."""
@@ -75,27 +117,35 @@ def build_network(
         dtype=DTYPES[numerics.dtype],
         dropout=dropout,
         recompute=numerics.recompute,
+        gradient_accumulation_fusion=numerics.gradient_accumulation_fusion,
         device=parallel.device,
     )
     seed_for_initialisation(parallel)
-    model_class = GPT if kind == "language" else ScalarGPT
-    modules: list[Any] = []
-    for stage in range(layout.virtual_pp):
-        module: GPT | ScalarGPT = model_class(
-            config,
-            size,
-            pre_process=parallel.is_first_stage and stage == 0,
-            post_process=parallel.is_last_stage and stage == layout.virtual_pp - 1,
-            vp_stage=stage if layout.virtual_pp > 1 else None,
-        )
-        if isinstance(module, ScalarGPT) and module.post_process:
-            seed_for_head(parallel)
-            module.scalar_head.initialise()
-        module.to(device=parallel.device, dtype=DTYPES[numerics.dtype])
-        module.requires_grad_(False)
-        modules.append(module)
+    with parallel.active():
+        modules = [_build_chunk(kind, size, parallel, config, n) for n in range(layout.virtual_pp)]
     network = Network(
         kind=kind, size=size, parallel=parallel, config=config, modules=modules, chunks=modules
     )
     network.train(False)
     return network
+
+
+def _build_chunk(
+    kind: Kind, size: GPTSize, parallel: Parallel, config: Any, stage: int
+) -> GPT | ScalarGPT:
+    """Return the frozen chunk of a virtual stage on this rank."""
+    virtual_pp = parallel.layout.virtual_pp
+    model_class = GPT if kind == "language" else ScalarGPT
+    module: GPT | ScalarGPT = model_class(
+        config,
+        size,
+        pre_process=parallel.is_first_stage and stage == 0,
+        post_process=parallel.is_last_stage and stage == virtual_pp - 1,
+        vp_stage=stage if virtual_pp > 1 else None,
+    )
+    if isinstance(module, ScalarGPT) and module.post_process:
+        seed_for_head(parallel)
+        module.scalar_head.initialise()
+    module.to(device=parallel.device, dtype=config.params_dtype)
+    module.requires_grad_(False)
+    return module

@@ -1,7 +1,9 @@
 """megatron's distributed Adam over a network: fp32 masters, loss scaling, clipping and the
 learning-rate schedule."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -11,6 +13,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from engine.network import Network
 from engine.settings.adam import AdamConfig
 from engine.step import finish_gradients
+
+# Elements of a bucket that is reduced and gathered at once where that overlaps; None for megatron's
+# choice, 40 M or 1 M a data-parallel rank, whichever is more.
+BUCKET_ELEMENTS: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,28 +38,11 @@ class Optimizer:
         self.network = network
         self.config = config
         make_trainable(network)
-        dtype = network.dtype
-        self.megatron = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=config.lr,
-                min_lr=config.final_fraction * config.lr,
-                weight_decay=config.weight_decay,
-                fp16=dtype is torch.float16,
-                bf16=dtype is torch.bfloat16,
-                params_dtype=dtype,
-                initial_loss_scale=2.0**16,
-                adam_beta1=config.beta1,
-                adam_beta2=config.beta2,
-                adam_eps=config.epsilon,
-                clip_grad=config.clip_norm,
-                use_distributed_optimizer=True,
-            ),
-            network.chunks,
-            use_gloo_process_groups=False,
-        )
+        network.settle()  # all ranks hold the same: the first pass has nothing to wait for
+        self.megatron = _distributed_adam(network, config)
+        self.await_state: Callable[[], None] = _at_hand
         network.config.grad_scale_func = (
-            self.megatron.scale_loss if dtype is torch.float16 else None
+            self.megatron.scale_loss if network.dtype is torch.float16 else None
         )
         is_cosine = config.schedule == "cosine"
         self.schedule = OptimizerParamScheduler(
@@ -80,9 +69,11 @@ class Optimizer:
         """Reduce the gradients, clip and apply them with the learning rate of schedule position
         `position` (from 0)."""
         finish_gradients(self.network)
+        self.await_state()
         self.schedule.num_steps = position
         self.schedule.step(0)  # writes the learning rate of num_steps into the parameter groups
-        was_applied, grad_norm, _ = self.megatron.step()
+        with self.network.parallel.active():
+            was_applied, grad_norm, _ = self.megatron.step()
         self.network.weights_version += was_applied
         lr = self.megatron.param_groups[0]["lr"]
         return StepResult(
@@ -101,6 +92,7 @@ class Optimizer:
     def adopt_weights(self) -> None:
         """Make the fp32 masters follow the network's weights, after those were loaded from a
         checkpoint."""
+        self.network.settle()
         self.megatron.reload_model_params()
 
     def owned_masters(self) -> list[tuple[torch.nn.Parameter, slice, torch.Tensor]]:
@@ -119,9 +111,35 @@ class Optimizer:
                         owned.append((parameter, slice(bounds.start, bounds.end), master))
         return owned
 
+    def num_owned_by_rank(self) -> list[int]:
+        """Return, for each data-parallel rank beside this one, the elements whose fp32 masters and
+        moments it keeps."""
+        dp = self.network.parallel.dp
+        num_owned = [0] * dp
+        for buffer in (b for chunk in self.network.chunks for b in chunk.buffers):
+            for start, end, bucket_id in buffer.param_index_map.values():
+                bucket = buffer.buckets[bucket_id]
+                share = bucket.grad_data.numel() // dp  # every rank's range of the bucket
+                for rank in range(dp):
+                    first = bucket.offset + rank * share
+                    num_owned[rank] += max(0, min(end, first + share) - max(start, first))
+        return num_owned
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        """Return the fp32 masters, which are views of the weights where those are fp32, and Adam's
+        moments."""
+        moments = [
+            state[name]
+            for optimizer in self._distributed()
+            for state in optimizer.optimizer.state.values()
+            for name in ("exp_avg", "exp_avg_sq")
+        ]
+        return [master for _, _, master in self.owned_masters()] + moments
+
     def prepare_state(self) -> None:
         """Allocate Adam's moments as zeros where no step has done so yet; checkpoints need them to
         exist."""
+        self.await_state()
         for optimizer in self._distributed():
             if optimizer.optimizer.state:
                 continue
@@ -137,7 +155,8 @@ class Optimizer:
         """Take what megatron's sharded_state_dict(is_loading=True) described and a checkpoint
         filled in."""
         parameter_state = state.pop("param_state")
-        self.megatron.load_state_dict(state)
+        with self.network.parallel.active():
+            self.megatron.load_state_dict(state)
         (optimizer,) = self._distributed()
         # megatron's loader copies every entry of torch Adam's state and trips over "step", which it
         # does not save by parameter; load_state_dict above has set it from the parameter groups.
@@ -153,21 +172,56 @@ class Optimizer:
         return getattr(self.megatron, "chained_optimizers", [self.megatron])
 
 
+def _at_hand() -> None:
+    """Wait for an optimizer's state where nothing moves it (engine/residency does)."""
+
+
+def _distributed_adam(network: Network, config: AdamConfig) -> Any:
+    """Return megatron's distributed optimizer of a trainable network."""
+    megatron_config = OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.final_fraction * config.lr,
+        weight_decay=config.weight_decay,
+        fp16=network.dtype is torch.float16,
+        bf16=network.dtype is torch.bfloat16,
+        params_dtype=network.dtype,
+        initial_loss_scale=2.0**16,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.epsilon,
+        clip_grad=config.clip_norm,
+        use_distributed_optimizer=True,
+    )
+    with network.parallel.active():
+        return get_megatron_optimizer(
+            megatron_config, network.chunks, use_gloo_process_groups=False
+        )
+
+
 def make_trainable(network: Network) -> None:
     """Give a network gradients: dropout on, and megatron's data-parallel wrapper around every
     chunk."""
+    parallel = network.parallel
     for module in network.modules:
         module.requires_grad_(True)
+    # Without other replicas there is nothing to overlap; on the CPU nothing to hide it under.
+    gains = parallel.num_replicas > 1 and parallel.device.type == "cuda"
+    reduce, gather = parallel.layout.overlap_grad_reduce, parallel.layout.overlap_param_gather
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
+        overlap_grad_reduce=gains if reduce is None else reduce,
+        overlap_param_gather=gains if gather is None else gather,
+        bucket_size=BUCKET_ELEMENTS,
         average_in_collective=False,
         check_for_nan_in_grad=False,  # alarms and loss scaling look at the norm instead
     )
-    network.chunks = [
-        DistributedDataParallel(network.config, config, module, disable_bucketing=stage > 0)
-        for stage, module in enumerate(network.modules)
-    ]
+    with parallel.active():
+        # On the first pipeline chunk buckets are reduced and gathered one by one; megatron makes
+        # one of the others, whose communication falls into bubbles.
+        network.chunks = [
+            DistributedDataParallel(network.config, config, module, disable_bucketing=stage > 0)
+            for stage, module in enumerate(network.modules)
+        ]
     network.train(True)

@@ -5,22 +5,35 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from engine.device import communication_backend, start_device
+from engine.device import communication_backend, meta_device, start_device
 from engine.settings.layout import ParallelLayout
 
-# The layout whose groups megatron's global state holds, and its reply group.
-_built: "tuple[ParallelLayout, dist.ProcessGroup] | None" = None
+# megatron's memory for gathered activations: one, whatever the layout.
+_SHARED = ("_GLOBAL_MEMORY_BUFFER", "_GLOBAL_SYMMETRIC_MEMORY_BUFFER")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Groups:
+    """The process groups of a layout: megatron's global state, and what it does not make."""
+
+    state: dict[str, Any]
+    reply_group: dist.ProcessGroup
+
+
+# By world and layout: stages that follow one another in a process share what is built.
+_joined: dict[tuple[Any, ParallelLayout], _Groups] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """This rank's place among the ranks, and the groups it talks in."""
+    """This rank's place among the ranks in one layout, and the groups it talks in there."""
 
     layout: ParallelLayout
     device: torch.device
@@ -31,11 +44,21 @@ class Parallel:
     tp_rank: int
     pp_rank: int
     dp_rank: int
+    cp_rank: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    """The ranks that hold the same part of the model and of every row."""
+    cp_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup
+    """The ranks that hold the same part of the model, dp and cp together: they reduce gradients and
+    share the optimizer's state."""
     reply_group: dist.ProcessGroup
     """The ranks of pp_group again, for messages that wait for none of those there."""
+    last_stage_rank: int
+    """The global rank of this pipeline's last stage: the source of what only it computes."""
+    state: dict[str, Any] = field(repr=False, compare=False)
+    """The global variables that megatron finds its groups in."""
 
     @property
     def is_writer(self) -> bool:
@@ -53,9 +76,28 @@ class Parallel:
         return self.pp_rank == self.layout.pp - 1
 
     @property
-    def last_stage_rank(self) -> int:
-        """The global rank of this pipeline's last stage: the source of what only it computes."""
-        return parallel_state.get_pipeline_model_parallel_last_rank()
+    def num_replicas(self) -> int:
+        """Copies of the model: dp x cp."""
+        return self.dp * self.layout.cp
+
+    @property
+    def replica_rank(self) -> int:
+        """Which of them this rank is a part of."""
+        return self.dp_rank * self.layout.cp + self.cp_rank
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Run a block in which megatron sees this layout's groups.
+
+        megatron looks its groups up in global variables, so whatever calls it on a network does so
+        in a block of that network's layout. Blocks nest; all ranks of the layout enter together.
+        """
+        kept = _megatron_state()
+        vars(parallel_state).update(self.state)
+        try:
+            yield
+        finally:
+            vars(parallel_state).update(kept)
 
 
 def rank_of_environment() -> int:
@@ -64,16 +106,40 @@ def rank_of_environment() -> int:
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
+def world_size_of_environment() -> int:
+    """Return the number of ranks of this launch; 1 when launched alone.
+
+    SLURM_NTASKS would not do: the shell of a job has it too, and is alone.
+    """
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
+
+
+def open_store(timeout: datetime.timedelta) -> dist.Store:
+    """Return the store through which this launch's ranks meet, at MASTER_ADDR:MASTER_PORT, without
+    waiting for them.
+
+    Rank 0 opens it where torchrun has not. Raises dist.DistError when nothing answers there.
+    """
+    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.TCPStore(
+        os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        int(os.environ.get("MASTER_PORT", "29500")),
+        is_master=rank_of_environment() == 0 and not is_torchruns,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
+
+
 def start_parallel(layout: ParallelLayout, seed: int, *, timeout_minutes: int = 30) -> Parallel:
     """Join the other ranks, build the process groups and seed this rank's generators.
 
-    The ranks come from torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_NTASKS with
-    MASTER_ADDR); a process started by neither is a world of one. A second call in one process
-    reuses the world.
+    The ranks come from torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_STEP_NUM_TASKS;
+    MASTER_ADDR and MASTER_PORT are recipes/slurm/launch.sh's); a process started by neither is a
+    world of one. A second call in one process reuses the world.
     """
     device = start_device()
     rank = rank_of_environment()
-    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    world_size = world_size_of_environment()
     layout.dp(world_size)  # or UserError, before any rank waits for another
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -86,60 +152,102 @@ def start_parallel(layout: ParallelLayout, seed: int, *, timeout_minutes: int = 
             timeout=datetime.timedelta(minutes=timeout_minutes),
             device_id=device if device.type == "cuda" else None,
         )
-    return _join(layout, seed, device)
-
-
-@contextlib.contextmanager
-def other_layout(parallel: Parallel, layout: ParallelLayout) -> Iterator[Parallel]:
-    """Build networks of another layout on the same ranks: yield this rank's place in that layout.
-
-    Within the block megatron's global state is the other layout's, and modules built there keep its
-    groups. All ranks enter together.
-    """
-    layout.dp(parallel.world_size)  # or UserError
-    global _built
-    kept_built = _built
-    kept = {name: value for name, value in vars(parallel_state).items() if name[1:].isupper()}
-    try:
-        yield _join(layout, parallel.seed, parallel.device)
-    finally:
-        vars(parallel_state).update(kept)
-        _built = kept_built
-        seed_for_initialisation(parallel)
-
-
-def _join(layout: ParallelLayout, seed: int, device: torch.device) -> Parallel:
-    """Return this rank's place in a layout, with megatron's groups built and generators seeded."""
-    reply_group = _build_groups(layout)
-    parallel = Parallel(
-        layout=layout,
-        device=device,
-        seed=seed,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        dp=layout.dp(dist.get_world_size()),
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
-        reply_group=reply_group,
-    )
+    parallel = _join(layout, seed, device)
+    vars(parallel_state).update(parallel.state)
     seed_for_initialisation(parallel)
     return parallel
 
 
-def _build_groups(layout: ParallelLayout) -> dist.ProcessGroup:
-    """Build megatron's process groups, and return the group for replies in this rank's pipeline.
+def rearranged(parallel: Parallel, layout: ParallelLayout) -> Parallel:
+    """Return this rank's place when the same ranks are laid out in another way; all call together.
 
-    Stages that follow one another in a process keep those they have.
+    Networks of both layouts live side by side. The layout that was current stays so.
     """
-    global _built
-    if parallel_state.model_parallel_is_initialized():
-        if _built is not None and _built[0] == layout:
-            return _built[1]
+    layout.dp(parallel.world_size)  # or UserError
+    return _join(layout, parallel.seed, parallel.device)
+
+
+@contextlib.contextmanager
+def pretended_rank(
+    layout: ParallelLayout, *, world_size: int, tp_rank: int, pp_rank: int
+) -> Iterator[Parallel]:
+    """Be one rank of `world_size` that are not there, of the first data-parallel replica: networks
+    built within the block lie on the meta device, with the groups they would have.
+
+    torch's fake backend joins at once and its collectives do nothing. Raises RuntimeError where
+    this process has joined real ranks.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    if dist.is_initialized():
+        raise RuntimeError("this process is a rank of a real world")
+    layout.dp(world_size)  # or UserError
+    # megatron deals ranks to tp first, then to dp, then to pp.
+    rank = tp_rank + pp_rank * (world_size // layout.pp)
+    with meta_device() as device:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        try:
+            parallel = _join(layout, 0, device)
+            with parallel.active():
+                yield parallel
+        finally:
+            end_parallel()
+
+
+def end_parallel() -> None:
+    """Leave the other ranks and forget the groups, where this process has joined any."""
+    _joined.clear()
+    if dist.is_initialized():
         parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _join(layout: ParallelLayout, seed: int, device: torch.device) -> Parallel:
+    """Return this rank's place in a layout, with megatron's groups built."""
+    groups = _groups_of(layout)
+    kept = _megatron_state()
+    vars(parallel_state).update(groups.state)
+    try:
+        return Parallel(
+            layout=layout,
+            device=device,
+            seed=seed,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            dp=layout.dp(dist.get_world_size()),
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            pp_group=parallel_state.get_pipeline_model_parallel_group(),
+            dp_group=parallel_state.get_data_parallel_group(),
+            cp_group=parallel_state.get_context_parallel_group(),
+            replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            reply_group=groups.reply_group,
+            last_stage_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
+            state=groups.state,
+        )
+    finally:
+        vars(parallel_state).update(kept)
+
+
+def _groups_of(layout: ParallelLayout) -> _Groups:
+    """Return the groups of a layout in this world, built when it is first asked for."""
+    key = (dist.group.WORLD, layout)
+    if key not in _joined:
+        kept = _megatron_state()
+        shared = {name: getattr(parallel_state, name) for name in _SHARED}
+        parallel_state.destroy_model_parallel()  # megatron builds groups only where it has none
+        try:
+            _joined[key] = _build_groups(layout)
+        finally:
+            kept |= {name: value for name, value in shared.items() if value is not None}
+            vars(parallel_state).update(kept)
+    return _joined[key]
+
+
+def _build_groups(layout: ParallelLayout) -> _Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -154,32 +262,41 @@ def _build_groups(layout: ParallelLayout) -> dist.ProcessGroup:
             group = dist.new_group(range(first, dist.get_world_size(), stride))
             if group is not dist.GroupMember.NON_GROUP_MEMBER:
                 reply_group = group
-    _built = layout, reply_group
-    return reply_group
+    return _Groups(state=_megatron_state(), reply_group=reply_group)
+
+
+def _megatron_state() -> dict[str, Any]:
+    """megatron's global variables that depend on the layout."""
+    return {
+        name: value
+        for name, value in vars(parallel_state).items()
+        if name[1:].isupper() and name not in _SHARED
+    }
 
 
 def seed_for_initialisation(parallel: Parallel) -> None:
     """Seed the generators alike on all data-parallel ranks, so that they draw the same initial
     weights."""
-    _seed(parallel.seed + 1_009 * parallel.pp_rank)
+    _seed(parallel, parallel.seed + 1_009 * parallel.pp_rank)
 
 
 def seed_for_head(parallel: Parallel) -> None:
     """Seed the generators alike on every rank and in every layout, to draw a scalar head: it is
     what a checkpoint of a language model leaves open in a reward model."""
-    _seed(parallel.seed + 50_021)
+    _seed(parallel, parallel.seed + 50_021)
 
 
 def seed_for_step(parallel: Parallel, step: int) -> None:
-    """Seed dropout from (seed, step, pipeline stage, data-parallel rank), at the start of an
-    optimizer step.
+    """Seed dropout from (seed, step, pipeline stage, replica), at the start of an optimizer step.
 
     A resumed run so draws what an undisturbed one would, and checkpoints hold no generator state.
     tp ranks differ inside tensor-parallel regions only, as megatron wants it.
     """
-    _seed(parallel.seed + 100_003 * (step + 1) + 1_009 * parallel.pp_rank + 101 * parallel.dp_rank)
+    place = 1_009 * parallel.pp_rank + 101 * parallel.replica_rank
+    _seed(parallel, parallel.seed + 100_003 * (step + 1) + place)
 
 
-def _seed(key: int) -> None:
+def _seed(parallel: Parallel, key: int) -> None:
     torch.manual_seed(key)
-    tensor_parallel.model_parallel_cuda_manual_seed(key, force_reset_rng=True)
+    with parallel.active():
+        tensor_parallel.model_parallel_cuda_manual_seed(key, force_reset_rng=True)

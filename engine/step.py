@@ -4,9 +4,11 @@ A loss sees one micro-batch and returns its share of the global loss, already di
 counts, so gradients are sums over micro-batches and data-parallel ranks and no layout changes them.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +21,11 @@ from torch import Tensor
 from engine.data.batches import PackedBatch
 from engine.network import Network
 from engine.parallel import Parallel
+from engine.settings.layout import ParallelLayout
 from kernels.linear_logprobs import TokenLoss
 from kernels.moments import merge_moments
 from models.attention import PackedSequences
+from models.context_parallel import ContextShare
 
 Metrics = dict[str, Tensor]
 ScalarLoss = Callable[[PackedBatch, Tensor], tuple[Tensor, Metrics]]
@@ -39,6 +43,18 @@ class LanguageLoss(Protocol):
         """Return what the log-probs [T] of a micro-batch say, without gradient."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """One term of a step's loss: `scale` x the sum of a loss over micro-batches."""
+
+    batches: Sequence[PackedBatch]
+    loss: LanguageLoss | ScalarLoss
+    """A LanguageLoss for a language model, a ScalarLoss on the readings of a scalar one."""
+    temperature: float = 1.0
+    scale: float = 1.0
+    """Multiplies the gradient; the metrics are those of the loss itself."""
+
+
 def forward_backward(
     network: Network,
     batches: Sequence[PackedBatch],
@@ -47,30 +63,104 @@ def forward_backward(
     temperature: float = 1.0,
     scale: float = 1.0,
 ) -> Metrics:
-    """Add `scale` x the gradient of the summed losses to the network's gradient buffers.
+    """Add the gradient of a step's only objective to the network's buffers; see accumulate."""
+    objective = Objective(batches=batches, loss=loss, temperature=temperature, scale=scale)
+    return accumulate(network, [objective])
 
-    The loss runs on the last stage: a LanguageLoss for a language model, a ScalarLoss on the
-    readings of a scalar one. Returns the metrics summed over this rank's micro-batches (`*_max`,
-    `*_min`: extremes) on the last stage, nothing elsewhere; see reduce_metrics.
+
+def accumulate(network: Network, objectives: Sequence[Objective]) -> Metrics:
+    """Add the gradients of all of a step's objectives to the network's buffers.
+
+    The losses run on the last stage. Returns their metrics summed over this rank's micro-batches
+    (`*_max`, `*_min`: extremes) on the last stage, nothing elsewhere; see reduce_metrics. Where the
+    reduction over data-parallel ranks overlaps, the last backward pass of every bucket starts it,
+    so a second call before the next zero_gradients is a RuntimeError.
     """
+    if any(group.per_param_grad_ready_counts for group in _overlapping_groups(network)):
+        raise RuntimeError(
+            "the gradients are being reduced already: a step's objectives go into one accumulate()"
+        )
+    stored: list[Metrics] = []
+    passes = _passes(objectives, network.parallel.layout)
+    for number, work in enumerate(passes):
+        with _reduction(network, starts=number == len(passes) - 1):
+            training_step = functools.partial(_training_step, network.parallel)
+            stored += _run_schedule(network, work, training_step, forward_only=False)
+    return _merge(stored)
 
-    def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[Any, Any]:
-        batch = next(iterator)
-        heads: dict[str, Any] = {}
-        if not callable(loss):
-            token_loss = loss.token_loss(batch)
-            heads = _language_heads(batch, temperature) | {"token_loss": token_loss}
-        return _call(chunk, batch, heads), functools.partial(loss_of, batch)
 
-    def loss_of(batch: PackedBatch, output: Any) -> tuple[Tensor, Tensor, Metrics]:
-        if callable(loss):
-            value, metrics = loss(batch, output)
+def _training_step(
+    parallel: Parallel, iterator: Iterator[tuple[PackedBatch, Objective]], chunk: torch.nn.Module
+) -> tuple[Any, Any]:
+    batch, objective = next(iterator)
+    heads: dict[str, Any] = {}
+    if not callable(objective.loss):
+        token_loss = objective.loss.token_loss(batch)
+        heads = _language_heads(batch, objective.temperature) | {"token_loss": token_loss}
+    return _call(chunk, batch, parallel, heads), functools.partial(_loss_of, batch, objective)
+
+
+def _loss_of(
+    batch: PackedBatch, objective: Objective, output: Any
+) -> tuple[Tensor, Tensor, Metrics]:
+    if callable(objective.loss):
+        value, metrics = objective.loss(batch, output)
+    else:
+        value, logprobs = output
+        metrics = objective.loss.metrics(batch, logprobs)
+    no_tokens = torch.zeros((), dtype=torch.int, device=value.device)
+    return value * objective.scale, no_tokens, metrics
+
+
+def _passes(
+    objectives: Sequence[Objective], layout: ParallelLayout
+) -> list[list[tuple[PackedBatch, Objective]]]:
+    """Return the micro-batches, each with its objective, of every run through the pipeline.
+
+    m micro-batches padded to L tokens keep a pipeline of p stages with v chunks each busy, or idle
+    while it fills and drains, for the time of (m + (p - 1) / v) L tokens. One pass over all
+    objectives fills and drains once, but pads all to the longest of all. It is taken unless that
+    costs more: with p = 16, 2 rows of responses and 16 of pretraining text of one length, 33 units
+    instead of 17 + 31.
+    """
+    passes = [[(batch, objective) for batch in objective.batches] for objective in objectives]
+    joint = [pair for work in passes for pair in work]
+    if layout.pp == 1:
+        return [joint]
+    idle = (layout.pp - 1) / layout.virtual_pp
+
+    def duration(work: list[tuple[PackedBatch, Objective]]) -> float:
+        return (len(work) + idle) * max(len(batch.tokens) for batch, _ in work)
+
+    return [joint] if duration(joint) <= sum(duration(work) for work in passes) else passes
+
+
+@contextlib.contextmanager
+def _reduction(network: Network, *, starts: bool) -> Iterator[None]:
+    """Run a block whose backward passes start the overlapped reduction of a bucket with its last
+    micro-batch, or not at all."""
+    config, chunks = network.config, network.chunks
+    with contextlib.ExitStack() as stack:
+        if not any(_overlapping_groups(network)):
+            pass
+        elif starts:
+            no_syncs = [chunk.no_sync for chunk in chunks]  # the schedules keep all but the last so
+            config.no_sync_func = no_syncs if len(chunks) > 1 else no_syncs[0]
+            stack.callback(setattr, config, "no_sync_func", None)
         else:
-            value, logprobs = output
-            metrics = loss.metrics(batch, logprobs)
-        return value * scale, torch.zeros((), dtype=torch.int, device=value.device), metrics
+            for chunk in chunks:
+                stack.enter_context(chunk.no_sync())
+        yield
 
-    return _merge(_run_schedule(network, batches, forward_step, forward_only=False))
+
+def _overlapping_groups(network: Network) -> list[Any]:
+    """megatron's groups of buckets whose reduction overlaps with backward passes."""
+    return [
+        group
+        for chunk in network.chunks
+        for group in getattr(chunk, "bucket_groups", [])
+        if group.ddp_config.overlap_grad_reduce
+    ]
 
 
 def forward(
@@ -78,15 +168,18 @@ def forward(
 ) -> list[Tensor]:
     """Return the network's output [T] for every micro-batch, on every rank of the pipeline."""
 
-    def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[Any, Any]:
-        batch = next(iterator)
+    def forward_step(iterator: Iterator, chunk: torch.nn.Module) -> tuple[Any, Any]:
+        batch, _ = next(iterator)
         is_language = network.kind == "language"
         heads = _language_heads(batch, temperature) if is_language else {}
-        return _call(chunk, batch, heads), lambda output: (output.sum(), no_tokens, output)
+        output = _call(chunk, batch, network.parallel, heads)
+        return output, lambda output: (output.sum(), no_tokens, output)
 
     no_tokens = torch.zeros((), dtype=torch.int, device=network.parallel.device)
+    network.settle()
     with torch.no_grad():
-        outputs = _run_schedule(network, batches, forward_step, forward_only=True)
+        work = [(batch, None) for batch in batches]
+        outputs = _run_schedule(network, work, forward_step, forward_only=True)
     lengths = [len(batch.tokens) for batch in batches]
     if network.parallel.layout.pp == 1:
         return outputs
@@ -101,7 +194,8 @@ def forward(
 def finish_gradients(network: Network) -> None:
     """Sum the gradient buffers over data-parallel ranks, tied embeddings and sequence-parallel
     norms; once a step."""
-    finalize_model_grads(network.chunks)
+    with network.parallel.active():
+        finalize_model_grads(network.chunks)
 
 
 def reduce_metrics(metrics: Metrics, parallel: Parallel) -> dict[str, float]:
@@ -110,7 +204,7 @@ def reduce_metrics(metrics: Metrics, parallel: Parallel) -> dict[str, float]:
 
     `*_moments` [3] give two numbers, `*_mean` and `*_variance`.
     """
-    is_source = parallel.is_last_stage and parallel.tp_rank == 0
+    is_source = parallel.is_last_stage and parallel.tp_rank == parallel.cp_rank == 0
     mine = {name: value.tolist() for name, value in metrics.items()} if is_source else {}  # sync
     gathered: list[dict[str, Any]] = [{}] * parallel.world_size
     dist.all_gather_object(gathered, mine)
@@ -135,44 +229,47 @@ def _language_heads(batch: PackedBatch, temperature: float) -> dict[str, Any]:
     return {"mask": batch.mask, "targets": batch.targets, "temperature": temperature}
 
 
-def _call(chunk: torch.nn.Module, batch: PackedBatch, heads: dict[str, Any]) -> Any:
-    sequences = PackedSequences.of(batch.cu_seqlens, batch.max_seqlen)
+def _call(
+    chunk: torch.nn.Module, batch: PackedBatch, parallel: Parallel, heads: dict[str, Any]
+) -> Any:
+    share = None
+    if parallel.layout.cp > 1:
+        share = ContextShare(group=parallel.cp_group, num_tokens=len(batch.tokens))
+    sequences = PackedSequences.of(batch.cu_seqlens, batch.max_seqlen, share)
     return chunk(batch.tokens, batch.positions, sequences, **heads)
 
 
 def _run_schedule(
     network: Network,
-    batches: Sequence[PackedBatch],
+    work: Sequence[tuple[PackedBatch, Any]],
     forward_step: Callable,
     *,
     forward_only: bool,
 ) -> list:
-    """Run megatron's schedule (no pipelining, 1F1B or interleaved); return what the losses
-    stored."""
-    if network.parallel.layout.pp > 1:
-        batches = _of_one_length(batches)
-    num_chunks = len(network.chunks)
-    iterators = [iter(batches) for _ in range(num_chunks)]
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if num_chunks > 1 else iterators[0],
-        model=network.chunks if num_chunks > 1 else network.chunks[0],
-        num_microbatches=len(batches),
-        seq_length=max(len(batch.tokens) for batch in batches),
-        micro_batch_size=1,  # one packed row
-        forward_only=forward_only,
-    )
+    """Run megatron's schedule (no pipelining, 1F1B or interleaved) over micro-batches and what goes
+    with each; return what the losses stored.
 
-
-def _of_one_length(batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-    """Pad the rows of a pipeline to the longest, so that stages need not tell each other shapes.
-
+    A pipeline's rows are padded to the longest, so that stages need not tell each other shapes.
     megatron's variable lengths cost a host sync a hop, and with two stages and interleaving it
     confuses the shapes of the two directions, which then go to the same rank. Token budgets keep
     the padding small.
     """
-    longest = max(len(batch.tokens) for batch in batches)
-    return [_padded(batch, longest) for batch in batches]
+    network.check_present()
+    longest = max(len(batch.tokens) for batch, _ in work)
+    if network.parallel.layout.pp > 1:
+        work = [(_padded(batch, longest), rest) for batch, rest in work]
+    num_chunks = len(network.chunks)
+    iterators = [iter(work) for _ in range(num_chunks)]
+    with network.parallel.active():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if num_chunks > 1 else iterators[0],
+            model=network.chunks if num_chunks > 1 else network.chunks[0],
+            num_microbatches=len(work),
+            seq_length=longest,
+            micro_batch_size=1,  # one packed row
+            forward_only=forward_only,
+        )
 
 
 def _padded(batch: PackedBatch, length: int) -> PackedBatch:

@@ -67,7 +67,7 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
-def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, in total's precision."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
@@ -151,7 +151,7 @@ class _Gradients:
             if chunk.stop == self.chunks.num_rows:
                 self.wait = self.chunks.spec.joins.start_reduction(self.hidden)
         if self.weight is not None:
-            _add_matmul(self.weight, dz.t(), self.chunks.pick(self.chunks.hidden, chunk))
+            add_matmul(self.weight, dz.t(), self.chunks.pick(self.chunks.hidden, chunk))
 
     def hidden_result(self) -> Tensor | None:
         """The gradient of this rank's hidden states, summed over shards."""

@@ -15,6 +15,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from models.context_parallel import ContextShare, gather_row
+
 try:
     from flash_attn.cute import flash_attn_varlen_func as _flash_attn_varlen  # flash-attn-4
 except ImportError:
@@ -30,9 +32,13 @@ class PackedSequences(PackedSeqParams):
     attention."""
 
     qkv_format: str = "thd"
+    share: ContextShare | None = None
+    """The part of the row that this rank holds; none: all of it."""
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, max_seqlen: int) -> "PackedSequences":
+    def of(
+        cls, cu_seqlens: Tensor, max_seqlen: int, share: ContextShare | None = None
+    ) -> "PackedSequences":
         """Describe sequences from cu_seqlens [B+1] int32 and the longest length (known on the
         host)."""
         return cls(
@@ -40,7 +46,30 @@ class PackedSequences(PackedSeqParams):
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
+            share=share,
         )
+
+    @functools.cached_property
+    def pieces(self) -> list[tuple[int, "PackedSequences"]]:
+        """(end of a piece in the row, the sequences as its queries see them), for what this rank
+        holds.
+
+        Queries are the sequences' tokens within the piece, keys those up to its end: a sequence
+        that began before the piece has more keys than queries, one that ended has no queries.
+        """
+        assert self.share is not None
+        return [
+            (
+                piece.stop,
+                PackedSequences(
+                    cu_seqlens_q=self.cu_seqlens_q.clamp(piece.start, piece.stop) - piece.start,
+                    cu_seqlens_kv=self.cu_seqlens_q.clamp(max=piece.stop),
+                    max_seqlen_q=min(self.max_seqlen_q, len(piece)),
+                    max_seqlen_kv=min(self.max_seqlen_q, piece.stop),
+                ),
+            )
+            for piece in self.share.pieces
+        ]
 
     @functools.cached_property
     def padded_rows(self) -> tuple[Tensor, Tensor]:
@@ -87,12 +116,25 @@ class PackedAttention(MegatronModule):
         **unused: Any,
     ) -> Tensor:
         """Return the attention output [T, heads x dim] of query, key, value [T, heads, dim]."""
-        attend = getattr(packed_seq_params, "attend", None)
-        if attend is not None:  # generation brings a paged cache along
-            out = attend(self.layer_number, query, key, value, self.softmax_scale)
+        if getattr(packed_seq_params, "share", None) is not None:
+            sequences = cast(PackedSequences, packed_seq_params)
+            out = shared_attention(query, key, value, sequences, self.softmax_scale)
         else:
             out = packed_attention(query, key, value, packed_seq_params, self.softmax_scale)
         return out.flatten(1)
+
+
+def shared_attention(
+    query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences, scale: float
+) -> Tensor:
+    """Return packed_attention [T / cp, heads, dim] of the tokens that this rank holds; query, key
+    and value are of those."""
+    assert sequences.share is not None
+    keys, values = gather_row(torch.stack([key, value], 1), sequences.share).unbind(1)
+    pieces = zip(query.chunk(2), sequences.pieces, strict=True)
+    return torch.cat(
+        [packed_attention(q, keys[:end], values[:end], s, scale) for q, (end, s) in pieces]
+    )
 
 
 def packed_attention(
@@ -167,6 +209,11 @@ def _varlen_attention(
 def _padded_attention(
     query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences, scale: float
 ) -> Tensor:
+    num_sequences, longest = len(sequences.cu_seqlens_q) - 1, sequences.max_seqlen_q
+    if len(query) == num_sequences * longest:  # all of one length: rows as they are
+        q, k, v = (x.unflatten(0, (-1, longest)).transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return out.transpose(1, 2).flatten(0, 1)
     gather, scatter = sequences.padded_rows
     # [T, heads, dim] -> [B, heads, L, dim]
     q, k, v = (x[gather].transpose(1, 2) for x in (query, key, value))

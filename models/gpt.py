@@ -10,7 +10,10 @@ from torch import Tensor
 
 from kernels.linear_logprobs import TokenLoss
 from models.attention import PackedSequences
+from models.context_parallel import join_readings
 from models.layers import block_spec
+from models.paged_attention import PagedSequences
+from models.paged_forward import paged_forward
 from models.sizes import GPTSize
 from models.vocab_parallel import (
     vocab_parallel_linear_logprobs,
@@ -66,11 +69,22 @@ class GPT(GPTModel):
         besides, it returns (summed loss, log-probs without gradient), the head's gradients made in
         the same pass. With rows [R] instead of a mask it returns this rank's vocabulary shard of
         the logits [R, V / tp] after those tokens.
+
+        Under context parallelism (sequences.share) each rank passes on the hidden states of the
+        tokens it holds. Its summed loss is of those, and the log-probs [T] are of all.
         """
-        hidden = self.embedding(tokens[None], positions[None]) if self.pre_process else None
-        hidden = self.decoder(
-            hidden_states=hidden, attention_mask=None, packed_seq_params=sequences
-        )
+        share = sequences.share
+        held = None if share is None else share.held(tokens.device)
+        hidden = None
+        if self.pre_process:
+            inputs = (tokens, positions) if held is None else (tokens[held], positions[held])
+            hidden = self.embedding(inputs[0][None], inputs[1][None])
+        if isinstance(sequences, PagedSequences):
+            hidden = paged_forward(self.decoder, hidden, sequences, self.pg_collection.tp)
+        else:
+            hidden = self.decoder(
+                hidden_states=hidden, attention_mask=None, packed_seq_params=sequences
+            )
         if not self.post_process:
             return hidden
         hidden = hidden[:, 0]  # [T, hidden], or [T / tp, hidden] under sequence parallel
@@ -90,20 +104,28 @@ class GPT(GPTModel):
             "sequence_parallel": self.config.sequence_parallel,
             "temperature": temperature,
             "num_valid_vocab": self.size.vocab_size,
-            "row_index": None if targets is None else targets - 1,
+            # How many of them a rank holds is not known on the host: it computes all of its rows.
+            "row_index": None if targets is None or held is not None else targets - 1,
         }
+        if held is not None:
+            labels = labels[held]
+
+        def at_all_tokens(logprobs: Tensor) -> Tensor:
+            return shift_right(logprobs if share is None else join_readings(logprobs, share))
+
         if token_loss is None:
             logprobs, _ = vocab_parallel_linear_logprobs(hidden, weight, labels, **arguments)
-            return shift_right(logprobs)
+            return at_all_tokens(logprobs)
 
         def at_tokens(values: Tensor, rows: Tensor) -> Tensor:
             # The last row predicts nothing; its loss is discarded, yet it must look at some token.
+            rows = rows if held is None else held[rows]
             return token_loss(values, (rows + 1).clamp(max=len(tokens) - 1))
 
         loss, logprobs = vocab_parallel_linear_logprobs_loss(
             hidden, weight, labels, at_tokens, **arguments
         )
-        return loss, shift_right(logprobs)
+        return loss, at_all_tokens(logprobs)
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 GPT-3's GELU."""
 
 import functools
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -25,6 +27,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from kernels.layer_norm import layer_norm
+from kernels.linear_logprobs import add_matmul
 from models.attention import PackedAttention
 from models.sizes import GPTSize
 
@@ -42,6 +45,7 @@ def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
     dropout: float,
     recompute: Recompute,
     device: torch.device,
+    gradient_accumulation_fusion: bool | None = None,
 ) -> TransformerConfig:
     """Return megatron's configuration of a GPT-3 of that size.
 
@@ -49,6 +53,9 @@ def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
     for the matrices that write to the residual stream (Radford et al. 2019, section 2.3).
     """
     on_gpu = device.type == "cuda"
+    fuses = on_gpu if gradient_accumulation_fusion is None else gradient_accumulation_fusion
+    if fuses:
+        _provide_gradient_fusion()
     # GPT's GELU is the tanh approximation. megatron's fused bias + GELU computes that one when it
     # is handed F.gelu; without the fusion the approximation has to be asked for.
     gelu = F.gelu if on_gpu else functools.partial(F.gelu, approximate="tanh")
@@ -81,10 +88,25 @@ def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,  # losses are sums over global counts: nothing to average
         deallocate_pipeline_outputs=True,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuses,
         batch_p2p_comm=on_gpu,
         **recompute_arguments,
     )
+
+
+def _provide_gradient_fusion() -> None:
+    """Give megatron's linear layers their fused weight gradient: apex's kernel where it is
+    installed, else the matrix product of torch that adds to an fp32 sum."""
+    if not megatron_layers._grad_accum_fusion_available:
+        megatron_layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
+            wgrad_gemm_accum_fp32=_add_weight_gradient
+        )
+        megatron_layers._grad_accum_fusion_available = True
+
+
+def _add_weight_gradient(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+    """main_grad [out, in] += grad_output [T, out]^T inputs [T, in], in fp32."""
+    add_matmul(main_grad, grad_output.t(), inputs)
 
 
 class LayerNorm(torch.nn.Module):

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from models.attention import PackedSequences
+from models.context_parallel import join_readings
 from models.layers import block_spec
 from models.sizes import GPTSize
 
@@ -91,7 +92,13 @@ class ScalarGPT(LanguageModule):
         A reward model's score is the reading at the last response token; a critic's value of token
         t is the reading at t-1 (models.gpt.shift_right).
         """
-        hidden = self.embedding(tokens[None], positions[None]) if self.pre_process else None
+        share = sequences.share
+        hidden = None
+        if self.pre_process:
+            if share is not None:
+                held = share.held(tokens.device)
+                tokens, positions = tokens[held], positions[held]
+            hidden = self.embedding(tokens[None], positions[None])
         hidden = self.decoder(
             hidden_states=hidden, attention_mask=None, packed_seq_params=sequences
         )
@@ -102,7 +109,7 @@ class ScalarGPT(LanguageModule):
             readings = tensor_parallel.gather_from_sequence_parallel_region(
                 readings, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
-        return readings
+        return readings if share is None else join_readings(readings, share)
 
     def sharded_state_dict(
         self,

@@ -173,13 +173,15 @@ def micro_batches(  # noqa: PLR0913 - the three ways to cut a batch, each needed
     budget: int,
     multiple_of: int,
     count_multiple: int = 1,
+    is_even: bool = False,
 ) -> list[PackedBatch]:
     """Return this rank's part of the step's global batch, in micro-batches of <= `budget` tokens.
 
     `indices` are the step's units among `examples`. A unit stays in one micro-batch, and one that
     is over the budget has its own. All dp ranks get the same number of micro-batches, a multiple of
     `count_multiple` (pipelines ask for that); what is missing is filled with masked ones of
-    `multiple_of` tokens.
+    `multiple_of` tokens. With is_even the tokens are spread over all of them, for pipelines, which
+    pad to the longest; otherwise there are few and full ones.
     """
     if not indices:
         raise ValueError("a step's global batch needs at least one example")
@@ -195,13 +197,29 @@ def micro_batches(  # noqa: PLR0913 - the three ways to cut a batch, each needed
     most = max(len(split) for split in splits)
     count = math.ceil(most / count_multiple) * count_multiple
 
+    mine = splits[dp_rank]
+    if is_even:
+        mine = _evened(mine, lengths, count)
     batches = []
-    for group in splits[dp_rank]:
+    for group in mine:
         ids = [n for index in group for n in range(first_ids[index], first_ids[index + 1])]
         members = [units[index] for index in group]
         batches.append(pack(members, multiple_of=multiple_of, sequence_ids=ids))
     filler = _join([_padding(units[0][0], multiple_of)], [-1], [])
     return batches + [filler] * (count - len(batches))
+
+
+def _evened(groups: list[list[int]], lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Deal the indices of the groups to `count` groups anew, by tokens, unless one then has more
+    than the largest has now; groups without any are left out."""
+    indices = sorted(index for group in groups for index in group)
+    dealt = _deal_all([lengths[index] for index in indices], count)
+    evened = [[indices[place] for place in places] for places in dealt if places]
+
+    def largest(groups: list[list[int]]) -> int:
+        return max((sum(lengths[index] for index in group) for group in groups), default=0)
+
+    return evened if largest(evened) <= largest(groups) else groups
 
 
 def _deal_all(lengths: Sequence[int], dp: int) -> list[list[int]]:

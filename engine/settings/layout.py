@@ -18,9 +18,16 @@ class ParallelLayout:
     virtual_pp: int = 1
     """Model chunks a stage holds for the interleaved schedule; 1 is plain 1F1B."""
     cp: int = 1
-    """Context parallel: ranks that share one long sequence."""
+    """Context parallel: ranks that share the tokens of a row, for contexts that one rank's memory
+    cannot hold; in rollouts they generate as more data-parallel ranks would."""
     sequence_parallel: bool = False
     """Split the activations between tensor parallel regions along the tokens (needs tp > 1)."""
+    overlap_grad_reduce: bool | None = None
+    """Sum gradients over data-parallel ranks while the backward pass goes on; none: on GPUs where
+    dp > 1. Changes speed, nothing else."""
+    overlap_param_gather: bool | None = None
+    """Gather the weights that data-parallel ranks have updated while the next forward pass starts;
+    none: on GPUs where dp > 1. Changes speed, nothing else."""
 
     def dp(self, world_size: int) -> int:
         """Return the data-parallel degree that world_size ranks leave, or raise UserError."""
@@ -50,8 +57,6 @@ class ParallelLayout:
             )
         if self.sequence_parallel and self.tp == 1:
             raise UserError("layout.sequence_parallel needs layout.tp > 1")
-        if self.cp > 1:
-            raise UserError("layout.cp > 1 is not supported for packed sequences yet")
 
     def _check_degrees(self) -> None:
         check_numbers(self, "layout.", counts="tp pp virtual_pp cp")

@@ -14,3 +14,6 @@ class Numerics:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, selective (attention only) or full
     (every layer)."""
+    gradient_accumulation_fusion: bool | None = None
+    """Add the gradients of the layers' matrices to their fp32 sums within the matrix product, which
+    spares rounding every micro-batch's to the weights' dtype; none: on GPUs."""

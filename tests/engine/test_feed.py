@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from engine.data.examples import Example
-from engine.feed import Feed, count_targets, pack_for
+from engine.feed import Feed, count_targets, pack_for, token_spread
 from engine.parallel import Parallel, start_parallel
 from engine.settings.layout import ParallelLayout
 
@@ -58,6 +58,30 @@ def test_targets_of_all_ranks_add_up_to_the_count(parallel: Parallel):
     assert num_targets == feed_of(parallel).num_targets(2)
 
 
+def test_spread_is_of_the_rank_that_was_dealt_most(parallel: Parallel):
+    # Of 5, 9, 3, 14, 8, 2, 11 the longest goes to the rank with the fewest tokens: 14 + 8 + 5 and
+    # 11 + 9 + 3 + 2, 26 on average.
+    assert token_spread(examples(), list(range(7)), 2) == pytest.approx(27 / 26)
+    assert token_spread(examples(), [1, 3], 2) == pytest.approx(14 / 11.5)
+    assert token_spread(examples(), [3, 0], 1) == 1.0
+    feed = feed_of(dataclasses.replace(parallel, dp=2), batch_size=7)
+    assert feed.token_spread(3) == pytest.approx(27 / 26)
+
+
+def test_rows_of_a_pipeline_are_of_about_one_length(parallel: Parallel):
+    lengths = (9, 8, 7, 6, 5, 5)
+    units = [Example(tokens=np.full(n, i), prompt_length=2) for i, n in enumerate(lengths)]
+
+    def rows(layout: ParallelLayout) -> list[int]:
+        rank = dataclasses.replace(parallel, layout=layout)
+        return [len(batch.tokens) for batch in pack_for(units, list(range(6)), rank, 24)]
+
+    assert rows(ParallelLayout()) == [24, 16]  # 9 + 8 + 7 and what is left
+    assert rows(ParallelLayout(pp=2)) == [20, 20]
+    # Four are asked for: 9, 8, 7 + 5, 6 + 5 and not two full ones beside two of nothing.
+    assert rows(ParallelLayout(pp=4, virtual_pp=2)) == [9, 8, 12, 11]
+
+
 def test_comparisons_count_all_their_sequences():
     pair = [Example(tokens=np.arange(n), prompt_length=2) for n in (4, 7)]
     assert count_targets([pair, pair], [0]) == 7
@@ -70,6 +94,8 @@ def test_comparisons_count_all_their_sequences():
         (ParallelLayout(tp=4, sequence_parallel=True), 4, 1),
         (ParallelLayout(pp=4), 1, 1),
         (ParallelLayout(pp=4, virtual_pp=2), 1, 4),
+        (ParallelLayout(cp=3), 6, 1),
+        (ParallelLayout(cp=2, tp=2, sequence_parallel=True), 8, 1),
     ],
 )
 def test_layout_asks_for_even_rows_and_counts(
@@ -81,7 +107,7 @@ def test_layout_asks_for_even_rows_and_counts(
     assert len(batches) % count_multiple == 0
     plain = pack_for(examples(), list(range(7)), parallel, 12)
     assert sum(int(b.mask.sum()) for b in batches) == sum(int(b.mask.sum()) for b in plain)
-    if multiple_of == count_multiple == 1:
+    if multiple_of == layout.pp == 1:
         assert [len(b.tokens) for b in batches] == [len(b.tokens) for b in plain]
 
 

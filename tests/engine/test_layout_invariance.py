@@ -5,29 +5,71 @@ with are loaded on one rank again, so that saving and loading across layouts is 
 """
 
 import dataclasses
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from engine import optimizer
+from engine.parallel import rank_of_environment
 from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
 from tests.ranks import run_ranks
 from tests.tiny import ppo_config, rm_config, rows_of, sft_config, train, weights_of
 
-ONE = {"one": ParallelLayout()}
+SELECTIVE, FULL = Numerics(recompute="selective"), Numerics(recompute="full")
+FUSED = Numerics(gradient_accumulation_fusion=True)
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+DP, PP2, TP2 = ParallelLayout(), ParallelLayout(pp=2), ParallelLayout(tp=2)
+CP2 = ParallelLayout(cp=2)
+TP2_SEQUENCE = ParallelLayout(tp=2, sequence_parallel=True)
+PP2_VIRTUAL = ParallelLayout(pp=2, virtual_pp=2)
+TP2_PP2 = ParallelLayout(tp=2, pp=2, sequence_parallel=True)
+# What each run's config has that the one of a single rank has not.
+ONE: dict[str, dict] = {"one": {}}
 TWO = {
-    "tp2_sequence": ParallelLayout(tp=2, sequence_parallel=True),
-    "tp2": ParallelLayout(tp=2),
-    "pp2": ParallelLayout(pp=2),
-    "pp2_virtual": ParallelLayout(pp=2, virtual_pp=2),
-    "dp2": ParallelLayout(),
+    "tp2_sequence_selective": {"layout": TP2_SEQUENCE, "numerics": SELECTIVE},
+    "tp2": {"layout": TP2},
+    "pp2": {"layout": PP2},
+    "pp2_virtual_full": {"layout": PP2_VIRTUAL, "numerics": FULL},
+    "dp2": {"layout": DP},
+    "cp2": {"layout": CP2},
 }
 FOUR = {
-    "tp2_pp2_sequence": ParallelLayout(tp=2, pp=2, sequence_parallel=True),
-    "pp2_dp2": ParallelLayout(pp=2),
+    "tp2_pp2_sequence": {"layout": TP2_PP2},
+    "tp2_dp2_fused": {"layout": TP2, "numerics": FUSED},
+    "pp2_dp2": {"layout": PP2},
+    "cp2_tp2_sequence": {"layout": dataclasses.replace(TP2_SEQUENCE, cp=2)},
+    "cp2_pp2_virtual_full": {
+        "layout": dataclasses.replace(PP2_VIRTUAL, cp=2),
+        "numerics": FULL,
+    },
+    "cp2_dp2_overlap_selective": {
+        "layout": dataclasses.replace(CP2, **OVERLAP),
+        "numerics": SELECTIVE,
+    },
+    "pp2_dp2_virtual_overlap": {"layout": dataclasses.replace(PP2_VIRTUAL, **OVERLAP)},
 }
+# PPO alone: policy and critic in layouts of their own on the same ranks.
+PPO_TWO = {
+    "tp2_critic_pp2": {"layout": TP2_SEQUENCE, "critic_layout": PP2},
+    "pp2_critic_dp2": {"layout": PP2, "critic_layout": DP},
+    "dp2_overlap_fused": {"layout": ParallelLayout(**OVERLAP), "numerics": FUSED},
+}
+PPO_FOUR = {
+    "cp4_critic_dp4": {"layout": ParallelLayout(cp=4), "critic_layout": DP},
+    "tp2_pp2_critic_dp4": {"layout": TP2_PP2, "critic_layout": DP},
+    "pp2_dp2_virtual_overlap_critic_tp2_dp2": {
+        "layout": dataclasses.replace(PP2_VIRTUAL, **OVERLAP),
+        "critic_layout": dataclasses.replace(TP2_SEQUENCE, **OVERLAP),
+    },
+}
+RESUMED = "tp2_critic_pp2"  # this one is started again from its first checkpoint besides
 # By stage: its config, and by role which network each starts from.
 STAGES: dict[str, tuple[Callable, dict[str, tuple]]] = {
     "sft": (sft_config, {"policy": ("policy", "policy")}),
@@ -45,11 +87,28 @@ LOSSES = 1e-5  # relative; the losses and gradient norms of a step
 UPDATES = 1e-3  # relative, Frobenius; what the run has added to the weights
 
 
-def train_stages(files: Path, folder: Path, layouts: dict[str, ParallelLayout]) -> None:
-    """Run every stage under every layout: folder/LAYOUT/STAGE."""
-    for name, layout in layouts.items():
+def train_stages(files: Path, folder: Path, cases: dict[str, dict], ppo: dict[str, dict]) -> None:
+    """Run every stage in every way, and PPO in some more: folder/CASE/STAGE."""
+    optimizer.BUCKET_ELEMENTS = 5_000  # several buckets, where there is anything to overlap
+    for name, changes in cases.items():
         for stage, (config, _) in STAGES.items():
-            train(config(files, folder / name / stage, layout=layout))
+            train(config(files, folder / name / stage, **changes))
+    for name, changes in ppo.items():
+        config = ppo_config(files, folder / name / "ppo", save_every=1, **changes)
+        train(config)
+        if name == RESUMED:
+            resumed = dataclasses.replace(config, directory=folder / name / "resumed")
+            if rank_of_environment() == 0:
+                copy_without_last_checkpoint(config.directory, resumed.directory)
+            dist.barrier()
+            train(resumed)
+
+
+def copy_without_last_checkpoint(run: Path, copy: Path) -> None:
+    """Copy a finished run of two iterations as if it had died before it saved the second."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "step_00000002")
+    (copy / "checkpoints" / "latest").write_text("step_00000001")
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +120,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one_rank(tiny: Path, runs: Path) -> Path:
     """The runs that all others are compared with."""
-    train_stages(tiny, runs, ONE)
+    train_stages(tiny, runs, ONE, {})
     return runs / "one"
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny: Path, runs: Path) -> Path:
-    run_ranks(train_stages, 2, tiny, runs, TWO)  # one world for all: starting it takes longest
+    # One world for all: starting it takes longest.
+    run_ranks(train_stages, 2, tiny, runs, TWO, PPO_TWO)
     return runs
 
 
 @pytest.fixture(scope="module")
 def four_ranks(tiny: Path, runs: Path) -> Path:
-    run_ranks(train_stages, 4, tiny, runs, FOUR)
+    run_ranks(train_stages, 4, tiny, runs, FOUR, PPO_FOUR)
     return runs
 
 
@@ -103,6 +163,35 @@ def test_two_ranks_train_as_one(
     layout: str, stage: str, tiny: Path, one_rank: Path, two_ranks: Path
 ):
     assert_same_training(tiny, stage, two_ranks / layout / stage, one_rank / stage)
+
+
+@pytest.mark.parametrize("case", PPO_TWO)
+def test_policy_and_critic_in_two_layouts_train_as_one(
+    case: str, tiny: Path, one_rank: Path, two_ranks: Path
+):
+    assert_same_training(tiny, "ppo", two_ranks / case / "ppo", one_rank / "ppo")
+
+
+def test_run_of_two_layouts_continues_bit_for_bit(two_ranks: Path):
+    whole, resumed = (two_ranks / RESUMED / name for name in ("ppo", "resumed"))
+    assert (resumed / "checkpoints" / "latest").read_text() == "step_00000002"
+    assert rows_of(resumed) == rows_of(whole)
+    for role in STAGES["ppo"][1]:
+        ours, theirs = weights_of(resumed, role), weights_of(whole, role)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), role
+
+
+def test_runs_remember_both_layouts(two_ranks: Path):
+    config = json.loads((two_ranks / RESUMED / "ppo" / "config.json").read_text())
+    assert (config["layout"]["tp"], config["critic_layout"]["pp"]) == (2, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PPO_FOUR)
+def test_four_ranks_in_two_layouts_train_as_one(
+    case: str, tiny: Path, one_rank: Path, four_ranks: Path
+):
+    assert_same_training(tiny, "ppo", four_ranks / case / "ppo", one_rank / "ppo")
 
 
 @pytest.mark.slow

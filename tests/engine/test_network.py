@@ -76,3 +76,29 @@ def test_recomputed_activations_give_the_same_gradients(recompute, parallel: Par
         gradients.append(torch.cat([p.main_grad.flatten() for p in parameters]))
     assert gradients[0].norm() > 0.1
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
+def bf16_gradient(fuses: bool, parallel: Parallel) -> tuple[torch.Tensor, dict[str, bool]]:
+    """The gradient of three micro-batches, and whether each parameter's took the fused way."""
+    tokens = torch.arange(1, 40).numpy()
+    batch = pack([Example(tokens=tokens, prompt_length=4)], multiple_of=1)
+    numerics = Numerics(dtype="bf16", gradient_accumulation_fusion=fuses)
+    network = build_network("language", SIZE, parallel, numerics=numerics)
+    make_trainable(network)
+    forward_backward(network, [batch] * 3, NegativeLogLikelihood(35))
+    parameters = dict(network.modules[0].named_parameters())
+    total = torch.cat([p.main_grad.flatten() for p in parameters.values()])
+    return total, {name: p.grad_added_to_main_grad for name, p in parameters.items()}
+
+
+def test_fused_gradients_are_the_same_and_not_rounded_to_bf16(parallel: Parallel):
+    (plain, plain_ways), (fused, fused_ways) = (bf16_gradient(f, parallel) for f in (False, True))
+    matrices = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+    assert {name for name, way in fused_ways.items() if way} == {
+        name for name in fused_ways if name.endswith(matrices)
+    }
+    assert not any(plain_ways.values())
+    assert 0 < (fused - plain).norm() < 0.01 * plain.norm()
+    # A third of the sum is one micro-batch's gradient, which bf16 holds only if it was rounded.
+    is_rounded = [(g / 3 == (g / 3).bfloat16()).float().mean() for g in (plain, fused)]
+    assert is_rounded[1] < is_rounded[0]

@@ -47,7 +47,6 @@ def test_world_that_the_model_does_not_divide_is_an_error():
         (ParallelLayout(pp=2, virtual_pp=4), "pp 2 x virtual_pp 4 must divide the 4 layers"),
         (ParallelLayout(virtual_pp=2), "virtual_pp needs layout.pp > 1"),
         (ParallelLayout(sequence_parallel=True), "sequence_parallel needs layout.tp > 1"),
-        (ParallelLayout(cp=2), "cp > 1 is not supported"),
         (ParallelLayout(tp=0), "layout.tp must be at least 1, got 0"),
         (ParallelLayout(pp=-1), "layout.pp must be at least 1, got -1"),
     ],
@@ -66,6 +65,7 @@ def test_vocabulary_must_split_evenly():
 def test_layouts_that_fit_are_silent():
     ParallelLayout(tp=4, sequence_parallel=True).check(SIZE)
     ParallelLayout(pp=2, virtual_pp=2).check(SIZE)
+    ParallelLayout(cp=8).check(SIZE)
 
 
 @pytest.mark.parametrize("degree", [{"tp": 2}, {"tp": 0}, {"pp": 0}, {"cp": -1}])

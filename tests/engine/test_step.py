@@ -12,7 +12,15 @@ from engine.network import Network
 from engine.optimizer import make_trainable
 from engine.parallel import Parallel, start_parallel
 from engine.settings.layout import ParallelLayout
-from engine.step import _padded, forward, forward_backward, reduce_metrics
+from engine.step import (
+    Objective,
+    _padded,
+    _passes,
+    accumulate,
+    forward,
+    forward_backward,
+    reduce_metrics,
+)
 from models.attention import PackedSequences
 from tests.tiny import random_network
 
@@ -91,6 +99,105 @@ def test_scale_multiplies_gradients_and_leaves_metrics(kind: str, parallel: Para
     scaled = forward_backward(network, one_batch(), loss, scale=2.5)  # adds to the same buffers
     torch.testing.assert_close(gradient(network), 3.5 * before, rtol=1e-4, atol=1e-5)
     assert scaled["loss"] == plain["loss"]
+
+
+def test_objectives_of_a_step_add_up_each_with_its_own_scale_and_temperature(parallel: Parallel):
+    network = random_network("language", parallel)
+    make_trainable(network)
+    first, second = several_batches()[:1], several_batches()[1:]
+    losses = NegativeLogLikelihood(9, "one_loss"), NegativeLogLikelihood(5, "other_loss")
+    one = forward_backward(network, first, losses[0], temperature=0.5, scale=0.5)
+    other = forward_backward(network, second, losses[1], scale=3.0)
+    apart = gradient(network).clone()
+    network.chunks[0].zero_grad_buffer()
+    together = accumulate(
+        network,
+        [
+            Objective(batches=first, loss=losses[0], temperature=0.5, scale=0.5),
+            Objective(batches=second, loss=losses[1], scale=3.0),
+        ],
+    )
+    assert torch.equal(gradient(network), apart)
+    assert together == one | other
+
+
+def objective_of_rows(*lengths: int) -> Objective:
+    batches = [
+        pack([Example(tokens=np.arange(n), prompt_length=1)], multiple_of=1) for n in lengths
+    ]
+    return Objective(batches=batches, loss=NegativeLogLikelihood(1))
+
+
+@pytest.mark.parametrize(
+    ("layout", "rows", "passes"),
+    [
+        # Rows of one length: (2 + 4 + 3) x 20 in one pass, (2 + 3) x 20 + (4 + 3) x 20 in two.
+        (ParallelLayout(pp=4), [(20, 20), (20, 20, 20, 20)], [6]),
+        # (2 + 3 + 1) x 40 in one pass, (2 + 1) x 10 + (3 + 1) x 40 in two: padding costs more.
+        (ParallelLayout(pp=2), [(10, 10), (40, 40, 40)], [2, 3]),
+        # (2 + 3 + 15) x 40 in one pass, (2 + 15) x 10 + (3 + 15) x 40 in two: filling costs more.
+        (ParallelLayout(pp=16), [(10, 10), (40, 40, 40)], [5]),
+        # (2 + 3 + 15 / 8) x 40 against (2 + 15 / 8) x 10 + (3 + 15 / 8) x 40: chunks fill faster.
+        (ParallelLayout(pp=16, virtual_pp=8), [(10, 10), (40, 40, 40)], [2, 3]),
+        (ParallelLayout(), [(10, 10), (40, 40, 40)], [5]),
+    ],
+)
+def test_pipeline_is_filled_once_unless_padding_costs_more(
+    layout: ParallelLayout, rows: list[tuple[int, ...]], passes: list[int]
+):
+    found = _passes([objective_of_rows(*lengths) for lengths in rows], layout)
+    assert [len(work) for work in found] == passes
+
+
+def overlapping_network(parallel: Parallel) -> Network:
+    layout = ParallelLayout(overlap_grad_reduce=True)
+    network = random_network("language", dataclasses.replace(parallel, layout=layout))
+    make_trainable(network)
+    return network
+
+
+def test_reduction_starts_with_the_last_micro_batch_of_the_last_pass(
+    parallel: Parallel, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(  # as in a pipeline where one pass would be padded too much
+        "engine.step._passes",
+        lambda objectives, layout: [[(batch, o) for batch in o.batches] for o in objectives],
+    )
+    plain, overlapping = random_network("language", parallel), overlapping_network(parallel)
+    make_trainable(plain)
+    (group,) = overlapping.chunks[0].bucket_groups
+    seen: list[torch.Tensor] = []
+    start = group.start_grad_sync
+
+    def start_and_look(**arguments: bool) -> None:
+        seen.append(gradient(overlapping).clone())
+        start(**arguments)
+
+    monkeypatch.setattr(group, "start_grad_sync", start_and_look)
+    for numbers in ((2, 1), (3, 2), (1, 3)):  # of micro-batches, by objective
+        objectives = [
+            Objective(batches=several_batches()[:number], loss=NegativeLogLikelihood(9))
+            for number in numbers
+        ]
+        for network in (plain, overlapping):
+            network.chunks[0].zero_grad_buffer()
+            accumulate(network, objectives)
+        overlapping.chunks[0].finish_grad_sync()
+        assert torch.equal(seen.pop(), gradient(plain))
+        assert not seen
+
+
+def test_gradients_that_are_being_reduced_take_no_more(parallel: Parallel):
+    network = overlapping_network(parallel)
+    loss = NegativeLogLikelihood(9)
+    for _ in range(2):  # in the first step megatron only looks which gradients there are
+        network.chunks[0].zero_grad_buffer()
+        forward_backward(network, several_batches(), loss)
+        with pytest.raises(RuntimeError, match="being reduced already"):
+            forward_backward(network, several_batches(), loss)
+        network.chunks[0].finish_grad_sync()
+    network.chunks[0].zero_grad_buffer()
+    forward_backward(network, several_batches(), loss)
 
 
 def test_forward_returns_the_output_of_every_batch(parallel: Parallel):

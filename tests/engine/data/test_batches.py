@@ -247,3 +247,13 @@ def test_five_thousand_examples_are_packed_without_much_waste() -> None:
     examples = make_all(lengths)
     batches = micro_batches(examples, range(5_000), dp=1, dp_rank=0, budget=4096, multiple_of=8)
     assert len(batches) <= math.ceil(sum(lengths) / 4096 * 1.01)
+
+
+def test_even_rows_stay_within_the_budget():
+    # 6 + 4 and 5 + 3 + 2 fill two rows; longest first to the shorter row makes 6 + 3 + 2 of them.
+    units = [Example(tokens=np.arange(n), prompt_length=1) for n in (6, 5, 4, 3, 2)]
+    for is_even in (False, True):
+        batches = micro_batches(
+            units, range(5), dp=1, dp_rank=0, budget=10, multiple_of=1, is_even=is_even
+        )
+        assert [len(batch.tokens) for batch in batches] == [10, 10]
