@@ -1,0 +1,147 @@
+"""Bytes that one network takes on one rank, by what they are for.
+
+Weights, gradients and optimizer state are exact (engine/planning/parameters.py). Activations are
+counted tensor by tensor, as in Korthikanti et al. 2022, without the attention's scores, which flash
+attention does not keep. Imports neither torch nor megatron.
+"""
+
+from dataclasses import dataclass
+
+from engine.planning.parameters import (
+    MASTER_BYTES,
+    MOMENTS_BYTES,
+    Kind,
+    buffer_elements,
+    network_parameters,
+    owned_parameters,
+)
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
+from models.sizes import GPTSize
+
+GRADIENT_BYTES = 4  # an element: gradients add up and are reduced in fp32
+HEAD_WORKSPACE = 256 * 2**20  # kernels/linear_logprobs.py: a chunk of logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedNetwork:
+    """One network of a run: its size, and how the ranks share it."""
+
+    kind: Kind
+    size: GPTSize
+    layout: ParallelLayout
+    numerics: Numerics
+    dp: int
+    has_dropout: bool = False
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 4 if self.numerics.dtype == "fp32" else 2
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the network, the padding of the vocabulary aside."""
+        size = self.size
+        return size.num_parameters + (size.hidden_size + 1 if self.kind == "scalar" else 0)
+
+    @property
+    def num_counted(self) -> int:
+        """The N of 6 N a token: all parameters, as GPT-3's Table D.1 counts, since the embedding is
+        the head too; without the embedding where the head is one number."""
+        embedding = self.size.vocab_size * self.size.hidden_size
+        return self.num_parameters - (embedding if self.kind == "scalar" else 0)
+
+    def weight_bytes(self, pp_rank: int) -> int:
+        """Return the bytes of the weights on a stage, the padding of buffers (kilobytes) aside."""
+        elements = network_parameters(self.kind, self.size, self.layout, pp_rank=pp_rank)
+        return self.element_bytes * elements
+
+    def gradient_bytes(self, pp_rank: int) -> int:
+        """Return the bytes of the gradient buffers."""
+        return GRADIENT_BYTES * self.buffer_elements(pp_rank)
+
+    def master_bytes(self, pp_rank: int) -> int:
+        """Return the bytes of the fp32 masters on the fullest rank; fp32 weights are their own."""
+        return 0 if self.element_bytes == 4 else MASTER_BYTES * self.owned_parameters(pp_rank)
+
+    def moment_bytes(self, pp_rank: int) -> int:
+        """Return the bytes of Adam's two moments on the fullest rank."""
+        return MOMENTS_BYTES * self.owned_parameters(pp_rank)
+
+    def average_bytes(self, pp_rank: int) -> int:
+        """Return the bytes of the fp32 running average of the weights on the fullest rank."""
+        return MASTER_BYTES * self.owned_parameters(pp_rank)
+
+    def buffer_elements(self, pp_rank: int) -> int:
+        """Return the elements of a trained network's buffers on a stage."""
+        return buffer_elements(self.kind, self.size, self.layout, pp_rank=pp_rank, dp=self.dp)
+
+    def owned_parameters(self, pp_rank: int) -> int:
+        """Return the parameters whose optimizer state the fullest rank of a stage keeps."""
+        return owned_parameters(self.kind, self.size, self.layout, pp_rank=pp_rank, dp=self.dp)
+
+    def activation_bytes(self, pp_rank: int, rows: int, row_tokens: float) -> int:
+        """Return the bytes kept for the backward pass of `rows` rows in the pipeline, at the most
+        that a stage has in flight."""
+        layout = self.layout
+        chunk_layers = self.size.num_layers // (layout.pp * layout.virtual_pp)
+        in_flight = _chunks_in_flight(layout, pp_rank, rows)
+        whole = self._layer_bytes_a_token()
+        if self.numerics.recompute == "full":
+            # The input of every layer, and all of the one that is being computed again.
+            kept = self._sequence_share(self.element_bytes * self.size.hidden_size)
+            a_token = in_flight * chunk_layers * kept + whole
+        else:
+            a_token = in_flight * chunk_layers * whole
+        return round(a_token * row_tokens)
+
+    def workspace_bytes(self, pp_rank: int, row_tokens: float, *, trains: bool) -> int:
+        """Return an estimate of what comes and goes within a layer and in the head."""
+        size, tp, width = self.size, self.layout.tp, self.element_bytes
+        hidden = size.hidden_size
+        # Gathered input, the MLP's two wide tensors, the layer's output and their gradients.
+        a_token = width * hidden * (4 + 8 / tp) * (2 if trains else 1)
+        total = a_token * row_tokens
+        if trains and self.numerics.gradient_accumulation_fusion is False:
+            total += (
+                4 * hidden * hidden / tp * width
+            )  # the widest matrix's gradient, before it adds
+        if pp_rank == self.layout.pp - 1 and self.kind == "language":
+            total += HEAD_WORKSPACE + 3 * width * hidden * row_tokens
+        return round(total)
+
+    def layer_weight_bytes(self) -> int:
+        """Return the bytes of one layer's weights on a rank."""
+        hidden, tp = self.size.hidden_size, self.layout.tp
+        return self.element_bytes * (12 * hidden * hidden // tp + 7 * hidden // tp + 6 * hidden)
+
+    def end_bytes(self, pp_rank: int) -> int:
+        """Return the bytes of a stage's weights outside of its layers: embeddings, norm, head."""
+        layers = self.size.num_layers // self.layout.pp
+        return self.weight_bytes(pp_rank) - layers * self.layer_weight_bytes()
+
+    def cache_bytes_a_token(self) -> int:
+        """Return the bytes of the keys and values of one token on a rank."""
+        layers = self.size.num_layers // self.layout.pp
+        return 2 * layers * self.size.hidden_size // self.layout.tp * self.element_bytes
+
+    def _layer_bytes_a_token(self) -> float:
+        """What a layer keeps of a token. In hidden-sized tensors: inputs of both norms and of both
+        column-parallel matrices; query, key, value and attention's output; 4 + 4 of the MLP. With
+        2 bytes a number and dropout: 10 h + 24 h / tp (Korthikanti et al. 2022, eq. 2)."""
+        hidden, width = self.size.hidden_size, self.element_bytes
+        outside = 4 * width * hidden + (2 * hidden if self.has_dropout else 0)  # masks: a byte
+        return self._sequence_share(outside) + 12 * width * hidden / self.layout.tp
+
+    def _sequence_share(self, num_bytes: float) -> float:
+        """Bytes of what sequence parallelism, where it is on, splits over tp."""
+        return num_bytes / (self.layout.tp if self.layout.sequence_parallel else 1)
+
+
+def _chunks_in_flight(layout: ParallelLayout, pp_rank: int, rows: int) -> int:
+    """Chunks x rows whose activations a stage holds at once in megatron's schedules."""
+    if layout.virtual_pp == 1:
+        return min(layout.pp - pp_rank, rows)
+    warmup = 2 * (layout.pp - pp_rank - 1) + (layout.virtual_pp - 1) * layout.pp
+    return min(warmup + 1, rows * layout.virtual_pp)

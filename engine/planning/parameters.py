@@ -1,0 +1,153 @@
+"""How many parameters a rank holds of a network, and how many bytes of optimizer state: exact.
+
+The shapes are those of models/gpt.py and models/scalar_gpt.py, the buffers those of megatron's
+distributed optimizer; tests compare both with the real thing. Imports neither torch nor megatron.
+"""
+
+import functools
+import math
+from typing import Literal
+
+from engine.settings.layout import ParallelLayout
+from models.sizes import GPTSize
+
+Kind = Literal["language", "scalar"]
+Buckets = list[tuple[int, list[tuple[int, int]]]]
+"""A bucket each: (its elements with padding, (start, end) of every parameter in it)."""
+
+PARAMETER_ALIGNMENT = 64  # elements: where megatron starts a parameter in a buffer
+BUCKET_ALIGNMENT = 128  # elements: what a bucket's end is rounded up to, together with dp
+BUCKET_ELEMENTS: int | None = None
+"""Elements after which a bucket is full, where the reduction of gradients overlaps; None for
+megatron's choice, 40 M or 1 M a data-parallel rank, whichever is more."""
+MASTER_BYTES = 4  # an element: fp32 masters
+MOMENTS_BYTES = 8  # an element: Adam's two moments in fp32
+
+
+@functools.lru_cache(maxsize=4096)
+def network_parameters(kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int) -> int:
+    """Return the parameters that a rank of pipeline stage pp_rank holds, every tp rank as many.
+
+    The last stage holds a copy of the tied embedding. Raises UserError where the layout cannot
+    hold the size.
+    """
+    layout.check(size)
+    return sum(
+        elements
+        for chunk in range(layout.virtual_pp)
+        for elements, _ in _chunk_parameters(kind, size, layout, pp_rank, chunk)
+    )
+
+
+def optimizer_bytes(
+    kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int
+) -> int:
+    """Return the bytes of fp32 masters and Adam's two moments of 16-bit weights, on the
+    data-parallel rank that holds most.
+
+    Ranks own equal ranges of the padded buffers, and allocate state for the parameters in theirs.
+    """
+    return (MASTER_BYTES + MOMENTS_BYTES) * owned_parameters(
+        kind, size, layout, pp_rank=pp_rank, dp=dp
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def owned_parameters(
+    kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int
+) -> int:
+    """Return the parameters whose optimizer state the fullest data-parallel rank of a stage
+    keeps."""
+    layout.check(size)
+    owned = [0] * dp
+    for chunk in range(layout.virtual_pp):
+        for num_elements, spans in _buckets(kind, size, layout, pp_rank, chunk, dp=dp):
+            share = num_elements // dp
+            for start, end in spans:
+                for rank in range(start // share, (end - 1) // share + 1):
+                    owned[rank] += min(end, (rank + 1) * share) - max(start, rank * share)
+    return max(owned)
+
+
+@functools.lru_cache(maxsize=4096)
+def buffer_elements(
+    kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int
+) -> int:
+    """Return the elements of a trainable network's weight buffers, and of its gradient buffers:
+    its parameters and their padding."""
+    layout.check(size)
+    return sum(
+        num_elements
+        for chunk in range(layout.virtual_pp)
+        for num_elements, _ in _buckets(kind, size, layout, pp_rank, chunk, dp=dp)
+    )
+
+
+def _chunk_parameters(
+    kind: Kind, size: GPTSize, layout: ParallelLayout, pp_rank: int, chunk: int
+) -> list[tuple[int, bool]]:
+    """Return (elements, has a bucket of its own) of one model chunk, in the order of its
+    modules."""
+    hidden, tp = size.hidden_size, layout.tp
+    is_first = pp_rank == 0 and chunk == 0
+    is_last = pp_rank == layout.pp - 1 and chunk == layout.virtual_pp - 1
+    # Both ends of a pipeline hold the tied embedding, and split its state over dp alike.
+    is_shared = kind == "language" and layout.pp > 1
+    found: list[tuple[int, bool]] = []
+    if is_first:
+        found.append((size.padded_vocab_size // tp * hidden, is_shared))
+        found.append((size.context_length * hidden, False))
+    norm = [hidden, hidden]
+    # Column-parallel matrices split their bias too, row-parallel ones and norms do not.
+    layer = [
+        *norm,
+        *(hidden * hidden // tp, hidden),  # attention's output
+        *(3 * hidden // tp * hidden, 3 * hidden // tp),  # query, key and value
+        *norm,
+        *(4 * hidden // tp * hidden, 4 * hidden // tp),
+        *(hidden * 4 * hidden // tp, hidden),
+    ]
+    num_layers = size.num_layers // (layout.pp * layout.virtual_pp)
+    found += [(elements, False) for elements in layer * num_layers]
+    if is_last:
+        found += [(elements, False) for elements in norm]
+        if kind == "scalar":
+            found += [(hidden, False), (1, False)]
+        elif layout.pp > 1:
+            found.append((size.padded_vocab_size // tp * hidden, is_shared))
+    return found
+
+
+def _buckets(  # noqa: PLR0913 - one chunk of one rank, each coordinate named
+    kind: Kind, size: GPTSize, layout: ParallelLayout, pp_rank: int, chunk: int, *, dp: int
+) -> Buckets:
+    """Return the buckets of a chunk's buffer: parameters in reverse order, aligned and padded as
+    megatron's _ParamAndGradBuffer does on GPUs: several buckets on the first chunk of the first
+    stage where their reduction overlaps, one elsewhere, and one for a shared embedding."""
+    buckets: Buckets = []
+    spans: list[tuple[int, int]] = []
+    multiple = math.lcm(dp, BUCKET_ALIGNMENT)
+    overlaps = dp > 1 if layout.overlap_grad_reduce is None else layout.overlap_grad_reduce
+    full = math.inf
+    if overlaps and pp_rank == 0 and chunk == 0:
+        full = BUCKET_ELEMENTS or max(40_000_000, 1_000_000 * dp)
+
+    def close() -> None:
+        nonlocal spans
+        if spans:
+            buckets.append((_round_up(spans[-1][1], multiple), spans))
+        spans = []
+
+    for elements, is_alone in reversed(_chunk_parameters(kind, size, layout, pp_rank, chunk)):
+        if is_alone:
+            close()
+        start = _round_up(spans[-1][1], PARAMETER_ALIGNMENT) if spans else 0
+        spans.append((start, start + elements))
+        if is_alone or spans[-1][1] >= full:
+            close()
+    close()
+    return buckets
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,208 @@
+"""What a rank of every pipeline stage holds in every phase of a run, on the GPU and on the host.
+
+Imports neither torch nor megatron.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.planning.hardware import Cluster
+from engine.planning.memory import PlannedNetwork
+from engine.planning.workload import Batch
+from engine.residency.expected import PHASES, ExpectedBytes, ModelBytes, expected_bytes
+from engine.settings.residency import ResidencyConfig
+from engine.settings.sampling import SamplingConfig
+
+Rows = dict[str, int]
+"""What the bytes are for, to bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """The fullest rank of a pipeline stage."""
+
+    stage: int
+    """Of the run's layout, the policy's in PPO."""
+    phases: dict[str, Rows]
+    """Phase to what its bytes on the GPU are for."""
+    host: Rows
+    """Pinned host memory."""
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that takes most."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes of that phase."""
+        return sum(self.phases[self.peak_phase].values())
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of pinned host memory."""
+        return sum(self.host.values())
+
+
+def training_ranks(
+    network: PlannedNetwork,
+    batches: Sequence[Batch],
+    budget: int,
+    judge: PlannedNetwork | None = None,
+) -> list[RankMemory]:
+    """Return the ranks of SFT, RM or pretraining by stage: one network, and perhaps the reward
+    model that judges its epochs, always resident."""
+    found = []
+    for stage in range(network.layout.pp):
+        rows = {
+            "weights": network.weight_bytes(stage),
+            "gradients": network.gradient_bytes(stage),
+            "fp32 masters": network.master_bytes(stage),
+            "Adam moments": network.moment_bytes(stage),
+        }
+        if judge is not None:
+            rows["reward model"] = judge.weight_bytes(stage)
+        rows |= _working_bytes(network, stage, batches, budget)
+        found.append(RankMemory(stage=stage, phases={"train": rows}, host={}))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Four:
+    """PPO's networks and what they work on."""
+
+    policy: PlannedNetwork
+    """The reference is its like."""
+    critic: PlannedNetwork
+    """The reward model is its like."""
+    residency: ResidencyConfig
+    sampling: SamplingConfig
+    episodes: Batch
+    """An iteration's."""
+    policy_batches: Sequence[Batch]
+    """An optimizer step's: episodes, and pretraining text where there is any."""
+    critic_batches: Sequence[Batch]
+    budget: int
+    most_tokens: int
+    """Of a prompt with its response."""
+
+
+def ppo_ranks(four: Four, cluster: Cluster) -> list[RankMemory]:
+    """Return the fullest rank of every stage of the policy; the critic's stages may be cut
+    otherwise."""
+    policy_pp, critic_pp = four.policy.layout.pp, four.critic.layout.pp
+    cuts = math.lcm(policy_pp, critic_pp)
+    fullest: dict[int, RankMemory] = {}
+    for cut in range(cuts):
+        stage, critic_stage = cut * policy_pp // cuts, cut * critic_pp // cuts
+        rank = _ppo_rank(four, cluster, stage, critic_stage)
+        if stage not in fullest or rank.peak_bytes > fullest[stage].peak_bytes:
+            fullest[stage] = rank
+    return [fullest[stage] for stage in sorted(fullest)]
+
+
+def cache_tokens(rank: RankMemory, policy: PlannedNetwork) -> int:
+    """Return the tokens that a rank's key-value cache holds."""
+    return rank.phases["rollout"]["key-value cache"] // policy.cache_bytes_a_token()
+
+
+def model_bytes(
+    network: PlannedNetwork, stage: int, *, is_trained: bool, average: bool = False
+) -> ModelBytes:
+    """Return what one of PPO's models takes on a rank."""
+    optimizer = network.master_bytes(stage) + network.moment_bytes(stage)
+    if average:
+        optimizer += network.average_bytes(stage)
+    return ModelBytes(
+        weights=network.weight_bytes(stage),
+        gradients=network.gradient_bytes(stage) if is_trained else 0,
+        optimizer=optimizer if is_trained else 0,
+        layer=network.layer_weight_bytes(),
+        ends=network.end_bytes(stage),
+        dp=network.dp,
+    )
+
+
+def _ppo_rank(four: Four, cluster: Cluster, stage: int, critic_stage: int) -> RankMemory:
+    expected = expected_bytes(
+        four.residency,
+        {
+            "policy": model_bytes(four.policy, stage, is_trained=True, average=True),
+            "reference": model_bytes(four.policy, stage, is_trained=False),
+            "critic": model_bytes(four.critic, critic_stage, is_trained=True),
+            "reward_model": model_bytes(four.critic, critic_stage, is_trained=False),
+        },
+    )
+    phases = {phase: _held(expected, four, stage, phase) for phase in PHASES}
+    phases["rollout"] |= _generation_bytes(four, cluster, stage, sum(phases["rollout"].values()))
+    pairs = ((four.policy, stage), (four.critic, critic_stage))
+    tokens = [four.episodes.rows(network.dp, four.budget)[1] for network, _ in pairs]
+    phases["score"]["workspace"] = max(
+        network.workspace_bytes(at, row, trains=False)
+        for (network, at), row in zip(pairs, tokens, strict=True)
+    )
+    work = [
+        _working_bytes(network, at, batches, four.budget)
+        for (network, at), batches in zip(
+            pairs, (four.policy_batches, four.critic_batches), strict=True
+        )
+    ]
+    largest: Rows = max(work, key=lambda rows: sum(rows.values()))  # one after the other
+    phases["update"] |= largest
+    host = {row: size for row, size in expected.host.items() if size}
+    return RankMemory(stage=stage, phases=phases, host=host)
+
+
+def _held(expected: ExpectedBytes, four: Four, stage: int, phase: str) -> Rows:
+    """The rows of what a phase holds; the policy's optimizer and its average apart."""
+    rows = {row: sizes[phase] for row, sizes in expected.device.items() if sizes[phase]}
+    if "policy optimizer" in rows:
+        average = four.policy.average_bytes(stage)
+        rows["policy optimizer"] -= average
+        rows["policy average"] = average
+    return rows
+
+
+def _working_bytes(
+    network: PlannedNetwork, stage: int, batches: Sequence[Batch], budget: int
+) -> Rows:
+    """Activations and workspace of forward and backward passes over rows of these batches."""
+    # The most there can be: examples of the greatest length, and no row longer than the budget, or
+    # than a single example that is over it.
+    most = [math.ceil(batch.count / network.dp) * batch.limit for batch in batches]
+    count = sum(math.ceil(tokens / budget) for tokens in most)
+    longest = max(batch.limit for batch in batches)
+    tokens = min(max(budget, longest), max(most))
+    return {
+        "activations": network.activation_bytes(stage, count, tokens),
+        "workspace": network.workspace_bytes(stage, tokens, trains=True),
+    }
+
+
+def _generation_bytes(four: Four, cluster: Cluster, stage: int, held: int) -> Rows:
+    """The key-value cache and the workspace of decoding; see engine/generation/cache.py."""
+    policy, sampling = four.policy, four.sampling
+    width, hidden, tp = policy.element_bytes, policy.size.hidden_size, policy.layout.tp
+    slots = num_slots(four)
+    # Inputs, queries, the MLP's wide tensors and the output of a step's tokens; fp32 logits and
+    # their copy for sampling.
+    tokens = slots / policy.layout.pp + sampling.prefill_tokens
+    workspace = tokens * width * hidden * (4 + 12 / tp)
+    if stage == policy.layout.pp - 1:
+        workspace += 2 * 4 * slots / policy.layout.pp * policy.size.padded_vocab_size / tp
+    free = max(0, cluster.free_bytes - held - round(workspace))
+    wanted = slots * four.most_tokens * policy.cache_bytes_a_token()
+    limit = sampling.cache_gib * 2**30 if sampling.cache_gib else sampling.cache_fraction * free
+    return {"key-value cache": round(min(limit, wanted)), "workspace": round(workspace)}
+
+
+def num_slots(four: Four) -> int:
+    """Return the sequences that a replica decodes together, its stages' groups in all."""
+    pp = four.policy.layout.pp
+    return (
+        math.ceil(
+            min(four.sampling.num_slots, math.ceil(four.episodes.count / four.policy.dp)) / pp
+        )
+        * pp
+    )

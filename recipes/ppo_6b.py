@@ -1,0 +1,55 @@
+"""PPO-ptx of InstructGPT at 6B, 6B reward model and critic (section 3.5, C.4); --ptx-coef 0: PPO.
+
+torchrun --standalone --nproc-per-node=8 recipes/ppo_6b.py --policy runs/init_6b \
+    --reward-model runs/rm_6b --data.prompts prompts.jsonl --data.pretraining text.jsonl
+"""
+
+from pathlib import Path
+
+from engine.config import run_stage
+from engine.settings.adam import AdamConfig
+from engine.settings.kl import KLConfig
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
+from engine.settings.ppo import PPOConfig, PPOData
+from engine.settings.residency import ResidencyConfig
+from engine.settings.sampling import SamplingConfig
+
+config = PPOConfig(
+    directory=Path("runs/ppo_6b"),
+    policy=Path("runs/init_6b"),  # C.4: the init policy, also the KL reference
+    size="6b",
+    reward_model=Path("runs/rm_6b"),  # C.4: critic too
+    reward_model_size="6b",  # C.4: for every policy
+    # Prompts: app. C. Pretraining sequences: not stated; the context, as the paper's compute says.
+    data=PPOData(max_prompt_tokens=1024, pretraining_tokens=2048),
+    # C.4: temperature 1; app. C: up to 1k tokens; slots: our choice.
+    sampling=SamplingConfig(temperature=1.0, max_new_tokens=1024, num_slots=256),
+    iterations=500,  # C.4: 256k episodes
+    rollout_batch_size=512,  # C.4
+    minibatch_size=64,  # C.4
+    ppo_epochs=1,  # C.4
+    kl=KLConfig(coef=0.02, control="fixed"),  # C.4: beta
+    gamma=1.0,  # C.4: no discount
+    lam=0.95,  # not stated; our choice: Stiennon et al. 2020
+    cliprange=0.2,  # C.4
+    ptx_coef=27.8,  # C.4: gamma of eq. 2
+    ptx_examples_per_episode=8,  # C.4
+    ema_decay=0.992,  # C.4; an optimizer step: our choice
+    # C.4: constant after 10 iterations of warm-up from a tenth; the critic's lr. Betas: app. C.
+    # Policy's lr: not stated; our choice: on E.9's grid, stable up to 8.05e-6.
+    adam=AdamConfig(lr=5.49e-6, schedule="constant", warmup=10, warmup_start=0.1),
+    critic_adam=AdamConfig(lr=9e-6, schedule="constant", warmup=10, warmup_start=0.1),
+    # The paper: fp16 with fp32 masters (app. C); bf16 is our choice for A100 and later.
+    numerics=Numerics(dtype="bf16"),
+    # Our choice: 8 to 256 GPUs, dp 2 to 64.
+    layout=ParallelLayout(tp=4, sequence_parallel=True),
+    residency=ResidencyConfig(reference="host", reward_model="host", optimizer="host"),
+    micro_batch_tokens=4096,  # our choice
+    save_every=50,  # our choice
+)
+
+if __name__ == "__main__":
+    from engine.ppo import train  # here, so that recipes/plan.py reads the config without torch
+
+    run_stage(train, config)

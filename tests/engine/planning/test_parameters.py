@@ -1,0 +1,116 @@
+import os
+from dataclasses import replace
+
+import pytest
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import engine.optimizer
+from engine import parallel
+from engine.network import build_network
+from engine.optimizer import Optimizer
+from engine.planning import parameters
+from engine.planning.parameters import (
+    Kind,
+    buffer_elements,
+    network_parameters,
+    optimizer_bytes,
+)
+from engine.settings.adam import AdamConfig
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
+from models.sizes import SIZES, GPTSize
+from tests.ranks import run_ranks
+
+# Sizes that divide by nothing convenient, so that every padding shows.
+SIZE = GPTSize(num_layers=4, hidden_size=36, num_heads=6, vocab_size=100, context_length=50)
+LAYOUTS = [
+    ParallelLayout(),
+    ParallelLayout(tp=2, sequence_parallel=True, overlap_grad_reduce=True),
+    ParallelLayout(pp=2),
+    ParallelLayout(tp=2, pp=2, virtual_pp=2, overlap_grad_reduce=True),
+    ParallelLayout(pp=4),
+]
+BUCKET = 5000  # elements, so that the first chunk has several where their reduction overlaps
+
+
+def build_and_count(kind: Kind, layout: ParallelLayout, pp_rank: int, dp: int) -> list[int]:
+    """Return (parameters, buffer elements, optimizer bytes) of the real thing, the bytes of the
+    data-parallel rank that holds most; a rank at a time, over collectives that do nothing."""
+    world = layout.tp * layout.pp * dp
+    optimizer_bytes_by_rank = []
+    for dp_rank in range(dp):
+        rank = pp_rank * dp * layout.tp + dp_rank * layout.tp
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+        parallel_state.destroy_model_parallel()
+        parallel._built = None
+        dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        place = parallel.start_parallel(layout, seed=0)
+        assert (place.pp_rank, place.dp_rank) == (pp_rank, dp_rank)
+        network = build_network(kind, SIZE, place, numerics=Numerics(dtype="bf16"))
+        num_parameters = sum(p.numel() for module in network.modules for p in module.parameters())
+        optimizer = Optimizer(network, AdamConfig(), total_steps=1)
+        optimizer.prepare_state()
+        masters = [master for _, _, master in optimizer.owned_masters()]
+        moments = [
+            state[name]
+            for distributed in optimizer._distributed()
+            for state in distributed.optimizer.state.values()
+            for name in ("exp_avg", "exp_avg_sq")
+        ]
+        optimizer_bytes_by_rank.append(sum(t.numel() * t.itemsize for t in masters + moments))
+    buffers = sum(buffer.numel for chunk in network.chunks for buffer in chunk.buffers)
+    return [num_parameters, buffers, max(optimizer_bytes_by_rank)]
+
+
+def build_all(cases: list[tuple[Kind, ParallelLayout, int, int]]) -> list[list[int]]:
+    engine.optimizer.BUCKET_ELEMENTS = BUCKET
+    return [build_and_count(*case) for case in cases]
+
+
+@pytest.mark.slow
+def test_parameters_and_optimizer_state_are_those_of_the_real_network(monkeypatch):
+    monkeypatch.setattr(parameters, "BUCKET_ELEMENTS", BUCKET)
+    cases: list[tuple[Kind, ParallelLayout, int, int]] = [
+        (kind, layout, pp_rank, 3)
+        for kind, layouts in (("language", LAYOUTS), ("scalar", LAYOUTS[1:3]))
+        for plain in layouts
+        # Without a choice reductions overlap on GPUs alone, and a plan is for those.
+        for layout in [replace(plain, overlap_grad_reduce=bool(plain.overlap_grad_reduce))]
+        for pp_rank in {0, layout.pp // 2, layout.pp - 1}
+    ]
+    (found,) = run_ranks(build_all, 1, cases)
+    for (kind, layout, pp_rank, dp), real in zip(cases, found, strict=True):
+        planned = [
+            network_parameters(kind, SIZE, layout, pp_rank=pp_rank),
+            buffer_elements(kind, SIZE, layout, pp_rank=pp_rank, dp=dp),
+            optimizer_bytes(kind, SIZE, layout, pp_rank=pp_rank, dp=dp),
+        ]
+        assert planned == real, (kind, layout, pp_rank, dp)
+
+
+def test_one_rank_holds_the_parameters_of_the_size_and_the_padding_of_its_vocabulary():
+    size = SIZES["175b"]
+    padding = (size.padded_vocab_size - size.vocab_size) * size.hidden_size
+    counted = network_parameters("language", size, ParallelLayout(), pp_rank=0)
+    assert counted == size.num_parameters + padding
+    # The scalar network has a head of hidden + 1 besides.
+    scalar = network_parameters("scalar", size, ParallelLayout(), pp_rank=0)
+    assert scalar == counted + size.hidden_size + 1
+
+
+def test_stages_of_175b_hold_what_megatron_was_seen_to_build():
+    layout = ParallelLayout(tp=8, pp=16)
+    held = [network_parameters("language", SIZES["175b"], layout, pp_rank=r) for r in (0, 15)]
+    assert [round(n / 1e9, 3) for n in held] == [1.462, 1.437]
+
+
+def test_optimizer_state_is_split_over_data_parallel_ranks():
+    layout = ParallelLayout(tp=8, pp=16)
+    size = SIZES["175b"]
+    whole = optimizer_bytes("language", size, layout, pp_rank=3, dp=1)
+    assert whole == 12 * network_parameters("language", size, layout, pp_rank=3)
+    share = optimizer_bytes("language", size, layout, pp_rank=3, dp=8)
+    assert whole / 8 <= share < whole / 8 * 1.0001
