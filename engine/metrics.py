@@ -21,7 +21,14 @@ from rich.text import Text
 from engine.alarms import Alarm
 from engine.data.files import replacing
 
-SFT_HEADLINE = ("train/loss", "train/pretrain_loss", "valid/loss", "train/lr", "train/tokens_per_s")
+SFT_HEADLINE = (
+    "train/loss",
+    "train/pretrain_loss",
+    "valid/loss",
+    "valid/reward",
+    "train/lr",
+    "train/tokens_per_s",
+)
 RM_HEADLINE = ("train/loss", "train/pair_accuracy", "valid/pair_accuracy", "train/tokens_per_s")
 PPO_HEADLINE = (
     "score/reward_mean",
@@ -170,11 +177,15 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 
 def plot_curves(run_dir: Path) -> Path | None:
-    """Draw every key against the step into run_dir/curves.png; None when nothing was logged."""
+    """Draw every key against the step into run_dir/curves.png; None when nothing was logged.
+
+    Memory is left out: it is the same in every iteration, and memory.txt has it as a table.
+    """
     from matplotlib.figure import Figure  # a second that a run need not pay at its start
 
     rows = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
-    keys = list(dict.fromkeys(key for row in rows for key in row if key != "step"))
+    found = dict.fromkeys(key for row in rows for key in row if key != "step")
+    keys = [key for key in found if not key.startswith("memory/")]
     if not keys:
         return None
     num_columns = min(4, len(keys))

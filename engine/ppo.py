@@ -1,5 +1,6 @@
 """PPO and PPO-ptx against the reward model (InstructGPT 3.5 and C.4)."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from engine.data.examples import Example
 from engine.data.pretraining import open_token_file
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.ema import EMA
-from engine.feed import Feed, pack_for
+from engine.feed import Feed, pack_for, token_spread
 from engine.losses import ClippedPolicyLoss, NegativeLogLikelihood, clipped_value_loss
 from engine.metrics import PPO_HEADLINE, Metrics
 from engine.network import Kind, Network, build_network
 from engine.optimizer import Optimizer
-from engine.parallel import seed_for_step
+from engine.parallel import Parallel, rearranged, seed_for_step
+from engine.residency.residency import Residency
 from engine.rollout import (
     Rollout,
     generate_rollout,
@@ -29,7 +31,9 @@ from engine.rollout import (
 )
 from engine.run import Run, require_path, start_run
 from engine.settings.ppo import PPOConfig
-from engine.step import forward_backward, reduce_metrics
+from engine.settings.size import named_size
+from engine.step import Objective, accumulate, forward_backward, reduce_metrics
+from engine.stop import StopSignals
 from kernels.moments import Whitening
 
 
@@ -44,12 +48,9 @@ def train(config: PPOConfig) -> dict[str, float]:
     )
     parallel = run.parallel
 
-    # Build. The critic starts from the reward model; the reference is always read from its own
-    # path.
+    # Build. The critic starts from the reward model.
     policy = _load("language", config.policy, "policy", config, run)
     critic = _load("scalar", config.reward_model, "reward_model", config, run)
-    reference = _load("language", config.reference or config.policy, "policy", config, run)
-    reward_model = _load("scalar", config.reward_model, "reward_model", config, run)
     prompts, notes = _load_prompts(config, run, policy)
     policy_optimizer = Optimizer(policy, config.adam, total_steps=config.iterations)
     critic_optimizer = Optimizer(critic, config.critic_adam, total_steps=config.iterations)
@@ -59,6 +60,10 @@ def train(config: PPOConfig) -> dict[str, float]:
         ema=EMA(policy_optimizer, config.ema_decay),
         pretraining=_pretraining_feed(config, run, policy),
     )
+    residency = Residency(
+        config.residency, policy=policy_optimizer, critic=critic_optimizer, ema=learner.ema
+    )
+    reference, reward_model = _load_frozen(residency, config, run)
     kl = KLController(config.kl)
     alarms = Alarms(config.alarms, dtype=config.numerics.dtype)
     order = EpochOrder(len(prompts), config.rollout_batch_size, config.seed)
@@ -79,18 +84,21 @@ def train(config: PPOConfig) -> dict[str, float]:
         alarms.load_state_dict(progress["alarms"])
     values: dict[str, float] = progress.get("metrics", {})
 
-    with Metrics(
-        config.directory,
-        is_writer=parallel.is_writer,
-        num_steps=config.iterations,
-        first_step=progress["step"],
-        headline=PPO_HEADLINE,
-    ) as metrics:
+    with (
+        Metrics(
+            config.directory,
+            is_writer=parallel.is_writer,
+            num_steps=config.iterations,
+            first_step=progress["step"],
+            headline=PPO_HEADLINE,
+        ) as metrics,
+        StopSignals(parallel) as stop,
+    ):
         metrics.note(*notes)
         for iteration in range(progress["step"], config.iterations):
             # 1 prompt
             batch = [prompts[i] for i in order.indices(iteration)]
-            with metrics.phase("rollout"):  # 2
+            with metrics.phase("rollout"), residency.rollout():  # 2
                 rollout = generate_rollout(
                     policy,
                     batch,
@@ -99,7 +107,7 @@ def train(config: PPOConfig) -> dict[str, float]:
                     seed=config.seed,
                     first_sample_index=iteration * config.rollout_batch_size,
                 )
-            with metrics.phase("score"):  # 3
+            with metrics.phase("score"), residency.score():  # 3
                 score_rollout(
                     rollout,
                     policy=policy,
@@ -120,14 +128,17 @@ def train(config: PPOConfig) -> dict[str, float]:
                     lam=config.lam,
                     whiten=config.whiten_advantages,
                 )
-            with metrics.phase("update"):  # 5
+            with metrics.phase("update"), residency.update():  # 5
                 examples = rollout.examples()
                 updates = [
                     update(learner, config, [examples[i] for i in chosen], whitening, step=step)
                     for step, chosen in minibatches(config, iteration)
                 ]
+                for network in (policy, critic):
+                    network.settle()
             # 6 record
             values = rollout_metrics(rollout, metrics.phase_seconds) | merge_updates(updates)
+            values |= residency.record(config.directory)
             values["kl/coef"] = kl.coef
             kl.update(values["score/kl"], len(rollout))
             metrics.log(iteration, values)
@@ -135,9 +146,12 @@ def train(config: PPOConfig) -> dict[str, float]:
             is_last = iteration + 1 == config.iterations
             if is_last or iteration % config.show_every == 0:
                 metrics.log_samples(iteration, _samples(rollout, run, config.num_shown))
-            if is_last or (config.save_every and (iteration + 1) % config.save_every == 0):
+            is_asked, done = stop.is_asked(), iteration + 1
+            if is_last or is_asked or (config.save_every and done % config.save_every == 0):
                 state = {"kl_coef": kl.coef, "alarms": alarms.state_dict(), "metrics": values}
-                checkpointer.save(iteration + 1, state)
+                checkpointer.save(done, state)
+            if is_asked and not is_last:
+                stop.leave(done)
     return values
 
 
@@ -165,17 +179,19 @@ def update(
     parallel = policy.parallel
     iteration = step // num_updates(config)
     seed_for_step(parallel, step)
-    batches = pack_for(minibatch, list(range(len(minibatch))), parallel, config.micro_batch_tokens)
+    indices = list(range(len(minibatch)))
+    batches = pack_for(minibatch, indices, parallel, config.micro_batch_tokens)
     num_targets = torch.tensor(
         float(sum(len(e.tokens) - e.prompt_length for e in minibatch)), device=parallel.device
     )
     learner.policy.zero_gradients()
     found = policy_gradient(learner, config, batches, num_targets, whitening, step=step)
     learner.critic.zero_gradients()
-    found |= forward_backward(
+    batches = pack_for(minibatch, indices, critic.parallel, config.micro_batch_tokens)
+    critic_found = forward_backward(
         critic, batches, clipped_value_loss(num_targets, cliprange=config.value_cliprange)
     )
-    values = reduce_metrics(found, parallel)
+    values = reduce_metrics(found, parallel) | reduce_metrics(critic_found, critic.parallel)
     policy_step = learner.policy.step(iteration)
     critic_step = learner.critic.step(iteration)
     learner.ema.update()
@@ -184,6 +200,7 @@ def update(
         "critic_grad_norm": critic_step.grad_norm,
         "policy_lr": policy_step.lr,
         "critic_lr": critic_step.lr,
+        "token_spread": token_spread(minibatch, indices, parallel.dp),
     }
 
 
@@ -201,21 +218,21 @@ def policy_gradient(  # noqa: PLR0913 - one call for PPO-ptx's two gradients
 
     Both are means over tokens; the paper does not state the reduction that makes 27.8 meaningful.
     """
-    policy = learner.policy.network
-    found = forward_backward(
-        policy,
-        batches,
-        ClippedPolicyLoss(num_targets=num_targets, cliprange=config.cliprange, whitening=whitening),
-        temperature=config.sampling.temperature,
+    policy_loss = ClippedPolicyLoss(
+        num_targets=num_targets, cliprange=config.cliprange, whitening=whitening
     )
+    objectives = [
+        Objective(batches=batches, loss=policy_loss, temperature=config.sampling.temperature)
+    ]
     if learner.pretraining is not None:
-        found |= forward_backward(
-            policy,
-            learner.pretraining.batches(step),
-            NegativeLogLikelihood(learner.pretraining.num_targets(step), "ptx_loss"),
-            scale=config.ptx_coef,
+        objectives.append(
+            Objective(
+                batches=learner.pretraining.batches(step),
+                loss=NegativeLogLikelihood(learner.pretraining.num_targets(step), "ptx_loss"),
+                scale=config.ptx_coef,
+            )
         )
-    return found
+    return accumulate(learner.policy.network, objectives)
 
 
 def num_updates(config: PPOConfig) -> int:
@@ -267,16 +284,64 @@ def _check(config: PPOConfig) -> None:
             f"rollout_batch_size {config.rollout_batch_size} must be a multiple of "
             f"minibatch_size {config.minibatch_size}"
         )
+    _check_size(config.size, config.policy, "policy")
+    _check_size(config.reward_model_size, config.reward_model, "reward_model")
     config.sampling.check()
     if config.sampling.temperature <= 0:
         raise UserError("sampling.temperature must be positive: PPO needs samples, not a maximum")
 
 
-def _load(kind: Kind, path: Path, role: str, config: PPOConfig, run: Run) -> Network:
-    """Build a network of the size at `path` and load its weights; dropout is off in PPO."""
-    network = build_network(kind, size_of(path, role), run.parallel, numerics=config.numerics)
+def _check_size(name: str, path: Path, role: str) -> None:
+    """Raise UserError where a size is named and the checkpoint's is another; vocabularies may
+    differ."""
+    if not name:
+        return
+    found = size_of(path, role)
+    wanted = named_size(name)
+    if dataclasses.replace(found, vocab_size=wanted.vocab_size) != wanted:
+        raise UserError(
+            f"{path}: the {role} has {found.num_layers} layers of width {found.hidden_size} and a "
+            f"context of {found.context_length} tokens, a {name} has {wanted.num_layers} of "
+            f"{wanted.hidden_size} and {wanted.context_length}"
+        )
+
+
+def _load_frozen(residency: Residency, config: PPOConfig, run: Run) -> tuple[Network, Network]:
+    """Return reference and reward model; the reference is always read from its own path."""
+    path = config.reference or config.policy
+    reference = residency.frozen(
+        "reference",
+        size_of(path, "policy"),
+        lambda into: _load("language", path, "policy", config, run, into),
+    )
+    reward_model = residency.frozen(
+        "reward_model",
+        size_of(config.reward_model, "reward_model"),
+        lambda into: _load("scalar", config.reward_model, "reward_model", config, run, into),
+    )
+    return reference, reward_model
+
+
+def _load(
+    kind: Kind, path: Path, role: str, config: PPOConfig, run: Run, into: Network | None = None
+) -> Network:
+    """Return a network with the weights at `path`: `into`, or one of the size found there; dropout
+    is off in PPO."""
+    parallel, size = _parallel_of(kind, config, run), size_of(path, role)
+    network = into or build_network(kind, size, parallel, numerics=config.numerics)
     load_weights(network, path, role=role, tokenizer_fingerprint=run.tokenizer.fingerprint())
     return network
+
+
+def _parallel_of(kind: Kind, config: PPOConfig, run: Run) -> Parallel:
+    """Return this rank's place in the layout of the language or of the scalar networks."""
+    if kind == "language" or config.critic_layout is None:
+        return run.parallel
+    try:
+        config.critic_layout.check(size_of(config.reward_model, "reward_model"))
+        return rearranged(run.parallel, config.critic_layout)
+    except UserError as error:
+        raise UserError(f"critic_layout: {error}") from None
 
 
 def _load_prompts(config: PPOConfig, run: Run, policy: Network) -> tuple[list[Example], list[str]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.data.batches import PackedBatch, deal
 from engine.data.examples import Example
 from engine.feed import pack_for
-from engine.generation.generate import Response, generate
+from engine.generation.generate import Response, generate, length_spread
 from engine.network import Network
 from engine.parallel import Parallel
 from engine.settings.sampling import SamplingConfig
@@ -50,6 +50,8 @@ class Rollout:
     """[B] bool: the response ended by itself and not at the length limit."""
     prompt_lengths: list[int]
     """[B]."""
+    length_spread: float = 1.0
+    """How evenly the replicas shared the generated tokens; see length_spread."""
     logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
     """[T] of the policy that sampled, by the trainer's forward pass: what ratios are taken
     against."""
@@ -111,7 +113,9 @@ def generate_rollout(  # noqa: PLR0913 - what a draw is keyed by, each named
     the same.
     """
     parallel = policy.parallel
-    mine = deal([len(p.tokens) for p in prompts], parallel.dp, parallel.dp_rank)
+    # Generation has whole sequences on a rank: those that share rows in training take prompts each.
+    lengths = [len(p.tokens) for p in prompts]
+    mine = deal(lengths, parallel.num_replicas, parallel.replica_rank)
     responses = list(
         generate(
             policy,
@@ -122,10 +126,12 @@ def generate_rollout(  # noqa: PLR0913 - what a draw is keyed by, each named
             sample_indices=[first_sample_index + i for i in mine],
         )
     )
-    gathered: list[list[Response]] = [[]] * parallel.dp
-    dist.all_gather_object(gathered, responses, group=parallel.dp_group)
+    gathered: list[list[Response]] = [[]] * parallel.num_replicas
+    dist.all_gather_object(gathered, responses, group=parallel.replica_group)
     by_index = {r.sample_index - first_sample_index: r for part in gathered for r in part}
-    return _join(prompts, [by_index[i] for i in range(len(prompts))], parallel)
+    rollout = _join(prompts, [by_index[i] for i in range(len(prompts))], parallel)
+    rollout.length_spread = length_spread([sum(len(r.tokens) for r in part) for part in gathered])
+    return rollout
 
 
 def score_rollout(  # noqa: PLR0913 - the four roles, each named
@@ -146,15 +152,16 @@ def score_rollout(  # noqa: PLR0913 - the four roles, each named
     length limit: "penalty" takes eos_penalty off its score, "replace" makes -eos_penalty its score,
     "none" leaves it.
     """
-    parallel = policy.parallel
-    batches = pack_for(rollout.examples(), list(range(len(rollout))), parallel, micro_batch_tokens)
+    batches = _pack(rollout, policy, micro_batch_tokens)
+    scalar_batches = _pack(rollout, critic, micro_batch_tokens)  # its layout may be another
+    # Language and scalar models in turn: while one is read, residency swaps the other pair.
     rollout.logprobs = _read(policy, batches, rollout, temperature=temperature)
-    rollout.ref_logprobs = _read(reference, batches, rollout, temperature=temperature)
-    readings = _read(critic, batches, rollout)
+    readings = _read(critic, scalar_batches, rollout)
     # A value is read one token before its own; a prompt has at least one token, so none crosses
     # sequences.
     rollout.values = shift_right(readings).masked_fill(~rollout.response_mask, 0.0)
-    readings = _read(reward_model, batches, rollout)
+    rollout.ref_logprobs = _read(reference, batches, rollout, temperature=temperature)
+    readings = _read(reward_model, scalar_batches, rollout)
     rollout.raw_scores = last_readings(rollout, readings)
     rollout.scores = apply_eos_rule(rollout.raw_scores, rollout.has_eos, eos_rule, eos_penalty)
     return rollout
@@ -174,8 +181,7 @@ def read_rollout(
 ) -> Tensor:
     """Return a network's output [T] for a rollout: log-probs of a language model, readings of a
     scalar one."""
-    indices = list(range(len(rollout)))
-    batches = pack_for(rollout.examples(), indices, network.parallel, micro_batch_tokens)
+    batches = _pack(rollout, network, micro_batch_tokens)
     return _read(network, batches, rollout, temperature=temperature)
 
 
@@ -196,6 +202,7 @@ def rollout_metrics(rollout: Rollout, phase_seconds: dict[str, float]) -> dict[s
         "rollout/response_tokens": count / len(rollout),
         "rollout/prompt_tokens": sum(rollout.prompt_lengths) / len(rollout),
         "rollout/eos_rate": float(rollout.has_eos.double().mean()),
+        "rollout/length_spread": rollout.length_spread,
         "score/reward_mean": float(rollout.raw_scores.mean()),
         "score/reward_std": float(rollout.raw_scores.std()) if len(rollout) > 1 else 0.0,
         "score/kl": float(log_ratio.sum()) / len(rollout),
@@ -212,6 +219,12 @@ def rollout_metrics(rollout: Rollout, phase_seconds: dict[str, float]) -> dict[s
     }
 
 
+def _pack(rollout: Rollout, network: Network, micro_batch_tokens: int) -> list[PackedBatch]:
+    """Return this rank's share of a rollout in the network's layout."""
+    indices = list(range(len(rollout)))
+    return pack_for(rollout.examples(), indices, network.parallel, micro_batch_tokens)
+
+
 def _read(
     network: Network, batches: list[PackedBatch], rollout: Rollout, *, temperature: float = 1.0
 ) -> Tensor:
@@ -219,7 +232,8 @@ def _read(
     sum up."""
     full = torch.zeros(len(rollout.tokens), device=rollout.tokens.device)
     starts = rollout.cu_seqlens[:-1].long()
-    outputs = forward(network, batches, temperature=temperature)
+    with network.present():
+        outputs = forward(network, batches, temperature=temperature)
     for batch, output in zip(batches, outputs, strict=True):
         ids = torch.repeat_interleave(batch.sequence_ids, batch.cu_seqlens.diff().long())
         is_real = ids >= 0

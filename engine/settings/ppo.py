@@ -10,6 +10,7 @@ from engine.settings.alarms import AlarmConfig
 from engine.settings.kl import KLConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.residency import ResidencyConfig
 from engine.settings.sampling import SamplingConfig
 
 
@@ -46,6 +47,12 @@ class PPOConfig:
     reward_model: Path = Path("runs/rm")
     """Run or checkpoint of the reward model; the critic starts from it, head and bias included
     (paper, C.4)."""
+    size: str = ""
+    """Named size (models/sizes.py) that the policy must have, and that plans are made for; "":
+    whatever the checkpoint holds."""
+    reward_model_size: str = ""
+    """Named size that reward model and critic must have (paper, C.4: 6B for every policy); "":
+    whatever the checkpoint holds."""
     data: PPOData = field(default_factory=PPOData)
     """Files and limits."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=1024))
@@ -96,7 +103,12 @@ class PPOConfig:
     numerics: Numerics = field(default_factory=Numerics)
     """Dtype and recomputation."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)
-    """Parallelism."""
+    """Parallelism of policy and reference."""
+    critic_layout: ParallelLayout | None = None
+    """Parallelism of critic and reward model, on the same ranks; none: the policy's. A critic much
+    smaller than the policy wants less tensor and pipeline parallelism."""
+    residency: ResidencyConfig = field(default_factory=ResidencyConfig)
+    """Which weights and optimizer state leave the GPU while nobody reads them."""
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     """When a number is called wrong."""
     seed: int = 0

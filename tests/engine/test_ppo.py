@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from engine.advantages import estimate_advantages
+from engine.checkpoint import size_of
 from engine.config import UserError
 from engine.data.batches import PackedBatch
 from engine.data.examples import Example
@@ -23,7 +25,16 @@ from engine.settings.ppo import PPOConfig
 from engine.settings.sampling import SamplingConfig
 from kernels.moments import Whitening
 from models.attention import PackedSequences
-from tests.tiny import ADAM, WORDS, ppo_config, random_network, rows_of, train
+from tests.tiny import (
+    ADAM,
+    SIZE,
+    WORDS,
+    ppo_config,
+    random_network,
+    rows_of,
+    train,
+    write_checkpoints,
+)
 
 CONFIG = PPOConfig(
     sampling=SamplingConfig(max_new_tokens=16, num_slots=4, cache_gib=0.01, temperature=0.7),
@@ -277,6 +288,15 @@ def test_critic_starts_as_the_reward_model(tiny: Path, tmp_path: Path, monkeypat
     assert rows_of(tmp_path)[0]["score/kl"] == 0.0
 
 
+def test_critic_may_be_of_another_size_than_the_policy(tiny: Path, tmp_path: Path):
+    small = dataclasses.replace(SIZE, num_layers=2, hidden_size=16)
+    shutil.copy(tiny / "tokenizer.json", tmp_path)
+    write_checkpoints(tmp_path, small)
+    run = tmp_path / "run"
+    train(ppo_config(tiny, run, iterations=1, reward_model=tmp_path / "reward_model"))
+    assert (size_of(run, "policy"), size_of(run, "critic")) == (SIZE, small)
+
+
 def test_dropout_is_off_everywhere(tiny: Path, tmp_path: Path, monkeypatch):
     seen = []
 
@@ -314,6 +334,11 @@ def test_run_records_every_phase(tiny: Path, tmp_path: Path):
         ({"sampling": SamplingConfig(temperature=0.0)}, "sampling.temperature must be positive"),
         ({"sampling": SamplingConfig(max_new_tokens=64)}, "max_new_tokens 64 leaves no room"),
         ({"reward_model": Path("nowhere")}, "--reward-model nowhere: no such file or folder"),
+        ({"size": "7b"}, "no size is named '7b'"),
+        ({"size": "6b"}, "the policy has 4 layers of width 32 .* a 6b has 32 of 4096"),
+        ({"reward_model_size": "6b"}, "the reward_model has 4 layers of width 32"),
+        ({"critic_layout": ParallelLayout(tp=3)}, "critic_layout: layout.tp 3 must divide"),
+        ({"critic_layout": ParallelLayout(pp=2)}, "critic_layout: 1 ranks cannot be split"),
     ],
 )
 def test_impossible_config_is_an_error(changes: dict, cause: str, tiny: Path, tmp_path: Path):

@@ -1,0 +1,132 @@
+"""Who holds how many bytes in which phase, on the device and on the host: counted, expected and, on
+a GPU, measured."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from engine.data.files import replacing
+from engine.residency.expected import PHASES, ExpectedBytes
+
+Count = Callable[[], int]
+"""Returns the bytes that a row holds at the moment."""
+
+_REST = "cache, activations"
+
+
+class Ledger:
+    """The bytes of this rank. A row is "role part"; rows are counted from the tensors themselves,
+    whenever something has moved, and the most in a phase is kept."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device_rows: dict[str, Count] = {}
+        self.host_rows: dict[str, Count] = {}
+        self.expected: ExpectedBytes | None = None
+        self.peaks: dict[str, int] = {}
+        """The most bytes of all device rows at once, by phase."""
+        self.measured: dict[str, int] = {}
+        """The most bytes that torch's allocator gave out, by phase; on a GPU only."""
+        self._device = device
+        self._held: dict[str, dict[str, int]] = {}  # the most of each device row, by phase
+        self._phase: str | None = None
+
+    def begin(self, phase: str) -> None:
+        """Start counting a phase."""
+        self._phase = phase
+        self._held[phase] = dict.fromkeys(self.device_rows, 0)
+        self.peaks[phase] = 0
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self.observe()
+
+    def observe(self) -> None:
+        """Count what is held now."""
+        if self._phase is None:
+            return
+        now = {row: count() for row, count in self.device_rows.items()}
+        held = self._held[self._phase]
+        self._held[self._phase] = {row: max(held[row], num_bytes) for row, num_bytes in now.items()}
+        self.peaks[self._phase] = max(self.peaks[self._phase], sum(now.values()))
+
+    def end(self, phase: str) -> None:
+        """Close a phase, which may have failed before it was begun."""
+        if self._phase is None:
+            self.begin(phase)
+        self.observe()
+        if self._device.type == "cuda":
+            self.measured[phase] = torch.cuda.max_memory_allocated(self._device)
+        self._phase = None
+
+    def metrics(self) -> dict[str, float]:
+        """Return bytes by role and phase: memory/PHASE_ROLE_bytes, memory/host_ROLE_bytes, and the
+        most at once."""
+        values: dict[str, float] = {}
+        for phase, held in self._held.items():
+            for role, num_bytes in _by_role(held).items():
+                values[f"memory/{phase}_{role}_bytes"] = num_bytes
+            values[f"memory/{phase}_peak_bytes"] = self.measured.get(phase, self.peaks[phase])
+        host = self._host()
+        for role, num_bytes in _by_role(host).items():
+            values[f"memory/host_{role}_bytes"] = num_bytes
+        values["memory/host_bytes"] = sum(host.values())
+        return {key: float(value) for key, value in values.items()}
+
+    def table(self) -> str:
+        """Return the ledger as text: a row a model's part, a column a phase, and the host."""
+        host = self._host()
+        lines = {
+            row: [*(self._held.get(phase, {}).get(row, 0) for phase in PHASES), host.get(row, 0)]
+            for row in dict.fromkeys([*self.device_rows, *host])
+        }
+        lines = {row: line for row, line in lines.items() if any(line)}
+        peaks = [self.peaks.get(phase, 0) for phase in PHASES]
+        if self.measured:
+            measured = [self.measured.get(phase, 0) for phase in PHASES]
+            rest = (max(0, m - p) for m, p in zip(measured, peaks, strict=True))
+            lines[_REST] = [*rest, 0]
+            peaks = [max(pair) for pair in zip(measured, peaks, strict=True)]
+        lines["most at once"] = [*peaks, sum(host.values())]
+        if self.expected is not None:
+            totals = [self.expected.device_total(phase) for phase in PHASES]
+            lines[f"expected, without {_REST}"] = [*totals, self.expected.host_total]
+        unit, divisor = _unit(max(max(line) for line in lines.values()))
+        width = max(map(len, lines))
+        head = " ".join(f"{name:>9}" for name in (*PHASES, "host"))
+        rows = (
+            f"{row:<{width}} " + " ".join(f"{_cell(value, divisor):>9}" for value in line)
+            for row, line in lines.items()
+        )
+        return "\n".join((f"{unit:<{width}} {head}", *rows))
+
+    def write(self, path: Path, *, rank: int) -> None:
+        """Write the table to a file, in place of an earlier one."""
+        with replacing(path) as stream:
+            stream.write(f"{self._title(rank)}\n\n{self.table()}\n".encode())
+
+    def _title(self, rank: int) -> str:
+        if self._device.type != "cuda":
+            return f"Memory of rank {rank}: weights, gradients and optimizer state in CPU tensors"
+        properties = torch.cuda.get_device_properties(self._device)
+        size = properties.total_memory / 2**30
+        return f"Memory of rank {rank}, {properties.name} of {size:.1f} GiB"
+
+    def _host(self) -> dict[str, int]:
+        return {row: count() for row, count in self.host_rows.items()}
+
+
+def _by_role(rows: Mapping[str, int]) -> dict[str, int]:
+    """Sum the rows "role part" of each role."""
+    totals: dict[str, int] = {}
+    for row, num_bytes in rows.items():
+        role = row.split()[0]
+        totals[role] = totals.get(role, 0) + num_bytes
+    return totals
+
+
+def _unit(most: int) -> tuple[str, int]:
+    return ("GiB", 2**30) if most >= 2**30 else ("MiB", 2**20)
+
+
+def _cell(num_bytes: int, divisor: int) -> str:
+    return f"{num_bytes / divisor:.3f}" if num_bytes else "-"

@@ -1,0 +1,260 @@
+"""Which weights and optimizer state are on the GPU in each phase of PPO, and the moves between.
+
+    phase     on the GPU                                    elsewhere, where the settings say so
+    rollout   policy, key-value cache                       reference, critic, reward model,
+                                                            optimizer state
+    score     policy, then reference in the same memory;    optimizer state
+              critic, then reward model in the same memory
+    update    policy and critic with gradients and          reference, reward model
+              optimizer state
+
+A phase is a block: `with residency.score(): ...`. Between update and the next rollout everything
+that trains is on the GPU, for checkpoints.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import UntypedStorage
+
+from engine.config import UserError
+from engine.ema import EMA
+from engine.network import Network
+from engine.optimizer import Optimizer
+from engine.residency.expected import PARTNERS, ModelBytes, expected_bytes
+from engine.residency.host import Link, Parked, distinct_storages
+from engine.residency.ledger import Ledger
+from engine.residency.seat import Seat, weights_of
+from engine.residency.sharded import ShardedWeights
+from engine.settings.residency import ResidencyConfig
+from models.sizes import GPTSize
+
+FrozenRole = Literal["reference", "reward_model"]
+Load = Callable[[Network | None], Network]
+"""Loads a model's weights into the network it is given, or into one that it builds."""
+
+_ADVICE = {
+    "rollout": "lower sampling.cache_fraction, num_slots or prefill_tokens",
+    "score": "lower micro_batch_tokens",
+    "update": "lower micro_batch_tokens, or recompute activations (numerics.recompute full)",
+}
+
+
+class Residency:
+    """Moves what trains, loads the frozen models, and keeps the ledger of both."""
+
+    def __init__(
+        self, config: ResidencyConfig, *, policy: Optimizer, critic: Optimizer, ema: EMA
+    ) -> None:
+        """Gives up the gradient buffers: until the first update they are room to load models in."""
+        self._parallel = policy.network.parallel
+        device = self._parallel.device
+        self.config = config
+        self.ledger = Ledger(device)
+        self._link = Link(device, bucket_bytes=config.bucket_mib * 2**20)
+        self._trained = {"policy": policy, "critic": critic}
+        self._seats: dict[str, Seat] = {}  # by the role of the owner
+        self._parked: list[Parked] = []
+        self._find_state: dict[str, Callable[[], list[UntypedStorage]]] = {}
+        self._state: dict[str, list[UntypedStorage]] = {}  # looked up at the start of a phase
+        self._models: dict[str, ModelBytes] = {}
+        for role, optimizer in self._trained.items():
+            self._take_over(role, optimizer, ema if ema.optimizer is optimizer else None)
+        if config.critic == "host":
+            self._seat("critic", critic.network)
+        self._release_gradients()
+
+    def frozen(self, role: FrozenRole, size: GPTSize, load: Load) -> Network:
+        """Load a frozen model of that size to where the settings want it; return its network.
+
+        Called before the run's checkpoint is resumed. On the host, a model as large as its partner
+        is loaded and read in the partner's memory, another in memory that it has for the time.
+        """
+        placement, partner = getattr(self.config, role), PARTNERS[role]
+        rows, row = self.ledger.device_rows, f"{role} weights"
+        if placement == "host" and size == self._trained[partner].network.size:
+            seat = self._seat(partner, self._trained[partner].network)
+            network = seat.admit(load)
+            self.ledger.host_rows[row] = lambda: seat.host_bytes["guest"]
+            self._models[role] = model_bytes(network)
+            return network
+        network = load(None)
+        self._models[role] = model_bytes(network)
+        if placement == "sharded":
+            shards = ShardedWeights(network, self.ledger.observe)
+            rows[row] = lambda: shards.num_bytes
+            return network
+        rows[row] = _count(distinct_storages(weights_of(network)))
+        if placement == "host":
+            own_seat = self._seat(role, network)
+            own_seat.rests_on_host = True
+            own_seat.vacate()
+        return network
+
+    @contextlib.contextmanager
+    def rollout(self) -> Iterator[None]:
+        """Run phase 2 with the policy's weights on the device, and no more than the settings want
+        besides."""
+        with self._phase("rollout"):
+            self._rest()
+            self._restore("policy")
+            if self.config.critic == "host":
+                self._seats["critic"].vacate()
+            self.ledger.begin("rollout")
+            yield
+
+    @contextlib.contextmanager
+    def score(self) -> Iterator[None]:
+        """Run phase 3, in which every model's turn to be read comes once: `network.present()`.
+
+        A swap of one pair runs while a network of the other pair is read; the last ends in
+        phase 4.
+        """
+        with self._phase("score"):
+            self._rest()
+            self.ledger.begin("score")
+            trained = [self._seats[role] for role in self._trained if role in self._seats]
+            for seat in trained:
+                seat.awaits_guest = seat.guest is not None
+                if seat.awaits_guest:
+                    seat.begin_saving()
+                seat.start(seat.owner)
+            yield
+            for seat in trained:
+                seat.awaits_guest = False
+                seat.start(seat.owner)
+
+    @contextlib.contextmanager
+    def update(self) -> Iterator[None]:
+        """Run phase 5 with what trains on the device: weights, gradients, optimizer state. It stays
+        there after the block."""
+        with self._phase("update"):
+            for role, optimizer in self._trained.items():
+                self._restore(role)
+                for chunk in optimizer.network.chunks:
+                    chunk.restore_grad_buffers(synchronize=False)
+            for parked in self._parked:  # arrives during the first forward and backward passes
+                parked.fetch()
+            self.ledger.begin("update")
+            yield
+
+    def record(self, folder: Path) -> dict[str, float]:
+        """Return the bytes by role and phase of this iteration as metrics; the writing rank puts
+        them into folder/memory.txt."""
+        if self._parallel.is_writer:
+            self.ledger.write(folder / "memory.txt", rank=self._parallel.rank)
+        return self.ledger.metrics()
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Run a block that begins the phase in the ledger; UserError where the device's memory does
+        not suffice."""
+        self._state = {role: find() for role, find in self._find_state.items()}
+        if len(self._models) == len(self._trained) + len(PARTNERS):
+            self.ledger.expected = expected_bytes(self.config, self._models)
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            reason = str(error).split(". ")[0]
+            self.ledger.end(name)
+            raise UserError(
+                f"out of GPU memory in phase {name}: {reason}\n"
+                f"{self.ledger.table()}\n{_advice(self.config, name)}"
+            ) from error
+        self.ledger.end(name)
+
+    def _rest(self) -> None:
+        """Give up what only updates need."""
+        self._release_gradients()
+        for parked in self._parked:
+            parked.park()
+
+    def _release_gradients(self) -> None:
+        for optimizer in self._trained.values():
+            for chunk in optimizer.network.chunks:
+                chunk.offload_grad_buffers(synchronize=False, empty_cache=False)
+
+    def _restore(self, role: str) -> None:
+        """Have a trained network's weights in its memory, to be read and changed."""
+        if role in self._seats:
+            self._seats[role].restore()
+
+    def _seat(self, role: str, network: Network) -> Seat:
+        if role not in self._seats:
+            seat = self._seats[role] = Seat(network, self._link, self.ledger.observe)
+            self.ledger.host_rows[f"{role} weights"] = lambda: seat.host_bytes["owner"]
+        return self._seats[role]
+
+    def _take_over(self, role: str, optimizer: Optimizer, ema: EMA | None) -> None:
+        """Enter a trained model's parts in the ledger, and arrange for its state to be parked."""
+        network, rows = optimizer.network, self.ledger.device_rows
+        self._models[role] = model_bytes(network, optimizer, ema)
+        optimizer.prepare_state()  # what the run will need is taken at its start
+        weights = distinct_storages(weights_of(network))
+        gradients = distinct_storages(
+            b.grad_data for chunk in network.chunks for b in chunk.buffers
+        )
+        known = {storage._cdata for storage in weights}  # in fp32 the masters are the weights
+
+        def find_state() -> list[UntypedStorage]:
+            shadows = [] if ema is None else ema.shadows
+            found = distinct_storages([*optimizer.state_tensors(), *shadows])
+            return [storage for storage in found if storage._cdata not in known]
+
+        self._find_state[role] = find_state
+        rows[f"{role} weights"] = _count(weights)
+        rows[f"{role} gradients"] = _count(gradients)
+        rows[f"{role} optimizer"] = lambda: sum(s.nbytes() for s in self._state.get(role, ()))
+        if self.config.optimizer == "host":
+            parked = Parked(find_state, self._link)
+            self._parked.append(parked)
+            optimizer.await_state = parked.wait
+            self.ledger.host_rows[f"{role} optimizer"] = lambda: parked.host_bytes
+
+
+def model_bytes(
+    network: Network, optimizer: Optimizer | None = None, ema: EMA | None = None
+) -> ModelBytes:
+    """Return what a model takes on this rank by the shapes of its parameters, without padding.
+
+    Of an optimizer: fp32 gradients of all parameters; masters (where the weights are not fp32
+    themselves), two moments and perhaps the average of this rank's share.
+    """
+    itemsize = network.dtype.itemsize
+    num_parameters = num_outside = num_in_layer = 0
+    for module in network.modules:
+        total = sum(p.numel() for p in module.parameters())  # a tied embedding counts once
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in module.decoder.layers]
+        num_parameters += total
+        num_outside = max(num_outside, total - sum(layers))
+        num_in_layer = max(num_in_layer, *layers)
+    num_owned, num_copies = 0, 0
+    if optimizer is not None:
+        num_owned = sum(master.numel() for _, _, master in optimizer.owned_masters())
+        num_copies = 2 + (network.dtype is not torch.float32) + (ema is not None)
+    return ModelBytes(
+        weights=num_parameters * itemsize,
+        gradients=4 * num_parameters if optimizer is not None else 0,
+        optimizer=4 * num_copies * num_owned,
+        layer=num_in_layer * itemsize,
+        ends=num_outside * itemsize,
+        dp=network.parallel.dp,
+    )
+
+
+def _count(storages: list[UntypedStorage]) -> Callable[[], int]:
+    return lambda: sum(storage.nbytes() for storage in storages)
+
+
+def _advice(config: ResidencyConfig, phase: str) -> str:
+    """Return what to change, the options of residency that are left first."""
+    helping = {
+        "rollout": ("optimizer", "reward_model", "reference", "critic"),
+        "score": ("optimizer", "reward_model", "reference"),
+        "update": ("reward_model", "reference"),
+    }[phase]
+    left = [f"residency.{name} host" for name in helping if getattr(config, name) != "host"]
+    return "set " + ", ".join(left) + "; or " + _ADVICE[phase] if left else _ADVICE[phase]
