@@ -1,28 +1,32 @@
 """Save, load and resume over megatron's distributed checkpoints, which any layout can read.
 
     RUN/checkpoints/latest               the name of the newest complete checkpoint
+    RUN/checkpoints/selected             the name of the one that the run is known by, if not latest
     RUN/checkpoints/step_00000100/
         progress.json                    step, KL coefficient, alarms, ...: what a stage resumes
         from
         policy/                          one network: sharded weights, optimizer state, network.json
         critic/  ema/                    ...
+    RUN/checkpoints/epoch_0003/          weights alone, which are kept
 
 A checkpoint is written beside its place and renamed, and `latest` follows last: a run killed while
 saving resumes from the one before. Weights load through tensors only, never through pickled code.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import queue
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
@@ -57,24 +61,34 @@ class Checkpointer:
 
     def save(self, step: int, progress: dict[str, Any]) -> Path:
         """Write checkpoint `step` with every rank's shards and the progress; return its folder."""
+        with self._whole(f"step_{step:08d}") as folder:
+            for role, network in self.networks.items():
+                self._save_network(folder / role, network, self.optimizers.get(role))
+            if self.ema is not None:
+                self._save_network(folder / "ema", self.ema.optimizer.network, None, self.ema)
+            if self.parallel.is_writer:
+                text = json.dumps({"step": step, **progress}, indent=1)
+                (folder / "progress.json").write_text(text)
         final = self.directory / f"step_{step:08d}"
-        partial = self.directory / f"step_{step:08d}.partial"
         if self.parallel.is_writer:
-            shutil.rmtree(partial, ignore_errors=True)
-        dist.barrier()
-        for role, network in self.networks.items():
-            self._save_network(partial / role, network, self.optimizers.get(role))
-        if self.ema is not None:
-            self._save_network(partial / "ema", self.ema.optimizer.network, None, self.ema)
-        dist.barrier()
-        if self.parallel.is_writer:
-            (partial / "progress.json").write_text(json.dumps({"step": step, **progress}, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
             _write_atomically(self.directory / "latest", final.name)
             self._remove_old(final)
         dist.barrier()
         return final
+
+    def save_weights(self, name: str) -> None:
+        """Write checkpoint `name` with the networks' weights alone; it is kept, and not resumed
+        from."""
+        with self._whole(name) as folder:
+            for role, network in self.networks.items():
+                self._save_network(folder / role, network, None)
+
+    def select(self, name: str) -> None:
+        """Make `name` the checkpoint that whoever is given the run's folder loads, in place of the
+        newest."""
+        if self.parallel.is_writer:
+            _write_atomically(self.directory / "selected", name)
+        dist.barrier()
 
     def resume(self) -> dict[str, Any] | None:
         """Load the newest checkpoint into the networks and optimizers; return its progress, None if
@@ -88,6 +102,20 @@ class Checkpointer:
         if self.ema is not None:
             self._load_ema(folder / "ema")
         return json.loads((folder / "progress.json").read_text())
+
+    @contextlib.contextmanager
+    def _whole(self, name: str) -> Iterator[Path]:
+        """Yield a folder that all ranks write into, and that becomes checkpoint `name` when they
+        are through."""
+        final, partial = self.directory / name, self.directory / f"{name}.partial"
+        if self.parallel.is_writer:
+            shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier()
+        yield partial
+        dist.barrier()
+        if self.parallel.is_writer:
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
 
     def _save_network(
         self, folder: Path, network: Network, optimizer: Optimizer | None, ema: EMA | None = None
@@ -167,9 +195,9 @@ def find_network(path: Path, role: str) -> Path:
     """Return the folder of network `role` under a run, a checkpoint or the folder itself; raises
     UserError."""
     for parent in (path / "checkpoints", path):
-        latest = parent / "latest"
-        if latest.exists():
-            path = parent / latest.read_text().strip()
+        pointers = [p for p in (parent / "selected", parent / "latest") if p.exists()]
+        if pointers:
+            path = parent / pointers[0].read_text().strip()
             break
     for folder in (path, path / role):
         if (folder / "network.json").exists():
@@ -183,6 +211,35 @@ def find_network(path: Path, role: str) -> Path:
             else " (a run, a checkpoint or a network's folder)"
         )
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Where a rank's part of a tensor lies in the whole one, as a checkpoint has it."""
+
+    name: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    is_written: bool
+    """Whether this rank writes the part; others hold it too and only read it."""
+
+
+def shards_of(network: Network) -> list[Shard]:
+    """Return this rank's parts of the network's tensors.
+
+    A tensor of every layer is one tensor in the checkpoint, the layer its first dimension.
+    """
+    return [
+        Shard(
+            name=tensor.key,
+            global_shape=tuple(tensor.global_shape),
+            offset=tuple(tensor.global_offset),
+            shape=(1,) * tensor.prepend_axis_num + tuple(tensor.local_shape),
+            is_written=is_main_replica(tensor.replica_id),
+        )
+        for tensor in _sharded_tensors(_sharded_weights(network))
+    ]
 
 
 def size_of(path: Path, role: str) -> GPTSize:
@@ -213,19 +270,22 @@ def _check_description(folder: Path, network: Network, fingerprint: str) -> dict
 
 
 def _sharded_weights(network: Network) -> dict[str, Any]:
-    return {
-        f"chunk{stage}": module.sharded_state_dict(metadata=dict(_METADATA))
-        for stage, module in enumerate(network.modules)
-    }
+    network.settle()
+    with network.parallel.active():
+        return {
+            f"chunk{stage}": module.sharded_state_dict(metadata=dict(_METADATA))
+            for stage, module in enumerate(network.modules)
+        }
 
 
 def _sharded_optimizer(
     optimizer: Optimizer, weights: dict[str, Any], *, is_loading: bool
 ) -> dict[str, Any]:
     optimizer.prepare_state()
-    return optimizer.megatron.sharded_state_dict(
-        weights, is_loading=is_loading, metadata=dict(_METADATA)
-    )
+    with optimizer.network.parallel.active():
+        return optimizer.megatron.sharded_state_dict(
+            weights, is_loading=is_loading, metadata=dict(_METADATA)
+        )
 
 
 def _sharded_tensors(state: dict[str, Any]) -> list[ShardedTensor]:

@@ -20,6 +20,7 @@ from engine.parallel import seed_for_step
 from engine.run import Run, require_path, size_named, start_run
 from engine.settings.rm import RMConfig
 from engine.step import forward, forward_backward, reduce_metrics
+from engine.stop import StopSignals
 
 
 def train(config: RMConfig) -> dict[str, float]:
@@ -61,13 +62,16 @@ def train(config: RMConfig) -> dict[str, float]:
     run.write_settings(config)
 
     values: dict[str, float] = progress.get("metrics", {})
-    with Metrics(
-        config.directory,
-        is_writer=parallel.is_writer,
-        num_steps=num_steps,
-        first_step=progress["step"],
-        headline=RM_HEADLINE,
-    ) as metrics:
+    with (
+        Metrics(
+            config.directory,
+            is_writer=parallel.is_writer,
+            num_steps=num_steps,
+            first_step=progress["step"],
+            headline=RM_HEADLINE,
+        ) as metrics,
+        StopSignals(parallel) as stop,
+    ):
         metrics.note(*notes)
         for step in range(progress["step"], num_steps):
             with metrics.phase("train"):
@@ -86,8 +90,11 @@ def train(config: RMConfig) -> dict[str, float]:
             values["train/epoch"] = feed.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
-            if is_last or (config.save_every and (step + 1) % config.save_every == 0):
+            is_asked = stop.is_asked()
+            if is_last or is_asked or (config.save_every and (step + 1) % config.save_every == 0):
                 checkpointer.save(step + 1, {"metrics": values})
+            if is_asked and not is_last:
+                stop.leave(step + 1)
     return values
 
 
@@ -121,6 +128,7 @@ def _train_step(step: int, network: Network, optimizer: Optimizer, feed: Feed) -
         "train/grad_norm": result.grad_norm,
         "train/lr": result.lr,
         "train/tokens": float(feed.num_tokens(step)),
+        "train/token_spread": feed.token_spread(step),
     }
 
 

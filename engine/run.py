@@ -10,7 +10,8 @@ from engine.config import UserError, save_config
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.parallel import Parallel, start_parallel
 from engine.settings.layout import ParallelLayout
-from models.sizes import SIZES, GPTSize
+from engine.settings.size import named_size
+from models.sizes import GPTSize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +53,7 @@ def start_run(*, directory: Path, layout: ParallelLayout, seed: int, tokenizer: 
 def size_named(name: str, tokenizer: Tokenizer, context_length: int | None = None) -> GPTSize:
     """Return the size of that name with the tokenizer's vocabulary; raises UserError for an unknown
     name."""
-    if name not in SIZES:
-        raise UserError(f"no size is named {name!r}; the sizes are {', '.join(SIZES)}")
-    size = dataclasses.replace(SIZES[name], vocab_size=tokenizer.vocab_size)
+    size = dataclasses.replace(named_size(name), vocab_size=tokenizer.vocab_size)
     return dataclasses.replace(size, context_length=context_length or size.context_length)
 
 

@@ -5,9 +5,12 @@ One stage, three uses: demonstrations alone are SFT; demonstrations with a share
 give the policy that PPO starts from; pretraining text alone trains the base model.
 """
 
+import math
+from dataclasses import dataclass, field
+
 from engine.checkpoint import Checkpointer, load_weights, size_of
 from engine.config import UserError
-from engine.data.batches import Units
+from engine.data.batches import EpochOrder, Units
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.pretraining import open_token_file
 from engine.data.prompts import split_by_prompt
@@ -18,13 +21,14 @@ from engine.network import Network, build_network
 from engine.optimizer import Optimizer
 from engine.parallel import seed_for_step
 from engine.run import Run, require_path, size_named, start_run
+from engine.selection import epoch_name, load_selection
 from engine.settings.sft import SFTConfig
-from engine.step import forward_backward, reduce_metrics
+from engine.step import Objective, accumulate, reduce_metrics
+from engine.stop import StopSignals
 
 
 def train(config: SFTConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
-    data = config.data
     tokenizer_path = require_path(config.tokenizer or config.init_from, "tokenizer")
     run = start_run(
         directory=config.directory,
@@ -47,10 +51,12 @@ def train(config: SFTConfig) -> dict[str, float]:
             role="policy",
             tokenizer_fingerprint=run.tokenizer.fingerprint(),
         )
-    train_units, valid_units, notes = _load_data(config, run, size.context_length)
-    feeds = _feeds(config, train_units, run)
+    data = _load_data(config, run, size.context_length)
+    selection = load_selection(config, run, network, data.held_out_prompts)
+    feeds = _feeds(config, data.train, run)
     lead = feeds.get("loss") or feeds["pretrain_loss"]
     num_steps = lead.order.num_steps(config.epochs)
+    epoch_at = _epoch_ends(config.epochs, lead.order)
     optimizer = Optimizer(network, config.adam, total_steps=num_steps)
     checkpointer = Checkpointer(
         directory=run.checkpoints,
@@ -61,29 +67,47 @@ def train(config: SFTConfig) -> dict[str, float]:
         tokenizer_fingerprint=run.tokenizer.fingerprint(),
     )
     progress = checkpointer.resume() or {"step": 0}
+    if selection is not None:
+        selection.epochs = progress.get("epochs", [])
     run.write_settings(config)
 
     values: dict[str, float] = progress.get("metrics", {})
-    with Metrics(
-        config.directory,
-        is_writer=parallel.is_writer,
-        num_steps=num_steps,
-        first_step=progress["step"],
-        headline=SFT_HEADLINE,
-    ) as metrics:
-        metrics.note(*notes)
+    with (
+        Metrics(
+            config.directory,
+            is_writer=parallel.is_writer,
+            num_steps=num_steps,
+            first_step=progress["step"],
+            headline=SFT_HEADLINE,
+        ) as metrics,
+        StopSignals(parallel) as stop,
+    ):
+        metrics.note(*data.notes)
         for step in range(progress["step"], num_steps):
             with metrics.phase("train"):
-                values = _train_step(step, network, optimizer, feeds, data.pretraining_fraction)
-            is_last = step + 1 == num_steps
+                values = _train_step(
+                    step, network, optimizer, feeds, config.data.pretraining_fraction
+                )
+            is_last, epoch = step + 1 == num_steps, epoch_at.get(step + 1)
             if is_last or (config.eval_every and (step + 1) % config.eval_every == 0):
                 with metrics.phase("valid"):
-                    values |= _validate(network, valid_units, config.micro_batch_tokens)
+                    values |= _validate(network, data.valid, config.micro_batch_tokens)
+            if epoch and selection is not None:
+                with metrics.phase("select"):
+                    values |= selection.score(network, epoch, step + 1)
             values["train/epoch"] = lead.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
-            if is_last or (config.save_every and (step + 1) % config.save_every == 0):
-                checkpointer.save(step + 1, {"metrics": values})
+            if epoch and (config.save_every_epoch or selection is not None):
+                checkpointer.save_weights(epoch_name(epoch))
+                if selection is not None:
+                    selection.write(checkpointer)
+            is_asked = stop.is_asked()
+            if is_last or is_asked or (config.save_every and (step + 1) % config.save_every == 0):
+                epochs = selection.epochs if selection is not None else []
+                checkpointer.save(step + 1, {"metrics": values, "epochs": epochs})
+            if is_asked and not is_last:
+                stop.leave(step + 1)
     return values
 
 
@@ -99,22 +123,24 @@ def _train_step(
     parallel = network.parallel
     seed_for_step(parallel, step)
     optimizer.zero_gradients()
-    values: dict[str, float] = {}
-    num_tokens = 0
+    objectives = []
     for name, feed in feeds.items():
         share = pretraining_fraction if name == "pretrain_loss" else 1.0 - pretraining_fraction
-        found = forward_backward(
-            network,
-            feed.batches(step),
-            NegativeLogLikelihood(feed.num_targets(step), name),
-            scale=share if len(feeds) > 1 else 1.0,
+        objectives.append(
+            Objective(
+                batches=feed.batches(step),
+                loss=NegativeLogLikelihood(feed.num_targets(step), name),
+                scale=share if len(feeds) > 1 else 1.0,
+            )
         )
-        values |= {f"train/{k}": v for k, v in reduce_metrics(found, parallel).items()}
-        num_tokens += feed.num_tokens(step)
+    found = reduce_metrics(accumulate(network, objectives), parallel)
     result = optimizer.step(step)
-    values |= {"train/grad_norm": result.grad_norm, "train/lr": result.lr}
-    values["train/tokens"] = float(num_tokens)
-    return values
+    return {f"train/{name}": value for name, value in found.items()} | {
+        "train/grad_norm": result.grad_norm,
+        "train/lr": result.lr,
+        "train/tokens": float(sum(feed.num_tokens(step) for feed in feeds.values())),
+        "train/token_spread": max(feed.token_spread(step) for feed in feeds.values()),
+    }
 
 
 def _validate(network: Network, units: dict[str, Units], budget: int) -> dict[str, float]:
@@ -147,18 +173,31 @@ def _feeds(config: SFTConfig, units: dict[str, Units], run: Run) -> dict[str, Fe
     }
 
 
-def _load_data(
-    config: SFTConfig, run: Run, context_length: int
-) -> tuple[dict[str, Units], dict[str, Units], list[str]]:
-    """Return training and held-out units by loss name, and what reading them is to be told
-    about."""
-    data = config.data
-    train: dict[str, Units] = {}
-    valid: dict[str, Units] = {}
-    notes: list[str] = []
+def _epoch_ends(epochs: float, order: EpochOrder) -> dict[int, int]:
+    """Return {steps taken: epoch, from 1} of every epoch's end; the run's end closes a broken
+    one."""
+    last = order.num_steps(epochs)
+    return {min(order.num_steps(e), last): e for e in range(1, math.ceil(epochs) + 1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    """What a run reads, by loss name."""
+
+    train: dict[str, Units] = field(default_factory=dict)
+    valid: dict[str, Units] = field(default_factory=dict)
+    held_out_prompts: list[str] = field(default_factory=list)
+    """Of the held-out demonstrations."""
+    notes: list[str] = field(default_factory=list)
+    """What reading the files is to be told about."""
+
+
+def _load_data(config: SFTConfig, run: Run, context_length: int) -> _Data:
+    """Read demonstrations and pretraining text, the training and the held-out ones."""
+    data, loaded = config.data, _Data()
     if data.train is not None:
         records, report = read_demonstrations(data.train, skip_bad_lines=data.skip_bad_lines)
-        notes.append(f"{data.train}: {report}")
+        loaded.notes.append(f"{data.train}: {report}")
         if data.valid is not None:
             held_out, _ = read_demonstrations(data.valid, skip_bad_lines=data.skip_bad_lines)
         else:
@@ -171,7 +210,11 @@ def _load_data(
                 raise UserError(
                     f"--data.valid-fraction {data.valid_fraction} holds out all prompts"
                 )
-        for units, name, chosen in ((train, "train", records), (valid, "valid", held_out)):
+        loaded.held_out_prompts.extend(r.prompt for r in held_out)
+        for units, name, chosen in (
+            (loaded.train, "train", records),
+            (loaded.valid, "valid", held_out),
+        ):
             if not chosen:
                 continue
             units["loss"], lengths = demonstration_examples(
@@ -181,12 +224,15 @@ def _load_data(
                 max_prompt_length=data.max_prompt_tokens,
                 prompt_suffix=data.prompt_suffix,
             )
-            notes.append(f"demonstrations ({name}): {lengths}")
+            loaded.notes.append(f"demonstrations ({name}): {lengths}")
     wants_pretraining = data.train is None or data.pretraining_fraction > 0
     if wants_pretraining:
         require_path(data.pretraining, "data.pretraining")
         length = min(data.pretraining_tokens, context_length)
-        for units, path in ((train, data.pretraining), (valid, data.pretraining_valid)):
+        for units, path in (
+            (loaded.train, data.pretraining),
+            (loaded.valid, data.pretraining_valid),
+        ):
             if path is not None:
                 tokens = open_token_file(
                     path,
@@ -195,5 +241,5 @@ def _load_data(
                     skip_bad_lines=data.skip_bad_lines,
                 )
                 units["pretrain_loss"] = tokens.sequences(length)
-                notes.append(f"{path}: {tokens.report}, {len(tokens.tokens)} tokens")
-    return train, valid, notes
+                loaded.notes.append(f"{path}: {tokens.report}, {len(tokens.tokens)} tokens")
+    return loaded

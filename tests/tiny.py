@@ -226,8 +226,12 @@ def train_until(config: SFTConfig | RMConfig | PPOConfig, step: int) -> None:
 
 
 def rows_of(run: Path) -> list[dict[str, float]]:
-    """Return a run's metrics by step, without the clock's."""
+    """Return a run's metrics by step, without the clock's and the memory's."""
     return [
-        {k: v for k, v in row.items() if not k.endswith(("seconds", "tokens_per_s"))}
+        {
+            k: v
+            for k, v in row.items()
+            if not k.endswith(("seconds", "tokens_per_s")) and not k.startswith("memory/")
+        }
         for row in read_metrics(run)
     ]

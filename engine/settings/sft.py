@@ -10,6 +10,7 @@ from engine.config import UserError, check_numbers
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.sampling import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,25 @@ class SFTData:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """Which epoch's weights the run is known by: those whose responses to held-out prompts a reward
+    model scores highest (paper, 3.5), or the last."""
+
+    reward_model: Path | None = None
+    """Run or checkpoint of the reward model, of any size; none: no selection."""
+    prompts: Path | None = None
+    """Held-out prompts {prompt}; none: those of the held-out demonstrations."""
+    num_prompts: int = 512
+    """Prompts answered after each epoch, the first distinct ones; not stated, our choice."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=1024))
+    """How the responses are drawn, the same draws each epoch; not stated, our choice: as PPO's
+    rollouts."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "selection.", counts="num_prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SFTConfig:
     """One supervised run."""
 
@@ -85,7 +105,11 @@ class SFTConfig:
     save_every: int = 0
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Checkpoints kept, besides those of the epochs."""
+    save_every_epoch: bool = False
+    """Write the weights at the end of each epoch, and keep them all; a selection does so too."""
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    """Selection of an epoch by reward (paper, 3.5)."""
 
     def __post_init__(self) -> None:
         check_numbers(

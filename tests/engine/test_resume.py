@@ -2,16 +2,22 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from megatron.core import dist_checkpointing
 
 from engine.config import UserError
+from engine.generation.scheduler import Scheduler
+from engine.metrics import Metrics
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.stop import EXIT_STATUS
 from tests.ranks import run_ranks
 from tests.tiny import (
     Killed,
@@ -27,7 +33,11 @@ from tests.tiny import (
 STAGES: dict[str, tuple[Callable, dict, tuple[str, ...]]] = {
     "sft": (sft_config, {"dropout": 0.2, "epochs": 0.8, "save_every": 2}, ("policy",)),
     "rm": (rm_config, {"save_every": 2}, ("reward_model",)),
-    "ppo": (ppo_config, {"iterations": 3, "save_every": 1}, ("policy", "critic", "ema")),
+    "ppo": (
+        ppo_config,
+        {"iterations": 3, "save_every": 1, "num_shown": 8, "show_every": 1},
+        ("policy", "critic", "ema"),
+    ),
 }
 LAYOUTS = {
     "tp2_sequence": ParallelLayout(tp=2, sequence_parallel=True),
@@ -130,6 +140,79 @@ def test_run_killed_while_saving_continues_from_the_checkpoint_before(
     assert_same_run(tmp_path, whole / "ppo", roles)
     names = {path.name for path in checkpoints.iterdir()}
     assert names == {"latest", "step_00000002", "step_00000003"}  # the last two are kept
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_run_stopped_by_a_signal_saves_at_the_step_boundary_and_continues(
+    stage: str, tiny: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make_config, changes, roles = STAGES[stage]
+    config = make_config(tiny, tmp_path, **{**changes, "save_every": 0})
+    log = Metrics.log
+
+    def log_and_signal(self: Metrics, step: int, values: Mapping[str, float]) -> None:
+        log(self, step, values)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(Metrics, "log", log_and_signal)
+        train(config)
+    assert stopped.value.code == EXIT_STATUS
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000001"
+    train(config)
+    assert_same_run(tmp_path, whole / stage, roles)
+
+
+def test_signal_in_the_last_step_leaves_a_finished_run(
+    tiny: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make_config, changes, roles = STAGES["rm"]
+    log = Metrics.log
+
+    def log_and_signal(self: Metrics, step: int, values: Mapping[str, float]) -> None:
+        log(self, step, values)
+        if "train/bias_shift" in values:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "log", log_and_signal)
+        train(make_config(tiny, tmp_path, **changes))
+    assert_same_run(tmp_path, whole / "rm", roles)
+
+
+def die_while_generating(files: Path, folder: Path, num_rounds: int) -> None:
+    """Run PPO in a process that SIGKILL ends in its second rollout, after a few rounds of it."""
+    finish_step = Scheduler.finish_step
+    finished: list[int] = []
+
+    def finish_and_die(self: Scheduler, group: int, step: Any, sampled: Any) -> Any:
+        if (folder / "checkpoints" / "latest").exists():
+            finished.append(group)
+        if len(finished) == num_rounds:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return finish_step(self, group, step, sampled)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scheduler, "finish_step", finish_and_die)
+        train(ppo_config(files, folder, **STAGES["ppo"][1]))
+
+
+def test_run_killed_in_the_middle_of_a_rollout_draws_the_same_responses(
+    tiny: Path, whole: Path, tmp_path: Path
+):
+    make_config, changes, roles = STAGES["ppo"]
+    process = torch.multiprocessing.get_context("spawn").Process(
+        target=die_while_generating, args=(tiny, tmp_path, 10)
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000001"
+    train(make_config(tiny, tmp_path, **changes))
+    responses = (tmp_path / "samples.jsonl").read_text()
+    assert responses == (whole / "ppo" / "samples.jsonl").read_text()
+    assert len(responses.splitlines()) == 3 * 8  # every response of every iteration
+    assert_same_run(tmp_path, whole / "ppo", roles)
 
 
 def test_finished_run_has_nothing_left_to_do(tiny: Path, whole: Path):

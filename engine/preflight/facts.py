@@ -1,0 +1,122 @@
+"""What a rank of a job finds out about its node before the job starts, and what it must find."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from engine.config import check_numbers
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+Scope = Literal["node", "link", "all"]
+"""What a bandwidth is of: an all-reduce in a node, with the counterpart on a neighbour, of all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreflightConfig:
+    """What the nodes must have. The limits are our choice; 0 asks for nothing."""
+
+    directory: Path = Path("runs")
+    """Where runs are written: each rank writes a file there and reads it back."""
+    nodes: tuple[str, ...] = ()
+    """The job's nodes in the order of their ranks, so that a silent one has a name."""
+    timeout_s: float = 120.0
+    """Longest wait for all ranks to answer, and for the measurement of the links."""
+    payload_mib: int = 64
+    """What one all-reduce of the measurement sums up."""
+    min_free_gib: float = 0.0
+    """Free memory of a rank's GPU; without one, of its node."""
+    min_disk_gib: float = 0.0
+    """Free space under `directory`."""
+    min_node_gb_s: float = 0.0
+    """Bus bandwidth of an all-reduce among a node's ranks, in 10^9 bytes a second."""
+    min_link_gb_s: float = 0.0
+    """The same between two ranks of neighbouring nodes."""
+    slow_share: float = 0.5
+    """A bandwidth below this share of the median of all nodes is slow, whatever the limits."""
+    max_skew_s: float = 2.0
+    """Distance of a node's clock from the median of all."""
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            counts="payload_mib",
+            positive="timeout_s max_skew_s",
+            not_negative="min_free_gib min_disk_gib min_node_gb_s min_link_gb_s",
+            shares="slow_share",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a rank found out about its place."""
+
+    rank: int
+    node: str
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the code and of what it stands on; the same everywhere, or there is a fault."""
+    free_gib: float = 0.0
+    disk_gib: float = 0.0
+    disk_error: str = ""
+    clock: float = 0.0
+    """Seconds of the node's clock at a moment that all ranks share."""
+    gb_s: dict[Scope, float] = field(default_factory=dict)
+    """Bandwidths by what they are of, 0 where the measurement did not end; a link's is that of the
+    better neighbour, for a slow node slows down its neighbours' links to it as well."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that the ranks must agree on."""
+    found = {"code": code_version(), "Python": platform.python_version()}
+    for package in ("torch", "megatron-core", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    if torch.cuda.is_available():
+        found["GPU"] = torch.cuda.get_device_name()
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
+def code_version(root: Path = ROOT) -> str:
+    """Return a hash of the project's source files, of their names and contents."""
+    digest = hashlib.sha256()
+    for floor in ("kernels", "models", "engine", "recipes"):
+        for path in sorted((root / floor).rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes of a GPU, or of the node where the device is its CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def disk_facts(directory: Path, rank: int) -> dict[str, Any]:
+    """Return the free space where runs are written, and what went wrong with a file there."""
+    path = directory / f".preflight_{rank}_{os.getpid()}"
+    content = os.urandom(4096)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.read_bytes() != content:
+                return {"disk_error": "a file reads otherwise than it was written"}
+        finally:
+            path.unlink(missing_ok=True)
+        return {"disk_gib": shutil.disk_usage(directory).free / GIB}
+    except OSError as error:
+        return {"disk_error": f"cannot be written: {error.strerror}"}

@@ -1,0 +1,122 @@
+"""Which epoch of supervised fine-tuning is the best: the one whose responses to held-out prompts a
+reward model scores highest (InstructGPT 3.5).
+
+The held-out loss would choose the first epoch or two; reward and people prefer later ones.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from engine.checkpoint import Checkpointer, load_weights, size_of
+from engine.config import UserError
+from engine.data.examples import Example
+from engine.data.files import replacing
+from engine.data.prompts import prompt_examples, read_prompts
+from engine.network import Network, build_network
+from engine.rollout import generate_rollout, last_readings, read_rollout
+from engine.run import Run, require_path
+from engine.settings.sft import SFTConfig
+
+
+@dataclass(kw_only=True)
+class EpochSelection:
+    """Scores the policy at the end of each epoch, and names the best so far."""
+
+    config: SFTConfig
+    run: Run
+    prompts: list[Example]
+    reward_model: Network
+    epochs: list[dict[str, float]]
+    """{epoch, step, reward} of each epoch scored so far: what a resume must know."""
+
+    def score(self, policy: Network, epoch: int, step: int) -> dict[str, float]:
+        """Answer the prompts, remember the mean reward as the epoch's, and return the metrics.
+
+        The draws are keyed alike each epoch, so that the epochs differ by their weights only.
+        """
+        rollout = generate_rollout(
+            policy,
+            self.prompts,
+            self.config.selection.sampling,
+            eos_id=self.run.tokenizer.eos_id,
+            seed=self.config.seed,
+            first_sample_index=0,
+        )
+        readings = read_rollout(self.reward_model, rollout, self.config.micro_batch_tokens)
+        reward = float(last_readings(rollout, readings).double().mean())
+        self.epochs.append({"epoch": epoch, "step": step, "reward": reward})
+        return {
+            "valid/reward": reward,
+            "valid/eos_rate": float(rollout.has_eos.double().mean()),
+            "valid/response_tokens": sum(rollout.response_lengths) / len(rollout),
+        }
+
+    def write(self, checkpointer: Checkpointer) -> None:
+        """Make the best epoch's weights those of the run, and write selected.json beside them."""
+        best = best_epoch(self.epochs)
+        name = epoch_name(int(best["epoch"]))
+        checkpointer.select(name)
+        if self.run.parallel.is_writer:
+            record = {
+                **best,
+                "checkpoint": f"checkpoints/{name}",
+                "reward_model": str(self.config.selection.reward_model),
+                "num_prompts": len(self.prompts),
+                "epochs": self.epochs,
+            }
+            with replacing(self.run.directory / "selected.json") as stream:
+                stream.write((json.dumps(record, indent=1) + "\n").encode())
+
+
+def load_selection(
+    config: SFTConfig, run: Run, policy: Network, held_out: list[str]
+) -> EpochSelection | None:
+    """Return what scores the epochs, None where the config has no reward model.
+
+    held_out: the prompts of the held-out demonstrations. Raises UserError where no prompt is left.
+    """
+    selection = config.selection
+    if selection.reward_model is None:
+        return None
+    path = require_path(selection.reward_model, "selection.reward-model")
+    selection.sampling.check()
+    size = size_of(path, "reward_model")
+    context_length = min(policy.size.context_length, size.context_length)
+    room = context_length - selection.sampling.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"selection.sampling.max_new_tokens {selection.sampling.max_new_tokens} leaves no room "
+            f"for a prompt in the context of {context_length}"
+        )
+    if selection.prompts is not None:
+        held_out, _ = read_prompts(selection.prompts, skip_bad_lines=config.data.skip_bad_lines)
+    if not held_out:
+        raise UserError(
+            "no held-out prompts to select an epoch by: give --selection.prompts or --data.valid"
+        )
+    prompts, _ = prompt_examples(
+        list(dict.fromkeys(held_out))[: selection.num_prompts],
+        run.tokenizer,
+        max_prompt_length=min(config.data.max_prompt_tokens, room),
+        prompt_suffix=config.data.prompt_suffix,
+    )
+    reward_model = build_network("scalar", size, run.parallel, numerics=config.numerics)
+    load_weights(
+        reward_model, path, role="reward_model", tokenizer_fingerprint=run.tokenizer.fingerprint()
+    )
+    return EpochSelection(
+        config=config, run=run, prompts=prompts, reward_model=reward_model, epochs=[]
+    )
+
+
+def best_epoch(epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the epoch of the highest reward, the earliest of equal ones; a reward that is not
+    finite loses."""
+    return max(epochs, key=lambda e: e["reward"] if math.isfinite(e["reward"]) else -math.inf)
+
+
+def epoch_name(epoch: int) -> str:
+    """Return the name of the checkpoint of an epoch's end; epochs count from 1."""
+    return f"epoch_{epoch:04d}"

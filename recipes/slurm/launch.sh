@@ -1,0 +1,55 @@
+# launch RECIPE [OPTIONS]: the body of every job here. It checks the nodes, runs the recipe with a
+# rank a GPU, and requeues the job when a signal has stopped the run at a step boundary.
+#
+# The run then resumes from its newest checkpoint, since a recipe with the same options does. Logs:
+# runs/logs/JOB-ID/rank_0000.log and so on, continued by each start of the job.
+
+set -uo pipefail
+. "${TRIDENT_SITE:-recipes/slurm/site.sh}"
+
+launch() {
+    local recipe=$1 status=0
+    shift
+    local logs="runs/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID"
+    local nodes
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    echo "$(date -Is) start $((${SLURM_RESTART_COUNT:-0} + 1)) on ${#nodes[@]} nodes: ${nodes[*]}"
+    mkdir -p "$logs"
+
+    # Where the ranks meet: on the first node, at a port that no other job of ours takes.
+    export MASTER_ADDR=${nodes[0]}
+    export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+    # Kernels start in the order they are queued in: megatron counts on it to overlap tensor-parallel
+    # communication with matrix products.
+    export CUDA_DEVICE_MAX_CONNECTIONS=1
+
+    MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) \
+        step "$logs/preflight.log" recipes/slurm/preflight.py \
+        --nodes "${nodes[@]}" --directory runs "${PREFLIGHT_OPTIONS[@]}" || status=$?
+    if [ "$status" != 0 ]; then
+        echo "$(date -Is) the preflight failed with status $status: see $logs/preflight.log" >&2
+        grep '^preflight: ' "$logs/preflight.log" | sort -u >&2
+        exit "$status"
+    fi
+
+    MASTER_PORT=$((30000 + SLURM_JOB_ID % 10000)) \
+        step "$logs/rank_%4t.log" "$recipe" "$@" || status=$?
+    echo "$(date -Is) $recipe ended with status $status"
+    # 75: engine/stop.py saved a checkpoint because of a signal. One that came before the time limit
+    # or a preemption finds the job RUNNING; a job that was cancelled is not, and stays away.
+    if [ "$status" = 75 ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+        scontrol requeue "$SLURM_JOB_ID" && status=0
+    fi
+    exit "$status"
+}
+
+# step LOG SCRIPT [OPTIONS]: run a script on every rank.
+step() {
+    local log=$1
+    shift
+    # The first rank to end must not end those that still write (kill-on-bad-exit); when one has
+    # failed, the others wait for it in vain, and --wait ends them. A rank may use all cores.
+    srun --kill-on-bad-exit=0 --wait=300 --cpu-bind=none --open-mode=append --output="$log" \
+        "${SRUN_OPTIONS[@]}" "$PYTHON" "$@"
+}
