@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import importlib
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import typing
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 import tyro
 
@@ -33,19 +34,48 @@ class UserError(Exception):
 
 
 def run_stage(
-    train: Callable[[Config], object], default: Config, arguments: Sequence[str] | None = None
+    train: Callable[[Config], object],
+    default: Config,
+    arguments: Sequence[str] | None = None,
+    *,
+    has_dry_run: bool = True,
 ) -> None:
     """Parse the command line over `default` and call `train(config)`: the whole body of a recipe.
 
     Field `data.skip_bad_lines` is the option `--data.skip-bad-lines`. A UserError, and an unknown
     option is one, prints `error: ...` on stderr without a traceback and exits with status 2.
-    `arguments` replaces sys.argv[1:].
+    `arguments` replaces sys.argv[1:]. `--dry-run GPUS` checks the stage (engine/dry_run.py) instead
+    of running it.
     """
     try:
-        train(parse_config(default, arguments))
+        if not has_dry_run:
+            train(parse_config(default, arguments))
+            return
+        job = parse_config(_stage_job(default), arguments)
+        if job.dry_run is None:
+            train(job.config)
+        elif rank_of_environment() == 0:
+            # Named in a string, for this file must not reach torch by an import.
+            importlib.import_module("engine.dry_run").dry_run(job.config, job.dry_run)
     except UserError as error:
         _print_once(f"error: {error}")
         sys.exit(2)
+
+
+def _stage_job(default: Any) -> Any:
+    """Return the options of a stage's recipe: those of its config, and --dry-run."""
+    stage: Any = type(default)
+    config = Annotated[stage, tyro.conf.arg(name="")]  # its fields without a prefix
+    num_gpus = Annotated[
+        int | None,
+        tyro.conf.arg(
+            metavar="GPUS",
+            help="Check this run on so many GPUs, print its plan and leave: layouts, shapes, "
+            "batches, checkpoints; takes no GPU, file or tokenizer.",
+        ),
+    ]
+    fields = [("config", config), ("dry_run", num_gpus)]
+    return dataclasses.make_dataclass("StageJob", fields)(default, None)
 
 
 def parse_config(default: Config, arguments: Sequence[str] | None = None) -> Config:

@@ -10,6 +10,7 @@ copy of it.
 import contextlib
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,11 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Factory functions that megatron calls with the literal device="cuda".
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like")
+
+# What the stand-ins answer as the current CUDA device.
+_stood_in = torch.device("cpu")
+
+_Replacements = list[tuple[Any, str, Any]]  # (owner of an attribute, its name, its new value)
 
 
 def start_device() -> torch.device:
@@ -46,40 +52,75 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@contextlib.contextmanager
+def meta_device() -> Iterator[torch.device]:
+    """Within the block megatron builds networks on torch's meta device: shapes without memory.
+
+    A GPU is left alone, and torch's CUDA calls are as before after the block.
+    """
+    global _stood_in
+    kept = []
+    if torch.cuda.is_available():
+        kept = [(owner, name, getattr(owner, name)) for owner, name, _ in _stand_ins()]
+        _replace(_stand_ins())
+    else:
+        _install_cpu_stand_ins()
+    _stood_in = torch.device("meta")
+    try:
+        yield _stood_in
+    finally:
+        _stood_in = torch.device("cpu")
+        _replace(kept)
+
+
 @functools.cache  # once a process: wrapping a wrapper would pile up
 def _install_cpu_stand_ins() -> None:
+    _replace(_stand_ins())
+
+
+def _replace(replacements: _Replacements) -> None:
+    for owner, name, value in replacements:
+        setattr(owner, name, value)
+
+
+def _stand_ins() -> _Replacements:
     from megatron.core.tensor_parallel import random as megatron_random
 
-    cpu = torch.device("cpu")
-    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment, return-value]
-    torch.cuda.synchronize = _ignore
-    torch.cuda.empty_cache = _ignore
-    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
-    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()  # type: ignore
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore
-    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore
-    # The distributed optimizer sorts parameters by Tensor.type() strings such as
-    # torch.cuda.FloatTensor.
-    torch.Tensor.type = _with_cuda_type_names(torch.Tensor.type)  # type: ignore
-    for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
-    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # megatron warns when the CPU generator moves while a "GPU" state is forked; here they are one.
-    megatron_random.CudaRNGStatesTracker.fork = _fork
+    return [
+        (torch.cuda, "current_device", lambda: _stood_in),
+        (torch.cuda, "synchronize", _ignore),
+        (torch.cuda, "empty_cache", _ignore),
+        (torch.cuda, "manual_seed", torch.manual_seed),
+        (torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()),
+        (torch.Tensor, "cuda", lambda self, *args, **kwargs: self),
+        (torch.nn.Module, "cuda", lambda self, device=None: self),
+        # The distributed optimizer sorts parameters by Tensor.type() strings such as
+        # torch.cuda.FloatTensor.
+        (torch.Tensor, "type", _with_cuda_type_names(torch.Tensor.type)),
+        *((torch, name, _on_stood_in(getattr(torch, name))) for name in _FACTORIES),
+        (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
+        (
+            megatron_random,
+            "_set_cuda_rng_state",
+            lambda state, *args, **kwargs: torch.set_rng_state(state),
+        ),
+        # megatron warns when the CPU generator moves while a "GPU" state is forked; here they are
+        # one.
+        (megatron_random.CudaRNGStatesTracker, "fork", _fork),
+    ]
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Wrap a tensor factory so that device="cuda" means the CPU."""
+def _on_stood_in(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Wrap a tensor factory so that device="cuda" means the device that stands in."""
 
     @functools.wraps(factory)
     def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") == "cuda":
-            kwargs["device"] = "cpu"
+            kwargs["device"] = _stood_in
         return factory(*args, **kwargs)
 
     return wrapper
@@ -92,7 +133,7 @@ def _with_cuda_type_names(plain: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = plain(self, *args, **kwargs)
         if isinstance(answer, str):
-            return answer.replace("torch.", "torch.cuda.", 1)
+            return re.sub(r"^torch\.(meta\.)?", "torch.cuda.", answer)
         return answer
 
     return wrapper

@@ -13,4 +13,4 @@ from engine.config import run_stage
 from engine.convert import ConvertConfig, convert
 
 if __name__ == "__main__":
-    run_stage(convert, ConvertConfig(direction=tyro.MISSING))
+    run_stage(convert, ConvertConfig(direction=tyro.MISSING), has_dry_run=False)

@@ -22,14 +22,13 @@ CONTEXT = 256
 config = QuickstartConfig(
     directory=Path("runs/quickstart"),
     vocab_size=1400,
-    num_demonstrations=10_000,
+    num_demonstrations=6_000,
     faults_per_level=2.0,
-    num_compared=3000,
-    num_judged=300,
+    num_compared=2400,
+    num_judged=500,
     pretrain=SFTConfig(
         size="tiny",
         data=SFTData(pretraining_tokens=CONTEXT),
-        epochs=0.7,
         batch_size=16,
         micro_batch_tokens=4096,
         # At 3e-3 the model settles on word statistics and SFT no longer learns to copy facts.
@@ -38,7 +37,6 @@ config = QuickstartConfig(
     ),
     sft=SFTConfig(
         data=SFTData(pretraining_fraction=0.1, pretraining_tokens=64, max_tokens=CONTEXT),
-        epochs=1.0,
         batch_size=16,
         micro_batch_tokens=4096,
         adam=AdamConfig(lr=3e-3, warmup=20),
@@ -49,22 +47,23 @@ config = QuickstartConfig(
         epochs=1.0,
         batch_size=4,
         micro_batch_tokens=8192,
-        adam=AdamConfig(lr=7e-4, warmup=10),
+        # At 7e-4 the trunk forgets what SFT taught it: 0.76 of the held-out pairs instead of 0.82.
+        adam=AdamConfig(lr=2.5e-4, warmup=10),
     ),
     ppo=PPOConfig(
         data=PPOData(pretraining_tokens=128),
         sampling=SamplingConfig(max_new_tokens=64, num_slots=256),
-        iterations=30,
+        iterations=36,
         rollout_batch_size=64,
         minibatch_size=32,
         micro_batch_tokens=4096,
-        kl=KLConfig(coef=0.2),
+        kl=KLConfig(coef=0.15),
         ptx_coef=1.0,
         ptx_examples_per_episode=1,
-        adam=AdamConfig(lr=2e-4, schedule="constant", warmup=3),
+        adam=AdamConfig(lr=3e-4, schedule="constant", warmup=3),
         critic_adam=AdamConfig(lr=1e-3, schedule="constant", warmup=3),
     ),
 )
 
 if __name__ == "__main__":
-    run_stage(run, config)
+    run_stage(run, config, has_dry_run=False)

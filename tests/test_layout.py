@@ -19,7 +19,10 @@ LIGHT_FILES = {
     "models/sizes.py",
     "engine/plan.py",
     "engine/config.py",
+    "engine/residency/expected.py",
     *(str(path.relative_to(ROOT)) for path in (ROOT / "engine/settings").glob("*.py")),
+    *(str(path.relative_to(ROOT)) for path in (ROOT / "engine/planning").glob("*.py")),
+    "recipes/plan.py",
 }
 # Who reads the environment, and which variables; None allows any.
 ENVIRONMENT = {

@@ -36,7 +36,7 @@ class SamplingConfig:
     """Decoding steps between two looks of the host at who has finished; 0: 1 on the CPU, 8 on a
     GPU. With pipeline parallelism it is always 1."""
     cuda_graphs: bool = True
-    """Replay decoding steps from CUDA graphs; they need pp 1, and a GPU."""
+    """Replay decoding steps from CUDA graphs; they need a GPU, pp 1 and no sequence parallelism."""
 
     def check(self) -> None:
         """Raise UserError for a value that means nothing."""

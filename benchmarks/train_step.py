@@ -1,0 +1,307 @@
+"""Compares a step of language-model training with plain torch: transformers' GPT-2, and AdamW.
+
+    python -m benchmarks.train_step --device cpu --size small
+    python -m benchmarks.train_step --device cuda --size 1.3b --out benchmarks/results
+
+Both start from the same random weights and read the same tokens, whole sequences of one length, in
+micro-batches of the same tokens. Their first losses must agree before anything is timed. 16-bit
+weights: ours with fp32 masters and fp32 gradient sums; torch's fp32 weights under autocast, which
+is how plain torch trains in bf16.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.timing import (
+    append_record,
+    device_name,
+    machine,
+    matmul_flops,
+    peak_bytes,
+    records_path,
+    tensor_bytes,
+    time_calls,
+    wall_clock,
+)
+from engine.convert import load_huggingface
+from engine.data.examples import Example
+from engine.device import DTYPES
+from engine.feed import pack_for
+from engine.losses import NegativeLogLikelihood
+from engine.network import build_network
+from engine.optimizer import Optimizer
+from engine.parallel import start_parallel
+from engine.planning.hardware import GPUS
+from engine.settings.adam import AdamConfig
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
+from engine.step import forward_backward
+from models.sizes import SIZES, GPTSize
+
+ADAM = AdamConfig(lr=1e-5, schedule="constant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One step: so many sequences of one length, all their tokens but the first predicted."""
+
+    size: GPTSize
+    numerics: Numerics
+    num_sequences: int
+    length: int
+    micro_batch_tokens: int
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[num_sequences, length] token ids, the same at every call."""
+        shape = (self.num_sequences, self.length)
+        return np.random.default_rng(0).integers(0, self.size.vocab_size, shape)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the step."""
+        return self.num_sequences * self.length
+
+    @property
+    def num_targets(self) -> int:
+        """Predicted tokens of the step."""
+        return self.num_sequences * (self.length - 1)
+
+    @property
+    def model_flops(self) -> float:
+        """FLOPs of forward and backward pass, a multiplication and an addition each: the matrices,
+        attention over the keys a causal token sees, and the head; no recomputation, no padding."""
+        size = self.size
+        matrices = 24.0 * size.hidden_size**2
+        attention = 4.0 * size.hidden_size * (self.length + 1) / 2
+        head = 2.0 * size.hidden_size * size.vocab_size
+        forward = size.num_layers * (matrices + attention) * self.num_tokens
+        return 3 * (forward + head * self.num_targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """A provider's network and optimizer."""
+
+    step: Callable[[], float]
+    """One optimizer step; returns its loss."""
+    state: Callable[[], dict[str, list[torch.Tensor]]]
+    """What stays in memory between steps, by what it is for."""
+
+
+def trident(job: Job, device: torch.device, weights: Path | None) -> Trainer:
+    """Return this engine's training on one rank, from a Hugging Face folder or random weights."""
+    parallel = start_parallel(ParallelLayout(), seed=0)
+    network = build_network("language", job.size, parallel, numerics=job.numerics)
+    if weights is not None:
+        load_huggingface(network, weights)
+    optimizer = Optimizer(network, ADAM, total_steps=1)
+    optimizer.prepare_state()
+    examples = [Example(tokens=row, prompt_length=1) for row in job.tokens]
+    batches = pack_for(examples, list(range(len(examples))), parallel, job.micro_batch_tokens)
+    loss = NegativeLogLikelihood(job.num_targets)
+
+    def step() -> float:
+        optimizer.zero_gradients()
+        found = forward_backward(network, batches, loss)
+        optimizer.step(0)
+        return float(found["loss"])
+
+    def state() -> dict[str, list[torch.Tensor]]:
+        buffers = [buffer for chunk in network.chunks for buffer in chunk.buffers]
+        return {
+            "weights": [buffer.param_data for buffer in buffers],
+            "gradients": [buffer.grad_data for buffer in buffers],
+            "optimizer": optimizer.state_tensors(),
+        }
+
+    return Trainer(step=step, state=state)
+
+
+def plain_torch(job: Job, device: torch.device, model: Any) -> Trainer:
+    """Return the training loop that a reader of torch's tutorials would write."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=ADAM.lr,
+        betas=(ADAM.beta1, ADAM.beta2),
+        eps=ADAM.epsilon,
+        weight_decay=ADAM.weight_decay,
+        fused=device.type == "cuda",
+    )
+    rows = torch.from_numpy(job.tokens).to(device)
+    micro_batches = rows.split(max(1, job.micro_batch_tokens // job.length))
+    dtype = DTYPES[job.numerics.dtype]
+
+    def step() -> float:
+        total = torch.zeros((), device=device)
+        for part in micro_batches:
+            with _autocast(device, dtype):
+                logits = model(part, use_cache=False).logits
+            targets = part[:, 1:].flatten()
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
+            loss = loss / job.num_targets
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), ADAM.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(total)
+
+    def state() -> dict[str, list[torch.Tensor]]:
+        moments = [value for values in optimizer.state.values() for value in values.values()]
+        return {"weights": list(model.parameters()), "optimizer": moments}
+
+    return Trainer(step=step, state=state)
+
+
+def trainers(job: Job, device: torch.device) -> dict[str, Trainer]:
+    """Return this engine's trainer and, where transformers is installed, plain torch's; raises
+    RuntimeError where their first losses differ."""
+    try:
+        from transformers.utils import logging
+
+        from benchmarks.generation import random_gpt2
+    except ImportError:
+        return {"trident": trident(job, device, None)}
+    logging.disable_progress_bar()
+    model = random_gpt2(job.size, device, torch.float32)  # in evaluation mode: without dropout
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        both = {
+            "trident": trident(job, device, Path(folder)),
+            "huggingface": plain_torch(job, device, model),
+        }
+    ours, theirs = (trainer.step() for trainer in both.values())
+    if abs(ours - theirs) > (1e-3 if job.numerics.dtype == "fp32" else 3e-2):
+        raise RuntimeError(f"first losses differ, {ours} and {theirs}: nothing is compared")
+    return both
+
+
+def measure(
+    job: Job, device: torch.device, peak: tuple[float, str], num_samples: int
+) -> list[dict[str, Any]]:
+    """Return one record a provider; `peak` is the FLOP/s that count as all, and where from."""
+    both = trainers(job, device)
+    for trainer in both.values():
+        trainer.step()
+    calls: Mapping[str, Callable[[], object]] = {name: t.step for name, t in both.items()}
+    timings = time_calls(calls, wall_clock(device), num_samples=num_samples)
+    records = []
+    for name, timing in timings.items():
+        seconds = timing.median_ms / 1e3
+        state = tensor_bytes(itertools.chain(*both[name].state().values()))
+        records.append(
+            {
+                "benchmark": "train_step",
+                "provider": name,
+                "median_s": seconds,
+                "p20_s": timing.p20_ms / 1e3,
+                "p80_s": timing.p80_ms / 1e3,
+                "num_samples": timing.num_samples,
+                "tokens_per_s": job.num_tokens / seconds,
+                "model_flops_per_s": job.model_flops / seconds,
+                "mfu": job.model_flops / seconds / peak[0],
+                "peak_flops": peak[0],
+                "peak_flops_source": peak[1],
+                "state_bytes": state,
+                "peak_bytes": state + peak_bytes(both[name].step, device),
+                "num_sequences": job.num_sequences,
+                "length": job.length,
+                "micro_batch_tokens": job.micro_batch_tokens,
+                "size": dataclasses.asdict(job.size),
+                "numerics": dataclasses.asdict(job.numerics),
+            }
+        )
+    return records
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Return the FLOP/s of the GPU's datasheet in 16 bits where it is known, else of a large matrix
+    product measured here, and which of the two it is."""
+    names = {name for name in GPUS if name in device_name(device).lower()}
+    if device.type == "cuda" and dtype != torch.float32 and names:
+        return GPUS[max(names, key=len)].flops, "datasheet"
+    return matmul_flops(device, dtype), "matrix product"
+
+
+def main() -> None:
+    """Time a step of every provider; print a table and, with --out, append records."""
+    arguments = _parse()
+    warnings.filterwarnings("ignore")
+    device = torch.device(arguments.device)
+    where = machine(device)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(", ".join(f"{name} {value}" for name, value in where.items()))
+    size = SIZES[arguments.size or ("tiny" if device.type == "cpu" else "1.3b")]
+    job = Job(
+        size=size,
+        numerics=Numerics(
+            dtype="fp32" if device.type == "cpu" else "bf16", recompute=arguments.recompute
+        ),
+        num_sequences=arguments.num_sequences,
+        length=size.context_length,
+        micro_batch_tokens=arguments.micro_batch_tokens,
+    )
+    peak = peak_flops(device, DTYPES[job.numerics.dtype])
+    records = measure(job, device, peak, arguments.num_samples)
+    if len(records) == 1:
+        console.print("transformers is not installed: plain torch is left out")
+    console.print(_table(job, records))
+    if arguments.out:
+        for record in records:
+            append_record(records_path(arguments.out, device), record | where)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    if dtype is torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def _table(job: Job, records: list[dict[str, Any]]) -> Table:
+    source = records[0]["peak_flops_source"]
+    columns = ("provider", "seconds a step", "tokens/s", "TFLOP/s", f"of {source}", "peak GB")
+    title = f"{job.num_sequences} x {job.length} tokens a step, {job.micro_batch_tokens} a pass"
+    table = Table(*columns, title=title)
+    for record in records:
+        table.add_row(
+            record["provider"],
+            f"{record['median_s']:.3f} ({record['p20_s']:.3f} to {record['p80_s']:.3f})",
+            f"{record['tokens_per_s']:.0f}",
+            f"{record['model_flops_per_s'] / 1e12:.3f}",
+            f"{record['mfu']:.1%}",
+            f"{record['peak_bytes'] / 1e9:.3f}",
+        )
+    return table
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--size", choices=SIZES, help="default: tiny, on a GPU 1.3b")
+    parser.add_argument("--num-sequences", type=int, default=16, help="of a step, whole contexts")
+    parser.add_argument("--micro-batch-tokens", type=int, default=8192)
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    parser.add_argument("--num-samples", type=int, default=10, help="steps of each provider")
+    parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
