@@ -1,5 +1,5 @@
 # make quickstart   the whole recipe on a small model, from a fresh clone
-# make test         the tests that two CPU cores run in a few minutes; also test-slow, test-gpu
+# make test         the tests that two CPU cores run in a few minutes; also test-slow, test-slurm, test-gpu
 # make lint         ruff and mypy
 # make bench        every benchmark (needs a GPU)
 
@@ -23,7 +23,7 @@ PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check
 CORES   = $(shell $(BIN)/python -c 'import os, psutil; \
 	print(min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0))))')
 
-.PHONY: setup quickstart test test-slow test-gpu lint bench
+.PHONY: setup quickstart test test-slow test-slurm test-gpu lint bench
 
 setup: $(STAMP)
 
@@ -48,6 +48,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not gpu and not slurm"
+
+test-slurm: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slurm
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -m gpu

@@ -137,6 +137,7 @@ def _run(runner: Runner, scheduler: Scheduler, on_tokens: TokenListener) -> Iter
                     if flight is not None:
                         runner.proceed(flight, virtual_stage)
     finally:
+        runner.drain(flights)
         network.train(was_training)
 
 

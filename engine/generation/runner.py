@@ -5,6 +5,7 @@ The CUDA graphs are written with care and untested: they have not run on a GPU y
 
 import dataclasses
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,6 +116,18 @@ class Runner:
     def proceed(self, flight: Flight, virtual_stage: int) -> None:
         """Run one of this rank's later pipeline chunks on a step."""
         self._run_chunk(flight, virtual_stage, flight.sampled[0])
+
+    def drain(self, flights: Sequence[Flight | None]) -> None:
+        """Wait for the messages that are under way, when generation ends before its steps do.
+
+        A send whose tensor is freed first may never arrive, and the next stage waits for it.
+        """
+        for work, _ in self._sends:
+            work.wait()
+        self._sends.clear()
+        for flight in flights:
+            if flight is not None and flight.reply is not None:
+                flight.reply.wait()
 
     def collect(self, flight: Flight) -> list[tuple[list[int], list[float]]]:
         """Wait for a step and return (tokens, logprobs) of each of its sampled sequences.
