@@ -92,7 +92,7 @@ class Cluster:
 
     def submit(self, name: str, *options: object, num_ranks: int = 1) -> str:
         """Submit a job of recipes/slurm as a user would, but for its size; return its number."""
-        size = ("--nodes=1", f"--ntasks-per-node={num_ranks}", "--time=10")
+        size = ("--nodes=1", f"--ntasks-per-node={num_ranks}", "--time=60")
         return self.call("sbatch", "--parsable", *size, f"recipes/slurm/{name}.sbatch", *options)
 
     def job(self, number: str) -> dict[str, str]:

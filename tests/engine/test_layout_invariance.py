@@ -89,19 +89,21 @@ UPDATES = 1e-3  # relative, Frobenius; what the run has added to the weights
 
 def train_stages(files: Path, folder: Path, cases: dict[str, dict], ppo: dict[str, dict]) -> None:
     """Run every stage in every way, and PPO in some more: folder/CASE/STAGE."""
-    optimizer.BUCKET_ELEMENTS = 5_000  # several buckets, where there is anything to overlap
-    for name, changes in cases.items():
-        for stage, (config, _) in STAGES.items():
-            train(config(files, folder / name / stage, **changes))
-    for name, changes in ppo.items():
-        config = ppo_config(files, folder / name / "ppo", save_every=1, **changes)
-        train(config)
-        if name == RESUMED:
-            resumed = dataclasses.replace(config, directory=folder / name / "resumed")
-            if rank_of_environment() == 0:
-                copy_without_last_checkpoint(config.directory, resumed.directory)
-            dist.barrier()
-            train(resumed)
+    with pytest.MonkeyPatch.context() as patch:
+        # Several buckets, where there is anything to overlap.
+        patch.setattr(optimizer, "BUCKET_ELEMENTS", 5_000)
+        for name, changes in cases.items():
+            for stage, (config, _) in STAGES.items():
+                train(config(files, folder / name / stage, **changes))
+        for name, changes in ppo.items():
+            config = ppo_config(files, folder / name / "ppo", save_every=1, **changes)
+            train(config)
+            if name == RESUMED:
+                resumed = dataclasses.replace(config, directory=folder / name / "resumed")
+                if rank_of_environment() == 0:
+                    copy_without_last_checkpoint(config.directory, resumed.directory)
+                dist.barrier()
+                train(resumed)
 
 
 def copy_without_last_checkpoint(run: Path, copy: Path) -> None:
