@@ -30,6 +30,10 @@ COLUMNS = {  # summary key -> heading, format
 # What a panel of learning curves shows: title, then {metric key: label}. Stages of reinforcement
 # learning share their panels, one line a stage.
 _LOSS = ("loss", {"train/loss": "train", "valid/loss": "held out"})
+_PRETRAIN_LOSS = (
+    "pretraining loss",
+    {"train/pretrain_loss": "train", "valid/pretrain_loss": "held out"},
+)
 _ACCURACY = (
     "pair accuracy",
     {"train/pair_accuracy": "train", "valid/pair_accuracy": "held out"},
@@ -203,7 +207,7 @@ def _learning_curves(curves: Mapping[str, Rows]) -> list[str]:
     for stage, rows in curves.items():
         if stage in rl:
             continue
-        for title, labels in (_LOSS, _ACCURACY):
+        for title, labels in (_LOSS, _PRETRAIN_LOSS, _ACCURACY):
             lines = {
                 label: (_SERIES[i], _points(rows, key))
                 for i, (key, label) in enumerate(labels.items(), start=1)

@@ -21,7 +21,10 @@ SUMMARY = {
     },
 }
 CURVES = {
-    "pretrain": [{"step": s, "train/loss": 5.0 - s, "valid/loss": 5.1 - s} for s in range(4)],
+    "pretrain": [
+        {"step": s, "train/pretrain_loss": 5.0 - s, "valid/pretrain_loss": 5.1 - s}
+        for s in range(4)
+    ],
     "rm": [{"step": s, "train/loss": 0.7, "train/pair_accuracy": 0.5 + s / 10} for s in range(4)],
     "ppo": [{"step": s, "score/kl": s, "score/reward_mean": s / 2} for s in range(20)],
     "ppo_ptx": [{"step": s, "score/kl": s / 2, "score/reward_mean": s / 3} for s in range(20)],
@@ -71,7 +74,7 @@ def test_every_panel_that_has_data_is_drawn(tmp_path):
     assert captions == [
         "preferred to SFT, with 95% interval",
         "reward against KL, a point an iteration",
-        "pretrain: loss",
+        "pretrain: pretraining loss",
         "rm: loss",
         "rm: pair accuracy",
         "reward",
