@@ -22,8 +22,8 @@ CONTEXT = 256
 config = QuickstartConfig(
     directory=Path("runs/quickstart"),
     vocab_size=1400,
-    num_demonstrations=6_000,
-    faults_per_level=2.0,
+    num_demonstrations=9_000,
+    faults_per_level=1.0,
     num_compared=2400,
     num_judged=500,
     pretrain=SFTConfig(
@@ -53,11 +53,11 @@ config = QuickstartConfig(
     ppo=PPOConfig(
         data=PPOData(pretraining_tokens=128),
         sampling=SamplingConfig(max_new_tokens=64, num_slots=256),
-        iterations=36,
+        iterations=40,
         rollout_batch_size=64,
         minibatch_size=32,
         micro_batch_tokens=4096,
-        kl=KLConfig(coef=0.15),
+        kl=KLConfig(coef=0.1),
         ptx_coef=1.0,
         ptx_examples_per_episode=1,
         adam=AdamConfig(lr=3e-4, schedule="constant", warmup=3),
