@@ -224,4 +224,18 @@ def make_trainable(network: Network) -> None:
             DistributedDataParallel(network.config, config, module, disable_bucketing=stage > 0)
             for stage, module in enumerate(network.modules)
         ]
+    for buffer in (buffer for chunk in network.chunks for buffer in chunk.buffers):
+        _count_padding(buffer)
     network.train(True)
+
+
+def _count_padding(buffer: Any) -> None:
+    """Let a checkpoint lay the optimizer's state out as the buffer is, padding and all.
+
+    megatron gathers the buckets without the padding between them, and then cuts parameters out at
+    their places in the padded buffer: behind a bucket whose size is no multiple of 128, masters and
+    moments would be saved shifted. Nothing but that gathering reads these counts.
+    """
+    buffer.numel_unpadded = buffer.numel
+    for bucket in buffer.buckets:
+        bucket.numel_unpadded = bucket.grad_data.numel()

@@ -117,6 +117,24 @@ def test_resumed_training_goes_on_to_the_last_bit(dtype: str, parallel: Parallel
         assert scales == [2.0**15] * 2
 
 
+def test_state_behind_a_padded_bucket_is_saved_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("engine.optimizer.BUCKET_ELEMENTS", 5_000)
+    parallel = start_parallel(ParallelLayout(overlap_grad_reduce=True), seed=1)
+    first = training(tmp_path, parallel)
+    (buffer,) = first.optimizer.network.chunks[0].buffers
+    ends = [max(buffer.param_index_map[p][1] for p in bucket.params) for bucket in buffer.buckets]
+    assert any(end % 128 for end in ends[:-1])  # so that padding follows
+    first.step(0)
+    first.checkpointer.save(1, {})
+    second = training(tmp_path, parallel, seed=9)
+    second.checkpointer.resume()
+    for ours, theirs in zip(second.tensors(), first.tensors(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert repr(second.step(1)) == repr(first.step(1))
+
+
 def test_checkpoint_before_the_first_step_resumes(parallel: Parallel, tmp_path: Path):
     first = training(tmp_path, parallel)
     first.checkpointer.save(0, {})
