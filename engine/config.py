@@ -10,6 +10,7 @@ import functools
 import importlib
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -44,28 +45,39 @@ def run_stage(
 
     Field `data.skip_bad_lines` is the option `--data.skip-bad-lines`. A UserError, and an unknown
     option is one, prints `error: ...` on stderr without a traceback and exits with status 2.
-    `arguments` replaces sys.argv[1:]. `--dry-run GPUS` checks the stage (engine/dry_run.py) instead
-    of running it.
+    `arguments` replaces sys.argv[1:]. `--config` reads a saved config and lays the other options
+    over it; `--dry-run GPUS` checks the stage (engine/dry_run.py) instead of running it.
     """
     try:
         if not has_dry_run:
             train(parse_config(default, arguments))
             return
         job = parse_config(_stage_job(default), arguments)
+        if job.config is not None:
+            path = job.config / "config.json" if job.config.is_dir() else job.config
+            job = parse_config(_stage_job(load_config(type(default), path)), arguments)
         if job.dry_run is None:
-            train(job.config)
+            train(job.stage)
         elif rank_of_environment() == 0:
             # Named in a string, for this file must not reach torch by an import.
-            importlib.import_module("engine.dry_run").dry_run(job.config, job.dry_run)
+            importlib.import_module("engine.dry_run").dry_run(job.stage, job.dry_run)
     except UserError as error:
         _print_once(f"error: {error}")
         sys.exit(2)
 
 
 def _stage_job(default: Any) -> Any:
-    """Return the options of a stage's recipe: those of its config, and --dry-run."""
-    stage: Any = type(default)
-    config = Annotated[stage, tyro.conf.arg(name="")]  # its fields without a prefix
+    """Return the options of a stage's recipe: those of its config, --config and --dry-run."""
+    kind: Any = type(default)
+    stage = Annotated[kind, tyro.conf.arg(name="")]  # its fields without a prefix
+    saved = Annotated[
+        Path | None,
+        tyro.conf.arg(
+            metavar="PATH",
+            help="Start from the options of an earlier run, given as its folder or its "
+            "config.json, instead of the recipe's.",
+        ),
+    ]
     num_gpus = Annotated[
         int | None,
         tyro.conf.arg(
@@ -74,8 +86,8 @@ def _stage_job(default: Any) -> Any:
             "batches, checkpoints; takes no GPU, file or tokenizer.",
         ),
     ]
-    fields = [("config", config), ("dry_run", num_gpus)]
-    return dataclasses.make_dataclass("StageJob", fields)(default, None)
+    fields = [("stage", stage), ("config", saved), ("dry_run", num_gpus)]
+    return dataclasses.make_dataclass("StageJob", fields)(default, None, None)
 
 
 def parse_config(default: Config, arguments: Sequence[str] | None = None) -> Config:
@@ -112,7 +124,8 @@ def check_numbers(
 ) -> None:
     """Raise UserError for a field of a config whose number means nothing; None means none.
 
-    The names of fields are separated by spaces: counts are at least 1, shares from 0 to 1.
+    The names of fields are separated by spaces: counts are at least 1, shares from 0 to 1, and all
+    are finite.
     """
     rules: list[tuple[str, Callable[[float], bool], str]] = [
         (counts, lambda value: value >= 1, "at least 1"),
@@ -125,6 +138,8 @@ def check_numbers(
             value = getattr(config, name)
             if value is not None and not holds(value):  # NaN keeps no rule
                 raise UserError(f"{prefix}{name} must be {wanted}, got {value}")
+            if value == math.inf:
+                raise UserError(f"{prefix}{name} must be finite, got {value}")
 
 
 def save_config(config: Any, path: Path) -> None:
@@ -136,18 +151,34 @@ def save_config(config: Any, path: Path) -> None:
         stream.write(text.encode())
 
 
+def changed_fields(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
+    """Return {dotted name: (saved, now)} of the fields that differ from what save_config wrote to
+    `path`; a field that only one of the two has is left out."""
+
+    def flat(values: Any, prefix: str) -> dict[str, Any]:
+        if not isinstance(values, dict):
+            return {prefix: values}
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            found |= flat(value, f"{prefix}.{name}" if prefix else name)
+        return found
+
+    now, saved = flat(_encode(config), ""), flat(_read_json(path), "")
+    return {
+        name: (saved[name], value)
+        for name, value in now.items()
+        if name in saved and saved[name] != value
+    }
+
+
 def load_config(cls: type[Config], path: Path) -> Config:
     """Return the `cls` that save_config wrote; a field that the file lacks takes its default.
 
     Raises UserError for a missing or malformed file, an unknown field, a value of another type.
     """
-    from engine.data.files import open_file
-
-    with open_file(path) as stream:
-        text = stream.read()
     try:
-        return _decode(cls, json.loads(text), "")
-    except ValueError as error:  # json.JSONDecodeError is one, and says the line
+        return _decode(cls, _read_json(path), "")
+    except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
 
@@ -182,6 +213,17 @@ def _parse_message(box: str) -> str:
     if len(blocks) > 1 and blocks[1][:1] == ["Perhaps you meant:"]:
         advice = f"perhaps you meant {blocks[1][1]}; {advice}"
     return f"{problem}\n{advice}"
+
+
+def _read_json(path: Path) -> Any:
+    from engine.data.files import open_file
+
+    with open_file(path) as stream:
+        text = stream.read()
+    try:
+        return json.loads(text)
+    except ValueError as error:  # json.JSONDecodeError is one, and says the line
+        raise UserError(f"{path}: {error}") from None
 
 
 def _encode(value: Any) -> Any:

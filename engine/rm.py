@@ -17,7 +17,7 @@ from engine.metrics import RM_HEADLINE, Metrics
 from engine.network import Network, build_network
 from engine.optimizer import Optimizer
 from engine.parallel import seed_for_step
-from engine.run import Run, require_path, size_named, start_run
+from engine.run import Run, require_path, size_named, start_run, tokenizer_path
 from engine.settings.rm import RMConfig
 from engine.step import forward, forward_backward, reduce_metrics
 from engine.stop import StopSignals
@@ -30,7 +30,7 @@ def train(config: RMConfig) -> dict[str, float]:
         directory=config.directory,
         layout=config.layout,
         seed=config.seed,
-        tokenizer=require_path(config.tokenizer or config.init_from, "init-from"),
+        tokenizer=tokenizer_path(config.tokenizer, config.init_from),
     )
     parallel, fingerprint = run.parallel, run.tokenizer.fingerprint()
     if config.init_from:
@@ -158,7 +158,8 @@ def _load_data(
     records, report = read_comparisons(data.train, skip_bad_lines=data.skip_bad_lines)
     notes = [f"{data.train}: {report}"]
     if data.valid is not None:
-        held_out, _ = read_comparisons(data.valid, skip_bad_lines=data.skip_bad_lines)
+        held_out, report = read_comparisons(data.valid, skip_bad_lines=data.skip_bad_lines)
+        notes.append(f"{data.valid}: {report}")
     else:
         kept, out = split_by_prompt([r.prompt for r in records], data.valid_fraction, config.seed)
         held_out = [records[i] for i in out]
@@ -173,7 +174,8 @@ def _load_data(
         notes.append(f"comparisons (valid): {lengths}")
     demonstrations: list[Example] = []
     if data.demonstrations is not None:
-        texts, _ = read_demonstrations(data.demonstrations, skip_bad_lines=data.skip_bad_lines)
+        texts, report = read_demonstrations(data.demonstrations, skip_bad_lines=data.skip_bad_lines)
+        notes.append(f"{data.demonstrations}: {report}")
         demonstrations, lengths = demonstration_examples(
             texts[: data.num_demonstrations], run.tokenizer, **limits
         )

@@ -6,12 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import UserError, save_config
+from engine.config import UserError, changed_fields, save_config
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.parallel import Parallel, start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.size import named_size
 from models.sizes import GPTSize
+
+# What a run may change when it goes on: where and how fast it runs, how long, what it writes. Any
+# other change would make it neither the old run nor the new one.
+_MAY_CHANGE = (
+    *("directory", "layout", "critic_layout", "residency", "alarms", "micro_batch_tokens"),
+    *("epochs", "iterations", "eval_every", "save_every", "keep", "num_shown", "show_every"),
+    *("num_slots", "prefill_tokens", "block_size", "cache_fraction", "cache_gib", "steps_per_sync"),
+    *("cuda_graphs", "recompute", "gradient_accumulation_fusion", "skip_bad_lines"),
+    "tokenizer",  # the checkpoint knows which one it was
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +41,24 @@ class Run:
         """Write config.json and the tokenizer into the run's folder.
 
         The stages do so once everything is loaded: a mistake of the user's so leaves no folder, and
-        changes none that an earlier run has written.
+        changes none that an earlier run has written. UserError, on every rank, where the folder's
+        checkpoints are of a run with other settings.
         """
+        self._check_unchanged(config)
         if self.parallel.is_writer:
             self.tokenizer.save(self.directory / "tokenizer")
             save_config(config, self.directory / "config.json")
+
+    def _check_unchanged(self, config: Any) -> None:
+        path = self.directory / "config.json"
+        if not (self.checkpoints / "latest").exists() or not path.exists():
+            return
+        for name, (saved, now) in changed_fields(config, path).items():
+            if not set(name.split(".")) & set(_MAY_CHANGE):
+                raise UserError(
+                    f"{self.directory} is a run with {name} {saved}, not {now}; give another "
+                    f"--directory,\nor change {path} to go on with the new value"
+                )
 
 
 def start_run(*, directory: Path, layout: ParallelLayout, seed: int, tokenizer: Path) -> Run:
@@ -55,6 +78,14 @@ def size_named(name: str, tokenizer: Tokenizer, context_length: int | None = Non
     name."""
     size = dataclasses.replace(named_size(name), vocab_size=tokenizer.vocab_size)
     return dataclasses.replace(size, context_length=context_length or size.context_length)
+
+
+def tokenizer_path(tokenizer: Path | None, init_from: Path | None) -> Path:
+    """Return where a stage's tokenizer is: its own option's, or the run it starts from."""
+    if tokenizer is None and init_from is None:
+        raise UserError("--tokenizer is required where no --init-from brings one")
+    option = "init-from" if tokenizer is None else "tokenizer"
+    return require_path(tokenizer or init_from, option)
 
 
 def require_path(path: Path | None, option: str) -> Path:

@@ -20,7 +20,7 @@ from engine.metrics import SFT_HEADLINE, Metrics
 from engine.network import Network, build_network
 from engine.optimizer import Optimizer
 from engine.parallel import seed_for_step
-from engine.run import Run, require_path, size_named, start_run
+from engine.run import Run, require_path, size_named, start_run, tokenizer_path
 from engine.selection import epoch_name, load_selection
 from engine.settings.sft import SFTConfig
 from engine.step import Objective, accumulate, reduce_metrics
@@ -29,12 +29,11 @@ from engine.stop import StopSignals
 
 def train(config: SFTConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
-    tokenizer_path = require_path(config.tokenizer or config.init_from, "tokenizer")
     run = start_run(
         directory=config.directory,
         layout=config.layout,
         seed=config.seed,
-        tokenizer=tokenizer_path,
+        tokenizer=tokenizer_path(config.tokenizer, config.init_from),
     )
     parallel = run.parallel
     if config.init_from:
@@ -199,7 +198,8 @@ def _load_data(config: SFTConfig, run: Run, context_length: int) -> _Data:
         records, report = read_demonstrations(data.train, skip_bad_lines=data.skip_bad_lines)
         loaded.notes.append(f"{data.train}: {report}")
         if data.valid is not None:
-            held_out, _ = read_demonstrations(data.valid, skip_bad_lines=data.skip_bad_lines)
+            held_out, report = read_demonstrations(data.valid, skip_bad_lines=data.skip_bad_lines)
+            loaded.notes.append(f"{data.valid}: {report}")
         else:
             kept, out = split_by_prompt(
                 [r.prompt for r in records], data.valid_fraction, config.seed
@@ -227,6 +227,8 @@ def _load_data(config: SFTConfig, run: Run, context_length: int) -> _Data:
             loaded.notes.append(f"demonstrations ({name}): {lengths}")
     wants_pretraining = data.train is None or data.pretraining_fraction > 0
     if wants_pretraining:
+        if data.train is None and data.pretraining is None:
+            raise UserError("--data.train or --data.pretraining is required")
         require_path(data.pretraining, "data.pretraining")
         length = min(data.pretraining_tokens, context_length)
         for units, path in (

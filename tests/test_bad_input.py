@@ -144,6 +144,9 @@ def test_bad_lines_are_skipped_on_request(tiny: Path, tmp_path: Path, capsys):
     train(dataclasses.replace(config, data=data))
     assert "1 bad lines skipped" in capsys.readouterr().out
     assert rows_of(tmp_path / "run")
+    data = dataclasses.replace(config.data, valid=path, skip_bad_lines=True)
+    train(dataclasses.replace(config, data=data, directory=tmp_path / "held_out"))
+    assert f"{path}: 40 records, 1 bad lines skipped" in capsys.readouterr().out
 
 
 def test_prompts_over_the_limit(tiny: Path, fails: Callable, tmp_path: Path, capsys):
@@ -286,6 +289,7 @@ def test_unknown_option(stage: str, fails: Callable):
         ("sft", ["--batch-size", "0"], "batch"),
         ("sft", ["--batch-size", "1"], "batch_size 1 leaves no room for demonstrations"),
         ("sft", ["--epochs", "0"], "epochs"),
+        ("sft", ["--epochs", "inf"], "epochs must be finite"),
         ("sft", ["--micro-batch-tokens", "0"], "micro"),
         ("sft", ["--keep", "0"], "keep"),
         ("sft", ["--dropout", "1.5"], "dropout"),
@@ -309,6 +313,9 @@ def test_unknown_option(stage: str, fails: Callable):
         ("ppo", ["--lam", "2"], "lam"),
         ("ppo", ["--cliprange", "-0.1"], "cliprange"),
         ("ppo", ["--kl.horizon", "0"], "horizon"),
+        ("ppo", ["--kl.coef", "inf"], "kl.coef must be finite"),
+        ("ppo", ["--eos-penalty", "nan"], "eos_penalty"),
+        ("ppo", ["--alarms.patience", "0"], "alarms.patience must be at least 1"),
         ("ppo", ["--sampling.temperature", "0"], "temperature must be positive"),
         ("ppo", ["--sampling.top-p", "0"], "top_p"),
         ("ppo", ["--ptx-examples-per-episode", "0"], "ptx"),
@@ -317,6 +324,11 @@ def test_unknown_option(stage: str, fails: Callable):
 def test_value_that_means_nothing(stage: str, options: list[str], cause: str, fails: Callable):
     error = fails(stage, *options)
     assert cause in error
+
+
+def test_no_text_at_all(fails: Callable):
+    error = fails("sft", "--data.train", "None", "--data.pretraining", "None")
+    assert "--data.train or --data.pretraining is required" in error
 
 
 def test_unknown_size(tiny: Path, fails: Callable):

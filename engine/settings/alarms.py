@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from engine.config import check_numbers
+
 
 @dataclass(frozen=True, kw_only=True)
 class AlarmConfig:
@@ -21,3 +23,12 @@ class AlarmConfig:
     """Share of tokens whose ratio may leave [1 - cliprange, 1 + cliprange]."""
     value_loss_factor: float = 10.0
     """Factor by which the value loss may exceed its running mean."""
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            "alarms.",
+            counts="patience",
+            positive="max_kl max_length_drift value_loss_factor",
+            shares="min_eos_rate max_clip_fraction",
+        )

@@ -127,7 +127,7 @@ class PPOConfig:
             self,
             counts="iterations rollout_batch_size minibatch_size ppo_epochs keep show_every",
             positive="cliprange value_cliprange",
-            not_negative="ptx_coef seed save_every num_shown",
+            not_negative="eos_penalty ptx_coef seed save_every num_shown",
             shares="gamma lam ema_decay",
         )
         check_numbers(self, counts="micro_batch_tokens ptx_examples_per_episode")

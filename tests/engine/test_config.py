@@ -127,6 +127,22 @@ def test_ranks_above_zero_wait_for_rank_zero_to_speak(capsys, monkeypatch):
     assert capsys.readouterr().err == "[rank 3] error: no such file\n"
 
 
+@pytest.mark.parametrize("name", ["", "config.json"])
+def test_options_lie_over_a_saved_config(tmp_path, name):
+    save_config(StageConfig(steps=7, lr=2.0), tmp_path / "config.json")
+    seen = []
+    arguments = ["--lr", "3", "--config", str(tmp_path / name)]
+    run_stage(seen.append, StageConfig(mode="adaptive"), arguments)
+    assert seen == [StageConfig(steps=7, lr=3.0)]
+
+
+def test_saved_config_of_another_stage_is_an_error(capsys, tmp_path):
+    save_config(DataConfig(), tmp_path / "config.json")
+    message = fails_with(capsys, ["--config", str(tmp_path)])
+    assert f"{tmp_path / 'config.json'}: unknown field path" in message
+    assert "no such file" in fails_with(capsys, ["--config", str(tmp_path / "nowhere")])
+
+
 def test_help_exits_zero_and_shows_options_with_hyphens(capsys):
     with pytest.raises(SystemExit) as stop:
         run_stage(lambda config: None, StageConfig(), ["--help"])
@@ -223,6 +239,7 @@ class Numbers:
         ({"rate": 0.0}, r"data\.rate must be positive, got 0\.0"),
         ({"rate": -1.0}, r"data\.rate must be positive, got -1\.0"),
         ({"rate": math.nan}, r"data\.rate must be positive, got nan"),
+        ({"rate": math.inf}, r"data\.rate must be finite, got inf"),
         ({"floor": -1}, r"data\.floor must be at least 0, got -1"),
         ({"share": 1.01}, r"data\.share must be from 0 to 1, got 1\.01"),
         ({"share": -0.1}, r"data\.share must be from 0 to 1, got -0\.1"),

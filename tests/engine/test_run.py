@@ -1,12 +1,14 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from engine.config import UserError, load_config
 from engine.data.tokenizer import load_tokenizer
-from engine.run import Run, require_path, size_named, start_run
+from engine.run import Run, require_path, size_named, start_run, tokenizer_path
+from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
-from engine.settings.sft import SFTConfig
+from engine.settings.sft import SFTConfig, SFTData
 from models.sizes import SIZES
 
 
@@ -32,6 +34,35 @@ def test_settings_are_written_when_the_stage_says_so(tiny: Path, tmp_path: Path)
     assert load_config(SFTConfig, tmp_path / "run" / "config.json") == config
     saved = load_tokenizer(tmp_path / "run" / "tokenizer")
     assert saved.fingerprint() == run.tokenizer.fingerprint()
+
+
+def test_run_with_checkpoints_keeps_what_makes_it_the_run_it_is(tiny: Path, tmp_path: Path):
+    run = start(tiny / "policy", tmp_path)
+    run.write_settings(SFTConfig(directory=tmp_path, batch_size=8))
+    config = SFTConfig(directory=tmp_path, batch_size=4)
+    run.write_settings(config)  # nothing is trained yet
+    run.checkpoints.mkdir()
+    (run.checkpoints / "latest").write_text("step_00000001")
+    faster = dataclasses.replace(config, micro_batch_tokens=64, epochs=2.0, save_every=3)
+    run.write_settings(faster)
+    for change, cause in (
+        ({"batch_size": 8}, "batch_size 4, not 8"),
+        ({"data": SFTData(train=tmp_path)}, f"data.train None, not {tmp_path}"),
+        ({"adam": AdamConfig(lr=1.0)}, "adam.lr 9.65e-06, not 1.0"),
+    ):
+        with pytest.raises(UserError, match=f"is a run with {cause}; give another --directory"):
+            run.write_settings(dataclasses.replace(faster, **change))
+    assert load_config(SFTConfig, tmp_path / "config.json") == faster
+
+
+def test_tokenizer_is_its_own_options_or_the_runs_it_starts_from(tiny: Path, tmp_path: Path):
+    file, run = tiny / "tokenizer.json", tiny / "policy"
+    assert tokenizer_path(file, run) == tokenizer_path(file, None) == file
+    assert tokenizer_path(None, run) == run
+    with pytest.raises(UserError, match="--init-from .*/nothing: no such"):
+        tokenizer_path(None, tmp_path / "nothing")
+    with pytest.raises(UserError, match="--tokenizer is required where no --init-from"):
+        tokenizer_path(None, None)
 
 
 def test_missing_tokenizer_leaves_no_folder(tmp_path: Path):
