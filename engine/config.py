@@ -1,6 +1,6 @@
 """From a command line to a frozen config, from there to JSON and back, and the user's errors.
 
-Imports neither torch nor megatron, so that `--help` and the planner answer at once.
+Imports neither torch nor megatron, so that the planner answers at once.
 """
 
 import contextlib
