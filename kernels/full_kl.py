@@ -11,7 +11,7 @@ A row's state is (m_p, s_p, m_q, s_q, t). Shards of a vocabulary merge by
 
     S = sum w s        T = sum w_p (t + s_p [(m_p - M_p) - (m_q - M_q)])        w = e^(m - M)
 
-The kernels keep one state a lane and count in powers of two, as the one of row_state.py does.
+The kernels keep one state a lane of 16 bytes and count in powers of two, as in row_state.py.
 """
 
 from collections.abc import Callable
@@ -32,34 +32,36 @@ from kernels.row_state import (
     RowSpec,
     accumulation_dtype,
     itself,
+    lane_columns,
     triton_dtype,
 )
 
 
 @triton.jit
 def _add_block(
-    x,  # logits of one column a lane
-    y,  # ref_logits of the same columns
+    x,  # [lanes, columns] logits
+    y,  # [lanes, columns] ref_logits
     m_p,
     s_p,
     m_q,
     s_q,
-    t,
+    t,  # [lanes]
     to_powers,
 ):
-    """Every lane's state with one more column. m_p, m_q are of the logits before temperature."""
-    d_p = (x - m_p) * to_powers
-    d_q = (y - m_q) * to_powers
-    power_p = tl.exp2(-tl.abs(d_p))
-    power_q = tl.exp2(-tl.abs(d_q))
-    old_p = tl.where(d_p > 0, power_p, 1.0)
-    new_p = tl.where(d_p > 0, 1.0, power_p)
-    t = old_p * (t + s_p * (tl.maximum(d_q, 0.0) - tl.maximum(d_p, 0.0)))
-    gap = tl.minimum(tl.maximum(d_p, NO_POWER), 0.0) - tl.minimum(d_q, 0.0)
-    t += new_p * tl.where(new_p > 0, gap, 0.0)  # p = 0 adds nothing, whatever q is
-    s_p = s_p * old_p + new_p
-    s_q = s_q * tl.where(d_q > 0, power_q, 1.0) + tl.where(d_q > 0, 1.0, power_q)
-    return tl.maximum(m_p, x), s_p, tl.maximum(m_q, y), s_q, t
+    """Every lane's state with its columns of one more block. m_p, m_q are before temperature."""
+    top_p = tl.maximum(m_p, tl.max(x, 1))
+    top_q = tl.maximum(m_q, tl.max(y, 1))
+    shift_p = (m_p - top_p) * to_powers
+    shift_q = (m_q - top_q) * to_powers
+    w_p = tl.exp2(shift_p)
+    d_p = (x - top_p[:, None]) * to_powers
+    d_q = (y - top_q[:, None]) * to_powers
+    e_p = tl.exp2(d_p)
+    t = tl.where(w_p > 0, w_p * (t + s_p * (shift_p - shift_q)), 0.0)
+    t += tl.sum(tl.where(e_p > 0, e_p * (d_p - d_q), 0.0), 1)  # p = 0 adds nothing, whatever q is
+    s_p = s_p * w_p + tl.sum(e_p, 1)
+    s_q = s_q * tl.exp2(shift_q) + tl.sum(tl.exp2(d_q), 1)
+    return top_p, s_p, top_q, s_q, t
 
 
 @triton.jit
@@ -71,33 +73,39 @@ def _kl_state_kernel(
     column_stride,
     ref_row_stride,
     ref_column_stride,
+    num_columns,
     num_valid,
     inv_temperature,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANE: tl.constexpr,  # columns of a lane
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     ref_logits += row * ref_row_stride
     inv_temperature = tl.cast(inv_temperature, ACC)
     to_powers = inv_temperature * LOG2_E
-    offsets = tl.arange(0, BLOCK)
-    m_p = tl.full([BLOCK], LOWEST, ACC)
-    m_q = tl.full([BLOCK], LOWEST, ACC)
-    s_p = tl.zeros([BLOCK], ACC)
-    s_q = tl.zeros([BLOCK], ACC)
-    t = tl.zeros([BLOCK], ACC)
-    whole = num_valid - num_valid % BLOCK  # a mask would cost these blocks their wide loads
+    LANES: tl.constexpr = BLOCK // LANE
+    offsets = tl.arange(0, LANES)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+    m_p = tl.full([LANES], LOWEST, ACC)
+    m_q = tl.full([LANES], LOWEST, ACC)
+    s_p = tl.zeros([LANES], ACC)
+    s_q = tl.zeros([LANES], ACC)
+    t = tl.zeros([LANES], ACC)
+    whole = num_valid // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         columns = start + offsets
         x = tl.load(logits + columns * column_stride).to(ACC)
         y = tl.load(ref_logits + columns * ref_column_stride).to(ACC)
         m_p, s_p, m_q, s_q, t = _add_block(x, y, m_p, s_p, m_q, s_q, t, to_powers)
-    columns = whole + offsets
-    mask = columns < num_valid
-    x = tl.load(logits + columns * column_stride, mask=mask, other=-float("inf")).to(ACC)
-    y = tl.load(ref_logits + columns * ref_column_stride, mask=mask, other=-float("inf")).to(ACC)
-    m_p, s_p, m_q, s_q, t = _add_block(x, y, m_p, s_p, m_q, s_q, t, to_powers)
+    if whole < num_valid:
+        columns = whole + offsets
+        within = columns < num_columns  # loads end with the row, as in row_state.py
+        x = tl.load(logits + columns * column_stride, mask=within, other=0.0).to(ACC)
+        y = tl.load(ref_logits + columns * ref_column_stride, mask=within, other=0.0).to(ACC)
+        x = tl.where(columns < num_valid, x, -float("inf"))
+        y = tl.where(columns < num_valid, y, -float("inf"))
+        m_p, s_p, m_q, s_q, t = _add_block(x, y, m_p, s_p, m_q, s_q, t, to_powers)
     top_p = tl.max(m_p, 0)
     top_q = tl.max(m_q, 0)
     shift_p = (m_p - top_p) * to_powers
@@ -108,7 +116,8 @@ def _kl_state_kernel(
     tl.store(states + 1, tl.sum(w_p * s_p, 0))
     tl.store(states + 2, tl.where(top_q == LOWEST, -float("inf"), top_q * inv_temperature))
     tl.store(states + 3, tl.sum(tl.exp2(shift_q) * s_q, 0))
-    tl.store(states + 4, tl.sum(w_p * (t + s_p * (shift_p - shift_q)), 0) * LN_2)
+    t = tl.where(w_p > 0, w_p * (t + s_p * (shift_p - shift_q)), 0.0)
+    tl.store(states + 4, tl.sum(t, 0) * LN_2)
 
 
 @triton.jit
@@ -155,7 +164,7 @@ def _kl_gradient_kernel(
     kl = tl.load(states + row * 5 + 4) / s_p + (log2_s_q - log2_s_p) * LN_2
     grad = tl.load(grads + row).to(ACC) * inv_temperature
     offsets = tl.arange(0, BLOCK)
-    whole = num_valid - num_valid % BLOCK
+    whole = num_valid // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         columns = start + offsets
         x = tl.load(logits + columns * column_stride).to(ACC)
@@ -166,13 +175,14 @@ def _kl_gradient_kernel(
         tl.store(out + row * num_columns + columns, dz)
     for start in range(whole, num_columns, BLOCK):
         columns = start + offsets
-        mask = columns < num_valid
-        x = tl.load(logits + columns * column_stride, mask=mask, other=0.0).to(ACC)
-        y = tl.load(ref_logits + columns * ref_column_stride, mask=mask, other=0.0).to(ACC)
+        within = columns < num_columns
+        x = tl.load(logits + columns * column_stride, mask=within, other=0.0).to(ACC)
+        y = tl.load(ref_logits + columns * ref_column_stride, mask=within, other=0.0).to(ACC)
         log2_p = (x * inv_temperature - m_p) * LOG2_E - log2_s_p
         log2_q = (y * inv_temperature - m_q) * LOG2_E - log2_s_q
-        dz = tl.where(mask, _logit_gradient(log2_p, log2_q, kl, grad, OF_REF), 0.0)
-        tl.store(out + row * num_columns + columns, dz, mask=columns < num_columns)
+        dz = _logit_gradient(log2_p, log2_q, kl, grad, OF_REF)
+        dz = tl.where(columns < num_valid, dz, 0.0)  # padding: 0, also beside a NaN
+        tl.store(out + row * num_columns + columns, dz, mask=within)
 
 
 @torch.library.custom_op("trident::kl_state", mutates_args=())
@@ -199,10 +209,12 @@ def _kl_state(
                 states,
                 *logits.stride(),
                 *ref_logits.stride(),
+                num_columns,
                 spec.num_valid_columns(num_columns),
                 1.0 / temperature,
                 ACC=triton_dtype(states.dtype),
                 BLOCK=config.block,
+                LANE=lane_columns(config.block, logits, ref_logits),
                 num_warps=config.num_warps,
             )
     return states
@@ -285,7 +297,7 @@ def merge_kl_states(states: Tensor) -> Tensor:
     shift_p = torch.where(m_p == -torch.inf, 0.0, m_p - top_p)
     shift_q = torch.where(m_q == -torch.inf, 0.0, m_q - top_q)
     w_p, w_q = shift_p.exp(), shift_q.exp()
-    t = w_p * (t + s_p * (shift_p - shift_q))
+    t = torch.where(w_p > 0, w_p * (t + s_p * (shift_p - shift_q)), 0.0)
     return torch.stack((top_p, (w_p * s_p).sum(0), top_q, (w_q * s_q).sum(0), t.sum(0)), dim=-1)
 
 

@@ -77,7 +77,9 @@ def _row_gradient_kernel(
         grad_entropy = tl.load(grad_entropies + row).to(ACC) * inv_temperature
     entropy = log2_s * LN_2 - tl.load(states + row * 4 + 2) / s
     end = tl.where(is_ignored, 0, num_valid)
-    whole = end - end % BLOCK
+    # Loads end with the row, as in row_state.py; ignored rows are not read.
+    num_read = tl.where(is_ignored, 0, num_columns)
+    whole = end // BLOCK * BLOCK
     offsets = tl.arange(0, BLOCK)
     for start in range(0, whole, BLOCK):
         columns = start + offsets
@@ -99,8 +101,7 @@ def _row_gradient_kernel(
         tl.store(out + columns * out_column_stride, dz)
     for start in range(whole, num_columns, BLOCK):
         columns = start + offsets
-        valid = columns < end
-        x = tl.load(logits + columns * column_stride, mask=valid, other=-float("inf")).to(ACC)
+        x = tl.load(logits + columns * column_stride, mask=columns < num_read, other=0.0).to(ACC)
         if OVERWRITES:
             tl.debug_barrier()
         dz = _logit_gradient(
@@ -114,7 +115,7 @@ def _row_gradient_kernel(
             inv_temperature,
             HAS_ENTROPY_GRAD,
         )
-        dz = tl.where(valid, dz, 0.0)  # padding and ignored rows: 0, also beside a NaN
+        dz = tl.where(columns < end, dz, 0.0)  # padding and ignored rows: 0, also beside a NaN
         tl.store(out + columns * out_column_stride, dz, mask=columns < num_columns)
 
 

@@ -12,8 +12,10 @@ with M = max over shards of m and w = e^(m - M),
     S = sum w s      T = sum w (t + s (m - M))      Z_y = sum z_y  (0 where another shard owns y)
 
 H is formed from shifted logits because log sum e^z - sum p z loses eps * |z| when the logits are
-large. A program of the kernel reads one row in blocks. Every lane of a block keeps its own
-(m, s, t), merged once at the end of the row, and counts in powers of two: e^a = 2^(a log2 e).
+large. A program of the kernel reads one row in blocks of [lanes, 16 bytes]: a thread has a whole
+lane, so the maximum of a lane costs no exchange and is applied once to the columns of 16 bytes.
+Every lane keeps its own (m, s, t), merged at the end of the row, and counts in powers of two:
+e^a = 2^(a log2 e).
 """
 
 from dataclasses import dataclass
@@ -65,24 +67,22 @@ def itself(tensor: Tensor) -> Tensor:
 
 @triton.jit
 def _add_block(
-    x,  # logits of one column a lane
+    x,  # [lanes, columns] logits
     m,
     s,
-    t,
+    t,  # [lanes]
     to_powers,
     WITH_ENTROPY: tl.constexpr,
 ):
-    """Every lane's (m, s, t) with one more logit. m is of the logits before temperature."""
-    difference = (x - m) * to_powers
-    power = tl.exp2(-tl.abs(difference))
-    is_new = difference > 0
-    # The larger of x and m becomes the maximum; the share of the other one is scaled by `power`.
-    scale_old = tl.where(is_new, power, 1.0)
-    scale_new = tl.where(is_new, 1.0, power)
+    """Every lane's (m, s, t) with its columns of one more block. m is before temperature."""
+    top = tl.maximum(m, tl.max(x, 1))
+    shift = (m - top) * to_powers
+    w = tl.exp2(shift)
+    difference = (x - top[:, None]) * to_powers
+    e = tl.exp2(difference)
     if WITH_ENTROPY:
-        t = scale_old * (t - s * tl.maximum(difference, 0.0))
-        t += scale_new * tl.minimum(tl.maximum(difference, NO_POWER), 0.0)
-    return tl.maximum(m, x), s * scale_old + scale_new, t
+        t = w * (t + s * shift) + tl.sum(e * tl.maximum(difference, NO_POWER), 1)
+    return top, s * w + tl.sum(e, 1), t
 
 
 @triton.jit
@@ -93,6 +93,7 @@ def _row_state_kernel(
     row_stride,
     column_stride,
     label_stride,
+    num_columns,
     num_valid,  # valid columns of this shard
     first_column,
     num_valid_vocab,
@@ -101,24 +102,30 @@ def _row_state_kernel(
     WITH_ENTROPY: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANE: tl.constexpr,  # columns of a lane
 ):
     row = tl.program_id(0).to(tl.int64)  # row * row_stride passes 2^31
     logits += row * row_stride
     label = tl.load(labels + row * label_stride).to(tl.int64)
     inv_temperature = tl.cast(inv_temperature, ACC)
     to_powers = inv_temperature * LOG2_E
-    offsets = tl.arange(0, BLOCK)
-    m = tl.full([BLOCK], LOWEST, ACC)
-    s = tl.zeros([BLOCK], ACC)
-    t = tl.zeros([BLOCK], ACC)
+    LANES: tl.constexpr = BLOCK // LANE
+    offsets = tl.arange(0, LANES)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+    m = tl.full([LANES], LOWEST, ACC)
+    s = tl.zeros([LANES], ACC)
+    t = tl.zeros([LANES], ACC)
     end = tl.where(label == ignore_index, 0, num_valid)  # ignored rows are not read
-    whole = end - end % BLOCK  # a mask would cost these blocks their wide loads
+    whole = end // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         x = tl.load(logits + (start + offsets) * column_stride)
         m, s, t = _add_block(x.to(ACC), m, s, t, to_powers, WITH_ENTROPY)
-    columns = whole + offsets
-    x = tl.load(logits + columns * column_stride, mask=columns < end, other=-float("inf"))
-    m, s, t = _add_block(x.to(ACC), m, s, t, to_powers, WITH_ENTROPY)
+    if whole < end:
+        # Loads end with the row, whose length is a multiple of 16 bytes where that of the valid
+        # columns need not be: a mask in the middle of 16 bytes would cut them into single columns.
+        columns = whole + offsets
+        x = tl.load(logits + columns * column_stride, mask=columns < num_columns, other=0.0)
+        x = tl.where(columns < end, x.to(ACC), -float("inf"))
+        m, s, t = _add_block(x, m, s, t, to_powers, WITH_ENTROPY)
     top = tl.max(m, 0)
     shift = (m - top) * to_powers
     w = tl.exp2(shift)
@@ -142,6 +149,16 @@ def _row_state_kernel(
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64 inputs (gradient checks), fp32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def lane_columns(block: int, *matrices: Tensor) -> int:
+    """Columns of a thread's load of 16 bytes; 1 where rows do not lie in whole 16 bytes."""
+    size = 16 // matrices[0].element_size()
+    for matrix in matrices:
+        row, column = matrix.stride()
+        if column != 1 or row % size or matrix.shape[1] % size or matrix.data_ptr() % 16:
+            return 1
+    return min(block, size)
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -179,6 +196,7 @@ def _row_state(
                 states,
                 *logits.stride(),
                 labels.stride(0),
+                num_columns,
                 spec.num_valid_columns(num_columns),
                 first_column,
                 num_valid_vocab,
@@ -187,6 +205,7 @@ def _row_state(
                 WITH_ENTROPY=with_entropy,
                 ACC=triton_dtype(states.dtype),
                 BLOCK=config.block,
+                LANE=lane_columns(config.block, logits),
                 num_warps=config.num_warps,
             )
     return states

@@ -87,6 +87,7 @@ def _row_spec(
         first_column=rank * num_columns,
         temperature=temperature,
         ignore_index=ignore_index,
+        with_entropy=with_entropy,
     )
 
 
