@@ -73,54 +73,60 @@ def _split_kernel(
 ):
     # One program a sequence, head and split: row = (sequence * heads + head) * splits + split.
     row = tl.program_id(0).to(tl.int64)
-    split = row % num_splits
+    split = (row % num_splits).to(tl.int32)
     head = (row // num_splits) % heads
     sequence = row // num_splits // heads
-    column = tl.arange(0, BLOCK_DIM)
-    in_dim = column < DIM
-    q = tl.load(query + (sequence * heads + head) * DIM + column, mask=in_dim, other=0.0)
-    q = q.to(tl.float32) * scale
-    maximum = tl.full((), float("-inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
-    out = tl.zeros((BLOCK_DIM,), tl.float32)
     start = split * SPLIT
-    end = tl.minimum(start + SPLIT, tl.load(context_lengths + sequence).to(tl.int64))
-    for first in range(start, end, BLOCK_TOKENS):
-        token = first + tl.arange(0, BLOCK_TOKENS)
-        inside = token < end
-        table = block_tables + sequence * max_blocks + token // BLOCK_SIZE
-        block = tl.load(table, mask=inside, other=0).to(tl.int64)
-        slot = block * BLOCK_SIZE + token % BLOCK_SIZE
-        at = ((slot * heads + head) * DIM)[:, None] + column[None, :]
-        wanted = inside[:, None] & in_dim[None, :]
-        k = tl.load(k_cache + at, mask=wanted, other=0.0).to(tl.float32)
-        # One query a head: a product and a sum; there is no second query to fill a matrix unit.
-        logit = tl.where(inside, tl.sum(k * q[None, :], axis=1), float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(logit))
-        decay = tl.exp(maximum - new_maximum)
-        weight = tl.exp(logit - new_maximum)
-        v = tl.load(v_cache + at, mask=wanted, other=0.0).to(tl.float32)
-        out = out * decay + tl.sum(weight[:, None] * v, axis=0)
-        total = total * decay + tl.sum(weight)
-        maximum = new_maximum
-    tl.store(partial_out + row * BLOCK_DIM + column, out)
-    tl.store(partial_state + 2 * row, maximum)
-    tl.store(partial_state + 2 * row + 1, total)
+    end = tl.minimum(start + SPLIT, tl.load(context_lengths + sequence).to(tl.int32))
+    if start < end:  # the tables have room for more than most contexts need
+        column = tl.arange(0, BLOCK_DIM)
+        in_dim = column < DIM
+        q = tl.load(query + (sequence * heads + head) * DIM + column, mask=in_dim, other=0.0)
+        q = q.to(tl.float32) * scale
+        maximum = tl.full((), float("-inf"), tl.float32)
+        total = tl.full((), 0.0, tl.float32)
+        out = tl.zeros((BLOCK_DIM,), tl.float32)
+        tables = block_tables + sequence * max_blocks
+        for first in tl.range(start, end, BLOCK_TOKENS, num_stages=3):
+            token = first + tl.arange(0, BLOCK_TOKENS)
+            inside = token < end
+            block = tl.load(tables + token // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+            slot = block * BLOCK_SIZE + token % BLOCK_SIZE
+            at = ((slot * heads + head) * DIM)[:, None] + column[None, :]
+            wanted = inside[:, None] & in_dim[None, :]
+            # All before the first is used: one wait for the memory instead of three.
+            k = tl.load(k_cache + at, mask=wanted, other=0.0)
+            v = tl.load(v_cache + at, mask=wanted, other=0.0)
+            # One query a head: a product and a sum; there is no second query for a matrix unit.
+            logit = tl.sum(k.to(tl.float32) * q[None, :], axis=1)
+            logit = tl.where(inside, logit, float("-inf"))
+            new_maximum = tl.maximum(maximum, tl.max(logit))
+            decay = tl.exp(maximum - new_maximum)
+            weight = tl.exp(logit - new_maximum)
+            out = out * decay + tl.sum(weight[:, None] * v.to(tl.float32), axis=0)
+            total = total * decay + tl.sum(weight)
+            maximum = new_maximum
+        tl.store(partial_out + row * BLOCK_DIM + column, out)
+        tl.store(partial_state + 2 * row, maximum)
+        tl.store(partial_state + 2 * row + 1, total)
 
 
 @triton.jit
 def _merge_kernel(
     out,  # [B, heads, dim]
     partial_out,
-    partial_state,
+    partial_state,  # of the splits that a context reaches; the others hold nothing
+    context_lengths,  # [B]
+    heads,
     num_splits,
     dim,
+    SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
-    inside = split < num_splits
+    inside = split * SPLIT < tl.load(context_lengths + row // heads)
     column = tl.arange(0, BLOCK_DIM)
     state = partial_state + 2 * (row * num_splits + split)
     maximum = tl.load(state, mask=inside, other=float("-inf"))
@@ -179,6 +185,7 @@ def _decode_attention(
         return out
     partial_out = query.new_empty(rows, num_splits, block_dim, dtype=torch.float32)
     partial_state = query.new_empty(rows, num_splits, 2, dtype=torch.float32)
+    context_lengths = context_lengths.contiguous()
     with torch.cuda.device_of(query):
         _split_kernel[(rows * num_splits,)](
             partial_out,
@@ -187,7 +194,7 @@ def _decode_attention(
             k_cache,
             v_cache,
             block_tables.contiguous(),
-            context_lengths.contiguous(),
+            context_lengths,
             scale,
             heads,
             num_splits,
@@ -203,8 +210,11 @@ def _decode_attention(
             out,
             partial_out,
             partial_state,
+            context_lengths,
+            heads,
             num_splits,
             dim,
+            SPLIT=_SPLIT,
             SPLITS=next_power_of_2(num_splits),
             BLOCK_DIM=block_dim,
             num_warps=1,

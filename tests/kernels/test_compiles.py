@@ -1,14 +1,17 @@
 """Every kernel compiles for a GPU, on a machine without one: the interpreter checks no types.
 
 Run as a program, with the kernels decorated for the compiler, it calls the public functions on CPU
-tensors and compiles each launch for sm_90 in place of running it.
+tensors and compiles each launch for sm_90 in place of running it. What makes a kernel slow shows in
+the code: registers that spill, loads of a row by single columns, a loop that waits for its loads.
 """
 
 import importlib
 import os
 import pkgutil
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +30,15 @@ DTYPES = {
     torch.int32: "i32",
     torch.bool: "i1",
 }
+# The sums of so wide a row fill the registers of a multiprocessor: some of them spill.
+SPILLS = ("kernels.layer_norm _backward_kernel", 16384)
+READS_ROWS = {
+    "kernels.row_state _row_state_kernel",
+    "kernels.row_gradient _row_gradient_kernel",
+    "kernels.full_kl _kl_state_kernel",
+    "kernels.full_kl _kl_gradient_kernel",
+}
+NUM_SCALARS = 6  # a row's state and gradients, and the logit of its label
 CU_SEQLENS = torch.tensor([0, 5, 32], dtype=torch.int32)
 COUNT = torch.tensor(9)
 
@@ -130,8 +142,27 @@ def compile_launch(kernel: triton.JITFunction, *args: object, **options: object)
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     warps = {"num_warps": options["num_warps"]} if "num_warps" in options else {}
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=warps)
-    print(kernel.__module__, kernel.__name__)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=warps)
+    name = f"{kernel.__module__} {kernel.__name__}"
+    if (name, values.get("BLOCK")) != SPILLS:
+        assert stack_bytes(compiled.asm["cubin"]) == 0, f"{name} spills: {values}"
+    if name in READS_ROWS and values["num_columns"] % 16 == 0:
+        narrow = re.findall(r"ld\.global\.b(?:16|32) ", compiled.asm["ptx"])
+        assert "ld.global.v4" in compiled.asm["ptx"], name
+        assert len(narrow) <= NUM_SCALARS, f"{name} reads single columns: {values}"
+    if name == "kernels.decode_attention _split_kernel":
+        assert "cp.async.cg" in compiled.asm["ptx"], "loads do not run ahead of the loop"
+    print(name)
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Bytes of local memory a thread of the compiled kernel takes: registers that spilled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage).group(1))
 
 
 def compile_all() -> None:
@@ -140,6 +171,7 @@ def compile_all() -> None:
         self, *args, **options
     )
     launch.interpreting = lambda: True  # CPU tensors take the Triton path
+    launch.architecture = lambda device: "sm90"  # and its block sizes
     launches: list[Callable[[], None]] = [
         function for name, function in globals().items() if name.endswith("_launches")
     ]
