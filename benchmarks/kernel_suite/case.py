@@ -113,11 +113,12 @@ class Case:
         try:
             call = bind(self.operation, provider, self.inputs, self.mode)
             results = call()
-        except ImportError as error:
-            record |= {"status": "skipped", "reason": _first_line(error)}
-            return None
         except Exception as error:
-            reason = f"{type(error).__name__}: {_first_line(error)}"
+            cause = _first_cause(error)
+            if isinstance(cause, ImportError):
+                record |= {"status": "skipped", "reason": _first_line(cause)}
+                return None
+            reason = f"{type(cause).__name__}: {_first_line(cause)}"
             record |= {"status": "failed", "reason": reason}
             free_memory()
             return None
@@ -200,5 +201,10 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _first_line(error: Exception) -> str:
+def _first_cause(error: BaseException) -> BaseException:
+    """What an error was raised from: packages that import lazily wrap a missing module."""
+    return error if error.__cause__ is None else _first_cause(error.__cause__)
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or "no message").splitlines()[0][:160]

@@ -74,6 +74,13 @@ def test_nothing_beyond_the_context_is_read(backend: str) -> None:
     assert torch.equal(decode_attention(query, k_cache, v_cache, tables, lengths, scale=0.3), want)
 
 
+def test_a_nan_stays_in_its_sequence(backend: str) -> None:
+    query, k_cache, v_cache, tables, lengths = random_cache()
+    k_cache[tables[3, 1], 2] = torch.nan
+    out = decode_attention(query, k_cache, v_cache, tables, lengths, scale=0.3)
+    assert out.isnan().flatten(1).any(1).tolist() == [False, False, False, True, False, False]
+
+
 def test_extreme_logits_stay_finite(backend: str) -> None:
     inputs = random_cache()
     out = decode_attention(*inputs, scale=1e4)

@@ -84,6 +84,30 @@ def test_a_token_the_reference_forbids_costs_infinitely_much(backend: str) -> No
     assert abs(kl[1].item() - (math.log(70) - math.log(69))) < 1e-5
 
 
+def test_what_underflows_costs_nothing_whatever_the_reference_says(backend: str) -> None:
+    logits, ref_logits = two_policies(200)
+    logits[:, :64], ref_logits[:, :64] = -1e4, -torch.inf  # lanes that see nothing else
+    exact = exact_kl(logits[:, 64:], ref_logits[:, 64:])
+    assert largest_difference(full_kl(logits, ref_logits), exact) < 5e-6 * math.log(200)
+
+
+def test_the_order_of_the_vocabulary_does_not_matter(backend: str) -> None:
+    logits, ref_logits = two_policies(150)
+    order = torch.randperm(150)
+    permuted = full_kl(logits[:, order], ref_logits[:, order])
+    assert largest_difference(permuted, full_kl(logits, ref_logits)) < 4e-6
+
+
+def test_offsets_past_31_bits(interpreter: None) -> None:
+    # Row 2 begins 2^31 + 200 elements into the storage; its pages are never touched but there.
+    stride = 2**30 + 100
+    storage = torch.empty(2 * stride + 64, dtype=torch.float16)
+    far = storage.as_strided((3, 64), (stride, 1))
+    logits, ref_logits = (x[:3] for x in two_policies(64, torch.float16))
+    far.copy_(logits)
+    assert torch.allclose(full_kl(far, ref_logits), full_kl(logits, ref_logits), rtol=1e-5)
+
+
 def test_a_nan_stays_in_its_row(backend: str) -> None:
     logits, ref_logits = two_policies(100)
     logits[1, 70], ref_logits[2, 5] = torch.nan, torch.nan

@@ -174,6 +174,13 @@ def test_stats_merge_to_the_moments_of_all_advantages(backend: str) -> None:
     )
 
 
+def test_inputs_may_be_strided(backend: str) -> None:
+    rollout = random_rollout(LENGTHS)
+    strided = [torch.stack((x, x), dim=1)[:, 0] for x in rollout]
+    for a, b in zip(gae(*rollout, kl_coef=0.1), gae(*strided, kl_coef=0.1), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_coefficient_may_be_a_tensor(backend: str) -> None:
     rollout = random_rollout(LENGTHS)
     number, tensor = (gae(*rollout, kl_coef=coef) for coef in (0.25, torch.tensor(0.25)))

@@ -86,6 +86,16 @@ def test_a_large_mean_costs_no_digits(backend: str) -> None:
     assert largest_difference(layer_norm(shifted, weight, bias, eps=1e-5), exact) < 1e-3
 
 
+def test_a_nan_stays_in_its_row(backend: str) -> None:
+    x, weight, bias = random_layer((5, 40), with_residual=False)
+    with torch.no_grad():
+        x[2, 7] = torch.nan
+    y = layer_norm(x, weight, bias, eps=1e-5)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    for result in (y, gradient):
+        assert result.isnan().any(1).tolist() == [False, False, True, False, False]
+
+
 def test_the_new_residual_alone_passes_its_gradient_on(backend: str) -> None:
     leaves = random_layer((3, 32), with_residual=True)
     _, hidden = layer_norm(*leaves[:3], eps=1e-5, residual=leaves[3])

@@ -110,6 +110,22 @@ def test_chunks_change_nothing_but_rounding(backend: str) -> None:
             assert largest_difference(a, b) < 1e-5
 
 
+def test_chunks_change_no_bit_of_a_log_prob(backend: str) -> None:
+    hidden, weight, labels = head()
+    with torch.no_grad():  # small whole numbers: the products are exact in any order
+        hidden.mul_(2).round_()
+        weight.mul_(8).round_()
+    in_one, *others = (
+        linear_logprobs(
+            hidden, weight, labels, with_entropy=True, workspace_bytes=workspace, **OPTIONS
+        )
+        for workspace in (2**20, THREE_CHUNKS[backend], 1)
+    )
+    for other in others:
+        assert other[0].equal(in_one[0])
+        assert other[1].equal(in_one[1])
+
+
 def test_repeated_runs_agree_bitwise(backend: str) -> None:
     hidden, weight, labels = head()
     runs = []

@@ -248,6 +248,17 @@ def test_no_rows_and_strided_rows(backend: str) -> None:
     assert [len(x) for x in nothing] == [0, 0, 0]
 
 
+def test_offsets_past_31_bits(interpreter: None) -> None:
+    # Row 2 begins 2^31 + 200 elements into the storage; its pages are never touched but there.
+    stride = 2**30 + 100
+    storage = torch.empty(2 * stride + 100, dtype=torch.float16)
+    far = storage.as_strided((3, 100), (stride, 1))
+    far.copy_(torch.randn(3, 100))
+    keys = {"sample_index": INDEX[:3], "position": POSITION[:3]}
+    for a, b in zip(draw(far, **keys), draw(far.contiguous(), **keys), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_repeats_bit_for_bit_and_compiles(interpreter: None) -> None:
     logits = torch.randn(4, 150)
     compiled = torch.compile(draw, backend="aot_eager", fullgraph=True)

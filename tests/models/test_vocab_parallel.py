@@ -212,6 +212,18 @@ def test_every_rank_holds_the_same_bits(results: dict, tp: int) -> None:
         assert other["replicated"][2].equal(first["replicated"][2]), "the hidden gradient"
 
 
+def test_entropy_comes_only_when_asked_for() -> None:
+    p = problem()
+    logits = p["hidden"] @ p["weight"].t()
+    for with_entropy in (False, True):
+        options = {"group": None, "with_entropy": with_entropy, **OPTIONS}
+        _, of_logits = vocab_parallel_logprobs(logits, p["labels"], **options)
+        _, of_hidden = vocab_parallel_linear_logprobs(
+            p["hidden"], p["weight"], p["labels"], **options
+        )
+        assert (of_logits is not None) == (of_hidden is not None) == with_entropy
+
+
 class Head(torch.nn.Module):
     """Embeddings, a product with them or with another matrix, and the summed log-prob."""
 
