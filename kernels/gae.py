@@ -190,8 +190,7 @@ def _gae_kernel(
     tl.store(stats + 3 * sequence + 2, squares)
 
 
-@torch.library.custom_op("trident::gae", mutates_args=())
-def _gae(
+def _launch(
     logprobs: Tensor,
     ref_logprobs: Tensor,
     values: Tensor,
@@ -232,6 +231,9 @@ def _gae(
                 num_warps=num_warps_for(2 * block),  # a scan holds twice the values of a map
             )
     return out, stats
+
+
+_gae = torch.library.custom_op("trident::gae", _launch, mutates_args=())
 
 
 @_gae.register_fake
@@ -331,14 +333,9 @@ def gae(
         )
     if isinstance(kl_coef, Tensor) and kl_coef.device != values.device:
         kl_coef = float(kl_coef)  # on the host already
-    on_device = isinstance(kl_coef, Tensor)
-    out, stats = _gae(
-        *inputs,
-        kl_coef if on_device else None,
-        0.0 if on_device else kl_coef,
-        gamma,
-        lam,
-        kl_estimator,
-    )
+    in_tensor, number = (kl_coef, 0.0) if isinstance(kl_coef, Tensor) else (None, kl_coef)
+    # torch.compile needs the operator; a direct call spares the host as much as the kernel takes.
+    run = _gae if torch.compiler.is_compiling() else _launch
+    out, stats = run(*inputs, in_tensor, number, gamma, lam, kl_estimator)
     rewards, advantages, returns, kl = out.unbind()
     return Advantages(rewards, advantages, returns, kl, stats)
