@@ -92,10 +92,11 @@ def _stage_job(default: Any) -> Any:
 
 def parse_config(default: Config, arguments: Sequence[str] | None = None) -> Config:
     """Return `default` with the fields that the command line names replaced; raises UserError."""
+    named = sys.argv[1:] if arguments is None else arguments
     parse = functools.partial(
         tyro.cli,
         type(default),
-        default=default,
+        default=_with_named_parts(default, named),
         args=arguments,
         config=(tyro.conf.AvoidSubcommands,),
     )
@@ -111,6 +112,23 @@ def parse_config(default: Config, arguments: Sequence[str] | None = None) -> Con
         if rank_of_environment() == 0:
             parse()  # --help: once more, for the terminal to see
         raise
+
+
+def _with_named_parts(default: Config, arguments: Sequence[str], prefix: str = "--") -> Config:
+    """Return `default` with every optional dataclass in it that is None put to that dataclass's own
+    default, if the arguments name one of its fields or ask for help: tyro offers no field of what
+    is not there."""
+    changes: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(type(default)).items():
+        value, inner = getattr(default, name), f"{prefix}{name.replace('_', '-')}."
+        is_named = any(word.replace("_", "-").startswith(inner) for word in arguments)
+        classes: list[Any] = [c for c in typing.get_args(hint) if dataclasses.is_dataclass(c)]
+        if value is None and classes and (is_named or {"-h", "--help"} & set(arguments)):
+            changes[name] = value = classes[0]()
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            inner = prefix if name == "config" else inner  # of a stage's job
+            changes[name] = _with_named_parts(value, arguments, inner)
+    return dataclasses.replace(default, **changes) if changes else default  # type: ignore[type-var]
 
 
 def check_numbers(

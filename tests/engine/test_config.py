@@ -16,6 +16,8 @@ from engine.config import (
     run_stage,
     save_config,
 )
+from engine.settings.layout import ParallelLayout
+from engine.settings.ppo import PPOConfig
 
 
 class Rule(enum.Enum):
@@ -76,6 +78,23 @@ def test_options_replace_fields_of_the_default():
 
 def test_no_option_leaves_the_default():
     assert parse_config(StageConfig(steps=7), []) == StageConfig(steps=7)
+
+
+def test_optional_part_is_there_once_an_option_names_a_field_of_it(capsys):
+    assert PPOConfig().critic_layout is None
+    for arguments in (["--critic-layout.tp", "2"], ["--critic_layout.tp=2"]):
+        found = parse_config(PPOConfig(), arguments)
+        assert found.critic_layout == ParallelLayout(tp=2)
+        assert found.generation_layout is None
+    given = PPOConfig(critic_layout=ParallelLayout(tp=4))
+    found = parse_config(given, ["--critic-layout.pp", "2"])
+    assert found.critic_layout == ParallelLayout(tp=4, pp=2)
+    with pytest.raises(SystemExit):
+        run_stage(pytest.fail, PPOConfig(), ["--help"])
+    assert "--generation-layout.tp" in capsys.readouterr().out
+    seen = []
+    run_stage(lambda config: seen.append(config), PPOConfig(), ["--generation-layout.tp", "2"])
+    assert seen[0].generation_layout == ParallelLayout(tp=2)
 
 
 def test_unknown_option_is_an_error_that_names_it_and_the_near_one(capsys):
