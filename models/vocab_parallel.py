@@ -271,7 +271,9 @@ def vocab_parallel_sample(  # noqa: PLR0913
     check_sampling(temperature, top_k, top_p, seed)
 
     def gather(shard: Tensor) -> Tensor:
-        return shard[None] if group is None else _gather_states(shard, group)
+        if group is None or group.size() == 1:
+            return shard[None]
+        return _gather_states(shard, group)
 
     thresholds = None
     if temperature > 0 and (top_k > 0 or top_p < 1):

@@ -67,10 +67,13 @@ def generate_text(config: GenerateConfig) -> None:
         raise UserError(f"num_samples must be at least 1, got {config.num_samples}")
     config.sampling.check()
     network, tokenizer = load_model(config)
-    if config.prompts is None:
-        talk(network, tokenizer, config)
-    else:
-        answer_file(network, tokenizer, config, config.prompts)
+    try:
+        if config.prompts is None:
+            talk(network, tokenizer, config)
+        else:
+            answer_file(network, tokenizer, config, config.prompts)
+    except FloatingPointError as error:
+        raise UserError(f"{config.source}: {error}") from None
 
 
 def load_model(config: GenerateConfig) -> tuple[Network, Tokenizer]:
@@ -146,7 +149,9 @@ def talk(network: Network, tokenizer: Tokenizer, config: GenerateConfig) -> None
             "ranks, or raise layout.tp"
         )
     if parallel.is_writer:
-        print("Type a message; /new starts over, Ctrl-D ends.")
+        print("Type a message; /new starts over, Ctrl-C ends an answer, Ctrl-D the dialogue.")
+    # A launcher of several ranks ends all of them at Ctrl-C.
+    endings = (_TurnEnded,) if parallel.world_size > 1 else (_TurnEnded, KeyboardInterrupt)
     messages: list[dict[str, str]] = []
     num_turns = 0
     while (line := _read_line(parallel.is_writer)) is not None:
@@ -165,7 +170,7 @@ def talk(network: Network, tokenizer: Tokenizer, config: GenerateConfig) -> None
             _show(f"That is {len(prompt)} tokens, too long for the model.\n", parallel.is_writer)
             continue
         screen = _Screen(tokenizer, lambda text: _show(text, parallel.is_writer))
-        with contextlib.suppress(_TurnEnded):
+        with contextlib.suppress(*endings):
             list(
                 generate(
                     network,

@@ -2,9 +2,17 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from engine.config import UserError
-from engine.generation.text import NEXT_TURN, GenerateConfig, _Screen, _TurnEnded, generate_text
+from engine.generation.text import (
+    NEXT_TURN,
+    GenerateConfig,
+    _Screen,
+    _TurnEnded,
+    generate_text,
+    load_model,
+)
 from engine.settings.sampling import SamplingConfig
 from tests.ranks import run_ranks
 from tests.tiny import write_checkpoints, write_files, write_lines, write_tokenizer
@@ -89,6 +97,41 @@ def test_a_dialogue_answers_until_the_end_of_input(run, tmp_path, monkeypatch, c
     out = capsys.readouterr().out
     assert "too long" in out
     assert len(out.splitlines()) >= 4
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_dialogue(run, tmp_path, monkeypatch, capsys):
+    lines = iter(["the mill", "river"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or cut_off())
+    add, num_tokens = _Screen.add, []
+
+    def add_and_interrupt(screen: _Screen, index: int, tokens: list[int]) -> None:
+        add(screen, index, tokens)
+        num_tokens.append(len(tokens))
+        if len(num_tokens) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Screen, "add", add_and_interrupt)
+    generate_text(config(run / "policy", tmp_path, prompts=None))
+    assert 3 < len(num_tokens) <= 3 + SAMPLING.max_new_tokens  # the second answer was given
+
+
+def cut_off() -> str:
+    raise EOFError
+
+
+@pytest.mark.parametrize("dialogue", [False, True])
+def test_weights_that_are_not_finite_are_a_mistake(dialogue, run, tmp_path, monkeypatch):
+    def load_broken(config: GenerateConfig):
+        network, tokenizer = load_model(config)
+        next(network.modules[0].parameters()).data.fill_(torch.nan)
+        return network, tokenizer
+
+    monkeypatch.setattr("engine.generation.text.load_model", load_broken)
+    monkeypatch.setattr("builtins.input", lambda prompt: "the mill")
+    settings = config(run / "policy", tmp_path, **({"prompts": None} if dialogue else {}))
+    with pytest.raises(UserError, match="policy: the logits of sample .* are not finite"):
+        generate_text(settings)
+    assert not settings.out.exists()
 
 
 @pytest.mark.parametrize(
