@@ -5,6 +5,7 @@ process and without a GPU, a file or a tokenizer.
 (engine/distinct_ranks.py), and ends with the plan of the run or with the first thing that is wrong.
 """
 
+import dataclasses
 import time
 
 from rich.console import Console
@@ -56,10 +57,17 @@ def models_of(config: StageConfig) -> list[Model]:
     if not config.size or not config.reward_model_size:
         raise UserError("a dry run of PPO needs --size and --reward-model-size, named sizes")
     policy, critic = named_size(config.size), named_size(config.reward_model_size)
-    return [
+    models = [
         _model(config, "language", ("policy", "reference"), policy, config.adam),
         _model(config, "scalar", ("critic", "reward model"), critic, config.critic_adam),
     ]
+    if config.generation_layout is not None:
+        config.check_generation_layout()
+        copy = dataclasses.replace(
+            models[0], roles=("generation",), layout=config.generation_layout, adam=None
+        )
+        models.append(copy)
+    return models
 
 
 def check_batches(config: StageConfig, size: GPTSize, num_gpus: int) -> list[str]:

@@ -64,6 +64,8 @@ def train(config: PPOConfig) -> dict[str, float]:
         config.residency, policy=policy_optimizer, critic=critic_optimizer, ema=learner.ema
     )
     reference, reward_model = _load_frozen(residency, config, run)
+    if config.generation_layout is not None:
+        residency.generate_in(config.generation_layout, numerics=config.numerics)
     kl = KLController(config.kl)
     alarms = Alarms(config.alarms, dtype=config.numerics.dtype)
     order = EpochOrder(len(prompts), config.rollout_batch_size, config.seed)
@@ -98,9 +100,9 @@ def train(config: PPOConfig) -> dict[str, float]:
         for iteration in range(progress["step"], config.iterations):
             # 1 prompt
             batch = [prompts[i] for i in order.indices(iteration)]
-            with metrics.phase("rollout"), residency.rollout():  # 2
+            with metrics.phase("rollout"), residency.rollout() as generator:  # 2
                 rollout = generate_rollout(
-                    policy,
+                    generator,
                     batch,
                     config.sampling,
                     eos_id=run.tokenizer.eos_id,
@@ -284,6 +286,7 @@ def _check(config: PPOConfig) -> None:
             f"rollout_batch_size {config.rollout_batch_size} must be a multiple of "
             f"minibatch_size {config.minibatch_size}"
         )
+    config.check_generation_layout()
     _check_size(config.size, config.policy, "policy")
     _check_size(config.reward_model_size, config.reward_model, "reward_model")
     config.sampling.check()

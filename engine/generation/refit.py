@@ -5,7 +5,9 @@ network of more tensor or data parallelism, filled through megatron-core's resha
 carries the version of the weights that it was made from, and generate() refuses one that is stale.
 """
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,21 +16,26 @@ from megatron.core.resharding import reshard_model_weights
 from megatron.core.resharding.copy_services.base import CopyService
 from torch import Tensor
 
-from engine.config import UserError
 from engine.device import synchronize
 from engine.network import Network, build_network
 from engine.parallel import rearranged
+from engine.residency.host import allocate, distinct_storages, release
+from engine.residency.seat import weights_of
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+
+_NEVER_FILLED = -1  # a version that no weights have
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefitReport:
-    """What one refit cost this rank."""
+    """What one refit cost."""
 
     received_bytes: int
-    """From other ranks; what this rank held already is copied in place."""
+    """From other ranks, by the rank that received most; what a rank holds already is copied in
+    place."""
     seconds: float
+    """Of the slowest rank."""
 
 
 class Refit:
@@ -36,33 +43,56 @@ class Refit:
 
     def __init__(self, source: Network, layout: ParallelLayout, *, numerics: Numerics) -> None:
         """numerics: of the source. Raises UserError for a layout that refit cannot fill."""
-        if layout.cp > 1 or source.parallel.layout.cp > 1:
-            raise UserError("refit goes between layouts without context parallelism (cp 1)")
-        if layout.pp > 1 or source.parallel.layout.virtual_pp > 1:
-            raise UserError(
-                "refit goes from a layout without virtual stages to one without pipeline, not from "
-                f"virtual_pp {source.parallel.layout.virtual_pp} to pp {layout.pp}"
-            )
+        source.parallel.layout.check_refit(layout)
+        layout.check(source.size)
         self.source = source
         parallel = rearranged(source.parallel, layout)
         self.network = build_network("language", source.size, parallel, numerics=numerics)
         self.network.source = source
-        self.network.weights_version = -1  # never filled
+        self.report: RefitReport | None = None
+        """Of the last refit."""
+        self._storages = distinct_storages(weights_of(self.network))
+        self._sizes = [storage.nbytes() for storage in self._storages]
+        self.release()
+
+    @property
+    def num_bytes(self) -> int:
+        """The device memory that the copy takes now."""
+        return sum(storage.nbytes() for storage in self._storages)
+
+    @contextlib.contextmanager
+    def filled(self) -> Iterator[Network]:
+        """Run a block with the copy up to date, and give its memory up after it."""
+        try:
+            self()
+            yield self.network
+        finally:
+            self.release()
 
     @torch.no_grad()
     def __call__(self) -> RefitReport:
         """Bring the copy up to date."""
-        synchronize(self.source.parallel.device)
+        device = self.source.parallel.device
+        synchronize(device)
         started = time.perf_counter()
         service = _Exchange()
         self.source.settle()
+        if self.num_bytes == 0:
+            allocate(self._storages, self._sizes)
         with self.source.parallel.active():
             reshard_model_weights(self.source.modules, self.network.modules, service)
-        synchronize(self.source.parallel.device)
+        synchronize(device)
         self.network.weights_version = self.source.weights_version
-        return RefitReport(
-            received_bytes=service.received_bytes, seconds=time.perf_counter() - started
-        )
+        seconds = time.perf_counter() - started
+        cost = torch.tensor([seconds, service.received_bytes], dtype=torch.float64, device=device)
+        dist.all_reduce(cost, op=dist.ReduceOp.MAX)
+        self.report = RefitReport(seconds=float(cost[0]), received_bytes=int(cost[1]))  # sync
+        return self.report
+
+    def release(self) -> None:
+        """Give up the copy's memory; it is stale until the next refit."""
+        release(self._storages)
+        self.network.weights_version = _NEVER_FILLED
 
 
 class _Exchange(CopyService):

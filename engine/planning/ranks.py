@@ -76,6 +76,8 @@ class Four:
     """The reference is its like."""
     critic: PlannedNetwork
     """The reward model is its like."""
+    generator: PlannedNetwork
+    """The policy, or its copy in a generation layout."""
     residency: ResidencyConfig
     sampling: SamplingConfig
     episodes: Batch
@@ -86,6 +88,11 @@ class Four:
     budget: int
     most_tokens: int
     """Of a prompt with its response."""
+
+    @property
+    def is_refitted(self) -> bool:
+        """Whether a copy of the policy generates."""
+        return self.generator is not self.policy
 
 
 def ppo_ranks(four: Four, cluster: Cluster) -> list[RankMemory]:
@@ -102,9 +109,9 @@ def ppo_ranks(four: Four, cluster: Cluster) -> list[RankMemory]:
     return [fullest[stage] for stage in sorted(fullest)]
 
 
-def cache_tokens(rank: RankMemory, policy: PlannedNetwork) -> int:
+def cache_tokens(rank: RankMemory, generator: PlannedNetwork) -> int:
     """Return the tokens that a rank's key-value cache holds."""
-    return rank.phases["rollout"]["key-value cache"] // policy.cache_bytes_a_token()
+    return rank.phases["rollout"]["key-value cache"] // generator.cache_bytes_a_token()
 
 
 def model_bytes(
@@ -125,15 +132,15 @@ def model_bytes(
 
 
 def _ppo_rank(four: Four, cluster: Cluster, stage: int, critic_stage: int) -> RankMemory:
-    expected = expected_bytes(
-        four.residency,
-        {
-            "policy": model_bytes(four.policy, stage, is_trained=True, average=True),
-            "reference": model_bytes(four.policy, stage, is_trained=False),
-            "critic": model_bytes(four.critic, critic_stage, is_trained=True),
-            "reward_model": model_bytes(four.critic, critic_stage, is_trained=False),
-        },
-    )
+    models = {
+        "policy": model_bytes(four.policy, stage, is_trained=True, average=True),
+        "reference": model_bytes(four.policy, stage, is_trained=False),
+        "critic": model_bytes(four.critic, critic_stage, is_trained=True),
+        "reward_model": model_bytes(four.critic, critic_stage, is_trained=False),
+    }
+    if four.is_refitted:
+        models["generation"] = model_bytes(four.generator, 0, is_trained=False)
+    expected = expected_bytes(four.residency, models)
     phases = {phase: _held(expected, four, stage, phase) for phase in PHASES}
     phases["rollout"] |= _generation_bytes(four, cluster, stage, sum(phases["rollout"].values()))
     pairs = ((four.policy, stage), (four.critic, critic_stage))
@@ -182,27 +189,23 @@ def _working_bytes(
 
 def _generation_bytes(four: Four, cluster: Cluster, stage: int, held: int) -> Rows:
     """The key-value cache and the workspace of decoding; see engine/generation/cache.py."""
-    policy, sampling = four.policy, four.sampling
-    width, hidden, tp = policy.element_bytes, policy.size.hidden_size, policy.layout.tp
+    network, sampling = four.generator, four.sampling
+    width, hidden, tp = network.element_bytes, network.size.hidden_size, network.layout.tp
     slots = num_slots(four)
     # Inputs, queries, the MLP's wide tensors and the output of a step's tokens; fp32 logits and
     # their copy for sampling.
-    tokens = slots / policy.layout.pp + sampling.prefill_tokens
+    tokens = slots / network.layout.pp + sampling.prefill_tokens
     workspace = tokens * width * hidden * (4 + 12 / tp)
-    if stage == policy.layout.pp - 1:
-        workspace += 2 * 4 * slots / policy.layout.pp * policy.size.padded_vocab_size / tp
+    if four.is_refitted or stage == network.layout.pp - 1:
+        workspace += 2 * 4 * slots / network.layout.pp * network.size.padded_vocab_size / tp
     free = max(0, cluster.free_bytes - held - round(workspace))
-    wanted = slots * four.most_tokens * policy.cache_bytes_a_token()
+    wanted = slots * four.most_tokens * network.cache_bytes_a_token()
     limit = sampling.cache_gib * 2**30 if sampling.cache_gib else sampling.cache_fraction * free
     return {"key-value cache": round(min(limit, wanted)), "workspace": round(workspace)}
 
 
 def num_slots(four: Four) -> int:
     """Return the sequences that a replica decodes together, its stages' groups in all."""
-    pp = four.policy.layout.pp
-    return (
-        math.ceil(
-            min(four.sampling.num_slots, math.ceil(four.episodes.count / four.policy.dp)) / pp
-        )
-        * pp
-    )
+    pp, dp = four.generator.layout.pp, four.generator.dp
+    sequences = min(four.sampling.num_slots, math.ceil(four.episodes.count / dp))
+    return math.ceil(sequences / pp) * pp

@@ -165,6 +165,13 @@ def move_seconds(num_bytes: float, cluster: Cluster) -> float:
     return num_bytes / cluster.host_bandwidth
 
 
+def refit_seconds(generator: PlannedNetwork, cluster: Cluster) -> float:
+    """Return the seconds in which a rank receives its copy for generation, all of it from
+    others."""
+    bandwidth = cluster.link_bandwidth(cluster.num_gpus)
+    return generator.weight_bytes(0) / bandwidth
+
+
 def gather_seconds(network: PlannedNetwork, cluster: Cluster) -> float:
     """Return the seconds in which data-parallel ranks gather the fullest stage's weights."""
     layout, dp = network.layout, network.dp

@@ -27,6 +27,7 @@ from engine.planning.seconds import (
     gather_seconds,
     layer_flops,
     move_seconds,
+    refit_seconds,
     step_seconds,
     train_seconds,
 )
@@ -120,20 +121,27 @@ def estimate_ppo(config: PPOConfig, cluster: Cluster, workload: Workload) -> Est
     """Estimate PPO or PPO-ptx: rollout, scoring and the updates of an iteration."""
     four = _four(config, cluster, workload)
     policy, critic, episodes = four.policy, four.critic, four.episodes
+    generator = four.generator
     ranks = ppo_ranks(four, cluster)
     num_updates = config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
-    cached = min(cache_tokens(rank, policy) for rank in ranks)
+    cached = min(cache_tokens(rank, generator) for rank in ranks)
     rollout = decode_seconds(
-        policy,
+        generator,
         cluster,
         Generation(
-            sequences=math.ceil(episodes.count / policy.dp),
-            slots=max(policy.layout.pp, min(num_slots(four), int(cached / episodes.mean_tokens))),
+            sequences=math.ceil(episodes.count / generator.dp),
+            slots=max(
+                generator.layout.pp, min(num_slots(four), int(cached / episodes.mean_tokens))
+            ),
             prompt_tokens=workload.prompt_tokens,
             response_tokens=min(workload.response_tokens, config.sampling.max_new_tokens),
             most_new_tokens=config.sampling.max_new_tokens,
         ),
     )
+    networks = {"policy": policy, "critic": critic}
+    if four.is_refitted:
+        rollout["refit"] = refit_seconds(generator, cluster)
+        networks["generation"] = generator
     budget = config.micro_batch_tokens
     score = add_seconds(
         [forward_seconds(network, cluster, episodes, budget) for network in (policy, critic) * 2]
@@ -149,7 +157,7 @@ def estimate_ppo(config: PPOConfig, cluster: Cluster, workload: Workload) -> Est
     trains = [(policy, batch) for batch in four.policy_batches]
     trains += [(critic, batch) for batch in four.critic_batches]
     return Estimate(
-        networks={"policy": policy, "critic": critic},
+        networks=networks,
         ranks=ranks,
         phases=[
             _phase("rollout", rollout | moves["rollout"], reads[:1], trains=False),
@@ -164,7 +172,7 @@ def estimate_ppo(config: PPOConfig, cluster: Cluster, workload: Workload) -> Est
         num_steps=config.iterations,
         step_name="iteration",
         tokens=num_updates * sum(batch.tokens for batch in four.policy_batches),
-        notes=_cache_notes(four, cached),
+        notes=_cache_notes(four, cached) + _refit_notes(four, ranks, cluster),
     )
 
 
@@ -224,6 +232,12 @@ def _four(config: PPOConfig, cluster: Cluster, workload: Workload) -> Four:
     critic = _network(
         "scalar", config.reward_model_size, config, cluster, layout=config.critic_layout
     )
+    generator = policy
+    if config.generation_layout is not None:
+        config.check_generation_layout()
+        generator = _network(
+            "language", config.size, config, cluster, layout=config.generation_layout
+        )
     response = min(workload.response_tokens, config.sampling.max_new_tokens)
     tokens = workload.prompt_tokens + response
     context = policy.size.context_length
@@ -246,6 +260,7 @@ def _four(config: PPOConfig, cluster: Cluster, workload: Workload) -> Four:
     return Four(
         policy=policy,
         critic=critic,
+        generator=generator,
         residency=config.residency,
         sampling=config.sampling,
         episodes=episodes(config.rollout_batch_size),
@@ -285,6 +300,23 @@ def _cache_notes(four: Four, cached: int) -> list[str]:
     if cached < four.most_tokens:
         notes.append(f"does not fit: one sequence may need {four.most_tokens:,} tokens of cache")
     return notes
+
+
+def _refit_notes(four: Four, ranks: list[RankMemory], cluster: Cluster) -> list[str]:
+    """What arrives from other ranks takes as much as the copy once more, before there is a
+    cache."""
+    if not four.is_refitted:
+        return []
+    size = four.generator.weight_bytes(0)
+    parts = [rank.phases["rollout"] for rank in ranks]
+    held = max(sum(rows.values()) - rows["key-value cache"] - rows["workspace"] for rows in parts)
+    if held + size <= cluster.free_bytes:
+        return []
+    gib = 2**30
+    return [
+        f"does not fit: refit takes {size / gib:.1f} GiB for messages beside {held / gib:.1f} GiB; "
+        "raise generation_layout.tp"
+    ]
 
 
 def _network(

@@ -55,7 +55,8 @@ class ExpectedBytes:
 
 
 def expected_bytes(config: ResidencyConfig, models: Mapping[str, ModelBytes]) -> ExpectedBytes:
-    """Return what the phases take, from the four models' bytes by role."""
+    """Return what the phases take, from the bytes of the four models by role, and of "generation",
+    the policy's copy in another layout, where there is one."""
     device: dict[str, dict[str, int]] = {}
     host: dict[str, int] = {}
     passing: dict[str, int] = {}
@@ -90,6 +91,8 @@ def expected_bytes(config: ResidencyConfig, models: Mapping[str, ModelBytes]) ->
         host[row] = model.weights if placement == "host" else 0
         if borrows:  # the partner's weights wait on the host for their turn
             host[f"{partner} weights"] = models[partner].weights
+    if "generation" in models:
+        device["generation weights"] = _in_phases(0, rollout=models["generation"].weights)
     return ExpectedBytes(device=device, passing=passing, host=host)
 
 

@@ -1,8 +1,8 @@
 """Which weights and optimizer state are on the GPU in each phase of PPO, and the moves between.
 
     phase     on the GPU                                    elsewhere, where the settings say so
-    rollout   policy, key-value cache                       reference, critic, reward model,
-                                                            optimizer state
+    rollout   policy, its copy in a generation layout if    reference, critic, reward model,
+              there is one, key-value cache                 optimizer state
     score     policy, then reference in the same memory;    optimizer state
               critic, then reward model in the same memory
     update    policy and critic with gradients and          reference, reward model
@@ -22,6 +22,7 @@ from torch import UntypedStorage
 
 from engine.config import UserError
 from engine.ema import EMA
+from engine.generation.refit import Refit
 from engine.network import Network
 from engine.optimizer import Optimizer
 from engine.residency.expected import PARTNERS, ModelBytes, expected_bytes
@@ -29,6 +30,8 @@ from engine.residency.host import Link, Parked, distinct_storages
 from engine.residency.ledger import Ledger
 from engine.residency.seat import Seat, weights_of
 from engine.residency.sharded import ShardedWeights
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
 from engine.settings.residency import ResidencyConfig
 from models.sizes import GPTSize
 
@@ -61,6 +64,7 @@ class Residency:
         self._find_state: dict[str, Callable[[], list[UntypedStorage]]] = {}
         self._state: dict[str, list[UntypedStorage]] = {}  # looked up at the start of a phase
         self._models: dict[str, ModelBytes] = {}
+        self._refit: Refit | None = None
         for role, optimizer in self._trained.items():
             self._take_over(role, optimizer, ema if ema.optimizer is optimizer else None)
         if config.critic == "host":
@@ -94,17 +98,34 @@ class Residency:
             own_seat.vacate()
         return network
 
+    def generate_in(self, layout: ParallelLayout, *, numerics: Numerics) -> None:
+        """Have a copy of the policy generate, in another layout of the same ranks: it is made anew
+        in every rollout, and has memory there only. Raises UserError for a layout that does not
+        fit."""
+        try:
+            refit = Refit(self._trained["policy"].network, layout, numerics=numerics)
+        except UserError as error:
+            raise UserError(f"generation_layout: {error}") from None
+        self._refit = refit
+        self._models["generation"] = model_bytes(refit.network)
+        self.ledger.device_rows["generation weights"] = lambda: refit.num_bytes
+
     @contextlib.contextmanager
-    def rollout(self) -> Iterator[None]:
+    def rollout(self) -> Iterator[Network]:
         """Run phase 2 with the policy's weights on the device, and no more than the settings want
-        besides."""
+        besides; gives the network that generates, the policy or its copy, which is made anew."""
         with self._phase("rollout"):
             self._rest()
             self._restore("policy")
             if self.config.critic == "host":
                 self._seats["critic"].vacate()
             self.ledger.begin("rollout")
-            yield
+            if self._refit is None:
+                yield self._trained["policy"].network
+                return
+            with self._refit.filled() as network:
+                self.ledger.observe()
+                yield network
 
     @contextlib.contextmanager
     def score(self) -> Iterator[None]:
@@ -142,18 +163,22 @@ class Residency:
             yield
 
     def record(self, folder: Path) -> dict[str, float]:
-        """Return the bytes by role and phase of this iteration as metrics; the writing rank puts
-        them into folder/memory.txt."""
+        """Return the bytes by role and phase of this iteration as metrics, and what the copy that
+        generates has cost; the writing rank puts the bytes into folder/memory.txt."""
         if self._parallel.is_writer:
             self.ledger.write(folder / "memory.txt", rank=self._parallel.rank)
-        return self.ledger.metrics()
+        values = self.ledger.metrics()
+        if self._refit is not None and self._refit.report is not None:
+            values["rollout/refit_seconds"] = self._refit.report.seconds
+            values["rollout/refit_bytes"] = float(self._refit.report.received_bytes)
+        return values
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         """Run a block that begins the phase in the ledger; UserError where the device's memory does
         not suffice."""
         self._state = {role: find() for role, find in self._find_state.items()}
-        if len(self._models) == len(self._trained) + len(PARTNERS):
+        if PARTNERS.keys() <= self._models.keys():  # the frozen models are there too
             self.ledger.expected = expected_bytes(self.config, self._models)
         try:
             yield

@@ -58,6 +58,25 @@ class ParallelLayout:
         if self.sequence_parallel and self.tp == 1:
             raise UserError("layout.sequence_parallel needs layout.tp > 1")
 
+    def check_refit(self, target: "ParallelLayout") -> None:
+        """Raise UserError where weights in this layout cannot be copied into `target`, to generate
+        there (engine/generation/refit.py)."""
+        if self.cp > 1 or target.cp > 1:
+            raise UserError(
+                f"weights are copied between layouts without context parallelism, not from cp "
+                f"{self.cp} to cp {target.cp}"
+            )
+        if self.virtual_pp > 1 or target.pp > 1:
+            raise UserError(
+                "weights are copied from a layout without virtual stages to one without pipeline, "
+                f"not from virtual_pp {self.virtual_pp} to pp {target.pp}"
+            )
+        if (self.tp, self.pp) == (target.tp, target.pp):
+            raise UserError(
+                f"tp {target.tp} x pp {target.pp} is the layout that the weights are in: a copy "
+                "would gain nothing"
+            )
+
     def _check_degrees(self) -> None:
         check_numbers(self, "layout.", counts="tp pp virtual_pp cp")
         if self.virtual_pp > 1 and self.pp == 1:

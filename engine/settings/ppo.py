@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from engine.config import check_numbers
+from engine.config import UserError, check_numbers
 from engine.settings.adam import AdamConfig
 from engine.settings.alarms import AlarmConfig
 from engine.settings.kl import KLConfig
@@ -107,6 +107,10 @@ class PPOConfig:
     critic_layout: ParallelLayout | None = None
     """Parallelism of critic and reward model, on the same ranks; none: the policy's. A critic much
     smaller than the policy wants less tensor and pipeline parallelism."""
+    generation_layout: ParallelLayout | None = None
+    """Parallelism of the policy while it generates, on the same ranks; none: the policy's. A
+    pipeline decodes slowly: tp, or dp, in its place costs a copy of the weights, brought up to date
+    before every rollout and given up after it."""
     residency: ResidencyConfig = field(default_factory=ResidencyConfig)
     """Which weights and optimizer state leave the GPU while nobody reads them."""
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
@@ -131,3 +135,12 @@ class PPOConfig:
             shares="gamma lam ema_decay",
         )
         check_numbers(self, counts="micro_batch_tokens ptx_examples_per_episode")
+
+    def check_generation_layout(self) -> None:
+        """Raise UserError where the policy's weights cannot be copied into generation_layout."""
+        if self.generation_layout is None:
+            return
+        try:
+            self.layout.check_refit(self.generation_layout)
+        except UserError as error:
+            raise UserError(f"generation_layout: {error}") from None

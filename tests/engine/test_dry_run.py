@@ -119,6 +119,21 @@ def test_batch_that_does_not_fit_is_refused(stage, changes, data, message):
         check_batches(config, SIZES["tiny"], 8)
 
 
+def test_generation_in_a_layout_of_its_own_is_built_too(capsys):
+    config = dataclasses.replace(
+        config_of("ppo_tiny"), layout=ParallelLayout(pp=2), generation_layout=ParallelLayout(tp=2)
+    )
+    dry_run(config, 4)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("generation: ") and "tp 2 x pp 1 x dp 2" in line for line in lines)
+    bad = dataclasses.replace(config, generation_layout=ParallelLayout(tp=8))
+    with pytest.raises(UserError, match="generation: layout.tp 8 must divide"):
+        dry_run(bad, 8)
+    virtual = dataclasses.replace(config, layout=ParallelLayout(pp=2, virtual_pp=2))
+    with pytest.raises(UserError, match="generation_layout: .* virtual stages"):
+        dry_run(virtual, 4)
+
+
 def test_batches_are_said_in_words():
     lines = check_batches(config_of("ppo_tiny"), SIZES["tiny"], 8)
     assert lines == [

@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 
 from engine import optimizer
+from engine.metrics import read_metrics
 from engine.parallel import rank_of_environment
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.residency import ResidencyConfig
 from tests.ranks import run_ranks
 from tests.tiny import ppo_config, rm_config, rows_of, sft_config, train, weights_of
 
@@ -55,11 +57,13 @@ FOUR = {
     },
     "pp2_dp2_virtual_overlap": {"layout": dataclasses.replace(PP2_VIRTUAL, **OVERLAP)},
 }
-# PPO alone: policy and critic in layouts of their own on the same ranks.
+# PPO alone: policy, critic and generation in layouts of their own on the same ranks.
 PPO_TWO = {
     "tp2_critic_pp2": {"layout": TP2_SEQUENCE, "critic_layout": PP2},
     "pp2_critic_dp2": {"layout": PP2, "critic_layout": DP},
     "dp2_overlap_fused": {"layout": ParallelLayout(**OVERLAP), "numerics": FUSED},
+    "pp2_generates_in_dp2": {"layout": PP2, "generation_layout": DP},
+    "pp2_generates_in_tp2": {"layout": PP2, "generation_layout": TP2_SEQUENCE},
 }
 PPO_FOUR = {
     "cp4_critic_dp4": {"layout": ParallelLayout(cp=4), "critic_layout": DP},
@@ -68,8 +72,22 @@ PPO_FOUR = {
         "layout": dataclasses.replace(PP2_VIRTUAL, **OVERLAP),
         "critic_layout": dataclasses.replace(TP2_SEQUENCE, **OVERLAP),
     },
+    "tp2_pp2_generates_in_tp4": {"layout": TP2_PP2, "generation_layout": ParallelLayout(tp=4)},
+    "tp2_pp2_critic_dp4_generates_in_dp4": {
+        "layout": TP2_PP2,
+        "critic_layout": DP,
+        "generation_layout": DP,
+        "residency": ResidencyConfig(reference="host", critic="host", optimizer="host"),
+    },
+    "pp2_dp2_overlap_generates_in_tp2_dp2": {
+        "layout": dataclasses.replace(PP2, **OVERLAP),
+        "generation_layout": TP2,
+    },
 }
-RESUMED = "tp2_critic_pp2"  # this one is started again from its first checkpoint besides
+# These are started again from their first checkpoint besides.
+RESUMED = ("tp2_critic_pp2", "pp2_generates_in_tp2")
+# What only a run that generates in a layout of its own records.
+REFIT = "rollout/refit_bytes"
 # By stage: its config, and by role which network each starts from.
 STAGES: dict[str, tuple[Callable, dict[str, tuple]]] = {
     "sft": (sft_config, {"policy": ("policy", "policy")}),
@@ -98,7 +116,7 @@ def train_stages(files: Path, folder: Path, cases: dict[str, dict], ppo: dict[st
         for name, changes in ppo.items():
             config = ppo_config(files, folder / name / "ppo", save_every=1, **changes)
             train(config)
-            if name == RESUMED:
+            if name in RESUMED:
                 resumed = dataclasses.replace(config, directory=folder / name / "resumed")
                 if rank_of_environment() == 0:
                     copy_without_last_checkpoint(config.directory, resumed.directory)
@@ -144,8 +162,8 @@ def assert_same_training(files: Path, stage: str, run: Path, other: Path) -> Non
     rows, other_rows = rows_of(run), rows_of(other)
     assert len(rows) == len(other_rows)
     for row, other_row in zip(rows, other_rows, strict=True):
-        assert row.keys() == other_row.keys()
-        for key in row:
+        assert row.keys() - {REFIT} == other_row.keys()
+        for key in other_row:
             if key.endswith(("loss", "grad_norm", "accuracy", "reward_mean", "kl")):
                 # Whitened advantages are of size 1 and cancel in the policy loss.
                 smallest = 1e-6 if key == "update/policy_loss" else 0.0
@@ -174,8 +192,9 @@ def test_policy_and_critic_in_two_layouts_train_as_one(
     assert_same_training(tiny, "ppo", two_ranks / case / "ppo", one_rank / "ppo")
 
 
-def test_run_of_two_layouts_continues_bit_for_bit(two_ranks: Path):
-    whole, resumed = (two_ranks / RESUMED / name for name in ("ppo", "resumed"))
+@pytest.mark.parametrize("case", RESUMED)
+def test_run_of_two_layouts_continues_bit_for_bit(case: str, two_ranks: Path):
+    whole, resumed = (two_ranks / case / name for name in ("ppo", "resumed"))
     assert (resumed / "checkpoints" / "latest").read_text() == "step_00000002"
     assert rows_of(resumed) == rows_of(whole)
     for role in STAGES["ppo"][1]:
@@ -183,9 +202,27 @@ def test_run_of_two_layouts_continues_bit_for_bit(two_ranks: Path):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs), role
 
 
-def test_runs_remember_both_layouts(two_ranks: Path):
-    config = json.loads((two_ranks / RESUMED / "ppo" / "config.json").read_text())
+def test_runs_remember_their_layouts(two_ranks: Path):
+    config = json.loads((two_ranks / "tp2_critic_pp2" / "ppo" / "config.json").read_text())
     assert (config["layout"]["tp"], config["critic_layout"]["pp"]) == (2, 2)
+
+
+@pytest.mark.parametrize("name", ["dp2", "tp2"])
+def test_refits_are_measured_and_their_copy_has_memory_in_rollouts_only(name: str, two_ranks: Path):
+    run = two_ranks / f"pp2_generates_in_{name}" / "ppo"
+    for row in read_metrics(run):
+        # Half of the weights are the other stage's; the rest is moved within the rank.
+        copied = row["memory/rollout_generation_bytes"]
+        assert 0.3 * copied < row[REFIT] < 0.7 * copied
+        assert 0 < row["rollout/refit_seconds"] < row["rollout/seconds"]
+        assert row["memory/score_generation_bytes"] == row["memory/update_generation_bytes"] == 0
+        assert row["memory/rollout_policy_bytes"] > 0
+    lines = (run / "memory.txt").read_text().splitlines()
+    most, expected = (
+        float(next(line for line in lines if line.startswith(start)).split()[column])
+        for start, column in (("most at once", 3), ("expected", -4))
+    )
+    assert most == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.slow

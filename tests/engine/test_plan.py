@@ -164,6 +164,22 @@ def test_critic_may_be_cut_otherwise_than_the_policy():
     assert len(halved.ranks) == 1  # stages are the policy's
 
 
+def test_generation_without_pipeline_takes_a_copy_and_less_time():
+    pipeline = recipe_plan("ppo_175b", 512)
+    copied = recipe_plan("ppo_175b", 512, generation_layout=ParallelLayout(tp=16))
+    rows = copied.fullest.phases
+    # 174.6 B parameters in bf16 on 16 ranks, in rollouts only.
+    assert rows["rollout"]["generation weights"] == pytest.approx(2 * 174.6e9 / 16, rel=0.01)
+    assert "generation weights" not in rows["score"] | rows["update"]
+    assert rows["update"] == pipeline.fullest.phases["update"]
+    before, after = (p.phases[0].seconds for p in (pipeline, copied))
+    assert after["refit"] > 0
+    assert sum(after.values()) < 0.9 * sum(before.values())
+    whole = recipe_plan("ppo_175b", 512, generation_layout=ParallelLayout())
+    assert not whole.fits
+    assert "does not fit: refit takes 325." in "\n".join(whole.lines())
+
+
 def test_faster_memory_hastens_rollouts_and_faster_tensor_cores_updates():
     a100, h100, h200 = (recipe_plan("ppo_175b", 512, gpu) for gpu in ("a100", "h100", "h200"))
     assert a100.phases[2].seconds["compute"] / h100.phases[2].seconds["compute"] == pytest.approx(

@@ -339,6 +339,11 @@ def test_run_records_every_phase(tiny: Path, tmp_path: Path):
         ({"reward_model_size": "6b"}, "the reward_model has 4 layers of width 32"),
         ({"critic_layout": ParallelLayout(tp=3)}, "critic_layout: layout.tp 3 must divide"),
         ({"critic_layout": ParallelLayout(pp=2)}, "critic_layout: 1 ranks cannot be split"),
+        ({"generation_layout": ParallelLayout(tp=3)}, "generation_layout: layout.tp 3 must divide"),
+        ({"generation_layout": ParallelLayout(tp=2)}, "generation_layout: 1 ranks cannot be split"),
+        ({"generation_layout": ParallelLayout(pp=2)}, "generation_layout: .* without pipeline"),
+        ({"generation_layout": ParallelLayout(cp=2)}, "generation_layout: .* context parallelism"),
+        ({"generation_layout": ParallelLayout()}, "generation_layout: .* would gain nothing"),
     ],
 )
 def test_impossible_config_is_an_error(changes: dict, cause: str, tiny: Path, tmp_path: Path):

@@ -107,8 +107,12 @@ def outcomes_after_refit(folder: Path) -> dict[str, Outcome | str | int]:
     refit()
     found["halved_dp2"] = outcome(refit.network, SAMPLED)
     found["halved_source"] = outcome(source, SAMPLED)
-    with pytest.raises(UserError, match="pp 2"):
-        Refit(source, ParallelLayout(pp=2), numerics=Numerics())
+    with refit.filled() as copy:
+        assert copy is refit.network
+        found["filled_dp2"] = outcome(copy, SAMPLED)
+    assert refit.num_bytes == 0
+    with pytest.raises(RuntimeError, match="stale weights"):
+        outcome(refit.network, SAMPLED)  # its memory is gone
     return found
 
 
@@ -166,4 +170,5 @@ def test_refit_fills_another_layout_and_stale_copies_are_refused(network, found_
             assert all(rank[f"{name}_bytes"] > 0 for rank in ranks)
     halved = joined([rank["halved_dp2"] for rank in ranks])
     assert_same(halved, joined([rank["halved_source"] for rank in ranks]))
+    assert_same(joined([rank["filled_dp2"] for rank in ranks]), halved)
     assert any(halved[index][0] != expected[index][0] for index in expected)
