@@ -172,7 +172,7 @@ def estimate_ppo(config: PPOConfig, cluster: Cluster, workload: Workload) -> Est
         num_steps=config.iterations,
         step_name="iteration",
         tokens=num_updates * sum(batch.tokens for batch in four.policy_batches),
-        notes=_cache_notes(four, cached) + _refit_notes(four, ranks, cluster),
+        notes=_cache_notes(four, cached),
     )
 
 
@@ -300,23 +300,6 @@ def _cache_notes(four: Four, cached: int) -> list[str]:
     if cached < four.most_tokens:
         notes.append(f"does not fit: one sequence may need {four.most_tokens:,} tokens of cache")
     return notes
-
-
-def _refit_notes(four: Four, ranks: list[RankMemory], cluster: Cluster) -> list[str]:
-    """What arrives from other ranks takes as much as the copy once more, before there is a
-    cache."""
-    if not four.is_refitted:
-        return []
-    size = four.generator.weight_bytes(0)
-    parts = [rank.phases["rollout"] for rank in ranks]
-    held = max(sum(rows.values()) - rows["key-value cache"] - rows["workspace"] for rows in parts)
-    if held + size <= cluster.free_bytes:
-        return []
-    gib = 2**30
-    return [
-        f"does not fit: refit takes {size / gib:.1f} GiB for messages beside {held / gib:.1f} GiB; "
-        "raise generation_layout.tp"
-    ]
 
 
 def _network(

@@ -66,10 +66,9 @@ class ParallelLayout:
                 f"weights are copied between layouts without context parallelism, not from cp "
                 f"{self.cp} to cp {target.cp}"
             )
-        if self.virtual_pp > 1 or target.pp > 1:
+        if target.pp > 1:
             raise UserError(
-                "weights are copied from a layout without virtual stages to one without pipeline, "
-                f"not from virtual_pp {self.virtual_pp} to pp {target.pp}"
+                f"weights are copied to a layout without pipeline, not to pp {target.pp}"
             )
         if (self.tp, self.pp) == (target.tp, target.pp):
             raise UserError(

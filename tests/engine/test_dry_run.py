@@ -129,9 +129,9 @@ def test_generation_in_a_layout_of_its_own_is_built_too(capsys):
     bad = dataclasses.replace(config, generation_layout=ParallelLayout(tp=8))
     with pytest.raises(UserError, match="generation: layout.tp 8 must divide"):
         dry_run(bad, 8)
-    virtual = dataclasses.replace(config, layout=ParallelLayout(pp=2, virtual_pp=2))
-    with pytest.raises(UserError, match="generation_layout: .* virtual stages"):
-        dry_run(virtual, 4)
+    staged = dataclasses.replace(config, generation_layout=ParallelLayout(pp=4))
+    with pytest.raises(UserError, match="generation_layout: .* without pipeline, not to pp 4"):
+        dry_run(staged, 4)
 
 
 def test_batches_are_said_in_words():

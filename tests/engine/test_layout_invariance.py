@@ -79,8 +79,8 @@ PPO_FOUR = {
         "generation_layout": DP,
         "residency": ResidencyConfig(reference="host", critic="host", optimizer="host"),
     },
-    "pp2_dp2_overlap_generates_in_tp2_dp2": {
-        "layout": dataclasses.replace(PP2, **OVERLAP),
+    "pp2_dp2_virtual_overlap_generates_in_tp2_dp2": {
+        "layout": dataclasses.replace(PP2_VIRTUAL, **OVERLAP),
         "generation_layout": TP2,
     },
 }

@@ -175,9 +175,7 @@ def test_generation_without_pipeline_takes_a_copy_and_less_time():
     before, after = (p.phases[0].seconds for p in (pipeline, copied))
     assert after["refit"] > 0
     assert sum(after.values()) < 0.9 * sum(before.values())
-    whole = recipe_plan("ppo_175b", 512, generation_layout=ParallelLayout())
-    assert not whole.fits
-    assert "does not fit: refit takes 325." in "\n".join(whole.lines())
+    assert not recipe_plan("ppo_175b", 512, generation_layout=ParallelLayout(tp=4)).fits
 
 
 def test_faster_memory_hastens_rollouts_and_faster_tensor_cores_updates():
