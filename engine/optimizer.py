@@ -224,8 +224,10 @@ def make_trainable(network: Network) -> None:
             DistributedDataParallel(network.config, config, module, disable_bucketing=stage > 0)
             for stage, module in enumerate(network.modules)
         ]
-    for buffer in (buffer for chunk in network.chunks for buffer in chunk.buffers):
-        _count_padding(buffer)
+    for chunk in network.chunks:
+        for buffer in chunk.buffers:
+            _count_padding(buffer)
+        _await_head(chunk)
     network.train(True)
 
 
@@ -239,3 +241,17 @@ def _count_padding(buffer: Any) -> None:
     buffer.numel_unpadded = buffer.numel
     for bucket in buffer.buckets:
         bucket.numel_unpadded = bucket.grad_data.numel()
+
+
+def _await_head(chunk: DistributedDataParallel) -> None:
+    """Have a last stage's head waited for before it is read, where weights are gathered meanwhile.
+
+    megatron waits for the weights of a module when that is called. The head's are read without
+    calling it (models/gpt.py), after the final norm; on a stage of its own they have their own
+    bucket.
+    """
+    head = getattr(chunk.module, "output_layer", None)
+    if head is None or not chunk.use_forward_hook:
+        return
+    wait = chunk._make_forward_pre_hook()
+    chunk.module.decoder.final_layernorm.register_forward_pre_hook(lambda *_: wait(head))

@@ -63,7 +63,10 @@ PPO_TWO = {
     "pp2_critic_dp2": {"layout": PP2, "critic_layout": DP},
     "dp2_overlap_fused": {"layout": ParallelLayout(**OVERLAP), "numerics": FUSED},
     "pp2_generates_in_dp2": {"layout": PP2, "generation_layout": DP},
-    "pp2_generates_in_tp2": {"layout": PP2, "generation_layout": TP2_SEQUENCE},
+    "pp2_overlap_generates_in_tp2": {
+        "layout": dataclasses.replace(PP2, **OVERLAP),
+        "generation_layout": TP2_SEQUENCE,
+    },
 }
 PPO_FOUR = {
     "cp4_critic_dp4": {"layout": ParallelLayout(cp=4), "critic_layout": DP},
@@ -85,7 +88,7 @@ PPO_FOUR = {
     },
 }
 # These are started again from their first checkpoint besides.
-RESUMED = ("tp2_critic_pp2", "pp2_generates_in_tp2")
+RESUMED = ("tp2_critic_pp2", "pp2_overlap_generates_in_tp2")
 # What only a run that generates in a layout of its own records.
 REFIT = "rollout/refit_bytes"
 # By stage: its config, and by role which network each starts from.
@@ -207,9 +210,9 @@ def test_runs_remember_their_layouts(two_ranks: Path):
     assert (config["layout"]["tp"], config["critic_layout"]["pp"]) == (2, 2)
 
 
-@pytest.mark.parametrize("name", ["dp2", "tp2"])
-def test_refits_are_measured_and_their_copy_has_memory_in_rollouts_only(name: str, two_ranks: Path):
-    run = two_ranks / f"pp2_generates_in_{name}" / "ppo"
+@pytest.mark.parametrize("case", [case for case in PPO_TWO if "generates" in case])
+def test_refits_are_measured_and_their_copy_has_memory_in_rollouts_only(case: str, two_ranks: Path):
+    run = two_ranks / case / "ppo"
     for row in read_metrics(run):
         # Half of the weights are the other stage's; the rest is moved within the rank.
         copied = row["memory/rollout_generation_bytes"]
