@@ -3,8 +3,10 @@ groups at run time."""
 
 import contextlib
 import datetime
+import itertools
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +14,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from engine.config import UserError
 from engine.device import communication_backend, meta_device, start_device
 from engine.settings.layout import ParallelLayout
 
 # megatron's memory for gathered activations: one, whatever the layout.
 _SHARED = ("_GLOBAL_MEMORY_BUFFER", "_GLOBAL_SYMMETRIC_MEMORY_BUFFER")
+
+
+_LONGEST_WAIT = datetime.timedelta(days=7)
+_said = itertools.count()  # what the first rank has said so far, the same number on every rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +172,29 @@ def rearranged(parallel: Parallel, layout: ParallelLayout) -> Parallel:
     """
     layout.dp(parallel.world_size)  # or UserError
     return _join(layout, parallel.seed, parallel.device)
+
+
+def said_by_first_rank(say: Callable[[], str]) -> str:
+    """Return what `say` returns on rank 0, where alone it is called; all ranks call together.
+
+    The others wait for it through the store, and as long as it takes: a collective that waits ends
+    the run after its timeout. A UserError on rank 0 is raised on all.
+    """
+    key = f"said_by_first_rank/{next(_said)}"
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() > 0:
+        store.wait([key], _LONGEST_WAIT)
+        answer = json.loads(store.get(key))
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer["text"]
+    try:
+        text = say()
+    except UserError as error:
+        store.set(key, json.dumps({"error": str(error)}))
+        raise
+    store.set(key, json.dumps({"text": text}))
+    return text
 
 
 @contextlib.contextmanager

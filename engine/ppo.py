@@ -13,7 +13,6 @@ from engine.checkpoint import Checkpointer, load_weights, size_of
 from engine.config import UserError
 from engine.data.batches import EpochOrder, PackedBatch
 from engine.data.examples import Example
-from engine.data.pretraining import open_token_file
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.ema import EMA
 from engine.feed import Feed, pack_for, token_spread
@@ -372,12 +371,7 @@ def _pretraining_feed(config: PPOConfig, run: Run, policy: Network) -> Feed | No
     if config.ptx_coef <= 0:
         return None
     data = config.data
-    tokens = open_token_file(
-        data.pretraining,
-        run.tokenizer,
-        config.directory / "tokens",
-        skip_bad_lines=data.skip_bad_lines,
-    )
+    tokens = run.token_file(data.pretraining, skip_bad_lines=data.skip_bad_lines)
     return Feed(
         units=tokens.sequences(min(data.pretraining_tokens, policy.size.context_length)),
         batch_size=config.ptx_examples_per_episode * config.minibatch_size,

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import UserError, changed_fields, save_config
+from engine.data.pretraining import TokenFile, make_token_file, read_token_file
 from engine.data.tokenizer import Tokenizer, load_tokenizer
-from engine.parallel import Parallel, start_parallel
+from engine.parallel import Parallel, said_by_first_rank, start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.size import named_size
 from models.sizes import GPTSize
@@ -36,6 +37,20 @@ class Run:
     def checkpoints(self) -> Path:
         """Where this run's checkpoints lie."""
         return self.directory / "checkpoints"
+
+    def token_file(self, source: Path, *, skip_bad_lines: bool) -> TokenFile:
+        """Return the tokens of a file of pretraining text, kept in the run's folder; all ranks call
+        together.
+
+        The first rank makes them, which takes hours for billions of tokens; the others map them.
+        """
+
+        def make() -> str:
+            folder = self.directory / "tokens"
+            path = make_token_file(source, self.tokenizer, folder, skip_bad_lines=skip_bad_lines)
+            return str(path)
+
+        return read_token_file(Path(said_by_first_rank(make)), source)
 
     def write_settings(self, config: Any) -> None:
         """Write config.json and the tokenizer into the run's folder.

@@ -12,7 +12,6 @@ from engine.checkpoint import Checkpointer, load_weights, size_of
 from engine.config import UserError
 from engine.data.batches import EpochOrder, Units
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
-from engine.data.pretraining import open_token_file
 from engine.data.prompts import split_by_prompt
 from engine.feed import Feed
 from engine.losses import NegativeLogLikelihood, mean_language_loss
@@ -236,12 +235,7 @@ def _load_data(config: SFTConfig, run: Run, context_length: int) -> _Data:
             (loaded.valid, data.pretraining_valid),
         ):
             if path is not None:
-                tokens = open_token_file(
-                    path,
-                    run.tokenizer,
-                    config.directory / "tokens",
-                    skip_bad_lines=data.skip_bad_lines,
-                )
+                tokens = run.token_file(path, skip_bad_lines=data.skip_bad_lines)
                 units["pretrain_loss"] = tokens.sequences(length)
                 loaded.notes.append(f"{path}: {tokens.report}, {len(tokens.tokens)} tokens")
     return loaded

@@ -64,11 +64,24 @@ def open_token_file(
     *,
     skip_bad_lines: bool = False,
 ) -> TokenFile:
-    """Return the tokens of a .jsonl file of {"text"} or of a .txt file, which is one document.
+    """Return the tokens of a .jsonl file of {"text"} or of a .txt file, which is one document; made
+    where `cache_dir` lacks them. Raises UserError."""
+    path = make_token_file(source, tokenizer, cache_dir, skip_bad_lines=skip_bad_lines)
+    return read_token_file(path, source)
 
-    Either file may be gzip. The tokens are kept in `cache_dir` under the source's content and the
-    tokenizer's fingerprint, and made when they are not there. Several processes may do so at once:
-    all write the same bytes, each whole, but let one go first to save the work. Raises UserError.
+
+def make_token_file(
+    source: Path | str,
+    tokenizer: Tokenizer,
+    cache_dir: Path | str,
+    *,
+    skip_bad_lines: bool = False,
+) -> Path:
+    """Return the file of a source's tokens, made where it is not there: reads all of the source.
+
+    The source may be gzip. Its tokens are kept in `cache_dir` under the source's content and the
+    tokenizer's fingerprint. Several processes may make them at once: all write the same bytes, each
+    whole; the ranks of a run save the work (engine/run.py). Raises UserError.
     """
     source, cache_dir = Path(source), Path(cache_dir)
     documents = _open_documents(source, skip_bad_lines)
@@ -77,29 +90,39 @@ def open_token_file(
         content = hashlib.file_digest(stream, "sha256").hexdigest()
     key = f"{source.name} {content} {tokenizer.fingerprint()} {skip_bad_lines}"
     stem = f"{source.name.split('.')[0]}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
-    tokens_path, report_path = cache_dir / f"{stem}.{dtype.name}", cache_dir / f"{stem}.json"
+    tokens_path = cache_dir / f"{stem}.{dtype.name}"
 
-    if not _is_complete(tokens_path, report_path):
+    if not _is_complete(tokens_path):
         with replacing(tokens_path) as stream:
             for document in documents:
                 for text in document:
                     stream.write(np.asarray(tokenizer.encode(text), dtype=dtype).tobytes())
                 stream.write(np.asarray([tokenizer.eos_id], dtype=dtype).tobytes())
             num_bytes = stream.tell()
-        with replacing(report_path) as stream:  # last: where it is, the tokens are complete
+        with replacing(_report_path(tokens_path)) as stream:  # last: where it is, all are there
             summary = asdict(documents.report()) | {"num_bytes": num_bytes}
             stream.write(json.dumps(summary).encode())
-    summary = json.loads(report_path.read_text())
+    return tokens_path
+
+
+def read_token_file(path: Path, source: Path | str) -> TokenFile:
+    """Return the tokens that make_token_file has left at `path`, without reading them yet."""
+    summary = json.loads(_report_path(path).read_text())
     report = ReadReport(
         num_read=summary["num_read"],
         num_bad=summary["num_bad"],
         first_errors=tuple(summary["first_errors"]),
     )
-    tokens = np.memmap(tokens_path, dtype=dtype, mode="r")
-    return TokenFile(tokens=tokens, report=report, source=source)
+    tokens = np.memmap(path, dtype=np.dtype(path.suffix[1:]), mode="r")
+    return TokenFile(tokens=tokens, report=report, source=Path(source))
 
 
-def _is_complete(tokens_path: Path, report_path: Path) -> bool:
+def _report_path(tokens_path: Path) -> Path:
+    return tokens_path.with_suffix(".json")
+
+
+def _is_complete(tokens_path: Path) -> bool:
+    report_path = _report_path(tokens_path)
     if not report_path.exists() or not tokens_path.exists():
         return False
     return json.loads(report_path.read_text())["num_bytes"] == tokens_path.stat().st_size

@@ -3,13 +3,17 @@ from pathlib import Path
 
 import pytest
 
+from engine import run as run_module
 from engine.config import UserError, load_config
+from engine.data.pretraining import make_token_file
 from engine.data.tokenizer import load_tokenizer
 from engine.run import Run, require_path, size_named, start_run, tokenizer_path
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.sft import SFTConfig, SFTData
 from models.sizes import SIZES
+from tests.ranks import run_ranks
+from tests.tiny import write_lines
 
 
 def start(tokenizer: Path, directory: Path) -> Run:
@@ -63,6 +67,30 @@ def test_tokenizer_is_its_own_options_or_the_runs_it_starts_from(tiny: Path, tmp
         tokenizer_path(None, tmp_path / "nothing")
     with pytest.raises(UserError, match="--tokenizer is required where no --init-from"):
         tokenizer_path(None, None)
+
+
+def read_text(files: Path, directory: Path) -> tuple[int, list[int], str]:
+    """Return how often this rank has read a file of text, its tokens, and what a bad one says."""
+    run, sources = start(files / "policy", directory), []
+
+    def make(source: Path, *arguments: object, **named: object) -> Path:
+        sources.append(source)
+        return make_token_file(source, *arguments, **named)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "make_token_file", make)
+        found = run.token_file(files / "pretraining.jsonl", skip_bad_lines=False)
+        with pytest.raises(UserError) as error:
+            run.token_file(directory / "bad.jsonl", skip_bad_lines=False)
+    return len(sources), found.tokens.tolist(), str(error.value)
+
+
+def test_one_rank_reads_pretraining_text_for_all(tiny: Path, tmp_path: Path):
+    write_lines(tmp_path / "bad.jsonl", [{"txt": "x"}])
+    (first, *ours), (second, *theirs) = run_ranks(read_text, 2, tiny, tmp_path)
+    assert (first, second) == (2, 0)
+    assert ours == theirs and len(ours[0]) > 100
+    assert 'bad.jsonl:1: field "text" is missing' in ours[1]
 
 
 def test_missing_tokenizer_leaves_no_folder(tmp_path: Path):
