@@ -2,7 +2,8 @@
 process and without a GPU, a file or a tokenizer.
 
 `recipes/ppo_175b.py --dry-run 1024` builds every distinct rank that 1,024 GPUs would have
-(engine/distinct_ranks.py), and ends with the plan of the run or with the first thing that is wrong.
+(engine/distinct_ranks.py), and ends with the plan of the run or with the first thing that is wrong,
+and where that is the layout with those that fit.
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ from engine.config import UserError
 from engine.distinct_ranks import Model, Rank, build_ranks, check_checkpoint, check_rank
 from engine.network import Kind
 from engine.plan import StageConfig, plan
-from engine.planning.hardware import named_cluster
+from engine.planning.hardware import Cluster, named_cluster
+from engine.planning.search import proposal_lines, search_layouts
 from engine.settings.adam import AdamConfig
 from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
@@ -29,13 +31,13 @@ def dry_run(config: StageConfig, num_gpus: int) -> None:
     """Check a stage on `num_gpus` GPUs and print its plan; raises UserError for what is wrong."""
     start = time.monotonic()
     console = Console(highlight=False, soft_wrap=True)
-    models = models_of(config)
+    models, cluster = models_of(config), named_cluster(GPU, num_gpus)
     for model in models:
         try:
             model.layout.dp(num_gpus)
             model.layout.check(model.size)
         except UserError as error:
-            raise UserError(f"{model}: {error}") from None
+            raise UserError(f"{model}: {error}\n{_proposals(config, cluster)}") from None
     console.print(*check_batches(config, models[0].size, num_gpus), sep="\n")
     ranks: dict[Model, list[Rank]] = {model: [] for model in models}
     for model, rank in build_ranks(models, num_gpus):
@@ -45,7 +47,13 @@ def dry_run(config: StageConfig, num_gpus: int) -> None:
         check_checkpoint(model, ranks[model])
         console.print(_summary(model, ranks[model], num_gpus))
     console.print(f"every check passed, {time.monotonic() - start:.0f} s", "", sep="\n")
-    console.print(*plan(config, named_cluster(GPU, num_gpus)).lines(), sep="\n", markup=False)
+    planned = plan(config, cluster)
+    console.print(*planned.lines(), sep="\n", markup=False)
+    if not planned.fits:
+        raise UserError(
+            f"the run does not fit {num_gpus} x {GPU}; recipes/plan.py plans for other GPUs\n"
+            f"{_proposals(config, cluster)}"
+        )
 
 
 def models_of(config: StageConfig) -> list[Model]:
@@ -92,6 +100,15 @@ def check_batches(config: StageConfig, size: GPTSize, num_gpus: int) -> list[str
     _check_budget(config.micro_batch_tokens, data.max_tokens)
     unit = "prompts with all their answers" if isinstance(config, RMConfig) else "sequences"
     return [f"batch: {config.batch_size} {unit} a step, {config.batch_size // dp} a rank (dp {dp})"]
+
+
+def _proposals(config: StageConfig, cluster: Cluster) -> str:
+    """Return the layouts that fit, as options of the recipe."""
+    found = search_layouts(config, cluster, lambda tried: plan(tried, cluster))
+    head = f"what fits {cluster.num_gpus} x {cluster.gpu_name} by the plan, fastest first:"
+    return "\n".join(
+        [head, *proposal_lines(found, config)] if found else proposal_lines([], config)
+    )
 
 
 def _check_ppo_batches(config: PPOConfig, size: GPTSize, num_gpus: int) -> list[str]:

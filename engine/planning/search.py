@@ -25,7 +25,7 @@ def search_layouts(config: Any, cluster: Cluster, make_plan: MakePlan) -> list[A
     """Return the plans that fit, fastest first: over tp, pp, virtual stages, recomputation and
     micro_batch_tokens, and over the critic's layout where the config gives it one of its own."""
     size = named_size(config.size)
-    critic_layouts: list[ParallelLayout] = []
+    starts, critic_layouts = [config], []
     if isinstance(config, PPOConfig) and config.critic_layout is not None:
         critic_size = named_size(config.reward_model_size)
         critic_layouts = [
@@ -33,25 +33,29 @@ def search_layouts(config: Any, cluster: Cluster, make_plan: MakePlan) -> list[A
             for layout in _layouts(critic_size, cluster)
             if layout.virtual_pp == 1 and config.minibatch_size % layout.dp(cluster.num_gpus) == 0
         ]
-        first = min(critic_layouts, key=lambda x: (x.pp, -x.tp), default=config.critic_layout)
-        config = dataclasses.replace(config, critic_layout=first)
+    if critic_layouts:
+        # The policy's are searched beside a fast critic, and beside the one that takes least room.
+        fast = min(critic_layouts, key=lambda x: (x.pp, -x.tp))
+        small = max(critic_layouts, key=lambda x: (x.tp * x.pp, x.tp))
+        starts = [dataclasses.replace(config, critic_layout=x) for x in (fast, small)]
     tried = [
         dataclasses.replace(
-            config,
+            start,
             layout=layout,
             micro_batch_tokens=contexts * size.context_length,
             numerics=dataclasses.replace(config.numerics, recompute=recompute),
         )
-        for layout, contexts, recompute in itertools.product(
-            _layouts(size, cluster), BUDGETS, ("none", "full")
+        for start, layout, contexts, recompute in itertools.product(
+            starts, _layouts(size, cluster), BUDGETS, ("none", "full")
         )
     ]
     found = _fitting(tried, cluster, make_plan)
     if not critic_layouts:
         return found
     best = []
-    for plan in found[:NUM_FINALISTS]:
-        tried = [dataclasses.replace(plan.config, critic_layout=x) for x in critic_layouts]
+    policies = {_without_critic(plan.config): plan.config for plan in found}
+    for finalist in list(policies.values())[:NUM_FINALISTS]:
+        tried = [dataclasses.replace(finalist, critic_layout=x) for x in critic_layouts]
         best += _fitting(tried, cluster, make_plan)[:1]
     return sorted(best, key=_rank)
 
@@ -98,6 +102,10 @@ def _layouts(size: GPTSize, cluster: Cluster) -> Iterator[ParallelLayout]:
         except UserError:
             continue
         yield layout
+
+
+def _without_critic(config: PPOConfig) -> PPOConfig:
+    return dataclasses.replace(config, critic_layout=None)
 
 
 def _fitting(configs: Iterable[Any], cluster: Cluster, make_plan: MakePlan) -> list[Any]:

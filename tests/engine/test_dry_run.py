@@ -95,6 +95,24 @@ def test_job_that_does_not_fit_is_refused(changes, message):
         dry_run(config, 8)
 
 
+def test_layout_that_does_not_fit_is_answered_with_one_that_does(capsys):
+    config = config_of("ppo_1_3b")
+    with pytest.raises(UserError, match="1 = 3 must divide them.*\nwhat fits 8 x h100") as error:
+        dry_run(dataclasses.replace(config, layout=ParallelLayout(pp=3)), 8)
+    options = str(error.value).splitlines()[4].split("   ")[-1].split()
+    assert options[0].startswith("--")
+    run_stage(pytest.fail, config, ["--dry-run", "8", *options])
+    assert "every check passed" in capsys.readouterr().out
+
+
+def test_run_that_needs_more_memory_is_refused_after_its_plan(capsys):
+    config = dataclasses.replace(config_of("sft_1_3b"), layout=ParallelLayout(), batch_size=1)
+    config = dataclasses.replace(config, micro_batch_tokens=2048, size="6b")
+    with pytest.raises(UserError, match="does not fit 1 x h100.*\nno layout fits: take more"):
+        dry_run(config, 1)
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("stage", "changes", "data", "message"),
     [

@@ -222,6 +222,9 @@ def test_search_proposes_what_fits_and_says_how_to_have_it(capsys):
     assert found and all(each.fits for each in found)
     seconds = [each.step_seconds for each in found]
     assert seconds == sorted(seconds)
+    # Only beside a critic that is split as far does the policy fit without recomputation.
+    pp8 = dataclasses.replace(config, layout=dataclasses.replace(config.layout, pp=8))
+    assert seconds[0] <= plan(pp8, cluster).step_seconds < 0.9 * seconds[1]
     plan_command(RECIPES, ["ppo_175b", "--gpus", "64", "--search"])
     options = capsys.readouterr().out.splitlines()[1].split("   ")[-1].split()
     plan_command(RECIPES, ["ppo_175b", "--gpus", "64", *options])
