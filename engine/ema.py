@@ -38,18 +38,22 @@ class EMA:
             self._swap()
 
     def full_weights(self) -> dict[torch.nn.Parameter, Tensor]:
-        """Return the averaged fp32 weights of this rank's tp and pp share, joined over
-        data-parallel ranks."""
+        """Return the averaged fp32 weights of this rank's tp and pp share in host memory, joined
+        over data-parallel ranks; the device holds one parameter of them at a time."""
+        owned = {
+            parameter: (shard_range, shadow)
+            for (parameter, shard_range, _), shadow in zip(self._owned(), self.shadows, strict=True)
+        }
         full = {}
-        for (parameter, shard_range, _), shadow in zip(self._owned(), self.shadows, strict=True):
-            full[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
-            full[parameter].view(-1)[shard_range] = shadow
         group = self.optimizer.network.parallel.replica_group
         for module in self.optimizer.network.modules:
             for parameter in module.parameters():  # the same order on every rank
-                if parameter not in full:  # another rank holds all of it
-                    full[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
-                dist.all_reduce(full[parameter], group=group)
+                whole = torch.zeros_like(parameter, dtype=torch.float32)
+                if parameter in owned:  # else other ranks hold all of it
+                    shard_range, shadow = owned[parameter]
+                    whole.view(-1)[shard_range] = shadow
+                dist.all_reduce(whole, group=group)
+                full[parameter] = whole.cpu()
         return full
 
     def load_full_weights(self, full: dict[torch.nn.Parameter, Tensor]) -> None:
