@@ -40,8 +40,7 @@ config = PPOConfig(
     # Policy's lr: not stated; our choice: the lower of E.9's 2.55e-6 and 3.74e-6.
     adam=AdamConfig(lr=2.55e-6, schedule="constant", warmup=10, warmup_start=0.1),
     critic_adam=AdamConfig(lr=5e-6, schedule="constant", warmup=10, warmup_start=0.1),
-    # The paper: fp16 with fp32 masters (app. C); bf16 is our choice for A100 and later.
-    numerics=Numerics(dtype="bf16"),
+    numerics=Numerics(dtype="bf16"),  # app. C: fp16, fp32 masters; bf16: our choice for A100 on
     # Our choice: 512 or 1,024 GPUs. On 64: --layout.pp 8 --numerics.recompute full.
     layout=ParallelLayout(tp=8, pp=16, sequence_parallel=True),
     critic_layout=ParallelLayout(tp=8, pp=8, sequence_parallel=True),

@@ -40,8 +40,7 @@ config = PPOConfig(
     # Policy's lr: not stated; our choice: on E.9's grid, stable up to 8.05e-6.
     adam=AdamConfig(lr=5.49e-6, schedule="constant", warmup=10, warmup_start=0.1),
     critic_adam=AdamConfig(lr=9e-6, schedule="constant", warmup=10, warmup_start=0.1),
-    # The paper: fp16 with fp32 masters (app. C); bf16 is our choice for A100 and later.
-    numerics=Numerics(dtype="bf16"),
+    numerics=Numerics(dtype="bf16"),  # app. C: fp16, fp32 masters; bf16: our choice for A100 on
     # Our choice: 8 to 256 GPUs, dp 2 to 64.
     layout=ParallelLayout(tp=4, sequence_parallel=True),
     residency=ResidencyConfig(reference="host", reward_model="host", optimizer="host"),

@@ -78,8 +78,25 @@ PAPER: dict[str, dict[str, Any]] = {
         "critic_adam.schedule": "constant",
         "critic_adam.warmup": 10,
         "critic_adam.warmup_start": 0.1,
+        "critic_adam.beta1": 0.9,
+        "critic_adam.beta2": 0.95,
     },
 }
+
+# What the paper leaves open, and README.md says so.
+OPEN = {
+    stage: [f"{adam}.{name}" for adam in adams for name in ("epsilon", "weight_decay", "clip_norm")]
+    for stage, adams in {
+        "sft": ["adam"],
+        "init": ["adam"],
+        "rm": ["adam"],
+        "ppo": ["adam", "critic_adam"],
+    }.items()
+}
+OPEN["init"] += ["adam.warmup", "dropout", "data.pretraining_tokens"]
+OPEN["rm"] += ["adam.warmup"]
+OPEN["ppo"] += ["lam", "value_cliprange", "whiten_advantages", "eos_rule"]
+OPEN["ppo"] += ["data.pretraining_tokens"]
 
 
 @functools.cache
@@ -132,7 +149,7 @@ def test_recipe_says_how_it_is_started_and_holds_no_logic(name: str):
     assert f"recipes/{name}.py" in (ast.get_docstring(tree) or "")
     kinds = [type(node).__name__ for node in tree.body[1:]]
     assert set(kinds[:-2]) == {"ImportFrom"} and kinds[-2:] == ["Assign", "If"]
-    assert len(source.splitlines()) <= 60
+    assert 30 <= len(source.splitlines()) <= 55
 
 
 def readme_rows() -> list[tuple[str, str, list[str]]]:
@@ -165,6 +182,14 @@ def test_readme_has_the_papers_values():
                 if isinstance(number, int | float):
                     printed = re.findall(r"[\d.]+(?:e-?\d+)?", cell)
                     assert number in map(float, printed), (stage, field)
+
+
+def test_readme_says_what_the_paper_leaves_open():
+    rows = {(stage, field): cells for stage, field, cells in readme_rows()}
+    for stage, fields in OPEN.items():
+        for field in fields:
+            stated, *_, source = rows[stage, field]
+            assert stated == "not stated" and "our choice: " in source, (stage, field)
 
 
 @pytest.mark.parametrize("name", [f"{stage}_{size}" for stage in STAGES for size in SIZES])
