@@ -202,14 +202,26 @@ def reduce_metrics(metrics: Metrics, parallel: Parallel) -> dict[str, float]:
     """Return the metrics of the last stages of all data-parallel ranks as numbers, the same on
     every rank.
 
+    Ranks that share rows have the same metrics, so those of a pipeline's last stage ask one another
+    along dp only, and tell their pipeline: a thousand ranks send a handful of messages each.
     `*_moments` [3] give two numbers, `*_mean` and `*_variance`.
     """
-    is_source = parallel.is_last_stage and parallel.tp_rank == parallel.cp_rank == 0
-    mine = {name: value.tolist() for name, value in metrics.items()} if is_source else {}  # sync
-    gathered: list[dict[str, Any]] = [{}] * parallel.world_size
-    dist.all_gather_object(gathered, mine)
+    values: dict[str, float] = {}
+    if parallel.is_last_stage:
+        mine = {name: value.tolist() for name, value in metrics.items()}  # sync
+        gathered: list[dict[str, Any]] = [{}] * parallel.dp
+        dist.all_gather_object(gathered, mine, group=parallel.dp_group)
+        values = _joined(gathered)
+    if parallel.layout.pp > 1:
+        told = [values]
+        dist.broadcast_object_list(told, src=parallel.last_stage_rank, group=parallel.pp_group)
+        values = told[0]
+    return values
+
+
+def _joined(parts: list[dict[str, Any]]) -> dict[str, float]:
     merged: Metrics = {}
-    for part in gathered:  # in rank order: the same sum everywhere
+    for part in parts:  # in rank order: the same sum everywhere
         for name, value in part.items():
             number = torch.tensor(value, dtype=torch.float64)
             merged[name] = _combine(name, merged[name], number) if name in merged else number
