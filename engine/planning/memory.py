@@ -73,6 +73,14 @@ class PlannedNetwork:
         """Return the bytes of the fp32 running average of the weights on the fullest rank."""
         return MASTER_BYTES * self.owned_parameters(pp_rank)
 
+    def saving_bytes(self, pp_rank: int) -> int:
+        """Return the bytes of host memory that a rank takes while the network's training state is
+        saved: megatron lays this rank's share of the three fp32 states out, then joins the states
+        of all shares on every data-parallel rank, the one that arrives being there three times."""
+        return 4 * (
+            3 * self.buffer_elements(pp_rank) // self.dp + 5 * self.buffer_elements(pp_rank)
+        )
+
     def buffer_elements(self, pp_rank: int) -> int:
         """Return the elements of a trained network's buffers on a stage."""
         return buffer_elements(self.kind, self.size, self.layout, pp_rank=pp_rank, dp=self.dp)

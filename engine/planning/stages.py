@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from engine.config import UserError
-from engine.planning.hardware import Cluster
+from engine.planning.hardware import GIGA, Cluster
 from engine.planning.memory import PlannedNetwork
 from engine.planning.parameters import Kind
 from engine.planning.ranks import (
@@ -172,7 +172,7 @@ def estimate_ppo(config: PPOConfig, cluster: Cluster, workload: Workload) -> Est
         num_steps=config.iterations,
         step_name="iteration",
         tokens=num_updates * sum(batch.tokens for batch in four.policy_batches),
-        notes=_cache_notes(four, cached),
+        notes=[*_cache_notes(four, cached), _saving_note(policy, critic)],
     )
 
 
@@ -195,7 +195,10 @@ def _training(
         num_steps=math.ceil(steps),
         step_name="step",
         tokens=sum(batch.tokens for batch in batches),
-        notes=[f"the reward model is taken to be a {REWARD_MODEL}"] if judge else [],
+        notes=[
+            *([f"the reward model is taken to be a {REWARD_MODEL}"] if judge else []),
+            _saving_note(network),
+        ],
     )
 
 
@@ -300,6 +303,11 @@ def _cache_notes(four: Four, cached: int) -> list[str]:
     if cached < four.most_tokens:
         notes.append(f"does not fit: one sequence may need {four.most_tokens:,} tokens of cache")
     return notes
+
+
+def _saving_note(*networks: PlannedNetwork) -> str:
+    most = max(n.saving_bytes(stage) for n in networks for stage in range(n.layout.pp))
+    return f"a checkpoint takes {most / GIGA:.1f} GB of host memory a rank while it is written"
 
 
 def _network(

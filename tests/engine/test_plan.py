@@ -231,6 +231,12 @@ def test_search_proposes_what_fits_and_says_how_to_have_it(capsys):
     assert capsys.readouterr().out.splitlines() == found[0].lines()
 
 
+def test_plan_says_what_a_checkpoint_takes_on_the_host():
+    # 1.462 B parameters a rank at most: 20 bytes each, and 12 of the quarter that dp 4 leaves one.
+    lines = recipe_plan("ppo_175b", 512).lines()
+    assert "  a checkpoint takes 33.6 GB of host memory a rank while it is written" in lines
+
+
 def test_plan_says_when_it_does_not_fit():
     found = recipe_plan("ppo_6b", 8, layout=ParallelLayout())
     assert not found.fits
