@@ -16,7 +16,8 @@ launch() {
     echo "$(date -Is) start $((${SLURM_RESTART_COUNT:-0} + 1)) on ${#nodes[@]} nodes: ${nodes[*]}"
     mkdir -p "$logs"
 
-    # Where the ranks meet: on the first node, at a port that no other job of ours takes.
+    # Where the ranks meet: on the first node, at a port that no other job of ours takes and that
+    # Linux hands to no connection (it does so from 32768 on).
     export MASTER_ADDR=${nodes[0]}
     export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
@@ -24,7 +25,7 @@ launch() {
     # communication with matrix products.
     export CUDA_DEVICE_MAX_CONNECTIONS=1
 
-    MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) \
+    MASTER_PORT=$((10000 + SLURM_JOB_ID % 10000)) \
         step "$logs/preflight.log" recipes/slurm/preflight.py \
         --nodes "${nodes[@]}" --directory runs "${PREFLIGHT_OPTIONS[@]}" || status=$?
     if [ "$status" != 0 ]; then
@@ -33,7 +34,7 @@ launch() {
         exit "$status"
     fi
 
-    MASTER_PORT=$((30000 + SLURM_JOB_ID % 10000)) \
+    MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) \
         step "$logs/rank_%4t.log" "$recipe" "$@" || status=$?
     echo "$(date -Is) $recipe ended with status $status"
     # 75: engine/stop.py saved a checkpoint because of a signal. One that came before the time limit

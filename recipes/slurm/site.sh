@@ -7,6 +7,8 @@
 #export SBATCH_PARTITION=batch
 #export SBATCH_ACCOUNT=research
 #export SBATCH_QOS=normal
+# Where jobs are preempted: the partition's GraceTime must be longer than a step and a checkpoint, or
+# the run falls back to the checkpoint before.
 export SBATCH_GPUS_PER_NODE=8 # the job files start eight ranks a node; unset it where nodes go whole
 
 # Software: what makes $PYTHON run the project, on every node.
