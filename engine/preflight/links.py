@@ -57,8 +57,10 @@ def measure_links(
     readings: list[float] = []
 
     def measure() -> None:
-        for _, ranks in groups:
-            group = _meet(ranks, rank, store, device, config)
+        for scope, ranks in groups:
+            # Two groups may have the same ranks, which must not find one another's addresses.
+            meeting = dist.PrefixStore(f"links/{scope}/{ranks}", store)
+            group = _meet(ranks, rank, meeting, device, config)
             _kept.append(group)
             readings.append(_all_reduce_gb_s(group, config.payload_mib * 2**20, device))
 
@@ -73,10 +75,9 @@ def measure_links(
 
 
 def _meet(
-    ranks: list[int], rank: int, store: dist.Store, device: torch.device, config: PreflightConfig
+    ranks: list[int], rank: int, meeting: dist.Store, device: torch.device, config: PreflightConfig
 ) -> Any:
     """Return a group of these ranks that no other rank need know of, as torch's new_group asks."""
-    meeting = dist.PrefixStore(f"links/{ranks}", store)
     # The thread is given up before that; NCCL would end the process, and the report with it.
     timeout = datetime.timedelta(seconds=10 * config.timeout_s)
     group_class: Any = dist.ProcessGroupNCCL if device.type == "cuda" else dist.ProcessGroupGloo

@@ -1,7 +1,11 @@
 """Which ranks measure their links together, and in which order."""
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from engine.preflight import links
+from engine.preflight.facts import PreflightConfig
 from engine.preflight.links import groups_of
 
 
@@ -52,3 +56,15 @@ def test_every_neighbour_is_measured_once(num_nodes: int):
     expected = {tuple(sorted((i, (i + 1) % num_nodes))) for i in range(num_nodes)}
     assert set(links) == expected
     assert len(links) == 2 * len(expected)  # by both ends
+
+
+def test_groups_of_the_same_ranks_meet_in_places_of_their_own(monkeypatch):
+    names = []
+    monkeypatch.setattr(links, "_meet", lambda ranks, rank, meeting, *_: meeting)
+    monkeypatch.setattr(links.dist, "PrefixStore", lambda name, store: names.append(name))
+    monkeypatch.setattr(links, "_all_reduce_gb_s", lambda *_: 1.0)
+    found = links.measure_links(
+        PreflightConfig(), dist.HashStore(), ["a", "a"], 0, torch.device("cpu")
+    )
+    assert found == {"node": 1.0, "all": 1.0}
+    assert len(set(names)) == 2
