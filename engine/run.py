@@ -17,10 +17,11 @@ from models.sizes import GPTSize
 # What a run may change when it goes on: where and how fast it runs, how long, what it writes. Any
 # other change would make it neither the old run nor the new one.
 _MAY_CHANGE = (
-    *("directory", "layout", "critic_layout", "residency", "alarms", "micro_batch_tokens"),
+    *("directory", "layout", "critic_layout", "generation_layout", "residency", "alarms"),
     *("epochs", "iterations", "eval_every", "save_every", "keep", "num_shown", "show_every"),
     *("num_slots", "prefill_tokens", "block_size", "cache_fraction", "cache_gib", "steps_per_sync"),
-    *("cuda_graphs", "recompute", "gradient_accumulation_fusion", "skip_bad_lines"),
+    *("cuda_graphs", "micro_batch_tokens", "recompute", "gradient_accumulation_fusion"),
+    "skip_bad_lines",
     "tokenizer",  # the checkpoint knows which one it was
 )
 

@@ -88,7 +88,7 @@ PPO_FOUR = {
     },
 }
 # These are started again from their first checkpoint besides.
-RESUMED = ("tp2_critic_pp2", "pp2_generates_in_dp2")
+RESUMED = ("tp2_critic_pp2", "pp2_overlap_generates_in_tp2")
 # What only a run that generates in a layout of its own records.
 REFIT = "rollout/refit_bytes"
 # By stage: its config, and by role which network each starts from.
