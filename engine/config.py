@@ -126,7 +126,7 @@ def _with_named_parts(default: Config, arguments: Sequence[str], prefix: str = "
         if value is None and classes and (is_named or {"-h", "--help"} & set(arguments)):
             changes[name] = value = classes[0]()
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            inner = prefix if name == "config" else inner  # of a stage's job
+            inner = prefix if name == "stage" else inner  # of a stage's job
             changes[name] = _with_named_parts(value, arguments, inner)
     return dataclasses.replace(default, **changes) if changes else default  # type: ignore[type-var]
 
