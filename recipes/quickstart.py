@@ -24,7 +24,7 @@ config = QuickstartConfig(
     vocab_size=1400,
     num_demonstrations=9_000,
     faults_per_level=1.0,
-    num_compared=2400,
+    num_compared=3000,
     num_judged=500,
     pretrain=SFTConfig(
         size="tiny",
@@ -53,14 +53,14 @@ config = QuickstartConfig(
     ppo=PPOConfig(
         data=PPOData(pretraining_tokens=128),
         sampling=SamplingConfig(max_new_tokens=64, num_slots=256),
-        iterations=40,
+        iterations=60,
         rollout_batch_size=64,
         minibatch_size=32,
         micro_batch_tokens=4096,
-        kl=KLConfig(coef=0.1),
+        kl=KLConfig(coef=0.15),
         ptx_coef=1.0,
         ptx_examples_per_episode=1,
-        adam=AdamConfig(lr=3e-4, schedule="constant", warmup=3),
+        adam=AdamConfig(lr=2e-4, schedule="constant", warmup=3),
         critic_adam=AdamConfig(lr=1e-3, schedule="constant", warmup=3),
     ),
 )
