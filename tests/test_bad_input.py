@@ -354,5 +354,8 @@ def test_recipe_from_the_command_line(tmp_path: Path):
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == f"error: --tokenizer {tmp_path / 't.model'}: no such file or folder\n"
+    *before, error = done.stderr.splitlines()
+    assert error == f"error: --tokenizer {tmp_path / 't.model'}: no such file or folder"
+    # A torch with CUDA says on machines without a GPU that it found none.
+    assert not [line for line in before if not line.startswith("W")]
     assert not (tmp_path / "run").exists()
