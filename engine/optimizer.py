@@ -236,7 +236,7 @@ def _count_padding(buffer: Any) -> None:
 
     megatron gathers the buckets without the padding between them, and then cuts parameters out at
     their places in the padded buffer: behind a bucket whose size is no multiple of 128, masters and
-    moments would be saved shifted. Nothing but that gathering reads these counts.
+    moments would be saved shifted. Only its checkpoints of optimizer state read these counts.
     """
     buffer.numel_unpadded = buffer.numel
     for bucket in buffer.buckets:

@@ -193,7 +193,7 @@ def _exchange(round_: _Round, sources: Mapping[str, Tensor], targets: Mapping[st
         if op.peer_rank == dist.get_rank():
             part.copy_(mine[op.task_id])
         else:
-            message = part if part.is_contiguous() else part.contiguous()
+            message = part.contiguous()  # itself, where it is
             messages.append(dist.P2POp(dist.irecv, message, op.peer_rank))
             arriving.append((part, message))
     if messages:

@@ -53,8 +53,8 @@ def search_layouts(config: Any, cluster: Cluster, make_plan: MakePlan) -> list[A
     if not critic_layouts:
         return found
     best = []
-    policies = {_without_critic(plan.config): plan.config for plan in found}
-    for finalist in list(policies.values())[:NUM_FINALISTS]:
+    policies = dict.fromkeys(dataclasses.replace(p.config, critic_layout=None) for p in found)
+    for finalist in list(policies)[:NUM_FINALISTS]:
         tried = [dataclasses.replace(finalist, critic_layout=x) for x in critic_layouts]
         best += _fitting(tried, cluster, make_plan)[:1]
     return sorted(best, key=_rank)
@@ -102,10 +102,6 @@ def _layouts(size: GPTSize, cluster: Cluster) -> Iterator[ParallelLayout]:
         except UserError:
             continue
         yield layout
-
-
-def _without_critic(config: PPOConfig) -> PPOConfig:
-    return dataclasses.replace(config, critic_layout=None)
 
 
 def _fitting(configs: Iterable[Any], cluster: Cluster, make_plan: MakePlan) -> list[Any]:
