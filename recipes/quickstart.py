@@ -9,10 +9,11 @@ for that size.
 from pathlib import Path
 
 from engine.config import run_stage
-from engine.quickstart import QuickstartConfig, run
+from engine.quickstart import run
 from engine.settings.adam import AdamConfig
 from engine.settings.kl import KLConfig
 from engine.settings.ppo import PPOConfig, PPOData
+from engine.settings.quickstart import QuickstartConfig
 from engine.settings.rm import RMConfig, RMData
 from engine.settings.sampling import SamplingConfig
 from engine.settings.sft import SFTConfig, SFTData

@@ -1,13 +1,13 @@
-"""JSON lines in, records out: every bad line is named by file, line number and field."""
+"""JSON lines in, records out, and back: every bad line is named by file, line number and field."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from engine.config import UserError
-from engine.data.files import read_lines
+from engine.data.files import read_lines, replacing
 
 Record = TypeVar("Record")
 
@@ -103,6 +103,12 @@ def read_records(
     return list(reader), reader.report()
 
 
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, the file whole or not at all."""
+    with replacing(path) as stream:
+        stream.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+
+
 def required(record: dict[str, Any], key: str, *, within: str = "") -> Any:
     """Return record[key]; BadRecord when it is missing. `within` is the path to a nested object."""
     if key not in record:
@@ -119,9 +125,8 @@ def check_text(value: Any, field: str) -> str:
         raise BadRecord("is empty", field=field)
     try:
         value.encode()
-    except (
-        UnicodeEncodeError
-    ):  # JSON can spell it ("\\ud800"), but no tokenizer can turn it into bytes
+    except UnicodeEncodeError:
+        # JSON can spell it ("\\ud800"), but no tokenizer can turn it into bytes.
         raise BadRecord("holds half of a surrogate pair", field=field) from None
     return value
 
