@@ -194,7 +194,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         fields |= {"driver": driver, "max_clock": clock, "cuda": torch.version.cuda}
     else:
         fields["threads"] = torch.get_num_threads()
-    fields |= {name: _version(name) for name in ("torch", "triton", "megatron-core")}
+    fields["torch"] = torch.__version__  # with its build, +cpu or +cu130, which a package lacks
+    fields |= {name: _version(name) for name in ("triton", "megatron-core")}
     fields["python"] = platform.python_version()
     fields["commit"] = _commit()
     fields["date"] = datetime.now(UTC).isoformat(timespec="seconds")
