@@ -46,6 +46,14 @@ def communication_backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
+def make_deterministic() -> None:
+    """Have torch, cuBLAS and flash attention give the same bits every time, from here on in this
+    process. What cannot is named in a warning."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at its first product
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # only hides bugs, and costs time
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device to finish; nothing on the CPU."""
     if device.type == "cuda":

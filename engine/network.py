@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from engine.device import DTYPES
+from engine.device import DTYPES, make_deterministic
 from engine.parallel import Parallel, seed_for_head, seed_for_initialisation
 from engine.settings.numerics import Numerics
 from models.gpt import GPT
@@ -108,6 +108,8 @@ def build_network(
     """
     layout = parallel.layout
     layout.check(size)
+    if numerics.deterministic:
+        make_deterministic()
     config = transformer_config(
         size,
         tp=layout.tp,
@@ -118,6 +120,7 @@ def build_network(
         dropout=dropout,
         recompute=numerics.recompute,
         gradient_accumulation_fusion=numerics.gradient_accumulation_fusion,
+        deterministic=numerics.deterministic,
         device=parallel.device,
     )
     seed_for_initialisation(parallel)

@@ -21,6 +21,7 @@ _MAY_CHANGE = (
     *("epochs", "iterations", "eval_every", "save_every", "keep", "num_shown", "show_every"),
     *("num_slots", "prefill_tokens", "block_size", "cache_fraction", "cache_gib", "steps_per_sync"),
     *("cuda_graphs", "micro_batch_tokens", "recompute", "gradient_accumulation_fusion"),
+    "deterministic",
     "skip_bad_lines",
     "tokenizer",  # the checkpoint knows which one it was
 )

@@ -197,6 +197,8 @@ def _varlen_attention(
             max_seqlen_k=k_longest,
             softmax_scale=scale,
             causal=True,
+            # Else the backward pass adds up a query's gradient in the order in which blocks finish.
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return out[0] if isinstance(out, tuple) else out  # flash-attn-4 also returns the logsumexp
     from torch.nn.attention.varlen import varlen_attn

@@ -46,6 +46,7 @@ def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
     recompute: Recompute,
     device: torch.device,
     gradient_accumulation_fusion: bool | None = None,
+    deterministic: bool = False,
 ) -> TransformerConfig:
     """Return megatron's configuration of a GPT-3 of that size.
 
@@ -89,6 +90,7 @@ def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
         calculate_per_token_loss=True,  # losses are sums over global counts: nothing to average
         deallocate_pipeline_outputs=True,
         gradient_accumulation_fusion=fuses,
+        deterministic_mode=deterministic,
         batch_p2p_comm=on_gpu,
         **recompute_arguments,
     )

@@ -17,3 +17,6 @@ class Numerics:
     gradient_accumulation_fusion: bool | None = None
     """Add the gradients of the layers' matrices to their fp32 sums within the matrix product, which
     spares rounding every micro-batch's to the weights' dtype; none: on GPUs."""
+    deterministic: bool = False
+    """The same run gives the same bits on GPUs too: torch and the attention's backward pass add up
+    in a fixed order, more slowly. Our kernels always do, and on CPUs nothing changes."""

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -102,3 +103,26 @@ def test_fused_gradients_are_the_same_and_not_rounded_to_bf16(parallel: Parallel
     # A third of the sum is one micro-batch's gradient, which bf16 holds only if it was rounded.
     is_rounded = [(g / 3 == (g / 3).bfloat16()).float().mean() for g in (plain, fused)]
     assert is_rounded[1] < is_rounded[0]
+
+
+def test_deterministic_networks_have_torch_and_megatron_add_up_in_order(
+    parallel: Parallel, monkeypatch
+):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # and put back after the test
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    batch = pack([Example(tokens=torch.arange(1, 40).numpy(), prompt_length=4)], multiple_of=1)
+    gradients = []
+    try:
+        for is_asked in (False, True):
+            numerics = Numerics(deterministic=is_asked)
+            network = build_network("language", SIZE, parallel, numerics=numerics)
+            assert network.config.deterministic_mode is is_asked
+            assert torch.are_deterministic_algorithms_enabled() is is_asked
+            make_trainable(network)
+            forward_backward(network, [batch], NegativeLogLikelihood(35))
+            parameters = network.modules[0].parameters()
+            gradients.append(torch.cat([p.main_grad.flatten() for p in parameters]))
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)

@@ -96,3 +96,44 @@ def test_nothing_is_seen_of_what_comes_later_or_is_of_others():
     after = packed_attention(query, key, value, packed(EVEN), SCALE)
     assert torch.equal(before[:10], after[:10])
     assert not torch.isclose(before[10:15], after[10:15]).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [EVEN, UNEVEN, EMPTY, (700, 1, 1300)])
+def test_flash_attention_is_the_naive_one(lengths: tuple[int, ...]):
+    generator = torch.Generator().manual_seed(0)
+    shape = (sum(lengths), 3, 64)
+    exact = [torch.randn(shape, generator=generator).bfloat16().float() for _ in range(3)]
+    exact = [x.requires_grad_() for x in exact]
+    sequences = packed(lengths)
+    expected = naive(*exact, sequences.cu_seqlens_q, sequences.cu_seqlens_q)
+    weight = torch.randn(shape, generator=generator)
+    reference = torch.autograd.grad((expected * weight).sum(), exact)
+
+    inputs = [x.detach().cuda().bfloat16().requires_grad_() for x in exact]
+    bounds = sequences.cu_seqlens_q.cuda()
+    out = packed_attention(*inputs, PackedSequences.of(bounds, max(lengths)), SCALE)
+    torch.testing.assert_close(out.float().cpu(), expected, rtol=2e-2, atol=2e-2)
+    found = torch.autograd.grad((out * weight.cuda()).sum(), inputs)
+    for ours, theirs in zip(found, reference, strict=True):
+        torch.testing.assert_close(ours.float().cpu(), theirs, rtol=3e-2, atol=5e-2)
+
+
+@pytest.mark.gpu
+def test_deterministic_gradients_have_the_same_bits_every_time(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    lengths = (2000, 1, 1500)  # many blocks of keys add to a query's gradient
+    inputs = [
+        torch.randn(sum(lengths), 8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    ]
+    sequences = PackedSequences.of(torch.tensor([0, *lengths]).cumsum(0).int().cuda(), max(lengths))
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [
+            torch.autograd.grad(packed_attention(*inputs, sequences, SCALE).sum(), inputs)
+            for _ in range(5)
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
