@@ -70,12 +70,21 @@ class Run:
         path = self.directory / "config.json"
         if not (self.checkpoints / "latest").exists() or not path.exists():
             return
-        for name, (saved, now) in changed_fields(config, path).items():
-            if not set(name.split(".")) & set(_MAY_CHANGE):
-                raise UserError(
-                    f"{self.directory} is a run with {name} {saved}, not {now}; give another "
-                    f"--directory,\nor change {path} to go on with the new value"
-                )
+        change = changed_setting(config, path)
+        if change is not None:
+            raise UserError(
+                f"{self.directory} is a run with {change}; give another --directory,\nor change "
+                f"{path} to go on with the new value"
+            )
+
+
+def changed_setting(config: Any, path: Path) -> str | None:
+    """Return "NAME OLD, not NEW" of a setting that makes this another run than the one whose
+    settings save_config wrote to `path`; None where there is none."""
+    for name, (saved, now) in changed_fields(config, path).items():
+        if not set(name.split(".")) & set(_MAY_CHANGE):
+            return f"{name} {saved}, not {now}"
+    return None
 
 
 def start_run(*, directory: Path, layout: ParallelLayout, seed: int, tokenizer: Path) -> Run:

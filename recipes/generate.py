@@ -3,6 +3,11 @@
 python recipes/generate.py --source runs/ppo --prompts prompts.jsonl --out responses.jsonl
 python recipes/generate.py --source runs/ppo --role ema --sampling.temperature 0.7
 
+Answers are kept in responses.jsonl.partial as they come, in any order; when all are there they
+become responses.jsonl, sorted by prompt and sample. The same command, on any layout, goes on where
+a stopped one was: it draws what is missing, and draws the same. With another model, other prompts
+or settings it says so and stops.
+
 A model too large for one process, here on eight:
 torchrun --nproc-per-node=8 recipes/generate.py --source ... --prompts ... --layout.tp 8
 """

@@ -1,12 +1,11 @@
 """Text in, text out: a file of prompts answered by a checkpoint, or a dialogue in the terminal."""
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch.distributed as dist
 
@@ -16,9 +15,9 @@ from engine.convert import load_huggingface, read_size
 from engine.data.batches import deal
 from engine.data.chat import render_prompt
 from engine.data.examples import encode_prompt
-from engine.data.files import replacing
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.generation.answers import Answers, Origin, digest_of_prompts
 from engine.generation.generate import generate
 from engine.network import Network, build_network
 from engine.parallel import start_parallel
@@ -44,7 +43,9 @@ class GenerateConfig:
     prompts: Path | None = None
     """Prompts to answer, .jsonl or .jsonl.gz with {"prompt"} or {"messages"}."""
     out: Path = Path("responses.jsonl")
-    """Their answers: {"prompt", "response", "sample", "tokens", "logprob", "has_eos"} a line."""
+    """Their answers: {"prompt", "response", "sample", "tokens", "logprob", "has_eos"} a line, in
+    the prompts' order. Until all are there they are kept in OUT.partial, where the same command
+    goes on."""
     num_samples: int = 1
     """Answers to each prompt."""
     prompt_suffix: str = "\n"
@@ -78,29 +79,39 @@ def generate_text(config: GenerateConfig) -> None:
 
 def load_model(config: GenerateConfig) -> tuple[Network, Tokenizer]:
     """Return the language model at the source, on the ranks of the layout, and its tokenizer."""
-    source = require_path(config.source, "source")
-    is_huggingface = (source / "config.json").exists() and not (source / "checkpoints").exists()
+    weights, is_huggingface = _weights(config)
     if is_huggingface:
-        size, beside = read_size(source), source
+        size, beside = read_size(weights), weights
     else:
-        size = size_of(source, config.role)
+        size = size_of(weights, config.role)
         # RUN/checkpoints/step/role: the tokenizer lies in RUN.
-        beside = find_network(source, config.role).resolve().parents[2] / "tokenizer"
+        beside = weights.resolve().parents[2] / "tokenizer"
     tokenizer = load_tokenizer(config.tokenizer or beside)
     parallel = start_parallel(config.layout, config.seed)
     network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))
     if is_huggingface:
-        load_huggingface(network, source)
+        load_huggingface(network, weights)
     else:
         fingerprint = tokenizer.fingerprint()
-        load_weights(network, source, role=config.role, tokenizer_fingerprint=fingerprint)
+        load_weights(network, weights, role=config.role, tokenizer_fingerprint=fingerprint)
     return network, tokenizer
+
+
+def _weights(config: GenerateConfig) -> tuple[Path, bool]:
+    """Return the folder of the network at the source, and whether it is Hugging Face's."""
+    source = require_path(config.source, "source")
+    if (source / "config.json").exists() and not (source / "checkpoints").exists():
+        return source, True
+    return find_network(source, config.role), False
 
 
 def answer_file(
     network: Network, tokenizer: Tokenizer, config: GenerateConfig, prompts: Path
 ) -> None:
-    """Write num_samples answers to each prompt of the file, in its order. Raises UserError."""
+    """Write num_samples answers to each prompt of the file, in its order. Raises UserError.
+
+    What an earlier run of the same settings has answered is kept.
+    """
     parallel = network.parallel
     texts, read_report = read_prompts(prompts, skip_bad_lines=config.skip_bad_lines)
     examples, length_report = prompt_examples(
@@ -109,10 +120,25 @@ def answer_file(
         max_prompt_length=network.size.context_length - 1,
         prompt_suffix=config.prompt_suffix,
     )
+    origin = Origin(
+        weights=str(_weights(config)[0].resolve()),
+        prompts=digest_of_prompts([e.tokens for e in examples], tokenizer.fingerprint()),
+        num_samples=config.num_samples,
+        sampling=config.sampling,
+        dtype=config.dtype,
+        seed=config.seed,
+    )
+    answers = Answers(config.out, origin, parallel)
+    num_answers = len(examples) * config.num_samples
+    if parallel.is_writer and answers.kept:
+        print(f"{config.out}: {len(answers.kept)} of {num_answers} answers are there already")
+    missing = [number for number in range(num_answers) if number not in answers.kept]
     # The samples of a prompt stay on one replica, which computes it once.
-    mine = deal([len(e.tokens) for e in examples], parallel.dp, parallel.dp_rank)
-    numbers = [index * config.num_samples + n for index in mine for n in range(config.num_samples)]
-    records: dict[int, dict[str, Any]] = {}
+    open_prompts = sorted({number // config.num_samples for number in missing})
+    lengths = [len(examples[index].tokens) for index in open_prompts]
+    dealt = deal(lengths, parallel.num_replicas, parallel.replica_rank)
+    mine = {open_prompts[place] for place in dealt}
+    numbers = [number for number in missing if number // config.num_samples in mine]
     for response in generate(
         network,
         [examples[number // config.num_samples].tokens for number in numbers],
@@ -122,7 +148,7 @@ def answer_file(
         sample_indices=numbers,
     ):
         index, sample = divmod(response.sample_index, config.num_samples)
-        records[response.sample_index] = {
+        answer = {
             "prompt": texts[length_report.kept[index]],
             "response": tokenizer.decode(response.tokens.tolist()),
             "sample": sample,
@@ -130,23 +156,19 @@ def answer_file(
             "logprob": float(response.logprobs.sum()),
             "has_eos": response.has_eos,
         }
-    gathered: list[dict[int, dict[str, Any]]] = [{}] * parallel.dp
-    dist.all_gather_object(gathered, records, group=parallel.dp_group)
+        answers.add(response.sample_index, answer)
+    answers.finish(num_answers)
     if parallel.is_writer:
-        everything = {number: record for part in gathered for number, record in part.items()}
-        with replacing(config.out) as stream:
-            for _, record in sorted(everything.items()):
-                stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-        print(f"{config.out}: {len(everything)} answers; {read_report}; prompts: {length_report}")
+        print(f"{config.out}: {num_answers} answers; {read_report}; prompts: {length_report}")
 
 
 def talk(network: Network, tokenizer: Tokenizer, config: GenerateConfig) -> None:
     """Answer what the user types, token by token, until the end of input; /new starts over."""
     parallel = network.parallel
-    if parallel.dp > 1:
+    if parallel.num_replicas > 1:
         raise UserError(
-            f"a dialogue takes one replica, and the layout leaves {parallel.dp}: start fewer "
-            "ranks, or raise layout.tp"
+            f"a dialogue takes one replica, and the layout leaves {parallel.num_replicas}: start "
+            "fewer ranks, or raise layout.tp"
         )
     if parallel.is_writer:
         print("Type a message; /new starts over, Ctrl-C ends an answer, Ctrl-D the dialogue.")

@@ -1,3 +1,6 @@
+import contextlib
+import dataclasses
+import functools
 import json
 import shutil
 
@@ -5,6 +8,7 @@ import pytest
 import torch
 
 from engine.config import UserError
+from engine.generation.generate import generate
 from engine.generation.text import (
     NEXT_TURN,
     GenerateConfig,
@@ -13,6 +17,7 @@ from engine.generation.text import (
     generate_text,
     load_model,
 )
+from engine.settings.layout import ParallelLayout
 from engine.settings.sampling import SamplingConfig
 from tests.ranks import run_ranks
 from tests.tiny import write_checkpoints, write_files, write_lines, write_tokenizer
@@ -70,10 +75,142 @@ def test_two_replicas_share_the_prompts(run, tmp_path):
     expected = answers(tmp_path / "out.jsonl")
     both = config(run / "policy", tmp_path, num_samples=2, out=tmp_path / "both.jsonl")
     run_ranks(generate_text, 2, both)
-    found = answers(tmp_path / "both.jsonl")
-    for answer, other in zip(expected, found, strict=True):
+    assert_same(answers(tmp_path / "both.jsonl"), expected)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing after it runs."""
+
+
+def kill_after(num_answers: int, monkeypatch) -> None:
+    """Let the process end when so many answers have come."""
+    monkeypatch.setattr("engine.generation.text.generate", functools.partial(dying, num_answers))
+
+
+def dying(num_answers: int, *arguments, **options):
+    for number, response in enumerate(generate(*arguments, **options)):
+        if number == num_answers:
+            raise Killed
+        yield response
+
+
+def assert_same(found: list[dict], expected: list[dict]) -> None:
+    for answer, other in zip(found, expected, strict=True):
+        # Rounding depends on which answers are drawn together.
         assert answer.pop("logprob") == pytest.approx(other.pop("logprob"), abs=1e-4)
         assert answer == other
+
+
+def test_a_killed_run_goes_on_and_draws_the_same(run, tmp_path, monkeypatch, capsys):
+    settings = config(run / "policy", tmp_path, num_samples=4)
+    generate_text(settings)
+    expected = answers(settings.out)
+    settings = dataclasses.replace(settings, out=tmp_path / "again.jsonl")
+    part = tmp_path / "again.jsonl.partial" / "0.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(3, patch)
+        generate_text(settings)
+    kept = part.read_bytes()
+    assert not settings.out.exists()
+    assert kept.count(b"\n") == 3
+    part.write_bytes(kept[:-7])  # as if within a write
+    drawn: list[int] = []
+
+    def count(*arguments, **options):
+        drawn.extend(options["sample_indices"])
+        return generate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.generation.text.generate", count)
+        generate_text(settings)
+    assert "2 of 8 answers are there already" in capsys.readouterr().out
+    assert len(drawn) == 6
+    assert_same(answers(settings.out), expected)
+    assert not part.parent.exists()
+
+
+def test_a_run_killed_before_its_last_step_draws_nothing_again(run, tmp_path, monkeypatch):
+    settings = config(run / "policy", tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("engine.generation.answers.Answers.finish", killed)
+        generate_text(settings)
+    kill_after(0, monkeypatch)
+    generate_text(settings)
+    assert len(answers(settings.out)) == 2
+
+
+def killed(*arguments) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"seed": 2}, "seed 1, not 2"),
+        ({"num_samples": 3}, "num_samples 2, not 3"),
+        (
+            {"sampling": SamplingConfig(max_new_tokens=6, top_p=0.9)},
+            "sampling.top_p 1.0, not 0.9; give another --out, or remove the folder",
+        ),
+        ({"prompt_suffix": " "}, "prompts [0-9a-f]{16}, not"),
+        ({"source": "reference"}, "weights .*policy/checkpoints.*, not .*reference/checkpoints"),
+    ],
+)
+def test_answers_of_other_settings_are_not_continued(run, tmp_path, monkeypatch, change, match):
+    settings = config(run / "policy", tmp_path, num_samples=2)
+    change = {name: run / x if name == "source" else x for name, x in change.items()}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(1, patch)
+        generate_text(settings)
+    with pytest.raises(UserError, match=match):
+        generate_text(dataclasses.replace(settings, **change))
+    # How fast answers are drawn may change.
+    faster = dataclasses.replace(settings.sampling, num_slots=1)
+    generate_text(dataclasses.replace(settings, sampling=faster))
+    assert len(answers(settings.out)) == 4
+
+
+def test_a_folder_without_answers_stands_in_nobodys_way(run, tmp_path, monkeypatch):
+    settings = config(run / "policy", tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(0, patch)
+        generate_text(settings)
+    generate_text(dataclasses.replace(settings, seed=2))
+    assert len(answers(settings.out)) == 2
+
+
+def test_a_damaged_line_is_named(run, tmp_path):
+    settings = config(run / "policy", tmp_path)
+    part = tmp_path / "out.jsonl.partial" / "0.jsonl"
+    part.parent.mkdir()
+    part.write_text("\0\0\n")
+    with pytest.raises(UserError, match="0.jsonl:1: damaged; remove the line"):
+        generate_text(settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [ParallelLayout(), ParallelLayout(tp=2), ParallelLayout(pp=2)], ids=["dp", "tp", "pp"]
+)
+def test_two_ranks_go_on_where_two_were_killed(layout, run, tmp_path):
+    settings = config(run / "policy", tmp_path, num_samples=4)
+    generate_text(settings)
+    expected = answers(settings.out)
+    settings = dataclasses.replace(settings, out=tmp_path / "both.jsonl", layout=layout)
+    run_ranks(stop_on_ranks, 2, settings)
+    parts = sorted((tmp_path / "both.jsonl.partial").glob("*.jsonl"))
+    num_replicas = 2 if layout == ParallelLayout() else 1
+    assert [part.read_bytes().count(b"\n") for part in parts] == [3] * num_replicas
+    parts[-1].write_bytes(parts[-1].read_bytes()[:-7])
+    run_ranks(generate_text, 2, settings)
+    assert_same(answers(settings.out), expected)
+
+
+def stop_on_ranks(settings: GenerateConfig) -> None:
+    """Draw three answers on every replica."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        kill_after(3, patch)
+        generate_text(settings)
 
 
 def test_a_huggingface_folder_answers_too(gpt2_folder, tmp_path):
