@@ -104,24 +104,33 @@ def chi_square(counts: Tensor, probabilities: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("options", "num_kept"),
-    [({}, 40), ({"temperature": 0.5}, 40), ({"top_k": 7}, 7), ({"top_p": 0.7}, None)],
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 7},
+        {"top_p": 0.7},
+        {"top_k": 12, "top_p": 0.8},
+        {"top_k": 7, "top_p": 0.95, "temperature": 1.4},
+    ],
 )
-def test_frequencies_are_the_softmax(options: dict, num_kept: int | None) -> None:
+def test_frequencies_are_the_softmax(options: dict) -> None:
     logits = 1.2 * torch.randn(40)
-    num_draws = 40_000
+    num_draws = 100_000
     result = draw(
         logits.expand(num_draws, -1),
         sample_index=torch.arange(num_draws) // 100,
         position=torch.arange(num_draws) % 100,
         **options,
     )
-    probabilities = exact_logprobs(logits[None], options.get("temperature", 1.0))[0].exp()
-    order = probabilities.argsort(descending=True)
-    if num_kept is None:
-        num_kept = int((probabilities[order].cumsum(0) < options["top_p"]).sum()) + 1
-    probabilities[order[num_kept:]] = 0
-    counts = torch.bincount(result.tokens, minlength=40).double()
+    exact = exact_logprobs(logits[None], options.get("temperature", 1.0))[0].exp()
+    probabilities, columns = exact.sort(descending=True)
+    # The k likeliest, and of those as many as it takes to reach top_p of their mass.
+    probabilities[options.get("top_k", 40) :] = 0
+    probabilities /= probabilities.sum()
+    before = probabilities.cumsum(0) - probabilities
+    probabilities[before >= options.get("top_p", 1.0)] = 0
+    counts = torch.bincount(result.tokens, minlength=40)[columns].double()
     assert abs(chi_square(counts, probabilities / probabilities.sum())) < 4
 
 
