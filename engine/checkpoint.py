@@ -11,11 +11,15 @@
 
 A checkpoint is written beside its place and renamed, and `latest` follows last: a run killed while
 saving resumes from the one before. Weights load through tensors only, never through pickled code.
+
+Every rank writes and reads its own part of optimizer state and averages, in boxes of the whole
+tensors: nothing is gathered. Replicas share the weights: one writes a tensor, one reads it for all.
 """
 
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import queue
 import shutil
@@ -23,22 +27,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch import Tensor
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+)
 
+from engine.boxes import boxes
 from engine.config import UserError
 from engine.ema import EMA
 from engine.network import Network
-from engine.optimizer import Optimizer
+from engine.optimizer import Optimizer, Owned
 from engine.parallel import Parallel
 from models.sizes import GPTSize
-
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 # Through this queue megatron's writer hands what it wrote to the rank that waits for it. Its own
 # is served by one more process a rank, which imports the recipe anew; ours writes and waits in one
@@ -124,13 +132,14 @@ class Checkpointer:
             folder.mkdir(parents=True)
         dist.barrier()
         state = _sharded_weights(network)
-        if ema is not None:
-            state = _with_values(state, ema.full_weights())
         if optimizer is not None:
-            state["optimizer"] = _sharded_optimizer(optimizer, state, is_loading=False)
-        dist_checkpointing.save(
-            state, str(folder), sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1)
-        )
+            state["optimizer"] = _sharded_optimizer(optimizer, state)
+            state["optimizer"] |= optimizer.megatron.state_dict()  # counts of steps, loss scale
+        if ema is not None:
+            # In the weights' place, so that it loads as a network; modules' other state stays.
+            parts = _parts(state, ema.owned_shadows())
+            state = {"average": parts, **_without_tensors(state)}
+        _write(state, folder, network)
         if self.parallel.is_writer:
             description = {
                 "kind": network.kind,
@@ -143,21 +152,17 @@ class Checkpointer:
         _check_description(folder, network, self.tokenizer_fingerprint)
         state = _sharded_weights(network)
         if optimizer is not None:
-            state["optimizer"] = _sharded_optimizer(optimizer, state, is_loading=True)
-        loaded = dist_checkpointing.load(state, str(folder))
+            state["optimizer"] = _sharded_optimizer(optimizer, state)
+        loaded = _read(state, folder, network)
         _adopt(network, loaded)
         if optimizer is not None:
             optimizer.load_state(loaded["optimizer"])
 
     def _load_ema(self, folder: Path) -> None:
         assert self.ema is not None
-        state = _sharded_weights(self.ema.optimizer.network)
-        full = {
-            sharded.data: torch.empty(sharded.data.shape, dtype=torch.float32)
-            for sharded in _sharded_tensors(state)
-        }
-        dist_checkpointing.load(_with_values(state, full), str(folder))
-        self.ema.load_full_weights(full)
+        network = self.ema.optimizer.network
+        parts = _parts(_sharded_weights(network), self.ema.owned_shadows())
+        _read({"average": parts}, folder, network)
 
     def _remove_old(self, newest: Path) -> None:
         complete = sorted(
@@ -188,7 +193,7 @@ def load_weights(
             chunk: {k: v for k, v in tensors.items() if not k.startswith("scalar_head.")}
             for chunk, tensors in state.items()
         }
-    _adopt(network, dist_checkpointing.load(state, str(folder)), strict=False)
+    _adopt(network, _read(state, folder, network), strict=False)
 
 
 def find_network(path: Path, role: str) -> Path:
@@ -273,19 +278,62 @@ def _sharded_weights(network: Network) -> dict[str, Any]:
     network.settle()
     with network.parallel.active():
         return {
-            f"chunk{stage}": module.sharded_state_dict(metadata=dict(_METADATA))
+            f"chunk{stage}": module.sharded_state_dict()
             for stage, module in enumerate(network.modules)
         }
 
 
-def _sharded_optimizer(
-    optimizer: Optimizer, weights: dict[str, Any], *, is_loading: bool
-) -> dict[str, Any]:
-    optimizer.prepare_state()
-    with optimizer.network.parallel.active():
-        return optimizer.megatron.sharded_state_dict(
-            weights, is_loading=is_loading, metadata=dict(_METADATA)
-        )
+def _sharded_optimizer(optimizer: Optimizer, weights: dict[str, Any]) -> dict[str, Any]:
+    """Return the fp32 masters and moments that this rank owns, under the names of megatron's
+    `fully_reshardable` form, which would join the state of all data-parallel ranks on each."""
+    state = {
+        name: _parts(weights, owned, prefix=f"optimizer.state.{name}.")
+        for name, owned in optimizer.owned_state().items()
+    }
+    return {"param_state": state}
+
+
+def _parts(
+    weights: dict[str, Any], owned: list[Owned], prefix: str = ""
+) -> dict[str, ShardedTensor]:
+    """Return what this rank owns of tensors that are cut up as the weights are, as boxes of the
+    whole tensors; they share the owned tensors' memory."""
+    weight_of = {weight.data: weight for weight in _sharded_tensors(weights)}
+    found: dict[str, ShardedTensor] = {}
+    for parameter, bounds, owned_tensor in owned:
+        weight, position = weight_of[parameter], 0
+        stacked = weight.prepend_axis_num  # dimensions of the whole alone: the layer's
+        for offset, shape in boxes(weight.local_shape, bounds.start, bounds.stop):
+            count = math.prod(shape)
+            data = owned_tensor[position : position + count].view((1,) * stacked + shape)
+            position += count
+            begins = zip(weight.global_offset, (0,) * stacked + offset, strict=True)
+            found[str(len(found))] = dataclasses.replace(
+                weight,
+                key=prefix + weight.key,
+                data=data,
+                dtype=data.dtype,
+                local_shape=tuple(data.shape),
+                global_offset=tuple(whole + part for whole, part in begins),
+                axis_fragmentations=None,  # boxes are no regular grid
+                prepend_axis_num=0,
+                replica_id=(*weight.replica_id[:2], 0),  # pp and tp may hold it too, dp does not
+            )
+    return found
+
+
+def _write(state: dict[str, Any], folder: Path, network: Network) -> None:
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
+    group = network.parallel.replica_group
+    shared = FullyParallelSaveStrategyWrapper(strategy, group)
+    dist_checkpointing.save(state, str(folder), sharded_strategy=shared)
+
+
+def _read(state: dict[str, Any], folder: Path, network: Network) -> dict[str, Any]:
+    """Fill the tensors that the state describes, each in its place; return the state with them."""
+    group = network.parallel.replica_group
+    shared = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group)
+    return dist_checkpointing.load(state, str(folder), sharded_strategy=shared)
 
 
 def _sharded_tensors(state: dict[str, Any]) -> list[ShardedTensor]:
@@ -294,16 +342,10 @@ def _sharded_tensors(state: dict[str, Any]) -> list[ShardedTensor]:
     ]
 
 
-def _with_values(state: dict[str, Any], values: dict[torch.nn.Parameter, Tensor]) -> dict[str, Any]:
-    """Return the sharded weights with other tensors in the parameters' places."""
+def _without_tensors(state: dict[str, Any]) -> dict[str, Any]:
     return {
-        chunk: {
-            name: dataclasses.replace(v, data=values[v.data], dtype=values[v.data].dtype)
-            if isinstance(v, ShardedTensor)
-            else v
-            for name, v in tensors.items()
-        }
-        for chunk, tensors in state.items()
+        chunk: {name: v for name, v in entries.items() if not isinstance(v, ShardedTensor)}
+        for chunk, entries in state.items()
     }
 
 

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from engine.optimizer import Optimizer
+from engine.optimizer import Optimizer, Owned
 
 
 class EMA:
@@ -37,35 +36,13 @@ class EMA:
         finally:
             self._swap()
 
-    def full_weights(self) -> dict[torch.nn.Parameter, Tensor]:
-        """Return the averaged fp32 weights of this rank's tp and pp share in host memory, joined
-        over data-parallel ranks; the device holds one parameter of them at a time."""
-        owned = {
-            parameter: (shard_range, shadow)
-            for (parameter, shard_range, _), shadow in zip(self._owned(), self.shadows, strict=True)
-        }
-        full = {}
-        group = self.optimizer.network.parallel.replica_group
-        for module in self.optimizer.network.modules:
-            for parameter in module.parameters():  # the same order on every rank
-                whole = torch.zeros_like(parameter, dtype=torch.float32)
-                if parameter in owned:  # else other ranks hold all of it
-                    shard_range, shadow = owned[parameter]
-                    whole.view(-1)[shard_range] = shadow
-                dist.all_reduce(whole, group=group)
-                full[parameter] = whole.cpu()
-        return full
-
-    def load_full_weights(self, full: dict[torch.nn.Parameter, Tensor]) -> None:
-        """Take this rank's shards out of full_weights()."""
-        for (parameter, shard_range, _), shadow in zip(self._owned(), self.shadows, strict=True):
-            shadow.copy_(full[parameter].view(-1)[shard_range])
+    def owned_shadows(self) -> list[Owned]:
+        """Return the average of this rank's shards."""
+        owned = zip(self.optimizer.owned_masters(), self.shadows, strict=True)
+        return [(parameter, bounds, shadow) for (parameter, bounds, _), shadow in owned]
 
     def _masters(self) -> list[Tensor]:
-        return [master for _, _, master in self._owned()]
-
-    def _owned(self) -> list[tuple[torch.nn.Parameter, slice, Tensor]]:
-        return self.optimizer.owned_masters()
+        return [master for _, _, master in self.optimizer.owned_masters()]
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -19,6 +19,10 @@ from engine.step import finish_gradients
 BUCKET_ELEMENTS: int | None = None
 
 
+Owned = tuple[torch.nn.Parameter, slice, torch.Tensor]
+"""(parameter, range of its flattened elements, what this rank keeps in fp32 for that range)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What one optimizer step did."""
@@ -95,9 +99,8 @@ class Optimizer:
         self.network.settle()
         self.megatron.reload_model_params()
 
-    def owned_masters(self) -> list[tuple[torch.nn.Parameter, slice, torch.Tensor]]:
-        """Return (parameter, range of its flattened elements, fp32 master of that range) of this
-        rank's shards."""
+    def owned_masters(self) -> list[Owned]:
+        """Return the fp32 masters of this rank's shards."""
         owned = []
         for optimizer in self._distributed():
             pairs = (
@@ -124,6 +127,20 @@ class Optimizer:
                     first = bucket.offset + rank * share
                     num_owned[rank] += max(0, min(end, first + share) - max(start, first))
         return num_owned
+
+    def owned_state(self) -> dict[str, list[Owned]]:
+        """Return the fp32 masters and Adam's moments of this rank's shards, by megatron's names for
+        them."""
+        self.prepare_state()
+        adam = {}
+        for optimizer in self._distributed():
+            adam.update(optimizer.optimizer.state)
+        owned = self.owned_masters()
+        moments = {
+            name: [(parameter, bounds, adam[master][name]) for parameter, bounds, master in owned]
+            for name in ("exp_avg", "exp_avg_sq")
+        }
+        return {"param": owned, **moments}
 
     def state_tensors(self) -> list[torch.Tensor]:
         """Return the fp32 masters, which are views of the weights where those are fp32, and Adam's
@@ -152,21 +169,14 @@ class Optimizer:
                     }
 
     def load_state(self, state: dict) -> None:
-        """Take what megatron's sharded_state_dict(is_loading=True) described and a checkpoint
-        filled in."""
-        parameter_state = state.pop("param_state")
+        """Take the rest of a checkpoint's state, whose masters and moments are in place: counts of
+        steps, loss scale."""
         with self.network.parallel.active():
-            self.megatron.load_state_dict(state)
-        (optimizer,) = self._distributed()
-        # megatron's loader copies every entry of torch Adam's state and trips over "step", which it
-        # does not save by parameter; load_state_dict above has set it from the parameter groups.
-        states = list(optimizer.optimizer.state.values())
-        steps = [adam_state.pop("step") for adam_state in states]
-        optimizer.load_parameter_state_from_fully_reshardable(parameter_state)
-        for adam_state, step in zip(states, steps, strict=True):
-            adam_state["step"] = (
-                step.clone()
-            )  # megatron hands all of them one tensor, which Adam counts up in place
+            self.megatron.load_state_dict({k: v for k, v in state.items() if k != "param_state"})
+        for optimizer in self._distributed():
+            for adam_state in optimizer.optimizer.state.values():
+                # megatron hands all of them one tensor, which Adam counts up in place.
+                adam_state["step"] = adam_state["step"].clone()
 
     def _distributed(self) -> list:
         return getattr(self.megatron, "chained_optimizers", [self.megatron])
@@ -225,22 +235,8 @@ def make_trainable(network: Network) -> None:
             for stage, module in enumerate(network.modules)
         ]
     for chunk in network.chunks:
-        for buffer in chunk.buffers:
-            _count_padding(buffer)
         _await_head(chunk)
     network.train(True)
-
-
-def _count_padding(buffer: Any) -> None:
-    """Let a checkpoint lay the optimizer's state out as the buffer is, padding and all.
-
-    megatron gathers the buckets without the padding between them, and then cuts parameters out at
-    their places in the padded buffer: behind a bucket whose size is no multiple of 128, masters and
-    moments would be saved shifted. Only its checkpoints of optimizer state read these counts.
-    """
-    buffer.numel_unpadded = buffer.numel
-    for bucket in buffer.buckets:
-        bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _await_head(chunk: DistributedDataParallel) -> None:

@@ -3,8 +3,9 @@
     python recipes/plan.py ppo_175b --gpus 64 --gpu h100
 
 Bytes of weights, gradients and optimizer state are exact; activations are counted tensor by tensor;
-seconds follow from datasheets and the assumptions of engine/planning/hardware.py. Not counted:
-validation, selection, checkpoints, reading of files. Imports neither torch nor megatron.
+seconds follow from datasheets and the assumptions of engine/planning/hardware.py, and leave out
+validation, selection, checkpoints and reading of files. The host memory of a checkpoint is counted
+at the most it can be. Imports neither torch nor megatron.
 """
 
 from dataclasses import dataclass

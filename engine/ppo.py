@@ -150,7 +150,6 @@ def train(config: PPOConfig) -> dict[str, float]:
             is_asked, done = stop.is_asked(), iteration + 1
             if is_last or is_asked or (config.save_every and done % config.save_every == 0):
                 state = {"kl_coef": kl.coef, "alarms": alarms.state_dict(), "metrics": values}
-                residency.make_room_to_save()
                 checkpointer.save(done, state)
             if is_asked and not is_last:
                 stop.leave(done)

@@ -12,6 +12,7 @@ from engine.planning.parameters import (
     MOMENTS_BYTES,
     Kind,
     buffer_elements,
+    largest_parameter,
     network_parameters,
     owned_parameters,
 )
@@ -21,6 +22,7 @@ from models.sizes import GPTSize
 
 GRADIENT_BYTES = 4  # an element: gradients add up and are reduced in fp32
 HEAD_WORKSPACE = 256 * 2**20  # kernels/linear_logprobs.py: a chunk of logits
+STAGING = 2  # times the bytes, at most: torch rounds pinned blocks up to powers of two, keeps them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +75,22 @@ class PlannedNetwork:
         """Return the bytes of the fp32 running average of the weights on the fullest rank."""
         return MASTER_BYTES * self.owned_parameters(pp_rank)
 
-    def saving_bytes(self, pp_rank: int) -> int:
-        """Return the bytes of host memory that a rank takes while the network's training state is
-        saved: megatron lays this rank's share of the three fp32 states out, then joins the states
-        of all shares on every data-parallel rank, the one that arrives being there three times."""
-        return 4 * (
-            3 * self.buffer_elements(pp_rank) // self.dp + 5 * self.buffer_elements(pp_rank)
-        )
+    def saved_bytes(self, pp_rank: int, *, has_average: bool = False) -> int:
+        """Return the bytes that the fullest rank writes of a trained network: its share of masters,
+        moments and perhaps the average, all fp32, and of the weights. A resume reads as many."""
+        state = MASTER_BYTES + MOMENTS_BYTES + (MASTER_BYTES if has_average else 0)
+        return state * self.owned_parameters(pp_rank) + self.weight_bytes(pp_rank) // self.dp
+
+    def checkpoint_host_bytes(self, pp_rank: int, *, has_average: bool = False) -> int:
+        """Return the most host memory that a rank takes for checkpoints of a trained network.
+
+        Saving copies what the rank writes to pinned memory. Loading fills tensors in their place,
+        a stored piece at a time, which is a parameter in fp32 at most. The GPU needs no more for
+        either: nothing is gathered.
+        """
+        saving = STAGING * self.saved_bytes(pp_rank, has_average=has_average)
+        piece = largest_parameter(self.kind, self.size, self.layout, pp_rank=pp_rank)
+        return max(saving, MASTER_BYTES * piece)
 
     def buffer_elements(self, pp_rank: int) -> int:
         """Return the elements of a trained network's buffers on a stage."""

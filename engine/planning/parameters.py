@@ -39,6 +39,15 @@ def network_parameters(kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_
     )
 
 
+def largest_parameter(kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int) -> int:
+    """Return the elements of the largest parameter that a rank of a stage holds."""
+    return max(
+        elements
+        for chunk in range(layout.virtual_pp)
+        for elements, _ in _chunk_parameters(kind, size, layout, pp_rank, chunk)
+    )
+
+
 def optimizer_bytes(
     kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int
 ) -> int:

@@ -17,6 +17,8 @@ from engine.settings.sampling import SamplingConfig
 Rows = dict[str, int]
 """What the bytes are for, to bytes."""
 
+CHECKPOINT = "checkpoint"  # the row of host memory
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
@@ -27,7 +29,7 @@ class RankMemory:
     phases: dict[str, Rows]
     """Phase to what its bytes on the GPU are for."""
     host: Rows
-    """Pinned host memory."""
+    """Pinned host memory, that of checkpoints at the most it can be."""
 
     @property
     def peak_phase(self) -> str:
@@ -64,7 +66,8 @@ def training_ranks(
         if judge is not None:
             rows["reward model"] = judge.weight_bytes(stage)
         rows |= _working_bytes(network, stage, batches, budget)
-        found.append(RankMemory(stage=stage, phases={"train": rows}, host={}))
+        host = {CHECKPOINT: network.checkpoint_host_bytes(stage)}
+        found.append(RankMemory(stage=stage, phases={"train": rows}, host=host))
     return found
 
 
@@ -158,6 +161,9 @@ def _ppo_rank(four: Four, cluster: Cluster, stage: int, critic_stage: int) -> Ra
     largest: Rows = max(work, key=lambda rows: sum(rows.values()))  # one after the other
     phases["update"] |= largest
     host = {row: size for row, size in expected.host.items() if size}
+    # One network is saved after the other, and pinned memory is kept.
+    host[CHECKPOINT] = four.policy.checkpoint_host_bytes(stage, has_average=True)
+    host[CHECKPOINT] += four.critic.checkpoint_host_bytes(critic_stage)
     return RankMemory(stage=stage, phases=phases, host=host)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from engine.config import UserError
 from engine.planning.hardware import GIGA, Cluster
-from engine.planning.memory import PlannedNetwork
+from engine.planning.memory import STAGING, PlannedNetwork
 from engine.planning.parameters import Kind
 from engine.planning.ranks import (
     Four,
@@ -172,7 +172,13 @@ def estimate_ppo(config: PPOConfig, cluster: Cluster, workload: Workload) -> Est
         num_steps=config.iterations,
         step_name="iteration",
         tokens=num_updates * sum(batch.tokens for batch in four.policy_batches),
-        notes=[*_cache_notes(four, cached), _saving_note(policy, critic)],
+        notes=[
+            *_cache_notes(four, cached),
+            _saving_note(
+                [policy.saved_bytes(stage, has_average=True) for stage in range(policy.layout.pp)],
+                [critic.saved_bytes(stage) for stage in range(critic.layout.pp)],
+            ),
+        ],
     )
 
 
@@ -197,7 +203,7 @@ def _training(
         tokens=sum(batch.tokens for batch in batches),
         notes=[
             *([f"the reward model is taken to be a {REWARD_MODEL}"] if judge else []),
-            _saving_note(network),
+            _saving_note([network.saved_bytes(stage) for stage in range(network.layout.pp)]),
         ],
     )
 
@@ -305,9 +311,13 @@ def _cache_notes(four: Four, cached: int) -> list[str]:
     return notes
 
 
-def _saving_note(*networks: PlannedNetwork) -> str:
-    most = max(n.saving_bytes(stage) for n in networks for stage in range(n.layout.pp))
-    return f"a checkpoint takes {most / GIGA:.1f} GB of host memory a rank while it is written"
+def _saving_note(*by_stage: list[int]) -> str:
+    """by_stage: what a rank writes of each network."""
+    most = sum(max(saved) for saved in by_stage)
+    return (
+        f"a checkpoint: a rank writes or reads {most / GIGA:.2f} GB at most; its copies in host "
+        f"memory are taken to be rounded up {STAGING}-fold, which is the most; none on the GPU"
+    )
 
 
 def _network(

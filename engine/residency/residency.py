@@ -9,7 +9,7 @@
               optimizer state
 
 A phase is a block: `with residency.score(): ...`. Between update and the next rollout everything
-that trains is on the GPU, for checkpoints; make_room_to_save() leaves out the gradients.
+that trains is on the GPU, for checkpoints.
 """
 
 import contextlib
@@ -161,11 +161,6 @@ class Residency:
                 parked.fetch()
             self.ledger.begin("update")
             yield
-
-    def make_room_to_save(self) -> None:
-        """Give up the gradient buffers, which no checkpoint holds, to what saving takes: where data
-        parallelism joins optimizer state, the fp32 states of a whole stage, one kind at a time."""
-        self._release_gradients()
 
     def record(self, folder: Path) -> dict[str, float]:
         """Return the bytes by role and phase of this iteration as metrics, and what the copy that

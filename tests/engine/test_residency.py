@@ -275,17 +275,6 @@ def test_gradients_have_memory_in_updates_only(parallel: Parallel):
         assert buffer.grad_data.untyped_storage().nbytes() == 0
 
 
-def test_saving_has_the_room_of_the_gradients(parallel: Parallel):
-    case = scene(parallel, ResidencyConfig())
-    (buffer,) = case.networks["policy"].chunks[0].buffers
-    for _ in range(2):
-        with case.residency.update():
-            case.learner.policy.zero_gradients()
-        case.residency.make_room_to_save()
-        assert buffer.grad_data.untyped_storage().nbytes() == 0
-        case.learner.policy.prepare_state()  # what is saved is there
-
-
 # The key-value cache
 
 

@@ -14,6 +14,7 @@ from engine.planning import parameters
 from engine.planning.parameters import (
     Kind,
     buffer_elements,
+    largest_parameter,
     network_parameters,
     optimizer_bytes,
 )
@@ -105,6 +106,12 @@ def test_stages_of_175b_hold_what_megatron_was_seen_to_build():
     layout = ParallelLayout(tp=8, pp=16)
     held = [network_parameters("language", SIZES["175b"], layout, pp_rank=r) for r in (0, 15)]
     assert [round(n / 1e9, 3) for n in held] == [1.462, 1.437]
+
+
+def test_largest_parameter_is_the_embedding_or_a_matrix_of_the_mlp():
+    layout, size = ParallelLayout(tp=8, pp=16), SIZES["175b"]
+    largest = [largest_parameter("language", size, layout, pp_rank=stage) for stage in (0, 3)]
+    assert largest == [size.padded_vocab_size // 8 * 12288, 4 * 12288 // 8 * 12288]
 
 
 def test_optimizer_state_is_split_over_data_parallel_ranks():

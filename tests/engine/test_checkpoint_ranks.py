@@ -1,0 +1,173 @@
+"""Checkpoints of several ranks: who writes and reads how much, and what another layout makes of
+them."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import FileSystemReader
+
+import engine.optimizer
+from engine.checkpoint import Checkpointer, load_weights
+from engine.ema import EMA
+from engine.network import build_network
+from engine.optimizer import Optimizer
+from engine.parallel import Parallel, start_parallel
+from engine.planning.memory import PlannedNetwork
+from engine.settings.adam import AdamConfig
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
+from tests.ranks import run_ranks
+from tests.tiny import SIZE
+
+# Wide enough that tensors, not what describes them, make up the files.
+WIDE = dataclasses.replace(SIZE, hidden_size=128)
+LAYOUTS = [  # of two ranks; of four, each has two replicas
+    ParallelLayout(),
+    ParallelLayout(tp=2, sequence_parallel=True),
+    ParallelLayout(overlap_grad_reduce=True),
+    ParallelLayout(pp=2, virtual_pp=2),
+    ParallelLayout(cp=2),
+    ParallelLayout(pp=2),
+]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Training:
+    """A policy in training whose every number is drawn, its average, and where both are saved."""
+
+    optimizer: Optimizer
+    checkpointer: Checkpointer
+    tensors: list[torch.Tensor]
+    """Weights, masters, moments and the average, of this rank."""
+
+
+def training(folder: Path, parallel: Parallel, *, seed: int) -> Training:
+    network = build_network("language", WIDE, parallel, numerics=Numerics(dtype="bf16"))
+    optimizer = Optimizer(network, AdamConfig(), total_steps=9)
+    ema = EMA(optimizer, 0.9)
+    optimizer.prepare_state()
+    weights = [
+        parameter.detach() for module in network.modules for parameter in module.parameters()
+    ]
+    generator = torch.Generator().manual_seed(seed)  # the same weights on all data-parallel ranks
+    for tensor in weights:
+        tensor.normal_(generator=generator)
+    generator.manual_seed(10 * seed + parallel.replica_rank)
+    state = [*optimizer.state_tensors(), *ema.shadows]
+    for tensor in state:
+        tensor.normal_(generator=generator)
+    return Training(
+        optimizer=optimizer,
+        checkpointer=Checkpointer(
+            directory=folder,
+            parallel=parallel,
+            networks={"policy": network},
+            optimizers={"policy": optimizer},
+            ema=ema,
+        ),
+        tensors=[*weights, *state],
+    )
+
+
+@contextmanager
+def reads() -> Iterator[list[int]]:
+    """Collect the bytes of every stored piece that is read in a block."""
+    found: list[int] = []
+    read_data = FileSystemReader.read_data
+
+    def note(self, plan, planner):  # type: ignore[no-untyped-def]
+        found.extend(self.storage_data[item.storage_index].length for item in plan.items)
+        return read_data(self, plan, planner)
+
+    FileSystemReader.read_data = note  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        FileSystemReader.read_data = read_data  # type: ignore[method-assign]
+
+
+def save_and_resume(folder: Path) -> dict[str, int]:
+    """Return the bytes that this rank writes, reads at a resume, and reads of weights alone."""
+    parallel = start_parallel(ParallelLayout(), seed=1)
+    first = training(folder, parallel, seed=1)
+    first.checkpointer.save(3, {})
+    files = folder.glob(f"step_00000003/*/__{parallel.rank}_*.distcp")
+    with reads() as resumed:
+        second = training(folder, parallel, seed=2)
+        second.checkpointer.resume()
+    for ours, theirs in zip(second.tensors, first.tensors, strict=True):
+        assert torch.equal(ours, theirs)
+    frozen = build_network("language", WIDE, parallel, numerics=Numerics(dtype="bf16"))
+    with reads() as loaded:
+        load_weights(frozen, folder, role="policy")
+    (module,) = frozen.modules
+    for ours, theirs in zip(module.parameters(), first.tensors, strict=False):
+        assert torch.equal(ours, theirs)
+    return {
+        "written": sum(path.stat().st_size for path in files),
+        "resumed": sum(resumed),
+        "loaded": sum(loaded),
+    }
+
+
+@pytest.mark.parametrize("dp", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_rank_writes_and_reads_its_share(dp: int, tmp_path: Path):
+    found = run_ranks(save_and_resume, dp, tmp_path)
+    planned = PlannedNetwork(
+        kind="language",
+        size=WIDE,
+        layout=ParallelLayout(),
+        numerics=Numerics(dtype="bf16"),
+        dp=dp,
+    )
+    share = planned.saved_bytes(0, has_average=True)
+    for what, size in (
+        ("written", share),
+        ("resumed", share),
+        ("loaded", planned.weight_bytes(0) / dp),
+    ):
+        counts = [rank[what] for rank in found]
+        # All of it once; what describes the pieces takes a little.
+        assert sum(counts) == pytest.approx(dp * size, rel=0.1), what
+        assert counts == pytest.approx([sum(counts) / dp] * dp, rel=0.05), what
+
+
+def hand_on(folder: Path) -> None:
+    """Save in the first layout as 0; resume in each of the others, and save what came of it."""
+    engine.optimizer.BUCKET_ELEMENTS = 100_000  # several, where reductions overlap
+    first = training(folder, start_parallel(LAYOUTS[0], seed=1), seed=9)
+    first.checkpointer.save(0, {})
+    for step, layout in enumerate(LAYOUTS[1:]):
+        other = training(folder, start_parallel(layout, seed=1), seed=step)
+        assert other.checkpointer.resume() == {"step": step}
+        other.checkpointer.keep = len(LAYOUTS)
+        other.checkpointer.save(step + 1, {})
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return every whole tensor of a checkpoint."""
+    found = {}
+    for role in ("policy", "ema"):
+        saved = dist_checkpointing.load_plain_tensors(str(folder / role))
+        tensors = {name: value for name, value in saved.items() if torch.is_tensor(value)}
+        found |= {f"{role}: {name}": tensor for name, tensor in tensors.items()}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_checkpoint_of_one_layout_resumes_in_another(num_ranks: int, tmp_path: Path):
+    run_ranks(hand_on, num_ranks, tmp_path)
+    start_parallel(ParallelLayout(), seed=0)
+    first, *others = (tensors_of(tmp_path / f"step_{n:08d}") for n in range(len(LAYOUTS)))
+    for kind in ("param", "exp_avg", "exp_avg_sq"):
+        assert f"policy: optimizer.state.{kind}.embedding.word_embeddings.weight" in first
+    for layout, other in zip(LAYOUTS[1:], others, strict=True):
+        assert other.keys() == first.keys()
+        for name, tensor in first.items():
+            assert torch.equal(other[name], tensor), (name, layout)
