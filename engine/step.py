@@ -208,10 +208,13 @@ def reduce_metrics(metrics: Metrics, parallel: Parallel) -> dict[str, float]:
     """
     values: dict[str, float] = {}
     if parallel.is_last_stage:
-        mine = {name: value.tolist() for name, value in metrics.items()}  # sync
-        gathered: list[dict[str, Any]] = [{}] * parallel.dp
-        dist.all_gather_object(gathered, mine, group=parallel.dp_group)
-        values = _joined(gathered)
+        sizes = [value.numel() for value in metrics.values()]  # in the same order on every rank
+        mine = torch.cat([value.double().flatten() for value in metrics.values()])
+        gathered = mine.new_empty(parallel.dp * len(mine))
+        dist.all_gather_into_tensor(gathered, mine, group=parallel.dp_group)
+        rows = gathered.cpu().view(parallel.dp, -1)  # sync: the only one
+        parts = [dict(zip(metrics, row.split(sizes), strict=True)) for row in rows]
+        values = _numbers(_merge(parts))  # in rank order: the same sum everywhere
     if parallel.layout.pp > 1:
         told = [values]
         dist.broadcast_object_list(told, src=parallel.last_stage_rank, group=parallel.pp_group)
@@ -219,12 +222,7 @@ def reduce_metrics(metrics: Metrics, parallel: Parallel) -> dict[str, float]:
     return values
 
 
-def _joined(parts: list[dict[str, Any]]) -> dict[str, float]:
-    merged: Metrics = {}
-    for part in parts:  # in rank order: the same sum everywhere
-        for name, value in part.items():
-            number = torch.tensor(value, dtype=torch.float64)
-            merged[name] = _combine(name, merged[name], number) if name in merged else number
+def _numbers(merged: Metrics) -> dict[str, float]:
     values: dict[str, float] = {}
     for name, value in merged.items():
         if name.endswith("_moments"):

@@ -22,6 +22,7 @@ from engine.step import (
     reduce_metrics,
 )
 from models.attention import PackedSequences
+from tests.ranks import run_ranks
 from tests.tiny import random_network
 
 LENGTHS = (7, 30, 1, 12, 5)
@@ -245,6 +246,46 @@ def test_extremes_and_moments_merge_as_what_they_are(parallel: Parallel):
 
     merged = reduce_metrics(forward_backward(network, batches, loss), parallel)
     assert merged == {"x_mean": pytest.approx(3.0), "x_variance": pytest.approx(14 / 3)}
+
+
+def test_all_metrics_of_a_step_are_asked_for_at_once(
+    parallel: Parallel, monkeypatch: pytest.MonkeyPatch
+):
+    gather, asked = torch.distributed.all_gather_into_tensor, []
+
+    def counted(into: torch.Tensor, tensor: torch.Tensor, **named: object) -> None:
+        asked.append(len(tensor))
+        gather(into, tensor, **named)
+
+    monkeypatch.setattr("torch.distributed.all_gather_into_tensor", counted)
+    third = torch.tensor(1.0) / 3.0
+    metrics = {"loss": third, "x_moments": torch.stack([third, -third, third]), "num": third.int()}
+    value = third.item()  # fp32's: not one bit more or less
+    assert reduce_metrics(metrics, parallel) == {
+        "loss": value,
+        "x_mean": -value,
+        "x_variance": value,
+        "num": 0.0,
+    }
+    assert asked == [5]
+
+
+def numbers_of_rank() -> dict[str, float]:
+    """What all ranks' metrics come to, where rank r has 1 + r and r."""
+    parallel = start_parallel(ParallelLayout(), seed=0)
+    rank = float(parallel.rank)
+    metrics = {
+        "x_moments": torch.tensor([1.0, rank, 0.0]),
+        "loss": torch.tensor(1.0 + rank),
+        "x_max": torch.tensor(rank),
+        "x_min": torch.tensor(rank),
+    }
+    return reduce_metrics(metrics, parallel)
+
+
+def test_metrics_of_all_ranks_merge_each_in_its_way():
+    expected = {"x_mean": 0.5, "x_variance": 0.25, "loss": 3.0, "x_max": 1.0, "x_min": 0.0}
+    assert run_ranks(numbers_of_rank, 2) == [expected] * 2
 
 
 def test_rows_padded_for_a_pipeline_say_the_same(parallel: Parallel):
