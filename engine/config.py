@@ -23,6 +23,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 
 import tyro
 
+from engine.stop import noting_signals
+
 Config = TypeVar("Config")
 
 # megatron-core tells every process that Transformer Engine and Apex are absent, and torch of names
@@ -35,13 +37,17 @@ class UserError(Exception):
 
 
 def run_stage(
-    train: Callable[[Config], object],
+    train: Callable[[Config], object] | str,
     default: Config,
     arguments: Sequence[str] | None = None,
     *,
     has_dry_run: bool = True,
 ) -> None:
     """Parse the command line over `default` and call `train(config)`: the whole body of a recipe.
+
+    `train` may be the module that has it, such as "engine.sft", for this file must not reach torch
+    by an import. It takes torch's seconds to import, which --help and a wrong option need not wait
+    for, and in which signals are noted already (engine/stop.py).
 
     Field `data.skip_bad_lines` is the option `--data.skip-bad-lines`. A UserError, and an unknown
     option is one, prints `error: ...` on stderr without a traceback and exits with status 2.
@@ -50,20 +56,24 @@ def run_stage(
     """
     try:
         if not has_dry_run:
-            train(parse_config(default, arguments))
+            _imported(train)(parse_config(default, arguments))
             return
         job = parse_config(_stage_job(default), arguments)
         if job.config is not None:
             path = job.config / "config.json" if job.config.is_dir() else job.config
             job = parse_config(_stage_job(load_config(type(default), path)), arguments)
         if job.dry_run is None:
-            train(job.stage)
+            with noting_signals():
+                _imported(train)(job.stage)
         elif rank_of_environment() == 0:
-            # Named in a string, for this file must not reach torch by an import.
             importlib.import_module("engine.dry_run").dry_run(job.stage, job.dry_run)
     except UserError as error:
         _print_once(f"error: {error}")
         sys.exit(2)
+
+
+def _imported(train: Callable[[Config], object] | str) -> Callable[[Config], object]:
+    return importlib.import_module(train).train if isinstance(train, str) else train
 
 
 def _stage_job(default: Any) -> Any:

@@ -32,10 +32,11 @@ from engine.run import Run, require_path, start_run
 from engine.settings.ppo import PPOConfig
 from engine.settings.size import named_size
 from engine.step import Objective, accumulate, forward_backward, reduce_metrics
-from engine.stop import StopSignals
+from engine.stop import noting_signals
 from kernels.moments import Whitening
 
 
+@noting_signals()
 def train(config: PPOConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     _check(config)
@@ -80,21 +81,19 @@ def train(config: PPOConfig) -> dict[str, float]:
     )
     progress = checkpointer.resume() or {"step": 0}
     run.write_settings(config)
+    run.leave_if_asked()
     kl.coef = progress.get("kl_coef", kl.coef)
     if "alarms" in progress:
         alarms.load_state_dict(progress["alarms"])
     values: dict[str, float] = progress.get("metrics", {})
 
-    with (
-        Metrics(
-            config.directory,
-            is_writer=parallel.is_writer,
-            num_steps=config.iterations,
-            first_step=progress["step"],
-            headline=PPO_HEADLINE,
-        ) as metrics,
-        StopSignals(parallel) as stop,
-    ):
+    with Metrics(
+        config.directory,
+        is_writer=parallel.is_writer,
+        num_steps=config.iterations,
+        first_step=progress["step"],
+        headline=PPO_HEADLINE,
+    ) as metrics:
         metrics.note(*notes)
         for iteration in range(progress["step"], config.iterations):
             # 1 prompt
@@ -147,12 +146,12 @@ def train(config: PPOConfig) -> dict[str, float]:
             is_last = iteration + 1 == config.iterations
             if is_last or iteration % config.show_every == 0:
                 metrics.log_samples(iteration, _samples(rollout, run, config.num_shown))
-            is_asked, done = stop.is_asked(), iteration + 1
+            is_asked, done = run.is_asked_to_stop(), iteration + 1
             if is_last or is_asked or (config.save_every and done % config.save_every == 0):
                 state = {"kl_coef": kl.coef, "alarms": alarms.state_dict(), "metrics": values}
                 checkpointer.save(done, state)
             if is_asked and not is_last:
-                stop.leave(done)
+                run.leave(done)
     return values
 
 

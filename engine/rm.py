@@ -20,9 +20,10 @@ from engine.parallel import seed_for_step
 from engine.run import Run, require_path, size_named, start_run, tokenizer_path
 from engine.settings.rm import RMConfig
 from engine.step import forward, forward_backward, reduce_metrics
-from engine.stop import StopSignals
+from engine.stop import noting_signals
 
 
+@noting_signals()
 def train(config: RMConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     require_path(config.data.train, "data.train")
@@ -60,18 +61,16 @@ def train(config: RMConfig) -> dict[str, float]:
     )
     progress = checkpointer.resume() or {"step": 0}
     run.write_settings(config)
+    run.leave_if_asked()
 
     values: dict[str, float] = progress.get("metrics", {})
-    with (
-        Metrics(
-            config.directory,
-            is_writer=parallel.is_writer,
-            num_steps=num_steps,
-            first_step=progress["step"],
-            headline=RM_HEADLINE,
-        ) as metrics,
-        StopSignals(parallel) as stop,
-    ):
+    with Metrics(
+        config.directory,
+        is_writer=parallel.is_writer,
+        num_steps=num_steps,
+        first_step=progress["step"],
+        headline=RM_HEADLINE,
+    ) as metrics:
         metrics.note(*notes)
         for step in range(progress["step"], num_steps):
             with metrics.phase("train"):
@@ -90,11 +89,11 @@ def train(config: RMConfig) -> dict[str, float]:
             values["train/epoch"] = feed.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
-            is_asked = stop.is_asked()
+            is_asked = run.is_asked_to_stop()
             if is_last or is_asked or (config.save_every and (step + 1) % config.save_every == 0):
                 checkpointer.save(step + 1, {"metrics": values})
             if is_asked and not is_last:
-                stop.leave(step + 1)
+                run.leave(step + 1)
     return values
 
 

@@ -4,8 +4,12 @@ to."""
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
+import torch.distributed as dist
+
+from engine import stop
 from engine.config import UserError, changed_fields, save_config
 from engine.data.pretraining import TokenFile, make_token_file, read_token_file
 from engine.data.tokenizer import Tokenizer, load_tokenizer
@@ -54,6 +58,26 @@ class Run:
 
         return read_token_file(Path(said_by_first_rank(make)), source)
 
+    def is_asked_to_stop(self) -> bool:
+        """Return whether a signal has reached any rank: the same answer on all, who call together.
+
+        One all-reduce of one number. Signals reach the ranks at different steps, and a checkpoint
+        is written by all of them.
+        """
+        flag = torch.tensor(float(stop.is_noted()), device=self.parallel.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())  # sync: as the step's metrics, which were read just before
+
+    def leave(self, step: int) -> NoReturn:
+        """End the process with stop.EXIT_STATUS; the checkpoint of `step` has been written."""
+        stop.leave(f"at step {step}", is_writer=self.parallel.is_writer)
+
+    def leave_if_asked(self) -> None:
+        """End the process where a signal has reached any rank since the stage began, with nothing
+        to save yet; all ranks call together."""
+        if self.is_asked_to_stop():
+            stop.leave("before its first step", is_writer=self.parallel.is_writer)
+
     def write_settings(self, config: Any) -> None:
         """Write config.json and the tokenizer into the run's folder.
 
@@ -88,7 +112,7 @@ def changed_setting(config: Any, path: Path) -> str | None:
 
 
 def start_run(*, directory: Path, layout: ParallelLayout, seed: int, tokenizer: Path) -> Run:
-    """Load the tokenizer and join the ranks.
+    """Load the tokenizer and join the ranks; all leave again where a signal has reached one.
 
     tokenizer may be a file, a folder, or an earlier run, whose tokenizer it then is.
     """
@@ -96,7 +120,9 @@ def start_run(*, directory: Path, layout: ParallelLayout, seed: int, tokenizer: 
         tokenizer / "tokenizer" if (tokenizer / "tokenizer").exists() else tokenizer
     )
     parallel = start_parallel(layout, seed)
-    return Run(directory=directory, parallel=parallel, tokenizer=loaded)
+    run = Run(directory=directory, parallel=parallel, tokenizer=loaded)
+    run.leave_if_asked()
+    return run
 
 
 def size_named(name: str, tokenizer: Tokenizer, context_length: int | None = None) -> GPTSize:

@@ -23,9 +23,10 @@ from engine.run import Run, require_path, size_named, start_run, tokenizer_path
 from engine.selection import epoch_name, load_selection
 from engine.settings.sft import SFTConfig
 from engine.step import Objective, accumulate, reduce_metrics
-from engine.stop import StopSignals
+from engine.stop import noting_signals
 
 
+@noting_signals()
 def train(config: SFTConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     run = start_run(
@@ -68,18 +69,16 @@ def train(config: SFTConfig) -> dict[str, float]:
     if selection is not None:
         selection.epochs = progress.get("epochs", [])
     run.write_settings(config)
+    run.leave_if_asked()
 
     values: dict[str, float] = progress.get("metrics", {})
-    with (
-        Metrics(
-            config.directory,
-            is_writer=parallel.is_writer,
-            num_steps=num_steps,
-            first_step=progress["step"],
-            headline=SFT_HEADLINE,
-        ) as metrics,
-        StopSignals(parallel) as stop,
-    ):
+    with Metrics(
+        config.directory,
+        is_writer=parallel.is_writer,
+        num_steps=num_steps,
+        first_step=progress["step"],
+        headline=SFT_HEADLINE,
+    ) as metrics:
         metrics.note(*data.notes)
         for step in range(progress["step"], num_steps):
             with metrics.phase("train"):
@@ -100,12 +99,12 @@ def train(config: SFTConfig) -> dict[str, float]:
                 checkpointer.save_weights(epoch_name(epoch))
                 if selection is not None:
                     selection.write(checkpointer)
-            is_asked = stop.is_asked()
+            is_asked = run.is_asked_to_stop()
             if is_last or is_asked or (config.save_every and (step + 1) % config.save_every == 0):
                 epochs = selection.epochs if selection is not None else []
                 checkpointer.save(step + 1, {"metrics": values, "epochs": epochs})
             if is_asked and not is_last:
-                stop.leave(step + 1)
+                run.leave(step + 1)
     return values
 
 

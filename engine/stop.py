@@ -1,64 +1,67 @@
-"""Whether a signal has asked the run to stop, which it does at the next step boundary.
+"""Whether a signal has asked this process to stop. Imports neither torch nor megatron.
 
-    with StopSignals(parallel) as stop:
+    @noting_signals()
+    def train(config):
+        run = start_run(...)  # leaves here where a signal came meanwhile
+        ...
+        run.leave_if_asked()
         for step in ...:
             ...
-            is_asked = stop.is_asked()
+            is_asked = run.is_asked_to_stop()
             if is_asked or ...:
                 checkpointer.save(...)
             if is_asked:
-                stop.leave(step + 1)
+                run.leave(step + 1)
 
-Slurm sends SIGUSR1 before a job's time limit (recipes/slurm/*.sbatch ask for it) and SIGTERM when
-it preempts or cancels a job; torchrun passes SIGTERM on.
+A rank that a signal ended at once would leave the others waiting for it, so a signal is noted, and
+all ranks leave together at the next boundary (engine/run.py). Slurm sends SIGUSR1 before a job's
+time limit (recipes/slurm/*.sbatch ask for it) and SIGTERM when it preempts or cancels a job;
+torchrun passes SIGTERM on.
 """
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any, NoReturn
-
-import torch
-import torch.distributed as dist
-
-from engine.parallel import Parallel
+from typing import NoReturn
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 EXIT_STATUS = 75
 """EX_TEMPFAIL of sysexits.h, try again: recipes/slurm/launch.sh requeues a job that ends with
 it."""
 
+_is_noted = False
 
-class StopSignals:
-    """Notes the signals that ask a run to stop, instead of dying of them."""
 
-    def __init__(self, parallel: Parallel) -> None:
-        self._parallel = parallel
-        self._is_noted = False
-        self._previous: dict[signal.Signals, Any] = {}
+@contextlib.contextmanager
+def noting_signals() -> Iterator[None]:
+    """Note the signals that ask a run to stop, in this block, instead of dying of them.
 
-    def is_asked(self) -> bool:
-        """Return whether a signal has reached any rank: the same answer on all, who call together.
-
-        One all-reduce of one number. Signals reach the ranks at different steps, and a checkpoint
-        is written by all of them.
-        """
-        flag = torch.tensor(float(self._is_noted), device=self._parallel.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())  # sync: as the step's metrics, which were read just before
-
-    def leave(self, step: int) -> NoReturn:
-        """End the process with EXIT_STATUS; the checkpoint of `step` has been written."""
-        if self._parallel.is_writer:
-            print(f"stopped by a signal at step {step}; the same command continues", flush=True)
-        raise SystemExit(EXIT_STATUS)
-
-    def __enter__(self) -> "StopSignals":
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
+    Blocks nest, and what one has noted the next inner one knows. Also a decorator.
+    """
+    global _is_noted
+    previous = {number: signal.signal(number, _note) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
             signal.signal(number, handler)
+        if _note not in previous.values():
+            _is_noted = False
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._is_noted = True
+
+def is_noted() -> bool:
+    """Return whether a signal has reached this process in the block that notes them."""
+    return _is_noted
+
+
+def leave(when: str, *, is_writer: bool = True) -> NoReturn:
+    """End the process with EXIT_STATUS; the writer says when."""
+    if is_writer:
+        print(f"stopped by a signal {when}; the same command continues", flush=True)
+    raise SystemExit(EXIT_STATUS)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _is_noted
+    _is_noted = True

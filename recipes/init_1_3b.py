@@ -44,6 +44,4 @@ config = SFTConfig(
 )
 
 if __name__ == "__main__":
-    from engine.sft import train  # here, so that recipes/plan.py reads the config without torch
-
-    run_stage(train, config)
+    run_stage("engine.sft", config)

@@ -49,6 +49,4 @@ config = PPOConfig(
 )
 
 if __name__ == "__main__":
-    from engine.ppo import train  # here, so that recipes/plan.py reads the config without torch
-
-    run_stage(train, config)
+    run_stage("engine.ppo", config)

@@ -7,7 +7,6 @@ Values are ours.
 from pathlib import Path
 
 from engine.config import run_stage
-from engine.ppo import train
 from engine.settings.adam import AdamConfig
 from engine.settings.ppo import PPOConfig, PPOData
 from engine.settings.sampling import SamplingConfig
@@ -29,4 +28,4 @@ config = PPOConfig(
 )
 
 if __name__ == "__main__":
-    run_stage(train, config)
+    run_stage("engine.ppo", config)

@@ -44,6 +44,4 @@ config = RMConfig(
 )
 
 if __name__ == "__main__":
-    from engine.rm import train  # here, so that recipes/plan.py reads the config without torch
-
-    run_stage(train, config)
+    run_stage("engine.rm", config)

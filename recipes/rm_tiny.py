@@ -7,7 +7,6 @@ Values are ours.
 from pathlib import Path
 
 from engine.config import run_stage
-from engine.rm import train
 from engine.settings.adam import AdamConfig
 from engine.settings.rm import RMConfig, RMData
 
@@ -22,4 +21,4 @@ config = RMConfig(
 )
 
 if __name__ == "__main__":
-    run_stage(train, config)
+    run_stage("engine.rm", config)

@@ -9,7 +9,6 @@ from pathlib import Path
 from engine.config import run_stage
 from engine.settings.adam import AdamConfig
 from engine.settings.sft import SFTConfig, SFTData
-from engine.sft import train
 
 config = SFTConfig(
     directory=Path("runs/sft_tiny"),
@@ -23,4 +22,4 @@ config = SFTConfig(
 )
 
 if __name__ == "__main__":
-    run_stage(train, config)
+    run_stage("engine.sft", config)

@@ -19,6 +19,7 @@ LIGHT_FILES = {
     "models/sizes.py",
     "engine/plan.py",
     "engine/config.py",
+    "engine/stop.py",
     "engine/residency/expected.py",
     *(str(path.relative_to(ROOT)) for path in (ROOT / "engine/settings").glob("*.py")),
     *(str(path.relative_to(ROOT)) for path in (ROOT / "engine/planning").glob("*.py")),
