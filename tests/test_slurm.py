@@ -261,6 +261,17 @@ def test_reward_model_and_ppo_run_as_jobs(cluster: Cluster, tiny: Path):
         assert_same_weights(run, whole, role)
 
 
+def test_signals_before_the_first_step_requeue_a_job(cluster: Cluster, tiny: Path):
+    number = cluster.submit("sft_1_3b", *sft_options(tiny), "--directory", "runs/early")
+    logs = cluster.checkout / "runs" / "logs" / f"sft_1_3b-{number}"
+    for restarts, log in enumerate(("preflight.log", "rank_0000.log"), start=1):
+        wait_until((logs / log).exists, seconds=300)
+        cluster.call("scancel", "--signal=USR1", number)
+        wait_until(lambda n=restarts: cluster.job(number)["Restarts"] == str(n), seconds=300)
+    assert not (cluster.checkout / "runs" / "early").exists()
+    assert cluster.wait_for_end(number) == "COMPLETED", cluster.output_of(number)
+
+
 def test_job_that_is_cancelled_saves_and_stays_away(cluster: Cluster, tiny: Path):
     options = (*sft_options(tiny), "--directory", "runs/cancelled")
     number = cluster.submit("sft_1_3b", *options)

@@ -1,5 +1,5 @@
 # launch RECIPE [OPTIONS]: the body of every job here. It checks the nodes, runs the recipe with a
-# rank a GPU, and requeues the job when a signal has stopped the run at a step boundary.
+# rank a GPU, and requeues the job when a signal has stopped it, at whatever point.
 #
 # The run then resumes from its newest checkpoint, since a recipe with the same options does. Logs:
 # runs/logs/JOB-ID/rank_0000.log and so on, continued by each start of the job.
@@ -29,6 +29,7 @@ launch() {
         step "$logs/preflight.log" recipes/slurm/preflight.py \
         --nodes "${nodes[@]}" --directory runs "${PREFLIGHT_OPTIONS[@]}" || status=$?
     if [ "$status" != 0 ]; then
+        requeue_if_stopped "$status"
         echo "$(date -Is) the preflight failed with status $status: see $logs/preflight.log" >&2
         grep '^preflight: ' "$logs/preflight.log" | sort -u >&2
         exit "$status"
@@ -37,12 +38,22 @@ launch() {
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) \
         step "$logs/rank_%4t.log" "$recipe" "$@" || status=$?
     echo "$(date -Is) $recipe ended with status $status"
-    # 75: engine/stop.py saved a checkpoint because of a signal. One that came before the time limit
-    # or a preemption finds the job RUNNING; a job that was cancelled is not, and stays away.
-    if [ "$status" = 75 ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
-        scontrol requeue "$SLURM_JOB_ID" && status=0
-    fi
+    requeue_if_stopped "$status"
     exit "$status"
+}
+
+# requeue_if_stopped STATUS: start the job again where a signal has ended its ranks. 75: noted by
+# engine/stop.py, and a checkpoint saved; 138 and 143: SIGUSR1 and SIGTERM, noted by nobody, for they
+# came in the preflight or before Python could. A signal before the time limit or a preemption finds
+# the job RUNNING; a job that was cancelled is not, and stays away.
+requeue_if_stopped() {
+    case $1 in
+        75 | 138 | 143) ;;
+        *) return ;;
+    esac
+    if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+        scontrol requeue "$SLURM_JOB_ID" && exit 0
+    fi
 }
 
 # step LOG SCRIPT [OPTIONS]: run a script on every rank.

@@ -7,6 +7,12 @@
 #export SBATCH_PARTITION=batch
 #export SBATCH_ACCOUNT=research
 #export SBATCH_QOS=normal
+# Seconds before the time limit at which a run is signalled, in place of the job files' own: longer
+# than an iteration and a checkpoint together, since a run stops between two iterations. A running
+# one has them as time/step_seconds in its metrics.jsonl; before the first, recipes/plan.py estimates
+# them, to be doubled. A checkpoint takes its bytes over what the file system writes a second. Slurm
+# may send the signal a minute early.
+#export SBATCH_SIGNAL=USR1@3600
 # Where jobs are preempted: the partition's GraceTime must be longer than a step and a checkpoint, or
 # the run falls back to the checkpoint before.
 export SBATCH_GPUS_PER_NODE=8 # the job files start eight ranks a node; unset it where nodes go whole
