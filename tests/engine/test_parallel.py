@@ -1,4 +1,6 @@
 import dataclasses
+import datetime
+from typing import Any
 
 import pytest
 import torch
@@ -6,6 +8,8 @@ import torch
 from engine.config import UserError
 from engine.parallel import (
     Parallel,
+    end_parallel,
+    pretended_rank,
     rank_of_environment,
     seed_for_head,
     seed_for_initialisation,
@@ -122,6 +126,36 @@ def test_heads_are_alike_on_every_rank(parallel: Parallel):
     first = draw(parallel)
     assert draw(dataclasses.replace(parallel, pp_rank=1, dp_rank=1, tp_rank=1)) == first
     assert draw(dataclasses.replace(parallel, seed=6)) != first
+
+
+def test_all_groups_wait_equally_long(monkeypatch: pytest.MonkeyPatch):
+    new_group, timeouts = torch.distributed.new_group, []
+
+    def noted(*args: Any, **named: Any) -> Any:
+        timeouts.append(named["timeout"])
+        return new_group(*args, **named)
+
+    end_parallel()
+    monkeypatch.setattr("torch.distributed.new_group", noted)
+    with pretended_rank(ParallelLayout(tp=2, pp=2), world_size=8, tp_rank=0, pp_rank=0):
+        assert len(timeouts) > 20
+        assert set(timeouts) == {datetime.timedelta(minutes=30)}
+
+
+def test_groups_are_connected_when_they_are_used(monkeypatch: pytest.MonkeyPatch):
+    """A world that is bound to a device splits every one of its groups off at once."""
+
+    class Joined(Exception):
+        pass
+
+    def join(*args: Any, **named: Any) -> None:
+        raise Joined(named.get("device_id"))
+
+    end_parallel()
+    monkeypatch.setattr("engine.parallel.start_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr("torch.distributed.init_process_group", join)
+    with pytest.raises(Joined, match="None"):
+        start_parallel(ParallelLayout(), seed=0)
 
 
 def place_of_rank(layouts: list[ParallelLayout]) -> list[tuple]:
