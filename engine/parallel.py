@@ -183,23 +183,39 @@ def said_by_first_rank(say: Callable[[], str]) -> str:
     """Return what `say` returns on rank 0, where alone it is called; all ranks call together.
 
     The others wait for it through the store, and as long as it takes: a collective that waits ends
-    the run after its timeout. A UserError on rank 0 is raised on all.
+    the run after its timeout. A UserError on rank 0 is raised on all, and where it leaves (a signal
+    has asked it to), all leave.
     """
     key = f"said_by_first_rank/{next(_said)}"
     store = dist.distributed_c10d._get_default_store()
     if dist.get_rank() > 0:
         store.wait([key], _LONGEST_WAIT)
         answer = json.loads(store.get(key))
+        if store.add(f"{key}/readers", 1) == dist.get_world_size() - 1:
+            store.set(f"{key}/read", "")
         if "error" in answer:
             raise UserError(answer["error"])
+        if "status" in answer:
+            raise SystemExit(answer["status"])
         return answer["text"]
     try:
         text = say()
     except UserError as error:
-        store.set(key, json.dumps({"error": str(error)}))
+        _say_and_go(store, key, {"error": str(error)})
+        raise
+    except SystemExit as leaving:
+        _say_and_go(store, key, {"status": leaving.code})
         raise
     store.set(key, json.dumps({"text": text}))
     return text
+
+
+def _say_and_go(store: dist.Store, key: str, answer: dict[str, Any]) -> None:
+    """Set an answer and wait until all have read it: the store may go with this process."""
+    store.set(key, json.dumps(answer))
+    if dist.get_world_size() > 1:
+        with contextlib.suppress(dist.DistStoreError):  # a rank is lost
+            store.wait([f"{key}/read"], datetime.timedelta(minutes=1))
 
 
 @contextlib.contextmanager

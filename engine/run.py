@@ -48,7 +48,7 @@ class Run:
         """Return the tokens of a file of pretraining text, kept in the run's folder; all ranks call
         together.
 
-        The first rank makes them, which takes hours for billions of tokens; the others map them.
+        The first rank makes them, on all cores of its node; the others wait and map them.
         """
 
         def make() -> str:

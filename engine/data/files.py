@@ -3,9 +3,10 @@
 import contextlib
 import difflib
 import gzip
+import os
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
@@ -28,14 +29,21 @@ def open_file(path: Path) -> BufferedReader:
         raise UserError(f"{path}: {error.strerror}") from None
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (number from 1, line with its newline) of a plain or gzip file; raises UserError."""
+def read_lines(
+    path: Path, reached: Callable[[float], object] = lambda share: None
+) -> Iterator[tuple[int, bytes]]:
+    """Yield (number from 1, line with its newline) of a plain or gzip file; raises UserError.
+
+    `reached` is told before each line which share of the file has been read.
+    """
     number = 0
     with open_file(path) as raw:
         is_gzip = raw.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
         raw.seek(0)
+        num_bytes = max(1, os.fstat(raw.fileno()).st_size)
         try:
             for number, line in enumerate(gzip.GzipFile(fileobj=raw) if is_gzip else raw, start=1):
+                reached(raw.tell() / num_bytes)
                 yield number, line
         except EOFError:
             raise UserError(

@@ -51,6 +51,7 @@ class RecordReader(Generic[Record]):
         self, path: Path | str, parse: Callable[[dict[str, Any]], Record], *, skip_bad_lines: bool
     ) -> None:
         self.path = Path(path)
+        self.share_read = 0.0  # of the file's bytes
         self._parse = parse
         self._skip_bad_lines = skip_bad_lines
         self._num_read = 0
@@ -58,7 +59,7 @@ class RecordReader(Generic[Record]):
         self._first_errors: list[str] = []
 
     def __iter__(self) -> Iterator[Record]:
-        for number, line in read_lines(self.path):
+        for number, line in read_lines(self.path, self._reached):
             if number == 1:
                 line = line.removeprefix(_UTF8_BOM)
             line = line.rstrip()
@@ -81,6 +82,9 @@ class RecordReader(Generic[Record]):
             num_bad=self._num_bad,
             first_errors=tuple(self._first_errors),
         )
+
+    def _reached(self, share: float) -> None:
+        self.share_read = share
 
     def _reject(self, error: str) -> None:
         if not self._skip_bad_lines:

@@ -6,6 +6,7 @@ without regard to documents (GPT-3, arXiv 2005.14165, appendix B).
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from engine import stop
 from engine.config import UserError
 from engine.data.examples import Example
 from engine.data.files import open_file, read_lines, replacing
@@ -20,6 +22,8 @@ from engine.data.jsonl import ReadReport, RecordReader, check_text, required
 from engine.data.tokenizer import Tokenizer
 
 _CHUNK_CHARACTERS = 1 << 16  # a .txt file may not fit in memory
+_BATCH_CHARACTERS = 1 << 22  # work for a hundred cores, and a few hundred MB of ids
+_SECONDS_A_LINE = 15.0
 
 
 class TokenSequences:
@@ -79,9 +83,11 @@ def make_token_file(
 ) -> Path:
     """Return the file of a source's tokens, made where it is not there: reads all of the source.
 
-    The source may be gzip. Its tokens are kept in `cache_dir` under the source's content and the
-    tokenizer's fingerprint. Several processes may make them at once: all write the same bytes, each
-    whole; the ranks of a run save the work (engine/run.py). Raises UserError.
+    The source may be gzip. It is encoded on all cores; a long one says now and then how far it is,
+    and a signal that asks the run to stop leaves nothing of it. Its tokens are kept in `cache_dir`
+    under the source's content and the tokenizer's fingerprint. Several processes may make them at
+    once: all write the same bytes, each whole; the ranks of a run save the work (engine/run.py).
+    Raises UserError.
     """
     source, cache_dir = Path(source), Path(cache_dir)
     documents = _open_documents(source, skip_bad_lines)
@@ -93,12 +99,14 @@ def make_token_file(
     tokens_path = cache_dir / f"{stem}.{dtype.name}"
 
     if not _is_complete(tokens_path):
+        progress = _Progress(source)
         with replacing(tokens_path) as stream:
-            for document in documents:
-                for text in document:
-                    stream.write(np.asarray(tokenizer.encode(text), dtype=dtype).tobytes())
-                stream.write(np.asarray([tokenizer.eos_id], dtype=dtype).tobytes())
-            num_bytes = stream.tell()
+            for batch in _batches(_pieces(documents)):
+                stream.write(np.asarray(_ids_of(batch, tokenizer), dtype=dtype).tobytes())
+                num_bytes = stream.tell()
+                progress.show(documents.share_read, num_bytes // dtype.itemsize)
+                if stop.is_noted():
+                    stop.leave(f"while {source} was read")
         with replacing(_report_path(tokens_path)) as stream:  # last: where it is, all are there
             summary = asdict(documents.report()) | {"num_bytes": num_bytes}
             stream.write(json.dumps(summary).encode())
@@ -115,6 +123,54 @@ def read_token_file(path: Path, source: Path | str) -> TokenFile:
     )
     tokens = np.memmap(path, dtype=np.dtype(path.suffix[1:]), mode="r")
     return TokenFile(tokens=tokens, report=report, source=Path(source))
+
+
+def _pieces(documents: Iterable[Iterable[str]]) -> Iterator[str | None]:
+    """Yield the texts of all documents, and None at the end of each."""
+    for document in documents:
+        yield from document
+        yield None
+
+
+def _batches(pieces: Iterable[str | None]) -> Iterator[list[str | None]]:
+    """Yield the pieces in lists of many characters."""
+    batch: list[str | None] = []
+    num_characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        num_characters += len(piece or "")
+        if num_characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+    yield batch
+
+
+def _ids_of(batch: list[str | None], tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of all texts of a batch, and the end of text for each None."""
+    encoded = iter(tokenizer.encode_all([piece for piece in batch if piece is not None]))
+    end = [tokenizer.eos_id]
+    return [token for piece in batch for token in (end if piece is None else next(encoded))]
+
+
+class _Progress:
+    """Says on screen how far a long file has been read."""
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+        self._start = self._last = time.monotonic()
+
+    def show(self, share: float, num_tokens: int) -> None:
+        """Print a line where the last one is some seconds old."""
+        now = time.monotonic()
+        if now - self._last < _SECONDS_A_LINE:
+            return
+        self._last, seconds = now, now - self._start
+        minutes, rest = divmod(int(seconds / max(share, 1e-9) - seconds), 60)
+        print(
+            f"{self._source}: {share:.0%} read, {num_tokens / 1e6:,.1f} million tokens, "
+            f"{num_tokens / seconds / 1e6:.2f} million a second, eta {minutes}:{rest:02d}",
+            flush=True,
+        )
 
 
 def _report_path(tokens_path: Path) -> Path:
@@ -147,6 +203,7 @@ class _TextFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.share_read = 0.0  # of the file's bytes
 
     def __iter__(self) -> Iterator[Iterable[str]]:
         yield self._chunks()
@@ -154,11 +211,14 @@ class _TextFile:
     def report(self) -> ReadReport:
         return ReadReport(num_read=1, num_bad=0, first_errors=())
 
+    def _reached(self, share: float) -> None:
+        self.share_read = share
+
     def _chunks(self) -> Iterator[str]:
         """Yield the text in parts that end before whitespace, where tokenizers cut anyway."""
         pending = ""
         is_empty = True
-        for number, line in read_lines(self._path):
+        for number, line in read_lines(self._path, self._reached):
             try:
                 pending += line.decode("utf-8")
             except UnicodeDecodeError as error:

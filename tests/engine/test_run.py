@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from engine import run as run_module
+from engine import stop
 from engine.config import UserError, load_config
 from engine.data.pretraining import make_token_file
 from engine.data.tokenizer import load_tokenizer
@@ -91,6 +92,23 @@ def test_one_rank_reads_pretraining_text_for_all(tiny: Path, tmp_path: Path):
     assert (first, second) == (2, 0)
     assert ours == theirs and len(ours[0]) > 100
     assert 'bad.jsonl:1: field "text" is missing' in ours[1]
+
+
+def leave_while_reading(files: Path, directory: Path) -> object:
+    """Return the status with which this rank leaves when a signal reaches the one that reads."""
+
+    def make(*arguments: object, **named: object) -> Path:
+        stop.leave("while it was read")
+
+    run = start(files / "policy", directory)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(run_module, "make_token_file", make)
+        run.token_file(files / "pretraining.jsonl", skip_bad_lines=False)
+    return stopped.value.code
+
+
+def test_all_ranks_leave_with_the_one_that_reads(tiny: Path, tmp_path: Path):
+    assert run_ranks(leave_while_reading, 2, tiny, tmp_path) == [stop.EXIT_STATUS] * 2
 
 
 def test_missing_tokenizer_leaves_no_folder(tmp_path: Path):

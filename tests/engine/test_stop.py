@@ -1,6 +1,7 @@
 """A signal is noted from a stage's start on, and all ranks leave together at the next boundary."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,7 +121,8 @@ def test_signal_while_a_stage_starts_leaves_before_its_first_step(
     with pytest.raises(SystemExit) as stopped:
         stage.train(CONFIGS[stage](tiny, tmp_path / "run"))
     assert stopped.value.code == EXIT_STATUS
-    assert "stopped by a signal before its first step" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search("stopped by a signal (before its first step|while .* was read)", said)
     for name in ("checkpoints", "metrics.jsonl"):
         assert not (tmp_path / "run" / name).exists()  # there was nothing to save
     assert not stop.is_noted()

@@ -1,13 +1,18 @@
 import gzip
 import json
+import os
+import re
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from engine.config import UserError
+from engine.data import pretraining
 from engine.data.pretraining import open_token_file
 from engine.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from engine.stop import EXIT_STATUS, noting_signals
 
 TEXTS = ["The Mill is a pub.\n", "The Punter is cheap.", "  It serves food.  "]
 
@@ -33,7 +38,7 @@ def test_documents_follow_one_another_with_an_end_of_text(
 
 def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path) -> None:
     tokenizer = Tokenizer(
-        vocab_size=70_000, eos_id=69_999, encode=lambda text: [65_536], decode=str, files={}
+        vocab_size=70_000, eos_id=69_999, encode=lambda texts: [[65_536]], decode=str, files={}
     )
     tokens = open_token_file(write(tmp_path / "a.jsonl", ["x"]), tokenizer, tmp_path / "cache")
     assert tokens.tokens.dtype == np.uint32
@@ -60,9 +65,9 @@ def test_the_cache_is_used_until_content_or_tokenizer_change(
     source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
     calls = []
 
-    def counting(text: str) -> list[int]:
-        calls.append(text)
-        return tokenizer.encode(text)
+    def counting(texts: list[str]) -> list[list[int]]:
+        calls.extend(texts)
+        return tokenizer.encode_all(texts)
 
     counted = Tokenizer(
         vocab_size=400, eos_id=1, encode=counting, decode=str, files={"name": b"one"}
@@ -104,6 +109,51 @@ def test_a_bad_line_stops_and_leaves_no_file(tokenizer: Tokenizer, tmp_path: Pat
     assert open_token_file(source, tokenizer, cache, skip_bad_lines=True).report == skipped.report
     with pytest.raises(UserError):  # what was made while skipping does not hide the bad line
         open_token_file(source, tokenizer, cache)
+
+
+def test_batches_change_nothing(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for source in (write(tmp_path / "a.jsonl", TEXTS), tmp_path / "b.txt"):
+        source.write_text(source.read_text() if source.exists() else "The Mill.\n" * 20_000)
+        whole = open_token_file(source, tokenizer, tmp_path / "whole").tokens
+        for num_characters in (1, 30, 100_000):
+            monkeypatch.setattr(pretraining, "_BATCH_CHARACTERS", num_characters)
+            parts = open_token_file(source, tokenizer, tmp_path / str(num_characters)).tokens
+            assert np.array_equal(parts, whole)
+
+
+def test_a_long_file_says_how_far_it_is(
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = write(tmp_path / "a.jsonl", TEXTS * 20_000)
+    open_token_file(source, tokenizer, tmp_path / "quiet")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(pretraining, "_SECONDS_A_LINE", 0.0)
+    monkeypatch.setattr(pretraining, "_BATCH_CHARACTERS", 300_000)
+    open_token_file(source, tokenizer, tmp_path / "loud")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    shares = [int(re.search(r"a\.jsonl: (\d+)% read, .* million tokens", x)[1]) for x in lines]  # type: ignore[index]
+    assert shares == sorted(shares) and 15 < shares[0] < 35 and shares[-1] == 100
+
+
+def test_a_signal_while_text_is_read_leaves_nothing_of_it(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    def signalled(texts: list[str]) -> list[list[int]]:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return tokenizer.encode_all(texts)
+
+    source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    asked = Tokenizer(vocab_size=400, eos_id=1, encode=signalled, decode=str, files={})
+    with noting_signals(), pytest.raises(SystemExit) as stopped:
+        open_token_file(source, asked, cache)
+    assert stopped.value.code == EXIT_STATUS
+    assert not list(cache.iterdir())
 
 
 def test_a_text_file_is_one_document(tokenizer: Tokenizer, tmp_path: Path) -> None:
