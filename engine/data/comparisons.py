@@ -14,7 +14,7 @@ from engine.data.chat import (
     render_prompt,
     render_reply,
 )
-from engine.data.examples import Example, LengthReport, drop_long, encode_pair, encode_prompt
+from engine.data.examples import Example, LengthReport, drop_long, encode_prompts, join_pair
 from engine.data.jsonl import BadRecord, ReadReport, check_text, json_type, read_records, required
 from engine.data.tokenizer import Tokenizer
 
@@ -56,16 +56,17 @@ def comparison_examples(
     The score is read at a sequence's last token, the end of text. A comparison with a sequence over
     `max_length` tokens, or a prompt over `max_prompt_length`, is dropped whole and counted.
     """
+    prompts = encode_prompts((c.prompt for c in comparisons), tokenizer, prompt_suffix)
+    completions = tokenizer.encode_all(text for c in comparisons for text in c.completions)
     units = []
-    for comparison in comparisons:
-        prompt = encode_prompt(comparison.prompt, tokenizer, prompt_suffix)
+    for comparison, prompt in zip(comparisons, prompts, strict=True):
         unit = [
             Example(
-                tokens=encode_pair(prompt, completion, tokenizer),
+                tokens=join_pair(prompt, next(completions), tokenizer),
                 prompt_length=len(prompt),
                 fields={"ranks": rank},
             )
-            for completion, rank in zip(comparison.completions, comparison.ranks, strict=True)
+            for rank in comparison.ranks
         ]
         units.append(unit)
     return drop_long(units, max_length=max_length, max_prompt_length=max_prompt_length)

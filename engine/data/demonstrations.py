@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.chat import check_messages, parse_prompt, parse_reply, render_prompt, render_reply
-from engine.data.examples import Example, LengthReport, drop_long, encode_pair, encode_prompt
+from engine.data.examples import Example, LengthReport, drop_long, encode_prompts, join_pair
 from engine.data.jsonl import ReadReport, read_records, required
 from engine.data.tokenizer import Tokenizer
 
@@ -42,11 +42,12 @@ def demonstration_examples(
     What is over `max_length` tokens, or has a prompt over `max_prompt_length`, is dropped and
     counted. `prompt_suffix` must be the same for demonstrations, comparisons and prompts.
     """
-    examples = []
-    for demonstration in demonstrations:
-        prompt = encode_prompt(demonstration.prompt, tokenizer, prompt_suffix)
-        tokens = encode_pair(prompt, demonstration.response, tokenizer)
-        examples.append(Example(tokens=tokens, prompt_length=len(prompt)))
+    prompts = encode_prompts((d.prompt for d in demonstrations), tokenizer, prompt_suffix)
+    responses = tokenizer.encode_all(d.response for d in demonstrations)
+    examples = [
+        Example(tokens=join_pair(prompt, response, tokenizer), prompt_length=len(prompt))
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
     return drop_long(examples, max_length=max_length, max_prompt_length=max_prompt_length)
 
 

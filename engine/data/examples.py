@@ -1,6 +1,6 @@
 """Tokenised sequences: what a batch is made of, and which are short enough to be in one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -88,15 +88,19 @@ def drop_long(
     return [units[index] for index in kept], report
 
 
-def encode_pair(prompt: np.ndarray, response: str, tokenizer: Tokenizer) -> np.ndarray:
+def join_pair(prompt: np.ndarray, response: list[int], tokenizer: Tokenizer) -> np.ndarray:
     """Return [n] int64: the prompt's tokens, the response's, and the end of text.
 
     Prompt and response are encoded apart, so that a prompt has the same tokens here as in a
     rollout, where its response does not exist yet.
     """
-    return np.concatenate([prompt, [*tokenizer.encode(response), tokenizer.eos_id]], dtype=np.int64)
+    return np.concatenate([prompt, [*response, tokenizer.eos_id]], dtype=np.int64)
 
 
-def encode_prompt(prompt: str, tokenizer: Tokenizer, suffix: str = "") -> np.ndarray:
-    """Return [n] int64: the prompt's tokens. `suffix` closes every prompt, such as a newline."""
-    return np.asarray(tokenizer.encode(prompt + suffix), dtype=np.int64)
+def encode_prompts(
+    prompts: Iterable[str], tokenizer: Tokenizer, suffix: str = ""
+) -> Iterator[np.ndarray]:
+    """Yield [n] int64 for each prompt: its tokens. `suffix` closes every prompt, such as a
+    newline."""
+    for tokens in tokenizer.encode_all(prompt + suffix for prompt in prompts):
+        yield np.asarray(tokens, dtype=np.int64)

@@ -19,10 +19,9 @@ from engine.config import UserError
 from engine.data.examples import Example
 from engine.data.files import open_file, read_lines, replacing
 from engine.data.jsonl import ReadReport, RecordReader, check_text, required
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer import BATCH_CHARACTERS, Tokenizer
 
 _CHUNK_CHARACTERS = 1 << 16  # a .txt file may not fit in memory
-_BATCH_CHARACTERS = 1 << 22  # work for a hundred cores, and a few hundred MB of ids
 _SECONDS_A_LINE = 15.0
 
 
@@ -139,7 +138,7 @@ def _batches(pieces: Iterable[str | None]) -> Iterator[list[str | None]]:
     for piece in pieces:
         batch.append(piece)
         num_characters += len(piece or "")
-        if num_characters >= _BATCH_CHARACTERS:
+        if num_characters >= BATCH_CHARACTERS:
             yield batch
             batch, num_characters = [], 0
     yield batch
@@ -147,7 +146,7 @@ def _batches(pieces: Iterable[str | None]) -> Iterator[list[str | None]]:
 
 def _ids_of(batch: list[str | None], tokenizer: Tokenizer) -> list[int]:
     """Return the ids of all texts of a batch, and the end of text for each None."""
-    encoded = iter(tokenizer.encode_all([piece for piece in batch if piece is not None]))
+    encoded = tokenizer.encode_all(piece for piece in batch if piece is not None)
     end = [tokenizer.eos_id]
     return [token for piece in batch for token in (end if piece is None else next(encoded))]
 

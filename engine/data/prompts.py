@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.data.chat import parse_prompt
-from engine.data.examples import Example, LengthReport, drop_long, encode_prompt
+from engine.data.examples import Example, LengthReport, drop_long, encode_prompts
 from engine.data.jsonl import ReadReport, read_records
 from engine.data.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ def prompt_examples(
 
     The report's `kept` says which text each example came from.
     """
-    encoded = (encode_prompt(prompt, tokenizer, prompt_suffix) for prompt in prompts)
+    encoded = encode_prompts(prompts, tokenizer, prompt_suffix)
     examples = [Example(tokens=tokens, prompt_length=len(tokens)) for tokens in encoded]
     return drop_long(examples, max_length=max_prompt_length)
 

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -19,6 +19,7 @@ from engine.data.files import open_file, replacing
 
 END_OF_TEXT = "<|endoftext|>"
 _HF_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no config names it
+BATCH_CHARACTERS = 1 << 22  # work for a hundred cores, and a few hundred MB of ids
 _SPACE_MARK = "\u2581"  # sentencepiece writes a space as this character
 
 
@@ -49,9 +50,18 @@ class Tokenizer:
         """Return the ids of `text`, none of them a control token."""
         return self._encode([text])[0]
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text as encode does, on all cores of the machine."""
-        return self._encode(list(texts))
+    def encode_all(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """Yield the ids of each text as encode returns them, many texts at once on all cores of the
+        machine."""
+        batch: list[str] = []
+        num_characters = 0
+        for text in texts:
+            batch.append(text)
+            num_characters += len(text)
+            if num_characters >= BATCH_CHARACTERS:
+                yield from self._encode(batch)
+                batch, num_characters = [], 0
+        yield from self._encode(batch)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without control tokens; broken UTF-8 becomes U+FFFD."""

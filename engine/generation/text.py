@@ -14,7 +14,7 @@ from engine.config import UserError
 from engine.convert import load_huggingface, read_size
 from engine.data.batches import deal
 from engine.data.chat import render_prompt
-from engine.data.examples import encode_prompt
+from engine.data.examples import encode_prompts
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.generation.answers import Answers, Origin, digest_of_prompts
@@ -181,12 +181,12 @@ def talk(network: Network, tokenizer: Tokenizer, config: GenerateConfig) -> None
             messages = [] if line.strip() else messages
             continue
         messages.append({"role": "user", "content": line})
-        prompt = encode_prompt(render_prompt(messages, "messages"), tokenizer)
+        prompt = next(encode_prompts([render_prompt(messages, "messages")], tokenizer))
         while (
             len(messages) > 1 and len(prompt) + _room(network, config) > network.size.context_length
         ):
             messages = messages[2:]  # forgets the oldest turn and its answer
-            prompt = encode_prompt(render_prompt(messages, "messages"), tokenizer)
+            prompt = next(encode_prompts([render_prompt(messages, "messages")], tokenizer))
         if len(prompt) >= network.size.context_length:
             messages.pop()
             _show(f"That is {len(prompt)} tokens, too long for the model.\n", parallel.is_writer)

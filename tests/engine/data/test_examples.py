@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from engine.config import UserError
-from engine.data.examples import Example, drop_long, encode_pair, encode_prompt
+from engine.data.examples import Example, drop_long, encode_prompts, join_pair
 from engine.data.tokenizer import Tokenizer
 
 
@@ -12,15 +12,16 @@ def example(prompt_length: int, length: int) -> Example:
 
 def test_prompt_and_response_are_encoded_apart(tokenizer: Tokenizer) -> None:
     # "pu" + "b" is one piece when it is read as one word.
-    prompt = encode_prompt("a pu", tokenizer)
-    tokens = encode_pair(prompt, "b", tokenizer)
+    (prompt,) = encode_prompts(["a pu"], tokenizer)
+    tokens = join_pair(prompt, tokenizer.encode("b"), tokenizer)
     assert tokens.dtype == np.int64
     assert list(tokens) == [*tokenizer.encode("a pu"), *tokenizer.encode("b"), tokenizer.eos_id]
     assert list(tokens[:-1]) != tokenizer.encode("a pub")
 
 
 def test_the_suffix_closes_the_prompt(tokenizer: Tokenizer) -> None:
-    assert tokenizer.decode(encode_prompt("a pub", tokenizer, "\n")) == "a pub\n"
+    found = encode_prompts(["a pub", "x"], tokenizer, "\n")
+    assert [tokenizer.decode(tokens) for tokens in found] == ["a pub\n", "x\n"]
 
 
 def test_what_is_over_a_limit_is_dropped_and_counted() -> None:

@@ -29,11 +29,16 @@ def test_sentencepiece_gives_every_text_back(tokenizer: Tokenizer, text: str) ->
     assert all(0 <= token < tokenizer.vocab_size for token in ids)
 
 
-def test_many_texts_are_encoded_as_each_is(tokenizer: Tokenizer, gpt2: Tokenizer) -> None:
+def test_many_texts_are_encoded_as_each_is(
+    tokenizer: Tokenizer, gpt2: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = ["The Mill", "", "a \u2581 b\u2581", " x\n", "<|endoftext|>", "cheap pub \u00e9"] * 3
     for each in (tokenizer, gpt2):
-        assert each.encode_all(texts) == [each.encode(text) for text in texts]
-        assert each.encode_all([]) == []
+        expected = [each.encode(text) for text in texts]
+        for num_characters in (1, 10, 1_000):
+            monkeypatch.setattr("engine.data.tokenizer.BATCH_CHARACTERS", num_characters)
+            assert list(each.encode_all(iter(texts))) == expected
+        assert list(each.encode_all([])) == []
 
 
 def test_sentencepiece_learns_pieces_and_keeps_its_size(tokenizer: Tokenizer) -> None:
