@@ -17,9 +17,10 @@ from engine.data.batches import PackedBatch, Units
 from engine.feed import count_targets, pack_for
 from engine.network import Network
 from engine.step import Metrics, ScalarLoss, forward
+from kernels.clipped_loss import policy_token_loss
 from kernels.linear_logprobs import TokenLoss
 from kernels.moments import Whitening
-from kernels.ppo_loss import policy_loss, policy_token_loss, value_loss
+from kernels.ppo_loss import policy_loss, value_loss
 from kernels.ranking_loss import ranking_loss
 from models.gpt import shift_right
 

@@ -1,12 +1,11 @@
 """Clipped policy and value losses of PPO over packed tokens, forward and backward together.
 
-    ratio   = exp(logprob - old_logprob),   A = (advantage - mean) * rstd
-    policy  = sum of max(-A ratio, -A clip(ratio, 1 - c, 1 + c)) / num_tokens
-    value   = sum of 0.5 max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2) / num_tokens
+    policy loss = sum over response tokens of the policy's clipped loss / num_tokens
+    value loss  = sum over response tokens of the value function's / num_tokens
 
-num_tokens counts the response tokens of the whole minibatch over all micro-batches and ranks, so
-that losses and gradients add up to the same numbers in every layout. Where the two branches tie,
-the unclipped one is taken: at ratio 1 the gradient is -A. (Schulman et al. 2017, eq. 7.)
+with the losses of a token in clipped_loss.py. num_tokens counts the response tokens of the whole
+minibatch over all micro-batches and ranks, so that losses and gradients add up to the same numbers
+in every layout.
 """
 
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.clipped_loss import policy_branches, policy_token, value_branches, value_token
 from kernels.gae import exp_remainder
 from kernels.launch import next_power_of_2, num_warps_for, uses_triton
 from kernels.moments import Whitening, block_moments, masked_moments, merge_block_moments
@@ -62,29 +62,6 @@ def _scale(token_count, ACC: tl.constexpr):
 
 
 @triton.jit
-def _policy_token(log_ratio, advantage, cliprange):
-    """(loss, derivative by the new logprob, is clipped) of each token."""
-    ratio = tl.exp(log_ratio)
-    unclipped = -advantage * ratio
-    clipped = -advantage * tl.minimum(tl.maximum(ratio, 1 - cliprange), 1 + cliprange)
-    # d/dlogprob of -A ratio is -A ratio; the clipped branch is the larger only where it is flat.
-    is_clipped = clipped > unclipped
-    loss = tl.where(is_clipped, clipped, unclipped)  # a NaN stays one; tl.maximum would drop it
-    return loss, tl.where(is_clipped, 0.0, unclipped), is_clipped
-
-
-@triton.jit
-def _value_token(value, old_value, target, cliprange):
-    """(loss, derivative by the new value, is clipped) of each token."""
-    near_old = tl.minimum(tl.maximum(value, old_value - cliprange), old_value + cliprange)
-    unclipped = (value - target) * (value - target)
-    clipped = (near_old - target) * (near_old - target)
-    is_clipped = clipped > unclipped
-    derivative = tl.where(is_clipped, 0.0, value - target)
-    return 0.5 * tl.where(is_clipped, clipped, unclipped), derivative, is_clipped
-
-
-@triton.jit
 def _ppo_kernel(
     partials,  # [13, programs]
     policy_derivative,  # [T]; None, with the three after it, to leave the policy out
@@ -121,7 +98,7 @@ def _ppo_kernel(
         if mean_ptr is not None:
             advantage = (advantage - tl.load(mean_ptr).to(ACC)) * tl.load(rstd_ptr).to(ACC)
             advantage = tl.where(inside, advantage, 0.0)
-        loss, derivative, is_clipped = _policy_token(log_ratio, advantage, tl.cast(cliprange, ACC))
+        loss, derivative, is_clipped = policy_token(log_ratio, advantage, tl.cast(cliprange, ACC))
         tl.store(policy_derivative + t, derivative * scale, mask=in_range)
         tl.store(part + row, tl.sum(loss))
         tl.store(part + 2 * row, tl.sum(is_clipped.to(ACC)))
@@ -133,7 +110,7 @@ def _ppo_kernel(
         value = tl.load(values + t, mask=inside, other=0.0).to(ACC)
         old_value = tl.load(old_values + t, mask=inside, other=0.0).to(ACC)
         target = tl.load(returns + t, mask=inside, other=0.0).to(ACC)
-        loss, derivative, is_clipped = _value_token(
+        loss, derivative, is_clipped = value_token(
             value, old_value, target, tl.cast(value_cliprange, ACC)
         )
         tl.store(value_derivative + t, derivative * scale, mask=in_range)
@@ -289,35 +266,6 @@ class _PpoLoss(torch.autograd.Function):
         return *grads, *[None] * 7
 
 
-def _policy_branches(
-    policy: tuple[Tensor, ...], cliprange: float, whitening: Whitening | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log ratio, -A ratio, -A clip(ratio)) of each token."""
-    dtype = torch.promote_types(policy[0].dtype, torch.float32)
-    logprob, old_logprob, advantage = (x.to(dtype) for x in policy)
-    if whitening is not None:
-        advantage = (advantage - whitening.mean) * whitening.rstd
-    log_ratio = logprob - old_logprob
-    ratio = log_ratio.exp()
-    return log_ratio, -advantage * ratio, -advantage * ratio.clamp(1 - cliprange, 1 + cliprange)
-
-
-def policy_token_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    *,
-    cliprange: float = 0.2,
-    whitening: Whitening | None = None,
-) -> Tensor:
-    """[n] clipped policy loss of each token, differentiable in `logprobs`, in plain torch.
-
-    The per-token term of `policy_loss`, for what fuses the loss with the logits' gradient.
-    """
-    policy = (logprobs, old_logprobs, advantages)
-    return torch.maximum(*_policy_branches(policy, cliprange, whitening)[1:])
-
-
 def policy_loss_reference(
     policy: tuple[Tensor, Tensor, Tensor],
     mask: Tensor,
@@ -328,7 +276,7 @@ def policy_loss_reference(
     """`policy_loss` in plain torch: the specification and the CPU path."""
     # Zeros outside the mask: ratio 1, whatever lies there.
     inside = tuple(torch.where(mask, x, 0) for x in policy)
-    log_ratio, *branches = _policy_branches(inside, cliprange, whitening)
+    log_ratio, *branches = policy_branches(inside, cliprange, whitening)
     unclipped, clipped = (torch.where(mask, branch, 0) for branch in branches)
     scale = 1 / num_tokens.to(log_ratio.dtype).clamp(min=1)
     loss = torch.maximum(unclipped, clipped).sum() * scale
@@ -350,8 +298,7 @@ def value_loss_reference(
     """`value_loss` in plain torch: the specification and the CPU path."""
     dtype = torch.promote_types(value[0].dtype, torch.float32)
     new, old, target = (torch.where(mask, x.to(dtype), 0) for x in value)
-    unclipped = (new - target).square()
-    clipped = (new.clamp(old - cliprange, old + cliprange) - target).square()
+    unclipped, clipped = value_branches((new, old, target), cliprange)
     scale = 1 / num_tokens.to(dtype).clamp(min=1)
     loss = 0.5 * torch.maximum(unclipped, clipped).sum() * scale
     with torch.no_grad():

@@ -2,10 +2,9 @@
 
     token = argmax over columns of  z + g,   z = logits / temperature,   g = -log(-log(1 - u))
 
-draws from softmax(z) (Gumbel 1954; Maddison et al. 2014). u comes from Philox4x32-10 (Salmon et al.
-2011) with key = seed and counter = (global column // 4, position, sample index), its four outputs
-serving four columns. A sample therefore depends on its own logits and (seed, sample index,
-position) alone: not on the batch around it, the vocabulary shards or the order of the work.
+draws from softmax(z) (Gumbel 1954; Maddison et al. 2014). The noise g of a column is that of
+philox.py: a sample depends on its own logits and (seed, sample index, position) alone, not on the
+batch around it, the vocabulary shards or the order of the work.
 """
 
 from typing import NamedTuple
@@ -16,25 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import next_power_of_2, num_warps_for, uses_triton
+from kernels.philox import SampleKey, log_survival_reference, row_noise
 
 _BLOCK = 2048  # columns a program reads; a row is merged from several programs
-_MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
 _NO_COLUMN = tl.constexpr(2**31 - 1)  # sorts after every column
 # Words of a core's working set on the CPU: torch gives a second core what exceeds this.
 _PHILOX_WORDS = 1 << 15
-
-
-class SampleKey(NamedTuple):
-    """What the noise of a batch depends on. No two draws of a run may share all three."""
-
-    seed: int
-    """In [0, 2^63), one a run."""
-    sample_index: Tensor
-    """[B] int64 number of the sample within the run."""
-    position: Tensor
-    """[B] int number of the token within the sample."""
 
 
 class Sample(NamedTuple):
@@ -49,27 +35,6 @@ class Sample(NamedTuple):
     """
     logsumexp: Tensor
     """[B] fp32 logsumexp of logits / temperature over the valid columns."""
-
-
-@triton.jit
-def _gumbel(bits):
-    """Noise from 32 random bits."""
-    # In (0, 1): rounding never reaches 1, and 2^-33 at the small end keeps tokens rarer than 1e-9.
-    u = tl.minimum((bits.to(tl.float32) + 0.5) * (2.0**-32), 1 - 2.0**-24)
-    # -log(1 - u), by its series where 1 - u would round.
-    series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5)))))
-    return -tl.log(tl.where(u < 1 / 16, series, -tl.log(1 - u)))
-
-
-@triton.jit
-def _row_noise(seed, sample_index, position, quads):
-    """Noise of columns 4q to 4q+3 for each q in quads, in column order."""
-    zero = quads * 0
-    c1 = zero + position.to(tl.uint32)
-    c2 = zero + (sample_index & 0xFFFFFFFF).to(tl.uint32)
-    c3 = zero + ((sample_index >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    b0, b1, b2, b3 = tl.philox(seed, quads, c1, c2, c3)
-    return _gumbel(tl.interleave(tl.interleave(b0, b2), tl.interleave(b1, b3)))
 
 
 @triton.jit
@@ -117,7 +82,7 @@ def _sample_kernel(
     perturbed = z
     if not GREEDY:
         quads = (first_quad + tl.arange(0, BLOCK // 4)).to(tl.uint32)
-        perturbed += _row_noise(
+        perturbed += row_noise(
             tl.cast(seed, tl.int64),
             tl.load(sample_index + row).to(tl.int64),
             tl.load(position + row),
@@ -228,42 +193,6 @@ def _(
 ) -> Tensor:
     num_chunks = max(1, triton.cdiv(first_column % 4 + num_columns, _BLOCK))
     return logits.new_empty(num_chunks, len(logits), 4, dtype=torch.int32)
-
-
-def philox(key: SampleKey, quads: Tensor) -> tuple[Tensor, ...]:
-    """Four [B, Q] int64 tensors of 32 random bits for the columns 4q to 4q+3 of quads [Q]."""
-    seed, sample_index, position = key
-    # int64 holds a 32-bit word; a product of two words wraps at 64 bits and keeps its bit pattern.
-    # [1, Q] and [B, 1] meet in the second round only, so the first costs next to nothing.
-    c0 = quads.to(torch.int64)[None] & _MASK
-    c1 = position.to(torch.int64)[:, None] & _MASK
-    c2 = sample_index[:, None] & _MASK
-    c3 = (sample_index >> 32)[:, None] & _MASK
-    k0, k1 = seed & _MASK, seed >> 32
-    for _ in range(10):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        # c1 and c3 are whole products of the round before: mask off their high words, and the sign.
-        c0 = (p1 >> 32).bitwise_xor(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
-        c2 = (p0 >> 32).bitwise_xor(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
-        c1, c3 = p1, p0
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)
-
-
-def log_survival_reference(key: SampleKey, first_column: int, num_columns: int) -> Tensor:
-    """[B, num_columns] fp32 log(1 - u) of the global columns from first_column on.
-
-    The noise of a column is g = -log(-log(1 - u)).
-    """
-    first_quad = first_column // 4
-    quads = torch.arange(first_quad, (first_column + num_columns + 3) // 4)
-    u = torch.empty(len(key.sample_index), len(quads), 4)
-    for lane, bits in enumerate(philox(key, quads)):
-        u[:, :, lane] = bits
-    # The steps of `_gumbel`, in place; the scale carries the sign.
-    u.add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)
-    skip = first_column - 4 * first_quad
-    return u.log1p_().flatten(1)[:, skip : skip + num_columns]
 
 
 def sample_state_reference(

@@ -20,10 +20,10 @@ from kernels.linear_logprobs import (
     shard_linear_logprobs_loss,
 )
 from kernels.logprobs import Joins, check_rows, shard_logprobs
+from kernels.philox import SampleKey
 from kernels.row_state import IGNORE_INDEX, RowSpec, merge_row_states
 from kernels.sample import (
     Sample,
-    SampleKey,
     check_sampling,
     merge_samples,
     sample_state,

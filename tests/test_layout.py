@@ -33,7 +33,6 @@ ENVIRONMENT = {
     "kernels/launch.py": {"TRITON_INTERPRET"},
 }
 JUNK_DRAWERS = {"utils", "util", "common", "helpers", "helper", "base", "misc", "registry"}
-MAX_LINES = 450
 
 FILES = sorted(
     str(path.relative_to(ROOT))
@@ -151,10 +150,10 @@ def test_init_files_are_empty(name):
     assert (ROOT / name).read_text() == "", "import a function from the file that defines it"
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if in_library(n)])
+@pytest.mark.parametrize("name", [n for n in FILES if not n.startswith("tests")])
 def test_files_are_short(name):
     num_lines = len((ROOT / name).read_text().splitlines())
-    assert num_lines <= MAX_LINES, f"{name} answers more than one question"
+    assert num_lines < 400, f"{name} answers more than one question"
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if in_library(n)])

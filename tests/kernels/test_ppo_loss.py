@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from kernels import ppo_loss as ppo_module
+from kernels.clipped_loss import policy_token_loss
 from kernels.moments import Whitening, explained_variance, merge_moments
-from kernels.ppo_loss import policy_loss, policy_token_loss, ppo_loss, value_loss
+from kernels.ppo_loss import policy_loss, ppo_loss, value_loss
 from tests.kernels.oracle import largest_difference
 
 WHITENING = Whitening(torch.tensor(0.3), torch.tensor(1.7))
