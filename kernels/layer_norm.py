@@ -9,7 +9,11 @@ Backward, with g = dy * weight and means over the row:
     dh = (g - mean(g) - n mean(g n)) / sqrt(var + eps)  [+ gradient of h from elsewhere]
     dweight = sum over rows of dy n,   dbias = sum over rows of dy
 
-The two sums are taken by a fixed number of programs over fixed rows, then over the programs.
+The two sums are taken by a fixed number of programs over fixed rows, then over the programs. A
+program holds them in its registers, which reaches to rows of 8192 columns: dy and h are read once
+and dh is written, 6 bytes an element in bf16. Of wider rows a program has a part of the columns,
+and the two means of a row are taken beforehand by a kernel that reads dy and h as well: 10 bytes.
+At a width of 12288 the layer's matrix products take a hundred times as long as either.
 """
 
 from typing import Any
@@ -22,6 +26,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.launch import next_power_of_2, num_warps_for, uses_triton
+
+_WHOLE_ROW = 8192  # columns whose two sums fit the registers of a multiprocessor, beside the row
+_PART = 4096  # columns of a wider row that a program of the backward pass has
+_WARPS = 16  # on a multiprocessor in the backward pass; more of them leave more sums to add up
 
 
 @triton.jit
@@ -61,6 +69,38 @@ def _forward_kernel(
 
 
 @triton.jit
+def _row_means(g, normed, row_length):
+    """(mean(g), mean(g n)) of a row."""
+    return tl.sum(g) / row_length, tl.sum(g * normed) / row_length
+
+
+@triton.jit
+def _means_kernel(
+    means,  # [2, rows]
+    dy,  # [rows, H]
+    h,
+    statistics,  # [2, rows]
+    weight,
+    row_length,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    num_rows = tl.num_programs(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < row_length
+    at = row * row_length + column
+    mean = tl.load(statistics + row)
+    rstd = tl.load(statistics + num_rows + row)
+    g = tl.load(dy + at, mask=inside, other=0.0).to(ACC)
+    g *= tl.load(weight + column, mask=inside, other=0.0).to(ACC)
+    normed = (tl.load(h + at, mask=inside, other=0.0).to(ACC) - mean) * rstd
+    g_mean, slope = _row_means(g, normed, row_length)
+    tl.store(means + row, g_mean)
+    tl.store(means + num_rows + row, slope)
+
+
+@triton.jit
 def _backward_kernel(
     dh,  # [rows, H]
     dweight,  # [programs, H]
@@ -69,18 +109,21 @@ def _backward_kernel(
     dhidden,  # [rows, H] gradient that reaches x + residual directly, or None
     h,
     statistics,  # [2, rows]
+    means,  # [2, rows], or None where a block holds a whole row
     weight,
     num_rows,
     row_length,
+    num_parts,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
+    program = (tl.program_id(0) // num_parts).to(tl.int64)
+    num_programs = tl.num_programs(0) // num_parts
+    column = tl.program_id(0) % num_parts * BLOCK + tl.arange(0, BLOCK)
     inside = column < row_length
     weight_sum = tl.zeros((BLOCK,), ACC)
     bias_sum = tl.zeros((BLOCK,), ACC)
-    for row in range(program, num_rows, tl.num_programs(0)):
+    for row in range(program, num_rows, num_programs):
         at = row * row_length + column
         mean = tl.load(statistics + row)
         rstd = tl.load(statistics + num_rows + row)
@@ -91,8 +134,12 @@ def _backward_kernel(
         bias_sum += upstream
         # Read again for each row: held across the loop, a wide weight costs the registers.
         g = upstream * tl.load(weight + column, mask=inside, other=0.0).to(ACC)
-        slope = tl.sum(g * normed) / row_length
-        grad = rstd * (g - tl.sum(g) / row_length - normed * slope)
+        if means is None:
+            g_mean, slope = _row_means(g, normed, row_length)
+        else:
+            g_mean = tl.load(means + row)
+            slope = tl.load(means + num_rows + row)
+        grad = rstd * (g - g_mean - normed * slope)
         if dhidden is not None:
             grad += tl.load(dhidden + at, mask=inside, other=0.0).to(ACC)
         tl.store(dh + at, grad, mask=inside)
@@ -105,13 +152,20 @@ def _num_warps(block: int) -> int:
     return 32 if block >= 8192 else num_warps_for(block)
 
 
+def _backward_block(row_length: int) -> int:
+    """Columns of a program of the backward pass: the whole row, or a part of it."""
+    return next_power_of_2(row_length) if row_length <= _WHOLE_ROW else _PART
+
+
 def _num_programs(rows: Tensor) -> int:
-    """Programs of the backward pass: what fills the device, whatever the number of rows."""
+    """Programs that share the rows in the backward pass: they fill the device, however many rows
+    there are."""
     if not rows.is_cuda:
         return 4
-    num_warps = _num_warps(next_power_of_2(rows.shape[1]))
+    block = _backward_block(rows.shape[1])
     multiprocessors = torch.cuda.get_device_properties(rows.device).multi_processor_count
-    return multiprocessors * max(1, 16 // num_warps)
+    programs = multiprocessors * max(1, _WARPS // _num_warps(block))
+    return max(1, programs // triton.cdiv(rows.shape[1], block))
 
 
 def _acc(dtype: torch.dtype) -> tl.dtype:
@@ -167,9 +221,24 @@ def _layer_norm_backward(
     dh = torch.empty_like(h)
     dweight = torch.empty(programs, row_length, dtype=statistics.dtype, device=h.device)
     dbias = torch.empty_like(dweight)
-    block = next_power_of_2(row_length)
+    acc, block = _acc(statistics.dtype), _backward_block(row_length)
+    num_parts = triton.cdiv(row_length, block)
+    means = None if num_parts == 1 else torch.empty_like(statistics)
     with torch.cuda.device_of(h):
-        _backward_kernel[(programs,)](
+        if means is not None and num_rows > 0:
+            whole = next_power_of_2(row_length)
+            _means_kernel[(num_rows,)](
+                means,
+                dy,
+                h,
+                statistics,
+                weight,
+                row_length,
+                ACC=acc,
+                BLOCK=whole,
+                num_warps=_num_warps(whole),
+            )
+        _backward_kernel[(programs * num_parts,)](
             dh,
             dweight,
             dbias,
@@ -177,10 +246,12 @@ def _layer_norm_backward(
             dhidden,
             h,
             statistics,
+            means,
             weight,
             num_rows,
             row_length,
-            ACC=_acc(statistics.dtype),
+            num_parts,
+            ACC=acc,
             BLOCK=block,
             num_warps=_num_warps(block),
         )

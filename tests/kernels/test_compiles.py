@@ -30,8 +30,6 @@ DTYPES = {
     torch.int32: "i32",
     torch.bool: "i1",
 }
-# The sums of so wide a row fill the registers of a multiprocessor: some of them spill.
-SPILLS = ("kernels.layer_norm _backward_kernel", 16384)
 READS_ROWS = {
     "kernels.row_state _row_state_kernel",
     "kernels.row_gradient _row_gradient_kernel",
@@ -75,7 +73,8 @@ def ranking_launches() -> None:
 def layer_norm_launches() -> None:
     from kernels.layer_norm import layer_norm
 
-    for width in (80, 2048, 12288):
+    # The 13B model's 5120 is the widest block there is that holds a row and its two sums.
+    for width in (80, 768, 2048, 4096, 5120, 12288):
         weight, bias = leaf(width), leaf(width)
         layer_norm(leaf(4, width), weight, bias, eps=1e-5).sum().backward()
         y, hidden = layer_norm(leaf(4, width), weight, bias, eps=1e-5, residual=leaf(4, width))
@@ -144,8 +143,7 @@ def compile_launch(kernel: triton.JITFunction, *args: object, **options: object)
     warps = {"num_warps": options["num_warps"]} if "num_warps" in options else {}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=warps)
     name = f"{kernel.__module__} {kernel.__name__}"
-    if (name, values.get("BLOCK")) != SPILLS:
-        assert stack_bytes(compiled.asm["cubin"]) == 0, f"{name} spills: {values}"
+    assert stack_bytes(compiled.asm["cubin"]) == 0, f"{name} spills: {values}"
     if name in READS_ROWS and values["num_columns"] % 16 == 0:
         narrow = re.findall(r"ld\.global\.b(?:16|32) ", compiled.asm["ptx"])
         assert "ld.global.v4" in compiled.asm["ptx"], name

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import layer_norm as layer_norm_module
 from kernels.layer_norm import layer_norm
 from tests.kernels.oracle import largest_difference, relative_difference
 
@@ -51,6 +52,30 @@ def test_matches_fp64(backend: str, shape: tuple[int, ...], with_residual: bool)
         assert largest_difference(a, b) < 5e-6 * (1 + b.abs().max())
 
 
+@pytest.fixture
+def narrow_parts(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows beyond 64 columns are wide ones: programs of 32 columns in the backward pass."""
+    monkeypatch.setattr(layer_norm_module, "_WHOLE_ROW", 64)
+    monkeypatch.setattr(layer_norm_module, "_PART", 32)
+
+
+@pytest.mark.parametrize("width", [64, 65, 96, 100])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rows_in_parts_match_fp64(narrow_parts: None, width: int, with_residual: bool) -> None:
+    test_matches_fp64("triton", (9, width), with_residual)
+
+
+def test_a_nan_stays_in_its_row_of_several_parts(narrow_parts: None) -> None:
+    test_a_nan_stays_in_its_row("triton", 100)
+
+
+def test_no_rows_of_several_parts(narrow_parts: None) -> None:
+    x, weight, bias = random_layer((0, 100), with_residual=False)
+    layer_norm(x, weight, bias, eps=1e-5).sum().backward()
+    assert (weight.grad == 0).all()
+    assert (bias.grad == 0).all()
+
+
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_bf16_is_fp32_rounded_once(backend: str, with_residual: bool) -> None:
     leaves = random_layer((7, 200), dtype=torch.bfloat16, with_residual=with_residual)
@@ -86,8 +111,8 @@ def test_a_large_mean_costs_no_digits(backend: str) -> None:
     assert largest_difference(layer_norm(shifted, weight, bias, eps=1e-5), exact) < 1e-3
 
 
-def test_a_nan_stays_in_its_row(backend: str) -> None:
-    x, weight, bias = random_layer((5, 40), with_residual=False)
+def test_a_nan_stays_in_its_row(backend: str, width: int = 40) -> None:
+    x, weight, bias = random_layer((5, width), with_residual=False)
     with torch.no_grad():
         x[2, 7] = torch.nan
     y = layer_norm(x, weight, bias, eps=1e-5)
@@ -151,7 +176,7 @@ def test_compiles_without_a_graph_break(interpreter: None) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(8192, 2048), (70000, 768), (3, 12288), (1, 80)])
+@pytest.mark.parametrize("shape", [(8192, 2048), (70000, 768), (3, 12288), (5000, 12288), (1, 80)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     leaves = [x.detach().cuda().requires_grad_() for x in
