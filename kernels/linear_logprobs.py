@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import uses_triton
 from kernels.logprobs import Joins
 from kernels.row_gradient import row_gradient
 from kernels.row_state import (
@@ -33,11 +32,7 @@ from kernels.row_state import (
     logprobs_and_entropy,
     row_state,
 )
-
-WORKSPACE_BYTES = 256 * 2**20
-"""Default bound of the memory that a chunk of logits takes."""
-REFERENCE_COPIES = 9
-"""Chunk-sized tensors alive at once in the torch reference; the kernels need one."""
+from kernels.workspace import logit_workspace
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """(log-probs [n], their rows [n] int64) to the loss of each of these tokens [n]."""
@@ -49,7 +44,8 @@ class LinearSpec:
 
     rows: RowSpec
     joins: Joins = Joins()
-    workspace_bytes: int = WORKSPACE_BYTES
+    workspace_bytes: int | None = None
+    """Bound of the memory of a chunk of logits; None for the device's own."""
     row_index: Tensor | None = None
     """Rows to compute [R] int64, of the gathered hidden states; None for all of them."""
     main_grad: Tensor | None = None
@@ -77,16 +73,6 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def chunk_rows(num_rows: int, num_columns: int, itemsize: int, workspace_bytes: int) -> int:
-    """Rows a chunk holds: as many as the workspace takes, evened out in steps of 128 (a tile)."""
-    largest = max(1, workspace_bytes // (num_columns * itemsize))
-    if largest > 128:
-        largest -= largest % 128
-    num_chunks = max(1, -(-num_rows // largest))
-    even = -(-num_rows // num_chunks)
-    return min(largest, -(-even // 128) * 128)
-
-
 class _Chunks:
     """The rows of one call, cut into chunks that share one workspace of fp32 logits."""
 
@@ -94,10 +80,8 @@ class _Chunks:
         self.hidden, self.weight, self.labels, self.spec = hidden, weight, labels, spec
         self.num_rows = len(hidden) if spec.row_index is None else len(spec.row_index)
         dtype = accumulation_dtype(weight.dtype)
-        budget = spec.workspace_bytes // (1 if uses_triton(weight) else REFERENCE_COPIES)
-        size = chunk_rows(self.num_rows, len(weight), dtype.itemsize, budget)
-        self.size = min(size, self.num_rows)
-        self.workspace = torch.empty(self.size, len(weight), dtype=dtype, device=weight.device)
+        self.workspace = logit_workspace(self.num_rows, weight, dtype, spec.workspace_bytes)
+        self.size = len(self.workspace)
 
     def __iter__(self) -> Iterator[slice]:
         for start in range(0, self.num_rows, max(1, self.size)):
@@ -302,7 +286,7 @@ def linear_logprobs(
     num_valid_vocab: int | None = None,
     with_entropy: bool = False,
     ignore_index: int = IGNORE_INDEX,
-    workspace_bytes: int = WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
     row_index: Tensor | None = None,
     main_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -334,7 +318,7 @@ def linear_logprobs_loss(
     temperature: float = 1.0,
     num_valid_vocab: int | None = None,
     ignore_index: int = IGNORE_INDEX,
-    workspace_bytes: int = WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
     row_index: Tensor | None = None,
     main_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:

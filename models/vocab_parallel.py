@@ -13,7 +13,6 @@ from torch.distributed import ProcessGroup
 
 from kernels.full_kl import merge_kl_states, shard_full_kl
 from kernels.linear_logprobs import (
-    WORKSPACE_BYTES,
     LinearSpec,
     TokenLoss,
     shard_linear_logprobs,
@@ -153,7 +152,7 @@ def _linear_spec(
     sequence_parallel: bool,
     rows: RowSpec,
     row_index: Tensor | None,
-    workspace_bytes: int,
+    workspace_bytes: int | None,
 ) -> LinearSpec:
     """The collectives of the group, and where megatron wants this weight's gradient.
 
@@ -187,7 +186,7 @@ def vocab_parallel_linear_logprobs(  # noqa: PLR0913
     with_entropy: bool = False,
     ignore_index: int = IGNORE_INDEX,
     row_index: Tensor | None = None,
-    workspace_bytes: int = WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs [T] fp32 and entropy [T] (or None) from hidden states, on every rank.
 
@@ -226,7 +225,7 @@ def vocab_parallel_linear_logprobs_loss(  # noqa: PLR0913
     num_valid_vocab: int | None = None,
     ignore_index: int = IGNORE_INDEX,
     row_index: Tensor | None = None,
-    workspace_bytes: int = WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss [] and log-probs [T] (without gradient) in one pass, on every rank.
 

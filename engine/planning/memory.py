@@ -21,7 +21,8 @@ from engine.settings.numerics import Numerics
 from models.sizes import GPTSize
 
 GRADIENT_BYTES = 4  # an element: gradients add up and are reduced in fp32
-HEAD_WORKSPACE = 256 * 2**20  # kernels/linear_logprobs.py: a chunk of logits
+HEAD_WORKSPACE = 448 * 2**20  # kernels/workspace.py: a chunk of logits in fp32,
+HEAD_ROWS = 8192  # of so many rows at most
 STAGING = 2  # times the bytes, at most: torch rounds pinned blocks up to powers of two, keeps them
 
 
@@ -127,7 +128,8 @@ class PlannedNetwork:
                 4 * hidden * hidden / tp * width
             )  # the widest matrix's gradient, before it adds
         if pp_rank == self.layout.pp - 1 and self.kind == "language":
-            total += HEAD_WORKSPACE + 3 * width * hidden * row_tokens
+            logits = min(HEAD_WORKSPACE, 4 * HEAD_ROWS * size.padded_vocab_size / tp)
+            total += logits + 3 * width * hidden * row_tokens
         return round(total)
 
     def layer_weight_bytes(self) -> int:

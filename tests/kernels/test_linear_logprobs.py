@@ -11,11 +11,10 @@ import torch
 from kernels import launch
 from kernels.launch import LaunchConfig
 from kernels.linear_logprobs import (
-    REFERENCE_COPIES,
-    chunk_rows,
     linear_logprobs,
     linear_logprobs_loss,
 )
+from kernels.workspace import REFERENCE_COPIES
 from tests.kernels.oracle import exact_logprobs, largest_difference, relative_difference
 
 OPTIONS = {"temperature": 0.7, "num_valid_vocab": 83}
@@ -321,16 +320,6 @@ def test_the_full_logits_never_exist(
 
     naive = peak_bytes(lambda: (hidden @ weight.t()).log_softmax(-1))
     assert naive > 1.9 * full_logits, "the measurement sees what it is to see"
-
-
-def test_chunks_are_even_whole_tiles_within_the_workspace() -> None:
-    mib = 2**20
-    assert chunk_rows(8192, 50304, 4, 256 * mib) == 1280  # 1334 rows fit
-    assert chunk_rows(1400, 50304, 4, 256 * mib) == 768  # not 1280 and a tail of 120
-    assert chunk_rows(300, 50304, 4, 256 * mib) == 384
-    assert chunk_rows(8192, 262144, 4, 256 * mib) == 256
-    assert chunk_rows(100, 50304, 4, 1) == 1
-    assert chunk_rows(0, 50304, 4, 256 * mib) == 0
 
 
 def test_mismatched_inputs_are_refused() -> None:
