@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import next_power_of_2, num_warps_for, uses_triton
+from kernels.traced import traced
 
 _SPLIT = 256  # tokens of context a program attends to
 _BLOCK_TOKENS = 64  # of them at a time
@@ -167,7 +168,7 @@ def _append_kv(
         )
 
 
-@torch.library.custom_op("trident::decode_attention", mutates_args=())
+@traced("trident::decode_attention")
 def _decode_attention(
     query: Tensor,
     k_cache: Tensor,

@@ -35,6 +35,7 @@ from kernels.row_state import (
     lane_columns,
     triton_dtype,
 )
+from kernels.traced import traced
 
 
 @triton.jit
@@ -185,7 +186,7 @@ def _kl_gradient_kernel(
         tl.store(out + row * num_columns + columns, dz, mask=within)
 
 
-@torch.library.custom_op("trident::kl_state", mutates_args=())
+@traced("trident::kl_state")
 def _kl_state(
     logits: Tensor,
     ref_logits: Tensor,
@@ -225,7 +226,7 @@ def _(logits: Tensor, ref_logits: Tensor, *spec: object) -> Tensor:
     return logits.new_empty(logits.shape[0], 5, dtype=accumulation_dtype(logits.dtype))
 
 
-@torch.library.custom_op("trident::kl_gradient", mutates_args=())
+@traced("trident::kl_gradient")
 def _kl_gradient(
     logits: Tensor,
     ref_logits: Tensor,

@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels.launch import next_power_of_2, num_warps_for, uses_triton
 from kernels.logprobs import kl_estimate
 from kernels.moments import block_moments, masked_moments
+from kernels.traced import traced
 
 # Tokens a program scans at a time; longer sequences go in blocks, right to left, with a carry.
 _MAX_BLOCK = 1024
@@ -190,7 +191,8 @@ def _gae_kernel(
     tl.store(stats + 3 * sequence + 2, squares)
 
 
-def _launch(
+@traced("trident::gae")
+def _gae(
     logprobs: Tensor,
     ref_logprobs: Tensor,
     values: Tensor,
@@ -231,9 +233,6 @@ def _launch(
                 num_warps=num_warps_for(2 * block),  # a scan holds twice the values of a map
             )
     return out, stats
-
-
-_gae = torch.library.custom_op("trident::gae", _launch, mutates_args=())
 
 
 @_gae.register_fake
@@ -324,18 +323,15 @@ def gae(
     """
     if kl_estimator not in ("k1", "k2", "k3"):
         raise ValueError(f"kl_estimator {kl_estimator!r} is none of k1, k2, k3")
-    logprobs, ref_logprobs = logprobs.detach(), ref_logprobs.detach()
-    values, scores = values.detach(), scores.detach()
     inputs = (logprobs, ref_logprobs, values, scores, cu_seqlens, response_mask)
     if not uses_triton(values):
+        detached = [x.detach() for x in inputs]
         return gae_reference(
-            *inputs, kl_coef=kl_coef, gamma=gamma, lam=lam, kl_estimator=kl_estimator
+            *detached, kl_coef=kl_coef, gamma=gamma, lam=lam, kl_estimator=kl_estimator
         )
     if isinstance(kl_coef, Tensor) and kl_coef.device != values.device:
         kl_coef = float(kl_coef)  # on the host already
     in_tensor, number = (kl_coef, 0.0) if isinstance(kl_coef, Tensor) else (None, kl_coef)
-    # torch.compile needs the operator; a direct call spares the host as much as the kernel takes.
-    run = _gae if torch.compiler.is_compiling() else _launch
-    out, stats = run(*inputs, in_tensor, number, gamma, lam, kl_estimator)
+    out, stats = _gae(*inputs, in_tensor, number, gamma, lam, kl_estimator)
     rewards, advantages, returns, kl = out.unbind()
     return Advantages(rewards, advantages, returns, kl, stats)

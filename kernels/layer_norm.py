@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.launch import next_power_of_2, num_warps_for, uses_triton
+from kernels.traced import traced
 
 _WHOLE_ROW = 8192  # columns whose two sums fit the registers of a multiprocessor, beside the row
 _PART = 4096  # columns of a wider row that a program of the backward pass has
@@ -172,7 +173,7 @@ def _acc(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-@torch.library.custom_op("trident::layer_norm", mutates_args=())
+@traced("trident::layer_norm")
 def _layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,7 +212,7 @@ def _(
     return torch.empty_like(x), hidden, statistics
 
 
-@torch.library.custom_op("trident::layer_norm_backward", mutates_args=())
+@traced("trident::layer_norm_backward")
 def _layer_norm_backward(
     dy: Tensor, dhidden: Tensor | None, h: Tensor, statistics: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ minibatch over all micro-batches and ranks, so that losses and gradients add up 
 in every layout.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from kernels.clipped_loss import policy_branches, policy_token, value_branches, 
 from kernels.gae import exp_remainder
 from kernels.launch import next_power_of_2, num_warps_for, uses_triton
 from kernels.moments import Whitening, block_moments, masked_moments, merge_block_moments
+from kernels.traced import traced
 
 _BLOCK = 1024  # tokens a program
 _NUM_PARTIALS = 13  # rows a program leaves for the reduction
@@ -168,7 +170,7 @@ def _reduce_kernel(
             tl.store(sums + 8 + 3 * i, squares)
 
 
-@torch.library.custom_op("trident::ppo_loss", mutates_args=())
+@traced("trident::ppo_loss")
 def _ppo_loss(
     policy: list[Tensor],
     value: list[Tensor],
@@ -187,10 +189,10 @@ def _ppo_loss(
     acc = tl.float64 if dtype == torch.float64 else tl.float32
     tokens = len(mask)
     programs = triton.cdiv(tokens, _BLOCK)
-    losses = [mask.new_empty((), dtype=dtype) for _ in range(2)]
-    sums = mask.new_empty(_NUM_SUMS, dtype=dtype)
-    partials = mask.new_empty(_NUM_PARTIALS, programs, dtype=dtype)
-    derivatives = [mask.new_empty(tokens if part else 0, dtype=dtype) for part in (policy, value)]
+    empty = partial(torch.empty, dtype=dtype, device=mask.device)
+    losses, sums = [empty(()) for _ in range(2)], empty(_NUM_SUMS)
+    partials = empty(_NUM_PARTIALS, programs)
+    derivatives = [empty(tokens if part else 0) for part in (policy, value)]
     pointers: list[Tensor | None] = []
     for derivative, part in zip(derivatives, (policy, value), strict=True):
         pointers += [derivative, *(x.contiguous() for x in part)] if part else [None] * 4

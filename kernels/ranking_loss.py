@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.launch import uses_triton
+from kernels.traced import traced
 
 _BLOCK = 16  # completions on a side of a tile of pairs; InstructGPT has at most 9
 
@@ -82,7 +83,7 @@ def _ranking_kernel(
     tl.store(results + 2 * num_prompts + prompt, num_pairs)
 
 
-@torch.library.custom_op("trident::ranking_loss", mutates_args=())
+@traced("trident::ranking_loss")
 def _ranking_loss(scores: Tensor, ranks: Tensor, cu_prompts: Tensor) -> tuple[Tensor, Tensor]:
     """([3, P] losses, correct pairs, pairs; [N] derivative of the own prompt's loss)."""
     dtype = torch.promote_types(scores.dtype, torch.float32)

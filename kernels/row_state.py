@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import config_for, uses_triton
+from kernels.traced import traced
 
 IGNORE_INDEX = -100
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -166,7 +167,7 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-@torch.library.custom_op("trident::row_state", mutates_args=())
+@traced("trident::row_state")
 def _row_state(
     logits: Tensor,
     labels: Tensor,

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from kernels.launch import next_power_of_2, num_warps_for, uses_triton
 from kernels.philox import SampleKey, log_survival_reference, row_noise
+from kernels.traced import traced
+from kernels.truncation import truncation_thresholds
 
 _BLOCK = 2048  # columns a program reads; a row is merged from several programs
 _NO_COLUMN = tl.constexpr(2**31 - 1)  # sorts after every column
@@ -101,7 +103,10 @@ def _sample_kernel(
 
 @triton.jit
 def _merge_kernel(
-    merged,  # [B, 4]
+    merged,  # [B, 4]; None for the three after it, which are None otherwise
+    tokens,  # [B]
+    logprobs,
+    logsumexps,
     states,  # [N, B, 4]
     num_states,
     STATES: tl.constexpr,
@@ -119,24 +124,48 @@ def _merge_kernel(
     best = tl.max(value)
     best_column = tl.min(tl.where(value == best, column, _NO_COLUMN))
     logit = tl.max(tl.where(column == best_column, logit, float("-inf")))
-    _store_state(merged + row * 4, best, logit, _logsumexp(logsumexp), best_column)
+    logsumexp = _logsumexp(logsumexp)
+    if merged is not None:
+        _store_state(merged + row * 4, best, logit, logsumexp, best_column)
+    else:
+        tl.store(tokens + row, best_column.to(tl.int64))
+        tl.store(logprobs + row, logit - logsumexp)
+        tl.store(logsumexps + row, logsumexp)
 
 
-@torch.library.custom_op("trident::merge_sample_states", mutates_args=())
-def _merge_states(states: Tensor) -> Tensor:
-    """[B, 4] state of whole rows from [N, B, 4] of their parts."""
+def _launch_merge(outputs: tuple[Tensor | None, ...], states: Tensor) -> None:
     num_states, num_rows, _ = states.shape
-    merged = torch.empty(num_rows, 4, dtype=torch.int32, device=states.device)
     if num_rows > 0:
         with torch.cuda.device_of(states):
             _merge_kernel[(num_rows,)](
-                merged,
+                *outputs,
                 states.contiguous(),
                 num_states,
                 STATES=next_power_of_2(num_states),
                 num_warps=1,
             )
+
+
+@traced("trident::merge_sample_states")
+def _merge_states(states: Tensor) -> Tensor:
+    """[B, 4] state of a shard's rows from [N, B, 4] of their parts."""
+    merged = torch.empty(states.shape[1:], dtype=torch.int32, device=states.device)
+    _launch_merge((merged, None, None, None), states)
     return merged
+
+
+@traced("trident::merge_samples")
+def _merge_samples(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of the sample of whole rows, [B] each, from [N, B, 4] of their parts."""
+    outputs = _empty_sample(states)
+    _launch_merge((None, *outputs), states)
+    return outputs
+
+
+def _empty_sample(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = states.new_empty(states.shape[1], dtype=torch.int64)
+    logprobs = states.new_empty(states.shape[1], dtype=torch.float32)
+    return tokens, logprobs, torch.empty_like(logprobs)
 
 
 @_merge_states.register_fake
@@ -144,7 +173,10 @@ def _(states: Tensor) -> Tensor:
     return torch.empty_like(states[0])
 
 
-@torch.library.custom_op("trident::sample_state", mutates_args=())
+_merge_samples.register_fake(_empty_sample)
+
+
+@traced("trident::sample_state")
 def _chunk_states(
     logits: Tensor,
     sample_index: Tensor,
@@ -256,29 +288,6 @@ def merge_states_reference(states: Tensor) -> Tensor:
     return torch.cat((floats.view(torch.int32), best_column[:, None]), dim=1)
 
 
-def truncation_thresholds(
-    logits: Tensor,
-    *,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    num_valid_vocab: int | None = None,
-) -> Tensor:
-    """[B] fp32: columns of [B, V] whose logit / temperature reaches this survive.
-
-    top-k comes first; top-p then keeps the smallest set of the likeliest columns whose mass reaches
-    top_p. Columns equal to the last one kept are kept as well. Sorts whole rows: for evaluation.
-    """
-    z = logits[:, :num_valid_vocab].float() * (1 / temperature)
-    z = z.topk(top_k).values if 0 < top_k < z.shape[1] else z.sort(1, descending=True).values
-    if top_p == 1:
-        return z.amin(1)
-    mass = z.softmax(1)
-    # The likeliest column has no mass before it, so at least one column is kept.
-    is_kept = mass.cumsum(1) - mass < top_p
-    return z.masked_fill(~is_kept, torch.inf).amin(1)
-
-
 def sample_state(
     logits: Tensor,
     key: SampleKey,
@@ -288,7 +297,7 @@ def sample_state(
     num_valid_vocab: int | None = None,
     thresholds: Tensor | None = None,
 ) -> Tensor:
-    """[B, 4] int32 state of one vocabulary shard, 16 bytes a row, for `merge_samples`.
+    """[N, B, 4] int32 states of the N parts in which one vocabulary shard is read.
 
     Columns: best perturbed value, its scaled logit, logsumexp (fp32 bits), its global column.
     logits [B, V_shard] holds global columns first_column on; thresholds as `truncation_thresholds`
@@ -298,7 +307,7 @@ def sample_state(
     if num_valid_vocab is not None:
         num_columns = min(max(num_valid_vocab - first_column, 0), num_columns)
     if uses_triton(logits):
-        states = _chunk_states(
+        return _chunk_states(
             logits,
             key.sample_index,
             key.position,
@@ -308,7 +317,6 @@ def sample_state(
             first_column,
             num_columns,
         )
-        return states[0] if len(states) == 1 else _merge_states(states)
     return sample_state_reference(
         logits,
         key,
@@ -316,17 +324,21 @@ def sample_state(
         first_column=first_column,
         num_columns=num_columns,
         thresholds=thresholds,
-    )
+    )[None]
+
+
+def merge_states(states: Tensor) -> Tensor:
+    """[B, 4] state of a shard, 16 bytes a row, from [N, B, 4] states of its parts."""
+    if len(states) == 1:
+        return states[0]
+    return _merge_states(states) if uses_triton(states) else merge_states_reference(states)
 
 
 def merge_samples(states: Tensor) -> Sample:
-    """The sample of whole rows from [N, B, 4] states of their N shards, in shard order."""
-    if len(states) == 1:
-        state = states[0]
-    elif uses_triton(states):
-        state = _merge_states(states)
-    else:
-        state = merge_states_reference(states)
+    """The sample of whole rows from [N, B, 4] states of their N parts or shards, in order."""
+    if uses_triton(states):
+        return Sample(*_merge_samples(states))
+    state = merge_states(states)
     _, logit, logsumexp = state[:, :3].view(torch.float32).unbind(1)
     return Sample(state[:, 3].long(), logit - logsumexp, logsumexp.clone())
 
@@ -367,11 +379,11 @@ def sample(
             top_p=top_p,
             num_valid_vocab=num_valid_vocab,
         )
-    state = sample_state(
+    states = sample_state(
         logits,
         SampleKey(seed, sample_index, position),
         temperature=temperature,
         num_valid_vocab=num_valid_vocab,
         thresholds=thresholds,
     )
-    return merge_samples(state[None])
+    return merge_samples(states)

@@ -25,9 +25,10 @@ from kernels.sample import (
     Sample,
     check_sampling,
     merge_samples,
+    merge_states,
     sample_state,
-    truncation_thresholds,
 )
+from kernels.truncation import truncation_thresholds
 
 
 def _gather_states(state: Tensor, group: ProcessGroup) -> Tensor:
@@ -268,22 +269,18 @@ def vocab_parallel_sample(  # noqa: PLR0913
     the logits besides, to find the exact cut.
     """
     check_sampling(temperature, top_k, top_p, seed)
-
-    def gather(shard: Tensor) -> Tensor:
-        if group is None or group.size() == 1:
-            return shard[None]
-        return _gather_states(shard, group)
-
+    shards = None if group is None or group.size() == 1 else group
     thresholds = None
     if temperature > 0 and (top_k > 0 or top_p < 1):
+        logits = _gather_states(logits_shard, shards).transpose(0, 1) if shards else logits_shard
         thresholds = truncation_thresholds(
-            gather(logits_shard).transpose(0, 1).flatten(1),  # [B, V]
+            logits.flatten(1),  # [B, V]
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             num_valid_vocab=num_valid_vocab,
         )
-    state = sample_state(
+    states = sample_state(
         logits_shard,
         SampleKey(seed, sample_index, position),
         temperature=temperature,
@@ -291,4 +288,4 @@ def vocab_parallel_sample(  # noqa: PLR0913
         num_valid_vocab=num_valid_vocab,
         thresholds=thresholds,
     )
-    return merge_samples(gather(state))
+    return merge_samples(_gather_states(merge_states(states), shards) if shards else states)

@@ -47,6 +47,7 @@ def arguments() -> dict[str, tuple]:
         "ranking_loss": (floats(6), torch.arange(6), CU_SEQLENS),
         "sample_state": (logits, *key, None, 0.7, 3, 0, 19),
         "merge_sample_states": (torch.zeros(2, 3, 4, dtype=torch.int32),),
+        "merge_samples": (torch.zeros(2, 3, 4, dtype=torch.int32),),
         "append_kv": (query, query, cache[0].clone(), cache[1].clone(), torch.tensor([0, -1, 9])),
         "decode_attention": (query, cache[0].clone(), cache[1].clone(), tables, lengths, 0.5),
         "layer_norm": (logits, weight, weight, ref_logits, 1e-5),

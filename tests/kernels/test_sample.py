@@ -10,10 +10,11 @@ from kernels import sample as sample_module
 from kernels.philox import SampleKey
 from kernels.sample import (
     merge_samples,
+    merge_states,
     sample,
     sample_state,
-    truncation_thresholds,
 )
+from kernels.truncation import truncation_thresholds
 from tests.kernels.oracle import largest_difference
 
 # Sample indices beyond 32 bits, and positions up to the largest.
@@ -138,13 +139,14 @@ def draw_from_shards(
     """`draw` with the columns dealt to shards, which exchange 16 bytes a row."""
     states, first_column = [], 0
     for shard in logits.split(widths, dim=1):
-        state = sample_state(
+        parts = sample_state(
             shard,
             SampleKey(3, INDEX, POSITION),
             temperature=1.0,
             first_column=first_column,
             num_valid_vocab=num_valid_vocab,
         )
+        state = merge_states(parts)
         assert state.shape == (4, 4)
         assert state.element_size() == 4
         states.append(state)
