@@ -4,6 +4,10 @@ The loss is a row of its own because many rivals compute its gradients during th
 only the whole of forward and backward compares.
 """
 
+import contextlib
+import importlib
+import sys
+import types
 from dataclasses import replace
 from typing import Any
 
@@ -170,8 +174,15 @@ def _one_pass(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def _trl() -> Any:
     from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer import utils  # noqa: F401  its backward imports it, and that needs more
 
+    # Its backward imports this module, and that datasets, accelerate and pandas, for a context that
+    # gathers DeepSpeed's shards. There are none here: without those packages an empty one serves.
+    name = "trl.trainer.utils"
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].maybe_gather_lm_head_ctx = lambda *_: contextlib.nullcontext()
     # Tiles of 32768 columns, as its trainers take them; no entropy.
     return lambda hidden, weight, labels: ChunkedLogProbFunction.apply(
         hidden, weight, None, labels, 1.0, 32768, None, 1.0, ()

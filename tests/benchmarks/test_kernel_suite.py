@@ -1,6 +1,7 @@
 """Every provider that a CPU can run gives the right result; one that does not is not timed."""
 
 import io
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.kernel_suite.case import Case, Effort, make_inputs
+from benchmarks.kernel_suite.linear_logprobs import LINEAR_LOGPROBS
 from benchmarks.kernel_suite.operation import Operation, Provider, bind, errors, passes, plain
 from benchmarks.kernel_suite.ranking_loss import RANKING_LOSS
 from benchmarks.kernel_suite.report import plot, table
@@ -113,3 +115,34 @@ def test_only_right_results_are_timed(tmp_path):
     assert "skipped, needs a GPU: gpu" in shown
     plot(case.records, [case.size], "title", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_trl_runs_backward_without_what_its_trainers_import(tmp_path, monkeypatch):
+    package = tmp_path / "trl"
+    (package / "trainer").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "trainer" / "__init__.py").touch()
+    (package / "trainer" / "utils.py").write_text("import a_package_that_is_missing")
+    (package / "kernels.py").write_text(
+        "import torch\n"
+        "class ChunkedLogProbFunction(torch.autograd.Function):\n"
+        "    @staticmethod\n"
+        "    def forward(ctx, hidden, *rest):\n"
+        "        return hidden.sum(1), None\n"
+        "    @staticmethod\n"
+        "    def backward(ctx, grad, _):\n"
+        "        from trl.trainer.utils import maybe_gather_lm_head_ctx\n"
+        "        with maybe_gather_lm_head_ctx(grad):\n"
+        "            return grad[:, None].expand(-1, 3), *[None] * 8\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "trl"]:
+        monkeypatch.delitem(sys.modules, name)
+    (trl,) = (p for p in LINEAR_LOGPROBS.providers if p.name == "TRL chunked")
+    hidden = torch.zeros(2, 3, requires_grad=True)
+    try:
+        trl.load()(hidden, hidden, None).sum().backward()
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "trl"]:
+            del sys.modules[name]
+    assert (hidden.grad == 1).all()
