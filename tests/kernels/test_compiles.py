@@ -144,6 +144,8 @@ def compile_launch(kernel: triton.JITFunction, *args: object, **options: object)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=warps)
     name = f"{kernel.__module__} {kernel.__name__}"
     assert stack_bytes(compiled.asm["cubin"]) == 0, f"{name} spills: {values}"
+    narrow = narrow_products(compiled.asm["ttir"])
+    assert not narrow, f"{name}: offsets wrap beyond 2^31: {narrow}"
     if name in READS_ROWS and values["num_columns"] % 16 == 0:
         narrow = re.findall(r"ld\.global\.b(?:16|32) ", compiled.asm["ptx"])
         assert "ld.global.v4" in compiled.asm["ptx"], name
@@ -151,6 +153,27 @@ def compile_launch(kernel: triton.JITFunction, *args: object, **options: object)
     if name == "kernels.decode_attention _split_kernel":
         assert "cp.async.cg" in compiled.asm["ptx"], "loads do not run ahead of the loop"
     print(name)
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """Products in 32 bits of a program's number with what is no constant: a row times its stride.
+
+    Such an offset wraps in a tensor of more than 2^31 elements.
+    """
+    constants, numbers, found = set(), set(), []
+    for line in ttir.splitlines():
+        result, _, operation = line.strip().partition(" = ")
+        operands = re.findall(r"%[\w.#-]+", operation)
+        if operation.startswith("arith.constant"):
+            constants.add(result)
+        elif operation.startswith("tt.get_program_id"):
+            numbers.add(result)
+        elif numbers.intersection(operands) and re.search(r": (tensor<\w+x)?i32\b", operation):
+            if operation.startswith(("arith.divsi", "arith.remsi", "tt.splat", "arith.addi")):
+                numbers.add(result)
+            elif operation.startswith("arith.muli") and not constants.intersection(operands):
+                found.append(line.strip())
+    return found
 
 
 def stack_bytes(cubin: bytes) -> int:
