@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
+import docstring_parser
 import tyro
 
 from engine.stop import noting_signals
@@ -120,8 +121,27 @@ def parse_config(default: Config, arguments: Sequence[str] | None = None) -> Con
             printed.seek(0)
             raise UserError(_parse_message(printed.read())) from None
         if rank_of_environment() == 0:
-            parse()  # --help: once more, for the terminal to see
+            try:
+                parse()  # --help: once more, for the terminal to see
+            except BrokenPipeError:  # head has seen enough; nor is there anyone to flush to
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
+
+
+def _in_one_paragraph(read: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the reader of fields' docstrings that tyro calls: their later lines are indented, and
+    tyro takes an indented line for a paragraph of its own."""
+
+    def wrapper(source: object) -> Any:
+        found = read(source)
+        for field in found.params:
+            field.description = " ".join((field.description or "").split()) or None
+        return found
+
+    return wrapper
+
+
+docstring_parser.parse_from_object = _in_one_paragraph(docstring_parser.parse_from_object)
 
 
 def _with_named_parts(default: Config, arguments: Sequence[str], prefix: str = "--") -> Config:

@@ -1,5 +1,6 @@
 import enum
 import math
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from engine.config import (
 )
 from engine.settings.layout import ParallelLayout
 from engine.settings.ppo import PPOConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 class Rule(enum.Enum):
@@ -169,6 +172,29 @@ def test_help_exits_zero_and_shows_options_with_hyphens(capsys):
     text = capsys.readouterr().out
     assert "--data.skip-bad-lines" in text
     assert "Peak learning rate." in text
+
+
+def help_of(recipe: str, *, then: str = "") -> subprocess.CompletedProcess[str]:
+    command = f"{sys.executable} {ROOT / 'recipes' / recipe} --help{then}"
+    return subprocess.run(
+        ["bash", "-c", command],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "400"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_help_of_a_field_is_one_paragraph_whatever_its_docstring_wraps_at():
+    text = help_of("ppo_tiny.py").stdout
+    assert "it and the KL is measured to it. (default: runs/init_tiny)" in text
+
+
+def test_help_ends_quietly_when_its_reader_leaves():
+    done = help_of("ppo_tiny.py", then=" | head -1")
+    assert done.stdout.startswith("usage: ")
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(
