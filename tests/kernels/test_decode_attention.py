@@ -74,6 +74,18 @@ def test_nothing_beyond_the_context_is_read(backend: str) -> None:
     assert torch.equal(decode_attention(query, k_cache, v_cache, tables, lengths, scale=0.3), want)
 
 
+def test_a_cache_may_have_more_than_2_31_elements(interpreter: None) -> None:
+    query, k_cache, v_cache, tables, lengths = random_cache(dtype=torch.bfloat16)
+    want = decode_attention(query, k_cache, v_cache, tables, lengths, scale=0.3)
+    # The same blocks at the end of a cache of which the system gives only the pages in use.
+    num_blocks, size = len(k_cache), BLOCK_SIZE * HEADS * DIM
+    far = -(-(2**31) // size)
+    large = torch.empty(2, far + num_blocks, BLOCK_SIZE, HEADS, DIM, dtype=torch.bfloat16)
+    large[0, far:], large[1, far:] = k_cache, v_cache
+    out = decode_attention(query, *large.unbind(), tables + far, lengths, scale=0.3)
+    assert torch.equal(out, want)
+
+
 def test_a_nan_stays_in_its_sequence(backend: str) -> None:
     query, k_cache, v_cache, tables, lengths = random_cache()
     k_cache[tables[3, 1], 2] = torch.nan
