@@ -134,7 +134,7 @@ class Checkpointer:
         state = _sharded_weights(network)
         if optimizer is not None:
             state["optimizer"] = _sharded_optimizer(optimizer, state)
-            state["optimizer"] |= optimizer.megatron.state_dict()  # counts of steps, loss scale
+            state["optimizer"] |= optimizer.counts()
         if ema is not None:
             # In the weights' place, so that it loads as a network; modules' other state stays.
             parts = _parts(state, ema.owned_shadows())

@@ -168,6 +168,12 @@ class Optimizer:
                         "exp_avg_sq": torch.zeros_like(master),
                     }
 
+    def counts(self) -> dict:
+        """Return the rest of a checkpoint's state, which the first rank writes for all: counts of
+        steps, loss scale. Empty where this rank owns nothing but padding, of a small model on many
+        replicas: megatron would ask its Adam for the step, and that has no state."""
+        return self.megatron.state_dict() if self.owned_masters() else {}
+
     def load_state(self, state: dict) -> None:
         """Take the rest of a checkpoint's state, whose masters and moments are in place: counts of
         steps, loss scale."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from megatron.core import dist_checkpointing
@@ -13,7 +14,10 @@ from torch.distributed.checkpoint import FileSystemReader
 
 import engine.optimizer
 from engine.checkpoint import Checkpointer, load_weights
+from engine.data.batches import pack
+from engine.data.examples import Example
 from engine.ema import EMA
+from engine.losses import NegativeLogLikelihood
 from engine.network import build_network
 from engine.optimizer import Optimizer
 from engine.parallel import Parallel, start_parallel
@@ -21,11 +25,14 @@ from engine.planning.memory import PlannedNetwork
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.step import forward_backward
+from models.sizes import GPTSize
 from tests.ranks import run_ranks
 from tests.tiny import SIZE
 
 # Wide enough that tensors, not what describes them, make up the files.
 WIDE = dataclasses.replace(SIZE, hidden_size=128)
+NARROW = GPTSize(num_layers=1, hidden_size=2, num_heads=1, vocab_size=100, context_length=128)
 LAYOUTS = [  # of two ranks; of four, each has two replicas
     ParallelLayout(),
     ParallelLayout(tp=2, sequence_parallel=True),
@@ -46,8 +53,8 @@ class Training:
     """Weights, masters, moments and the average, of this rank."""
 
 
-def training(folder: Path, parallel: Parallel, *, seed: int) -> Training:
-    network = build_network("language", WIDE, parallel, numerics=Numerics(dtype="bf16"))
+def training(folder: Path, parallel: Parallel, *, seed: int, size: GPTSize = WIDE) -> Training:
+    network = build_network("language", size, parallel, numerics=Numerics(dtype="bf16"))
     optimizer = Optimizer(network, AdamConfig(), total_steps=9)
     ema = EMA(optimizer, 0.9)
     optimizer.prepare_state()
@@ -135,6 +142,41 @@ def test_every_rank_writes_and_reads_its_share(dp: int, tmp_path: Path):
         # All of it once; what describes the pieces takes a little.
         assert sum(counts) == pytest.approx(dp * size, rel=0.1), what
         assert counts == pytest.approx([sum(counts) / dp] * dp, rel=0.05), what
+
+
+def steps_with_and_without_a_resume(folder: Path) -> dict[str, list]:
+    """Return weights, masters and moments after two steps, the second perhaps by a resumed run, and
+    how much of the state every rank owns."""
+    parallel = start_parallel(ParallelLayout(), seed=1)
+    batch = pack([Example(tokens=np.arange(40) % 30, prompt_length=1)], multiple_of=1)
+
+    def step(position: int, into: Training) -> None:
+        into.optimizer.zero_gradients()
+        forward_backward(into.optimizer.network, [batch], NegativeLogLikelihood(40))
+        into.optimizer.step(position)
+
+    whole = training(folder, parallel, seed=1, size=NARROW)
+    owned = whole.optimizer.num_owned_by_rank()
+    assert owned[parallel.rank] == sum(m.numel() for _, _, m in whole.optimizer.owned_masters())
+    for tensor in whole.optimizer.state_tensors():
+        tensor.abs_()  # squares have roots
+    step(0, whole)
+    whole.checkpointer.save(1, {})
+    step(1, whole)
+    resumed = training(folder, parallel, seed=2, size=NARROW)
+    assert resumed.checkpointer.resume() == {"step": 1}
+    step(1, resumed)
+    return {"whole": whole.tensors, "resumed": resumed.tensors, "owned": owned}
+
+
+@pytest.mark.slow
+def test_rank_that_owns_nothing_but_padding_saves_and_resumes(tmp_path: Path):
+    # 1,408 elements, padded to a multiple of 5 x 128: a fifth of 1,920 begins behind the last.
+    found = run_ranks(steps_with_and_without_a_resume, 5, tmp_path)
+    assert found[0]["owned"][3] > found[0]["owned"][4] == 0
+    for rank in found:
+        for ours, theirs in zip(rank["resumed"], rank["whole"], strict=True):
+            assert torch.equal(ours, theirs) and ours.isfinite().all()
 
 
 def hand_on(folder: Path) -> None:
