@@ -51,7 +51,7 @@ class Rank:
     shards: list[Shard]
     """Its parts of the tensors of a checkpoint, in the order of its modules."""
     num_owned: list[int] = field(default_factory=list)
-    """By data-parallel rank beside it: elements whose optimizer state that one keeps."""
+    """By replica: elements whose optimizer state the rank in this one's place there keeps."""
 
     def __str__(self) -> str:
         return f"pipeline stage {self.pp_rank}, tp rank {self.tp_rank}"
@@ -78,7 +78,7 @@ def _as_on_gpus(layout: ParallelLayout, world_size: int) -> ParallelLayout:
     reduce = layout.overlap_grad_reduce
     return dataclasses.replace(
         layout,
-        overlap_grad_reduce=layout.dp(world_size) > 1 if reduce is None else reduce,
+        overlap_grad_reduce=layout.dp(world_size) * layout.cp > 1 if reduce is None else reduce,
         overlap_param_gather=False,
     )
 
@@ -122,9 +122,8 @@ def check_rank(model: Model, rank: Rank) -> None:
         )
     if model.adam is None:
         return
-    planned = optimizer_bytes(
-        model.kind, model.size, model.layout, pp_rank=rank.pp_rank, dp=len(rank.num_owned)
-    )
+    dp = len(rank.num_owned) // model.layout.cp
+    planned = optimizer_bytes(model.kind, model.size, model.layout, pp_rank=rank.pp_rank, dp=dp)
     held = STATE_BYTES * max(rank.num_owned)
     if planned != held:
         raise UserError(

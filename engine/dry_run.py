@@ -188,6 +188,6 @@ def _summary(model: Model, ranks: list[Rank], num_gpus: int) -> str:
     counts = [rank.num_parameters for rank in ranks]
     return (
         f"{model}: {model.size.num_layers} layers of {model.size.hidden_size}; "
-        f"tp {layout.tp} x pp {layout.pp} x dp {layout.dp(num_gpus)}; "
+        f"{layout.described(layout.dp(num_gpus))}; "
         f"{len(ranks)} distinct ranks built, {max(counts) / 1e9:.3f} B parameters on the fullest"
     )

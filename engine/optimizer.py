@@ -115,15 +115,15 @@ class Optimizer:
         return owned
 
     def num_owned_by_rank(self) -> list[int]:
-        """Return, for each data-parallel rank beside this one, the elements whose fp32 masters and
-        moments it keeps."""
-        dp = self.network.parallel.dp
-        num_owned = [0] * dp
+        """Return, for the rank in this one's place in each replica, the elements whose fp32 masters
+        and moments it keeps."""
+        num_replicas = self.network.parallel.num_replicas
+        num_owned = [0] * num_replicas
         for buffer in (b for chunk in self.network.chunks for b in chunk.buffers):
             for start, end, bucket_id in buffer.param_index_map.values():
                 bucket = buffer.buckets[bucket_id]
-                share = bucket.grad_data.numel() // dp  # every rank's range of the bucket
-                for rank in range(dp):
+                share = bucket.grad_data.numel() // num_replicas  # a rank's range of the bucket
+                for rank in range(num_replicas):
                     first = bucket.offset + rank * share
                     num_owned[rank] += max(0, min(end, first + share) - max(start, first))
         return num_owned

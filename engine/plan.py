@@ -191,7 +191,7 @@ def _describe(network: PlannedNetwork) -> str:
     parts.append(f"recompute {network.numerics.recompute}")
     return (
         f"{network.num_parameters / 1e9:.2f} B parameters in {network.numerics.dtype}, "
-        f"tp {layout.tp} x pp {layout.pp} x dp {network.dp}, {', '.join(parts)}"
+        f"{layout.described(network.dp)}, {', '.join(parts)}"
     )
 
 

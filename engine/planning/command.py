@@ -31,7 +31,8 @@ class PlanOptions:
     dollars_per_hour: float | None = None
     """Price of a GPU hour; none: an assumption by kind."""
     search: bool = False
-    """Propose layouts that fit, fastest first, instead of planning the recipe's own."""
+    """Propose layouts that fit, fastest first, instead of planning the recipe's own; --layout.cp
+    stays as it is."""
     workload: Workload = field(default_factory=Workload)
     """Number and length of the examples; the paper's by default."""
     assumptions: Assumptions = field(default_factory=Assumptions)

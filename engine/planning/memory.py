@@ -5,6 +5,7 @@ counted tensor by tensor, as in Korthikanti et al. 2022, without the attention's
 attention does not keep. Imports neither torch nor megatron.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from engine.planning.parameters import (
@@ -36,6 +37,16 @@ class PlannedNetwork:
     numerics: Numerics
     dp: int
     has_dropout: bool = False
+
+    @property
+    def num_replicas(self) -> int:
+        """Copies of the network, dp x cp: they share its optimizer's state."""
+        return self.dp * self.layout.cp
+
+    def in_generation(self) -> "PlannedNetwork":
+        """Return the network as it generates: ranks that share rows in training are replicas."""
+        layout = dataclasses.replace(self.layout, cp=1)
+        return dataclasses.replace(self, layout=layout, dp=self.num_replicas)
 
     @property
     def element_bytes(self) -> int:
@@ -80,7 +91,8 @@ class PlannedNetwork:
         """Return the bytes that the fullest rank writes of a trained network: its share of masters,
         moments and perhaps the average, all fp32, and of the weights. A resume reads as many."""
         state = MASTER_BYTES + MOMENTS_BYTES + (MASTER_BYTES if has_average else 0)
-        return state * self.owned_parameters(pp_rank) + self.weight_bytes(pp_rank) // self.dp
+        weights = self.weight_bytes(pp_rank) // self.num_replicas
+        return state * self.owned_parameters(pp_rank) + weights
 
     def checkpoint_host_bytes(self, pp_rank: int, *, has_average: bool = False) -> int:
         """Return the most host memory that a rank takes for checkpoints of a trained network.
@@ -104,32 +116,37 @@ class PlannedNetwork:
     def activation_bytes(self, pp_rank: int, rows: int, row_tokens: float) -> int:
         """Return the bytes kept for the backward pass of `rows` rows in the pipeline, at the most
         that a stage has in flight."""
-        layout = self.layout
+        layout, recompute = self.layout, self.numerics.recompute
         chunk_layers = self.size.num_layers // (layout.pp * layout.virtual_pp)
         in_flight = _chunks_in_flight(layout, pp_rank, rows)
-        whole = self._layer_bytes_a_token()
-        if self.numerics.recompute == "full":
+        whole, shared = self._layer_bytes_a_token(), self._shared_bytes_a_token()
+        if recompute == "full":
             # The input of every layer, and all of the one that is being computed again.
             kept = self._sequence_share(self.element_bytes * self.size.hidden_size)
-            a_token = in_flight * chunk_layers * kept + whole
+            a_token = in_flight * chunk_layers * kept + whole + shared
+        elif recompute == "selective":  # attention again, and with it what cp ranks gather
+            a_token = in_flight * chunk_layers * whole + shared
         else:
-            a_token = in_flight * chunk_layers * whole
-        return round(a_token * row_tokens)
+            a_token = in_flight * chunk_layers * (whole + shared)
+        return round(a_token * row_tokens / layout.cp)
 
     def workspace_bytes(self, pp_rank: int, row_tokens: float, *, trains: bool) -> int:
         """Return an estimate of what comes and goes within a layer and in the head."""
-        size, tp, width = self.size, self.layout.tp, self.element_bytes
-        hidden = size.hidden_size
+        size, tp, cp, width = self.size, self.layout.tp, self.layout.cp, self.element_bytes
+        hidden, held_tokens = size.hidden_size, row_tokens / cp
         # Gathered input, the MLP's two wide tensors, the layer's output and their gradients.
         a_token = width * hidden * (4 + 8 / tp) * (2 if trains else 1)
-        total = a_token * row_tokens
+        total = a_token * held_tokens
+        if cp > 1:
+            # The row's keys and values as they arrive and in their order; the gradients of both.
+            total += width * hidden * 4 / tp * (2 if trains else 1) * row_tokens
         if trains and self.numerics.gradient_accumulation_fusion is False:
             total += (
                 4 * hidden * hidden / tp * width
             )  # the widest matrix's gradient, before it adds
         if pp_rank == self.layout.pp - 1 and self.kind == "language":
             logits = min(HEAD_WORKSPACE, 4 * HEAD_ROWS * size.padded_vocab_size / tp)
-            total += logits + 3 * width * hidden * row_tokens
+            total += logits + 3 * width * hidden * held_tokens
         return round(total)
 
     def layer_weight_bytes(self) -> int:
@@ -154,6 +171,14 @@ class PlannedNetwork:
         hidden, width = self.size.hidden_size, self.element_bytes
         outside = 4 * width * hidden + (2 * hidden if self.has_dropout else 0)  # masks: a byte
         return self._sequence_share(outside) + 12 * width * hidden / self.layout.tp
+
+    def _shared_bytes_a_token(self) -> float:
+        """What a layer keeps besides, of each token that a rank holds, where ranks share rows: the
+        keys and values of all of them, and the attention's output, which it has in two pieces and
+        the projection after it in one."""
+        cp = self.layout.cp
+        hidden_sized = 2 * cp + 1 if cp > 1 else 0
+        return hidden_sized * self.element_bytes * self.size.hidden_size / self.layout.tp
 
     def _sequence_share(self, num_bytes: float) -> float:
         """Bytes of what sequence parallelism, where it is on, splits over tp."""

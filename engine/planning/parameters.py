@@ -16,7 +16,7 @@ Buckets = list[tuple[int, list[tuple[int, int]]]]
 """A bucket each: (its elements with padding, (start, end) of every parameter in it)."""
 
 PARAMETER_ALIGNMENT = 64  # elements: where megatron starts a parameter in a buffer
-BUCKET_ALIGNMENT = 128  # elements: what a bucket's end is rounded up to, together with dp
+BUCKET_ALIGNMENT = 128  # elements: what a bucket's end is rounded up to, together with dp x cp
 BUCKET_ELEMENTS: int | None = None
 """Elements after which a bucket is full, where the reduction of gradients overlaps; None for
 megatron's choice, 40 M or 1 M a data-parallel rank, whichever is more."""
@@ -52,9 +52,10 @@ def optimizer_bytes(
     kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int
 ) -> int:
     """Return the bytes of fp32 masters and Adam's two moments of 16-bit weights, on the
-    data-parallel rank that holds most.
+    replica's rank that holds most.
 
-    Ranks own equal ranges of the padded buffers, and allocate state for the parameters in theirs.
+    dp x cp replicas own equal ranges of the padded buffers, and allocate state for the parameters
+    in theirs.
     """
     return (MASTER_BYTES + MOMENTS_BYTES) * owned_parameters(
         kind, size, layout, pp_rank=pp_rank, dp=dp
@@ -65,13 +66,13 @@ def optimizer_bytes(
 def owned_parameters(
     kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int
 ) -> int:
-    """Return the parameters whose optimizer state the fullest data-parallel rank of a stage
-    keeps."""
+    """Return the parameters whose optimizer state the fullest of a stage's replicas keeps."""
     layout.check(size)
-    owned = [0] * dp
+    num_replicas = dp * layout.cp
+    owned = [0] * num_replicas
     for chunk in range(layout.virtual_pp):
         for num_elements, spans in _buckets(kind, size, layout, pp_rank, chunk, dp=dp):
-            share = num_elements // dp
+            share = num_elements // num_replicas
             for start, end in spans:
                 for rank in range(start // share, (end - 1) // share + 1):
                     owned[rank] += min(end, (rank + 1) * share) - max(start, rank * share)
@@ -100,7 +101,7 @@ def _chunk_parameters(
     hidden, tp = size.hidden_size, layout.tp
     is_first = pp_rank == 0 and chunk == 0
     is_last = pp_rank == layout.pp - 1 and chunk == layout.virtual_pp - 1
-    # Both ends of a pipeline hold the tied embedding, and split its state over dp alike.
+    # Both ends of a pipeline hold the tied embedding, and split its state over replicas alike.
     is_shared = kind == "language" and layout.pp > 1
     found: list[tuple[int, bool]] = []
     if is_first:
@@ -135,11 +136,12 @@ def _buckets(  # noqa: PLR0913 - one chunk of one rank, each coordinate named
     stage where their reduction overlaps, one elsewhere, and one for a shared embedding."""
     buckets: Buckets = []
     spans: list[tuple[int, int]] = []
-    multiple = math.lcm(dp, BUCKET_ALIGNMENT)
-    overlaps = dp > 1 if layout.overlap_grad_reduce is None else layout.overlap_grad_reduce
+    num_replicas = dp * layout.cp
+    multiple = math.lcm(num_replicas, BUCKET_ALIGNMENT)
+    overlaps = layout.overlap_grad_reduce
     full = math.inf
-    if overlaps and pp_rank == 0 and chunk == 0:
-        full = BUCKET_ELEMENTS or max(40_000_000, 1_000_000 * dp)
+    if (num_replicas > 1 if overlaps is None else overlaps) and pp_rank == 0 and chunk == 0:
+        full = BUCKET_ELEMENTS or max(40_000_000, 1_000_000 * dp)  # megatron's: without cp
 
     def close() -> None:
         nonlocal spans

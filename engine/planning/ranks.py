@@ -80,7 +80,9 @@ class Four:
     critic: PlannedNetwork
     """The reward model is its like."""
     generator: PlannedNetwork
-    """The policy, or its copy in a generation layout."""
+    """The policy as it generates, or its copy in a generation layout."""
+    is_refitted: bool
+    """Whether a copy of the policy generates."""
     residency: ResidencyConfig
     sampling: SamplingConfig
     episodes: Batch
@@ -91,11 +93,6 @@ class Four:
     budget: int
     most_tokens: int
     """Of a prompt with its response."""
-
-    @property
-    def is_refitted(self) -> bool:
-        """Whether a copy of the policy generates."""
-        return self.generator is not self.policy
 
 
 def ppo_ranks(four: Four, cluster: Cluster) -> list[RankMemory]:

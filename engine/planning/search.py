@@ -23,14 +23,15 @@ MakePlan = Callable[[Any], Any]
 
 def search_layouts(config: Any, cluster: Cluster, make_plan: MakePlan) -> list[Any]:
     """Return the plans that fit, fastest first: over tp, pp, virtual stages, recomputation and
-    micro_batch_tokens, and over the critic's layout where the config gives it one of its own."""
+    micro_batch_tokens, and over the critic's layout where the config gives it one of its own.
+    Context parallelism stays as the config has it."""
     size = named_size(config.size)
     starts, critic_layouts = [config], []
     if isinstance(config, PPOConfig) and config.critic_layout is not None:
         critic_size = named_size(config.reward_model_size)
         critic_layouts = [
             layout
-            for layout in _layouts(critic_size, cluster)
+            for layout in _layouts(critic_size, cluster, config.critic_layout.cp)
             if layout.virtual_pp == 1 and config.minibatch_size % layout.dp(cluster.num_gpus) == 0
         ]
     if critic_layouts:
@@ -46,7 +47,7 @@ def search_layouts(config: Any, cluster: Cluster, make_plan: MakePlan) -> list[A
             numerics=dataclasses.replace(config.numerics, recompute=recompute),
         )
         for start, layout, contexts, recompute in itertools.product(
-            starts, _layouts(size, cluster), BUDGETS, ("none", "full")
+            starts, _layouts(size, cluster, config.layout.cp), BUDGETS, ("none", "full")
         )
     ]
     found = _fitting(tried, cluster, make_plan)
@@ -91,11 +92,13 @@ def _options(config: Any, default: Any, prefix: str = "") -> Iterator[str]:
             yield f"--{name} {value}"
 
 
-def _layouts(size: GPTSize, cluster: Cluster) -> Iterator[ParallelLayout]:
-    """Yield the layouts that divide the cluster and hold a model of that size."""
+def _layouts(size: GPTSize, cluster: Cluster, cp: int) -> Iterator[ParallelLayout]:
+    """Yield the layouts of that cp that divide the cluster and hold a model of that size."""
     degrees = itertools.product((1, 2, 4, MOST_TP), range(1, size.num_layers + 1), VIRTUAL)
     for tp, pp, virtual_pp in degrees:
-        layout = ParallelLayout(tp=tp, pp=pp, virtual_pp=virtual_pp, sequence_parallel=tp > 1)
+        layout = ParallelLayout(
+            tp=tp, pp=pp, virtual_pp=virtual_pp, cp=cp, sequence_parallel=tp > 1
+        )
         try:
             layout.check(size)
             layout.dp(cluster.num_gpus)

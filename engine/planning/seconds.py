@@ -2,6 +2,7 @@
 
     compute    FLOPs of the busiest pipeline stage over peak x the assumed share
     tp         all-reduces (or all-gathers and reduce-scatters) of a layer's tensor parallelism
+    cp         all-gathers of a layer's keys and values, reduce-scatters of their gradients
     pipeline   messages between stages
     bubble     stages that wait while the pipeline fills and drains
 
@@ -26,12 +27,13 @@ class Slot:
 
     compute: float
     tp: float
+    cp: float
     pipeline: float
 
     @property
     def total(self) -> float:
         """Seconds of all."""
-        return self.compute + self.tp + self.pipeline
+        return self.compute + self.tp + self.cp + self.pipeline
 
 
 def train_seconds(
@@ -72,22 +74,22 @@ def step_seconds(
     """Return the seconds of the optimizer step after train_seconds of these batches, on the fullest
     stage: the reduction of gradients and the gathering of weights, where they are not hidden under
     the last row's backward and the next one's forward pass, and the update."""
-    layout, dp = network.layout, network.dp
+    layout, replicas = network.layout, network.num_replicas
     stages = range(layout.pp)
     elements = max(network.buffer_elements(stage) for stage in stages)
     owned = max(network.owned_parameters(stage) for stage in stages)
     exposed = 0.0
-    if dp > 1:
+    if replicas > 1:
         _, tokens = _rows(network, batches[-1], budget)
         row = _slot(network, cluster, batches[-1], tokens, trains=True).total
-        bandwidth = cluster.link_bandwidth(layout.tp * dp)
+        bandwidth = cluster.link_bandwidth(layout.tp * replicas)
         for num_bytes, overlaps, share in (
             (GRADIENT_BYTES, layout.overlap_grad_reduce, 2 / 3),  # a reduce-scatter
             (network.element_bytes, layout.overlap_param_gather, 1 / 3),  # an all-gather
         ):
-            seconds = num_bytes * elements * (dp - 1) / dp / bandwidth
+            seconds = num_bytes * elements * (replicas - 1) / replicas / bandwidth
             hidden = 0.0 if overlaps is False else share * row
-            exposed += max(cluster.latency * math.log2(dp), seconds - hidden)
+            exposed += max(cluster.latency * math.log2(replicas), seconds - hidden)
     # Read the gradient, read and write master and moments, write the weight; the average besides.
     # Buffers are cleared once.
     touched = owned * (4 + 8 + 16 + network.element_bytes + (12 if with_average else 0))
@@ -176,7 +178,7 @@ def gather_seconds(network: PlannedNetwork, cluster: Cluster) -> float:
     """Return the seconds in which data-parallel ranks gather the fullest stage's weights."""
     layout, dp = network.layout, network.dp
     held = max(network.weight_bytes(stage) for stage in range(layout.pp))
-    bandwidth = cluster.link_bandwidth(layout.tp * dp)
+    bandwidth = cluster.link_bandwidth(layout.tp * network.num_replicas)
     layers = network.size.num_layers // layout.pp
     return held * (dp - 1) / dp / bandwidth + layers * cluster.latency if dp > 1 else 0.0
 
@@ -219,6 +221,7 @@ def _pipelined(
     return {
         "compute": rows * slot.compute,
         "tp": rows * slot.tp,
+        "cp": rows * slot.cp,
         "pipeline": rows * slot.pipeline,
         "bubble": idle * slot.total,
     }
@@ -229,14 +232,17 @@ def _slot(
 ) -> Slot:
     layout, size = network.layout, network.size
     layers = size.num_layers // layout.pp
+    held_tokens = tokens / layout.cp
     matrices, attention = layer_flops(network, batch.span)
     recompute = network.numerics.recompute
     # Backward is twice forward; recomputation adds a forward of what it dropped.
     factor = 1 + (2 if trains else 0) + (1 if trains and recompute == "full" else 0)
     attention_factor = factor + (1 if trains and recompute == "selective" else 0)
     flops = layers * (matrices * factor + attention * attention_factor)
-    flops += head_flops(network) * batch.target_share * (3 if trains else 1)  # the last stage
-    row_bytes = tokens * size.hidden_size * network.element_bytes
+    # The last stage; ranks that share rows predict all tokens (models/gpt.py).
+    target_share = batch.target_share if layout.cp == 1 else 1.0
+    flops += head_flops(network) * target_share * (3 if trains else 1)
+    row_bytes = held_tokens * size.hidden_size * network.element_bytes
     tp_seconds = 0.0
     if layout.tp > 1:
         # All-reduces a layer: two forward, two backward, two where it is computed again. Sequence
@@ -244,14 +250,25 @@ def _slot(
         passes = 2 + (2 + layout.sequence_parallel + 2 * (recompute == "full") if trains else 0)
         ring = 2 * (layout.tp - 1) / layout.tp * row_bytes / cluster.link_bandwidth(layout.tp)
         tp_seconds = layers * passes * (ring + cluster.latency)
+    cp_seconds = 0.0
+    if layout.cp > 1:
+        # Keys and values of the whole row: once forward, once where attention is computed again,
+        # and their gradients.
+        passes = 1 + (1 + (recompute != "none") if trains else 0)
+        others = 2 * (layout.cp - 1) * row_bytes / layout.tp
+        bandwidth = cluster.link_bandwidth(layout.tp * layout.cp)
+        cp_seconds = layers * passes * (others / bandwidth + cluster.latency)
     pipeline = 0.0
     if layout.pp > 1:
         message = row_bytes / (layout.tp if layout.sequence_parallel else 1)
         hops = layout.virtual_pp * (2 if trains else 1)
-        between = cluster.link_bandwidth(layout.tp * layout.pp * network.dp)
+        between = cluster.link_bandwidth(cluster.num_gpus)
         pipeline = hops * (message / between + cluster.latency)
     return Slot(
-        compute=tokens * flops / layout.tp / cluster.flops, tp=tp_seconds, pipeline=pipeline
+        compute=held_tokens * flops / layout.tp / cluster.flops,
+        tp=tp_seconds,
+        cp=cp_seconds,
+        pipeline=pipeline,
     )
 
 

@@ -241,7 +241,7 @@ def _four(config: PPOConfig, cluster: Cluster, workload: Workload) -> Four:
     critic = _network(
         "scalar", config.reward_model_size, config, cluster, layout=config.critic_layout
     )
-    generator = policy
+    generator = policy.in_generation()
     if config.generation_layout is not None:
         config.check_generation_layout()
         generator = _network(
@@ -270,6 +270,7 @@ def _four(config: PPOConfig, cluster: Cluster, workload: Workload) -> Four:
         policy=policy,
         critic=critic,
         generator=generator,
+        is_refitted=config.generation_layout is not None,
         residency=config.residency,
         sampling=config.sampling,
         episodes=episodes(config.rollout_batch_size),

@@ -40,6 +40,11 @@ class ParallelLayout:
             )
         return world_size // model_ranks
 
+    def described(self, dp: int) -> str:
+        """Return the degrees in words, dp among them; cp where there is context parallelism."""
+        shared = f" x cp {self.cp}" if self.cp > 1 else ""
+        return f"tp {self.tp} x pp {self.pp} x dp {dp}{shared}"
+
     def check(self, size: GPTSize) -> None:
         """Raise UserError where this layout cannot hold a model of that size."""
         self._check_degrees()

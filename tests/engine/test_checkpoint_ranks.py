@@ -98,9 +98,9 @@ def reads() -> Iterator[list[int]]:
         FileSystemReader.read_data = read_data  # type: ignore[method-assign]
 
 
-def save_and_resume(folder: Path) -> dict[str, int]:
+def save_and_resume(folder: Path, layout: ParallelLayout) -> dict[str, int]:
     """Return the bytes that this rank writes, reads at a resume, and reads of weights alone."""
-    parallel = start_parallel(ParallelLayout(), seed=1)
+    parallel = start_parallel(layout, seed=1)
     first = training(folder, parallel, seed=1)
     first.checkpointer.save(3, {})
     files = folder.glob(f"step_00000003/*/__{parallel.rank}_*.distcp")
@@ -122,26 +122,30 @@ def save_and_resume(folder: Path) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("dp", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_every_rank_writes_and_reads_its_share(dp: int, tmp_path: Path):
-    found = run_ranks(save_and_resume, dp, tmp_path)
+@pytest.mark.parametrize(
+    ("num_ranks", "cp"),
+    [(2, 1), (2, 2), *(pytest.param(4, n, marks=pytest.mark.slow) for n in (1, 2))],
+)
+def test_every_rank_writes_and_reads_its_share(num_ranks: int, cp: int, tmp_path: Path):
+    layout = ParallelLayout(cp=cp)
+    found = run_ranks(save_and_resume, num_ranks, tmp_path, layout)
     planned = PlannedNetwork(
         kind="language",
         size=WIDE,
-        layout=ParallelLayout(),
+        layout=layout,
         numerics=Numerics(dtype="bf16"),
-        dp=dp,
+        dp=num_ranks // cp,
     )
     share = planned.saved_bytes(0, has_average=True)
     for what, size in (
         ("written", share),
         ("resumed", share),
-        ("loaded", planned.weight_bytes(0) / dp),
+        ("loaded", planned.weight_bytes(0) / num_ranks),
     ):
         counts = [rank[what] for rank in found]
         # All of it once; what describes the pieces takes a little.
-        assert sum(counts) == pytest.approx(dp * size, rel=0.1), what
-        assert counts == pytest.approx([sum(counts) / dp] * dp, rel=0.05), what
+        assert sum(counts) == pytest.approx(num_ranks * size, rel=0.1), what
+        assert counts == pytest.approx([sum(counts) / num_ranks] * num_ranks, rel=0.05), what
 
 
 def steps_with_and_without_a_resume(folder: Path) -> dict[str, list]:

@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from engine import distinct_ranks
+from engine import distinct_ranks, optimizer
 from engine.config import UserError
 from engine.distinct_ranks import Model, Rank, build_ranks, check_checkpoint, check_rank
 from engine.network import Kind, build_network
 from engine.optimizer import Optimizer
 from engine.parallel import end_parallel, pretended_rank, start_parallel
+from engine.planning import parameters
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
@@ -59,6 +60,8 @@ def changed(rank: Rank, tensor: str, **changes) -> Rank:
         (LAYOUT, "bf16"),
         (ParallelLayout(tp=2, pp=2, virtual_pp=2), "fp16"),
         (ParallelLayout(pp=4), "bf16"),
+        (ParallelLayout(tp=2, cp=4), "bf16"),
+        (ParallelLayout(pp=2, cp=3), "fp32"),
     ],
 )
 def test_what_ranks_hold_is_what_layout_and_planner_say(kind, layout, dtype):
@@ -68,8 +71,26 @@ def test_what_ranks_hold_is_what_layout_and_planner_say(kind, layout, dtype):
     for rank in ranks:
         check_rank(one, rank)
         assert sum(rank.num_owned) == rank.num_parameters
-        assert len(rank.num_owned) == layout.dp(NUM_GPUS)
+        assert len(rank.num_owned) == NUM_GPUS // (layout.tp * layout.pp)
     check_checkpoint(one, ranks)
+
+
+def test_buckets_of_many_replicas_are_as_large_as_megatrons():
+    # Full at a million elements a data-parallel rank, of which cp ranks are none; full later, the
+    # buckets would be fewer, and the padding of each another.
+    size = dataclasses.replace(SIZE, hidden_size=2048, vocab_size=50_000)
+    one = dataclasses.replace(model(layout=ParallelLayout(cp=2)), size=size)
+    (rank,) = [rank for _, rank in build_ranks([one], 2 * 47)]
+    check_rank(one, rank)
+
+
+def test_ranks_that_share_rows_alone_reduce_gradients_in_buckets(monkeypatch):
+    for module in (optimizer, parameters):
+        monkeypatch.setattr(module, "BUCKET_ELEMENTS", 5000)
+    size = dataclasses.replace(SIZE, hidden_size=36)  # that each bucket is padded
+    one = dataclasses.replace(model(layout=ParallelLayout(cp=2)), size=size)
+    (rank,) = [rank for _, rank in build_ranks([one], 2)]
+    check_rank(one, rank)
 
 
 def test_pretended_ranks_have_the_place_that_was_asked_for():
@@ -81,9 +102,9 @@ def test_pretended_ranks_have_the_place_that_was_asked_for():
             assert (parallel.world_size, parallel.dp) == (NUM_GPUS, 3)
             network = build_network("scalar", SIZE, parallel, numerics=Numerics())
             assert {p.device.type for m in network.modules for p in m.parameters()} == {"meta"}
-            optimizer = Optimizer(network, AdamConfig(), total_steps=1)
-            masters = [master for _, _, master in optimizer.owned_masters()]
-            assert sum(m.numel() for m in masters) == optimizer.num_owned_by_rank()[0]
+            adam = Optimizer(network, AdamConfig(), total_steps=1)
+            masters = [master for _, _, master in adam.owned_masters()]
+            assert sum(m.numel() for m in masters) == adam.num_owned_by_rank()[0]
 
 
 def test_real_networks_are_built_as_before_afterwards():

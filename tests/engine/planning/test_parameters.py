@@ -32,24 +32,27 @@ LAYOUTS = [
     ParallelLayout(pp=2),
     ParallelLayout(tp=2, pp=2, virtual_pp=2, overlap_grad_reduce=True),
     ParallelLayout(pp=4),
+    ParallelLayout(cp=2, overlap_grad_reduce=True),
+    ParallelLayout(tp=2, pp=2, cp=2),
 ]
 BUCKET = 5000  # elements, so that the first chunk has several where their reduction overlaps
 
 
 def build_and_count(kind: Kind, layout: ParallelLayout, pp_rank: int, dp: int) -> list[int]:
     """Return (parameters, buffer elements, optimizer bytes) of the real thing, the bytes of the
-    data-parallel rank that holds most; a rank at a time, over collectives that do nothing."""
-    world = layout.tp * layout.pp * dp
+    replica's rank that holds most; a rank at a time, over collectives that do nothing."""
+    num_replicas = dp * layout.cp
+    world = layout.tp * layout.pp * num_replicas
     optimizer_bytes_by_rank = []
-    for dp_rank in range(dp):
-        rank = pp_rank * dp * layout.tp + dp_rank * layout.tp
+    for replica_rank in range(num_replicas):
+        rank = (pp_rank * num_replicas + replica_rank) * layout.tp
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
         parallel_state.destroy_model_parallel()
         parallel._built = None
         dist.destroy_process_group()
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
         place = parallel.start_parallel(layout, seed=0)
-        assert (place.pp_rank, place.dp_rank) == (pp_rank, dp_rank)
+        assert (place.pp_rank, place.replica_rank) == (pp_rank, replica_rank)
         network = build_network(kind, SIZE, place, numerics=Numerics(dtype="bf16"))
         num_parameters = sum(p.numel() for module in network.modules for p in module.parameters())
         optimizer = Optimizer(network, AdamConfig(), total_steps=1)
@@ -76,7 +79,7 @@ def test_parameters_and_optimizer_state_are_those_of_the_real_network(monkeypatc
     monkeypatch.setattr(parameters, "BUCKET_ELEMENTS", BUCKET)
     cases: list[tuple[Kind, ParallelLayout, int, int]] = [
         (kind, layout, pp_rank, 3)
-        for kind, layouts in (("language", LAYOUTS), ("scalar", LAYOUTS[1:3]))
+        for kind, layouts in (("language", LAYOUTS), ("scalar", LAYOUTS[1:3] + LAYOUTS[-1:]))
         for plain in layouts
         # Without a choice reductions overlap on GPUs alone, and a plan is for those.
         for layout in [replace(plain, overlap_grad_reduce=bool(plain.overlap_grad_reduce))]
