@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def ranks(self) -> list[RankMemory]:
-        """The fullest rank of every pipeline stage."""
+        """What the ranks of every pipeline stage hold at the most."""
         return self.estimate.ranks
 
     @property

@@ -22,7 +22,7 @@ CHECKPOINT = "checkpoint"  # the row of host memory
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """The fullest rank of a pipeline stage."""
+    """What the ranks of a pipeline stage hold at the most."""
 
     stage: int
     """Of the run's layout, the policy's in PPO."""
@@ -96,17 +96,26 @@ class Four:
 
 
 def ppo_ranks(four: Four, cluster: Cluster) -> list[RankMemory]:
-    """Return the fullest rank of every stage of the policy; the critic's stages may be cut
-    otherwise."""
+    """Return what the ranks of every stage of the policy hold at the most. The critic's stages may
+    be cut otherwise, so that one rank is the fullest in one phase or on the host, another in
+    another."""
     policy_pp, critic_pp = four.policy.layout.pp, four.critic.layout.pp
     cuts = math.lcm(policy_pp, critic_pp)
-    fullest: dict[int, RankMemory] = {}
+    by_stage: dict[int, list[RankMemory]] = {}
     for cut in range(cuts):
         stage, critic_stage = cut * policy_pp // cuts, cut * critic_pp // cuts
-        rank = _ppo_rank(four, cluster, stage, critic_stage)
-        if stage not in fullest or rank.peak_bytes > fullest[stage].peak_bytes:
-            fullest[stage] = rank
-    return [fullest[stage] for stage in sorted(fullest)]
+        by_stage.setdefault(stage, []).append(_ppo_rank(four, cluster, stage, critic_stage))
+    return [_most(ranks) for ranks in by_stage.values()]
+
+
+def _most(ranks: list[RankMemory]) -> RankMemory:
+    """What the fullest rank of a stage holds, phase by phase and on the host."""
+    phases = {
+        phase: max((rank.phases[phase] for rank in ranks), key=lambda rows: sum(rows.values()))
+        for phase in ranks[0].phases
+    }
+    host = max(ranks, key=lambda rank: rank.host_bytes).host
+    return RankMemory(stage=ranks[0].stage, phases=phases, host=host)
 
 
 def cache_tokens(rank: RankMemory, generator: PlannedNetwork) -> int:

@@ -1,4 +1,4 @@
-"""Plans of runs whose rows several ranks share."""
+"""Plans of runs whose rows several ranks share, and of a critic that is cut otherwise."""
 
 import dataclasses
 from pathlib import Path
@@ -90,6 +90,24 @@ def test_ranks_that_share_rows_generate_apart():
     assert shared.phases[0].seconds == apart.phases[0].seconds
     assert shared.fullest.phases["rollout"] == apart.fullest.phases["rollout"]
     assert shared.phases[1].seconds["cp"] > 0
+
+
+def test_every_phase_and_the_host_have_the_fullest_of_a_stages_ranks():
+    config = dataclasses.replace(
+        load_recipe(RECIPES, "ppo_1_3b"),
+        layout=ParallelLayout(pp=2),
+        critic_layout=ParallelLayout(pp=4),
+    )
+    found = plan(config, NODE)
+    policy, critic = (found.estimate.networks[role] for role in ("policy", "critic"))
+    saved = [critic.checkpoint_host_bytes(stage) for stage in (2, 3)]
+    assert saved[0] < saved[1]  # the head
+    rest = policy.checkpoint_host_bytes(1, has_average=True)
+    assert found.ranks[1].host["checkpoint"] == rest + saved[1]
+    phases = found.ranks[1].phases
+    assert phases["rollout"]["critic weights"] == critic.weight_bytes(3)
+    # Updates take most where two rows are in flight.
+    assert phases["update"]["critic weights"] == critic.weight_bytes(2) < critic.weight_bytes(3)
 
 
 @pytest.mark.parametrize("name", ["sft_6b", "ppo_1_3b"])
