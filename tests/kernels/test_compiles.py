@@ -36,6 +36,8 @@ READS_ROWS = {
     "kernels.full_kl _kl_state_kernel",
     "kernels.full_kl _kl_gradient_kernel",
 }
+# One 64-bit value, which the assembler of Triton 3.7 puts aside once in some kernels.
+MAX_STACK_BYTES = 8
 NUM_SCALARS = 6  # a row's state and gradients, and the logit of its label
 CU_SEQLENS = torch.tensor([0, 5, 32], dtype=torch.int32)
 COUNT = torch.tensor(9)
@@ -143,7 +145,7 @@ def compile_launch(kernel: triton.JITFunction, *args: object, **options: object)
     warps = {"num_warps": options["num_warps"]} if "num_warps" in options else {}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=warps)
     name = f"{kernel.__module__} {kernel.__name__}"
-    assert stack_bytes(compiled.asm["cubin"]) == 0, f"{name} spills: {values}"
+    assert stack_bytes(compiled.asm["cubin"]) <= MAX_STACK_BYTES, f"{name} spills: {values}"
     narrow = narrow_products(compiled.asm["ttir"])
     assert not narrow, f"{name}: offsets wrap beyond 2^31: {narrow}"
     if name in READS_ROWS and values["num_columns"] % 16 == 0:
