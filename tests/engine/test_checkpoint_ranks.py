@@ -124,7 +124,7 @@ def save_and_resume(folder: Path, layout: ParallelLayout) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("num_ranks", "cp"),
-    [(2, 1), (2, 2), *(pytest.param(4, n, marks=pytest.mark.slow) for n in (1, 2))],
+    [(2, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)],
 )
 def test_every_rank_writes_and_reads_its_share(num_ranks: int, cp: int, tmp_path: Path):
     layout = ParallelLayout(cp=cp)
@@ -206,9 +206,8 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_checkpoint_of_one_layout_resumes_in_another(num_ranks: int, tmp_path: Path):
-    run_ranks(hand_on, num_ranks, tmp_path)
+def test_checkpoint_of_one_layout_resumes_in_another(tmp_path: Path):
+    run_ranks(hand_on, 4, tmp_path)
     start_parallel(ParallelLayout(), seed=0)
     first, *others = (tensors_of(tmp_path / f"step_{n:08d}") for n in range(len(LAYOUTS)))
     for kind in ("param", "exp_avg", "exp_avg_sq"):
