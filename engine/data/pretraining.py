@@ -19,7 +19,7 @@ from engine.config import UserError
 from engine.data.examples import Example
 from engine.data.files import open_file, read_lines, replacing
 from engine.data.jsonl import ReadReport, RecordReader, check_text, required
-from engine.data.tokenizer import BATCH_CHARACTERS, Tokenizer
+from engine.data.tokenizer import Tokenizer, in_batches
 
 _CHUNK_CHARACTERS = 1 << 16  # a .txt file may not fit in memory
 _SECONDS_A_LINE = 15.0
@@ -100,7 +100,7 @@ def make_token_file(
     if not _is_complete(tokens_path):
         progress = _Progress(source)
         with replacing(tokens_path) as stream:
-            for batch in _batches(_pieces(documents)):
+            for batch in in_batches(_pieces(documents)):
                 stream.write(np.asarray(_ids_of(batch, tokenizer), dtype=dtype).tobytes())
                 num_bytes = stream.tell()
                 progress.show(documents.share_read, num_bytes // dtype.itemsize)
@@ -129,19 +129,6 @@ def _pieces(documents: Iterable[Iterable[str]]) -> Iterator[str | None]:
     for document in documents:
         yield from document
         yield None
-
-
-def _batches(pieces: Iterable[str | None]) -> Iterator[list[str | None]]:
-    """Yield the pieces in lists of many characters."""
-    batch: list[str | None] = []
-    num_characters = 0
-    for piece in pieces:
-        batch.append(piece)
-        num_characters += len(piece or "")
-        if num_characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-    yield batch
 
 
 def _ids_of(batch: list[str | None], tokenizer: Tokenizer) -> list[int]:

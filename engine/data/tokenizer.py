@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import sentencepiece
 import tokenizers
@@ -20,6 +21,7 @@ from engine.data.files import open_file, replacing
 END_OF_TEXT = "<|endoftext|>"
 _HF_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no config names it
 BATCH_CHARACTERS = 1 << 22  # work for a hundred cores, and a few hundred MB of ids
+Piece = TypeVar("Piece", str, str | None)
 _SPACE_MARK = "\u2581"  # sentencepiece writes a space as this character
 
 
@@ -53,15 +55,8 @@ class Tokenizer:
     def encode_all(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """Yield the ids of each text as encode returns them, many texts at once on all cores of the
         machine."""
-        batch: list[str] = []
-        num_characters = 0
-        for text in texts:
-            batch.append(text)
-            num_characters += len(text)
-            if num_characters >= BATCH_CHARACTERS:
-                yield from self._encode(batch)
-                batch, num_characters = [], 0
-        yield from self._encode(batch)
+        for batch in in_batches(texts):
+            yield from self._encode(batch)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without control tokens; broken UTF-8 becomes U+FFFD."""
@@ -79,6 +74,19 @@ class Tokenizer:
         for name, content in self._files.items():
             with replacing(Path(directory) / name) as stream:
                 stream.write(content)
+
+
+def in_batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Yield the pieces in lists that are worth encoding at once; None has no characters."""
+    batch: list[Piece] = []
+    num_characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        num_characters += len(piece or "")
+        if num_characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+    yield batch
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:

@@ -118,7 +118,7 @@ def test_batches_change_nothing(
         source.write_text(source.read_text() if source.exists() else "The Mill.\n" * 20_000)
         whole = open_token_file(source, tokenizer, tmp_path / "whole").tokens
         for num_characters in (1, 30, 100_000):
-            monkeypatch.setattr(pretraining, "BATCH_CHARACTERS", num_characters)
+            monkeypatch.setattr("engine.data.tokenizer.BATCH_CHARACTERS", num_characters)
             parts = open_token_file(source, tokenizer, tmp_path / str(num_characters)).tokens
             assert np.array_equal(parts, whole)
 
@@ -133,7 +133,7 @@ def test_a_long_file_says_how_far_it_is(
     open_token_file(source, tokenizer, tmp_path / "quiet")
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(pretraining, "_SECONDS_A_LINE", 0.0)
-    monkeypatch.setattr(pretraining, "BATCH_CHARACTERS", 300_000)
+    monkeypatch.setattr("engine.data.tokenizer.BATCH_CHARACTERS", 300_000)
     open_token_file(source, tokenizer, tmp_path / "loud")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
