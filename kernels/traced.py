@@ -1,7 +1,8 @@
 """A function that launches kernels: an operator of torch while torch.compile traces it.
 
-Called in any other way it runs directly. Dispatching an operator takes the host some 30 us, several
-times what a small kernel takes the device. Functions that write into their arguments stay operators
+Called in any other way it runs directly. Dispatching an operator of one tensor takes the host 9 us
+(torch 2.13, one idle core of an AMD EPYC), and more with every argument: as long as a small kernel
+takes the device. Functions that write into their arguments stay operators
 throughout: autograd has to learn that a tensor it keeps is no longer what it was.
 """
 
