@@ -77,14 +77,19 @@ def start(home: Path, data: Path, layout: ParallelLayout) -> dict:
 @pytest.mark.slow  # every stage, twice
 def test_two_ranks_run_the_recipe_and_a_second_start_only_judges(tmp_path: Path):
     data = data_folder(tmp_path / "data")
+    prompts = data / "prompts/e2e.val.jsonl"
+    too_long = render_prompt({"name": "Blue Spice " * 200})  # leaves no room and is not judged
+    prompts.write_text(json.dumps({"prompt": too_long}) + "\n" + prompts.read_text())
     home = tmp_path / "run"
     first = run_ranks(start, 2, home, data, ParallelLayout(tp=2))
     summary = first[0]
     assert json.loads((home / "summary.json").read_text())["ppo"] == json.loads(
         json.dumps(summary["ppo"])
     )
-    assert "PPO-ptx" in (home / "report.html").read_text()
     assert summary["judge"] == "labeler"
+    report = (home / "report.html").read_text()
+    assert "PPO-ptx" in report
+    assert "Blue Spice Blue Spice" not in report
     assert summary["sft"]["win_rate_vs_sft"] == 0.5  # against itself every prompt ties
     assert summary["sft"]["kl_from_init"] == pytest.approx(0.0, abs=1e-4)
     assert summary["ppo"]["pretrain_loss"] > 0
