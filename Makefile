@@ -1,7 +1,8 @@
 # make quickstart   the whole recipe on a small model, from a fresh clone
 # make test         the tests that two CPU cores run in a few minutes; also test-slow, test-slurm, test-gpu
 # make lint         ruff and mypy
-# make bench        every benchmark (needs a GPU)
+# make bench        what a GPU's minutes are best spent on, into runs/gpu (BUDGET=480 seconds)
+# make tables       the performance tables of the documents, from benchmarks/results
 
 VENV   ?= .venv
 # Python 3.11 or 3.12: the first that is installed and works.
@@ -23,7 +24,7 @@ PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check
 CORES   = $(shell $(BIN)/python -c 'import os, psutil; \
 	print(min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0))))')
 
-.PHONY: setup quickstart test test-slow test-slurm test-gpu lint bench
+.PHONY: setup quickstart test test-slow test-slurm test-gpu lint bench tables
 
 setup: $(STAMP)
 
@@ -60,6 +61,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-BENCHMARKS = $(filter-out timing,$(basename $(notdir $(wildcard benchmarks/*.py))))
+BUDGET ?= 480
 bench: $(STAMP)
-	$(foreach name,$(BENCHMARKS),$(BIN)/python -m benchmarks.$(name) &&) true
+	$(BIN)/python -m benchmarks.gpu --budget $(BUDGET) --out runs/gpu
+
+tables: $(STAMP)
+	$(BIN)/python -m benchmarks.tables

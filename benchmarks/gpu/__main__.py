@@ -1,0 +1,81 @@
+"""One command that spends a GPU's minutes: what is right, what is fast, what is neither.
+
+    python -m benchmarks.gpu --budget 480 --out DIR
+    python -m benchmarks.gpu --device cpu --quick --out DIR    # do all steps run: a few minutes
+
+Whatever has been measured when the budget ends is in DIR already: <gpu>.jsonl has the records,
+steps.jsonl what became of each step, log.txt what they printed, table.txt the table at the end.
+The table of a run that was killed:
+
+    python -m benchmarks.gpu --budget 0 --out DIR
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch
+from rich.console import Console
+
+from benchmarks.gpu.spend import Spending
+from benchmarks.gpu.steps import all_steps
+from benchmarks.gpu.summary import read_outcomes, summary
+from benchmarks.records import read_records
+
+
+def main() -> None:
+    """Run the steps within the budget and print what they found."""
+    arguments = _parse()
+    if arguments.device == "cuda" and arguments.budget > 0 and not torch.cuda.is_available():
+        raise SystemExit("error: no GPU here; --device cpu --quick shows whether all steps run")
+    signal.signal(signal.SIGTERM, _leave)
+    steps = all_steps(arguments.device, arguments.out, is_quick=arguments.quick)
+    steps = [step for step in steps if arguments.only in step.name]
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    start = time.monotonic()
+
+    def say(line: str) -> None:
+        console.print(f"[{time.monotonic() - start:4.0f} s] {line}", markup=False, highlight=False)
+
+    try:
+        if arguments.budget > 0:
+            side_by_side = min(10, os.cpu_count() or 1)
+            with Spending(
+                arguments.out, budget=arguments.budget, side_by_side=side_by_side, say=say
+            ) as spending:
+                spending.run(steps)
+    finally:
+        tables = summary(
+            [r for path in _record_files(arguments.out) for r in read_records(path)],
+            read_outcomes(arguments.out),
+            judges_speed=arguments.device == "cuda" and not arguments.quick,
+        )
+        console.print(tables)
+        with (arguments.out / "table.txt").open("w", encoding="utf-8") as file:
+            Console(file=file, width=160).print(tables)
+
+
+def _record_files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*.jsonl")) if path.name != "steps.jsonl"]
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--budget", type=float, default=480.0, help="seconds for all steps")
+    parser.add_argument("--quick", action="store_true", help="small sizes: do all steps run")
+    parser.add_argument("--only", default="", help="the steps whose name contains this")
+    parser.add_argument("--out", type=Path, required=True, help="folder; records are appended")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""What one H100 should reach, and whether the records of a run say that it does.
+
+A rate is judged against the ceilings that were measured beside it in the same process, where the
+target names one of an H100's: 3.0 TB/s for a copy, 790 TFLOP/s for a product of matrices.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from benchmarks.records import Record, newest
+
+COPY = "copy of as many bytes"
+PYTHON_LOOPS = ("TRL: loop", "OpenRLHF: loop", "verl: loop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What the records say of a target."""
+
+    measured: str
+    is_met: bool | None
+    """None where it is not known whether it is met."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One line of the targets."""
+
+    name: str
+    goal: str
+    steps: tuple[str, ...]
+    """The steps that measure it, by the start of their names."""
+    judge: Callable[[Sequence[Record]], Finding | None]
+    """From all records of a device; None where they lack the measurement."""
+    operations: tuple[str, ...] = ()
+    """The kernels it stands on, by their names in the checks."""
+
+
+def _kernel_case(records: Sequence[Record], **wanted: object) -> list[Record]:
+    """The newest run's records of one case of the kernel suite, those that were timed."""
+    found = [
+        r
+        for r in records
+        if r["benchmark"] == "kernels" and all(r.get(k) == v for k, v in wanted.items())
+    ]
+    sizes = ("operation", "mode", "tokens", "vocab", "hidden", "sequences", "length")
+    return newest(found, lambda r: tuple(r.get(name) for name in sizes))
+
+
+def _timed(records: Sequence[Record]) -> dict[str, Record]:
+    return {r["provider"]: r for r in records if r["status"] == "timed"}
+
+
+def _rivals(timed: dict[str, Record]) -> Iterator[tuple[str, float]]:
+    for name, record in timed.items():
+        if not record["is_bound"] and not name.startswith("trident"):
+            yield name, record["median_ms"]
+
+
+def _best_rival(timed: dict[str, Record]) -> str:
+    name, ms = min(_rivals(timed), key=lambda rival: rival[1], default=("no rival", float("nan")))
+    return f"best rival {name} {ms:.3g} ms"
+
+
+def _is_ahead(timed: dict[str, Record]) -> bool:
+    ours = timed["trident"]["median_ms"]
+    return all(ours < ms for _, ms in _rivals(timed))
+
+
+def _logprobs(records: Sequence[Record]) -> Finding | None:
+    cases = _kernel_case(records, operation="logprobs", mode="forward+backward")
+    largest = max((r["tokens"] * r["vocab"] for r in cases), default=0)
+    timed = _timed([r for r in cases if r["tokens"] * r["vocab"] == largest])
+    if not {"trident", COPY} <= timed.keys():
+        return None
+    ours, copy = timed["trident"], timed[COPY]
+    share = copy["median_ms"] / ours["median_ms"]
+    return Finding(
+        measured=f"[{ours['tokens']}, {ours['vocab']}] {ours['median_ms']:.3g} ms, {share:.0%} of "
+        f"a copy ({copy['gb_per_s'] / 1e3:.2f} TB/s); {_best_rival(timed)}",
+        is_met=share >= 0.9 and _is_ahead(timed),
+    )
+
+
+def _linear_loss(records: Sequence[Record]) -> Finding | None:
+    cases = _kernel_case(records, operation="linear_loss", mode="forward+backward")
+    cases = [r for r in cases if r.get("hidden") == 4096]
+    most = max((r["tokens"] for r in cases), default=0)
+    timed = _timed([r for r in cases if r["tokens"] == most])
+    if not {"trident", "bare products"} <= timed.keys():
+        return None
+    ours = timed["trident"]
+    share = timed["bare products"]["median_ms"] / ours["median_ms"]
+    # The gradients themselves are results: what is asked of is the memory beside them.
+    results = most * ours["hidden"] * 2 + ours["vocab"] * ours["hidden"] * 2
+    extra = ours["peak_bytes"] - results
+    return Finding(
+        measured=f"{most} tokens: {share:.0%} of the bare products, {extra / 2**20:.0f} MiB beside "
+        f"the gradients; {_best_rival(timed)}, ours {ours['median_ms']:.3g} ms",
+        is_met=share >= 0.85 and extra <= 512 * 2**20,
+    )
+
+
+def _gae(records: Sequence[Record]) -> Finding | None:
+    timed = _timed(_kernel_case(records, operation="gae", sequences=512, length=1024))
+    if "trident" not in timed:
+        return None
+    ours = timed["trident"]
+    wall = ours["wall_ms"] or ours["median_ms"]
+    loops = {n: r["median_ms"] for n, r in timed.items() if "loop" in n and "compile" not in n}
+    least = min(loops.values(), default=float("nan")) / wall
+    return Finding(
+        measured=f"{ours['launches']} launches, {ours['median_ms'] * 1e3:.0f} us on the device, "
+        f"{wall * 1e3:.0f} us wall, {least:.0f}x the fastest of {len(loops)} Python loops",
+        is_met=ours["launches"] == 1 and wall <= 0.035 and least >= 1000,
+    )
+
+
+def _ppo_loss(records: Sequence[Record]) -> Finding | None:
+    timed = _timed(_kernel_case(records, operation="ppo_loss", tokens=131072))
+    if "trident" not in timed:
+        return None
+    ours = timed["trident"]
+    repeats = ours.get("is_deterministic")
+    return Finding(
+        measured=f"{ours['launches']} launches, {ours['median_ms'] * 1e3:.0f} us, "
+        f"{'the same bits twice' if repeats else 'other bits the second time'}; "
+        f"{_best_rival(timed)}",
+        is_met=ours["launches"] <= 2 and bool(repeats),
+    )
+
+
+def _newest_of(records: Sequence[Record], benchmark: str, **wanted: object) -> list[Record]:
+    found = [
+        r
+        for r in records
+        if r["benchmark"] == benchmark and all(r.get(k) == v for k, v in wanted.items())
+    ]
+    return newest(found, lambda r: (r["benchmark"], str(r.get("size")), r.get("workload")))
+
+
+def _of_1_3b(records: Sequence[Record]) -> dict[str, Record]:
+    return {
+        r["provider"]: r
+        for r in records
+        if (r.get("size") or r.get("job", {}).get("size", {})).get("hidden_size") == 2048
+    }
+
+
+def _decode(records: Sequence[Record]) -> Finding | None:
+    found = _of_1_3b(_newest_of(records, "generation", workload="decode"))
+    if "trident" not in found:
+        return None
+    ours = found["trident"]
+    syncs = ours["syncs_per_token"]
+    return Finding(
+        measured=f"{ours['step_ms']:.2f} ms a step, {ours['bandwidth_share']:.0%} of the bound, "
+        f"{syncs:.2f} host syncs a token, {'graphs' if ours['cuda_graphs'] else 'eager'}",
+        is_met=ours["bandwidth_share"] >= 0.6 and syncs < 1 and bool(ours["cuda_graphs"]),
+    )
+
+
+def _sft_step(records: Sequence[Record]) -> Finding | None:
+    found = _of_1_3b(_newest_of(records, "train_step"))
+    if "trident" not in found:
+        return None
+    ours, beside = found["trident"], ""
+    if "huggingface" in found:
+        beside = f"; plain torch {found['huggingface']['mfu']:.0%}"
+    return Finding(
+        measured=f"{ours['model_flops_per_s'] / 1e12:.0f} TFLOP/s, {ours['mfu']:.0%} of the "
+        f"datasheet, {ours['peak_bytes'] / 1e9:.0f} GB{beside}",
+        is_met=ours["mfu"] >= 0.5,
+    )
+
+
+def _ppo_step(records: Sequence[Record]) -> Finding | None:
+    found = _of_1_3b(_newest_of(records, "ppo_step"))
+    if "trident" not in found:
+        return None
+    ours, trl = found["trident"], found.get("trl")
+    measured = f"{ours['episodes_per_s']:.1f} episodes/s, {ours['peak_bytes'] / 1e9:.0f} GB"
+    if trl is None:
+        return Finding(measured=f"{measured}; TRL not measured", is_met=None)
+    ratio = ours["episodes_per_s"] / trl["episodes_per_s"]
+    return Finding(measured=f"{measured}; {ratio:.1f}x TRL's PPO", is_met=ratio >= 5)
+
+
+def _swap(records: Sequence[Record]) -> Finding | None:
+    found = _of_1_3b(_newest_of(records, "residency"))
+    if "host" not in found or "swap_bytes_per_s" not in found["host"]:
+        return None
+    host = found["host"]
+    share = host["swap_bytes_per_s"] / host["link_bytes_per_s"]
+    return Finding(
+        measured=f"{host['swap_bytes_per_s'] / 1e9:.1f} GB/s, {share:.0%} of the link, "
+        f"{host['hidden_fraction']:.0%} hidden",
+        is_met=share >= 0.8,
+    )
+
+
+TARGETS = (
+    Target(
+        name="log-probs from logits, forward + backward, bf16",
+        goal=">= 90% of a copy at 6 bytes an element; ahead of the rivals in the same run",
+        steps=("time logprobs",),
+        judge=_logprobs,
+        operations=("logprobs", "logprobs_entropy"),
+    ),
+    Target(
+        name="log-probs from hidden states, forward + backward",
+        goal=">= 85% of the bare products at hidden 4096; <= 512 MiB beside the gradients",
+        steps=("time linear_loss",),
+        judge=_linear_loss,
+        operations=("linear_logprobs", "linear_loss"),
+    ),
+    Target(
+        name="GAE, KL shaping and whitening statistics, [512, 1024] packed",
+        goal="one launch, <= 35 us wall, >= 1000x the Python loops",
+        steps=("time gae",),
+        judge=_gae,
+        operations=("gae",),
+    ),
+    Target(
+        name="PPO loss, forward + backward, 131,072 tokens",
+        goal="one launch and one reduction, deterministic",
+        steps=("time ppo_loss",),
+        judge=_ppo_loss,
+        operations=("ppo_loss",),
+    ),
+    Target(
+        name="decode, 1.3B bf16, 64 sequences at 1024 tokens",
+        goal=">= 60% of the bandwidth bound, CUDA graphs, no host sync a token",
+        steps=("decode 1.3b",),
+        judge=_decode,
+        operations=("decode_attention", "sample", "sample_top_p", "layer_norm"),
+    ),
+    Target(
+        name="SFT step, 1.3B, sequences of 2048, bf16",
+        goal=">= 50% of 989 TFLOP/s (model FLOPs)",
+        steps=("train_step 1.3b",),
+        judge=_sft_step,
+        operations=("linear_loss", "layer_norm"),
+    ),
+    Target(
+        name="PPO iteration, policy and critic of 1.3B, all four models on one GPU",
+        goal="fits in 80 GB; >= 5x the episodes/s of TRL's PPO at equal work",
+        steps=("ppo_step 1.3b",),
+        judge=_ppo_step,
+    ),
+    Target(
+        name="swap of a frozen model from pinned memory",
+        goal=">= 80% of the link's bandwidth; hidden fraction reported",
+        steps=("residency 1.3b",),
+        judge=_swap,
+    ),
+)

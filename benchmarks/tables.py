@@ -1,0 +1,149 @@
+"""Writes the performance tables of README.md and benchmarks/README.md from benchmarks/results/.
+
+    make tables
+
+A table stands between two comment lines, `<!-- NAME: from benchmarks/results by make tables -->`
+and `<!-- end of NAME -->`; what is between them is replaced.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.gpu.summary import target_lines
+from benchmarks.gpu.targets import TARGETS
+from benchmarks.records import Record, newest, read_records
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path("benchmarks/results")
+_SIZES = ("tokens", "rows", "sequences", "prompts", "length", "context", "hidden", "heads", "vocab")
+
+
+def tables(root: Path) -> dict[str, dict[str, str]]:
+    """Return the Markdown of every table, by document and name."""
+    devices = {p.stem: read_records(p) for p in sorted((root / RESULTS).glob("*.jsonl"))}
+    gpus = {name: records for name, records in devices.items() if name != "cpu"}
+    return {
+        "README.md": {
+            "targets": _join(_targets(records) for records in gpus.values()),
+            "generation": _generation([r for records in devices.values() for r in records]),
+        },
+        "benchmarks/README.md": {
+            "kernels": _join(_kernels(records) for records in gpus.values()),
+        },
+    }
+
+
+def written(text: str, name: str, table: str) -> str:
+    """Return a document's text with a table in its place. Raises ValueError where it has none."""
+    begin, end = (
+        f"<!-- {name}: from benchmarks/results by make tables -->",
+        f"<!-- end of {name} -->",
+    )
+    pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"expected {begin} and {end} once in the document")
+    return pattern.sub(lambda _: f"{begin}\n{table}\n{end}", text)
+
+
+def documents(root: Path) -> dict[Path, str]:
+    """Return the whole text of every document, its tables as the results say."""
+    texts = {}
+    for document, named in tables(root).items():
+        text = (root / document).read_text(encoding="utf-8")
+        for name, table in named.items():
+            text = written(text, name, table)
+        texts[root / document] = text
+    return texts
+
+
+def _targets(records: Sequence[Record]) -> str:
+    goals = {target.name: target.goal for target in TARGETS}
+    lines = target_lines(records, {}, judges_speed=True)
+    rows = [(line.name, goals[line.name], line.verdict, line.detail) for line in lines]
+    return f"**{_origin(records)}**\n\n" + _markdown(("what", "target", "verdict", "seen"), rows)
+
+
+def _kernels(records: Sequence[Record]) -> str:
+    """A table a device: a row a case, ours beside the bound and the rivals."""
+    found = [r for r in records if r["benchmark"] == "kernels" and r["status"] == "timed"]
+    found = newest(found, _case)
+    cases: dict[object, list[Record]] = {}
+    for record in found:
+        cases.setdefault(_case(record), []).append(record)
+    rows = []
+    for providers in cases.values():
+        ours = next((r for r in providers if r["provider"] == "trident"), None)
+        if ours is None:
+            continue
+        bounds = [r for r in providers if r["is_bound"]]
+        rivals = [
+            r for r in providers if not (r["is_bound"] or r["provider"].startswith("trident"))
+        ]
+        rivals.sort(key=lambda r: r["median_ms"])
+        size = ", ".join(f"{name} {ours[name]}" for name in _SIZES if name in ours)
+        rows.append(
+            (
+                f"{ours['operation']}, {ours['mode']}",
+                size,
+                f"{ours['median_ms']:.3g}",
+                "; ".join(f"{r['median_ms']:.3g} ({r['provider']})" for r in bounds),
+                "; ".join(f"{r['median_ms']:.3g} {r['provider']}" for r in rivals[:3]),
+            )
+        )
+    head = ("operation", "size", "ours, ms", "bound, ms", "the fastest others, ms")
+    return f"**{_origin(records)}**\n\n" + _markdown(head, rows)
+
+
+def _case(record: Record) -> tuple:
+    sizes = (*_SIZES, "completions", "block_size")
+    return record["operation"], record["mode"], *(record.get(name) for name in sizes)
+
+
+def _generation(records: Sequence[Record]) -> str:
+    """Useful tokens a second of every provider, a row a device, size and workload."""
+
+    def case(record: Record) -> tuple:
+        return record["device"], str(record["size"]), record["workload"]
+
+    found = [r for r in records if r["benchmark"] == "generation" and "tokens_per_s" in r]
+    cases: dict[tuple, list[Record]] = {}
+    for record in newest(found, case):
+        cases.setdefault(case(record), []).append(record)
+    rows = []
+    for (device, _, workload), providers in cases.items():
+        size = providers[0]["size"]
+        speeds = (f"{r['provider']} {r['tokens_per_s']:,.0f}" for r in providers)
+        shape = f"{size['num_layers']} x {size['hidden_size']}, batch {providers[0]['batch']}"
+        rows.append((device, shape, workload, "; ".join(speeds), providers[0]["commit"]))
+    return _markdown(("device", "model", "answers", "useful tokens/s", "commit"), rows)
+
+
+def _origin(records: Sequence[Record]) -> str:
+    last = max(records, key=lambda record: record["date"])
+    versions = ", ".join(f"{name} {last[name]}" for name in ("torch", "triton", "megatron-core"))
+    commits = sorted({str(record["commit"]) for record in records})
+    return f"{last['device']}, {versions}; commits {', '.join(commits)}; until {last['date'][:10]}"
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    cells = ([str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _join(parts: Iterable[str]) -> str:
+    return "\n\n".join(parts) or "Nothing has been measured on a GPU yet."
+
+
+def main(write: Callable[[str], object] = print) -> None:
+    """Write the documents; say which of them changed."""
+    for path, text in documents(ROOT).items():
+        if path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            write(f"{path.relative_to(ROOT)}: written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The documents have the tables that the results give."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.records import newest, read_records
+from benchmarks.tables import ROOT, documents, written
+
+
+def test_the_documents_are_what_make_tables_writes():
+    for path, text in documents(ROOT).items():
+        assert path.read_text() == text, f"{path.name} is not what the results say: make tables"
+
+
+def test_a_new_result_changes_the_table(tmp_path):
+    for name in ("README.md", "benchmarks/README.md", "benchmarks/results/cpu.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    results = tmp_path / "benchmarks/results/cpu.jsonl"
+    record = read_records(results)[0] | {"date": "2999-01-01", "tokens_per_s": 123456.0}
+    with results.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    before = (tmp_path / "README.md").read_text()
+    after = documents(tmp_path)[tmp_path / "README.md"]
+    assert "123,456" in after
+    assert "123,456" not in before
+
+
+def test_a_document_without_the_place_is_an_error():
+    with pytest.raises(ValueError, match="end of targets"):
+        written("no place", "targets", "| a |")
+
+
+def test_providers_of_one_run_stay_together():
+    def record(provider: str, date: str) -> dict:
+        return {"case": 1, "provider": provider, "date": date}
+
+    records = [record("ours", "1"), record("theirs", "1"), record("ours", "2")]
+    assert newest(records, lambda r: r["case"]) == [record("ours", "2")]
+
+
+def test_a_broken_line_is_named_and_a_cut_one_left_out(tmp_path: Path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"benchmark": "a"}\n{"benchmark": "b"')
+    assert read_records(path) == [{"benchmark": "a"}]
+    path.write_text('{"benchmark": "a"}\n{"benchm\n')
+    with pytest.raises(ValueError, match=r"x.jsonl:2: no JSON"):
+        read_records(path)
