@@ -1,4 +1,4 @@
-"""What the minutes of a GPU are spent on, the most valuable first.
+"""What the minutes of a GPU are spent on.
 
 Checks time nothing and run side by side: every kernel against fp64, every test that needs a GPU.
 Measurements follow, those of the targets first, each alone on the device.
@@ -12,6 +12,50 @@ from benchmarks.gpu.spend import Step
 from benchmarks.kernels import OPERATIONS
 
 ROOT = Path(__file__).parents[2]
+
+# (name, seconds after which it counts as hung, program of benchmarks/ with its arguments)
+FULL: tuple[tuple[str, float, str], ...] = (
+    # The targets' (targets.py), at the targets' sizes.
+    ("time logprobs", 60, "kernels --ops logprobs --size tokens=32768 --limit 8"),
+    (
+        "time linear_loss",
+        90,
+        "kernels --ops linear_loss --size tokens=131072,hidden=4096 --limit 10",
+    ),
+    ("time gae", 60, "kernels --ops gae --size sequences=512,length=1024 --limit 8"),
+    ("time ppo_loss", 40, "kernels --ops ppo_loss --size tokens=131072 --limit 5"),
+    ("decode 1.3b", 90, "generation --size 1.3b --workload decode --num-samples 3"),
+    ("train_step 1.3b", 90, "train_step --size 1.3b --num-samples 5 --profile OUT/profile.txt"),
+    ("ppo_step 1.3b", 120, "ppo_step --size 1.3b --num-samples 2 --seconds 25"),
+    ("residency 1.3b", 60, "residency --size 1.3b --quick"),
+    # What else a run should know.
+    ("tune_kernels", 60, "tune_kernels"),
+    ("plan_accuracy 1.3b", 60, "plan_accuracy --size 1.3b --no-ppo"),
+    ("generation 1.3b", 90, "generation --size 1.3b --workload mixed --num-samples 2"),
+    ("train_step 125m", 60, "train_step --size 125m --num-samples 5"),
+    ("ppo_step 125m", 60, "ppo_step --size 125m --num-samples 2 --seconds 15"),
+    ("time all kernels", 300, "kernels --quick --limit 5"),
+    ("residency 1.3b, whole", 90, "residency --size 1.3b --num-samples 1"),
+)
+"""On a GPU, the most valuable first."""
+QUICK: tuple[tuple[str, float, str], ...] = (
+    ("time logprobs", 60, "kernels --ops logprobs --quick --limit 5"),
+    ("time linear_loss", 60, "kernels --ops linear_loss --quick --limit 5"),
+    ("time gae", 60, "kernels --ops gae --quick --limit 5"),
+    ("time ppo_loss", 60, "kernels --ops ppo_loss --quick --limit 5"),
+    ("decode 1.3b", 90, "generation --workload decode --num-samples 1 --batch 4 --context 160"),
+    ("train_step 1.3b", 90, "train_step --size tiny --num-samples 2 --num-sequences 4"),
+    (
+        "ppo_step 1.3b",
+        90,
+        "ppo_step --size tiny --num-samples 1 --num-episodes 8 --minibatch-size 4"
+        " --response-tokens 16",
+    ),
+    ("residency 1.3b", 60, "residency --size tiny --quick"),
+    ("tune_kernels", 60, "tune_kernels"),
+    ("plan_accuracy 1.3b", 60, "plan_accuracy --size tiny --no-ppo --num-sequences 4"),
+)
+"""The same programs at sizes that a CPU does in seconds."""
 
 
 def all_steps(device: str, out: Path, *, is_quick: bool) -> list[Step]:
@@ -55,38 +99,10 @@ def files_with_gpu_tests() -> list[str]:
 
 
 def _measurements(device: str, out: Path, *, is_quick: bool) -> Iterator[Step]:
-    def step(name: str, limit: float, program: str, *arguments: str) -> Step:
-        common = ("--device", device, "--out", str(out))
-        return Step(
+    common = ("--device", device, "--out", str(out))
+    for name, limit, command in QUICK if is_quick else FULL:
+        program, *arguments = command.split(" ")
+        arguments = [argument.replace("OUT", str(out)) for argument in arguments]
+        yield Step(
             name=name, command=("-m", f"benchmarks.{program}", *arguments, *common), limit=limit
         )
-
-    quick = ("--quick",) if is_quick else ()
-    for name in ("logprobs", "linear_loss", "gae", "ppo_loss"):
-        yield step(f"time {name}", 60, "kernels", "--ops", name, *quick)
-    if device == "cpu" or is_quick:
-        yield step("generation", 60, "generation", "--num-samples", "1", "--workload", "fixed")
-        yield step("train_step", 60, "train_step", "--size", "tiny", "--num-samples", "2")
-        small = ("--num-episodes", "8", "--minibatch-size", "4", "--response-tokens", "16")
-        yield step("ppo_step", 90, "ppo_step", "--size", "tiny", "--num-samples", "1", *small)
-        yield step("residency", 60, "residency", "--size", "tiny", "--num-samples", "1")
-        yield step("plan_accuracy", 60, "plan_accuracy", "--size", "tiny", "--no-ppo")
-        return
-    yield step(
-        "generation 125m",
-        60,
-        "generation",
-        "--size",
-        "125m",
-        "--num-samples",
-        "2",
-        "--workload",
-        "fixed",
-    )
-    yield step("train_step 125m", 60, "train_step", "--size", "125m")
-    yield step("ppo_step 125m", 60, "ppo_step", "--size", "125m", "--num-samples", "2")
-    yield step("train_step 1.3b", 90, "train_step", "--size", "1.3b", "--num-samples", "4")
-    yield step("generation 1.3b", 90, "generation", "--size", "1.3b", "--workload", "fixed")
-    yield step("ppo_step 1.3b", 120, "ppo_step", "--size", "1.3b", "--num-samples", "2")
-    yield step("residency 1.3b", 90, "residency", "--size", "1.3b", "--num-samples", "1")
-    yield step("plan_accuracy 1.3b", 90, "plan_accuracy", "--size", "1.3b", "--no-ppo")
