@@ -240,7 +240,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the working tree, marked where files differ from it."""
+    """Commit of the working tree, marked where files differ from it.
+
+    A tree that was copied without its history is told its commit by TRIDENT_COMMIT.
+    """
+    if told := os.environ.get("TRIDENT_COMMIT"):
+        return told
     commit = _output_of("git", "rev-parse", "--short", "HEAD")
     is_changed = _output_of("git", "status", "--porcelain", "--untracked-files=no")
     return f"{commit}+changes" if commit and is_changed else commit

@@ -75,6 +75,13 @@ def test_machine_says_what_a_number_depends_on():
     assert {"threads", "triton", "commit", "date"} <= found.keys()
 
 
+def test_a_copied_tree_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("TRIDENT_COMMIT", "abc1234+changes")
+    assert machine(CPU)["commit"] == "abc1234+changes"
+    monkeypatch.setenv("TRIDENT_COMMIT", "")
+    assert machine(CPU)["commit"] != ""
+
+
 @pytest.mark.gpu
 def test_gpu_clock_launches_and_graph():
     from benchmarks.timing import as_cuda_graph, device_clock, num_launches
