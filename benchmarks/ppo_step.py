@@ -1,180 +1,204 @@
-"""Times an iteration of PPO-ptx by its phases: rollout, score, advantage, update.
+"""Times an iteration of PPO beside TRL's PPOTrainer at equal work, and one of PPO-ptx.
 
     python -m benchmarks.ppo_step --device cpu --size tiny
     python -m benchmarks.ppo_step --device cuda --size 1.3b --out benchmarks/results
 
-engine.ppo.train itself runs, on random weights and prompts of words without meaning: such a policy
-hardly ever ends a response, so nearly all have the full number of tokens. The first iteration warms
-up and is not counted.
+"trident" and "trl" are plain PPO on models of the same sizes with random weights, on the same
+prompts, with responses of one length that nothing ends, in as many optimizer steps of as many
+episodes; see trl_ppo.py for how TRL is set. "trident, ptx" adds the pretraining gradient, which TRL
+does not have. The first iteration warms up and is not counted.
+
+Providers run one after the other, and each has given its memory back before the next: at 1.3B on
+80 GB ours takes 58 GB between phases and a network's activations besides, TRL 26 GB in bf16 (42 GB
+and 5 GB mixed) and its logits.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import importlib
-import io
-import json
-import random
-import resource
+import gc
+import math
 import statistics
 import sys
-import tempfile
+import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import trl_ppo
+from benchmarks.ppo_job import Effort, Job, Measured, peak_bytes
+from benchmarks.ppo_scene import PHASES, build, random_feed, random_prompts, run_iteration
 from benchmarks.timing import append_record, machine, records_path
-from engine.checkpoint import Checkpointer
-from engine.data.tokenizer import END_OF_TEXT, load_tokenizer
-from engine.metrics import read_metrics
-from engine.network import Kind, build_network
-from engine.parallel import start_parallel
-from engine.ppo import train
+from engine.feed import Feed
+from engine.parallel import Parallel, start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.ppo import PPOConfig, PPOData
 from engine.settings.sampling import SamplingConfig
-from models.sizes import SIZES, GPTSize
+from models.sizes import SIZES
 
-PHASES = ("rollout", "score", "advantage", "update")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One iteration, its lengths in tokens."""
-
-    size: GPTSize
-    critic_size: GPTSize
-    numerics: Numerics
-    num_episodes: int
-    minibatch_size: int
-    prompt_tokens: int
-    response_tokens: int
-    pretraining_tokens: int
-    ptx_examples_per_episode: int
-    micro_batch_tokens: int
+PROVIDERS = ("trident", "trl", "trl, mixed", "trident, ptx")
 
 
-def write_files(folder: Path, job: Job) -> None:
-    """Write a tokenizer of one word a token, prompts, pretraining text and random checkpoints."""
-    draw = random.Random(0)
-    num_words = job.size.vocab_size - 1
-
-    def text(count: int) -> str:
-        return " ".join(f"w{draw.randrange(num_words)}" for _ in range(count))
-
-    words = {f"w{n}": n for n in range(num_words)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens([END_OF_TEXT])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    with (folder / "prompts.jsonl").open("w") as file:
-        for _ in range(job.num_episodes):
-            file.write(json.dumps({"prompt": text(job.prompt_tokens)}) + "\n")
-    num_examples = job.ptx_examples_per_episode * job.minibatch_size
-    with (folder / "pretraining.jsonl").open("w") as file:
-        for _ in range(num_examples):
-            file.write(json.dumps({"text": text(job.pretraining_tokens)}) + "\n")
-    _write_checkpoint(folder / "policy", "policy", "language", job.size, job.numerics)
-    _write_checkpoint(folder / "rm", "reward_model", "scalar", job.critic_size, job.numerics)
-
-
-def _write_checkpoint(run: Path, role: str, kind: Kind, size: GPTSize, numerics: Numerics) -> None:
-    parallel = start_parallel(ParallelLayout(), seed=0)
-    tokenizer = load_tokenizer(run.parent / "tokenizer.json")
-    Checkpointer(
-        directory=run / "checkpoints",
-        parallel=parallel,
-        networks={role: build_network(kind, size, parallel, numerics=numerics)},
-        optimizers={},
-        tokenizer_fingerprint=tokenizer.fingerprint(),
-    ).save(0, {})
-    tokenizer.save(run / "tokenizer")
-
-
-def config_of(job: Job, folder: Path, num_iterations: int) -> PPOConfig:
-    """Return PPO-ptx with the paper's coefficients over the files of `folder`."""
+def config_of(job: Job, num_iterations: int) -> PPOConfig:
+    """Return the paper's coefficients for a job."""
+    num_ptx = job.ptx_examples_per_episode
     return PPOConfig(
-        directory=folder / "ppo",
-        policy=folder / "policy",
-        reward_model=folder / "rm",
         data=PPOData(
-            prompts=folder / "prompts.jsonl",
-            pretraining=folder / "pretraining.jsonl",
-            pretraining_tokens=job.pretraining_tokens,
-            max_prompt_tokens=job.prompt_tokens,
+            pretraining_tokens=job.pretraining_tokens, max_prompt_tokens=job.prompt_tokens
         ),
         sampling=SamplingConfig(
-            max_new_tokens=job.response_tokens, num_slots=min(job.num_episodes, 256)
+            max_new_tokens=job.response_tokens,
+            num_slots=min(job.num_episodes, 256),
+            # All prompts in few steps, as a batch generator has them: at most 16k tokens at once.
+            prefill_tokens=max(1024, min(2**14, job.num_episodes * job.prompt_tokens)),
         ),
         iterations=num_iterations,
         rollout_batch_size=job.num_episodes,
         minibatch_size=job.minibatch_size,
-        ptx_examples_per_episode=job.ptx_examples_per_episode,
+        ptx_coef=PPOConfig.ptx_coef if num_ptx else 0.0,
+        ptx_examples_per_episode=max(1, num_ptx),
         micro_batch_tokens=job.micro_batch_tokens,
         numerics=job.numerics,
-        num_shown=0,
     )
 
 
-def measure(job: Job, device: torch.device, num_samples: int) -> dict[str, Any]:
-    """Return the record of this engine: medians over `num_samples` iterations after the first."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_files(folder, job)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-        with contextlib.redirect_stdout(io.StringIO()):
-            train(config_of(job, folder, num_samples + 1))
-        rows = read_metrics(folder / "ppo")[1:]
-    seconds = [sum(row[f"{phase}/seconds"] for phase in PHASES) for row in rows]
-    median = statistics.median(seconds)
+def feed_of(job: Job, config: PPOConfig, parallel: Parallel) -> Feed | None:
+    """Return the job's pretraining text, None without ptx."""
+    if not job.ptx_examples_per_episode:
+        return None
+    return random_feed(config, job.size, parallel, job.pretraining_tokens)
+
+
+def run_trident(job: Job, device: torch.device, effort: Effort) -> Measured:
+    """Run this engine's iterations."""
+    config = config_of(job, effort.num_samples + 1)
+    parallel = start_parallel(ParallelLayout(), seed=0)
+    feed = feed_of(job, config, parallel)
+    scene = build(config, (job.size, job.critic_size), parallel, feed)
+    prompts = random_prompts(job.size, job.num_episodes, job.prompt_tokens)
+    iterations = []
+    started = time.monotonic()
+    for number in range(effort.num_samples + 1):
+        if number > 1 and time.monotonic() - started > effort.seconds:
+            break
+        iterations.append(run_iteration(scene, config, prompts, number))
+    last = iterations[-1]
+    return Measured(
+        seconds=[iteration.seconds for iteration in iterations[1:]],
+        num_response_tokens=int(last.rollout.response_mask.sum()),
+        num_updates=job.num_updates,
+        losses=(last.values["update/policy_loss"], last.values["update/value_loss"]),
+        kl_per_token=iterations[0].values["score/kl_per_token"],
+        peak_bytes=peak_bytes(device),
+    )
+
+
+def measure(
+    job: Job, device: torch.device, effort: Effort, *, provider: str = "trident"
+) -> dict[str, Any]:
+    """Return a provider's record: medians over the iterations after the first.
+
+    Raises RuntimeError where it did another amount of work, or its losses are not finite;
+    ImportError where TRL is missing.
+    """
+    job = job if provider == "trident, ptx" else job.plain()
+    free_memory(device)
+    if provider.startswith("trl"):
+        run: Callable[..., Measured] = trl_ppo.run_trl
+        options = {"is_mixed": provider == "trl, mixed"}
+    else:
+        run, options = run_trident, {}
+    gc.freeze()  # TRL collects garbage in every iteration: only what it makes itself
+    done = run(job, device, effort, **options)
+    gc.unfreeze()
+    free_memory(device)
+    _check(job, done, provider)
+    totals = [sum(phases.values()) for phases in done.seconds]
     return {
         "benchmark": "ppo_step",
-        "provider": "trident",
-        "median_s": median,
-        "num_samples": len(rows),
+        "provider": provider,
+        "median_s": statistics.median(totals),
+        "min_s": min(totals),
+        "num_samples": len(totals),
         "phase_s": {
-            phase: statistics.median(row[f"{phase}/seconds"] for row in rows) for phase in PHASES
+            phase: statistics.median(phases[phase] for phases in done.seconds)
+            for phase in done.seconds[0]
         },
-        "episodes_per_s": job.num_episodes / median,
-        "response_tokens": statistics.mean(row["rollout/response_tokens"] for row in rows),
-        "peak_bytes": _peak_bytes(device),
+        "episodes_per_s": job.num_episodes / statistics.median(totals),
+        "num_response_tokens": done.num_response_tokens,
+        "num_updates": done.num_updates,
+        "policy_loss": done.losses[0],
+        "value_loss": done.losses[1],
+        "first_kl_per_token": done.kl_per_token,
+        "peak_bytes": done.peak_bytes,
+        "order": "one after the other, memory given back between",
+        "settings": trl_ppo.settings(job, is_mixed=provider == "trl, mixed")
+        if provider.startswith("trl")
+        else {},
         "job": dataclasses.asdict(job),
     }
 
 
-def rival() -> str:
-    """Return why TRL's PPO does not stand beside ours."""
-    try:
-        version = importlib.import_module("trl").__version__
-    except ImportError:
-        return "TRL is not installed: left out"
-    for module in ("trl", "trl.experimental.ppo"):
-        with contextlib.suppress(ImportError, RuntimeError):
-            if hasattr(importlib.import_module(module), "PPOTrainer"):
-                return f"TRL {version} has a PPO trainer; this script does not run it: left out"
-    return f"TRL {version} has no PPO trainer: left out"
+def _check(job: Job, done: Measured, provider: str) -> None:
+    """Raise RuntimeError where a provider did not do the job."""
+    wanted, found = job.num_response_tokens, done.num_response_tokens
+    if found != wanted:
+        raise RuntimeError(f"{provider} drew {found} response tokens, the job has {wanted}")
+    if done.num_updates != job.num_updates:
+        raise RuntimeError(
+            f"{provider} took {done.num_updates} optimizer steps, the job has {job.num_updates}"
+        )
+    if not all(math.isfinite(loss) for loss in done.losses):
+        raise RuntimeError(f"{provider}'s losses are not finite: {done.losses}")
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nobody holds any more, and count the peak anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def main() -> None:
-    """Time iterations; print a table and, with --out, append a record."""
+    """Time the providers; print a table and, with --out, append each record as it is there."""
     arguments = _parse()
     warnings.filterwarnings("ignore")
     device = torch.device(arguments.device)
     where = machine(device)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
-    name = arguments.size or ("tiny" if device.type == "cpu" else "1.3b")
+    job = _job(arguments, device)
+    effort = Effort(num_samples=arguments.num_samples, seconds=arguments.seconds)
+    records: list[dict[str, Any]] = []
+    for provider in arguments.providers:
+        try:
+            record = measure(job, device, effort, provider=provider)
+        except ImportError as error:
+            console.print(f"{provider} is left out: {error}")
+            continue
+        except torch.OutOfMemoryError as error:
+            console.print(f"{provider} is left out: {str(error).partition('. ')[0]}")
+            continue
+        ours = next((r for r in records if r["provider"] == "trident"), None)
+        if ours and provider.startswith("trl"):
+            record["trident_episodes_ratio"] = ours["episodes_per_s"] / record["episodes_per_s"]
+        records.append(record)
+        if arguments.out:
+            append_record(records_path(arguments.out, device), record | where)
+        console.print(f"{provider}: {record['episodes_per_s']:.2f} episodes/s")
+    console.print(_table(job, records))
+
+
+def _job(arguments: argparse.Namespace, device: torch.device) -> Job:
     on_gpu = device.type == "cuda"
-    job = Job(
+    name = arguments.size or ("1.3b" if on_gpu else "tiny")
+    return Job(
         size=SIZES[name],
         critic_size=SIZES[arguments.critic_size or name],
         numerics=Numerics(dtype="bf16" if on_gpu else "fp32", recompute=arguments.recompute),
@@ -186,35 +210,27 @@ def main() -> None:
         ptx_examples_per_episode=arguments.ptx_examples_per_episode,
         micro_batch_tokens=arguments.micro_batch_tokens,
     )
-    record = measure(job, device, arguments.num_samples)
-    record["rival"] = rival()
-    console.print(_table(job, record))
-    console.print(record["rival"])
-    if arguments.out:
-        append_record(records_path(arguments.out, device), record | where)
 
 
-def _peak_bytes(device: torch.device) -> int:
-    """Most memory of the device that torch gave out; on a CPU the most the process ever held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _table(job: Job, record: dict[str, Any]) -> Table:
+def _table(job: Job, records: list[dict[str, Any]]) -> Table:
     title = (
         f"{job.num_episodes} episodes of {job.prompt_tokens} + {job.response_tokens} tokens, "
-        f"minibatches of {job.minibatch_size}, {job.ptx_examples_per_episode} x "
-        f"{job.pretraining_tokens} tokens of pretraining text an episode"
+        f"minibatches of {job.minibatch_size}; ptx: {job.ptx_examples_per_episode} x "
+        f"{job.pretraining_tokens} tokens of text an episode"
     )
-    table = Table("provider", *PHASES, "seconds", "episodes/s", "peak GB", title=title)
-    table.add_row(
-        record["provider"],
-        *(f"{record['phase_s'][phase]:.3f}" for phase in PHASES),
-        f"{record['median_s']:.3f}",
-        f"{record['episodes_per_s']:.2f}",
-        f"{record['peak_bytes'] / 1e9:.2f}",
-    )
+    table = Table("provider", *PHASES, "seconds", "episodes/s", "ours over it", "peak GB")
+    table.title = title
+    for record in records:
+        ratio = record.get("trident_episodes_ratio")
+        phases = record["phase_s"]
+        table.add_row(
+            record["provider"],
+            *(f"{phases[phase]:.3f}" if phase in phases else "" for phase in PHASES),
+            f"{record['median_s']:.3f}",
+            f"{record['episodes_per_s']:.2f}",
+            f"{ratio:.2f}" if ratio else "",
+            f"{record['peak_bytes'] / 1e9:.2f}",
+        )
     return table
 
 
@@ -232,6 +248,16 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--num-samples", type=int, default=3, help="iterations after the first")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="of a provider; one iteration is counted"
+    )
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        choices=PROVIDERS,
+        default=["trident", "trl", "trident, ptx"],
+        help="in this order",
+    )
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
     return parser.parse_args()
 

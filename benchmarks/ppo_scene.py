@@ -1,0 +1,177 @@
+"""Four random models, and one PPO iteration on them by the functions that engine.ppo.train calls.
+
+Nothing is read from or written to files, and no token ends a response, so that every response has
+the full number of tokens. Phases are timed from one synchronisation to the next.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.timing import wall_clock
+from engine.advantages import estimate_advantages
+from engine.data.examples import Example
+from engine.data.pretraining import TokenSequences
+from engine.ema import EMA
+from engine.feed import Feed
+from engine.network import Kind, Network, build_network
+from engine.optimizer import Optimizer
+from engine.parallel import Parallel
+from engine.ppo import Learner, merge_updates, minibatches, update
+from engine.residency.residency import Residency
+from engine.rollout import Rollout, generate_rollout, rollout_metrics, score_rollout
+from engine.settings.ppo import PPOConfig
+from kernels.moments import Whitening
+from models.sizes import GPTSize
+
+NO_EOS = -1
+PHASES = ("rollout", "score", "advantage", "update")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Four models under a residency."""
+
+    residency: Residency
+    learner: Learner
+    reference: Network
+    reward_model: Network
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iteration:
+    """What one iteration gave and took."""
+
+    rollout: Rollout
+    seconds: dict[str, float]
+    """By phase."""
+    values: dict[str, float]
+    """The metrics that engine.ppo.train logs."""
+
+    @property
+    def total_seconds(self) -> float:
+        """Of all phases."""
+        return sum(self.seconds.values())
+
+
+def build(
+    config: PPOConfig, sizes: tuple[GPTSize, GPTSize], parallel: Parallel, feed: Feed | None = None
+) -> Scene:
+    """Return freshly initialised models; reference and reward model hold the weights of policy and
+    critic. sizes: of policy and reference, of critic and reward model; feed: pretraining text."""
+    kinds: tuple[Kind, Kind] = ("language", "scalar")
+
+    def make(kind: Kind) -> Network:
+        size = sizes[kinds.index(kind)]
+        return build_network(kind, size, parallel, numerics=config.numerics)
+
+    policy, critic = (
+        Optimizer(make(kind), adam, total_steps=config.iterations)
+        for kind, adam in zip(kinds, (config.adam, config.critic_adam), strict=True)
+    )
+
+    def load(kind: Kind, into: Network | None) -> Network:
+        if into is not None:
+            into.weights_version += 1  # they are in the partner's memory already
+            return into
+        network = make(kind)
+        partner = (policy, critic)[kinds.index(kind)].network
+        for mine, theirs in zip(network.modules, partner.modules, strict=True):
+            for parameter, source in zip(mine.parameters(), theirs.parameters(), strict=True):
+                parameter.data.copy_(source.data)
+        return network
+
+    learner = Learner(
+        policy=policy, critic=critic, ema=EMA(policy, config.ema_decay), pretraining=feed
+    )
+    residency = Residency(config.residency, policy=policy, critic=critic, ema=learner.ema)
+    return Scene(
+        residency=residency,
+        learner=learner,
+        reference=residency.frozen("reference", sizes[0], lambda into: load("language", into)),
+        reward_model=residency.frozen("reward_model", sizes[1], lambda into: load("scalar", into)),
+    )
+
+
+def random_prompts(size: GPTSize, count: int, length: int) -> list[Example]:
+    """Return prompts of random tokens, the same at every call."""
+    tokens = np.random.default_rng(0).integers(0, size.vocab_size, (count, length))
+    return [Example(tokens=row, prompt_length=length) for row in tokens]
+
+
+def random_feed(config: PPOConfig, size: GPTSize, parallel: Parallel, length: int) -> Feed:
+    """Return pretraining sequences of random tokens, as many as an iteration's step reads."""
+    batch_size = config.ptx_examples_per_episode * config.minibatch_size
+    tokens = np.random.default_rng(1).integers(0, size.vocab_size, batch_size * length)
+    return Feed(
+        units=TokenSequences(tokens, length),
+        batch_size=batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
+        seed=config.seed,
+        parallel=parallel,
+    )
+
+
+def run_iteration(
+    scene: Scene, config: PPOConfig, prompts: Sequence[Example], iteration: int
+) -> Iteration:
+    """Run phases 2 to 5 on one rollout batch; iterations count from 0."""
+    learner, residency = scene.learner, scene.residency
+    policy, critic = learner.policy.network, learner.critic.network
+    clock = wall_clock(policy.parallel.device)
+    made: list[Rollout] = []
+    whitenings: list[Whitening | None] = []
+    updates: list[dict[str, float]] = []
+
+    def rollout() -> None:
+        with residency.rollout() as generator:
+            made.append(
+                generate_rollout(
+                    generator,
+                    prompts,
+                    config.sampling,
+                    eos_id=NO_EOS,
+                    seed=config.seed,
+                    first_sample_index=iteration * len(prompts),
+                )
+            )
+
+    def score() -> None:
+        with residency.score():
+            score_rollout(
+                made[0],
+                policy=policy,
+                reference=scene.reference,
+                critic=critic,
+                reward_model=scene.reward_model,
+                temperature=config.sampling.temperature,
+                micro_batch_tokens=config.micro_batch_tokens,
+                eos_rule=config.eos_rule,
+                eos_penalty=config.eos_penalty,
+            )
+
+    def advantage() -> None:
+        _, whitening = estimate_advantages(
+            made[0],
+            kl_coef=config.kl.coef,
+            kl_estimator=config.kl.estimator,
+            gamma=config.gamma,
+            lam=config.lam,
+            whiten=config.whiten_advantages,
+        )
+        whitenings.append(whitening)
+
+    def train() -> None:
+        with residency.update():
+            examples = made[0].examples()
+            for step, chosen in minibatches(config, iteration):
+                minibatch = [examples[i] for i in chosen]
+                updates.append(update(learner, config, minibatch, whitenings[0], step=step))
+            for network in (policy, critic):
+                network.settle()
+
+    calls: tuple[Callable[[], None], ...] = (rollout, score, advantage, train)
+    seconds = {phase: clock(call) / 1e3 for phase, call in zip(PHASES, calls, strict=True)}
+    values = rollout_metrics(made[0], seconds) | merge_updates(updates)
+    return Iteration(rollout=made[0], seconds=seconds, values=values)
