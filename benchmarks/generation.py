@@ -2,11 +2,14 @@
 
     python -m benchmarks.generation --device cpu
     python -m benchmarks.generation --device cuda --size 1.3b --out benchmarks/results
+    python -m benchmarks.generation --device cuda --workload decode --providers trident
 
 All providers have the same random GPT-2 and answer the same prompts with the same number of tokens,
 drawn at temperature 1; they take turns in one process, on the same number of threads. On "fixed"
 every answer has 64 tokens; on "mixed" 16 to 256, of which nobody is told in advance: Hugging Face
 decodes a batch until its longest answer is done. Only tokens up to an answer's own length count.
+"decode" is the step alone, at contexts of a given length, with CUDA graphs and without
+(decoding.py).
 """
 
 import argparse
@@ -14,6 +17,7 @@ import dataclasses
 import functools
 import math
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -27,21 +31,25 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
+from benchmarks import decoding
+from benchmarks.decoding import NO_EOS, NUM_SHORT, Decode, agreement, measure, measure_trident
+from benchmarks.random_gpt2 import random_gpt2
 from benchmarks.timing import append_record, machine, records_path, time_calls, wall_clock
 from engine.convert import load_huggingface
 from engine.generation.generate import generate
 from engine.generation.scheduler import Counts
 from engine.network import Network, build_network
-from engine.parallel import start_parallel
+from engine.parallel import Parallel, start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
 from models.sizes import SIZES, GPTSize
 
 PROMPT_LENGTH = 64
-NO_EOS = -1
+WORKLOADS = ("decode", "fixed", "mixed")
+PROVIDERS = ("trident", "huggingface", "vllm")
 BENCHMARK_SIZES = {
     "cpu": GPTSize(num_layers=4, hidden_size=256, num_heads=4, vocab_size=8192, context_length=512),
     "125m": SIZES["125m"],
@@ -107,7 +115,7 @@ def run_huggingface(
             top_k=0,
             max_new_tokens=max(workload.lengths[start : start + batch]),
         )
-    return tokens[:, PROMPT_LENGTH:]
+    return tokens[:, rows.shape[1] :]
 
 
 def vllm_provider(folder: Path, size: GPTSize, dtype: torch.dtype) -> Callable[[Workload], Any]:
@@ -134,18 +142,6 @@ def vllm_provider(folder: Path, size: GPTSize, dtype: torch.dtype) -> Callable[[
     return run
 
 
-def random_gpt2(size: GPTSize, device: torch.device, dtype: torch.dtype) -> GPT2LMHeadModel:
-    """Return a GPT-2 of that size as transformers initialises it, which never stops by itself."""
-    torch.manual_seed(0)
-    shape = {"n_layer": size.num_layers, "n_embd": size.hidden_size, "n_head": size.num_heads}
-    shape |= {"vocab_size": size.vocab_size, "n_positions": size.context_length}
-    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
-    settings = model.generation_config
-    settings.bos_token_id = settings.eos_token_id = None
-    settings.pad_token_id = 0
-    return model.to(device, dtype).eval()
-
-
 def bound_seconds(workload: Workload, network: Network, batch: int, bandwidth: float) -> float:
     """Return the time to read the weights once a step of a full batch, and each token's context.
 
@@ -168,15 +164,18 @@ def read_bandwidth(device: torch.device) -> float:
 
 def check_greedy(network: Network, model: GPT2LMHeadModel, workload: Workload) -> None:
     """Raise RuntimeError where fp32 answers differ from Hugging Face's: both must be right."""
-    few = dataclasses.replace(workload, prompts=workload.prompts[:8], lengths=[24] * 8)
+    prompts = workload.prompts[:8]
+    few = dataclasses.replace(workload, prompts=prompts, lengths=[24] * len(prompts))
     ours = run_trident(network, few, SamplingConfig(temperature=0.0))
     theirs = run_huggingface(model, few, 8, is_greedy=True).cpu().numpy()
-    if network.dtype is torch.float32 and any((ours[i] != theirs[i]).any() for i in range(8)):
+    if network.dtype is torch.float32 and any(
+        (ours[i] != row).any() for i, row in enumerate(theirs)
+    ):
         raise RuntimeError("greedy answers differ from Hugging Face's: nothing is compared")
 
 
 def main() -> None:
-    """Time every provider on both workloads; print a table and, with --out, append records."""
+    """Time the providers on each workload; print tables and, with --out, append records."""
     arguments = _parse()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -186,46 +185,125 @@ def main() -> None:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     batch = arguments.batch
     where = machine(device)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
-    model = random_gpt2(size, device, dtype)
     parallel = start_parallel(ParallelLayout(), seed=0)
     numerics = Numerics(dtype="fp32" if device.type == "cpu" else "bf16")
     network = build_network("language", size, parallel, numerics=numerics)
     config = SamplingConfig(num_slots=batch)
-    runs: dict[str, Callable[[Workload], Any]] = {
-        "trident": lambda workload: run_trident(network, workload, config),
-        "huggingface": lambda workload: run_huggingface(model, workload, batch),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        load_huggingface(network, Path(folder))
-        try:
-            runs["vllm"] = vllm_provider(Path(folder), size, dtype)
-        except ImportError:
-            console.print("vLLM is not installed: left out")
-    todo = workloads(size, batch)
-    check_greedy(network, model, todo[0])
-    todo = [workload for workload in todo if arguments.workload in (None, workload.name)]
     bandwidth = read_bandwidth(device)
     console.print(f"{size}, batch {batch}, reads {bandwidth / 1e9:.1f} GB/s")
-    for workload in todo:
-        if device.type == "cuda":  # whatever is compiled or captured on the first run
-            for run in runs.values():
-                run(workload)
-        records = _measure(workload, runs, wall_clock(device), arguments.num_samples)
-        counts = Counts()
-        run_trident(network, workload, config, counts)
-        bound = bound_seconds(workload, network, batch, bandwidth)
-        for record in records:
-            record["bandwidth_share"] = bound / record["median_s"]
-            record |= {"size": dataclasses.asdict(size), "batch": batch}
-        records[0]["slot_use"] = counts.num_sampled / counts.num_slot_steps
-        records[1]["slot_use"] = workload.num_tokens / _huggingface_slot_steps(workload, batch)
-        console.print(_table(workload, records))
+    shape = {"size": dataclasses.asdict(size), "batch": batch} | where
+
+    def publish(records: list[dict[str, Any]]) -> None:
         if arguments.out:
             for record in records:
-                append_record(records_path(arguments.out, device), record | where)
+                append_record(records_path(arguments.out, device), record | shape)
+
+    runs: dict[str, Callable[[Workload], Any]] = {}
+    if "trident" in arguments.providers:
+        runs["trident"] = lambda workload: run_trident(network, workload, config)
+    decode = Decode(size=size, batch=batch, context=_context(arguments, size))
+    if "decode" in arguments.workload and runs:
+        records = measure_trident(network, decode, bandwidth, arguments.num_samples)
+        share = _fp32_agreement(parallel)
+        publish([record | {"fp32_greedy_same_as_eager": share} for record in records])
+        console.print(decoding.table(decode, records))
+        if share < 1.0:
+            raise RuntimeError(f"graphs change fp32 greedy answers: {share:.1%} are the same")
+    with tempfile.TemporaryDirectory() as folder:
+        rivals, model = _rivals(arguments, network, dtype, Path(folder), console)
+    runs |= rivals
+    if model is not None and "trident" in runs:
+        check_greedy(network, model, workloads(size, batch)[0])
+    if "decode" in arguments.workload and model is not None:
+        records = decode_huggingface(model, decode, bandwidth, arguments.num_samples)
+        publish(records)
+        console.print(decoding.table(decode, records))
+    for workload in workloads(size, batch):
+        if workload.name in arguments.workload:
+            records = run_workload(workload, runs, network, batch, arguments.num_samples)
+            bound = bound_seconds(workload, network, batch, bandwidth)
+            publish(
+                [record | {"bandwidth_share": bound / record["median_s"]} for record in records]
+            )
+            console.print(_table(workload, records, bound))
+
+
+def _fp32_agreement(parallel: Parallel) -> float:
+    """Return how much of a small model's greedy answers graphs leave as they are, in fp32."""
+    size = BENCHMARK_SIZES["cpu"]
+    network = build_network("language", size, parallel, numerics=Numerics(dtype="fp32"))
+    return agreement(network, Decode(size=size, batch=8, context=64, num_steps=16))
+
+
+def _context(arguments: argparse.Namespace, size: GPTSize) -> int:
+    return arguments.context or min(1024, size.context_length // 2)
+
+
+def _rivals(
+    arguments: argparse.Namespace,
+    network: Network,
+    dtype: torch.dtype,
+    folder: Path,
+    console: Console,
+) -> tuple[dict[str, Callable[[Workload], Any]], GPT2LMHeadModel | None]:
+    """Return how the rivals run, and the model of Hugging Face; ours gets the same weights."""
+    runs: dict[str, Callable[[Workload], Any]] = {}
+    if not {"huggingface", "vllm"} & set(arguments.providers):
+        return runs, None
+    size, batch = network.size, arguments.batch
+    model = random_gpt2(size, network.parallel.device, dtype)
+    model.save_pretrained(folder)
+    load_huggingface(network, folder)
+    if "huggingface" in arguments.providers:
+        runs["huggingface"] = lambda workload: run_huggingface(model, workload, batch)
+    if "vllm" in arguments.providers:
+        try:
+            runs["vllm"] = vllm_provider(folder, size, dtype)
+        except ImportError:
+            console.print("vLLM is not installed: left out")
+    return runs, model if "huggingface" in arguments.providers else None
+
+
+def run_workload(
+    workload: Workload,
+    runs: dict[str, Callable[[Workload], Any]],
+    network: Network,
+    batch: int,
+    num_samples: int,
+) -> list[dict[str, Any]]:
+    """Return a record a provider."""
+    device = network.parallel.device
+    if device.type == "cuda":  # whatever is compiled or captured on the first run
+        for run in runs.values():
+            run(workload)
+    records = _measure(workload, runs, wall_clock(device), num_samples)
+    for record in records:
+        if record["provider"] == "trident":
+            counts = Counts()
+            run_trident(network, workload, SamplingConfig(num_slots=batch), counts)
+            record["slot_use"] = counts.num_sampled / counts.num_slot_steps
+        if record["provider"] == "huggingface":
+            record["slot_use"] = workload.num_tokens / _huggingface_slot_steps(workload, batch)
+    return records
+
+
+def decode_huggingface(
+    model: GPT2LMHeadModel, job: Decode, bandwidth: float, num_samples: int
+) -> list[dict[str, Any]]:
+    """Return the record of Hugging Face's decoding step."""
+    prompts = np.stack(job.prompts())
+
+    def run(num_tokens: int) -> None:
+        lengths = [num_tokens] * job.batch
+        workload = Workload(name="decode", prompts=prompts, lengths=lengths)
+        run_huggingface(model, workload, job.batch)
+
+    run(NUM_SHORT)
+    return measure(
+        {"huggingface": run}, job, model.dtype.itemsize, bandwidth, model.device, num_samples
+    )
 
 
 def _measure(
@@ -268,20 +346,23 @@ def _huggingface_slot_steps(workload: Workload, batch: int) -> int:
     return sum(len(part) * max(part) for part in lengths)
 
 
-def _table(workload: Workload, records: list[dict[str, Any]]) -> Table:
+def _table(workload: Workload, records: list[dict[str, Any]], bound: float) -> Table:
     title = f"{workload.name}: {len(workload.lengths)} prompts, {workload.num_tokens} tokens"
     columns = ("provider", "seconds", "useful tokens/s", "x Hugging Face: median", "least")
     table = Table(*columns, "CPU time", "slots used", "of bound", title=title)
-    (theirs,) = (r for r in records if r["provider"] == "huggingface")
+    theirs = next((r for r in records if r["provider"] == "huggingface"), None)
     for record in records:
-        ratios = (f"{theirs[key] / record[key]:.2f}" for key in ("median_s", "min_s", "cpu_min_s"))
+        ratios = [
+            f"{theirs[key] / record[key]:.2f}" if theirs else ""
+            for key in ("median_s", "min_s", "cpu_min_s")
+        ]
         table.add_row(
             record["provider"],
             f"{record['median_s']:.2f} ({record['p20_s']:.2f} to {record['p80_s']:.2f})",
             f"{record['tokens_per_s']:.0f}",
             *ratios,
             f"{record['slot_use']:.0%}" if "slot_use" in record else "",
-            f"{record['bandwidth_share']:.0%}",
+            f"{bound / record['median_s']:.0%}",
         )
     return table
 
@@ -293,7 +374,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--size", choices=BENCHMARK_SIZES, help="default: cpu, on a GPU 1.3b")
     parser.add_argument("--batch", type=int, default=64, help="sequences decoded together")
     parser.add_argument("--num-samples", type=int, default=3, help="runs of each provider")
-    parser.add_argument("--workload", choices=("fixed", "mixed"), help="default: both")
+    parser.add_argument(
+        "--workload", nargs="+", choices=WORKLOADS, default=WORKLOADS, help="default: all"
+    )
+    parser.add_argument("--context", type=int, help="of decode; default: 1024 or half the model's")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
     return parser.parse_args()
 

@@ -26,6 +26,14 @@ Clock = Callable[[Call], float]
 """Runs a call once and returns its milliseconds."""
 
 
+_WAITS = {
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "cudaMemcpy",
+}
+
+
 class Timing(NamedTuple):
     """Milliseconds of one call over its samples."""
 
@@ -43,10 +51,11 @@ def time_calls(
     for _ in range(num_samples):
         for name, call in calls.items():
             samples[name].append(clock(call))
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: summary(values) for name, values in samples.items()}
 
 
-def _summary(samples: list[float]) -> Timing:
+def summary(samples: list[float]) -> Timing:
+    """Return median and outer fifths of milliseconds, one at least."""
     if len(samples) == 1:
         return Timing(*samples * 3, 1)
     fifths = statistics.quantiles(samples, n=5, method="inclusive")
@@ -130,6 +139,13 @@ def num_launches(call: Call) -> int:
     """Kernels, copies and fills that the call starts on the GPU."""
     with _profiled(call, ProfilerActivity.CUDA) as events:
         return sum(e.device_type() == torch.autograd.DeviceType.CUDA for e in events)
+
+
+def num_host_syncs(call: Call) -> int:
+    """Times that the host waits for the GPU in a call: for a stream, an event, a copy."""
+    with _profiled(call, ProfilerActivity.CUDA) as events:
+        # The profiled block's own wait at its end is one.
+        return sum(e.name() in _WAITS for e in events) - 1
 
 
 @contextlib.contextmanager

@@ -175,7 +175,7 @@ def trainers(job: Job, device: torch.device) -> dict[str, Trainer]:
     try:
         from transformers.utils import logging
 
-        from benchmarks.generation import random_gpt2
+        from benchmarks.random_gpt2 import random_gpt2
     except ImportError:
         return {"trident": trident(job, device, None)}
     logging.disable_progress_bar()

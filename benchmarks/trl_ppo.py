@@ -29,7 +29,6 @@ import torch
 
 from benchmarks.ppo_job import Effort, Job, Measured, peak_bytes
 from engine.device import DTYPES
-from models.sizes import GPTSize
 
 _MODULE = "trl.experimental.ppo.ppo_trainer"
 
@@ -116,6 +115,8 @@ def _models(job: Job, device: torch.device, *, is_mixed: bool) -> dict[str, Any]
     weights."""
     from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
+    from benchmarks.random_gpt2 import gpt2_config
+
     dtype = DTYPES[job.numerics.dtype]
     trained = torch.float32 if is_mixed else dtype
     made: dict[str, Any] = {}
@@ -124,30 +125,13 @@ def _models(job: Job, device: torch.device, *, is_mixed: bool) -> dict[str, Any]
         ("value_model", "reward_model", GPT2ForSequenceClassification, job.critic_size),
     ):
         torch.manual_seed(0)
+        config = gpt2_config(size, num_labels=1, bos_token_id=None, eos_token_id=None)
         with device:
-            made[role] = kind(_gpt2_config(size)).to(trained)
-            made[frozen] = kind(_gpt2_config(size)).to(dtype)
+            made[role] = kind(config).to(trained)
+            made[frozen] = kind(config).to(dtype)
         made[frozen].load_state_dict(made[role].state_dict())
         made[frozen].requires_grad_(False).eval()
     return made
-
-
-def _gpt2_config(size: GPTSize) -> Any:
-    from transformers import GPT2Config
-
-    config = GPT2Config(
-        n_layer=size.num_layers,
-        n_embd=size.hidden_size,
-        n_head=size.num_heads,
-        vocab_size=size.vocab_size,
-        n_positions=size.context_length,
-        activation_function="gelu_pytorch_tanh",
-        num_labels=1,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    config._attn_implementation = "sdpa"
-    return config
 
 
 def _trainer(  # noqa: PLR0913 - all that a PPOTrainer is made of
