@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.kernel_suite.case import Effort, cases, free_memory
+from benchmarks.kernel_suite.case import Effort, cases
 from benchmarks.kernel_suite.decode_attention import DECODE_ATTENTION
 from benchmarks.kernel_suite.full_kl import FULL_KL
 from benchmarks.kernel_suite.gae import GAE
@@ -25,7 +25,7 @@ from benchmarks.kernel_suite.ppo_loss import PPO_LOSS
 from benchmarks.kernel_suite.ranking_loss import RANKING_LOSS
 from benchmarks.kernel_suite.report import plot, table
 from benchmarks.kernel_suite.sample import SAMPLE, SAMPLE_TOP_P
-from benchmarks.timing import append_record, machine, records_path
+from benchmarks.timing import append_record, free_memory, machine, records_path
 
 OPERATIONS = {
     operation.name: operation
@@ -71,7 +71,7 @@ def main() -> None:
                         append_record(records_path(arguments.out, device), record | where)
             records += case.records
             del case
-            free_memory()
+            free_memory(device)
         if arguments.out:
             picture = records_path(arguments.out, device).with_suffix("") / f"{name}.png"
             title = f"{name} on {where['device']}, {where['date']}, commit {where['commit']}"

@@ -32,7 +32,7 @@ from rich.table import Table
 from benchmarks import trl_ppo
 from benchmarks.ppo_job import Effort, Job, Measured, peak_bytes
 from benchmarks.ppo_scene import PHASES, build, random_feed, random_prompts, run_iteration
-from benchmarks.timing import append_record, machine, records_path
+from benchmarks.timing import append_record, free_memory, machine, records_path
 from engine.feed import Feed
 from engine.parallel import Parallel, start_parallel
 from engine.settings.layout import ParallelLayout
@@ -155,14 +155,6 @@ def _check(job: Job, done: Measured, provider: str) -> None:
         )
     if not all(math.isfinite(loss) for loss in done.losses):
         raise RuntimeError(f"{provider}'s losses are not finite: {done.losses}")
-
-
-def free_memory(device: torch.device) -> None:
-    """Give back what nobody holds any more, and count the peak anew."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ alike. On a GPU the second-level cache is cold at the start of every sample.
 """
 
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -126,7 +127,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    with _profiled(call, ProfilerActivity.CPU) as events:
+    with profiled(call, ProfilerActivity.CPU) as events:
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     held = peak = 0
     for _, num_bytes in changes:
@@ -135,24 +136,32 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     return peak
 
 
+def free_memory(device: torch.device) -> None:
+    """Give back what nobody holds any more, and count the peak anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def num_launches(call: Call) -> int:
     """Kernels, copies and fills that the call starts on the GPU."""
-    with _profiled(call, ProfilerActivity.CUDA) as events:
+    with profiled(call, ProfilerActivity.CUDA) as events:
         return sum(e.device_type() == torch.autograd.DeviceType.CUDA for e in events)
 
 
 def num_host_syncs(call: Call) -> int:
     """Times that the host waits for the GPU in a call: for a stream, an event, a copy."""
-    with _profiled(call, ProfilerActivity.CUDA) as events:
+    with profiled(call, ProfilerActivity.CUDA) as events:
         # The profiled block's own wait at its end is one.
         return sum(e.name() in _WAITS for e in events) - 1
 
 
 @contextlib.contextmanager
-def _profiled(call: Call, activity: ProfilerActivity) -> Iterator[list[Any]]:
+def profiled(call: Call, activity: ProfilerActivity) -> Iterator[list[Any]]:
     """Yield the profiler's raw events of one call."""
     on_gpu = activity == ProfilerActivity.CUDA
-    with _silent_stderr(), profile(activities=[activity], profile_memory=not on_gpu) as profiler:
+    with silent_stderr(), profile(activities=[activity], profile_memory=not on_gpu) as profiler:
         result = call()  # alive to the end: the memory of a result counts
         if on_gpu:
             torch.cuda.synchronize()
@@ -161,7 +170,7 @@ def _profiled(call: Call, activity: ProfilerActivity) -> Iterator[list[Any]]:
 
 
 @contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
+def silent_stderr() -> Iterator[None]:
     """Drop what native code prints: the profiler announces each start and stop."""
     saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

@@ -7,16 +7,22 @@ Both start from the same random weights and read the same tokens, whole sequence
 micro-batches of the same tokens. Their first losses must agree before anything is timed. 16-bit
 weights: ours with fp32 masters and fp32 gradient sums; torch's fp32 weights under autocast, which
 is how plain torch trains in bf16.
+
+Small models take turns; large ones are timed one after the other, ours first, each in the memory
+that the other gave back. At 1.3B, bf16 and 8192 tokens a pass ours has 24 GB between steps and some
+15 GB of activations, the other 21 GB, and within a step some 28 GB of activations, weights in bf16
+and logits: 88 GB together.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +33,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.step_profile import profile_call
 from benchmarks.timing import (
     append_record,
     device_name,
+    free_memory,
     machine,
     matmul_flops,
     peak_bytes,
@@ -54,6 +62,9 @@ from engine.step import forward_backward
 from models.sizes import SIZES, GPTSize
 
 ADAM = AdamConfig(lr=1e-5, schedule="constant")
+PROVIDERS = ("trident", "huggingface")
+MOST_PARAMETERS_IN_TURNS = 500_000_000
+"""Of models that take turns, in memory together; our choice: at 350M both need 30 GB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +113,19 @@ class Trainer:
     """One optimizer step; returns its loss."""
     state: Callable[[], dict[str, list[torch.Tensor]]]
     """What stays in memory between steps, by what it is for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How often a step is timed, and what it is held against."""
+
+    num_samples: int
+    peak_flops: float
+    """FLOP/s that count as all."""
+    peak_flops_source: str = ""
+    """Where those are from."""
+    with_profile: bool = False
+    """Whether a step more is run under the profiler."""
 
 
 def trident(job: Job, device: torch.device, weights: Path | None) -> Trainer:
@@ -169,65 +193,116 @@ def plain_torch(job: Job, device: torch.device, model: Any) -> Trainer:
     return Trainer(step=step, state=state)
 
 
-def trainers(job: Job, device: torch.device) -> dict[str, Trainer]:
-    """Return this engine's trainer and, where transformers is installed, plain torch's; raises
-    RuntimeError where their first losses differ."""
-    try:
-        from transformers.utils import logging
-
-        from benchmarks.random_gpt2 import random_gpt2
-    except ImportError:
-        return {"trident": trident(job, device, None)}
-    logging.disable_progress_bar()
-    model = random_gpt2(job.size, device, torch.float32)  # in evaluation mode: without dropout
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        both = {
-            "trident": trident(job, device, Path(folder)),
-            "huggingface": plain_torch(job, device, model),
-        }
-    ours, theirs = (trainer.step() for trainer in both.values())
-    if abs(ours - theirs) > (1e-3 if job.numerics.dtype == "fp32" else 3e-2):
-        raise RuntimeError(f"first losses differ, {ours} and {theirs}: nothing is compared")
-    return both
+def plain_loss(job: Job, device: torch.device, model: Any) -> float:
+    """Return a model's loss on the job's tokens, by forward passes alone, a sequence each."""
+    total = torch.zeros((), device=device)
+    rows = torch.from_numpy(job.tokens).to(device)
+    for row in rows.split(1):
+        with torch.no_grad(), _autocast(device, DTYPES[job.numerics.dtype]):
+            logits = model(row, use_cache=False).logits[0, :-1]
+        total += F.cross_entropy(logits.float(), row[0, 1:], reduction="sum")
+    return float(total) / job.num_targets
 
 
 def measure(
-    job: Job, device: torch.device, peak: tuple[float, str], num_samples: int
-) -> list[dict[str, Any]]:
-    """Return one record a provider; `peak` is the FLOP/s that count as all, and where from."""
-    both = trainers(job, device)
-    for trainer in both.values():
+    job: Job, device: torch.device, providers: Sequence[str], effort: Effort
+) -> Iterator[dict[str, Any]]:
+    """Yield a record a provider as soon as it is there, and one of its profile where asked for.
+
+    ImportError where transformers is missing for "huggingface"; RuntimeError where a first loss is
+    another than transformers' GPT-2 has.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder, loss = None, None
+        if "huggingface" in providers:
+            folder = Path(name)
+            loss = _write_weights(job, device, folder)
+        makers = {
+            "trident": lambda: trident(job, device, folder),
+            "huggingface": lambda: plain_torch(job, device, _rounded_gpt2(job, device)),
+        }
+        takes_turns = job.size.num_parameters < MOST_PARAMETERS_IN_TURNS
+        for group in [list(providers)] if takes_turns else [[name] for name in providers]:
+            trainers = {name: makers[name]() for name in group}
+            for name, trainer in trainers.items():
+                _check_loss(name, trainer.step(), loss, job)
+            yield from _time(job, device, trainers, effort)
+            del trainers, trainer
+            free_memory(device)
+
+
+def _rounded_gpt2(job: Job, device: torch.device) -> Any:
+    """Return transformers' GPT-2 in fp32 with the numbers that the job's dtype can hold."""
+    from benchmarks.random_gpt2 import random_gpt2
+
+    return random_gpt2(job.size, device, DTYPES[job.numerics.dtype]).float()
+
+
+def _write_weights(job: Job, device: torch.device, folder: Path) -> float:
+    """Write the weights that all start from; return the loss of transformers' GPT-2 with them."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = _rounded_gpt2(job, device)
+    loss = plain_loss(job, device, model)
+    model.to(DTYPES[job.numerics.dtype]).save_pretrained(folder)
+    del model
+    free_memory(device)
+    return loss
+
+
+def _check_loss(name: str, found: float, wanted: float | None, job: Job) -> None:
+    if wanted is None:
+        return
+    if abs(found - wanted) > (1e-3 if job.numerics.dtype == "fp32" else 3e-2):
+        raise RuntimeError(
+            f"first losses differ, {found} of {name} and {wanted} of transformers' GPT-2: nothing "
+            "is compared"
+        )
+
+
+def _time(
+    job: Job, device: torch.device, trainers: Mapping[str, Trainer], effort: Effort
+) -> Iterator[dict[str, Any]]:
+    """Yield the records of trainers that have taken a step, which take turns."""
+    for trainer in trainers.values():
         trainer.step()
-    calls: Mapping[str, Callable[[], object]] = {name: t.step for name, t in both.items()}
-    timings = time_calls(calls, wall_clock(device), num_samples=num_samples)
-    records = []
+    calls: Mapping[str, Callable[[], object]] = {name: t.step for name, t in trainers.items()}
+    timings = time_calls(calls, wall_clock(device), num_samples=effort.num_samples)
     for name, timing in timings.items():
         seconds = timing.median_ms / 1e3
-        state = tensor_bytes(itertools.chain(*both[name].state().values()))
-        records.append(
-            {
-                "benchmark": "train_step",
-                "provider": name,
-                "median_s": seconds,
-                "p20_s": timing.p20_ms / 1e3,
-                "p80_s": timing.p80_ms / 1e3,
-                "num_samples": timing.num_samples,
-                "tokens_per_s": job.num_tokens / seconds,
-                "model_flops_per_s": job.model_flops / seconds,
-                "mfu": job.model_flops / seconds / peak[0],
-                "peak_flops": peak[0],
-                "peak_flops_source": peak[1],
-                "state_bytes": state,
-                "peak_bytes": state + peak_bytes(both[name].step, device),
-                "num_sequences": job.num_sequences,
-                "length": job.length,
-                "micro_batch_tokens": job.micro_batch_tokens,
-                "size": dataclasses.asdict(job.size),
-                "numerics": dataclasses.asdict(job.numerics),
-            }
-        )
-    return records
+        state = tensor_bytes(itertools.chain(*trainers[name].state().values()))
+        shape = {
+            "provider": name,
+            "num_sequences": job.num_sequences,
+            "length": job.length,
+            "micro_batch_tokens": job.micro_batch_tokens,
+            "size": dataclasses.asdict(job.size),
+            "numerics": dataclasses.asdict(job.numerics),
+        }
+        yield {
+            "benchmark": "train_step",
+            "median_s": seconds,
+            "p20_s": timing.p20_ms / 1e3,
+            "p80_s": timing.p80_ms / 1e3,
+            "num_samples": timing.num_samples,
+            "took_turns": len(trainers) > 1,
+            "tokens_per_s": job.num_tokens / seconds,
+            "model_flops_per_s": job.model_flops / seconds,
+            "mfu": job.model_flops / seconds / effort.peak_flops,
+            "peak_flops": effort.peak_flops,
+            "peak_flops_source": effort.peak_flops_source,
+            "state_bytes": state,
+            "peak_bytes": state + peak_bytes(trainers[name].step, device),
+        } | shape
+        if effort.with_profile:
+            found = profile_call(trainers[name].step, device)
+            yield (
+                {"benchmark": "train_step_profile"}
+                | found.record()
+                | shape
+                | {"text": f"{name}: {found.table()}"}
+            )
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
@@ -257,14 +332,28 @@ def main() -> None:
         length=size.context_length,
         micro_batch_tokens=arguments.micro_batch_tokens,
     )
-    peak = peak_flops(device, DTYPES[job.numerics.dtype])
-    records = measure(job, device, peak, arguments.num_samples)
-    if len(records) == 1:
+    peak, source = peak_flops(device, DTYPES[job.numerics.dtype])
+    effort = Effort(
+        num_samples=arguments.num_samples,
+        peak_flops=peak,
+        peak_flops_source=source,
+        with_profile=arguments.profile is not None,
+    )
+    providers = list(arguments.providers)
+    if "huggingface" in providers and importlib.util.find_spec("transformers") is None:
         console.print("transformers is not installed: plain torch is left out")
-    console.print(_table(job, records))
-    if arguments.out:
-        for record in records:
+        providers.remove("huggingface")
+    records = []
+    for record in measure(job, device, providers, effort):
+        if text := record.pop("text", None):
+            with arguments.profile.open("a") as file:
+                file.write(text + "\n")
+        else:
+            records.append(record)
+            console.print(f"{record['provider']}: {record['mfu']:.1%} of {source}")
+        if arguments.out:
             append_record(records_path(arguments.out, device), record | where)
+    console.print(_table(job, records))
 
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
@@ -299,6 +388,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--num-samples", type=int, default=10, help="steps of each provider")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
+    parser.add_argument("--profile", type=Path, help="file for tables of kernels (appended)")
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
     return parser.parse_args()
 

@@ -1,6 +1,5 @@
 """One operation at one size in one mode: checks its providers, then times those that are right."""
 
-import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,7 @@ from benchmarks.timing import (
     Timing,
     as_cuda_graph,
     device_clock,
+    free_memory,
     num_launches,
     peak_bytes,
     time_calls,
@@ -120,7 +120,7 @@ class Case:
                 return None
             reason = f"{type(cause).__name__}: {_first_line(cause)}"
             record |= {"status": "failed", "reason": reason}
-            free_memory()
+            free_memory(self.device)
             return None
         found = {} if provider.is_bound else errors(self.expected, results)
         is_right = passes(self.expected, found)
@@ -192,13 +192,6 @@ def make_inputs(operation: Operation, size: Size, device: torch.device) -> Input
     for name in operation.gradients:
         inputs[name].requires_grad_()
     return inputs
-
-
-def free_memory() -> None:
-    """Give back what no tensor holds any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _first_cause(error: BaseException) -> BaseException:

@@ -1,18 +1,20 @@
 """Both providers train on the same tokens to the same loss, or nothing is timed."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
 
 from benchmarks import train_step
-from benchmarks.timing import copy_bandwidth, matmul_flops, tensor_bytes
-from benchmarks.train_step import Job, measure, peak_flops, trainers
+from benchmarks.timing import copy_bandwidth, tensor_bytes
+from benchmarks.train_step import PROVIDERS, Effort, Job, measure, peak_flops
 from engine.settings.numerics import Numerics
 from tests.tiny import SIZE
 
 CPU = torch.device("cpu")
 JOB = Job(size=SIZE, numerics=Numerics(), num_sequences=3, length=16, micro_batch_tokens=32)
+EFFORT = Effort(num_samples=2, peak_flops=1e9)
 
 
 def test_flops_are_those_of_matrices_attention_and_head():
@@ -21,11 +23,15 @@ def test_flops_are_those_of_matrices_attention_and_head():
     assert JOB.model_flops == 3 * (layers + 2 * 32 * 100 * 45)
 
 
-def test_every_provider_is_measured():
+@pytest.mark.parametrize("takes_turns", [True, False])
+def test_every_provider_is_measured(monkeypatch, takes_turns):
     pytest.importorskip("transformers")
-    ours, theirs = measure(JOB, CPU, (1e9, "matrix product"), num_samples=2)
-    assert (ours["provider"], theirs["provider"]) == ("trident", "huggingface")
+    if not takes_turns:
+        monkeypatch.setattr(train_step, "MOST_PARAMETERS_IN_TURNS", 0)
+    ours, theirs = measure(JOB, CPU, PROVIDERS, EFFORT)
+    assert (ours["provider"], theirs["provider"]) == PROVIDERS
     for record in (ours, theirs):
+        assert record["took_turns"] == takes_turns
         assert record["mfu"] == record["model_flops_per_s"] / 1e9
         assert record["tokens_per_s"] == pytest.approx(48 / record["median_s"])
         assert record["peak_bytes"] > record["state_bytes"] > 0
@@ -33,12 +39,34 @@ def test_every_provider_is_measured():
     assert ours["state_bytes"] > theirs["state_bytes"] > 12 * SIZE.num_parameters
 
 
-def test_losses_that_differ_are_not_compared(monkeypatch):
+def test_the_first_record_is_there_before_the_next_provider_is_built(monkeypatch):
     pytest.importorskip("transformers")
+    monkeypatch.setattr(train_step, "MOST_PARAMETERS_IN_TURNS", 0)
+    monkeypatch.setattr(train_step, "plain_torch", None)  # calling it fails
+    records = measure(JOB, CPU, PROVIDERS, EFFORT)
+    assert next(records)["provider"] == "trident"
+    with pytest.raises(TypeError):
+        next(records)
+
+
+def test_ours_alone_needs_no_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    effort = dataclasses.replace(EFFORT, with_profile=True)
+    ours, profile = measure(JOB, CPU, ["trident"], effort)
+    assert ours["provider"] == profile["provider"] == "trident"
+    assert profile["kinds_ms"]["gemm"] > 0
+    assert "aten::mm" in profile["text"]
+
+
+@pytest.mark.parametrize("takes_turns", [True, False])
+def test_losses_that_differ_are_not_compared(monkeypatch, takes_turns):
+    pytest.importorskip("transformers")
+    if not takes_turns:
+        monkeypatch.setattr(train_step, "MOST_PARAMETERS_IN_TURNS", 0)
     loss = train_step.NegativeLogLikelihood
     monkeypatch.setattr(train_step, "NegativeLogLikelihood", lambda targets: loss(targets + 1))
     with pytest.raises(RuntimeError, match="first losses differ"):
-        trainers(JOB, CPU)
+        next(measure(JOB, CPU, PROVIDERS, EFFORT))
 
 
 def test_peak_of_a_cpu_is_measured():
@@ -64,5 +92,8 @@ def test_shared_memory_counts_once():
 def test_step_on_a_gpu():
     device = torch.device("cuda")
     job = dataclasses.replace(JOB, numerics=Numerics(dtype="bf16"))
-    records = measure(job, device, (matmul_flops(device, torch.bfloat16), "matrix product"), 2)
-    assert all(record["median_s"] > 0 for record in records)
+    effort = dataclasses.replace(EFFORT, with_profile=True)
+    ours, profile = measure(job, device, ["trident"], effort)
+    assert ours["median_s"] > 0
+    assert 0 <= profile["idle_ms"] < profile["wall_ms"]
+    assert profile["kinds_ms"]["gemm"] > 0
