@@ -1,41 +1,45 @@
-"""Measures what residency saves in memory and costs in time: one PPO iteration with all weights and
-optimizer state on the GPU, and the same with all that can rest in pinned host memory there.
+"""Measures what residency saves in memory and costs in time: PPO iterations with all weights and
+optimizer state on the GPU, and with some of it in pinned host memory while nobody reads it.
 
     python -m benchmarks.residency --device cuda --size 1.3b --out benchmarks/results
+    python -m benchmarks.residency --device cuda --quick --out benchmarks/results
     python -m benchmarks.residency --device cpu --size tiny
 
-Peak memory is torch's allocator's, key-value cache and activations included; on a CPU it is the sum
-of weights, gradients and optimizer state. A swap is a round trip: reference in, policy out and in
-again, reward model and critic likewise. Its rate counts what arrives on the GPU, beside the rate of
-one plain copy of pinned memory. Hidden is the part of the swaps' time that scoring does not take
-longer with them.
+The swap comes first: a round trip of reference in, policy out and in again, reward model and critic
+likewise. Its rate counts what arrives on the GPU, beside the rate of one plain copy of pinned
+memory. Hidden is the part of the swaps' time that scoring does not take longer with them.
+
+"frozen" has reference and reward model in host memory, "host" critic and optimizer state besides,
+which takes half a minute to pin at 1.3B: --quick leaves it out. Peak memory is torch's allocator's,
+key-value cache and activations included; on a CPU it is the sum of weights, gradients and optimizer
+state. At 1.3B in bf16 "resident" has 58 GB of weights, gradients, masters, moments and average, and
+15 GB of activations at 8192 tokens a pass; "host" pins 37 GB of state and 11 GB of weights.
 """
 
 import argparse
 import dataclasses
-import gc
 import statistics
+import sys
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import append_record, machine, records_path, time_calls, wall_clock
-from engine.advantages import estimate_advantages
-from engine.data.examples import Example
-from engine.ema import EMA
-from engine.network import Kind, Network, build_network
-from engine.optimizer import Optimizer
+from benchmarks.ppo_scene import Scene, build, random_prompts, run_iteration
+from benchmarks.timing import (
+    append_record,
+    free_memory,
+    machine,
+    records_path,
+    time_calls,
+    wall_clock,
+)
 from engine.parallel import Parallel, start_parallel
-from engine.ppo import Learner, update
 from engine.residency.expected import PHASES
-from engine.residency.residency import Residency
-from engine.rollout import Rollout, generate_rollout, score_rollout
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.ppo import PPOConfig
@@ -43,92 +47,11 @@ from engine.settings.residency import ResidencyConfig
 from engine.settings.sampling import SamplingConfig
 from models.sizes import SIZES, GPTSize
 
-NO_EOS = -1
 CHOICES = {
+    "frozen": ResidencyConfig(reference="host", reward_model="host"),
     "resident": ResidencyConfig(),
     "host": ResidencyConfig(reference="host", reward_model="host", critic="host", optimizer="host"),
 }
-
-
-@dataclass(kw_only=True)
-class Scene:
-    """Four models of one size under a residency."""
-
-    residency: Residency
-    learner: Learner
-    reference: Network
-    reward_model: Network
-
-
-def build(config: PPOConfig, size: GPTSize, parallel: Parallel) -> Scene:
-    """Return freshly initialised models; each frozen one starts as its partner does."""
-
-    def make(kind: Kind) -> Network:
-        return build_network(kind, size, parallel, numerics=config.numerics)
-
-    def load(kind: Kind, into: Network | None) -> Network:
-        if into is None:
-            return make(kind)
-        into.weights_version += 1  # they are in the partner's memory already
-        return into
-
-    policy, critic = (
-        Optimizer(make(kind), adam, total_steps=config.iterations)
-        for kind, adam in (("language", config.adam), ("scalar", config.critic_adam))
-    )
-    learner = Learner(
-        policy=policy, critic=critic, ema=EMA(policy, config.ema_decay), pretraining=None
-    )
-    residency = Residency(config.residency, policy=policy, critic=critic, ema=learner.ema)
-    return Scene(
-        residency=residency,
-        learner=learner,
-        reference=residency.frozen("reference", size, lambda into: load("language", into)),
-        reward_model=residency.frozen("reward_model", size, lambda into: load("scalar", into)),
-    )
-
-
-def run_iteration(
-    scene: Scene, config: PPOConfig, prompts: list[Example], step: int
-) -> tuple[Rollout, dict[str, float]]:
-    """Return the rollout of one iteration with one update, and the seconds of its phases."""
-    learner, residency = scene.learner, scene.residency
-    policy, critic = learner.policy.network, learner.critic.network
-    clock = wall_clock(policy.parallel.device)
-    made: list[Rollout] = []
-
-    def rollout() -> None:
-        with residency.rollout():
-            made.append(
-                generate_rollout(
-                    policy, prompts, config.sampling, eos_id=NO_EOS, seed=0, first_sample_index=0
-                )
-            )
-
-    def score() -> None:
-        with residency.score():
-            score_rollout(
-                made[0],
-                policy=policy,
-                reference=scene.reference,
-                critic=critic,
-                reward_model=scene.reward_model,
-                temperature=1.0,
-                micro_batch_tokens=config.micro_batch_tokens,
-                eos_rule="none",
-                eos_penalty=0.0,
-            )
-
-    def train() -> None:
-        _, whitening = estimate_advantages(
-            made[0], kl_coef=0.02, kl_estimator="k1", gamma=1.0, lam=0.95, whiten=True
-        )
-        with residency.update():
-            update(learner, config, made[0].examples(), whitening, step=step)
-
-    calls = {"rollout": rollout, "score": score, "update": train}
-    seconds = {phase: clock(call) / 1e3 for phase, call in calls.items()}
-    return made[0], seconds
 
 
 def swap_seconds(scene: Scene, num_samples: int) -> float:
@@ -147,89 +70,153 @@ def swap_seconds(scene: Scene, num_samples: int) -> float:
     return time_calls({"swap": swap}, clock, num_samples=num_samples)["swap"].median_ms / 1e3
 
 
-def link_bandwidth(device: torch.device, *, num_bytes: int) -> float:
-    """Return the bytes a second that one copy from pinned host memory to the device moves."""
-    host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    there = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    calls = {"copy": lambda: there.copy_(host, non_blocking=True)}
-    calls["copy"]()
-    return num_bytes / (time_calls(calls, wall_clock(device))["copy"].median_ms / 1e3)
+def link_bandwidth(device: torch.device, *, num_bytes: int, both_ways: bool = False) -> float:
+    """Return the bytes a second that one copy from pinned host memory to the device moves, alone or
+    while as many leave it."""
+    is_cuda = device.type == "cuda"
+    hosts = [torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(2)]
+    there = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+    outward = torch.cuda.Stream(device) if is_cuda and both_ways else None
+
+    def copy() -> None:
+        if outward:
+            with torch.cuda.stream(outward):
+                hosts[1].copy_(there[1], non_blocking=True)
+        there[0].copy_(hosts[0], non_blocking=True)
+
+    copy()
+    return num_bytes / (time_calls({"copy": copy}, wall_clock(device))["copy"].median_ms / 1e3)
 
 
-def measure(
-    choice: str, config: PPOConfig, size: GPTSize, parallel: Parallel, num_samples: int
+def measure_swap(scene: Scene, device: torch.device, num_samples: int) -> dict[str, Any]:
+    """Return the record of the swaps of a scene whose frozen models rest on the host."""
+    seconds = swap_seconds(scene, num_samples)
+    networks = (scene.learner.policy.network, scene.learner.critic.network)
+    parameters = [p for n in networks for m in n.modules for p in m.parameters()]
+    num_bytes = 2 * sum(p.nbytes for p in parameters)  # each memory is filled twice
+    link_bytes = 2**30 if device.type == "cuda" else 2**22
+    link = link_bandwidth(device, num_bytes=link_bytes)
+    return {
+        "benchmark": "residency",
+        "provider": "swap",
+        "swap_s": seconds,
+        "swap_bytes": num_bytes,
+        "swap_bytes_per_s": num_bytes / seconds,
+        "link_bytes_per_s": link,
+        "link_both_ways_bytes_per_s": link_bandwidth(device, num_bytes=link_bytes, both_ways=True),
+        "link_share": num_bytes / seconds / link,
+        "num_samples": num_samples,
+    }
+
+
+def measure_iterations(
+    scene: Scene, config: PPOConfig, size: GPTSize, num_samples: int
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """Return one choice's record, and the first rollout's numbers, which all choices share."""
-    rng = np.random.default_rng(0)
-    length = size.context_length // 8
-    prompts = [
-        Example(tokens=rng.integers(0, size.vocab_size, length), prompt_length=length)
-        for _ in range(config.rollout_batch_size)
-    ]
-    scene = build(dataclasses.replace(config, residency=CHOICES[choice]), size, parallel)
-    rollout, _ = run_iteration(scene, config, prompts, 0)  # compiles, allocates
-    numbers = torch.stack([rollout.ref_logprobs, rollout.values]).cpu()
-    runs = [run_iteration(scene, config, prompts, step + 1)[1] for step in range(num_samples)]
+    """Return the record of a scene's phases, and the first rollout's numbers, which all choices
+    share."""
+    prompts = random_prompts(size, config.rollout_batch_size, size.context_length // 8)
+    first = run_iteration(scene, config, prompts, 0).rollout  # compiles, allocates
+    numbers = torch.stack([first.ref_logprobs, first.values]).cpu()
+    runs = [run_iteration(scene, config, prompts, n + 1).seconds for n in range(num_samples)]
     ledger = scene.residency.ledger
-    record: dict[str, Any] = {"benchmark": "residency", "provider": choice}
+    record: dict[str, Any] = {"benchmark": "residency", "num_samples": num_samples}
     for phase in PHASES:
         record[f"{phase}_s"] = statistics.median(seconds[phase] for seconds in runs)
         record[f"{phase}_peak_bytes"] = ledger.measured.get(phase, ledger.peaks[phase])
     record["host_bytes"] = ledger.metrics()["memory/host_bytes"]
-    if choice == "host":
-        record["swap_s"] = swap_seconds(scene, num_samples)
-        networks = (scene.learner.policy.network, scene.learner.critic.network)
-        parameters = [p for n in networks for m in n.modules for p in m.parameters()]
-        record["swap_bytes"] = 2 * sum(p.nbytes for p in parameters)  # each memory is filled twice
     return record, numbers
 
 
+def measure(
+    config: PPOConfig,
+    size: GPTSize,
+    parallel: Parallel,
+    choices: list[str],
+    num_samples: int,
+    publish: Callable[[dict[str, Any]], None],
+) -> None:
+    """Publish each record as it is there: the swap, the choices, and what of the swap is hidden.
+
+    choices: "frozen", then "resident", then others. Raises RuntimeError where one gives other reference log-probs or values than the first.
+    """
+    device = parallel.device
+    swap: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {}
+    numbers = None
+    for choice in choices:  # one after the other: two at once would not fit
+        free_memory(device)
+        config = dataclasses.replace(config, residency=CHOICES[choice])
+        scene = build(config, (size, size), parallel)
+        if choice == "frozen":
+            swap = measure_swap(scene, device, max(5, num_samples))
+            publish(swap)
+        record, seen = measure_iterations(scene, config, size, num_samples)
+        del scene
+        numbers = seen if numbers is None else numbers
+        if not torch.equal(numbers, seen):
+            raise RuntimeError(f"{choice} differs in reference log-probs or values: one is wrong")
+        found[choice] = record | {"provider": choice}
+        publish(found[choice])
+        if choice == "resident":
+            publish(_hidden(swap, found["frozen"], found["resident"]))
+
+
+def _hidden(
+    swap: dict[str, Any], frozen: dict[str, Any], resident: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the record of what the swaps add to scoring."""
+    slower = frozen["score_s"] - resident["score_s"]
+    return {
+        "benchmark": "residency",
+        "provider": "hidden",
+        "score_slower_s": slower,
+        "swap_s": swap["swap_s"],
+        "hidden_fraction": min(1.0, max(0.0, 1.0 - slower / swap["swap_s"])),
+    }
+
+
 def main() -> None:
-    """Measure both choices; print tables and, with --out, append records."""
+    """Measure; print tables and, with --out, append each record as it is there."""
     arguments = _parse()
     warnings.filterwarnings("ignore")
     device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
     size = SIZES[arguments.size or ("1.3b" if on_gpu else "tiny")]
+    batch = arguments.batch or (64 if on_gpu else 4)
+    full_length = 512 if on_gpu else 16
+    length = arguments.response_tokens or (full_length // 2 if arguments.quick else full_length)
     config = PPOConfig(
-        rollout_batch_size=arguments.batch,
-        minibatch_size=arguments.batch,
+        rollout_batch_size=batch,
+        minibatch_size=batch,
         micro_batch_tokens=arguments.micro_batch_tokens,
         ptx_coef=0.0,
         numerics=Numerics(dtype="bf16" if on_gpu else "fp32"),
-        sampling=SamplingConfig(max_new_tokens=arguments.response_tokens, num_slots=64),
+        sampling=SamplingConfig(max_new_tokens=length, num_slots=64, prefill_tokens=2**14),
     )
     where = machine(device)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
-    parallel = start_parallel(ParallelLayout(), seed=0)
-    link = link_bandwidth(device, num_bytes=2**30 if on_gpu else 2**22)
-    records, numbers = [], []
-    for choice in CHOICES:  # one after the other: both at once would not fit
-        record, seen = measure(choice, config, size, parallel, arguments.num_samples)
+    console.print(f"{size}, {batch} responses of {length} tokens")
+    shape = {"size": dataclasses.asdict(size), "batch": batch, "response_tokens": length}
+    records: list[dict[str, Any]] = []
+
+    def publish(record: dict[str, Any]) -> None:
         records.append(record)
-        numbers.append(seen)
-        gc.collect()
-        if on_gpu:
-            torch.cuda.empty_cache()
-    if not torch.equal(*numbers):
-        raise RuntimeError("the choices differ in reference log-probs or values: one is wrong")
-    resident, host = records
-    slower = host["score_s"] - resident["score_s"]
-    host["hidden_fraction"] = min(1.0, max(0.0, 1.0 - slower / host["swap_s"]))
-    host["swap_bytes_per_s"] = host["swap_bytes"] / host["swap_s"]
-    host["link_bytes_per_s"] = link
-    console.print(f"{size}, {arguments.batch} responses of {arguments.response_tokens} tokens")
-    console.print(_table(records))
-    console.print(
-        f"swap {host['swap_s']:.3f} s, {host['swap_bytes_per_s'] / 1e9:.1f} GB/s; link "
-        f"{link / 1e9:.1f} GB/s; hidden {host['hidden_fraction']:.0%}"
-    )
-    if arguments.out:
-        shape = {"size": dataclasses.asdict(size), "batch": arguments.batch}
-        shape["response_tokens"] = arguments.response_tokens
-        for record in records:
+        if arguments.out:
             append_record(records_path(arguments.out, device), record | shape | where)
+        if record["provider"] == "swap":
+            console.print(
+                f"swap {record['swap_s']:.3f} s, {record['swap_bytes_per_s'] / 1e9:.1f} GB/s, "
+                f"{record['link_share']:.0%} of the link's {record['link_bytes_per_s'] / 1e9:.1f}"
+            )
+        elif record["provider"] == "hidden":
+            console.print(f"hidden {record['hidden_fraction']:.0%}")
+
+    choices = [name for name in CHOICES if not (arguments.quick and name == "host")]
+    parallel = start_parallel(ParallelLayout(), seed=0)
+    num_samples = arguments.num_samples or (1 if arguments.quick else 3)
+    measure(config, size, parallel, choices, num_samples, publish)
+    console.print(_table([record for record in records if record["provider"] in CHOICES]))
 
 
 def _table(records: list[dict[str, Any]]) -> Table:
@@ -252,13 +239,11 @@ def _parse() -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--size", choices=SIZES, help="default: tiny, on a GPU 1.3b")
-    on_gpu = torch.cuda.is_available()
-    parser.add_argument("--batch", type=int, default=64 if on_gpu else 4, help="responses")
-    parser.add_argument(
-        "--response-tokens", type=int, default=512 if on_gpu else 16, help="of each response"
-    )
+    parser.add_argument("--quick", action="store_true", help="the swap, and one short iteration")
+    parser.add_argument("--batch", type=int, help="responses; default: 4, on a GPU 64")
+    parser.add_argument("--response-tokens", type=int, help="default: 16, on a GPU 512; quick half")
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
-    parser.add_argument("--num-samples", type=int, default=3, help="iterations measured")
+    parser.add_argument("--num-samples", type=int, help="iterations measured; default: 3, quick 1")
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
     return parser.parse_args()
 
