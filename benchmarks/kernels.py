@@ -2,14 +2,18 @@
 
     python -m benchmarks.kernels --device cuda --out benchmarks/results
     python -m benchmarks.kernels --device cpu --ops gae sample --quick
+    python -m benchmarks.kernels --ops linear_logprobs --size tokens=131072,hidden=4096 --limit 5
 
 A provider is timed as a rival only when it gives the right result; see README.md beside this file.
 """
 
 import argparse
+import dataclasses
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,6 +25,7 @@ from benchmarks.kernel_suite.gae import GAE
 from benchmarks.kernel_suite.layer_norm import LAYER_NORM
 from benchmarks.kernel_suite.linear_logprobs import LINEAR_LOGPROBS, LINEAR_LOSS
 from benchmarks.kernel_suite.logprobs import LOGPROBS, LOGPROBS_ENTROPY
+from benchmarks.kernel_suite.operation import BOTH_MODES, Operation, Size
 from benchmarks.kernel_suite.ppo_loss import PPO_LOSS
 from benchmarks.kernel_suite.ranking_loss import RANKING_LOSS
 from benchmarks.kernel_suite.report import plot, table
@@ -55,29 +60,65 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     device = torch.device(arguments.device)
     effort = QUICK if arguments.quick else FULL
+    effort = dataclasses.replace(effort, provider_seconds=arguments.limit)
     console = Console(width=None if sys.stdout.isatty() else 160)
     where = machine(device)
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     if device.type != "cuda":
         console.print("No GPU: trident is its reference path here, plain torch without Triton.")
+
+    def publish(record: dict[str, Any]) -> None:
+        if arguments.out:
+            append_record(records_path(arguments.out, device), record | where)
+
     for name in arguments.ops:
+        operation = _with_providers(OPERATIONS[name], arguments.providers)
+        sizes = chosen_sizes(operation.sizes[device.type], arguments.size)[: effort.num_sizes]
         records = []
-        for case in cases(OPERATIONS[name], device, effort.num_sizes):
-            case.run(effort)
+        for case in cases(operation, device, sizes, arguments.modes):
+            case.run(effort, publish)
             console.print(table(case.records, name, case.size, case.mode))
-            if arguments.out:
-                for record in case.records:
-                    if record["status"] != "skipped":
-                        append_record(records_path(arguments.out, device), record | where)
+            for record in case.records:
+                if record["status"] != "skipped":
+                    publish(record)
             records += case.records
             del case
             free_memory(device)
-        if arguments.out:
+        if arguments.out and sizes:
             picture = records_path(arguments.out, device).with_suffix("") / f"{name}.png"
             title = f"{name} on {where['device']}, {where['date']}, commit {where['commit']}"
-            sizes = OPERATIONS[name].sizes[device.type][: effort.num_sizes]
             plot(records, sizes, title, picture)
             console.print(f"plot: {picture}")
+
+
+def chosen_sizes(sizes: Sequence[Size], wanted: Sequence[Size]) -> list[Size]:
+    """Return the sizes that agree with one of those wanted, in which numbers may be left out; where
+    none does, the first with the wanted numbers in place of its own. All of them without a wish.
+
+    A wish that names what the operation does not have is not meant for it.
+    """
+    if not wanted:
+        return list(sizes)
+    found: list[Size] = []
+    for wish in wanted:
+        if wish.keys() <= sizes[0].keys():
+            agreeing = [size for size in sizes if wish.items() <= size.items()]
+            found += agreeing or [sizes[0] | wish]
+    return found
+
+
+def _with_providers(operation: Operation, names: Sequence[str] | None) -> Operation:
+    """Return the operation with those of its providers that are named, None for all."""
+    if names is None:
+        return operation
+    kept = tuple(provider for provider in operation.providers if provider.name in names)
+    return dataclasses.replace(operation, providers=kept)
+
+
+def _size(text: str) -> Size:
+    """Parse tokens=131072,hidden=4096."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    return {name: int(number) for name, _, number in pairs}
 
 
 def _parse() -> argparse.Namespace:
@@ -86,6 +127,20 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--ops", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
     parser.add_argument("--quick", action="store_true", help="one size, few samples")
+    parser.add_argument(
+        "--size",
+        nargs="+",
+        type=_size,
+        default=[],
+        metavar="NAME=N,...",
+        help="only sizes with these numbers, or one with them",
+    )
+    parser.add_argument("--modes", nargs="+", choices=BOTH_MODES, default=BOTH_MODES)
+    names = sorted({p.name for operation in OPERATIONS.values() for p in operation.providers})
+    parser.add_argument("--providers", nargs="+", choices=names, help="default: all")
+    parser.add_argument(
+        "--limit", type=float, default=60.0, help="seconds of a provider, first call and samples"
+    )
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended) and plots")
     return parser.parse_args()
 

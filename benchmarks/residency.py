@@ -137,7 +137,8 @@ def measure(
 ) -> None:
     """Publish each record as it is there: the swap, the choices, and what of the swap is hidden.
 
-    choices: "frozen", then "resident", then others. Raises RuntimeError where one gives other reference log-probs or values than the first.
+    choices: "frozen", then "resident", then others. Raises RuntimeError where one gives other
+    reference log-probs or values than the first.
     """
     device = parallel.device
     swap: dict[str, Any] = {}

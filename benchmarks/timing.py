@@ -7,11 +7,14 @@ alike. On a GPU the second-level cache is cold at the start of every sample.
 import contextlib
 import gc
 import json
+import math
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -45,13 +48,15 @@ class Timing(NamedTuple):
 
 
 def time_calls(
-    calls: Mapping[str, Call], clock: Clock, *, num_samples: int = 20
+    calls: Mapping[str, Call], clock: Clock, *, num_samples: int = 20, seconds: float = math.inf
 ) -> dict[str, Timing]:
-    """Time calls that have run before, one sample of each in turn."""
+    """Time calls that have run before, one sample of each in turn. A call whose samples have taken
+    so many seconds already gets no more; one it always has."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(num_samples):
         for name, call in calls.items():
-            samples[name].append(clock(call))
+            if not samples[name] or sum(samples[name]) < seconds * 1e3:
+                samples[name].append(clock(call))
     return {name: summary(values) for name, values in samples.items()}
 
 
@@ -74,6 +79,30 @@ def wall_clock(device: torch.device) -> Clock:
         return (time.perf_counter() - start) * 1e3
 
     return clock
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Run a block that raises TimeoutError after so many seconds, in the main thread of a process;
+    elsewhere, or without a limit, it takes what it takes.
+
+    Code that waits within a library hears of it when it comes back to Python.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or math.isinf(seconds):
+        yield
+        return
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def device_clock(device: torch.device) -> Clock:

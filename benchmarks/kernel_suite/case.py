@@ -1,6 +1,10 @@
 """One operation at one size in one mode: checks its providers, then times those that are right."""
 
-from collections.abc import Iterator
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +32,9 @@ from benchmarks.timing import (
     free_memory,
     num_launches,
     peak_bytes,
+    tensor_bytes,
     time_calls,
+    time_limit,
     wall_clock,
 )
 
@@ -49,6 +55,13 @@ class Effort:
     """Time for all samples of a case, as far as min_samples allows."""
     num_sizes: int | None = None
     """Of each operation; None for all."""
+    provider_seconds: float = math.inf
+    """A provider that has not computed once after so long has failed, and one gets no more samples
+    whose samples took so long."""
+
+
+Publish = Callable[[dict[str, Any]], None]
+"""Takes a record that is complete."""
 
 
 @dataclass
@@ -63,8 +76,12 @@ class Case:
     device: torch.device
     records: list[dict[str, Any]] = field(default_factory=list)
 
-    def run(self, effort: Effort) -> None:
-        """Fill `records`: one a provider, and one of the memory's speed where that is the bound."""
+    def run(self, effort: Effort, publish: Publish | None = None) -> None:
+        """Fill `records`: one a provider, and one of the memory's speed where that is the bound.
+
+        publish gets a copy of the first provider's record, ours, as soon as it alone was timed,
+        status "alone": a rival that takes the process down does not take that with it.
+        """
         torch.compiler.reset()  # torch.compile gives up on a function with too many sizes
         # Before the checks, so that who runs out of memory does so there.
         clock = device_clock(self.device)
@@ -72,13 +89,18 @@ class Case:
         fingerprint = self._fingerprint()
         for provider in self.operation.providers:
             record = self._record(provider.name, is_bound=provider.is_bound)
-            call = self._check(provider, record)
+            call = self._check(provider, record, effort)
             if self._fingerprint() != fingerprint:
                 record |= {"status": "failed", "reason": "overwrites its inputs"}
                 call = None
                 self._restore()
             if call is not None:
                 calls[provider.name] = call
+            if call is not None and publish and provider is self.operation.providers[0]:
+                alone = dataclasses.replace(self, records=[dict(record)])
+                few = dataclasses.replace(effort, max_samples=effort.min_samples)
+                alone._measure({provider.name: call}, clock, few)
+                publish(alone.records[0] | {"status": "alone"})
         self._measure(calls, clock, effort)
 
     def _record(self, provider: str, *, is_bound: bool) -> dict[str, Any]:
@@ -101,7 +123,7 @@ class Case:
         self._record(_COPY, is_bound=True)["status"] = "timed"
         return {_COPY: copy_of(num_bytes, self.device)}
 
-    def _check(self, provider: Provider, record: dict[str, Any]) -> Call | None:
+    def _check(self, provider: Provider, record: dict[str, Any], effort: Effort) -> Call | None:
         """The provider's call if it can be timed; the record says how exact it is, or why not.
 
         Whatever a rival raises is its result: the others go on.
@@ -110,9 +132,11 @@ class Case:
         if reason:
             record |= {"status": "skipped", "reason": reason}
             return None
+        started = time.perf_counter()
         try:
-            call = bind(self.operation, provider, self.inputs, self.mode)
-            results = call()
+            with time_limit(effort.provider_seconds):
+                call = bind(self.operation, provider, self.inputs, self.mode)
+                results = call()
         except Exception as error:
             cause = _first_cause(error)
             if isinstance(cause, ImportError):
@@ -123,6 +147,8 @@ class Case:
             free_memory(self.device)
             return None
         found = {} if provider.is_bound else errors(self.expected, results)
+        record["first_call_s"] = time.perf_counter() - started  # errors wait for the device
+        record["result_bytes"] = tensor_bytes(results.values())
         is_right = passes(self.expected, found)
         record |= {"status": "timed" if is_right else "wrong", "errors": found}
         return call if is_right else None
@@ -150,16 +176,19 @@ class Case:
         one_round_ms = sum(wall(call) for call in calls.values())
         num_samples = int(effort.seconds * 1e3 / max(1e-3, one_round_ms))
         num_samples = min(max(num_samples, effort.min_samples), effort.max_samples)
-        timings = time_calls(calls, clock, num_samples=num_samples)
+        times = functools.partial(
+            time_calls, num_samples=num_samples, seconds=effort.provider_seconds
+        )
+        timings = times(calls, clock)
         graphs: dict[str, Timing] = {}
         walls: dict[str, Timing] = {}
         if self.device.type == "cuda":
             short = [name for name, timing in timings.items() if timing.median_ms < _SHORT_MS]
             captured = {name: as_cuda_graph(calls[name]) for name in short}
             replays = {name: replay for name, replay in captured.items() if replay}
-            graphs = time_calls(replays, clock, num_samples=num_samples)
+            graphs = times(replays, clock)
             bound = [name for name, t in timings.items() if t.median_ms < _LAUNCH_BOUND_MS]
-            walls = time_calls({name: calls[name] for name in bound}, wall, num_samples=num_samples)
+            walls = times({name: calls[name] for name in bound}, wall)
         cost = self.operation.cost(self.inputs, self.mode)
         for record in self.records:
             name = record["provider"]
@@ -171,17 +200,24 @@ class Case:
             record["gb_per_s"] = cost.num_bytes / timing.median_ms / 1e6
             record["tflops"] = cost.flops / timing.median_ms / 1e9
             record["peak_bytes"] = peak_bytes(calls[name], self.device)
+            if "result_bytes" in record:
+                record["extra_bytes"] = record["peak_bytes"] - record["result_bytes"]
+                is_slow = timing.median_ms > 100 * effort.provider_seconds  # a tenth of it
+                record["is_repeatable"] = None if is_slow else _is_repeatable(calls[name])
             if self.device.type == "cuda":
                 record["launches"] = num_launches(calls[name])
                 record["wall_ms"] = walls[name].median_ms if name in walls else None
 
 
-def cases(operation: Operation, device: torch.device, num_sizes: int | None) -> Iterator[Case]:
-    """Yield every size and mode; the modes of a size share inputs."""
-    for size in operation.sizes[device.type][:num_sizes]:
+def cases(
+    operation: Operation, device: torch.device, sizes: Sequence[Size], modes: Sequence[Mode]
+) -> Iterator[Case]:
+    """Yield every size in every one of the operation's modes that is named; the modes of a size
+    share inputs."""
+    for size in sizes:
         inputs = make_inputs(operation, size, device)
         expected = operation.exact(inputs)
-        for mode in operation.modes:
+        for mode in [mode for mode in operation.modes if mode in modes]:
             yield Case(operation, size, mode, inputs, expected, device)
 
 
@@ -192,6 +228,17 @@ def make_inputs(operation: Operation, size: Size, device: torch.device) -> Input
     for name in operation.gradients:
         inputs[name].requires_grad_()
     return inputs
+
+
+def _is_repeatable(call: Call) -> bool:
+    """Whether two runs give the same bits."""
+    first, second = call(), call()
+    return all(_same_bits(first[name], second[name]) for name in first)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    as_bytes = [x.detach().contiguous().flatten().view(torch.uint8) for x in (a, b)]
+    return torch.equal(*as_bytes)
 
 
 def _first_cause(error: BaseException) -> BaseException:

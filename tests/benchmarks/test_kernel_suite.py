@@ -1,19 +1,22 @@
 """Every provider that a CPU can run gives the right result; one that does not is not timed."""
 
 import io
+import json
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
+from benchmarks import kernels
 from benchmarks.kernel_suite.case import Case, Effort, make_inputs
 from benchmarks.kernel_suite.linear_logprobs import LINEAR_LOGPROBS
 from benchmarks.kernel_suite.operation import Operation, Provider, bind, errors, passes, plain
 from benchmarks.kernel_suite.ranking_loss import RANKING_LOSS
 from benchmarks.kernel_suite.report import plot, table
-from benchmarks.kernels import OPERATIONS
+from benchmarks.kernels import OPERATIONS, chosen_sizes
 
 CPU = torch.device("cpu")
 TINY = {
@@ -115,6 +118,89 @@ def test_only_right_results_are_timed(tmp_path):
     assert "skipped, needs a GPU: gpu" in shown
     plot(case.records, [case.size], "title", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_ours_is_published_before_a_rival_runs():
+    published = []
+
+    def rival(*_):
+        assert [record["status"] for record in published] == ["alone"]
+        raise SystemExit  # as what ends the process
+
+    ours = RANKING_LOSS.providers[0]
+    case = tiny_case(replace(RANKING_LOSS, providers=(ours, Provider("rival", plain(rival)))))
+    with pytest.raises(SystemExit):
+        case.run(EFFORT, published.append)
+    assert published[0]["provider"] == "trident"
+    assert published[0]["median_ms"] > 0
+
+
+@pytest.mark.parametrize(("delay", "status"), [(0.15, "timed"), (5.0, "failed")])
+def test_a_slow_rival_fails_or_gets_few_samples(delay, status):
+    def slow(scores, ranks, cu_prompts):
+        time.sleep(delay)
+        return RANKING_LOSS.providers[1].load()(scores, ranks, cu_prompts)
+
+    providers = (RANKING_LOSS.providers[0], Provider("slow", plain(slow)))
+    case = tiny_case(replace(RANKING_LOSS, providers=providers))
+    case.run(replace(EFFORT, min_samples=4, max_samples=4, provider_seconds=0.25))
+    found = next(record for record in case.records if record["provider"] == "slow")
+    assert found["status"] == status
+    if status == "timed":
+        assert found["num_samples"] == 2  # after the second 0.3 s are over
+        assert found["first_call_s"] >= 0.15
+    else:
+        assert found["reason"] == "TimeoutError: took more than 0.25 s"
+
+
+def test_memory_beyond_results_and_repeatable_bits_are_recorded():
+    def random(scores, ranks, cu_prompts):
+        losses, num_correct = RANKING_LOSS.providers[1].load()(scores, ranks, cu_prompts)
+        return losses + 1e-6 * torch.rand(()), num_correct
+
+    ours = RANKING_LOSS.providers[0]
+    case = tiny_case(replace(RANKING_LOSS, providers=(ours, Provider("random", plain(random)))))
+    case.run(EFFORT)
+    found = {record["provider"]: record for record in case.records}
+    assert found["trident"]["is_repeatable"]
+    assert not found["random"]["is_repeatable"]
+    for name in ("trident", "random"):
+        record = found[name]
+        assert record["extra_bytes"] == record["peak_bytes"] - record["result_bytes"] >= 0
+
+
+def test_sizes_are_chosen_by_some_of_their_numbers():
+    sizes = [{"tokens": 1, "hidden": 2}, {"tokens": 1, "hidden": 4}, {"tokens": 3, "hidden": 4}]
+    assert chosen_sizes(sizes, []) == sizes
+    assert chosen_sizes(sizes, [{"hidden": 4}]) == sizes[1:]
+    assert chosen_sizes(sizes, [{"tokens": 7}]) == [{"tokens": 7, "hidden": 2}]
+    assert chosen_sizes(sizes, [{"sequences": 7}]) == []
+
+
+def test_the_targets_sizes_are_among_those_of_a_gpu():
+    targets = {
+        "gae": {"sequences": 512, "length": 1024},
+        "ppo_loss": {"tokens": 131072},
+        "linear_logprobs": {"tokens": 131072, "hidden": 4096},
+        "logprobs": {"tokens": 8192, "vocab": 50304},
+        "decode_attention": {"sequences": 64, "context": 1024, "heads": 16},
+    }
+    for name, target in targets.items():
+        sizes = OPERATIONS[name].sizes["cuda"]
+        assert chosen_sizes(sizes, [target])[0] in sizes
+
+
+def test_program_runs_what_it_is_asked_for(tmp_path, monkeypatch):
+    options = "--device cpu --ops ppo_loss gae --size tokens=256 --quick --limit 9 --providers"
+    options = ["kernels", *options.split(), "trident", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", options)
+    kernels.main()
+    records = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
+    assert [(r["operation"], r["tokens"], r["provider"], r["status"]) for r in records] == [
+        ("ppo_loss", 256, "trident", "alone"),
+        ("ppo_loss", 256, "copy of as many bytes", "timed"),
+        ("ppo_loss", 256, "trident", "timed"),
+    ]
 
 
 def test_trl_runs_backward_without_what_its_trainers_import(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from benchmarks.timing import (
     peak_bytes,
     records_path,
     time_calls,
+    time_limit,
     wall_clock,
 )
 
@@ -34,6 +35,21 @@ def test_summary_is_the_median_and_the_outer_fifths():
 
 def test_one_sample_is_its_own_summary():
     assert time_calls({"a": lambda: None}, lambda call: 3.0, num_samples=1)["a"] == (3, 3, 3, 1)
+
+
+def test_a_call_that_has_used_its_time_gets_no_more_samples():
+    calls = {"slow": lambda: 40.0, "fast": lambda: 1.0}
+    timings = time_calls(calls, lambda call: call(), num_samples=5, seconds=0.1)
+    assert {name: timing.num_samples for name, timing in timings.items()} == {"slow": 3, "fast": 5}
+    assert time_calls(calls, lambda call: call(), seconds=0.0)["slow"].num_samples == 1
+
+
+def test_time_limit_ends_a_block_and_is_gone_after_it():
+    with pytest.raises(TimeoutError, match=r"took more than 0.05 s"), time_limit(0.05):
+        time.sleep(5)
+    with time_limit(0.05):
+        pass
+    time.sleep(0.1)
 
 
 def test_wall_clock_measures_milliseconds():
