@@ -33,6 +33,7 @@ from benchmarks import trl_ppo
 from benchmarks.ppo_job import Effort, Job, Measured, peak_bytes
 from benchmarks.ppo_scene import PHASES, build, random_feed, random_prompts, run_iteration
 from benchmarks.timing import append_record, free_memory, machine, records_path
+from engine.config import UserError
 from engine.feed import Feed
 from engine.parallel import Parallel, start_parallel
 from engine.settings.layout import ParallelLayout
@@ -114,8 +115,10 @@ def measure(
     else:
         run, options = run_trident, {}
     gc.freeze()  # TRL collects garbage in every iteration: only what it makes itself
-    done = run(job, device, effort, **options)
-    gc.unfreeze()
+    try:
+        done = run(job, device, effort, **options)
+    finally:
+        gc.unfreeze()
     free_memory(device)
     _check(job, done, provider)
     totals = [sum(phases.values()) for phases in done.seconds]
@@ -174,8 +177,8 @@ def main() -> None:
         except ImportError as error:
             console.print(f"{provider} is left out: {error}")
             continue
-        except torch.OutOfMemoryError as error:
-            console.print(f"{provider} is left out: {str(error).partition('. ')[0]}")
+        except (torch.OutOfMemoryError, UserError) as error:
+            console.print(f"{provider} does not fit: {error}")
             continue
         ours = next((r for r in records if r["provider"] == "trident"), None)
         if ours and provider.startswith("trl"):
