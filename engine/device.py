@@ -12,6 +12,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,41 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Factory functions that megatron calls with the literal device="cuda".
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What is done in one way on a GPU and in another on a CPU, though either could do both.
+
+    The numbers are the same up to rounding, and tests have CPUs do as GPUs do. What only a GPU can
+    do (its attention, pinned memory, streams, graphs) asks for the device where it is done.
+    """
+
+    fuses_elementwise: bool
+    """Compile bias + GELU, and bias + dropout + addition, to one kernel each."""
+    fuses_gradient_accumulation: bool
+    """The default of Numerics.gradient_accumulation_fusion."""
+    overlaps_replicas: bool
+    """The default of ParallelLayout.overlap_grad_reduce and overlap_param_gather where there are
+    replicas; a CPU has nothing to hide communication under."""
+    steps_per_sync: int
+    """The default of SamplingConfig.steps_per_sync: a look at a GPU waits for all it was given."""
+
+
+CHOICES = {
+    "cuda": Choices(
+        fuses_elementwise=True,
+        fuses_gradient_accumulation=True,
+        overlaps_replicas=True,
+        steps_per_sync=8,
+    ),
+    "cpu": Choices(
+        fuses_elementwise=False,
+        fuses_gradient_accumulation=False,
+        overlaps_replicas=False,
+        steps_per_sync=1,
+    ),
+}
 
 # What the stand-ins answer as the current CUDA device.
 _stood_in = torch.device("cpu")
@@ -44,6 +80,11 @@ def start_device() -> torch.device:
 def communication_backend(device: torch.device) -> str:
     """Return the torch.distributed backend for a device: nccl on CUDA, gloo on the CPU."""
     return "nccl" if device.type == "cuda" else "gloo"
+
+
+def choices_for(device: torch.device) -> Choices:
+    """Return the choices of a device; torch's meta device has a CPU's."""
+    return CHOICES["cuda" if device.type == "cuda" else "cpu"]
 
 
 def make_deterministic() -> None:

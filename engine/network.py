@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from engine.device import DTYPES, make_deterministic
+from engine.device import DTYPES, choices_for, make_deterministic
 from engine.parallel import Parallel, seed_for_head, seed_for_initialisation
 from engine.settings.numerics import Numerics
 from models.gpt import GPT
@@ -110,6 +110,10 @@ def build_network(
     layout.check(size)
     if numerics.deterministic:
         make_deterministic()
+    choices = choices_for(parallel.device)
+    fuses_gradients = numerics.gradient_accumulation_fusion
+    if fuses_gradients is None:
+        fuses_gradients = choices.fuses_gradient_accumulation
     config = transformer_config(
         size,
         tp=layout.tp,
@@ -119,9 +123,9 @@ def build_network(
         dtype=DTYPES[numerics.dtype],
         dropout=dropout,
         recompute=numerics.recompute,
-        gradient_accumulation_fusion=numerics.gradient_accumulation_fusion,
+        fuses_elementwise=choices.fuses_elementwise,
+        fuses_gradient_accumulation=fuses_gradients,
         deterministic=numerics.deterministic,
-        device=parallel.device,
     )
     seed_for_initialisation(parallel)
     with parallel.active():

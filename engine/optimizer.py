@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from engine.device import choices_for
 from engine.network import Network
 from engine.settings.adam import AdamConfig
 from engine.step import finish_gradients
@@ -221,8 +222,8 @@ def make_trainable(network: Network) -> None:
     parallel = network.parallel
     for module in network.modules:
         module.requires_grad_(True)
-    # Without other replicas there is nothing to overlap; on the CPU nothing to hide it under.
-    gains = parallel.num_replicas > 1 and parallel.device.type == "cuda"
+    # Without other replicas there is nothing to overlap.
+    gains = parallel.num_replicas > 1 and choices_for(parallel.device).overlaps_replicas
     reduce, gather = parallel.layout.overlap_grad_reduce, parallel.layout.overlap_param_gather
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

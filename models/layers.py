@@ -44,8 +44,8 @@ def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
     dtype: torch.dtype,
     dropout: float,
     recompute: Recompute,
-    device: torch.device,
-    gradient_accumulation_fusion: bool | None = None,
+    fuses_elementwise: bool = False,
+    fuses_gradient_accumulation: bool = False,
     deterministic: bool = False,
 ) -> TransformerConfig:
     """Return megatron's configuration of a GPT-3 of that size.
@@ -53,13 +53,11 @@ def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
     Initialisation is GPT-2's, which GPT-3 keeps: normal with std 0.02, and 0.02 / sqrt(2 x layers)
     for the matrices that write to the residual stream (Radford et al. 2019, section 2.3).
     """
-    on_gpu = device.type == "cuda"
-    fuses = on_gpu if gradient_accumulation_fusion is None else gradient_accumulation_fusion
-    if fuses:
+    if fuses_gradient_accumulation:
         _provide_gradient_fusion()
     # GPT's GELU is the tanh approximation. megatron's fused bias + GELU computes that one when it
     # is handed F.gelu; without the fusion the approximation has to be asked for.
-    gelu = F.gelu if on_gpu else functools.partial(F.gelu, approximate="tanh")
+    gelu = F.gelu if fuses_elementwise else functools.partial(F.gelu, approximate="tanh")
     recompute_arguments: dict[str, Any] = {}
     if recompute == "full":
         recompute_arguments = {"recompute_granularity": "full", "recompute_method": "uniform"}
@@ -75,8 +73,8 @@ def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
         attention_dropout=0.0,
         layernorm_epsilon=1e-5,
         activation_func=gelu,
-        bias_activation_fusion=on_gpu,
-        bias_dropout_fusion=on_gpu,
+        bias_activation_fusion=fuses_elementwise,
+        bias_dropout_fusion=fuses_elementwise,
         masked_softmax_fusion=False,
         init_method_std=0.02,
         tensor_model_parallel_size=tp,
@@ -89,9 +87,9 @@ def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,  # losses are sums over global counts: nothing to average
         deallocate_pipeline_outputs=True,
-        gradient_accumulation_fusion=fuses,
+        gradient_accumulation_fusion=fuses_gradient_accumulation,
         deterministic_mode=deterministic,
-        batch_p2p_comm=on_gpu,
+        batch_p2p_comm=fuses_elementwise,
         **recompute_arguments,
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from engine.config import UserError
+from engine.device import choices_for
 from engine.generation.block_manager import BlockManager
 from engine.generation.cache import build_cache
 from engine.generation.runner import Flight, Runner
@@ -71,7 +72,7 @@ def generate(  # noqa: PLR0913
     )
     stop_ids = frozenset((eos_id, *config.stop_token_ids))
     runner = Runner(network, config, cache, stop_ids=stop_ids, seed=seed)
-    steps_per_sync = config.steps_per_sync or (8 if network.parallel.device.type == "cuda" else 1)
+    steps_per_sync = config.steps_per_sync or choices_for(network.parallel.device).steps_per_sync
     scheduler = Scheduler(
         waiting=deque(sequences),
         blocks=BlockManager(cache.num_blocks, config.block_size),

@@ -14,6 +14,7 @@ from engine.parallel import Parallel, start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.step import forward_backward
+from tests.gpu_choices import choices_of_a_gpu
 from tests.tiny import SIZE
 
 
@@ -44,6 +45,19 @@ def test_weights_have_the_dtype_that_was_asked_for(dtype, expected, parallel: Pa
         network = build_network(kind, SIZE, parallel, numerics=Numerics(dtype=dtype))
         assert network.dtype is expected
         assert {p.dtype for m in network.modules for p in m.parameters()} == {expected}
+
+
+def test_network_does_what_its_device_chooses_unless_told(parallel: Parallel):
+    def fusions(numerics: Numerics) -> tuple[bool, bool, bool]:
+        config = build_network("language", SIZE, parallel, numerics=numerics).config
+        elementwise = config.bias_activation_fusion, config.bias_dropout_fusion
+        return *elementwise, config.gradient_accumulation_fusion
+
+    assert fusions(Numerics()) == (False, False, False)
+    assert fusions(Numerics(gradient_accumulation_fusion=True)) == (False, False, True)
+    with choices_of_a_gpu():
+        assert fusions(Numerics()) == (True, True, True)
+        assert fusions(Numerics(gradient_accumulation_fusion=False)) == (True, True, False)
 
 
 def test_weights_depend_on_the_seed_and_on_nothing_drawn_before(parallel: Parallel):

@@ -22,7 +22,6 @@ def config_of(**changes: Any):
         "dtype": torch.float32,
         "dropout": 0.0,
         "recompute": "none",
-        "device": torch.device("cpu"),
     }
     return transformer_config(SIZE, **(arguments | changes))
 
