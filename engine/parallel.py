@@ -157,6 +157,8 @@ def start_parallel(layout: ParallelLayout, seed: int) -> Parallel:
         store = dist.HashStore() if world_size == 1 else None
         # No device_id: with it every group is split off the world by all ranks at once, whether
         # anyone uses it or not, and megatron makes 3,200 groups for tp 8 x pp 16 on 1,024 ranks.
+        # And a pipeline's messages, which have a communicator for each pair of ranks and group,
+        # would share one with all else of a group and run one after the other.
         dist.init_process_group(
             communication_backend(device),
             store=store,

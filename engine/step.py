@@ -260,9 +260,9 @@ def _run_schedule(
     with each; return what the losses stored.
 
     A pipeline's rows are padded to the longest, so that stages need not tell each other shapes.
-    megatron's variable lengths cost a host sync a hop, and with two stages and interleaving it
-    confuses the shapes of the two directions, which then go to the same rank. Token budgets keep
-    the padding small.
+    megatron's variable lengths cost a host sync a hop, and it sends the shapes batched, whatever
+    models/layers.py says of other messages: with two stages and interleaving the two directions
+    then change places. Token budgets keep the padding small.
     """
     network.check_present()
     longest = max(len(batch.tokens) for batch, _ in work)

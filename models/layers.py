@@ -89,7 +89,10 @@ def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
         deallocate_pipeline_outputs=True,
         gradient_accumulation_fusion=fuses_gradient_accumulation,
         deterministic_mode=deterministic,
-        batch_p2p_comm=fuses_elementwise,
+        # Each message by itself. In a batch those of two stages with virtual ones match in another
+        # order than they are meant in, activations for gradients: each stage is both neighbours of
+        # the other. And megatron waits for the whole device after every batch.
+        batch_p2p_comm=False,
         **recompute_arguments,
     )
 

@@ -9,7 +9,7 @@ from engine.settings.layout import ParallelLayout
 from models.layers import LayerNorm, transformer_config
 from models.sizes import GPTSize
 
-SIZE = GPTSize(num_layers=3, hidden_size=16, num_heads=2, vocab_size=50, context_length=32)
+SIZE = GPTSize(num_layers=4, hidden_size=16, num_heads=2, vocab_size=50, context_length=32)
 
 
 def config_of(**changes: Any):
@@ -47,13 +47,19 @@ def test_recomputation_is_passed_on(recompute: str, granularity: str | None):
     assert config_of(recompute=recompute).recompute_granularity == granularity
 
 
+@pytest.mark.parametrize("fuses", [False, True])
+def test_messages_of_a_pipeline_go_one_by_one_whatever_else_is_chosen(fuses: bool):
+    layout = {"pp": 2, "virtual_pp": 2, "fuses_elementwise": fuses}
+    assert not config_of(**layout, fuses_gradient_accumulation=fuses).batch_p2p_comm
+
+
 def test_matrices_that_write_to_the_residual_start_smaller():
     config = config_of()
     weight = torch.empty(400, 400)
     config.init_method(weight)
     assert weight.std().item() == pytest.approx(0.02, rel=0.02)
     config.output_layer_init_method(weight)
-    assert weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * 3), rel=0.02)
+    assert weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * 4), rel=0.02)
 
 
 def test_layer_norm_is_torchs_and_tells_of_sequence_parallel():
