@@ -33,6 +33,12 @@ from models.sizes import GPTSize
 
 Recompute = Literal["none", "selective", "full"]
 
+# Variants of an operation that torch compiles before it runs what is new in eager mode, for good. A
+# PPO run with a critic of another width takes 10 of bias + dropout + addition (by width, by which
+# tensors have gradients, with gradients on, off or inference, for one length and for any). Stages
+# that follow in the same process add theirs: 15 were seen. torch's own limit is 8.
+COMPILED_VARIANTS = 64
+
 
 def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
     size: GPTSize,
@@ -53,6 +59,8 @@ def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
     Initialisation is GPT-2's, which GPT-3 keeps: normal with std 0.02, and 0.02 / sqrt(2 x layers)
     for the matrices that write to the residual stream (Radford et al. 2019, section 2.3).
     """
+    if fuses_elementwise:
+        _allow_variants()
     if fuses_gradient_accumulation:
         _provide_gradient_fusion()
     # GPT's GELU is the tanh approximation. megatron's fused bias + GELU computes that one when it
@@ -95,6 +103,11 @@ def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
         batch_p2p_comm=False,
         **recompute_arguments,
     )
+
+
+def _allow_variants() -> None:
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, COMPILED_VARIANTS)
 
 
 def _provide_gradient_fusion() -> None:

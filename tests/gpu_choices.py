@@ -23,9 +23,11 @@ def choices_of_a_gpu() -> Iterator[None]:
     choices, and a head that computes rows which are not predicted, too.
 
     What megatron compiles is traced, with the guards and variants that a GPU's has, and then run by
-    torch's own operators: compiling C++ for this machine would test nothing that a GPU runs.
+    torch's own operators: compiling C++ for this machine would test nothing that a GPU runs. One
+    variant more than torch takes is an error.
     """
-    with pytest.MonkeyPatch.context() as patch:
+    fails = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # type: ignore[attr-defined]
+    with fails, pytest.MonkeyPatch.context() as patch:
         patch.setitem(CHOICES, "cpu", CHOICES["cuda"])
         patch.setattr(linear_logprobs, "_compacted", lambda labels, spec: spec)
         for module, names in COMPILED.items():
