@@ -1,4 +1,5 @@
-"""Layout, packing and micro-batch size change nothing but rounding, in every stage.
+"""Layout, packing and micro-batch size change nothing but rounding, in every stage; nor does what
+is chosen on a GPU in another way than on a CPU.
 
 One checkpoint is written by one rank and loaded under each layout. The weights that each run ends
 with are loaded on one rank again, so that saving and loading across layouts is part of the claim.
@@ -10,6 +11,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from engine.parallel import rank_of_environment
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.residency import ResidencyConfig
+from tests.gpu_choices import choices_of_a_gpu
 from tests.ranks import run_ranks
 from tests.tiny import ppo_config, rm_config, rows_of, sft_config, train, weights_of
 
@@ -127,6 +130,12 @@ def train_stages(files: Path, folder: Path, cases: dict[str, dict], ppo: dict[st
                 train(resumed)
 
 
+def train_stages_as_on_gpus(*args: Any) -> None:
+    """Do the same with the choices of a GPU."""
+    with choices_of_a_gpu():
+        train_stages(*args)
+
+
 def copy_without_last_checkpoint(run: Path, copy: Path) -> None:
     """Copy a finished run of two iterations as if it had died before it saved the second."""
     shutil.copytree(run, copy)
@@ -158,6 +167,16 @@ def two_ranks(tiny: Path, runs: Path) -> Path:
 def four_ranks(tiny: Path, runs: Path) -> Path:
     run_ranks(train_stages, 4, tiny, runs, FOUR, PPO_FOUR)
     return runs
+
+
+@pytest.fixture(scope="module")
+def as_on_gpus(tiny: Path, runs: Path) -> Path:
+    """All runs again, with the choices of a GPU."""
+    folder = runs / "as_on_gpus"
+    train_stages_as_on_gpus(tiny, folder, ONE, {})
+    run_ranks(train_stages_as_on_gpus, 2, tiny, folder, TWO, PPO_TWO)
+    run_ranks(train_stages_as_on_gpus, 4, tiny, folder, FOUR, PPO_FOUR)
+    return folder
 
 
 def assert_same_training(files: Path, stage: str, run: Path, other: Path) -> None:
@@ -243,6 +262,23 @@ def test_four_ranks_train_as_one(
     layout: str, stage: str, tiny: Path, one_rank: Path, four_ranks: Path
 ):
     assert_same_training(tiny, stage, four_ranks / layout / stage, one_rank / stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("layout", [*ONE, *TWO, *FOUR])
+def test_ranks_that_choose_as_gpus_train_as_one_that_does_not(
+    layout: str, stage: str, tiny: Path, one_rank: Path, as_on_gpus: Path
+):
+    assert_same_training(tiny, stage, as_on_gpus / layout / stage, one_rank / stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*PPO_TWO, *PPO_FOUR])
+def test_two_layouts_of_ranks_that_choose_as_gpus_train_as_one_that_does_not(
+    case: str, tiny: Path, one_rank: Path, as_on_gpus: Path
+):
+    assert_same_training(tiny, "ppo", as_on_gpus / case / "ppo", one_rank / "ppo")
 
 
 @pytest.mark.parametrize("stage", STAGES)
