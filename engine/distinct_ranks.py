@@ -75,12 +75,8 @@ def build_ranks(models: list[Model], world_size: int) -> Iterator[tuple[Model, R
 def _as_on_gpus(layout: ParallelLayout, world_size: int) -> ParallelLayout:
     """Return the layout with gradients reduced as GPUs do where it leaves that open: the buckets
     depend on it. Weights are gathered at once, which the meta device can do."""
-    reduce = layout.overlap_grad_reduce
-    return dataclasses.replace(
-        layout,
-        overlap_grad_reduce=layout.dp(world_size) * layout.cp > 1 if reduce is None else reduce,
-        overlap_param_gather=False,
-    )
+    reduce, _ = layout.overlaps(gains=layout.dp(world_size) * layout.cp > 1)
+    return dataclasses.replace(layout, overlap_grad_reduce=reduce, overlap_param_gather=False)
 
 
 def _build(model: Model, parallel: Parallel) -> Rank:

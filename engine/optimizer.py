@@ -224,12 +224,12 @@ def make_trainable(network: Network) -> None:
         module.requires_grad_(True)
     # Without other replicas there is nothing to overlap.
     gains = parallel.num_replicas > 1 and choices_for(parallel.device).overlaps_replicas
-    reduce, gather = parallel.layout.overlap_grad_reduce, parallel.layout.overlap_param_gather
+    overlaps_reduce, overlaps_gather = parallel.layout.overlaps(gains=gains)
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
-        overlap_grad_reduce=gains if reduce is None else reduce,
-        overlap_param_gather=gains if gather is None else gather,
+        overlap_grad_reduce=overlaps_reduce,
+        overlap_param_gather=overlaps_gather,
         bucket_size=BUCKET_ELEMENTS,
         average_in_collective=False,
         check_for_nan_in_grad=False,  # alarms and loss scaling look at the norm instead

@@ -138,9 +138,9 @@ def _buckets(  # noqa: PLR0913 - one chunk of one rank, each coordinate named
     spans: list[tuple[int, int]] = []
     num_replicas = dp * layout.cp
     multiple = math.lcm(num_replicas, BUCKET_ALIGNMENT)
-    overlaps = layout.overlap_grad_reduce
+    overlaps, _ = layout.overlaps(gains=num_replicas > 1)
     full = math.inf
-    if (num_replicas > 1 if overlaps is None else overlaps) and pp_rank == 0 and chunk == 0:
+    if overlaps and pp_rank == 0 and chunk == 0:
         full = BUCKET_ELEMENTS or max(40_000_000, 1_000_000 * dp)  # megatron's: without cp
 
     def close() -> None:

@@ -83,12 +83,13 @@ def step_seconds(
         _, tokens = _rows(network, batches[-1], budget)
         row = _slot(network, cluster, batches[-1], tokens, trains=True).total
         bandwidth = cluster.link_bandwidth(layout.tp * replicas)
+        overlaps_reduce, overlaps_gather = layout.overlaps(gains=True)
         for num_bytes, overlaps, share in (
-            (GRADIENT_BYTES, layout.overlap_grad_reduce, 2 / 3),  # a reduce-scatter
-            (network.element_bytes, layout.overlap_param_gather, 1 / 3),  # an all-gather
+            (GRADIENT_BYTES, overlaps_reduce, 2 / 3),  # a reduce-scatter
+            (network.element_bytes, overlaps_gather, 1 / 3),  # an all-gather
         ):
             seconds = num_bytes * elements * (replicas - 1) / replicas / bandwidth
-            hidden = 0.0 if overlaps is False else share * row
+            hidden = share * row if overlaps else 0.0
             exposed += max(cluster.latency * math.log2(replicas), seconds - hidden)
     # Read the gradient, read and write master and moments, write the weight; the average besides.
     # Buffers are cleared once.

@@ -27,7 +27,16 @@ class ParallelLayout:
     dp > 1. Changes speed, nothing else."""
     overlap_param_gather: bool | None = None
     """Gather the weights that data-parallel ranks have updated while the next forward pass starts;
-    none: on GPUs where dp > 1. Changes speed, nothing else."""
+    none: where the gradients' sum overlaps, on GPUs. It needs that, which cuts the buffers into the
+    buckets that are gathered one by one. Changes speed, nothing else."""
+
+    def overlaps(self, *, gains: bool) -> tuple[bool, bool]:
+        """Return whether the sum of gradients and the gathering of weights overlap, where `gains`
+        says that overlap is worth its while."""
+        reduce, gather = self.overlap_grad_reduce, self.overlap_param_gather
+        if reduce is None:
+            reduce = gains or bool(gather)
+        return reduce, gains and reduce if gather is None else gather
 
     def dp(self, world_size: int) -> int:
         """Return the data-parallel degree that world_size ranks leave, or raise UserError."""
@@ -60,8 +69,6 @@ class ParallelLayout:
                 f"pp {self.pp} x virtual_pp {self.virtual_pp} must divide the "
                 f"{size.num_layers} layers"
             )
-        if self.sequence_parallel and self.tp == 1:
-            raise UserError("layout.sequence_parallel needs layout.tp > 1")
 
     def check_refit(self, target: "ParallelLayout") -> None:
         """Raise UserError where weights in this layout cannot be copied into `target`, to generate
@@ -85,3 +92,7 @@ class ParallelLayout:
         check_numbers(self, "layout.", counts="tp pp virtual_pp cp")
         if self.virtual_pp > 1 and self.pp == 1:
             raise UserError("layout.virtual_pp needs layout.pp > 1")
+        if self.sequence_parallel and self.tp == 1:
+            raise UserError("layout.sequence_parallel needs layout.tp > 1")
+        if self.overlap_param_gather and self.overlap_grad_reduce is False:
+            raise UserError("layout.overlap_param_gather needs layout.overlap_grad_reduce")

@@ -51,6 +51,10 @@ def test_world_that_the_model_does_not_divide_is_an_error():
         (ParallelLayout(pp=2, virtual_pp=4), "pp 2 x virtual_pp 4 must divide the 4 layers"),
         (ParallelLayout(virtual_pp=2), "virtual_pp needs layout.pp > 1"),
         (ParallelLayout(sequence_parallel=True), "sequence_parallel needs layout.tp > 1"),
+        (
+            ParallelLayout(overlap_grad_reduce=False, overlap_param_gather=True),
+            "overlap_param_gather needs layout.overlap_grad_reduce",
+        ),
         (ParallelLayout(tp=0), "layout.tp must be at least 1, got 0"),
         (ParallelLayout(pp=-1), "layout.pp must be at least 1, got -1"),
     ],
@@ -58,6 +62,40 @@ def test_world_that_the_model_does_not_divide_is_an_error():
 def test_layout_that_cannot_hold_the_model_is_an_error(layout: ParallelLayout, cause: str):
     with pytest.raises(UserError, match=cause):
         layout.check(SIZE)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ParallelLayout(virtual_pp=2),
+        ParallelLayout(sequence_parallel=True),
+        ParallelLayout(overlap_grad_reduce=False, overlap_param_gather=True),
+    ],
+)
+def test_layout_that_holds_no_model_joins_no_ranks(layout: ParallelLayout):
+    with pytest.raises(UserError, match="needs"):
+        layout.dp(8)
+
+
+@pytest.mark.parametrize("gains", [False, True])
+def test_weights_are_gathered_meanwhile_only_where_gradients_are_summed_so(gains: bool):
+    given = (None, False, True)
+    layouts = {
+        (reduce, gather): ParallelLayout(overlap_grad_reduce=reduce, overlap_param_gather=gather)
+        for reduce in given
+        for gather in given
+        if (reduce, gather) != (False, True)  # an error
+    }
+    assert {key: layout.overlaps(gains=gains) for key, layout in layouts.items()} == {
+        (None, None): (gains, gains),
+        (None, False): (gains, False),
+        (None, True): (True, True),
+        (False, None): (False, False),
+        (False, False): (False, False),
+        (True, None): (True, gains),
+        (True, False): (True, False),
+        (True, True): (True, True),
+    }
 
 
 def test_vocabulary_must_split_evenly():
