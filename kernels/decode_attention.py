@@ -44,7 +44,7 @@ def _append_kernel(
     slot = tl.load(slot_mapping + token).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < row_length
-    head, element = column // DIM, column % DIM
+    head, element = (column // DIM).to(tl.int64), column % DIM
     if slot >= 0:
         k_at = token * k_token_stride + head * k_head_stride + element
         v_at = token * v_token_stride + head * v_head_stride + element

@@ -95,12 +95,12 @@ def _kl_state_kernel(
     t = tl.zeros([LANES], ACC)
     whole = num_valid // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        columns = start + offsets
+        columns = (start + offsets).to(tl.int64)
         x = tl.load(logits + columns * column_stride).to(ACC)
         y = tl.load(ref_logits + columns * ref_column_stride).to(ACC)
         m_p, s_p, m_q, s_q, t = _add_block(x, y, m_p, s_p, m_q, s_q, t, to_powers)
     if whole < num_valid:
-        columns = whole + offsets
+        columns = (whole + offsets).to(tl.int64)
         within = columns < num_columns  # loads end with the row, as in row_state.py
         x = tl.load(logits + columns * column_stride, mask=within, other=0.0).to(ACC)
         y = tl.load(ref_logits + columns * ref_column_stride, mask=within, other=0.0).to(ACC)
@@ -167,7 +167,7 @@ def _kl_gradient_kernel(
     offsets = tl.arange(0, BLOCK)
     whole = num_valid // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        columns = start + offsets
+        columns = (start + offsets).to(tl.int64)
         x = tl.load(logits + columns * column_stride).to(ACC)
         y = tl.load(ref_logits + columns * ref_column_stride).to(ACC)
         log2_p = (x * inv_temperature - m_p) * LOG2_E - log2_s_p
@@ -175,7 +175,7 @@ def _kl_gradient_kernel(
         dz = _logit_gradient(log2_p, log2_q, kl, grad, OF_REF)
         tl.store(out + row * num_columns + columns, dz)
     for start in range(whole, num_columns, BLOCK):
-        columns = start + offsets
+        columns = (start + offsets).to(tl.int64)
         within = columns < num_columns
         x = tl.load(logits + columns * column_stride, mask=within, other=0.0).to(ACC)
         y = tl.load(ref_logits + columns * ref_column_stride, mask=within, other=0.0).to(ACC)

@@ -60,7 +60,9 @@ def _row_gradient_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)  # and strides as in row_state.py
+    column_stride = tl.cast(column_stride, tl.int64)
+    out_column_stride = tl.cast(out_column_stride, tl.int64)
     logits += row * row_stride
     out += row * out_row_stride
     label = tl.load(labels + row * label_stride).to(tl.int64)

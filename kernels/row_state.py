@@ -105,7 +105,9 @@ def _row_state_kernel(
     BLOCK: tl.constexpr,
     LANE: tl.constexpr,  # columns of a lane
 ):
-    row = tl.program_id(0).to(tl.int64)  # row * row_stride passes 2^31
+    # row * row_stride passes 2^31, and so does column * column_stride where columns are strided.
+    row = tl.program_id(0).to(tl.int64)
+    column_stride = tl.cast(column_stride, tl.int64)
     logits += row * row_stride
     label = tl.load(labels + row * label_stride).to(tl.int64)
     inv_temperature = tl.cast(inv_temperature, ACC)

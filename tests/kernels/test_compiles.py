@@ -112,6 +112,9 @@ def logprob_launches() -> None:
             outputs = logprobs(leaf(4, 50304, dtype=dtype), labels, with_entropy=with_entropy)
             sum(x.sum() for x in outputs if x is not None).backward()
         full_kl(leaf(4, 50304, dtype=dtype), leaf(4, 50304, dtype=dtype)).sum().backward()
+    columns = leaf(500, 4)  # rows and columns of its transpose are strided
+    logprobs(columns.t(), labels)[0].sum().backward()
+    full_kl(columns.t(), leaf(500, 4).t()).sum().backward()
     linear_logprobs(leaf(4, 64), leaf(500, 64), labels)[0].sum().backward()
 
 
@@ -158,22 +161,19 @@ def compile_launch(kernel: triton.JITFunction, *args: object, **options: object)
 
 
 def narrow_products(ttir: str) -> list[str]:
-    """Products in 32 bits of a program's number with what is no constant: a row times its stride.
+    """Products in 32 bits of two numbers that are no constants: a row or a column times its stride.
 
     Such an offset wraps in a tensor of more than 2^31 elements.
     """
-    constants, numbers, found = set(), set(), []
+    constants, found = set(), []
     for line in ttir.splitlines():
         result, _, operation = line.strip().partition(" = ")
-        operands = re.findall(r"%[\w.#-]+", operation)
-        if operation.startswith("arith.constant"):
+        operands = re.findall(r"%[\w.-]+(?:#\d+)?", operation)
+        is_shaped = operation.startswith(("tt.splat", "tt.broadcast", "tt.expand_dims"))
+        if operation.startswith("arith.constant") or (is_shaped and constants.issuperset(operands)):
             constants.add(result)
-        elif operation.startswith("tt.get_program_id"):
-            numbers.add(result)
-        elif numbers.intersection(operands) and re.search(r": (tensor<\w+x)?i32\b", operation):
-            if operation.startswith(("arith.divsi", "arith.remsi", "tt.splat", "arith.addi")):
-                numbers.add(result)
-            elif operation.startswith("arith.muli") and not constants.intersection(operands):
+        elif operation.startswith("arith.muli") and re.search(r": (tensor<\w+x)?i32\b", operation):
+            if not constants.intersection(operands):
                 found.append(line.strip())
     return found
 
@@ -200,6 +200,20 @@ def compile_all() -> None:
     ]
     for function in launches:
         function()
+
+
+def test_products_that_wrap_are_seen() -> None:
+    ttir = """
+    %c2048_i32 = arith.constant 2048 : i32
+    %many = tt.splat %c2048_i32 : i32 -> tensor<64xi32>
+    %whole = arith.muli %count, %c2048_i32 : i32
+    %first = arith.muli %lanes, %many : tensor<64xi32>
+    %row = arith.muli %wide, %stride_1 : i64
+    %columns = arith.muli %first, %stride_2 : tensor<64xi32>
+    %at = arith.muli %loop#1, %stride : i32
+    """
+    wraps = [line.split(" = ")[0] for line in narrow_products(ttir)]
+    assert wraps == ["%columns", "%at"]
 
 
 def test_every_kernel_compiles_for_sm_90() -> None:
