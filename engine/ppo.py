@@ -67,7 +67,7 @@ def train(config: PPOConfig) -> dict[str, float]:
     if config.generation_layout is not None:
         residency.generate_in(config.generation_layout, numerics=config.numerics)
     kl = KLController(config.kl)
-    alarms = Alarms(config.alarms, dtype=config.numerics.dtype)
+    alarms = Alarms(config.alarms, dtype=config.numerics.dtype, num_layers=policy.size.num_layers)
     order = EpochOrder(len(prompts), config.rollout_batch_size, config.seed)
 
     checkpointer = Checkpointer(

@@ -7,15 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from engine import ppo
+from engine import ppo, rollout
+from engine.data.batches import PackedBatch
 from engine.network import Network
 from engine.rollout import Rollout
 from engine.settings.alarms import AlarmConfig
+from engine.settings.numerics import Numerics
 from tests.tiny import ADAM, ppo_config, train
 
 # The networks are random: few of their responses end, and policy and reference are far apart.
 ALARMS = AlarmConfig(patience=1, min_eos_rate=0.0, max_clip_fraction=1.0, max_kl=1e3)
+
+
+# What a bug does to log-probs must stand out from what rounding does to them.
+IN_DTYPES = pytest.mark.parametrize(
+    "numerics", [Numerics(), Numerics(dtype="bf16")], ids=["fp32", "bf16"]
+)
 
 
 def alarms_of(files: Path, run: Path, **changes: Any) -> set[str]:
@@ -35,37 +44,78 @@ def wrap(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[..., Any])
     monkeypatch.setattr(ppo, name, lambda *a, **named: change(original, *a, **named))
 
 
-def test_sound_run_is_silent(tiny: Path, tmp_path: Path):
-    assert alarms_of(tiny, tmp_path) == set()
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_sound_run_is_silent(dtype: str, tiny: Path, tmp_path: Path):
+    # Several packings, and iterations enough that the policy is no longer what it began as.
+    settings = {"micro_batch_tokens": 64, "iterations": 4, "numerics": Numerics(dtype=dtype)}
+    assert alarms_of(tiny, tmp_path, **settings) == set()
 
 
-def test_temperature_that_scoring_forgets(tiny: Path, tmp_path: Path, monkeypatch):
+@IN_DTYPES
+def test_temperature_that_scoring_forgets(numerics, tiny: Path, tmp_path: Path, monkeypatch):
     sampling = dataclasses.replace(ppo_config(tiny, tmp_path).sampling, temperature=0.7)
-    assert alarms_of(tiny, tmp_path / "sound", sampling=sampling) == set()
+    settings = {"sampling": sampling, "numerics": numerics}
+    assert alarms_of(tiny, tmp_path / "sound", **settings) == set()
     wrap(
         monkeypatch,
         "score_rollout",
         lambda score, rollout, **named: score(rollout, **{**named, "temperature": 1.0}),
     )
-    assert "logprob_mismatch" in alarms_of(tiny, tmp_path / "bug", sampling=sampling)
+    assert "logprob_mismatch" in alarms_of(tiny, tmp_path / "bug", **settings)
 
 
-def test_dropout_left_on(tiny: Path, tmp_path: Path, monkeypatch):
+@IN_DTYPES
+def test_weights_of_the_iteration_before(numerics, tiny: Path, tmp_path: Path, monkeypatch):
+    before: list[torch.Tensor] = []
+
+    def stale(generate: Callable[..., Rollout], policy: Network, *a: Any, **named: Any) -> Rollout:
+        weights = [p.data for p in policy.modules[0].parameters()]
+        now = [w.clone() for w in weights]
+        torch._foreach_copy_(weights, before or now)
+        before[:] = now
+        try:
+            return generate(policy, *a, **named)
+        finally:
+            torch._foreach_copy_(weights, now)
+
+    wrap(monkeypatch, "generate_rollout", stale)
+    found = alarms_of(tiny, tmp_path, numerics=numerics)
+    assert "logprob_mismatch" in found
+    assert "first_ratio" not in found  # scoring and training agree
+
+
+@IN_DTYPES
+def test_positions_that_start_at_one(numerics, tiny: Path, tmp_path: Path, monkeypatch):
+    forward = rollout.forward
+
+    def shifted(network: Network, batches: list[PackedBatch], **named: Any) -> list[torch.Tensor]:
+        moved = [dataclasses.replace(b, positions=b.positions + 1) for b in batches]
+        return forward(network, moved, **named)
+
+    monkeypatch.setattr(rollout, "forward", shifted)
+    found = alarms_of(tiny, tmp_path, numerics=numerics)
+    assert {"logprob_mismatch", "first_ratio"} <= found
+
+
+@IN_DTYPES
+def test_dropout_left_on(numerics, tiny: Path, tmp_path: Path, monkeypatch):
     wrap(
         monkeypatch,
         "build_network",
         lambda build, *a, **named: build(*a, **{**named, "dropout": 0.2}),
     )
-    assert "first_ratio" in alarms_of(tiny, tmp_path)
+    assert "first_ratio" in alarms_of(tiny, tmp_path, numerics=numerics)
 
 
-def test_old_logprobs_shifted_by_one(tiny: Path, tmp_path: Path, monkeypatch):
-    def shifted(score: Callable[..., Rollout], rollout: Rollout, **named: Any) -> None:
-        score(rollout, **named)
-        rollout.logprobs = rollout.logprobs.roll(1)
+@IN_DTYPES
+def test_old_logprobs_shifted_by_one(numerics, tiny: Path, tmp_path: Path, monkeypatch):
+    def shifted(score: Callable[..., Rollout], scored: Rollout, **named: Any) -> None:
+        score(scored, **named)
+        scored.logprobs = scored.logprobs.roll(1)
 
     wrap(monkeypatch, "score_rollout", shifted)
-    assert {"first_ratio", "logprob_mismatch"} <= alarms_of(tiny, tmp_path)
+    found = alarms_of(tiny, tmp_path, numerics=numerics)
+    assert {"first_ratio", "logprob_mismatch"} <= found
 
 
 def test_responses_of_another_network(tiny: Path, tmp_path: Path, monkeypatch):

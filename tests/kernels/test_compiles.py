@@ -172,9 +172,8 @@ def narrow_products(ttir: str) -> list[str]:
         is_shaped = operation.startswith(("tt.splat", "tt.broadcast", "tt.expand_dims"))
         if operation.startswith("arith.constant") or (is_shaped and constants.issuperset(operands)):
             constants.add(result)
-        elif operation.startswith("arith.muli") and re.search(r": (tensor<\w+x)?i32\b", operation):
-            if not constants.intersection(operands):
-                found.append(line.strip())
+        elif re.match(r"arith.muli .*: (tensor<\w+x)?i32\b", operation):
+            found += [] if constants.intersection(operands) else [line.strip()]
     return found
 
 
