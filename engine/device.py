@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from engine.config import UserError
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Factory functions that megatron calls with the literal device="cuda".
@@ -60,6 +62,13 @@ CHOICES = {
 # What the stand-ins answer as the current CUDA device.
 _stood_in = torch.device("cpu")
 
+# Workspaces of cuBLAS that streams do not share.
+_WORKSPACES = (":4096:8", ":16:8")
+# NCCL's algorithms: those that add up in an order of their own making, and those that leave it to
+# the switches of NVLink.
+_IN_ORDER = {"tree", "ring", "collnetdirect", "collnetchain", "pat"}
+_IN_SWITCHES = {"nvls", "nvlstree"}
+
 _Replacements = list[tuple[Any, str, Any]]  # (owner of an attribute, its name, its new value)
 
 
@@ -88,12 +97,37 @@ def choices_for(device: torch.device) -> Choices:
 
 
 def make_deterministic() -> None:
-    """Have torch, cuBLAS and flash attention give the same bits every time, from here on in this
-    process. What cannot is named in a warning."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at its first product
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """Have torch, cuBLAS, NCCL and attention give the same bits every time, from here on in this
+    process.
+
+    What cannot raises RuntimeError where it is used. A warning in its place would not do: with
+    warn_only the backward passes of torch's attention add up in any order. UserError where a
+    variable of the environment asks for what is not deterministic.
+    """
+    workspace = _variable("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at its first product
+    if workspace not in _WORKSPACES:
+        raise UserError(
+            f"CUBLAS_WORKSPACE_CONFIG is {workspace!r}, and numerics.deterministic needs "
+            f"{' or '.join(_WORKSPACES)}"
+        )
+    # Read when a group of ranks first communicates.
+    algorithms = _variable("NCCL_ALGO", "^NVLS,NVLSTree")
+    named = set(algorithms.removeprefix("^").lower().split(","))
+    if not (named >= _IN_SWITCHES if algorithms.startswith("^") else named <= _IN_ORDER):
+        raise UserError(
+            f"NCCL_ALGO is {algorithms!r}, which may leave sums to the switches, whose order is "
+            "not known;\nnumerics.deterministic needs ^NVLS,NVLSTree, or some of Ring, Tree, PAT, "
+            "CollnetDirect and CollnetChain"
+        )
+    torch.use_deterministic_algorithms(True)
     # What torch.empty gives would be filled at every call, which nothing here reads.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _variable(name: str, default: str) -> str:
+    """Return a variable of the environment, set to the default where it has no value."""
+    value = os.environ[name] = os.environ.get(name) or default
+    return value
 
 
 def synchronize(device: torch.device) -> None:

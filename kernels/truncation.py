@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_UNITS = 2**53
+
 
 def truncation_thresholds(
     logits: Tensor,
@@ -21,7 +23,9 @@ def truncation_thresholds(
     z = z.topk(top_k).values if 0 < top_k < z.shape[1] else z.sort(1, descending=True).values
     if top_p == 1:
         return z.amin(1)
-    mass = z.softmax(1)
+    # Masses are summed as whole numbers of 2^-53, which are exact in any order: a scan of floats
+    # gives other bits from run to run on a GPU.
+    mass = z.softmax(1).double().mul(_UNITS).long()
     # The likeliest column has no mass before it, so at least one column is kept.
-    is_kept = mass.cumsum(1) - mass < top_p
+    is_kept = mass.cumsum(1) - mass < int(top_p * _UNITS)
     return z.masked_fill(~is_kept, torch.inf).amin(1)

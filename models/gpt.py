@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.linear_logprobs import TokenLoss
 from models.attention import PackedSequences
 from models.context_parallel import join_readings
-from models.layers import block_spec
+from models.layers import block_spec, order_positions
 from models.paged_attention import PagedSequences
 from models.paged_forward import paged_forward
 from models.sizes import GPTSize
@@ -47,6 +47,8 @@ class GPT(GPTModel):
             vp_stage=vp_stage,
         )
         self.size = size
+        if pre_process:
+            order_positions(self.embedding, config)
 
     def forward(  # type: ignore[override]  # noqa: PLR0913 - three ways to read the last stage
         self,

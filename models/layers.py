@@ -149,6 +149,26 @@ class LayerNorm(torch.nn.Module):
         return cast(Tensor, layer_norm(x, self.weight, self.bias, eps=self.eps))
 
 
+class _OrderedEmbedding(torch.nn.Embedding):
+    """An embedding whose gradient is added up in a fixed order, where torch is asked for that."""
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.weight[numbers]
+
+
+def order_positions(embedding: Any, config: TransformerConfig) -> None:
+    """In the deterministic mode, have the gradient of megatron's learned positions added up in a
+    fixed order, as megatron has that of the tokens.
+
+    The backward pass of torch's own embedding has a race, rare but without a mode that closes it
+    (pytorch pull request 187687).
+    """
+    if config.deterministic_mode:
+        embedding.position_embeddings = _OrderedEmbedding.from_pretrained(
+            embedding.position_embeddings.weight, freeze=False
+        )
+
+
 def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Return the layers of this pipeline stage: pre-norm attention and MLP, and the final norm."""
     layer = ModuleSpec(

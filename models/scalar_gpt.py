@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.attention import PackedSequences
 from models.context_parallel import join_readings
-from models.layers import block_spec
+from models.layers import block_spec, order_positions
 from models.sizes import GPTSize
 
 
@@ -70,6 +70,7 @@ class ScalarGPT(LanguageModule):
                 position_embedding_type="learned_absolute",
                 tp_group=self.pg_collection.tp,
             )
+            order_positions(self.embedding, config)
         self.decoder = TransformerBlock(
             config=config,
             spec=block_spec(config, vp_stage),

@@ -18,5 +18,7 @@ class Numerics:
     """Add the gradients of the layers' matrices to their fp32 sums within the matrix product, which
     spares rounding every micro-batch's to the weights' dtype; none: on GPUs."""
     deterministic: bool = False
-    """The same run gives the same bits on GPUs too: torch and the attention's backward pass add up
-    in a fixed order, more slowly. Our kernels always do, and on CPUs nothing changes."""
+    """The same run on the same GPUs gives the same bits: torch, attention's backward pass and NCCL
+    add up in a fixed order, more slowly; what cannot ends the run. Our kernels always do, and on
+    CPUs nothing changes. PPO needs sampling.cache_gib besides: memory that happens to be free
+    would decide which responses are decoded side by side."""

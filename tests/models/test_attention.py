@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.device import make_deterministic
 from models.attention import PackedSequences, packed_attention
 
 SCALE = 0.4
@@ -121,14 +122,15 @@ def test_flash_attention_is_the_naive_one(lengths: tuple[int, ...]):
 
 @pytest.mark.gpu
 def test_deterministic_gradients_have_the_same_bits_every_time(monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # and put back after the test
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
     lengths = (2000, 1, 1500)  # many blocks of keys add to a query's gradient
     inputs = [
         torch.randn(sum(lengths), 8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for _ in range(3)
     ]
     sequences = PackedSequences.of(torch.tensor([0, *lengths]).cumsum(0).int().cuda(), max(lengths))
-    torch.use_deterministic_algorithms(True)
+    make_deterministic()
     try:
         runs = [
             torch.autograd.grad(packed_attention(*inputs, sequences, SCALE).sum(), inputs)
