@@ -184,7 +184,7 @@ def main() -> None:
     size = BENCHMARK_SIZES[arguments.size or ("cpu" if device.type == "cpu" else "1.3b")]
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     batch = arguments.batch
-    where = machine(device)
+    where = machine(device, dtype)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     parallel = start_parallel(ParallelLayout(), seed=0)

@@ -117,7 +117,7 @@ def main() -> None:
     arguments = _parse()
     warnings.filterwarnings("ignore")
     device = torch.device(arguments.device)
-    where = machine(device)
+    where = machine(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     name = arguments.size or ("tiny" if device.type == "cpu" else "1.3b")

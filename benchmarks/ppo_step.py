@@ -165,7 +165,7 @@ def main() -> None:
     arguments = _parse()
     warnings.filterwarnings("ignore")
     device = torch.device(arguments.device)
-    where = machine(device)
+    where = machine(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     job = _job(arguments, device)

@@ -194,7 +194,7 @@ def main() -> None:
         numerics=Numerics(dtype="bf16" if on_gpu else "fp32"),
         sampling=SamplingConfig(max_new_tokens=length, num_slots=64, prefill_tokens=2**14),
     )
-    where = machine(device)
+    where = machine(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     console.print(f"{size}, {batch} responses of {length} tokens")

@@ -241,8 +241,12 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(storages.values())
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a measurement is only comparable under: device, driver, versions, commit, date."""
+def machine(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """What a measurement is only comparable under: device, driver, versions, commit, date.
+
+    dtype: of the networks that are measured, where there are any, for what computes their
+    attention.
+    """
     fields: dict[str, Any] = {"device": device_name(device)}
     if device.type == "cuda":
         query = ("--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader")
@@ -253,6 +257,11 @@ def machine(device: torch.device) -> dict[str, Any]:
         fields["threads"] = torch.get_num_threads()
     fields["torch"] = torch.__version__  # with its build, +cpu or +cu130, which a package lacks
     fields |= {name: _version(name) for name in ("triton", "megatron-core")}
+    if dtype is not None:
+        from models.attention import attention_backend  # brings megatron, not for every benchmark
+
+        fields["attention"] = attention_backend(device, dtype)
+        fields["flash-attn-4"] = _version("flash-attn-4")
     fields["python"] = platform.python_version()
     fields["commit"] = _commit()
     fields["date"] = datetime.now(UTC).isoformat(timespec="seconds")

@@ -11,6 +11,7 @@ import torch
 from engine.device import DTYPES, choices_for, make_deterministic
 from engine.parallel import Parallel, seed_for_head, seed_for_initialisation
 from engine.settings.numerics import Numerics
+from models.attention import attention_backend
 from models.gpt import GPT
 from models.layers import transformer_config
 from models.scalar_gpt import ScalarGPT
@@ -50,6 +51,11 @@ class Network:
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
         return self.config.params_dtype
+
+    @property
+    def attention(self) -> str:
+        """A line that says what computes attention."""
+        return f"attention: {attention_backend(self.parallel.device, self.dtype)}"
 
     def check_fresh(self) -> None:
         """Raise RuntimeError when the network is a copy of one whose weights have changed since."""

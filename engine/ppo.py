@@ -94,7 +94,7 @@ def train(config: PPOConfig) -> dict[str, float]:
         first_step=progress["step"],
         headline=PPO_HEADLINE,
     ) as metrics:
-        metrics.note(*notes)
+        metrics.note(*notes, policy.attention)
         for iteration in range(progress["step"], config.iterations):
             # 1 prompt
             batch = [prompts[i] for i in order.indices(iteration)]

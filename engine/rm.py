@@ -71,7 +71,7 @@ def train(config: RMConfig) -> dict[str, float]:
         first_step=progress["step"],
         headline=RM_HEADLINE,
     ) as metrics:
-        metrics.note(*notes)
+        metrics.note(*notes, network.attention)
         for step in range(progress["step"], num_steps):
             with metrics.phase("train"):
                 values = _train_step(step, network, optimizer, feed)

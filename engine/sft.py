@@ -79,7 +79,7 @@ def train(config: SFTConfig) -> dict[str, float]:
         first_step=progress["step"],
         headline=SFT_HEADLINE,
     ) as metrics:
-        metrics.note(*data.notes)
+        metrics.note(*data.notes, network.attention)
         for step in range(progress["step"], num_steps):
             with metrics.phase("train"):
                 values = _train_step(

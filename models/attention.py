@@ -6,6 +6,8 @@ padded on the left, so learned positions start at 0 in every sequence.
 """
 
 import functools
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,13 +19,40 @@ from torch import Tensor
 
 from models.context_parallel import ContextShare, gather_row
 
-try:
-    from flash_attn.cute import flash_attn_varlen_func as _flash_attn_varlen  # flash-attn-4
-except ImportError:
-    try:
-        from flash_attn import flash_attn_varlen_func as _flash_attn_varlen
-    except ImportError:
-        _flash_attn_varlen = None
+_FLASH_ATTENTION = {"flash-attn 4": "flash_attn.cute", "flash-attn 2": "flash_attn"}
+
+
+def _find_flash_attention() -> tuple[str, Callable[..., Any] | None]:
+    """Return what computes attention on a GPU and its function, None for torch's own.
+
+    A package whose parts do not fit one another raises errors of any kind while it is imported, as
+    flash-attn 4 does with another CUTLASS DSL than its own. The name then says so.
+    """
+    broken = ""
+    for name, module in _FLASH_ATTENTION.items():
+        try:
+            return name + broken, importlib.import_module(module).flash_attn_varlen_func
+        except Exception as error:
+            is_absent = isinstance(error, ModuleNotFoundError) and module.startswith(
+                error.name or "?"
+            )
+            if not is_absent:
+                said = " ".join(str(error).split())[:200]
+                broken += f"; {name} does not import: {type(error).__name__}: {said}"
+    return "torch varlen (FlashAttention 2)" + broken, None
+
+
+_flash_attention, _flash_attn_varlen = _find_flash_attention()
+
+
+def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """Return the name of what computes attention on that device in that dtype, and why it is not
+    the flash-attn that is installed, where that does not import."""
+    return _flash_attention if _takes_flash(device.type, dtype) else "torch SDPA"
+
+
+def _takes_flash(device_type: str, dtype: torch.dtype) -> bool:
+    return device_type == "cuda" and dtype in (torch.float16, torch.bfloat16)
 
 
 @dataclass(kw_only=True)
@@ -145,7 +174,7 @@ def packed_attention(
     Where a sequence has more keys than queries (cu_seqlens_kv), its queries are the last of its
     tokens.
     """
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    if _takes_flash(query.device.type, query.dtype):
         return _varlen_attention(query, key, value, sequences, scale)
     num_sequences = len(sequences.cu_seqlens_q) - 1
     is_whole = sequences.cu_seqlens_kv is sequences.cu_seqlens_q

@@ -89,6 +89,8 @@ def test_machine_says_what_a_number_depends_on():
     assert found["device"] == device_name(CPU)
     assert found["torch"] == torch.__version__
     assert {"threads", "triton", "commit", "date"} <= found.keys()
+    assert "attention" not in found
+    assert machine(CPU, torch.bfloat16)["attention"] == "torch SDPA"
 
 
 def test_a_copied_tree_is_told_its_commit(monkeypatch):

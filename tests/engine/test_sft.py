@@ -21,6 +21,7 @@ from engine.settings.numerics import Numerics
 from engine.settings.sft import SFTConfig, SFTData
 from engine.sft import _train_step
 from engine.step import forward_backward
+from models.attention import attention_backend
 from tests.tiny import SIZE, random_network, rows_of, sft_config, train, weights_of
 
 
@@ -133,3 +134,9 @@ def test_run_starts_from_the_checkpoint_it_is_given(tiny: Path, tmp_path: Path):
     start, end = weights_of(tiny / "policy", "policy"), weights_of(tmp_path, "policy")
     for name, weight in start.items():
         torch.testing.assert_close(end[name], weight)
+
+
+def test_run_says_what_computes_attention(tiny: Path, tmp_path: Path, capsys):
+    train(sft_config(tiny, tmp_path, epochs=0.2))
+    backend = attention_backend(start_parallel(ParallelLayout(), seed=0).device, torch.float32)
+    assert capsys.readouterr().out.count(f"attention: {backend}") == 1

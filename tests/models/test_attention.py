@@ -1,9 +1,15 @@
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.device import make_deterministic
-from models.attention import PackedSequences, packed_attention
+from models import attention
+from models.attention import PackedSequences, attention_backend, packed_attention
 
 SCALE = 0.4
 EVEN = (7, 8, 6)  # go through one padded call
@@ -97,6 +103,64 @@ def test_nothing_is_seen_of_what_comes_later_or_is_of_others():
     after = packed_attention(query, key, value, packed(EVEN), SCALE)
     assert torch.equal(before[:10], after[:10])
     assert not torch.isclose(before[10:15], after[10:15]).any()
+
+
+def packages(monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]) -> None:
+    """Have these modules import so, or raise so, and no other."""
+
+    def import_module(name: str) -> Any:
+        module = found.get(name, ModuleNotFoundError(f"No module named {name!r}", name=name))
+        if isinstance(module, Exception):
+            raise module
+        return module
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+
+
+def test_the_newest_flash_attention_that_is_installed_is_taken(monkeypatch):
+    old, new = SimpleNamespace(flash_attn_varlen_func=2), SimpleNamespace(flash_attn_varlen_func=4)
+    packages(monkeypatch, {})
+    assert attention._find_flash_attention() == ("torch varlen (FlashAttention 2)", None)
+    packages(monkeypatch, {"flash_attn": old})
+    assert attention._find_flash_attention() == ("flash-attn 2", 2)
+    packages(monkeypatch, {"flash_attn": old, "flash_attn.cute": new})
+    assert attention._find_flash_attention() == ("flash-attn 4", 4)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("undefined symbol"),
+        ModuleNotFoundError("No module named 'cutlass'", name="cutlass"),
+        AttributeError("module 'cutlass.cute' has no attribute 'Pointer'"),
+        TypeError("unexpected keyword"),
+        RuntimeError("no CUDA driver"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_flash_attention_that_does_not_import_is_named(error: Exception, monkeypatch):
+    packages(monkeypatch, {"flash_attn.cute": error})
+    name, function = attention._find_flash_attention()
+    assert function is None
+    said = f"flash-attn 4 does not import: {type(error).__name__}: {error}"
+    assert name == f"torch varlen (FlashAttention 2); {said}"
+
+
+def test_the_backend_is_that_of_the_device_and_the_dtype(monkeypatch):
+    monkeypatch.setattr(attention, "_flash_attention", "flash-attn 4")
+    assert attention_backend(torch.device("cuda", 1), torch.bfloat16) == "flash-attn 4"
+    assert attention_backend(torch.device("cuda", 1), torch.float32) == "torch SDPA"
+    assert attention_backend(torch.device("cpu"), torch.bfloat16) == "torch SDPA"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs it")
+def test_torch_takes_our_call_of_its_flash_attention(monkeypatch):
+    monkeypatch.setattr(attention, "_flash_attn_varlen", None)
+    with FakeTensorMode(), torch.no_grad():  # shapes on a GPU that is not there
+        query = torch.empty(sum(EMPTY), 3, 64, device="cuda", dtype=torch.bfloat16)
+        bounds = torch.empty(len(EMPTY) + 1, device="cuda", dtype=torch.int32)
+        out = packed_attention(query, query, query, PackedSequences.of(bounds, 5), SCALE)
+    assert (out.shape, out.dtype, out.device.type) == (query.shape, query.dtype, "cuda")
 
 
 @pytest.mark.gpu
