@@ -20,7 +20,10 @@ from kernels.launch import next_power_of_2, num_warps_for, uses_triton
 from kernels.traced import traced
 
 _SPLIT = 256  # tokens of context a program attends to
-_BLOCK_TOKENS = 64  # of them at a time
+_BLOCK_TOKENS = 64  # of them at a time, where their keys fit
+# Of keys at a time. Values take as much, and both again for the loads of the next round: 128 KiB of
+# the shared memory that a program has, 163 on an A100 and 227 on an H100.
+_TILE_BYTES = 2**15
 # Keys of one group of sequences, gathered for the CPU: small enough to stay in a core's cache.
 _GROUP_BYTES = 1 << 21
 
@@ -182,6 +185,7 @@ def _decode_attention(
     out = query.new_empty(batch, heads, dim)
     num_splits = max(1, triton.cdiv(max_blocks * block_size, _SPLIT))
     block_dim, rows = next_power_of_2(dim), batch * heads
+    block_tokens = min(_BLOCK_TOKENS, _TILE_BYTES // (block_dim * k_cache.element_size()))
     if rows == 0:
         return out
     partial_out = query.new_empty(rows, num_splits, block_dim, dtype=torch.float32)
@@ -203,7 +207,7 @@ def _decode_attention(
             BLOCK_SIZE=block_size,
             DIM=dim,
             SPLIT=_SPLIT,
-            BLOCK_TOKENS=_BLOCK_TOKENS,
+            BLOCK_TOKENS=block_tokens,
             BLOCK_DIM=block_dim,
             num_warps=4,
         )

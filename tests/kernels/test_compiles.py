@@ -6,6 +6,7 @@ the code: registers that spill, loads of a row by single columns, a loop that wa
 """
 
 import importlib
+import itertools
 import os
 import pkgutil
 import re
@@ -26,6 +27,7 @@ DTYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
+    torch.float16: "fp16",
     torch.int64: "i64",
     torch.int32: "i32",
     torch.bool: "i1",
@@ -38,6 +40,8 @@ READS_ROWS = {
 }
 # One 64-bit value, which the assembler of Triton 3.7 puts aside once in some kernels.
 MAX_STACK_BYTES = 8
+# What a program may take of a multiprocessor's on an A100; 227 KiB on an H100.
+MAX_SHARED_BYTES = 163 * 2**10
 NUM_SCALARS = 6  # a row's state and gradients, and the logit of its label
 CU_SEQLENS = torch.tensor([0, 5, 32], dtype=torch.int32)
 COUNT = torch.tensor(9)
@@ -53,6 +57,8 @@ def gae_launches() -> None:
     tokens = [torch.randn(32) for _ in range(3)]
     for kl_coef, kind in ((0.1, "k1"), (torch.tensor(0.1), "k2"), (0.1, "k3")):
         gae(*tokens, torch.randn(2), CU_SEQLENS, tokens[0] > 0, kl_coef=kl_coef, kl_estimator=kind)
+    whole = {"kl_coef": 1, "gamma": 1, "lam": 1}  # of another type than the numbers they stand for
+    gae(*tokens, torch.randn(2), CU_SEQLENS, tokens[0] > 0, **whole)
 
 
 def ppo_launches() -> None:
@@ -63,6 +69,7 @@ def ppo_launches() -> None:
     mask = tokens[1] > 0
     policy_loss(*tokens, mask, COUNT, whitening=Whitening(torch.zeros(()), torch.ones(())))
     value_loss(*tokens, mask, COUNT)
+    value_loss(*tokens, mask, COUNT, cliprange=1)
     ppo_loss(tokens, tokens, mask, COUNT)
 
 
@@ -81,6 +88,8 @@ def layer_norm_launches() -> None:
         layer_norm(leaf(4, width), weight, bias, eps=1e-5).sum().backward()
         y, hidden = layer_norm(leaf(4, width), weight, bias, eps=1e-5, residual=leaf(4, width))
         (y + hidden).sum().backward()
+    half, affine = leaf(4, 768, dtype=torch.float16), [leaf(768, dtype=torch.float32)] * 2
+    layer_norm(half, *affine, eps=1e-5).sum().backward()
 
 
 def sample_launches() -> None:
@@ -94,8 +103,9 @@ def sample_launches() -> None:
 def decode_launches() -> None:
     from kernels.decode_attention import append_kv, decode_attention
 
-    for dim in (64, 80, 128):
-        cache, query = torch.zeros(2, 40, 16, 12, dim).bfloat16(), leaf(3, 12, dim).detach()
+    for dim, dtype in itertools.product((64, 80, 128, 256), (torch.bfloat16, torch.float32)):
+        cache = torch.zeros(2, 40, 16, 12, dim, dtype=dtype)
+        query = leaf(3, 12, dim, dtype=dtype).detach()
         tables = torch.zeros(3, 20, dtype=torch.int32)
         append_kv(query, query, cache[0], cache[1], torch.arange(3))
         decode_attention(query, cache[0], cache[1], tables, tables[:, 0].contiguous(), scale=0.1)
@@ -115,7 +125,9 @@ def logprob_launches() -> None:
     columns = leaf(500, 4)  # rows and columns of its transpose are strided
     logprobs(columns.t(), labels)[0].sum().backward()
     full_kl(columns.t(), leaf(500, 4).t()).sum().backward()
-    linear_logprobs(leaf(4, 64), leaf(500, 64), labels)[0].sum().backward()
+    for dtype in (torch.bfloat16, torch.float16):
+        head = leaf(4, 64, dtype=dtype), leaf(500, 64, dtype=dtype)
+        linear_logprobs(*head, labels)[0].sum().backward()
 
 
 def compile_launch(kernel: triton.JITFunction, *args: object, **options: object) -> None:
@@ -149,6 +161,8 @@ def compile_launch(kernel: triton.JITFunction, *args: object, **options: object)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=warps)
     name = f"{kernel.__module__} {kernel.__name__}"
     assert stack_bytes(compiled.asm["cubin"]) <= MAX_STACK_BYTES, f"{name} spills: {values}"
+    shared = compiled.metadata.shared
+    assert shared <= MAX_SHARED_BYTES, f"{name} takes {shared} bytes of shared memory: {values}"
     narrow = narrow_products(compiled.asm["ttir"])
     assert not narrow, f"{name}: offsets wrap beyond 2^31: {narrow}"
     if name in READS_ROWS and values["num_columns"] % 16 == 0:

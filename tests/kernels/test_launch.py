@@ -1,6 +1,9 @@
 """Where a kernel runs, and with which configuration."""
 
+import ast
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,3 +75,27 @@ def test_the_tuner_keeps_and_writes_the_fastest(
     monkeypatch.setattr(launch, "_tuned", {})
     launch.load_tuning(tmp_path / "tuned.json")
     assert launch.config_for("row_state", 999, cpu) == best
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(launch.__file__).parent.glob("*.py")), ids=lambda path: path.stem
+)
+def test_every_launch_is_on_the_device_of_its_tensors(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    on_device = {
+        inner
+        for block in ast.walk(tree)
+        if isinstance(block, ast.With)
+        and ast.unparse(block.items[0].context_expr).startswith("torch.cuda.device_of(")
+        for inner in ast.walk(block)
+    }
+    launches = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Subscript)
+        and ast.unparse(node.func.value).endswith("_kernel")
+    ]
+    num_kernels = len(re.findall(r"^def \w+_kernel\(", path.read_text(), re.MULTILINE))
+    assert len(launches) >= num_kernels
+    assert on_device.issuperset(launches)
