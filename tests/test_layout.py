@@ -13,7 +13,6 @@ MEGATRON_FILES = {
     *(f"models/{name}.py" for name in ("gpt", "scalar_gpt", "layers", "attention")),
     "models/vocab_parallel.py",
     *(f"engine/{name}.py" for name in ("device", "parallel", "step", "optimizer", "checkpoint")),
-    "engine/generation/refit.py",
 }
 LIGHT_FILES = {
     "models/sizes.py",
@@ -21,6 +20,7 @@ LIGHT_FILES = {
     "engine/config.py",
     "engine/stop.py",
     "engine/residency/expected.py",
+    "engine/generation/resharding.py",
     *(str(path.relative_to(ROOT)) for path in (ROOT / "engine/settings").glob("*.py")),
     *(str(path.relative_to(ROOT)) for path in (ROOT / "engine/planning").glob("*.py")),
     "recipes/plan.py",

@@ -1,23 +1,23 @@
 """Copies a network's weights into another parallel layout of the same ranks, for generation.
 
 A pipeline generates slowly: every token passes all stages. Refit gives the same ranks a second
-network of more tensor or data parallelism, filled by megatron-core's resharding plan. The copy
-carries the version of the weights that it was made from, and generate() refuses one that is stale.
+network of more tensor or data parallelism, filled by the plan of engine/generation/resharding.py.
+The copy carries the version of the weights that it was made from, and generate() refuses one that
+is stale.
 """
 
-import bisect
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.resharding import TransferOp, build_centralized_reshard_plan
 from torch import Tensor
 
 from engine.device import synchronize
+from engine.generation.resharding import Resharding, Round, WholeTensor
 from engine.network import Network, build_network
 from engine.parallel import rearranged
 from engine.residency.host import allocate, distinct_storages, release
@@ -27,6 +27,7 @@ from engine.settings.numerics import Numerics
 
 _NEVER_FILLED = -1  # a version that no weights have
 _ROUND_BYTES = 2**28
+_LAYERS = "decoder.layers."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,13 @@ class Refit:
         self.network.source = source
         self.report: RefitReport | None = None
         """Of the last refit."""
-        (self._target,) = self.network.modules
-        self._rounds = _rounds(_plan(source, self._target), self._target)
+        resharding = Resharding(
+            source=source.parallel.layout,
+            target=layout,
+            world_size=parallel.world_size,
+            round_bytes=_ROUND_BYTES,
+        )
+        self._rounds = _plan(resharding, source, self.network)
         self._storages = distinct_storages(weights_of(self.network))
         self._sizes = [storage.nbytes() for storage in self._storages]
         self.release()
@@ -82,8 +88,8 @@ class Refit:
         self.source.settle()
         if self.num_bytes == 0:
             allocate(self._storages, self._sizes)
-        sources = dict(_whole(self.source.modules).named_parameters())
-        targets = dict(self._target.named_parameters())
+        sources = by_model_name(self.source.modules)
+        targets = by_model_name(self.network.modules)
         num_received = sum(_exchange(round_, sources, targets) for round_ in self._rounds)
         synchronize(device)
         self.network.weights_version = self.source.weights_version
@@ -99,102 +105,74 @@ class Refit:
         self.network.weights_version = _NEVER_FILLED
 
 
-@dataclass(kw_only=True)
-class _Round:
-    """What this rank sends and receives at one time: megatron's operations, in its order."""
-
-    sends: list[TransferOp] = field(default_factory=list)
-    receives: list[TransferOp] = field(default_factory=list)
-
-
-def _whole(chunks: list[Any]) -> torch.nn.Module:
-    """Return a stage's chunks as one module, which megatron's plan can take; it shares their
-    parameters. Layers are known by their number in the model."""
-    if len(chunks) == 1:
-        return chunks[0]
-    whole, decoder = torch.nn.Module(), torch.nn.Module()
-    for name in ("config", "pg_collection"):
-        setattr(whole, name, getattr(chunks[0], name))
-    for chunk in chunks:
-        for name, part in chunk.named_children():
-            if name != "decoder":
-                whole.add_module(name, part)
-        if chunk.decoder.final_layernorm is not None:
-            decoder.add_module("final_layernorm", chunk.decoder.final_layernorm)
-    decoder.add_module("layers", torch.nn.ModuleList(x for c in chunks for x in c.decoder.layers))
-    whole.add_module("decoder", decoder)
-    return whole
+def by_model_name(modules: Iterable[Any]) -> dict[str, Tensor]:
+    """Return the parameters of a rank's chunks, with layers numbered as in the whole model."""
+    found: dict[str, Tensor] = {}
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            words = name.split(".")
+            if name.startswith(_LAYERS):
+                words[2] = str(module.decoder.layers[int(words[2])].layer_number - 1)
+            found[".".join(words)] = parameter
+    return found
 
 
-def _plan(source: Network, target: torch.nn.Module) -> _Round:
-    """Return what this rank sends and receives by megatron's plan, with the senders spread.
-
-    megatron lets one data-parallel replica send to all. Here a rank takes what it holds itself, and
-    ranks that do not hold a part ask the replicas in turn.
-    """
-    plan = build_centralized_reshard_plan(_whole(source.modules), target)
-    rank, replicas = dist.get_rank(), source.parallel.replica_group
-    holders: list[list[int]] = [[]] * dist.get_world_size()  # by rank: who holds the same part
-    dist.all_gather_object(holders, dist.get_process_group_ranks(replicas))
-    sends: list[list[TransferOp]] = [[]] * replicas.size()
-    dist.all_gather_object(sends, plan.send_ops, group=replicas)
-
-    def sender(planned: int, receiver: int) -> int:
-        group = holders[planned]
-        return receiver if receiver in group else group[receiver % len(group)]
-
-    return _Round(
-        sends=sorted(
-            (op for ops in sends for op in ops if sender(rank, op.peer_rank) == rank),
-            key=lambda op: op.task_id,
-        ),
-        receives=[replace(op, peer_rank=sender(op.peer_rank, rank)) for op in plan.recv_ops],
-    )
-
-
-def _rounds(plan: _Round, target: torch.nn.Module) -> list[_Round]:
-    """Return a plan cut so that a rank receives at most _ROUND_BYTES a round, or one tensor: what
-    comes and goes on the way takes no more memory than that."""
-    parameters = dict(target.named_parameters())
-    firsts: list[int] = []  # the first task of each round of mine; the plan numbers all ranks'
-    num_bytes = _ROUND_BYTES
-    for op in plan.receives:
-        part = parameters[op.param_name].data[op.my_slice]
-        if num_bytes + part.nbytes > _ROUND_BYTES:
-            firsts.append(op.task_id)
-            num_bytes = 0
-        num_bytes += part.nbytes
-    firsts_of: list[list[int]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(firsts_of, firsts)
-    rounds = [_Round() for _ in range(max(map(len, firsts_of)))]
-    for op in plan.receives:
-        rounds[bisect.bisect_right(firsts, op.task_id) - 1].receives.append(op)
-    for op in plan.sends:
-        rounds[bisect.bisect_right(firsts_of[op.peer_rank], op.task_id) - 1].sends.append(op)
-    return rounds
+def whole_tensors(target: Mapping[str, Tensor], resharding: Resharding) -> list[WholeTensor]:
+    """Return the network's tensors by a rank's shares of them in the target, which has all."""
+    num_layers = len({name.split(".")[2] for name in target if name.startswith(_LAYERS)})
+    last = resharding.source.pp - 1
+    found = []
+    for name, parameter in target.items():
+        stage = 0 if name.startswith("embedding.") else last
+        if name.startswith(_LAYERS):
+            stage = resharding.stage_of_layer(int(name.split(".")[2]), num_layers)
+        cut, shape = None, list(parameter.shape)
+        if getattr(parameter, "tensor_model_parallel", False):
+            cut = int(parameter.partition_dim)  # type: ignore[attr-defined]
+            shape[cut] *= resharding.target.tp
+        found.append(
+            WholeTensor(
+                name=name,
+                shape=tuple(shape),
+                cut=cut,
+                stage=stage,
+                element_bytes=parameter.element_size(),
+            )
+        )
+    return found
 
 
-def _exchange(round_: _Round, sources: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> int:
-    """Carry out a round, and return the bytes that came from other ranks.
+def _plan(resharding: Resharding, source: Network, target: Network) -> list[Round]:
+    """Return this rank's messages. Raises RuntimeError where megatron has cut the source in another
+    way than the plan counts on."""
+    tensors = whole_tensors(by_model_name(target.modules), resharding)
+    here = {
+        tensor.name: resharding.share(tensor, resharding.source)
+        for tensor in tensors
+        if tensor.stage == source.parallel.pp_rank
+    }
+    found = {name: tuple(p.shape) for name, p in by_model_name(source.modules).items()}
+    found.pop("output_layer.weight", None)  # the last stage's copy of the embedding
+    if found != here:
+        names = [name for name in found | here if found.get(name) != here.get(name)]
+        raise RuntimeError(f"refit expects other parameters on this rank: {names}")
+    return resharding.rounds(tensors, source.parallel.rank)
 
-    Both sides of a pair have their messages in the order of the plan, so they match without tags.
-    """
+
+def _exchange(round_: Round, sources: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> int:
+    """Carry out a round, and return the bytes that came from other ranks."""
     messages: list[dist.P2POp] = []
-    mine: dict[int, Tensor] = {}  # what this rank gives itself, by task
     arriving: list[tuple[Tensor, Tensor]] = []
-    for op in round_.sends:
-        part = sources[op.param_name].data[op.my_slice]
-        if op.peer_rank == dist.get_rank():
-            mine[op.task_id] = part
-        else:
-            messages.append(dist.P2POp(dist.isend, part.contiguous(), op.peer_rank))
-    for op in round_.receives:
-        part = targets[op.param_name].data[op.my_slice]
-        if op.peer_rank == dist.get_rank():
-            part.copy_(mine[op.task_id])
+    for each in round_.sends:
+        part = sources[each.name].data[each.source_slices]
+        messages.append(dist.P2POp(dist.isend, part.contiguous(), each.peer))
+    for each in round_.receives:
+        part = targets[each.name].data[each.target_slices]
+        if each.peer == dist.get_rank():
+            part.copy_(sources[each.name].data[each.source_slices])
         else:
             message = part.contiguous()  # itself, where it is
-            messages.append(dist.P2POp(dist.irecv, message, op.peer_rank))
+            messages.append(dist.P2POp(dist.irecv, message, each.peer))
             arriving.append((part, message))
     if messages:
         for work in dist.batch_isend_irecv(messages):
