@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 import docstring_parser
 import tyro
 
+from engine.environment import prepare_libraries, rank_of_environment
 from engine.stop import noting_signals
 
 Config = TypeVar("Config")
@@ -57,7 +58,8 @@ def run_stage(
     """
     try:
         if not has_dry_run:
-            _imported(train)(parse_config(default, arguments))
+            config = parse_config(default, arguments)
+            _prepared(train, config)(config)
             return
         job = parse_config(_stage_job(default), arguments)
         if job.config is not None:
@@ -65,7 +67,7 @@ def run_stage(
             job = parse_config(_stage_job(load_config(type(default), path)), arguments)
         if job.dry_run is None:
             with noting_signals():
-                _imported(train)(job.stage)
+                _prepared(train, job.stage)(job.stage)
         elif rank_of_environment() == 0:
             importlib.import_module("engine.dry_run").dry_run(job.stage, job.dry_run)
     except UserError as error:
@@ -73,7 +75,12 @@ def run_stage(
         sys.exit(2)
 
 
-def _imported(train: Callable[[Config], object] | str) -> Callable[[Config], object]:
+def _prepared(
+    train: Callable[[Config], object] | str, config: Config
+) -> Callable[[Config], object]:
+    """Return the function, imported after the environment is what its libraries should find."""
+    layouts = (getattr(config, name, None) for name in ("layout", "critic_layout"))
+    prepare_libraries(tp=max(getattr(layout, "tp", 1) for layout in layouts))
     return importlib.import_module(train).train if isinstance(train, str) else train
 
 
@@ -228,14 +235,6 @@ def load_config(cls: type[Config], path: Path) -> Config:
         return _decode(cls, _read_json(path), "")
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def rank_of_environment() -> int:
-    """Return this process's global rank, as torchrun or srun say it; 0 when launched alone.
-
-    Here and not in engine/parallel.py: an option can be wrong before torch is imported.
-    """
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def _print_once(message: str) -> None:

@@ -16,6 +16,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from engine.config import UserError
 from engine.device import communication_backend, meta_device, start_device
+from engine.environment import rank_of_environment, world_size_of_environment
 from engine.settings.layout import ParallelLayout
 
 # megatron's memory for gathered activations: one, whatever the layout.
@@ -109,20 +110,6 @@ class Parallel:
             yield
         finally:
             vars(parallel_state).update(kept)
-
-
-def rank_of_environment() -> int:
-    """Return this process's global rank from torchrun's or srun's environment; 0 when launched
-    alone."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
-def world_size_of_environment() -> int:
-    """Return the number of ranks of this launch; 1 when launched alone.
-
-    SLURM_NTASKS would not do: the shell of a job has it too, and is alone.
-    """
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
 
 
 def open_store(timeout: datetime.timedelta) -> dist.Store:

@@ -18,6 +18,7 @@ LIGHT_FILES = {
     "models/sizes.py",
     "engine/plan.py",
     "engine/config.py",
+    "engine/environment.py",
     "engine/stop.py",
     "engine/residency/expected.py",
     "engine/generation/resharding.py",
@@ -29,7 +30,7 @@ LIGHT_FILES = {
 ENVIRONMENT = {
     "engine/parallel.py": None,
     "engine/device.py": None,
-    "engine/config.py": {"RANK", "SLURM_PROCID"},  # so that one process of a launch speaks
+    "engine/environment.py": None,
     "kernels/launch.py": {"TRITON_INTERPRET"},
 }
 JUNK_DRAWERS = {"utils", "util", "common", "helpers", "helper", "base", "misc", "registry"}

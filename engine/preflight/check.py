@@ -17,8 +17,17 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from engine.device import start_device
-from engine.parallel import open_store, rank_of_environment, world_size_of_environment
-from engine.preflight.facts import GIB, Facts, PreflightConfig, disk_facts, free_memory, versions
+from engine.environment import rank_of_environment, world_size_of_environment
+from engine.parallel import open_store
+from engine.preflight.facts import (
+    GIB,
+    Facts,
+    PreflightConfig,
+    cache_error,
+    disk_facts,
+    free_memory,
+    versions,
+)
 from engine.preflight.judge import Fault, judge, named_ranks, report
 from engine.preflight.links import measure_links
 
@@ -61,6 +70,7 @@ def check_nodes(
             free_gib=free_memory(device) / GIB,
             clock=clock,
             **disk_facts(config.directory, rank),
+            cache_error=cache_error(rank),
             gb_s=measure_links(config, store, [nodes[r] for r in range(world_size)], rank, device),
         )
         text = json.dumps(dataclasses.asdict(facts))

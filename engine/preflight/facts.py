@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from engine.config import check_numbers
+from engine.environment import cache_folders, shared_file_system
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -67,6 +68,8 @@ class Facts:
     free_gib: float = 0.0
     disk_gib: float = 0.0
     disk_error: str = ""
+    cache_error: str = ""
+    """What is wrong with where compiled kernels are kept."""
     clock: float = 0.0
     """Seconds of the node's clock at a moment that all ranks share."""
     gb_s: dict[Scope, float] = field(default_factory=dict)
@@ -104,6 +107,25 @@ def free_memory(device: torch.device) -> int:
 
 def disk_facts(directory: Path, rank: int) -> dict[str, Any]:
     """Return the free space where runs are written, and what went wrong with a file there."""
+    error = _write_error(directory, rank)
+    if error:
+        return {"disk_error": error}
+    return {"disk_gib": shutil.disk_usage(directory).free / GIB}
+
+
+def cache_error(rank: int) -> str:
+    """Return what is wrong with the folders of compiled kernels; nothing where each is the node's
+    own and can be written."""
+    for name, path in cache_folders().items():
+        kind = shared_file_system(path)
+        error = f"lies on {kind}, which nodes share" if kind else _write_error(path, rank)
+        if error:
+            return f"{name} {path}: {error}"
+    return ""
+
+
+def _write_error(directory: Path, rank: int) -> str:
+    """Return what goes wrong with a file in a folder, which is made where it is missing."""
     path = directory / f".preflight_{rank}_{os.getpid()}"
     content = os.urandom(4096)
     try:
@@ -113,10 +135,9 @@ def disk_facts(directory: Path, rank: int) -> dict[str, Any]:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            if path.read_bytes() != content:
-                return {"disk_error": "a file reads otherwise than it was written"}
+            is_as_written = path.read_bytes() == content
+            return "" if is_as_written else "a file reads otherwise than it was written"
         finally:
             path.unlink(missing_ok=True)
-        return {"disk_gib": shutil.disk_usage(directory).free / GIB}
     except OSError as error:
-        return {"disk_error": f"cannot be written: {error.strerror}"}
+        return f"cannot be written: {error.strerror}"

@@ -23,6 +23,7 @@ def judge(facts: Sequence[Facts], config: PreflightConfig) -> list[Fault]:
         skew = f.clock - median_clock
         for is_bad, message in (
             (f.disk_error, f"{config.directory}: {f.disk_error}"),
+            (f.cache_error, f.cache_error),
             (
                 not f.disk_error and f.disk_gib < config.min_disk_gib,
                 f"{config.directory} has less than {config.min_disk_gib:g} GiB free",

@@ -21,14 +21,23 @@ launch() {
     export MASTER_ADDR=${nodes[0]}
     export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
-    # Kernels start in the order they are queued in: megatron counts on it to overlap tensor-parallel
-    # communication with matrix products.
-    export CUDA_DEVICE_MAX_CONNECTIONS=1
+    # Compiled kernels stay on the node, in a folder of this job's that its end removes: on a shared
+    # file system a rank that reads a file which another replaces ends with a stale file handle. What
+    # the site sets is kept. CUDA_DEVICE_MAX_CONNECTIONS is not set here: a recipe sets it to 1 where
+    # it has tensor parallelism, and leaves the driver's number, with which copies overlap, elsewhere
+    # (engine/environment.py).
+    local caches=/tmp/trident-$(id -u)-$SLURM_JOB_ID
+    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$caches/triton}
+    export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$caches/torchinductor}
+    export CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-$caches/cuda}
+    # One process a rank compiles; by default it is 32.
+    export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-1}
 
     MASTER_PORT=$((10000 + SLURM_JOB_ID % 10000)) \
         step "$logs/preflight.log" recipes/slurm/preflight.py \
         --nodes "${nodes[@]}" --directory runs "${PREFLIGHT_OPTIONS[@]}" || status=$?
     if [ "$status" != 0 ]; then
+        remove_caches "$caches" "${#nodes[@]}"
         requeue_if_stopped "$status"
         echo "$(date -Is) the preflight failed with status $status: see $logs/preflight.log" >&2
         grep '^preflight: ' "$logs/preflight.log" | sort -u >&2
@@ -38,6 +47,7 @@ launch() {
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) \
         step "$logs/rank_%4t.log" "$recipe" "$@" || status=$?
     echo "$(date -Is) $recipe ended with status $status"
+    remove_caches "$caches" "${#nodes[@]}"
     requeue_if_stopped "$status"
     exit "$status"
 }
@@ -54,6 +64,12 @@ requeue_if_stopped() {
     if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
         scontrol requeue "$SLURM_JOB_ID" && exit 0
     fi
+}
+
+# remove_caches FOLDER NUM_NODES: a job that is killed leaves them to whoever clears /tmp.
+remove_caches() {
+    timeout 60 srun --nodes="$2" --ntasks="$2" --ntasks-per-node=1 --kill-on-bad-exit=0 \
+        rm -rf -- "$1" || echo "the caches in $1 could not be removed" >&2
 }
 
 # step LOG SCRIPT [OPTIONS]: run a script on every rank.

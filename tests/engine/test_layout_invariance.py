@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from engine import optimizer
+from engine.environment import rank_of_environment
 from engine.metrics import read_metrics
-from engine.parallel import rank_of_environment
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.residency import ResidencyConfig

@@ -10,7 +10,6 @@ from engine.parallel import (
     Parallel,
     end_parallel,
     pretended_rank,
-    rank_of_environment,
     seed_for_head,
     seed_for_initialisation,
     seed_for_step,
@@ -114,15 +113,6 @@ def test_layouts_that_fit_are_silent():
 def test_layout_of_more_ranks_than_there_are_is_an_error(degree: dict[str, int]):
     with pytest.raises(UserError):
         start_parallel(ParallelLayout(**degree), seed=0)
-
-
-def test_rank_comes_from_torchrun_or_srun(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("RANK", raising=False)
-    assert rank_of_environment() == 0
-    monkeypatch.setenv("SLURM_PROCID", "3")
-    assert rank_of_environment() == 3
-    monkeypatch.setenv("RANK", "2")
-    assert rank_of_environment() == 2
 
 
 def test_a_process_alone_is_a_world_of_one(parallel: Parallel):

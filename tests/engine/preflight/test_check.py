@@ -117,6 +117,19 @@ def test_disk_that_cannot_be_written_is_a_fault(tmp_path: Path):
     assert faults == [Fault(facts[0].node, message)]
 
 
+def test_kernels_kept_on_a_shared_file_system_or_nowhere_are_a_fault(tmp_path: Path, monkeypatch):
+    config = PreflightConfig(directory=tmp_path)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    assert check_nodes(config, dist.HashStore())[1] == []
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
+    (fault,) = check_nodes(config, dist.HashStore())[1]
+    assert f"TRITON_CACHE_DIR {tmp_path / 'file'}: cannot be written" in fault.message
+    monkeypatch.setattr("engine.preflight.facts.shared_file_system", lambda path: "nfs4")
+    (fault,) = check_nodes(config, dist.HashStore())[1]
+    assert f"TRITON_CACHE_DIR {tmp_path / 'file'}: lies on nfs4, which nodes share" in fault.message
+
+
 def test_code_version_sees_contents_and_names(tmp_path: Path):
     (tmp_path / "engine").mkdir()
     source = tmp_path / "engine" / "a.py"

@@ -1,0 +1,125 @@
+"""What this process finds in its environment, and what it leaves there for the libraries beneath.
+
+CUDA, Triton and Inductor read theirs when they are imported or first used, so a recipe sets them
+before (engine/config.py). Imports neither torch nor megatron.
+"""
+
+import getpass
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+# Linux's names of the file systems that several nodes share; those of FUSE, but that of containers,
+# are taken for shared too.
+_SHARED = (
+    *("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "afs", "wekafs", "panfs"),
+    *("glusterfs", "orangefs", "pvfs2", "9p", "virtiofs"),
+)
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+def rank_of_environment() -> int:
+    """Return this process's global rank from torchrun's or srun's environment; 0 when launched
+    alone."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def world_size_of_environment() -> int:
+    """Return the number of ranks of this launch; 1 when launched alone.
+
+    SLURM_NTASKS would not do: the shell of a job has it too, and is alone.
+    """
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
+
+
+def prepare_libraries(tp: int) -> None:
+    """Set what CUDA, Triton and Inductor read for a run that trains with that much tensor
+    parallelism, where the site has not set it."""
+    os.environ.update(
+        library_settings(
+            os.environ,
+            tp=tp,
+            world_size=world_size_of_environment(),
+            node_folder=_node_folder(),
+            is_shared=lambda path: shared_file_system(path) is not None,
+        )
+    )
+
+
+def library_settings(
+    environment: Mapping[str, str],
+    *,
+    tp: int,
+    world_size: int,
+    node_folder: Path | None,
+    is_shared: Callable[[Path], bool],
+) -> dict[str, str]:
+    """Return the variables that a run wants and the environment does not have.
+
+    node_folder: this node's own place for caches; none: there is none.
+    """
+    wanted: dict[str, str] = {}
+    if tp > 1:
+        # Kernels then start in the order they are queued in: megatron counts on it to overlap
+        # tensor-parallel communication with matrix products (tensor_parallel/layers.py). Elsewhere
+        # the driver's own number lets copies run beside them: residency's both ways.
+        wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if world_size > 1:
+        # By default 32 processes a rank, to compile a handful of small kernels.
+        wanted["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    if node_folder is not None:
+        for name, path in cache_folders(environment).items():
+            if is_shared(path):
+                wanted[name] = str(node_folder / name.lower().removesuffix("_cache_dir"))
+    return {name: value for name, value in wanted.items() if name not in environment}
+
+
+def cache_folders(environment: Mapping[str, str] = os.environ) -> dict[str, Path]:
+    """Return where compiled kernels are kept, by the variable that moves them: a rank that reads a
+    file there which another replaces over a network ends with a stale file handle."""
+    home = Path(environment.get("TRITON_HOME", "~")).expanduser()
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container that knows no name for it
+        user = str(os.getuid())
+    defaults = {
+        "TRITON_CACHE_DIR": home / ".triton" / "cache",
+        "TORCHINDUCTOR_CACHE_DIR": Path(tempfile.gettempdir()) / f"torchinductor_{user}",
+        "CUDA_CACHE_PATH": Path("~/.nv/ComputeCache").expanduser(),
+    }
+    return {name: Path(environment.get(name, path)) for name, path in defaults.items()}
+
+
+def shared_file_system(path: Path, mounts: Path = _MOUNTS) -> str | None:
+    """Return the type of the file system that a path, which need not exist, lies on, where it is
+    one that nodes share; none: it is the node's own, or nobody knows."""
+    try:
+        lines = mounts.read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    place, found = path.absolute().resolve(), (-1, "")
+    for line in lines:
+        # Of ID PARENT DEVICE ROOT POINT OPTIONS ... - TYPE SOURCE OPTIONS, proc(5).
+        fields, _, rest = line.partition(" - ")
+        point = fields.split(" ")[4].encode().decode("unicode_escape")  # a space is \040
+        if place.is_relative_to(point) and len(point) >= found[0]:  # the last one covers others
+            found = (len(point), rest.split(" ")[0])
+    kind = found[1]
+    is_shared = kind in _SHARED or (kind.startswith("fuse.") and kind != "fuse.fuse-overlayfs")
+    return kind if is_shared else None
+
+
+def _node_folder() -> Path | None:
+    """Return this user's folder for caches on the node's own disk, made where it is missing; none
+    where there is no such place."""
+    for parent in dict.fromkeys((Path(tempfile.gettempdir()), Path("/tmp"))):
+        folder = parent / f"trident-{os.getuid()}"
+        if shared_file_system(parent) is None:
+            try:
+                folder.mkdir(mode=0o700, exist_ok=True)
+                if folder.stat().st_uid == os.getuid():  # what lies there is run
+                    return folder
+            except OSError:
+                continue
+    return None

@@ -1,0 +1,143 @@
+"""What a run leaves in the environment for CUDA, Triton and Inductor."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.environment import (
+    cache_folders,
+    library_settings,
+    rank_of_environment,
+    shared_file_system,
+)
+
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
+MOUNTS = """\
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+23 22 0:21 / /home rw,relatime shared:2 - nfs4 server:/home rw,vers=4.2
+24 23 8:2 / /home/local rw - xfs /dev/sdb1 rw
+25 22 0:22 / /lustre/my\\040data rw - lustre 10.0.0.1@o2ib:/fs rw
+26 22 0:23 / /juice rw - fuse.juicefs juice rw
+27 22 0:24 / /container rw - fuse.fuse-overlayfs overlay rw
+28 22 0:25 / /over rw - ext4 /dev/sdc1 rw
+29 22 0:26 / /over rw - beegfs beegfs_nodev rw
+"""
+
+
+def settings(environment: dict[str, str], *, tp: int = 1, world_size: int = 1, shared: str = "-"):
+    return library_settings(
+        environment,
+        tp=tp,
+        world_size=world_size,
+        node_folder=Path("/tmp/trident"),
+        is_shared=lambda path: str(path).startswith(shared),
+    )
+
+
+def test_rank_comes_from_torchrun_or_srun(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert rank_of_environment() == 0
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert rank_of_environment() == 3
+    monkeypatch.setenv("RANK", "2")
+    assert rank_of_environment() == 2
+
+
+@pytest.mark.parametrize(("tp", "wanted"), [(1, None), (2, "1"), (8, "1")])
+def test_kernels_start_in_order_where_there_is_tensor_parallelism(tp: int, wanted: str | None):
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    assert settings({}, tp=tp).get(name) == wanted
+    assert name not in settings({name: "8"}, tp=tp)
+
+
+def test_several_ranks_compile_with_a_process_each():
+    name = "TORCHINDUCTOR_COMPILE_THREADS"
+    assert name not in settings({})
+    assert settings({}, world_size=8)[name] == "1"
+    assert name not in settings({name: "4"}, world_size=8)
+
+
+def test_caches_leave_a_shared_file_system_unless_the_site_put_them_there():
+    home = str(Path.home())
+    moved = settings({}, shared=home)
+    assert moved == {
+        "TRITON_CACHE_DIR": "/tmp/trident/triton",
+        "CUDA_CACHE_PATH": "/tmp/trident/cuda_cache_path",
+    }
+    assert set(settings({}, shared="/")) == set(CACHES)
+    assert settings({"TRITON_HOME": "/net"}, shared="/net") == {
+        "TRITON_CACHE_DIR": "/tmp/trident/triton"
+    }
+    assert settings(dict.fromkeys(CACHES, "/net/cache"), shared="/net") == {}
+    assert settings({}) == {}
+
+
+def test_caches_lie_where_the_libraries_put_them():
+    """In a process of its own: Triton and Inductor read the environment when they are imported."""
+    program = """
+import triton.knobs
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+print(triton.knobs.cache.dir, cache_dir())
+"""
+    for environment in ({}, {name: f"/tmp/{name}" for name in CACHES}):
+        rest = {name: value for name, value in os.environ.items() if name not in CACHES}
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=rest | environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        folders = cache_folders(rest | environment)
+        assert done.stdout.split() == [str(folders[name]) for name in CACHES[:2]]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/home/user/.triton/cache", "nfs4"),
+        ("/home/local/cache", None),
+        ("/home2/cache", None),
+        ("/lustre/my data/cache", "lustre"),
+        ("/juice/cache", "fuse.juicefs"),
+        ("/container/cache", None),
+        ("/over/cache", "beegfs"),
+        ("/tmp/cache", None),
+    ],
+)
+def test_shared_file_system_is_known_by_its_mount(path: str, kind: str | None, tmp_path: Path):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(MOUNTS)
+    assert shared_file_system(Path(path), mounts) == kind
+
+
+def test_where_nobody_knows_the_mounts_nothing_is_shared(tmp_path: Path):
+    assert shared_file_system(Path("/home"), tmp_path / "none") is None
+
+
+def test_recipe_finds_the_environment_set_before_it_imports_torch():
+    program = """
+import os, sys
+from engine.config import run_stage
+from engine.settings.layout import ParallelLayout
+from engine.settings.sft import SFTConfig
+
+def train(config):
+    assert "torch" not in sys.modules
+    print(os.environ["CUDA_DEVICE_MAX_CONNECTIONS"], os.environ["TORCHINDUCTOR_COMPILE_THREADS"])
+
+run_stage(train, SFTConfig(layout=ParallelLayout(tp=2)), [])
+"""
+    unset = ("CUDA_DEVICE_MAX_CONNECTIONS", "TORCHINDUCTOR_COMPILE_THREADS")
+    rest = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=rest | {"WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["1", "1"], done.stderr
