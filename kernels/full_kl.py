@@ -80,6 +80,7 @@ def _kl_state_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
     LANE: tl.constexpr,  # columns of a lane
+    STAGES: tl.constexpr,  # blocks under way at a time
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
@@ -94,7 +95,7 @@ def _kl_state_kernel(
     s_q = tl.zeros([LANES], ACC)
     t = tl.zeros([LANES], ACC)
     whole = num_valid // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
         columns = (start + offsets).to(tl.int64)
         x = tl.load(logits + columns * column_stride).to(ACC)
         y = tl.load(ref_logits + columns * ref_column_stride).to(ACC)
@@ -152,6 +153,7 @@ def _kl_gradient_kernel(
     OF_REF: tl.constexpr,  # gradient of ref_logits, else of logits
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,  # blocks under way at a time
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
@@ -166,7 +168,7 @@ def _kl_gradient_kernel(
     grad = tl.load(grads + row).to(ACC) * inv_temperature
     offsets = tl.arange(0, BLOCK)
     whole = num_valid // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
         columns = (start + offsets).to(tl.int64)
         x = tl.load(logits + columns * column_stride).to(ACC)
         y = tl.load(ref_logits + columns * ref_column_stride).to(ACC)
@@ -216,6 +218,7 @@ def _kl_state(
                 ACC=triton_dtype(states.dtype),
                 BLOCK=config.block,
                 LANE=lane_columns(config.block, logits, ref_logits),
+                STAGES=config.num_stages,
                 num_warps=config.num_warps,
             )
     return states
@@ -263,6 +266,7 @@ def _kl_gradient(
                 OF_REF=of_ref,
                 ACC=triton_dtype(state.dtype),
                 BLOCK=config.block,
+                STAGES=config.num_stages,
                 num_warps=config.num_warps,
             )
     return out

@@ -6,6 +6,7 @@ Triton's interpreter. Triton decides at decoration, so setting the variable late
 clearing it later returns CPU tensors to the reference.
 """
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -26,6 +27,8 @@ class LaunchConfig:
     """Elements a program handles at a time; a power of two."""
     num_warps: int
     """Warps a program runs on."""
+    num_stages: int = 1
+    """Blocks of a row on their way at a time: from 2 on they are copied to shared memory ahead."""
 
 
 # Starting points by architecture; "default" serves the architectures without an entry.
@@ -76,6 +79,11 @@ def architecture(device: torch.device) -> str:
     """The key of the tables: "sm90" for a CUDA device of capability 9.0, "cpu" for the rest."""
     if device.type != "cuda":
         return "cpu"
+    return _cuda_architecture(device)
+
+
+@functools.cache
+def _cuda_architecture(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
 

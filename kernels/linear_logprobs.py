@@ -15,150 +15,28 @@ Products of bf16 numbers are exact in fp32, so the fp32 logits are those of an f
 rounded to bf16 would move log-probs by 2e-2 nats, which PPO would take for a change of policy.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.logprobs import Joins
-from kernels.row_gradient import row_gradient
+from kernels.linear_chunks import Chunks, Gradients, LinearSpec, deliver
+from kernels.logprobs import write_joined_results
+from kernels.row_merge import write_merged_results
 from kernels.row_state import (
     IGNORE_INDEX,
     RowSpec,
-    accumulation_dtype,
-    logprobs_and_entropy,
+    empty_results,
     row_state,
+    write_row_results,
 )
-from kernels.workspace import logit_workspace
 
-TokenLoss = Callable[[Tensor, Tensor], Tensor]
-"""(log-probs [n], their rows [n] int64) to the loss of each of these tokens [n]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearSpec:
-    """How hidden states and weight become log-probs: all but the differentiated tensors."""
-
-    rows: RowSpec
-    joins: Joins = Joins()
-    workspace_bytes: int | None = None
-    """Bound of the memory of a chunk of logits; None for the device's own."""
-    row_index: Tensor | None = None
-    """Rows to compute [R] int64, of the gathered hidden states; None for all of them."""
-    main_grad: Tensor | None = None
-    """Buffer [V, H] the weight's gradient is added to; None to return it to autograd."""
-    returns_zero_weight_grad: bool = False
-    """With main_grad: give autograd zeros for the weight, for hooks that want a gradient."""
-
-
-def _matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a @ b, summed in out's precision or better, without rounding in between."""
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
-def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in total's precision."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
-
-
-class _Chunks:
-    """The rows of one call, cut into chunks that share one workspace of fp32 logits."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, labels: Tensor, spec: LinearSpec) -> None:
-        self.hidden, self.weight, self.labels, self.spec = hidden, weight, labels, spec
-        self.num_rows = len(hidden) if spec.row_index is None else len(spec.row_index)
-        dtype = accumulation_dtype(weight.dtype)
-        self.workspace = logit_workspace(self.num_rows, weight, dtype, spec.workspace_bytes)
-        self.size = len(self.workspace)
-
-    def __iter__(self) -> Iterator[slice]:
-        for start in range(0, self.num_rows, max(1, self.size)):
-            yield slice(start, min(start + self.size, self.num_rows))
-
-    def pick(self, tensor: Tensor, chunk: slice) -> Tensor:
-        """The chunk's rows of a tensor [T, ...]."""
-        index = self.spec.row_index
-        return tensor[chunk] if index is None else tensor.index_select(0, index[chunk])
-
-    def logits(self, chunk: slice) -> Tensor:
-        """The chunk's logits [n, V_local] in the workspace."""
-        out = self.workspace[: chunk.stop - chunk.start]
-        return _matmul(self.pick(self.hidden, chunk), self.weight.t(), out)
-
-    def logit_gradient(
-        self, logits: Tensor, chunk: slice, state: Tensor, grads: tuple[Tensor | None, ...]
-    ) -> Tensor:
-        """dz [n, V_local] in the weight's dtype, over the memory of the chunk's logits."""
-        # A row of dz takes the front part of the bytes of its row of logits.
-        out = logits.view(self.weight.dtype)[:, : logits.shape[1]]
-        labels = self.pick(self.labels, chunk)
-        return row_gradient(logits, labels, state, grads, self.spec.rows, out=out)
-
-    def write_hidden_gradient(self, total: Tensor, dz: Tensor, chunk: slice) -> None:
-        """Write this shard's part of the chunk's hidden gradient, rounded once, into [T, H]."""
-        index = self.spec.row_index
-        if index is None:
-            torch.mm(dz, self.weight, out=total[chunk])
-        else:
-            total.index_copy_(0, index[chunk], dz @ self.weight)
-
-
-class _Gradients:
-    """The gradients of hidden and weight while chunks add to them; None for one not needed."""
-
-    def __init__(self, chunks: _Chunks, *, total: Tensor | None, needs: tuple[bool, bool]) -> None:
-        self.chunks = chunks
-        weight, dtype = chunks.weight, chunks.workspace.dtype
-        self.hidden = chunks.hidden.new_zeros(chunks.hidden.shape) if needs[0] else None
-        self.weight = None
-        if needs[1]:
-            fits = total is not None and total.dtype == dtype
-            self.weight = total if fits else torch.zeros_like(weight, dtype=dtype)
-        self.wait: Callable[[], Tensor | None] | None = None
-
-    def add(self, dz: Tensor, chunk: slice) -> None:
-        """Add a chunk; with the last one the hidden gradient's reduction runs under dW."""
-        if self.hidden is not None:
-            self.chunks.write_hidden_gradient(self.hidden, dz, chunk)
-            if chunk.stop == self.chunks.num_rows:
-                self.wait = self.chunks.spec.joins.start_reduction(self.hidden)
-        if self.weight is not None:
-            add_matmul(self.weight, dz.t(), self.chunks.pick(self.chunks.hidden, chunk))
-
-    def hidden_result(self) -> Tensor | None:
-        """The gradient of this rank's hidden states, summed over shards."""
-        if self.hidden is None:
-            return None
-        if self.wait is None:  # no rows, but the other shards are waiting
-            self.wait = self.chunks.spec.joins.start_reduction(self.hidden)
-        return self.wait()
-
-
-def _deliver(
-    total: Tensor | None, weight: Tensor, spec: LinearSpec, scale: Tensor | None = None
-) -> Tensor | None:
-    """What autograd gets for the weight, once main_grad, if there is one, has the gradient."""
-    if total is None:
-        return None
-    if spec.main_grad is None:
-        return (total if scale is None else total * scale).to(weight.dtype)
-    if scale is not None:
-        spec.main_grad.addcmul_(total, scale)
-    elif total is not spec.main_grad:
-        spec.main_grad.add_(total)
-    return torch.zeros_like(weight) if spec.returns_zero_weight_grad else None
+TokenLoss = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
+"""(log-probs [n], their rows [n] int64) to the loss of each of these tokens [n], which torch
+differentiates, or to (losses [n], their derivatives by the log-probs [n]), which spares it that."""
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -168,17 +46,26 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, spec: LinearSpec
     ) -> tuple[Tensor, Tensor | None]:
-        chunks = _Chunks(spec.joins.gather_hidden(hidden), weight, labels, spec)
-        state = chunks.workspace.new_empty(chunks.num_rows, 4)
-        for chunk in chunks:
-            state[chunk] = row_state(chunks.logits(chunk), chunks.pick(labels, chunk), spec.rows)
-        state = spec.joins.merge_states(state)
-        ctx.save_for_backward(hidden, weight, labels, state)
+        chunks = Chunks(spec.joins.gather_hidden(hidden), weight, labels, spec)
+        results = empty_results(chunks.num_rows, chunks.workspace, spec.rows.with_entropy)
+        gather_states = spec.joins.gather_states
+        for chunk, hidden_rows in chunks:
+            logits, chunk_labels = chunks.logits(hidden_rows), chunks.labels[chunk]
+            if gather_states is None:
+                write_row_results(results.part(chunk), logits, chunk_labels, spec.rows)
+            else:
+                results.state[chunk] = row_state(logits, chunk_labels, spec.rows)
+        if gather_states is not None:  # once for all chunks
+            states = gather_states(results.state)
+            write_merged_results(results, states, chunks.labels, spec.rows)
+        ctx.save_for_backward(hidden, weight, labels, results.state)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
-        everything = slice(0, chunks.num_rows)
-        logprob, entropy = logprobs_and_entropy(state, chunks.pick(labels, everything), spec.rows)
-        return _spread(chunks, logprob), None if entropy is None else _spread(chunks, entropy)
+        entropies = results.entropies
+        return (
+            _spread(chunks, results.logprobs),
+            None if entropies is None else _spread(chunks, entropies),
+        )
 
     @staticmethod
     @once_differentiable
@@ -188,16 +75,19 @@ class _LinearLogprobs(torch.autograd.Function):
             return (None,) * 4
         hidden, weight, labels, state = ctx.saved_tensors
         spec = ctx.spec
-        chunks = _Chunks(spec.joins.gather_hidden(hidden), weight, labels, spec)
-        gradients = _Gradients(chunks, total=spec.main_grad, needs=needs)
-        for chunk in chunks:
-            logits = chunks.logits(chunk)
-            picked = tuple(None if g is None else chunks.pick(g, chunk) for g in grads)
-            gradients.add(chunks.logit_gradient(logits, chunk, state[chunk], picked), chunk)
-        return gradients.hidden_result(), _deliver(gradients.weight, weight, spec), None, None
+        chunks = Chunks(spec.joins.gather_hidden(hidden), weight, labels, spec)
+        gradients = Gradients(chunks, total=spec.main_grad, needs=needs)
+        picked = [None if g is None else chunks.picked(g) for g in grads]
+        for chunk, hidden_rows in chunks:
+            logits = chunks.logits(hidden_rows)
+            chunk_grads = tuple(None if g is None else g[chunk] for g in picked)
+            dz = chunks.logit_gradient(logits, chunk, state[chunk], chunk_grads)
+            gradients.add(dz, chunk, hidden_rows)
+        weight_grad = deliver(gradients.weight_result(), weight, spec)
+        return gradients.hidden_result(), weight_grad, None, None
 
 
-def _spread(chunks: _Chunks, values: Tensor) -> Tensor:
+def _spread(chunks: Chunks, values: Tensor) -> Tensor:
     """Values [R] of the computed rows as [T], zero elsewhere."""
     if chunks.spec.row_index is None:
         return values
@@ -217,29 +107,27 @@ class _LinearLogprobsLoss(torch.autograd.Function):
         spec: LinearSpec,
         with_gradients: bool,
     ) -> tuple[Tensor, Tensor]:
-        chunks = _Chunks(spec.joins.gather_hidden(hidden), weight, labels, spec)
+        chunks = Chunks(spec.joins.gather_hidden(hidden), weight, labels, spec)
         needs = ctx.needs_input_grad[:2] if with_gradients else (False, False)
-        gradients = _Gradients(chunks, total=None, needs=needs)
-        loss = chunks.workspace.new_zeros(())
-        logprobs = chunks.workspace.new_zeros(chunks.num_rows)
+        gradients = Gradients(chunks, total=None, needs=needs)
+        results = empty_results(chunks.num_rows, chunks.workspace, with_entropy=False)
         rows = spec.row_index
         if rows is None:
             rows = torch.arange(chunks.num_rows, device=hidden.device)
-        for chunk in chunks:
-            chunk_labels = chunks.pick(labels, chunk)
-            logits = chunks.logits(chunk)
-            state = spec.joins.merge_states(row_state(logits, chunk_labels, spec.rows))
-            logprobs[chunk], _ = logprobs_and_entropy(state, chunk_labels, spec.rows)
-            chunk_loss, derivative = _loss_and_derivative(
-                token_loss, logprobs[chunk], rows[chunk], chunk_labels != spec.rows.ignore_index
-            )
-            loss += chunk_loss
+        losses = [chunks.workspace.new_empty(0)]
+        for chunk, hidden_rows in chunks:
+            logits, part = chunks.logits(hidden_rows), results.part(chunk)
+            write_joined_results(part, logits, chunks.labels[chunk], spec.rows, spec.joins)
+            chunk_losses, derivatives = _losses(token_loss, part.logprobs, rows[chunk])
+            losses.append(chunk_losses)
             if any(needs):
-                dz = chunks.logit_gradient(logits, chunk, state, (derivative, None))
-                gradients.add(dz, chunk)
-        ctx.save_for_backward(weight, gradients.hidden_result(), gradients.weight)
+                dz = chunks.logit_gradient(logits, chunk, part.state, (derivatives, None))
+                gradients.add(dz, chunk, hidden_rows)
+        counts = chunks.labels != spec.rows.ignore_index
+        loss = torch.where(counts, torch.cat(losses), 0.0).sum(dtype=chunks.workspace.dtype)
+        ctx.save_for_backward(weight, gradients.hidden_result(), gradients.weight_result())
         ctx.spec = spec
-        spread = _spread(chunks, logprobs)
+        spread = _spread(chunks, results.logprobs)
         ctx.mark_non_differentiable(spread)
         return loss, spread
 
@@ -249,19 +137,38 @@ class _LinearLogprobsLoss(torch.autograd.Function):
         weight, hidden_grad, total = ctx.saved_tensors
         if hidden_grad is not None:
             hidden_grad = (hidden_grad * scale).to(hidden_grad.dtype)
-        grads = hidden_grad, _deliver(total, weight, ctx.spec, scale)
+        grads = hidden_grad, deliver(total, weight, ctx.spec, scale)
         return *grads, None, None, None, None
 
 
-def _loss_and_derivative(
-    token_loss: TokenLoss, logprobs: Tensor, rows: Tensor, counts: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The loss [] summed over the rows that count, and d loss / d logprobs [n]."""
+def _losses(token_loss: TokenLoss, logprobs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses [n] of tokens and their derivatives by the log-probs [n].
+
+    What they say of ignored rows counts for nothing.
+    """
     with torch.enable_grad():
         leaf = logprobs.detach().requires_grad_()
-        loss = torch.where(counts, token_loss(leaf, rows), 0.0).sum()
-        (derivative,) = torch.autograd.grad(loss, leaf)
-    return loss.detach(), derivative
+        result = token_loss(leaf, rows)
+        if isinstance(result, tuple):
+            losses, derivatives = result
+        else:
+            losses = result
+            (derivatives,) = torch.autograd.grad(losses, leaf, torch.ones_like(losses))
+    return losses.detach(), derivatives.detach()
+
+
+class _KnownDerivatives(torch.autograd.Function):
+    """Log-probs [n] to their losses [n], whose derivatives [n] are given."""
+
+    @staticmethod
+    def forward(ctx: Any, logprobs: Tensor, losses: Tensor, derivatives: Tensor) -> Tensor:
+        ctx.save_for_backward(derivatives)
+        return losses.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads * ctx.saved_tensors[0], None, None
 
 
 def _loss_in_two_passes(
@@ -272,8 +179,9 @@ def _loss_in_two_passes(
     rows = spec.row_index
     if rows is None:
         rows = torch.arange(len(labels), device=labels.device)
-    counts = labels[rows] != spec.rows.ignore_index
-    loss = torch.where(counts, token_loss(logprob[rows], rows), 0.0).sum()
+    picked = logprob[rows]
+    losses = _KnownDerivatives.apply(picked, *_losses(token_loss, picked, rows))
+    loss = torch.where(labels[rows] != spec.rows.ignore_index, losses, 0.0).sum()
     return loss, logprob.detach()
 
 
@@ -325,7 +233,8 @@ def linear_logprobs_loss(
     """Loss [] and log-probs [T] (without gradient), the gradients computed in the same pass.
 
     token_loss(logprobs [n], rows [n]) gives the loss [n] of tokens from their own log-probs alone,
-    for example `lambda logprobs, rows: -(weights[rows] * logprobs)`; torch differentiates it. It is
+    for example `lambda logprobs, rows: -(weights[rows] * logprobs)`; torch differentiates it, or it
+    gives the pair of losses and derivatives: `(-weights[rows] * logprobs, -weights[rows])`. It is
     called once a chunk and summed, so its normalisers are known beforehand. The weight's fp32
     gradient [V, H] is held until backward. fp16 takes two passes, for the sake of its loss scale.
     Other arguments as `linear_logprobs`.

@@ -15,12 +15,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.row_gradient import row_gradient
+from kernels.row_merge import write_merged_results
 from kernels.row_state import (
     IGNORE_INDEX,
+    RowResults,
     RowSpec,
+    empty_results,
     itself,
-    logprobs_and_entropy,
     row_state,
+    write_row_results,
 )
 
 
@@ -32,12 +35,26 @@ def _at_once(tensor: Tensor) -> Callable[[], Tensor]:
 class Joins:
     """What joins the shards of a vocabulary; the default is the whole vocabulary on one device."""
 
-    merge_states: Callable[[Tensor], Tensor] = itself
-    """[T, 4] of this shard to [T, 4] of the whole vocabulary."""
+    gather_states: Callable[[Tensor], Tensor] | None = None
+    """State [T, 4] of this shard to those of all shards [shards, T, 4]; None for a single one."""
     gather_hidden: Callable[[Tensor], Tensor] = itself
     """This rank's rows of the hidden states to all rows."""
     start_reduction: Callable[[Tensor], Callable[[], Tensor]] = _at_once
     """Begins to sum the hidden states' gradient over shards; the returned call waits for it."""
+
+
+ONE_SHARD = Joins()
+
+
+def write_joined_results(
+    results: RowResults, logits: Tensor, labels: Tensor, spec: RowSpec, joins: Joins
+) -> None:
+    """Write the rows' results over the whole vocabulary from one shard of it, [T, V_local]."""
+    if joins.gather_states is None:
+        write_row_results(results, logits, labels, spec)
+    else:
+        states = joins.gather_states(row_state(logits, labels, spec))
+        write_merged_results(results, states, labels, spec)
 
 
 class _Logprobs(torch.autograd.Function):
@@ -52,11 +69,12 @@ class _Logprobs(torch.autograd.Function):
         joins: Joins,
         overwrite_logits: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        state = joins.merge_states(row_state(logits, labels, spec))
-        ctx.save_for_backward(logits, labels, state)
+        results = empty_results(len(logits), logits, spec.with_entropy)
+        write_joined_results(results, logits, labels, spec, joins)
+        ctx.save_for_backward(logits, labels, results.state)
         ctx.spec, ctx.overwrite_logits = spec, overwrite_logits
         ctx.set_materialize_grads(False)  # an entropy that is only logged costs no backward
-        return logprobs_and_entropy(state, labels, spec)
+        return results.logprobs, results.entropies
 
     @staticmethod
     @once_differentiable
@@ -91,7 +109,7 @@ def logprobs(
         ignore_index=ignore_index,
         with_entropy=with_entropy,
     )
-    return shard_logprobs(logits, labels, spec, Joins(), overwrite_logits=overwrite_logits)
+    return shard_logprobs(logits, labels, spec, ONE_SHARD, overwrite_logits=overwrite_logits)
 
 
 def shard_logprobs(

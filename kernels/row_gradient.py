@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.launch import config_for, uses_triton
 from kernels.row_state import LN_2, LOG2_E, NO_POWER, RowSpec, accumulation_dtype, triton_dtype
+from kernels.traced import traced
 
 
 @triton.jit
@@ -49,6 +50,8 @@ def _row_gradient_kernel(
     label_stride,
     out_row_stride,
     out_column_stride,
+    grad_logprob_stride,  # 0 for one number that all rows share
+    grad_entropy_stride,
     num_columns,
     num_valid,
     first_column,
@@ -59,6 +62,7 @@ def _row_gradient_kernel(
     OVERWRITES: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,  # blocks under way at a time
 ):
     row = tl.program_id(0).to(tl.int64)  # and strides as in row_state.py
     column_stride = tl.cast(column_stride, tl.int64)
@@ -74,16 +78,16 @@ def _row_gradient_kernel(
     grad_logprob = tl.zeros([], ACC)
     grad_entropy = tl.zeros([], ACC)
     if HAS_LOGPROB_GRAD:
-        grad_logprob = tl.load(grad_logprobs + row).to(ACC) * inv_temperature
+        grad_logprob = tl.load(grad_logprobs + row * grad_logprob_stride).to(ACC) * inv_temperature
     if HAS_ENTROPY_GRAD:
-        grad_entropy = tl.load(grad_entropies + row).to(ACC) * inv_temperature
+        grad_entropy = tl.load(grad_entropies + row * grad_entropy_stride).to(ACC) * inv_temperature
     entropy = log2_s * LN_2 - tl.load(states + row * 4 + 2) / s
     end = tl.where(is_ignored, 0, num_valid)
     # Loads end with the row, as in row_state.py; ignored rows are not read.
     num_read = tl.where(is_ignored, 0, num_columns)
     whole = end // BLOCK * BLOCK
     offsets = tl.arange(0, BLOCK)
-    for start in range(0, whole, BLOCK):
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
         columns = start + offsets
         x = tl.load(logits + columns * column_stride).to(ACC)
         if OVERWRITES:
@@ -121,7 +125,7 @@ def _row_gradient_kernel(
         tl.store(out + columns * out_column_stride, dz, mask=columns < num_columns)
 
 
-@torch.library.custom_op("trident::row_gradient_into", mutates_args=("out",))
+@traced("trident::row_gradient_into", writes=("out",))
 def _row_gradient_into(
     out: Tensor,
     logits: Tensor,
@@ -152,12 +156,14 @@ def _row_gradient_into(
                 logits,
                 labels,
                 state.contiguous(),
-                None if grad_logprobs is None else grad_logprobs.contiguous(),
-                None if grad_entropies is None else grad_entropies.contiguous(),
+                grad_logprobs,
+                grad_entropies,
                 out,
                 *logits.stride(),
                 labels.stride(0),
                 *out.stride(),
+                0 if grad_logprobs is None else grad_logprobs.stride(0),
+                0 if grad_entropies is None else grad_entropies.stride(0),
                 num_columns,
                 spec.num_valid_columns(num_columns),
                 first_column,
@@ -168,6 +174,7 @@ def _row_gradient_into(
                 OVERWRITES=out.data_ptr() == logits.data_ptr(),
                 ACC=triton_dtype(state.dtype),
                 BLOCK=config.block,
+                STAGES=config.num_stages,
                 num_warps=config.num_warps,
             )
 

@@ -16,9 +16,13 @@ large. A program of the kernel reads one row in blocks of [lanes, 16 bytes]: a t
 lane, so the maximum of a lane costs no exchange and is applied once to the columns of 16 bytes.
 Every lane keeps its own (m, s, t), merged at the end of the row, and counts in powers of two:
 e^a = 2^(a log2 e).
+
+Where the row is the whole vocabulary, the same program writes its log p_y and H; the states of
+shards are merged in row_merge.py.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -50,7 +54,7 @@ class RowSpec:
     ignore_index: int = IGNORE_INDEX
     """Rows with this label give log-prob 0, entropy 0 and gradient 0."""
     with_entropy: bool = True
-    """Whether the state's t is wanted; the kernel leaves it at 0 otherwise."""
+    """Whether H, and the state's t for it, is wanted; the kernel leaves t at 0 otherwise."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -61,9 +65,44 @@ class RowSpec:
         return max(0, min(num_columns, self.num_valid_vocab - self.first_column))
 
 
+class RowResults(NamedTuple):
+    """What is known of T rows over the whole vocabulary."""
+
+    state: Tensor
+    """[T, 4] (m, s, t, z_y)."""
+    logprobs: Tensor
+    """[T] log p_y, 0 in ignored rows."""
+    entropies: Tensor | None
+    """[T] H, 0 in ignored rows; None where the spec does not want it."""
+
+    def part(self, rows: slice) -> "RowResults":
+        """Views of some of the rows."""
+        entropies = None if self.entropies is None else self.entropies[rows]
+        return RowResults(self.state[rows], self.logprobs[rows], entropies)
+
+
+def empty_results(num_rows: int, like: Tensor, with_entropy: bool) -> RowResults:
+    """Uninitialised results of num_rows rows in the accumulation dtype, on the device of `like`."""
+    dtype = accumulation_dtype(like.dtype)
+    return RowResults(
+        like.new_empty((num_rows, 4), dtype=dtype),
+        like.new_empty(num_rows, dtype=dtype),
+        like.new_empty(num_rows, dtype=dtype) if with_entropy else None,
+    )
+
+
 def itself(tensor: Tensor) -> Tensor:
     """The tensor: what joining the shards of a whole vocabulary comes to."""
     return tensor
+
+
+@triton.jit
+def row_outputs(m, s, t, label_logit, is_ignored):
+    """(log p_y, H) of merged states."""
+    s = tl.where(is_ignored, 1.0, s)
+    log_s = tl.log(s)
+    logprob = tl.where(is_ignored, 0.0, (label_logit - m) - log_s)
+    return logprob, tl.where(is_ignored, 0.0, log_s - t / s)
 
 
 @triton.jit
@@ -91,6 +130,8 @@ def _row_state_kernel(
     logits,  # [T, V_local]
     labels,  # [T]
     states,  # [T, 4] out
+    logprobs,  # [T] out; None for a shard, as are entropies
+    entropies,  # [T] out; None without entropy
     row_stride,
     column_stride,
     label_stride,
@@ -104,12 +145,18 @@ def _row_state_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
     LANE: tl.constexpr,  # columns of a lane
+    STAGES: tl.constexpr,  # blocks under way at a time
 ):
     # row * row_stride passes 2^31, and so does column * column_stride where columns are strided.
     row = tl.program_id(0).to(tl.int64)
     column_stride = tl.cast(column_stride, tl.int64)
     logits += row * row_stride
     label = tl.load(labels + row * label_stride).to(tl.int64)
+    # A label that no shard owns has probability 0; one of another shard's adds 0 to the sum.
+    local = label - first_column
+    owned = (local >= 0) & (local < num_valid)
+    nowhere = (label < 0) | (label >= num_valid_vocab)
+    picked = tl.load(logits + local * column_stride, mask=owned, other=0.0).to(ACC)
     inv_temperature = tl.cast(inv_temperature, ACC)
     to_powers = inv_temperature * LOG2_E
     LANES: tl.constexpr = BLOCK // LANE
@@ -119,7 +166,7 @@ def _row_state_kernel(
     t = tl.zeros([LANES], ACC)
     end = tl.where(label == ignore_index, 0, num_valid)  # ignored rows are not read
     whole = end // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
         x = tl.load(logits + (start + offsets) * column_stride)
         m, s, t = _add_block(x.to(ACC), m, s, t, to_powers, WITH_ENTROPY)
     if whole < end:
@@ -135,18 +182,17 @@ def _row_state_kernel(
     row_s = tl.sum(w * s, 0)
     row_t = tl.sum(w * (t + s * shift), 0) * LN_2
     row_m = tl.where(top == LOWEST, -float("inf"), top * inv_temperature)
-
-    # A label that no shard owns has probability 0; one of another shard's adds 0 to the sum.
-    local = label - first_column
-    owned = (local >= 0) & (local < num_valid)
-    picked = tl.load(logits + local * column_stride, mask=owned, other=0.0).to(ACC)
-    nowhere = (label < 0) | (label >= num_valid_vocab)
     label_logit = tl.where(nowhere, -float("inf"), picked * inv_temperature)
     states += row * 4
     tl.store(states, row_m)
     tl.store(states + 1, row_s)
     tl.store(states + 2, row_t)
     tl.store(states + 3, label_logit)
+    if logprobs is not None:
+        logprob, entropy = row_outputs(row_m, row_s, row_t, label_logit, label == ignore_index)
+        tl.store(logprobs + row, logprob)
+        if entropies is not None:
+            tl.store(entropies + row, entropy)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -169,6 +215,40 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def _launch(
+    logits: Tensor,
+    labels: Tensor,
+    state: Tensor,
+    outputs: tuple[Tensor | None, Tensor | None],
+    spec: RowSpec,
+) -> None:
+    """Write the state [T, 4] and the outputs (log-probs, entropies) [T] that are not None."""
+    num_rows, num_columns = logits.shape
+    config = config_for("row_state", num_columns, logits.device)
+    if num_rows > 0:
+        with torch.cuda.device_of(logits):
+            _row_state_kernel[(num_rows,)](
+                logits,
+                labels,
+                state,
+                *outputs,
+                *logits.stride(),
+                labels.stride(0),
+                num_columns,
+                spec.num_valid_columns(num_columns),
+                spec.first_column,
+                spec.num_valid_vocab,
+                1.0 / spec.temperature,
+                spec.ignore_index,
+                WITH_ENTROPY=spec.with_entropy,
+                ACC=triton_dtype(state.dtype),
+                BLOCK=config.block,
+                LANE=lane_columns(config.block, logits),
+                STAGES=config.num_stages,
+                num_warps=config.num_warps,
+            )
+
+
 @traced("trident::row_state")
 def _row_state(
     logits: Tensor,
@@ -188,35 +268,14 @@ def _row_state(
     )
     if not uses_triton(logits):
         return _row_state_reference(logits, labels, spec)
-    num_rows, num_columns = logits.shape
-    states = logits.new_empty(num_rows, 4, dtype=accumulation_dtype(logits.dtype))
-    config = config_for("row_state", num_columns, logits.device)
-    if num_rows > 0:
-        with torch.cuda.device_of(logits):
-            _row_state_kernel[(num_rows,)](
-                logits,
-                labels,
-                states,
-                *logits.stride(),
-                labels.stride(0),
-                num_columns,
-                spec.num_valid_columns(num_columns),
-                first_column,
-                num_valid_vocab,
-                1.0 / temperature,
-                ignore_index,
-                WITH_ENTROPY=with_entropy,
-                ACC=triton_dtype(states.dtype),
-                BLOCK=config.block,
-                LANE=lane_columns(config.block, logits),
-                num_warps=config.num_warps,
-            )
-    return states
+    state = logits.new_empty((len(logits), 4), dtype=accumulation_dtype(logits.dtype))
+    _launch(logits, labels, state, (None, None), spec)
+    return state
 
 
 @_row_state.register_fake
 def _(logits: Tensor, labels: Tensor, *spec: object) -> Tensor:
-    return logits.new_empty(logits.shape[0], 4, dtype=accumulation_dtype(logits.dtype))
+    return logits.new_empty((logits.shape[0], 4), dtype=accumulation_dtype(logits.dtype))
 
 
 def row_state(logits: Tensor, labels: Tensor, spec: RowSpec) -> Tensor:
@@ -232,22 +291,44 @@ def row_state(logits: Tensor, labels: Tensor, spec: RowSpec) -> Tensor:
     )
 
 
-def merge_row_states(states: Tensor) -> Tensor:
-    """State [T, 4] of the whole vocabulary from those of its shards [shards, T, 4], in order."""
-    m, s, t, label_logit = states.unbind(-1)  # [shards, T] each
-    top = m.amax(0)
-    # A shard without a valid column has m = -inf and s = t = 0: shift it by 0, not by -inf.
-    shift = torch.where(m == -torch.inf, 0.0, m - top)
-    w = shift.exp()
-    return torch.stack(
-        (top, (w * s).sum(0), (w * (t + s * shift)).sum(0), label_logit.sum(0)), dim=-1
+@traced("trident::row_results", writes=("state", "logprobs", "entropies"))
+def _row_results(
+    logits: Tensor,
+    labels: Tensor,
+    state: Tensor,
+    logprobs: Tensor,
+    entropies: Tensor | None,
+    num_valid_vocab: int,
+    temperature: float,
+    ignore_index: int,
+) -> None:
+    spec = RowSpec(
+        num_valid_vocab=num_valid_vocab,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        with_entropy=entropies is not None,
+    )
+    if uses_triton(logits):
+        _launch(logits, labels, state, (logprobs, entropies), spec)
+        return
+    state.copy_(_row_state_reference(logits, labels, spec))
+    results = logprobs_and_entropy(state, labels, spec)
+    logprobs.copy_(results[0])
+    if entropies is not None:
+        entropies.copy_(results[1])
+
+
+def write_row_results(results: RowResults, logits: Tensor, labels: Tensor, spec: RowSpec) -> None:
+    """Write the results of logits [T, V], the whole vocabulary."""
+    _row_results(
+        logits, labels, *results, spec.num_valid_vocab, spec.temperature, spec.ignore_index
     )
 
 
 def logprobs_and_entropy(
     state: Tensor, labels: Tensor, spec: RowSpec
 ) -> tuple[Tensor, Tensor | None]:
-    """log p_y [T] and, if the spec has it, H [T] of a merged state [T, 4]; 0 in ignored rows."""
+    """log p_y [T] and, if the spec has it, H [T] of a merged state [T, 4], in plain torch."""
     m, s, t, label_logit = state.unbind(-1)
     ignored = labels == spec.ignore_index
     log_s = s.log()

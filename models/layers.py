@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from kernels.layer_norm import layer_norm
-from kernels.linear_logprobs import add_matmul
+from kernels.linear_chunks import add_matmul
 from models.attention import PackedAttention
 from models.sizes import GPTSize
 

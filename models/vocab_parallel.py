@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from kernels.full_kl import merge_kl_states, shard_full_kl
+from kernels.linear_chunks import LinearSpec
 from kernels.linear_logprobs import (
-    LinearSpec,
     TokenLoss,
     shard_linear_logprobs,
     shard_linear_logprobs_loss,
 )
 from kernels.logprobs import Joins, check_rows, shard_logprobs
 from kernels.philox import SampleKey
-from kernels.row_state import IGNORE_INDEX, RowSpec, merge_row_states
+from kernels.row_state import IGNORE_INDEX, RowSpec
 from kernels.sample import (
     Sample,
     check_sampling,
@@ -45,8 +45,8 @@ def _joins(group: ProcessGroup | None, *, sequence_parallel: bool = False) -> Jo
         return Joins()
     tp = group.size()
 
-    def merge_states(state: Tensor) -> Tensor:
-        return merge_row_states(_gather_states(state, group))
+    def gather_states(state: Tensor) -> Tensor:
+        return _gather_states(state, group)
 
     def gather_hidden(hidden: Tensor) -> Tensor:
         rows = hidden.new_empty(len(hidden) * tp, hidden.shape[1])
@@ -64,11 +64,11 @@ def _joins(group: ProcessGroup | None, *, sequence_parallel: bool = False) -> Jo
 
     if sequence_parallel:
         return Joins(
-            merge_states=merge_states,
+            gather_states=gather_states,
             gather_hidden=gather_hidden,
             start_reduction=start_reduce_scatter,
         )
-    return Joins(merge_states=merge_states, start_reduction=start_all_reduce)
+    return Joins(gather_states=gather_states, start_reduction=start_all_reduce)
 
 
 def _row_spec(

@@ -11,6 +11,7 @@ import kernels.layer_norm
 import kernels.ppo_loss
 import kernels.ranking_loss
 import kernels.row_gradient
+import kernels.row_merge
 import kernels.row_state
 import kernels.sample  # noqa: F401  they register their operators
 from kernels.gae import gae
@@ -38,6 +39,9 @@ def arguments() -> dict[str, tuple]:
     statistics, weight = torch.rand(2, 3), floats(20)
     return {
         "row_state": (logits, labels, *SPEC, -100, True),
+        "row_results": (logits, labels, torch.rand(3, 4), floats(3), floats(3), 19, 0.7, -100),
+        "merge_row_states": (torch.rand(2, 3, 4), labels, torch.rand(3, 4), floats(3), floats(3),
+                             -100),
         "row_gradient_into": (floats(3, 20), logits, labels, torch.rand(3, 4), floats(3), None,
                               *SPEC, -100),
         "kl_state": (logits, ref_logits, *SPEC),

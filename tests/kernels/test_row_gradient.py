@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kernels.row_gradient import row_gradient
-from kernels.row_state import RowSpec, merge_row_states, row_state
+from kernels.row_merge import merge_row_states
+from kernels.row_state import RowSpec, row_state
 from tests.kernels.oracle import exact_logprobs, largest_difference, random_rows
 
 SPEC = RowSpec(num_valid_vocab=130, temperature=0.7)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from kernels.row_state import RowSpec, logprobs_and_entropy, merge_row_states, row_state
+from kernels.row_merge import merge_row_states
+from kernels.row_state import RowSpec, logprobs_and_entropy, row_state
 from tests.kernels.oracle import exact_logprobs, largest_difference, random_rows
 
 
