@@ -6,12 +6,11 @@ Triton's interpreter. Triton decides at decoration, so setting the variable late
 clearing it later returns CPU tensors to the reference.
 """
 
+import contextlib
 import functools
-import json
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ class LaunchConfig:
     """Blocks of a row on their way at a time: from 2 on they are copied to shared memory ahead."""
 
 
-# Starting points by architecture; "default" serves the architectures without an entry.
+# By architecture; "default" serves those without an entry. `benchmarks.tune_kernels` measures them.
 # Rows of a vocabulary are read in blocks of 2048 to 4096: whole rows spill above 32K columns.
 _TABLE: dict[str, dict[str, LaunchConfig]] = {
     "default": {
@@ -52,7 +51,7 @@ _TABLE: dict[str, dict[str, LaunchConfig]] = {
         "kl_gradient": LaunchConfig(64, 1),
     },
 }
-_tuned: dict[str, dict[str, LaunchConfig]] = {}
+_forced: dict[str, dict[str, LaunchConfig]] = {}
 
 
 def interpreting() -> bool:
@@ -89,50 +88,27 @@ def _cuda_architecture(device: torch.device) -> str:
 
 
 def config_for(kernel: str, columns: int, device: torch.device) -> LaunchConfig:
-    """The tuned, else the static configuration of a kernel, its block capped at the row length.
+    """The configuration of a kernel, its block capped at the row length.
 
     It depends on the architecture and the row length alone, never on the number of tokens, so
     every tensor-parallel rank and every micro-batch runs the same sum order.
     """
     name = architecture(device)
-    config = _tuned.get(name, {}).get(kernel) or _TABLE.get(name, {}).get(kernel)
+    config = _forced.get(name, {}).get(kernel) or _TABLE.get(name, {}).get(kernel)
     config = config or _TABLE["default"][kernel]
     block = next_power_of_2(columns)
     return config if block >= config.block else LaunchConfig(block, num_warps_for(block))
 
 
-def load_tuning(path: str | Path) -> None:
-    """Use the configurations a tuner wrote to a JSON file: {architecture: {kernel: config}}."""
-    for name, kernels in json.loads(Path(path).read_text()).items():
-        entries = {kernel: LaunchConfig(**config) for kernel, config in kernels.items()}
-        _tuned.setdefault(name, {}).update(entries)
-
-
-def tune(
-    kernel: str,
-    run: Callable[[], object],
-    candidates: Iterable[LaunchConfig],
-    path: str | Path,
-    *,
-    device: torch.device,
-) -> LaunchConfig:
-    """The fastest candidate for `run`, used from here on and written to the JSON file at `path`.
-
-    Opt-in and run by one process: `run` must give the same result when repeated, and the other
-    ranks read the file with `load_tuning`.
-    """
-    from triton.testing import do_bench
-
-    entries = _tuned.setdefault(architecture(device), {})
-    seconds: dict[LaunchConfig, float] = {}
-    for candidate in candidates:
-        entries[kernel] = candidate
-        seconds[candidate] = do_bench(run)
-    entries[kernel] = min(seconds, key=seconds.__getitem__)
-    Path(path).write_text(
-        json.dumps(
-            {name: {k: asdict(c) for k, c in tuned.items()} for name, tuned in _tuned.items()},
-            indent=1,
-        )
-    )
-    return entries[kernel]
+@contextlib.contextmanager
+def use_config(kernel: str, config: LaunchConfig, device: torch.device) -> Iterator[None]:
+    """Within it a kernel runs in this configuration on the device's architecture; for a tuner."""
+    entries = _forced.setdefault(architecture(device), {})
+    before = entries.get(kernel)
+    entries[kernel] = config
+    try:
+        yield
+    finally:
+        del entries[kernel]
+        if before is not None:
+            entries[kernel] = before

@@ -1,7 +1,6 @@
 """Where a kernel runs, and with which configuration."""
 
 import ast
-import json
 import re
 from pathlib import Path
 
@@ -47,34 +46,15 @@ def test_a_block_is_no_longer_than_the_row(monkeypatch: pytest.MonkeyPatch) -> N
     assert long_row == launch._TABLE["default"]["row_state"]
 
 
-def test_tuned_configurations_come_first_and_are_read_from_json(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pytest.TempPathFactory
-) -> None:
-    monkeypatch.setattr(launch, "_tuned", {})
-    path = tmp_path / "tuned.json"
-    path.write_text(json.dumps({"cpu": {"row_state": {"block": 32, "num_warps": 2}}}))
-    launch.load_tuning(path)
-    assert launch.config_for("row_state", 999, torch.device("cpu")) == LaunchConfig(32, 2)
-
-
-def test_the_tuner_keeps_and_writes_the_fastest(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pytest.TempPathFactory
-) -> None:
+def test_a_forced_configuration_comes_first_and_goes_again() -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr(launch, "_tuned", {})
-    milliseconds = {16: 3.0, 32: 1.0, 64: 2.0}
-    monkeypatch.setattr("triton.testing.do_bench", lambda run: run())
-    best = launch.tune(
-        "row_state",
-        lambda: milliseconds[launch.config_for("row_state", 999, cpu).block],
-        [LaunchConfig(block, 1) for block in milliseconds],
-        tmp_path / "tuned.json",
-        device=cpu,
-    )
-    assert best == LaunchConfig(32, 1)
-    monkeypatch.setattr(launch, "_tuned", {})
-    launch.load_tuning(tmp_path / "tuned.json")
-    assert launch.config_for("row_state", 999, cpu) == best
+    before = launch.config_for("row_state", 999, cpu)
+    with launch.use_config("row_state", LaunchConfig(32, 2, 3), cpu):
+        assert launch.config_for("row_state", 999, cpu) == LaunchConfig(32, 2, 3)
+        with launch.use_config("row_state", LaunchConfig(16, 1), cpu):
+            assert launch.config_for("row_state", 999, cpu) == LaunchConfig(16, 1)
+        assert launch.config_for("row_state", 999, cpu) == LaunchConfig(32, 2, 3)
+    assert launch.config_for("row_state", 999, cpu) == before
 
 
 @pytest.mark.parametrize(

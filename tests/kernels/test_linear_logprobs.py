@@ -298,7 +298,7 @@ def test_the_full_logits_never_exist(
     backend: str, one_pass: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = {"row_state": LaunchConfig(8192, 1), "row_gradient": LaunchConfig(8192, 1)}
-    monkeypatch.setitem(launch._tuned, "cpu", config)
+    monkeypatch.setitem(launch._forced, "cpu", config)
     num_rows, width, num_columns = 160, 16, 8192
     workspace = 2**20
     hidden = torch.randn(num_rows, width, requires_grad=True)
