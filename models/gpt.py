@@ -13,7 +13,7 @@ from models.attention import PackedSequences
 from models.context_parallel import join_readings
 from models.layers import block_spec, order_positions
 from models.paged_attention import PagedSequences
-from models.paged_forward import paged_forward
+from models.paged_forward import paged_embedding, paged_forward
 from models.sizes import GPTSize
 from models.vocab_parallel import (
     vocab_parallel_linear_logprobs,
@@ -77,22 +77,22 @@ class GPT(GPTModel):
         """
         share = sequences.share
         held = None if share is None else share.held(tokens.device)
-        hidden = None
-        if self.pre_process:
-            inputs = (tokens, positions) if held is None else (tokens[held], positions[held])
-            hidden = self.embedding(inputs[0][None], inputs[1][None])
         if isinstance(sequences, PagedSequences):
-            hidden = paged_forward(self.decoder, hidden, sequences, self.pg_collection.tp)
+            hidden = self._generate(tokens, positions, sequences)
         else:
+            embedded = None
+            if self.pre_process:
+                inputs = (tokens, positions) if held is None else (tokens[held], positions[held])
+                embedded = self.embedding(inputs[0][None], inputs[1][None])
             hidden = self.decoder(
-                hidden_states=hidden, attention_mask=None, packed_seq_params=sequences
+                hidden_states=embedded, attention_mask=None, packed_seq_params=sequences
             )
         if not self.post_process:
             return hidden
         hidden = hidden[:, 0]  # [T, hidden], or [T / tp, hidden] under sequence parallel
         weight = self.shared_embedding_or_output_weight()
         if rows is not None:
-            if self.config.sequence_parallel:
+            if self.config.sequence_parallel and not isinstance(sequences, PagedSequences):
                 hidden = gather_from_sequence_parallel_region(hidden, group=self.pg_collection.tp)
             return _logits(hidden[rows], weight)
         if mask is None:
@@ -128,6 +128,13 @@ class GPT(GPTModel):
             hidden, weight, labels, at_tokens, **arguments
         )
         return loss, at_all_tokens(logprobs)
+
+    def _generate(self, tokens: Tensor, positions: Tensor, sequences: PagedSequences) -> Tensor:
+        """[T, 1, hidden] of generation, the same on all tensor-parallel ranks."""
+        group, hidden = self.pg_collection.tp, None
+        if self.pre_process:
+            hidden = paged_embedding(self.embedding, tokens, positions, group)
+        return paged_forward(self.decoder, hidden, sequences, group)
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -74,14 +74,9 @@ class Runner:
         )
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
         self._graphs: dict[int, DecodeGraph] = {}
-        # Not in a pipeline, whose messages between ranks stay outside of graphs; not with sequence
-        # parallelism, under which megatron's embedding looks at the device's random state.
-        layout = self.parallel.layout
+        # Not in a pipeline, whose messages between ranks stay outside of graphs.
         self._uses_graphs = (
-            config.cuda_graphs
-            and self.device.type == "cuda"
-            and layout.pp == 1
-            and not layout.sequence_parallel
+            config.cuda_graphs and self.device.type == "cuda" and self.parallel.layout.pp == 1
         )
 
     @torch.inference_mode()
@@ -156,15 +151,12 @@ class Runner:
         ]
 
     def _num_decode_rows(self, step: Step) -> int:
-        """Return the rows before a step's chunks: more than it decodes where T must be round."""
+        """Return the rows before a step's chunks: more than it decodes where a graph takes more."""
         num_rows = len(step.decodes)
         if self._uses_graphs and not step.chunks:
             # Few shapes, so that few graphs are captured: powers of two, then multiples of 16.
             is_small = num_rows <= 16
             num_rows = 1 << (num_rows - 1).bit_length() if is_small else -(-num_rows // 16) * 16
-        if self.parallel.layout.sequence_parallel:
-            num_tokens = num_rows + sum(chunk.stop - chunk.start for chunk in step.chunks)
-            num_rows += -num_tokens % self.parallel.layout.tp
         return num_rows
 
     def _run_chunk(self, flight: Flight, virtual_stage: int, sampled: Tensor) -> None:
@@ -187,15 +179,14 @@ class Runner:
             )
 
     def _receive(self, num_tokens: int) -> Tensor:
-        layout = self.parallel.layout
-        rows = num_tokens // layout.tp if layout.sequence_parallel else num_tokens
-        shape = (rows, 1, self.network.size.hidden_size)
+        shape = (num_tokens, 1, self.network.size.hidden_size)
         hidden = torch.empty(shape, dtype=self.network.dtype, device=self.device)
         # What goes from the last stage to the first (virtual stages) takes the other group: NCCL
         # runs the messages of a pair of ranks in order, and the two directions would wait.
         is_wrapped = self.parallel.is_first_stage
         group = self.parallel.reply_group if is_wrapped else self.parallel.pp_group
-        dist.recv(hidden, group_src=(self.parallel.pp_rank - 1) % layout.pp, group=group)
+        source = (self.parallel.pp_rank - 1) % self.parallel.layout.pp
+        dist.recv(hidden, group_src=source, group=group)
         return hidden
 
     def _send(self, hidden: Tensor) -> None:
