@@ -21,8 +21,8 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 class SampleKey(NamedTuple):
     """What the noise of a batch depends on. No two draws of a run may share all three."""
 
-    seed: int
-    """In [0, 2^63), one a run."""
+    seed: int | Tensor
+    """In [0, 2^63), one a run; as a tensor [] int64 on the logits' device a CUDA graph reads it."""
     sample_index: Tensor
     """[B] int64 number of the sample within the run."""
     position: Tensor
@@ -59,7 +59,7 @@ def philox(key: SampleKey, quads: Tensor) -> tuple[Tensor, ...]:
     c1 = position.to(torch.int64)[:, None] & _MASK
     c2 = sample_index[:, None] & _MASK
     c3 = (sample_index >> 32)[:, None] & _MASK
-    k0, k1 = seed & _MASK, seed >> 32
+    k0, k1 = int(seed) & _MASK, int(seed) >> 32
     for _ in range(10):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         # c1 and c3 are whole products of the round before: mask off their high words, and the sign.

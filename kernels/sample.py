@@ -63,6 +63,7 @@ def _sample_kernel(
     position,  # [B]
     thresholds,  # [B] or None
     inverse_temperature,
+    seed_ptr,  # [] or None: then the number
     seed,
     first_column,
     num_columns,
@@ -83,6 +84,8 @@ def _sample_kernel(
     z = z.to(tl.float32) * inverse_temperature
     perturbed = z
     if not GREEDY:
+        if seed_ptr is not None:
+            seed = tl.load(seed_ptr)
         quads = (first_quad + tl.arange(0, BLOCK // 4)).to(tl.uint32)
         perturbed += row_noise(
             tl.cast(seed, tl.int64),
@@ -183,6 +186,7 @@ def _chunk_states(
     position: Tensor,
     thresholds: Tensor | None,
     temperature: float,
+    seed_tensor: Tensor | None,
     seed: int,
     first_column: int,
     num_columns: int,
@@ -200,6 +204,7 @@ def _chunk_states(
                 position.contiguous(),
                 thresholds,
                 1 / temperature if temperature > 0 else 1.0,
+                seed_tensor,
                 seed,
                 first_column,
                 num_columns,
@@ -219,6 +224,7 @@ def _(
     position: Tensor,
     thresholds: Tensor | None,
     temperature: float,
+    seed_tensor: Tensor | None,
     seed: int,
     first_column: int,
     num_columns: int,
@@ -313,7 +319,7 @@ def sample_state(
             key.position,
             thresholds,
             temperature,
-            key.seed,
+            *((key.seed, 0) if isinstance(key.seed, Tensor) else (None, key.seed)),
             first_column,
             num_columns,
         )
@@ -343,9 +349,10 @@ def merge_samples(states: Tensor) -> Sample:
     return Sample(state[:, 3].long(), logit - logsumexp, logsumexp.clone())
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float, seed: int) -> None:
-    """Raise ValueError for a value out of range."""
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= seed < 2**63:
+def check_sampling(temperature: float, top_k: int, top_p: float, seed: int | Tensor) -> None:
+    """Raise ValueError for a value out of range; a seed on the device is not looked at."""
+    is_seed = isinstance(seed, Tensor) or 0 <= seed < 2**63
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not is_seed:
         raise ValueError(
             f"temperature {temperature} and top_k {top_k} must not be negative, top_p {top_p} must "
             f"lie in (0, 1] and seed {seed} in [0, 2^63)"
@@ -356,7 +363,7 @@ def sample(
     logits: Tensor,
     *,
     temperature: float,
-    seed: int,
+    seed: int | Tensor,
     sample_index: Tensor,
     position: Tensor,
     top_k: int = 0,

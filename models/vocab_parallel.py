@@ -256,7 +256,7 @@ def vocab_parallel_sample(  # noqa: PLR0913
     *,
     group: ProcessGroup | None,
     temperature: float,
-    seed: int,
+    seed: int | Tensor,
     sample_index: Tensor,
     position: Tensor,
     top_k: int = 0,

@@ -95,9 +95,10 @@ def layer_norm_launches() -> None:
 def sample_launches() -> None:
     from kernels.sample import sample
 
-    key = {"seed": 1, "sample_index": torch.arange(3), "position": torch.arange(3)}
+    key = {"sample_index": torch.arange(3), "position": torch.arange(3)}
     for options in ({"temperature": 0.7}, {"temperature": 0.0}, {"temperature": 1.0, "top_k": 3}):
-        sample(leaf(3, 50304).detach(), **key, **options)
+        for seed in (1, torch.tensor(1)):
+            sample(leaf(3, 50304).detach(), **key, **options, seed=seed)
 
 
 def decode_launches() -> None:

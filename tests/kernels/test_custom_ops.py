@@ -49,7 +49,7 @@ def arguments() -> dict[str, tuple]:
         "gae": (*policy, floats(2), CU_SEQLENS, MASK, None, 0.1, 1.0, 0.95, "k1"),
         "ppo_loss": (policy, value, MASK, torch.tensor(4), [floats(), floats()], 0.2, 0.2),
         "ranking_loss": (floats(6), torch.arange(6), CU_SEQLENS),
-        "sample_state": (logits, *key, None, 0.7, 3, 0, 19),
+        "sample_state": (logits, *key, None, 0.7, None, 3, 0, 19),
         "merge_sample_states": (torch.zeros(2, 3, 4, dtype=torch.int32),),
         "merge_samples": (torch.zeros(2, 3, 4, dtype=torch.int32),),
         "append_kv": (query, query, cache[0].clone(), cache[1].clone(), torch.tensor([0, -1, 9])),

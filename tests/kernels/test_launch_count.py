@@ -83,9 +83,12 @@ def test_both_ppo_losses_are_one_launch_and_one_reduction(counts: Counter) -> No
     assert counts == {"mul": 2}  # by what comes from above
 
 
+@pytest.mark.parametrize("seed", [1, torch.tensor(1)])
 @pytest.mark.parametrize("width", [100, 5000])
-def test_a_sample_is_one_read_and_one_merge(counts: Counter, width: int) -> None:
+def test_a_sample_is_one_read_and_one_merge(
+    counts: Counter, width: int, seed: int | Tensor
+) -> None:
     logits, index = torch.randn(3, width), torch.arange(3)
     with TorchWork(counts):
-        sample(logits, temperature=0.7, seed=1, sample_index=index, position=index)
+        sample(logits, temperature=0.7, seed=seed, sample_index=index, position=index)
     assert counts == {"_sample_kernel": 1, "_merge_kernel": 1}

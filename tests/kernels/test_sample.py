@@ -133,6 +133,13 @@ def test_a_sample_does_not_depend_on_its_batch(backend: str) -> None:
         assert torch.equal(a[3:4], c)
 
 
+@pytest.mark.parametrize("seed", [0, 2**40 + 7, 2**63 - 1])
+def test_a_seed_on_the_device_draws_what_a_number_does(backend: str, seed: int) -> None:
+    logits = 3 * torch.randn(4, 160)
+    for a, b in zip(draw(logits, seed=seed), draw(logits, seed=torch.tensor(seed)), strict=True):
+        assert torch.equal(a, b)
+
+
 def draw_from_shards(
     logits: Tensor, widths: list[int], num_valid_vocab: int | None = None
 ) -> sample_module.Sample:
