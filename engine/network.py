@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -46,6 +46,8 @@ class Network:
     """The network in another layout that this one copies (engine/generation/refit.py)."""
     place: Place | None = None
     """Where the weights come and go; none: they stay."""
+    decoding: Any = field(default=None, repr=False, compare=False)
+    """What generation keeps between rollouts (engine/generation/decoding.py)."""
 
     @property
     def dtype(self) -> torch.dtype:

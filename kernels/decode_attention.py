@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.launch import next_power_of_2, num_warps_for, uses_triton
 from kernels.traced import traced
 
-_SPLIT = 256  # tokens of context a program attends to
+SPLIT_TOKENS = 256  # tokens of context a program attends to
 _BLOCK_TOKENS = 64  # of them at a time, where their keys fit
 # Of keys at a time. Values take as much, and both again for the loads of the next round: 128 KiB of
 # the shared memory that a program has, 163 on an A100 and 227 on an H100.
@@ -183,7 +183,7 @@ def _decode_attention(
     batch, heads, dim = query.shape
     block_size, max_blocks = k_cache.shape[1], block_tables.shape[1]
     out = query.new_empty(batch, heads, dim)
-    num_splits = max(1, triton.cdiv(max_blocks * block_size, _SPLIT))
+    num_splits = max(1, triton.cdiv(max_blocks * block_size, SPLIT_TOKENS))
     block_dim, rows = next_power_of_2(dim), batch * heads
     block_tokens = min(_BLOCK_TOKENS, _TILE_BYTES // (block_dim * k_cache.element_size()))
     if rows == 0:
@@ -206,7 +206,7 @@ def _decode_attention(
             max_blocks,
             BLOCK_SIZE=block_size,
             DIM=dim,
-            SPLIT=_SPLIT,
+            SPLIT=SPLIT_TOKENS,
             BLOCK_TOKENS=block_tokens,
             BLOCK_DIM=block_dim,
             num_warps=4,
@@ -219,7 +219,7 @@ def _decode_attention(
             heads,
             num_splits,
             dim,
-            SPLIT=_SPLIT,
+            SPLIT=SPLIT_TOKENS,
             SPLITS=next_power_of_2(num_splits),
             BLOCK_DIM=block_dim,
             num_warps=1,

@@ -4,7 +4,8 @@ A packed row of T tokens begins with the sequences that decode, one token each; 
 follow.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,19 +25,24 @@ class PagedCache:
         *,
         blocks_per_sequence: int,
         dtype: torch.dtype,
-        device: torch.device,
+        lanes: Sequence[Tensor],
     ) -> None:
-        """shape: [blocks, block_size, heads / tp, dim]; layer_numbers are megatron's."""
+        """shape: [blocks, block_size, heads / tp, dim]; layer_numbers are megatron's. lanes: the
+        memory, [bytes] uint8 at least, of each layer's keys and then its values."""
         self.num_blocks, self.block_size = shape[:2]
         self.blocks_per_sequence = blocks_per_sequence
-        # Zeros: what no token was written to is masked, but masked NaN stays NaN.
-        self._layers = {
-            number: (
-                torch.zeros(shape, dtype=dtype, device=device),
-                torch.zeros(shape, dtype=dtype, device=device),
-            )
-            for number in layer_numbers
-        }
+        num_bytes = math.prod(shape) * dtype.itemsize
+        parts = [lane[:num_bytes].view(dtype).view(shape) for lane in lanes]
+        for part in parts:
+            part.zero_()  # what no token was written to is masked, but masked NaN stays NaN
+        self._layers = dict(
+            zip(layer_numbers, zip(parts[::2], parts[1::2], strict=True), strict=True)
+        )
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where every layer's keys and values lie."""
+        return tuple(x.data_ptr() for pair in self._layers.values() for x in pair)
 
     def layer(self, layer_number: int) -> tuple[Tensor, Tensor]:
         """Return the keys and the values of a layer."""

@@ -1,24 +1,69 @@
 """How large the key-value cache is: what memory allows, and no more than the slots can use."""
 
 import math
+from dataclasses import dataclass
 
 import psutil
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from engine.config import UserError
 from engine.network import Network
 from engine.settings.sampling import SamplingConfig
+from kernels.decode_attention import SPLIT_TOKENS
 from models.paged_attention import PagedCache
 
 
-def build_cache(
-    network: Network, config: SamplingConfig, *, num_sequences: int, max_length: int
-) -> PagedCache:
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """What a rollout's cache is made of, before it has memory."""
+
+    layer_numbers: tuple[int, ...]
+    """megatron's."""
+    num_blocks: int
+    block_size: int
+    """Tokens."""
+    heads: int
+    """Of this rank."""
+    dim: int
+    blocks_per_sequence: int
+    """The width of a block table; see table_width."""
+    dtype: torch.dtype
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block in one lane: a layer's keys, or its values."""
+        return self.block_size * self.heads * self.dim * self.dtype.itemsize
+
+    def build(self, lanes: list[Tensor]) -> PagedCache:
+        """Return the cache in these lanes of num_blocks * block_bytes."""
+        return PagedCache(
+            self.layer_numbers,
+            (self.num_blocks, self.block_size, self.heads, self.dim),
+            blocks_per_sequence=self.blocks_per_sequence,
+            dtype=self.dtype,
+            lanes=lanes,
+        )
+
+
+def num_lanes(network: Network) -> int:
+    """Return the lanes of a network's cache: keys and values of each of this rank's layers."""
+    return 2 * sum(len(module.decoder.layers) for module in network.modules)
+
+
+def choose_cache(
+    network: Network,
+    config: SamplingConfig,
+    *,
+    num_sequences: int,
+    max_length: int,
+    granularity: int = 1,
+) -> CacheShape:
     """Return a cache for num_sequences at once, of max_length tokens each, as far as memory goes.
 
-    Its number of blocks is the same on all ranks of a replica. Raises UserError where there is no
-    room for one sequence of that length.
+    Its number of blocks is the same on all ranks of a replica. granularity: what a lane's bytes are
+    rounded up to. Raises UserError where there is no room for one sequence of that length.
     """
     parallel, size = network.parallel, network.size
     layers = [layer for module in network.modules for layer in module.decoder.layers]
@@ -27,6 +72,7 @@ def build_cache(
     cache_bytes = config.cache_gib * 2**30
     if not cache_bytes:
         cache_bytes = config.cache_fraction * free_bytes(parallel.device)
+        cache_bytes = max(0.0, cache_bytes - 2 * len(layers) * (granularity - 1))
     num_blocks = torch.tensor(int(cache_bytes // block_bytes), device=parallel.device)
     for group in (parallel.tp_group, parallel.pp_group):
         dist.all_reduce(num_blocks, op=dist.ReduceOp.MIN, group=group)
@@ -38,13 +84,25 @@ def build_cache(
             f"sequence may need {max_length}: raise sampling.cache_gib or cache_fraction, or lower "
             "max_new_tokens"
         )
-    return PagedCache(
-        [layer.layer_number for layer in layers],
-        (num_usable, config.block_size, heads, dim),
-        blocks_per_sequence=blocks_per_sequence,
+    return CacheShape(
+        layer_numbers=tuple(layer.layer_number for layer in layers),
+        num_blocks=num_usable,
+        block_size=config.block_size,
+        heads=heads,
+        dim=dim,
+        blocks_per_sequence=table_width(max_length, config.block_size),
         dtype=network.dtype,
-        device=parallel.device,
     )
+
+
+def table_width(max_length: int, block_size: int) -> int:
+    """Return the width of the block tables of sequences of at most max_length tokens.
+
+    Powers of two of what a program of decode attention reads: CUDA graphs hold the width, and few
+    widths let them serve many rollouts. A program whose tokens no sequence has ends at once.
+    """
+    num_splits = math.ceil(max_length / SPLIT_TOKENS)
+    return math.ceil(2 ** (num_splits - 1).bit_length() * SPLIT_TOKENS / block_size)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -9,12 +9,14 @@ import numpy as np
 from engine.config import UserError
 from engine.device import choices_for
 from engine.generation.block_manager import BlockManager
-from engine.generation.cache import build_cache
+from engine.generation.cache import choose_cache
+from engine.generation.decoding import decoding_of
 from engine.generation.runner import Flight, Runner
 from engine.generation.scheduler import Counts, Scheduler
 from engine.generation.sequence import LiveSequence, Response
 from engine.network import Network
 from engine.settings.sampling import SamplingConfig
+from kernels.sample import check_sampling
 
 TokenListener = Callable[[int, list[int]], None]
 
@@ -45,6 +47,7 @@ def generate(  # noqa: PLR0913
     stale weights, FloatingPointError for logits that are not finite.
     """
     config.check()
+    check_sampling(config.temperature, config.top_k, config.top_p, seed)
     if network.kind != "language":
         raise ValueError(f"a {network.kind} network generates nothing; it takes a language model")
     network.check_fresh()
@@ -64,18 +67,19 @@ def generate(  # noqa: PLR0913
     pp = network.parallel.layout.pp
     # As many groups in flight as there are stages, and none empty while there are sequences.
     slots_per_group = math.ceil(min(config.num_slots, len(sequences)) / pp)
-    cache = build_cache(
+    shape = choose_cache(
         network,
         config,
         num_sequences=slots_per_group * pp,
         max_length=max(sequence.max_length for sequence in sequences),
+        granularity=decoding_of(network).memory.granularity,
     )
     stop_ids = frozenset((eos_id, *config.stop_token_ids))
-    runner = Runner(network, config, cache, stop_ids=stop_ids, seed=seed)
+    runner = Runner(network, config, shape, stop_ids=stop_ids, seed=seed)
     steps_per_sync = config.steps_per_sync or choices_for(network.parallel.device).steps_per_sync
     scheduler = Scheduler(
         waiting=deque(sequences),
-        blocks=BlockManager(cache.num_blocks, config.block_size),
+        blocks=BlockManager(shape.num_blocks, config.block_size),
         slots_per_group=slots_per_group,
         prefill_tokens=config.prefill_tokens,
         # In a pipeline a step's tokens travel between ranks before the next.
@@ -127,6 +131,7 @@ def _run(runner: Runner, scheduler: Scheduler, on_tokens: TokenListener) -> Iter
     was_training = network.chunks[0].training
     network.train(False)
     try:
+        runner.open()
         while scheduler.has_work:
             for group, flight in enumerate(flights):
                 if flight is not None:
@@ -139,6 +144,8 @@ def _run(runner: Runner, scheduler: Scheduler, on_tokens: TokenListener) -> Iter
                         runner.proceed(flight, virtual_stage)
     finally:
         runner.drain(flights)
+        flights.clear()
+        runner.close()
         network.train(was_training)
 
 

@@ -1,9 +1,9 @@
 """How a step runs on this rank: forward passes, the pipeline's messages, sampling, CUDA graphs.
 
-The CUDA graphs are written with care and untested: they have not run on a GPU yet.
+A decoding step's passes are replayed from CUDA graphs, one of each pipeline chunk; the messages
+between stages stay outside of them. Steps with parts of prompts run without.
 """
 
-import dataclasses
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.generation.cache import CacheShape
+from engine.generation.decoding import Decoding, decoding_of
+from engine.generation.draws import DrawSettings
+from engine.generation.graphs import StepGraph
 from engine.generation.scheduler import Step
 from engine.generation.step_tensors import IDLE_TOKEN, StepTensors, upload
 from engine.network import Network
 from engine.settings.sampling import SamplingConfig
 from models.paged_attention import PagedCache
-from models.vocab_parallel import vocab_parallel_sample
 
 
 @dataclass(kw_only=True)
@@ -30,17 +33,9 @@ class Flight:
     sampled: Tensor
     """[num_steps, 2, R] int32: tokens, IDLE_TOKEN after the last, and the bits of their fp32
     log-probs."""
+    is_replayed: bool
+    """From graphs."""
     reply: dist.Work | None = None
-
-
-@dataclass(kw_only=True)
-class DecodeGraph:
-    """A CUDA graph of one decoding step of a fixed number of rows; advances its own tensors."""
-
-    graph: torch.cuda.CUDAGraph
-    tensors: StepTensors
-    sampled: Tensor
-    """[2, R] int32."""
 
 
 class Runner:
@@ -50,34 +45,38 @@ class Runner:
         self,
         network: Network,
         config: SamplingConfig,
-        cache: PagedCache,
+        shape: CacheShape,
         *,
         stop_ids: frozenset[int],
         seed: int,
     ) -> None:
+        """Holds no memory before open()."""
         self.network = network
         self.config = config
-        self.cache = cache
-        self.seed = seed
+        self.shape = shape
         self.parallel = network.parallel
         self.device = network.parallel.device
         self.weights_version = network.weights_version
-        self.stop_tokens = torch.tensor(sorted(stop_ids), device=self.device)  # [S]
-        # Which of them this rank's columns of the logits hold, and where.
-        num_columns = network.size.padded_vocab_size // self.parallel.layout.tp
-        first_column = self.parallel.tp_rank * num_columns
-        columns = [token - first_column for token in sorted(stop_ids)]
-        held = [n for n, column in enumerate(columns) if 0 <= column < num_columns]
-        self._held_stops = torch.tensor(held, dtype=torch.int64, device=self.device)
-        self._stop_columns = torch.tensor(
-            [columns[n] for n in held], dtype=torch.int64, device=self.device
-        )
+        self._settings = DrawSettings.of(config, stop_ids)
+        self._seed = seed
+        self._decoding: Decoding | None = None
+        self._cache: PagedCache | None = None
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
-        self._graphs: dict[int, DecodeGraph] = {}
-        # Not in a pipeline, whose messages between ranks stay outside of graphs.
-        self._uses_graphs = (
-            config.cuda_graphs and self.device.type == "cuda" and self.parallel.layout.pp == 1
+
+    def open(self) -> None:
+        """Take memory for the cache, before the first step."""
+        self._decoding = decoding_of(self.network)
+        self._cache, self._draws = self._decoding.open(
+            self.network, self.shape, self._settings, self._seed
         )
+        self._record = self._decoding.record if self.config.cuda_graphs else None
+
+    def close(self) -> None:
+        """Give the cache's memory back, after the last."""
+        self._cache = None
+        if self._decoding is not None:
+            self._decoding.close()
+            self._decoding = None
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Flight:
@@ -88,29 +87,29 @@ class Runner:
                 "the weights changed while responses were being generated: finish or close the "
                 "iterator of generate() before the optimizer's step"
             )
+        assert self._decoding is not None and self._cache is not None  # open() came first
+        is_replayed, num_rows = self._record is not None and not step.chunks, len(step.decodes)
+        if is_replayed:
+            self._decoding.check(self.network, self._cache)
+            num_rows = graph_rows(num_rows)
         tensors = upload(
             step,
-            self.cache,
-            num_decode_rows=self._num_decode_rows(step),
+            self._cache,
+            num_decode_rows=num_rows,
             min_new_tokens=self.config.min_new_tokens,
             device=self.device,
         )
         shape = (step.num_steps, 2, len(tensors.rows))
         sampled = torch.empty(shape, dtype=torch.int32, device=self.device)
-        flight = Flight(step=step, tensors=tensors, sampled=sampled)
-        if self._uses_graphs and not step.chunks:
-            self._replay(flight)
-            return flight
+        flight = Flight(step=step, tensors=tensors, sampled=sampled, is_replayed=is_replayed)
         for n in range(step.num_steps):
-            if n > 0:
-                tensors.advance(sampled[n - 1, 0], self.stop_tokens)
-            self._run_chunk(flight, 0, sampled[n])
+            self._run_chunk(flight, 0, n)
         return flight
 
     @torch.inference_mode()
     def proceed(self, flight: Flight, virtual_stage: int) -> None:
         """Run one of this rank's later pipeline chunks on a step."""
-        self._run_chunk(flight, virtual_stage, flight.sampled[0])
+        self._run_chunk(flight, virtual_stage, 0)
 
     def drain(self, flights: Sequence[Flight | None]) -> None:
         """Wait for the messages that are under way, when generation ends before its steps do.
@@ -150,25 +149,20 @@ class Runner:
             )
         ]
 
-    def _num_decode_rows(self, step: Step) -> int:
-        """Return the rows before a step's chunks: more than it decodes where a graph takes more."""
-        num_rows = len(step.decodes)
-        if self._uses_graphs and not step.chunks:
-            # Few shapes, so that few graphs are captured: powers of two, then multiples of 16.
-            is_small = num_rows <= 16
-            num_rows = 1 << (num_rows - 1).bit_length() if is_small else -(-num_rows // 16) * 16
-        return num_rows
-
-    def _run_chunk(self, flight: Flight, virtual_stage: int, sampled: Tensor) -> None:
-        """Receive hidden states, run one pipeline chunk, send its output on or sample from it."""
-        module, tensors = self.network.modules[virtual_stage], flight.tensors
-        if not module.pre_process:
-            module.set_input_tensor([self._receive(len(tensors.tokens))])
-        output = module(tensors.tokens, tensors.positions, tensors.paged, rows=tensors.rows)
-        if not module.post_process:
+    def _run_chunk(self, flight: Flight, virtual_stage: int, n: int) -> None:
+        """Receive hidden states, run one pipeline chunk on the n-th of a flight's steps, send its
+        output on or sample from it."""
+        hidden, tensors = None, flight.tensors
+        if not self.network.modules[virtual_stage].pre_process:
+            hidden = self._receive(len(tensors.tokens))
+        if flight.is_replayed:
+            output = self._replay(flight, virtual_stage, n, hidden)
+        else:
+            if n > 0:
+                tensors.advance(flight.sampled[n - 1, 0], self._draws.stop_tokens)
+            output = self._compute(virtual_stage, tensors, hidden, flight.sampled[n])
+        if output is not None:
             self._send(output)
-        elif len(tensors.rows):  # none where a part of a long prompt is the whole step
-            self._sample(output, tensors, sampled)
         is_last_hop = virtual_stage == len(self.network.modules) - 1
         if self.parallel.layout.pp > 1 and is_last_hop:
             flight.reply = dist.broadcast(
@@ -177,6 +171,74 @@ class Runner:
                 group=self.parallel.reply_group,
                 async_op=True,
             )
+
+    def _compute(
+        self, virtual_stage: int, tensors: StepTensors, hidden: Tensor | None, sampled: Tensor
+    ) -> Tensor | None:
+        """Return a chunk's output for the next, or draw from it; nothing here asks the host."""
+        module = self.network.modules[virtual_stage]
+        if hidden is not None:
+            module.set_input_tensor([hidden])
+        output = module(tensors.tokens, tensors.positions, tensors.paged, rows=tensors.rows)
+        if not module.post_process:
+            return output
+        if len(tensors.rows):  # none where a part of a long prompt is the whole step
+            self._draws(output, tensors, sampled)
+        return None
+
+    def _replay(
+        self, flight: Flight, virtual_stage: int, n: int, hidden: Tensor | None
+    ) -> Tensor | None:
+        """Do `_compute` from a graph, which is recorded first where its shape is new."""
+        assert self._decoding is not None
+        tensors, graphs = flight.tensors, self._decoding.graphs
+        key = (virtual_stage, len(tensors.rows), tensors.paged.block_tables.shape[1])
+        if key not in graphs:
+            graphs[key] = self._capture(virtual_stage, tensors, hidden)
+        graph = graphs[key]
+        if n == 0:  # it has made the others itself
+            for mine, theirs in zip(graph.inputs, tensors.buffers(), strict=True):
+                mine.copy_(theirs)
+        if graph.hidden is not None and hidden is not None:
+            graph.hidden.copy_(hidden)
+        graph.recorded.replay()
+        if graph.output is not None:
+            return graph.output.clone()  # which is sent while the next step writes
+        flight.sampled[n].copy_(graph.sampled)
+        return None
+
+    def _capture(
+        self, virtual_stage: int, tensors: StepTensors, hidden: Tensor | None
+    ) -> StepGraph:
+        """Return the graph of a chunk's step of as many rows; it has tensors of its own.
+
+        What the run before the capture writes into the cache, the first replay writes again.
+        """
+        assert self._decoding is not None and self._record is not None
+        mine, num_rows = tensors.clone(), len(tensors.rows)
+        taken = None if hidden is None else hidden.clone()
+        output = None
+        if not self.network.modules[virtual_stage].post_process:
+            shape = (num_rows, 1, self.network.size.hidden_size)
+            output = torch.empty(shape, dtype=self.network.dtype, device=self.device)
+        sampled = torch.empty((2, num_rows), dtype=torch.int32, device=self.device)
+
+        def work() -> None:
+            mine.paged.groups = None  # the lengths are another step's now
+            made = self._compute(virtual_stage, mine, taken, sampled)
+            if made is not None and output is not None:
+                output.copy_(made)
+            elif self.parallel.layout.pp == 1:
+                mine.advance(sampled[0], self._draws.stop_tokens)
+
+        others = [graph.recorded for graph in self._decoding.graphs.values()]
+        return StepGraph(
+            recorded=self._record(work, others[0] if others else None),
+            inputs=mine.buffers(),
+            hidden=taken,
+            output=output,
+            sampled=sampled,
+        )
 
     def _receive(self, num_tokens: int) -> Tensor:
         shape = (num_tokens, 1, self.network.size.hidden_size)
@@ -200,72 +262,8 @@ class Runner:
         assert work is not None  # it is for ranks outside of the group
         self._sends.append((work, hidden))  # which lives until it is sent
 
-    def _sample(self, logits: Tensor, tensors: StepTensors, sampled: Tensor) -> None:
-        """Draw a token a row from this rank's columns of the logits [R, V / tp] into [2, R]."""
-        config = self.config
-        position = tensors.positions[tensors.rows] + 1  # of the token that is drawn
-        is_early = position < tensors.first_stop
-        stop_mass = self._suppress_stops(logits, is_early) if config.min_new_tokens else None
-        draw = vocab_parallel_sample(
-            logits,
-            group=self.parallel.tp_group,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            seed=self.seed,
-            sample_index=tensors.sample_index,
-            position=position,
-            num_valid_vocab=self.network.size.vocab_size,
-        )
-        logprobs = draw.logprobs
-        if stop_mass is not None:
-            # Under the full softmax: log p = z - log(sum of e^z without and with the stop tokens).
-            everything = torch.logaddexp(draw.logsumexp, stop_mass)
-            logprobs = torch.where(is_early, logprobs + draw.logsumexp - everything, logprobs)
-        sampled[0] = draw.tokens.masked_fill(tensors.is_idle, IDLE_TOKEN)
-        sampled[1] = logprobs.contiguous().view(torch.int32)
 
-    def _suppress_stops(self, logits: Tensor, is_early: Tensor) -> Tensor:
-        """Put stop tokens' logits to -inf in rows that are early; return their logsumexp [R]."""
-        held = logits[:, self._stop_columns]
-        logits[:, self._stop_columns] = held.masked_fill(is_early[:, None], -torch.inf)
-        stops = logits.new_full((len(logits), len(self.stop_tokens)), -torch.inf)
-        stops[:, self._held_stops] = held
-        dist.all_reduce(stops, op=dist.ReduceOp.MAX, group=self.parallel.tp_group)
-        return (stops / (self.config.temperature or 1.0)).logsumexp(1)
-
-    def _replay(self, flight: Flight) -> None:
-        """Run a decoding step's graph num_steps times; capture it first where its shape is new."""
-        num_rows = len(flight.tensors.rows)
-        graph = self._graphs.get(num_rows)
-        if graph is None:
-            graph = self._graphs[num_rows] = self._capture(flight)
-        graph.tensors.copy_(flight.tensors)
-        for sampled in flight.sampled:
-            graph.graph.replay()
-            sampled.copy_(graph.sampled)
-
-    def _capture(self, flight: Flight) -> DecodeGraph:
-        """Return the graph of a decoding step of as many rows; it reads tensors of its own."""
-        tensors, sampled = flight.tensors.clone(), torch.empty_like(flight.sampled[0])
-        static = dataclasses.replace(flight, tensors=tensors)
-
-        def decode() -> None:
-            self._run_chunk(static, 0, sampled)
-            tensors.advance(sampled[0], self.stop_tokens)
-
-        # The first run compiles kernels, loads them and opens connections, which a capture must
-        # not, on another stream than the work that is still queued. What it writes into the cache
-        # the first replay writes again.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            decode()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # One pool: no graph's scratch memory outlives its replay. It is freed with this runner.
-        pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-        # thread_local: what other threads ask the device meanwhile does not spoil the capture.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            decode()
-        return DecodeGraph(graph=graph, tensors=tensors, sampled=sampled)
+def graph_rows(num_rows: int) -> int:
+    """Return the rows of a graph for so many decoding sequences: few shapes, so that few graphs are
+    recorded. Powers of two, then multiples of 16."""
+    return 1 << (num_rows - 1).bit_length() if num_rows <= 16 else -(-num_rows // 16) * 16

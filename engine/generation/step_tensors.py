@@ -65,12 +65,8 @@ class StepTensors:
         copies = {name: x.clone() for name, x in mine.items() if isinstance(x, Tensor)}
         return dataclasses.replace(self, paged=paged, **copies)
 
-    def copy_(self, other: "StepTensors") -> None:
-        """Take over the contents of a decoding step of the same shape."""
-        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
-            mine.copy_(theirs)
-
-    def _tensors(self) -> list[Tensor]:
+    def buffers(self) -> list[Tensor]:
+        """Return a decoding step's tensors, in a fixed order."""
         mine = [getattr(self, field.name) for field in dataclasses.fields(self)]
         paged = [self.paged.slots, self.paged.block_tables, self.paged.context_lengths]
         return [x for x in mine if isinstance(x, Tensor)] + paged

@@ -36,7 +36,8 @@ class SamplingConfig:
     """Decoding steps between two looks of the host at who has finished; 0: 1 on the CPU, 8 on a
     GPU. With pipeline parallelism it is always 1."""
     cuda_graphs: bool = True
-    """Replay decoding steps from CUDA graphs; they need a GPU, pp 1 and no sequence parallelism."""
+    """Replay decoding steps from CUDA graphs, on a GPU; they are recorded once a shape and serve
+    all rollouts whose weights stay where they are."""
 
     def check(self) -> None:
         """Raise UserError for a value that means nothing."""

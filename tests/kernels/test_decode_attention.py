@@ -15,7 +15,7 @@ CONTEXTS = (0, 1, 8, 63, 65, 150)
 @pytest.fixture(autouse=True)
 def small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits of 64 tokens read 16 at a time, and CPU groups of about two sequences."""
-    monkeypatch.setattr(decode_module, "_SPLIT", 64)
+    monkeypatch.setattr(decode_module, "SPLIT_TOKENS", 64)
     monkeypatch.setattr(decode_module, "_BLOCK_TOKENS", 16)
     monkeypatch.setattr(decode_module, "_GROUP_BYTES", 2 * 65 * HEADS * DIM * 4)
 

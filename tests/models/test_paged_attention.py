@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -43,9 +45,9 @@ def test_queries_are_the_last_tokens_of_their_sequences(query_lengths):
 
 def test_a_step_of_decoding_rows_and_chunks_attends_to_all_tokens_so_far():
     torch.manual_seed(0)
-    cache = PagedCache(
-        [5], (8, BLOCK, HEADS, DIM), blocks_per_sequence=3, dtype=torch.float32, device="cpu"
-    )
+    shape = (8, BLOCK, HEADS, DIM)
+    lanes = [torch.empty(4 * math.prod(shape), dtype=torch.uint8) for _ in range(2)]
+    cache = PagedCache([5], shape, blocks_per_sequence=3, dtype=torch.float32, lanes=lanes)
     blocks = {"decoding": [6, 1], "continued": [3, 0, 7], "new": [2]}
     old = {"decoding": 5, "continued": 6, "new": 0}
     new = {"decoding": 1, "continued": 4, "new": 3}

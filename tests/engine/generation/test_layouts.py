@@ -17,6 +17,7 @@ from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
 from tests.engine.generation.random_gpt2 import CONTEXT, load_gpt2, random_prompts
+from tests.engine.generation.recorded import record_steps
 from tests.ranks import run_ranks
 
 LAYOUTS = {
@@ -59,6 +60,10 @@ def outcomes_in_layouts(folder: Path) -> dict[str, dict[str, Outcome]]:
     for name, layout in LAYOUTS.items():
         network = load_gpt2(folder, layout)
         found[name] = {kind: outcome(network, config) for kind, config in CONFIGS.items()}
+        decoding = record_steps(network)  # graphs, wherever a layout has collectives or messages
+        found[name]["recorded"] = outcome(network, SAMPLED)
+        assert decoding.graphs
+        network.decoding = None
         if name in ("tp2", "pp2"):
             prompts = random_prompts(64, 200)
             responses = generate(network, prompts, GREEDY, eos_id=0, seed=3)
@@ -151,6 +156,7 @@ def test_every_layout_gives_the_same_responses(network, found_on_ranks):
         for kind in CONFIGS:
             found = joined([rank[name][kind] for rank in ranks])
             assert_same(found, expected[kind])
+        assert_same(joined([rank[name]["recorded"] for rank in ranks]), expected["sampled"])
 
 
 def test_greedy_equals_huggingface_in_a_tensor_and_a_pipeline_layout(
