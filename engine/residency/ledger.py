@@ -26,7 +26,10 @@ class Ledger:
         self.peaks: dict[str, int] = {}
         """The most bytes of all device rows at once, by phase."""
         self.measured: dict[str, int] = {}
-        """The most bytes that torch's allocator gave out, by phase; on a GPU only."""
+        """The most bytes that torch's allocator gave out, and outside_bytes, by phase; on a GPU
+        only."""
+        self.outside_bytes = 0
+        """The most bytes of this phase beside torch's allocator: a lasting key-value cache."""
         self._device = device
         self._held: dict[str, dict[str, int]] = {}  # the most of each device row, by phase
         self._phase: str | None = None
@@ -35,7 +38,7 @@ class Ledger:
         """Start counting a phase."""
         self._phase = phase
         self._held[phase] = dict.fromkeys(self.device_rows, 0)
-        self.peaks[phase] = 0
+        self.peaks[phase] = self.outside_bytes = 0
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         self.observe()
@@ -55,7 +58,8 @@ class Ledger:
             self.begin(phase)
         self.observe()
         if self._device.type == "cuda":
-            self.measured[phase] = torch.cuda.max_memory_allocated(self._device)
+            allocated = torch.cuda.max_memory_allocated(self._device)
+            self.measured[phase] = allocated + self.outside_bytes
         self._phase = None
 
     def metrics(self) -> dict[str, float]:

@@ -21,6 +21,7 @@ import torch
 from torch import UntypedStorage
 
 from engine.config import UserError
+from engine.connections import open_connections
 from engine.ema import EMA
 from engine.generation.refit import Refit
 from engine.network import Network
@@ -65,6 +66,7 @@ class Residency:
         self._state: dict[str, list[UntypedStorage]] = {}  # looked up at the start of a phase
         self._models: dict[str, ModelBytes] = {}
         self._refit: Refit | None = None
+        self._is_connected = False
         for role, optimizer in self._trained.items():
             self._take_over(role, optimizer, ema if ema.optimizer is optimizer else None)
         if config.critic == "host":
@@ -119,13 +121,19 @@ class Residency:
             self._restore("policy")
             if self.config.critic == "host":
                 self._seats["critic"].vacate()
+            self._connect()
             self.ledger.begin("rollout")
-            if self._refit is None:
-                yield self._trained["policy"].network
-                return
-            with self._refit.filled() as network:
+            policy = self._trained["policy"].network
+            copied = contextlib.nullcontext(policy) if self._refit is None else self._refit.filled()
+            with copied as network:
                 self.ledger.observe()
-                yield network
+                try:
+                    yield network
+                finally:
+                    if network.decoding is not None:
+                        self.ledger.outside_bytes = network.decoding.memory.last_bytes
+        if self._parallel.device.type == "cuda":
+            torch.cuda.empty_cache()  # NCCL's memory, and whoever else's, is not torch's
 
     @contextlib.contextmanager
     def score(self) -> Iterator[None]:
@@ -190,6 +198,16 @@ class Residency:
                 f"{self.ledger.table()}\n{_advice(self.config, name)}"
             ) from error
         self.ledger.end(name)
+
+    def _connect(self) -> None:
+        """Before the first rollout, open what the run's ranks will talk through."""
+        if self._is_connected:
+            return
+        parallels = [optimizer.network.parallel for optimizer in self._trained.values()]
+        if self._refit is not None:
+            parallels.append(self._refit.network.parallel)
+        open_connections(parallels)
+        self._is_connected = True
 
     def _rest(self) -> None:
         """Give up what only updates need."""

@@ -30,6 +30,7 @@ from engine.settings.numerics import Numerics
 from engine.settings.residency import ResidencyConfig
 from engine.settings.sampling import SamplingConfig
 from models.paged_attention import PagedCache
+from tests.engine.generation.recorded import record_steps
 from tests.ranks import run_ranks
 from tests.tiny import (
     ADAM,
@@ -309,6 +310,17 @@ def held_bytes(case: Scene) -> int:
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
     storages |= {t.untyped_storage()._cdata: t.untyped_storage() for t in case.learner.ema.shadows}
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def test_a_cache_beside_torchs_allocator_is_counted(parallel: Parallel):
+    case = scene(parallel, CHOICES["resident"])
+    decoding = record_steps(case.networks["policy"])
+    with case.residency.rollout() as network:
+        list(generate(network, [np.array([3, 4, 5])], SAMPLING, eos_id=-1, seed=0))
+        decoding.memory.last_bytes = 123
+    assert case.residency.ledger.outside_bytes == 123
+    with case.residency.score():
+        assert case.residency.ledger.outside_bytes == 0
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
