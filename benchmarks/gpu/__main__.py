@@ -34,7 +34,7 @@ def main() -> None:
         raise SystemExit("error: no GPU here; --device cpu --quick shows whether all steps run")
     signal.signal(signal.SIGTERM, _leave)
     steps = all_steps(arguments.device, arguments.out, is_quick=arguments.quick)
-    steps = [step for step in steps if arguments.only in step.name]
+    steps = [step for step in steps if any(part in step.name for part in arguments.only)]
     console = Console(width=None if sys.stdout.isatty() else 160)
     start = time.monotonic()
 
@@ -72,7 +72,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for all steps")
     parser.add_argument("--quick", action="store_true", help="small sizes: do all steps run")
-    parser.add_argument("--only", default="", help="the steps whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="steps whose names contain these")
     parser.add_argument("--out", type=Path, required=True, help="folder; records are appended")
     return parser.parse_args()
 
