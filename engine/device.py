@@ -110,7 +110,7 @@ def make_deterministic() -> None:
             f"CUBLAS_WORKSPACE_CONFIG is {workspace!r}, and numerics.deterministic needs "
             f"{' or '.join(_WORKSPACES)}"
         )
-    # Read when a group of ranks first communicates.
+    # Read when ranks first communicate. torch sets ^NVLS itself, which leaves NVLSTree.
     algorithms = _variable("NCCL_ALGO", "^NVLS,NVLSTree")
     named = set(algorithms.removeprefix("^").lower().split(","))
     if not (named >= _IN_SWITCHES if algorithms.startswith("^") else named <= _IN_ORDER):

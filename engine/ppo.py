@@ -45,6 +45,7 @@ def train(config: PPOConfig) -> dict[str, float]:
         layout=config.layout,
         seed=config.seed,
         tokenizer=config.policy,
+        deterministic=config.numerics.deterministic,
     )
     parallel = run.parallel
 

@@ -32,6 +32,7 @@ def train(config: RMConfig) -> dict[str, float]:
         layout=config.layout,
         seed=config.seed,
         tokenizer=tokenizer_path(config.tokenizer, config.init_from),
+        deterministic=config.numerics.deterministic,
     )
     parallel, fingerprint = run.parallel, run.tokenizer.fingerprint()
     if config.init_from:

@@ -13,6 +13,7 @@ from engine import stop
 from engine.config import UserError, changed_fields, save_config
 from engine.data.pretraining import TokenFile, make_token_file, read_token_file
 from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.device import make_deterministic
 from engine.parallel import Parallel, said_by_first_rank, start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.size import named_size
@@ -111,11 +112,21 @@ def changed_setting(config: Any, path: Path) -> str | None:
     return None
 
 
-def start_run(*, directory: Path, layout: ParallelLayout, seed: int, tokenizer: Path) -> Run:
+def start_run(
+    *,
+    directory: Path,
+    layout: ParallelLayout,
+    seed: int,
+    tokenizer: Path,
+    deterministic: bool = False,
+) -> Run:
     """Load the tokenizer and join the ranks; all leave again where a signal has reached one.
 
-    tokenizer may be a file, a folder, or an earlier run, whose tokenizer it then is.
+    tokenizer may be a file, a folder, or an earlier run, whose tokenizer it then is. deterministic:
+    from here on in this process, so that NCCL knows it from its first message on.
     """
+    if deterministic:
+        make_deterministic()
     loaded = load_tokenizer(
         tokenizer / "tokenizer" if (tokenizer / "tokenizer").exists() else tokenizer
     )

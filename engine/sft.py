@@ -34,6 +34,7 @@ def train(config: SFTConfig) -> dict[str, float]:
         layout=config.layout,
         seed=config.seed,
         tokenizer=tokenizer_path(config.tokenizer, config.init_from),
+        deterministic=config.numerics.deterministic,
     )
     parallel = run.parallel
     if config.init_from:

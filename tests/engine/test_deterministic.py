@@ -82,6 +82,21 @@ def test_no_stage_runs_what_a_gpu_refuses(stage: str, tiny: Path, tmp_path: Path
     assert not recorder.names & REFUSED
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_mode_is_set_before_the_ranks_meet(stage: str, tiny: Path, tmp_path: Path, monkeypatch):
+    class Met(Exception):
+        pass
+
+    def meet(*_: Any) -> None:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["NCCL_ALGO"]
+        raise Met
+
+    monkeypatch.setattr("engine.run.start_parallel", meet)
+    with pytest.raises(Met):
+        train(settings(stage, tiny, tmp_path, Numerics(deterministic=True)))
+
+
 @pytest.mark.parametrize("kind", ["language", "scalar"])
 def test_positions_keep_their_names_and_their_draw(kind: str):
     parallel = start_parallel(ParallelLayout(), seed=3)

@@ -350,8 +350,8 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_gpu_sums_products_of_half_precision_in_fp32(dtype: torch.dtype) -> None:
     with FakeTensorMode(), Recorder() as recorder:  # shapes on a GPU that is not there
-        hidden, weight = (torch.empty(n, 40, dtype=dtype, device="cuda") for n in (12, WIDTH))
-        out = torch.empty(12, WIDTH, device="cuda")
+        hidden, weight = (torch.empty(n, 40, dtype=dtype, device="cuda:0") for n in (12, WIDTH))
+        out = torch.empty(12, WIDTH, device="cuda:0")
         assert _matmul(hidden, weight.t(), out).dtype == torch.float32
     # The operands go in as they are, and nothing is rounded to their precision on its way out.
     assert recorder.names[-1] == "aten.mm.dtype_out"

@@ -157,8 +157,8 @@ def test_the_backend_is_that_of_the_device_and_the_dtype(monkeypatch):
 def test_torch_takes_our_call_of_its_flash_attention(monkeypatch):
     monkeypatch.setattr(attention, "_flash_attn_varlen", None)
     with FakeTensorMode(), torch.no_grad():  # shapes on a GPU that is not there
-        query = torch.empty(sum(EMPTY), 3, 64, device="cuda", dtype=torch.bfloat16)
-        bounds = torch.empty(len(EMPTY) + 1, device="cuda", dtype=torch.int32)
+        query = torch.empty(sum(EMPTY), 3, 64, device="cuda:0", dtype=torch.bfloat16)
+        bounds = torch.empty(len(EMPTY) + 1, device="cuda:0", dtype=torch.int32)
         out = packed_attention(query, query, query, PackedSequences.of(bounds, 5), SCALE)
     assert (out.shape, out.dtype, out.device.type) == (query.shape, query.dtype, "cuda")
 
