@@ -107,6 +107,16 @@ class Assumptions:
     """Share of the bandwidth of NVLink, network and host link that long messages reach."""
     latency_us: float = 10.0
     """Microseconds that a collective, or a hop between pipeline stages, takes at the least."""
+    layer_launch_us: float = 450.0
+    """Microseconds of the host to launch a decoding layer outside of CUDA graphs. 200 were measured
+    on a CPU host (one idle core, torch 2.13) for norms, products and GELU; attention, cache and two
+    collectives are estimated. To be measured on a GPU."""
+    graph_launch_us: float = 20.0
+    """Microseconds of the host to launch a decoding step's CUDA graph; estimated, to be measured on
+    a GPU."""
+    look_us: float = 400.0
+    """Microseconds in which the device waits while the host looks at what was drawn, schedules and
+    uploads the next steps; estimated, to be measured on a GPU."""
     reserved_gb: float = 5.0
     """GB that are nobody's: CUDA context, NCCL's buffers, cuBLAS's workspaces, fragmentation."""
 
@@ -114,7 +124,7 @@ class Assumptions:
         check_numbers(
             self,
             positive="compute memory links",
-            not_negative="latency_us reserved_gb",
+            not_negative="latency_us layer_launch_us graph_launch_us look_us reserved_gb",
             shares="compute memory links",
         )
 

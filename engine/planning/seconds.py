@@ -5,6 +5,7 @@
     cp         all-gathers of a layer's keys and values, reduce-scatters of their gradients
     pipeline   messages between stages
     bubble     stages that wait while the pipeline fills and drains
+    host       a device that waits for the next launches, or for a look of the host, in decoding
 
 Imports neither torch nor megatron.
 """
@@ -114,6 +115,24 @@ class Generation:
     """Mean."""
     most_new_tokens: int
     """Longest response."""
+    prefill_tokens: int = 1024
+    """Prompt tokens that a step takes in."""
+    steps_per_sync: int = 8
+    """Decoding steps between two looks of the host, without pipeline."""
+    uses_graphs: bool = True
+    """Whether decoding is launched as CUDA graphs; steps that take prompts in never are."""
+
+    def eager_steps(self, pp: int) -> float:
+        """Return the steps of a group that take prompts in: the first fill of the slots, then one
+        after every look of the host that finds a slot free, while there is a queue."""
+        if not self.uses_graphs:
+            return self.steps(pp)
+        queued, slots = self.sequences / pp, min(self.slots, self.sequences) / pp
+        stride = self.steps_per_sync if pp == 1 else 1
+        finds = 1 - (1 - 1 / max(self.response_tokens, 1 + 1e-9)) ** (slots * stride)
+        draining = (queued - slots) * self.response_tokens / slots
+        first = slots * self.prompt_tokens / self.prefill_tokens
+        return min(first + draining * finds / (stride + finds), self.steps(pp))
 
     def steps(self, pp: int) -> float:
         """Return the decoding steps of a group: the queue drains through the slots, then the
@@ -144,7 +163,12 @@ def decode_seconds(network: PlannedNetwork, cluster: Cluster, work: Generation) 
         message = active * size.hidden_size * network.element_bytes
         ring = 2 * (layout.tp - 1) / layout.tp * message / cluster.link_bandwidth(layout.tp)
         links = 2 * layers * (ring + cluster.latency)
-    hop = cluster.latency if layout.pp > 1 else 0.0
+    prefill = work.sequences * work.prompt_tokens
+    hop = prefill_hops = 0.0
+    if layout.pp > 1:  # hidden states are whole on every tensor-parallel rank
+        token = size.hidden_size * network.element_bytes / cluster.link_bandwidth(cluster.num_gpus)
+        hop = layout.virtual_pp * (active * token + cluster.latency)
+        prefill_hops = layout.virtual_pp * prefill * token
     # Prompts go through all stages at once; only their last token meets the head.
     prompts = Batch(
         count=work.sequences * network.dp,
@@ -153,14 +177,31 @@ def decode_seconds(network: PlannedNetwork, cluster: Cluster, work: Generation) 
         span=work.prompt_tokens,
         target_share=1 / work.prompt_tokens,
     )
-    prefill = work.sequences * work.prompt_tokens
     slot = _slot(network, cluster, prompts, prefill, trains=False)
     return {
         "memory": steps * step,
         "tp": steps * links + slot.tp,
-        "pipeline": steps * hop + slot.pipeline,
+        "pipeline": steps * hop + prefill_hops,
         "compute": slot.compute,
+        "host": _host_seconds(network, cluster, work, step + links + hop),
     }
+
+
+def _host_seconds(
+    network: PlannedNetwork, cluster: Cluster, work: Generation, step: float
+) -> float:
+    """Seconds in which the device waits for the host in a rollout of decoding steps that take it
+    `step` seconds each: launches beside the device's work, looks between it."""
+    pp, assumed = network.layout.pp, cluster.assumptions
+    eager = work.eager_steps(pp) * pp
+    replayed = work.steps(pp) * pp - eager
+    layers = network.size.num_layers // pp
+    launch = network.layout.virtual_pp * assumed.graph_launch_us * 1e-6
+    look = assumed.look_us * 1e-6
+    stride = work.steps_per_sync if pp == 1 else 1
+    return eager * (look + max(0.0, layers * assumed.layer_launch_us * 1e-6 - step)) + replayed * (
+        look / stride + max(0.0, launch - step)
+    )
 
 
 def move_seconds(num_bytes: float, cluster: Cluster) -> float:

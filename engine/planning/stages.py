@@ -136,6 +136,9 @@ def estimate_ppo(config: PPOConfig, cluster: Cluster, workload: Workload) -> Est
             prompt_tokens=workload.prompt_tokens,
             response_tokens=min(workload.response_tokens, config.sampling.max_new_tokens),
             most_new_tokens=config.sampling.max_new_tokens,
+            prefill_tokens=config.sampling.prefill_tokens,
+            steps_per_sync=config.sampling.steps_per_sync or 8,
+            uses_graphs=config.sampling.cuda_graphs,
         ),
     )
     networks = {"policy": policy, "critic": critic}
