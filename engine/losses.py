@@ -17,7 +17,7 @@ from engine.data.batches import PackedBatch, Units
 from engine.feed import count_targets, pack_for
 from engine.network import Network
 from engine.step import Metrics, ScalarLoss, forward
-from kernels.clipped_loss import policy_token_loss
+from kernels.clipped_loss import policy_token_losses
 from kernels.linear_logprobs import TokenLoss
 from kernels.moments import Whitening
 from kernels.ppo_loss import policy_loss, value_loss
@@ -35,8 +35,12 @@ class NegativeLogLikelihood:
     """Key of the loss among the metrics."""
 
     def token_loss(self, batch: PackedBatch) -> TokenLoss:
-        """Return the loss of a token from its log-prob."""
-        return lambda logprobs, positions: -logprobs / self.num_targets
+        """Return the losses of tokens from their log-probs, and the derivative they share."""
+        slope = torch.full((), -1 / self.num_targets, device=batch.mask.device)
+        return lambda logprobs, positions: (
+            logprobs / -self.num_targets,
+            slope.expand(len(logprobs)),
+        )
 
     def metrics(self, batch: PackedBatch, logprobs: Tensor) -> Metrics:
         """Return the micro-batch's share of the loss."""
@@ -74,20 +78,17 @@ class ClippedPolicyLoss:
     whitening: Whitening | None
 
     def token_loss(self, batch: PackedBatch) -> TokenLoss:
-        """Return max(-A ratio, -A clip(ratio)) / num_targets of a token from its log-prob."""
+        """Return max(-A ratio, -A clip(ratio)) / num_targets of tokens from their log-probs, and
+        its derivatives."""
         old_logprobs, advantages = batch.fields["logprobs"], batch.fields["advantages"]
 
-        def loss(logprobs: Tensor, positions: Tensor) -> Tensor:
-            losses = policy_token_loss(
-                logprobs,
-                old_logprobs[positions],
-                advantages[positions],
-                cliprange=self.cliprange,
-                whitening=self.whitening,
-            )
-            return losses / self.num_targets
-
-        return loss
+        return lambda logprobs, positions: policy_token_losses(
+            (logprobs, old_logprobs, advantages),
+            positions,
+            self.num_targets,
+            cliprange=self.cliprange,
+            whitening=self.whitening,
+        )
 
     def metrics(self, batch: PackedBatch, logprobs: Tensor) -> Metrics:
         """Return loss, clip fraction, KL from the old policy and the extremes of the ratio."""

@@ -37,7 +37,8 @@ class LanguageLoss(Protocol):
     gradients in one pass over the logits."""
 
     def token_loss(self, batch: PackedBatch) -> TokenLoss:
-        """Return f(log-probs [n], their positions in the batch [n]) -> losses [n]."""
+        """Return f(log-probs [n], their positions in the batch [n]) -> losses [n], with their
+        derivatives [n] or for torch to differentiate."""
 
     def metrics(self, batch: PackedBatch, logprobs: Tensor) -> Metrics:
         """Return what the log-probs [T] of a micro-batch say, without gradient."""

@@ -13,7 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import uses_triton
 from kernels.moments import Whitening
+
+_BLOCK = 512
+"""Tokens of a program."""
 
 
 @triton.jit
@@ -62,17 +66,70 @@ def value_branches(value: tuple[Tensor, ...], cliprange: float) -> tuple[Tensor,
     return (new - target).square(), (near_old - target).square()
 
 
-def policy_token_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
+@triton.jit
+def _policy_tokens_kernel(
+    logprobs,  # [n]
+    old_logprobs,  # [T]
+    advantages,  # [T]
+    rows,  # [n], of the T
+    num_tokens,  # 0-d
+    mean,  # 0-d; None without whitening, as is rstd
+    rstd,
+    losses,  # [n] out
+    derivatives,  # [n] out
+    cliprange,
+    num_rows,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < num_rows
+    row = tl.load(rows + at, mask=inside, other=0)
+    advantage = tl.load(advantages + row, mask=inside, other=0.0).to(ACC)
+    if mean is not None:
+        advantage = (advantage - tl.load(mean).to(ACC)) * tl.load(rstd).to(ACC)
+    new = tl.load(logprobs + at, mask=inside, other=0.0).to(ACC)
+    old = tl.load(old_logprobs + row, mask=inside, other=0.0).to(ACC)
+    loss, derivative, _ = policy_token(new - old, advantage, tl.cast(cliprange, ACC))
+    count = tl.load(num_tokens).to(ACC)
+    tl.store(losses + at, loss / count, mask=inside)
+    tl.store(derivatives + at, derivative / count, mask=inside)
+
+
+def policy_token_losses(
+    policy: tuple[Tensor, Tensor, Tensor],
+    rows: Tensor,
+    num_tokens: Tensor,
     *,
     cliprange: float = 0.2,
     whitening: Whitening | None = None,
-) -> Tensor:
-    """[n] clipped policy loss of each token, differentiable in `logprobs`, in plain torch.
+) -> tuple[Tensor, Tensor]:
+    """Clipped policy loss of each token over num_tokens, and its derivative by the new log-prob.
 
-    For what fuses the loss with the logits' gradient.
+    policy holds logprobs [n], and old_logprobs and advantages [T], of which the n tokens are `rows`
+    [n] int64; num_tokens is 0-d. Both results are [n], without gradient: for what fuses the loss
+    with the logits' gradient.
     """
-    policy = (logprobs, old_logprobs, advantages)
-    return torch.maximum(*policy_branches(policy, cliprange, whitening)[1:])
+    logprobs, old_logprobs, advantages = (x.detach() for x in policy)
+    if not uses_triton(logprobs):
+        picked = (logprobs, old_logprobs[rows], advantages[rows])
+        unclipped, clipped = policy_branches(picked, cliprange, whitening)[1:]
+        derivatives = torch.where(clipped > unclipped, 0.0, unclipped)
+        return torch.maximum(unclipped, clipped) / num_tokens, derivatives / num_tokens
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)
+    losses, derivatives = (torch.empty_like(logprobs, dtype=dtype) for _ in range(2))
+    if len(rows) > 0:
+        with torch.cuda.device_of(logprobs):
+            _policy_tokens_kernel[(triton.cdiv(len(rows), _BLOCK),)](
+                *(x.contiguous() for x in (logprobs, old_logprobs, advantages, rows)),
+                num_tokens,
+                *(whitening or (None, None)),
+                losses,
+                derivatives,
+                cliprange,
+                len(rows),
+                ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+                BLOCK=_BLOCK,
+                num_warps=4,
+            )
+    return losses, derivatives

@@ -48,17 +48,22 @@ def batch_of(fields: dict[str, list[float]]) -> PackedBatch:
     return pack(units, multiple_of=8)
 
 
-def losses_of(loss: LanguageLoss, batch: PackedBatch, logprobs: torch.Tensor) -> torch.Tensor:
-    """[R] token losses as the head asks for them: of the predicted tokens."""
+def losses_of(
+    loss: LanguageLoss, batch: PackedBatch, logprobs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R] token losses as the head asks for them, of the predicted tokens; derivatives [T]."""
     positions = batch.mask.nonzero()[:, 0]
-    return loss.token_loss(batch)(logprobs[positions], positions)
+    losses, derivatives = loss.token_loss(batch)(logprobs[positions], positions)
+    return losses, torch.zeros(len(logprobs)).index_copy(0, positions, derivatives)
 
 
 def test_language_loss_is_the_mean_over_global_targets():
     batch = batch_of({})
     logprobs = torch.tensor([9.0, -1.0, -2.0, 9.0, 9.0, -3.0, -4.0, 9.0])
     loss = NegativeLogLikelihood(20, "ptx_loss")
-    assert losses_of(loss, batch, logprobs).sum().item() == pytest.approx(0.5)
+    losses, derivatives = losses_of(loss, batch, logprobs)
+    assert losses.sum().item() == pytest.approx(0.5)
+    assert torch.equal(derivatives, batch.mask / torch.tensor(-20.0))
     assert {k: v.item() for k, v in loss.metrics(batch, logprobs).items()} == {
         "ptx_loss": pytest.approx(0.5)
     }
@@ -71,7 +76,7 @@ def test_policy_loss_by_hand():
     loss = ClippedPolicyLoss(num_targets=torch.tensor(10.0), cliprange=0.2, whitening=None)
     # max(-A r, -A clip(r)): an advantage is cut above 1.2, a disadvantage below 0.8
     expected = torch.tensor([-1.2, 1.5, -0.5, 0.8]) / 10
-    torch.testing.assert_close(losses_of(loss, batch, ratios.log()), expected)
+    torch.testing.assert_close(losses_of(loss, batch, ratios.log())[0], expected)
     found = loss.metrics(batch, ratios.log())
     assert found["policy_loss"].item() == pytest.approx(expected.sum().item())
     assert found["clip_fraction"].item() == pytest.approx(2 / 10)
@@ -82,13 +87,13 @@ def test_policy_loss_by_hand():
 def test_policy_gradient_at_ratio_one_is_the_whitened_advantage():
     advantages = [7.0, 1.0, -2.0, 7.0, 7.0, 3.0, 0.0]
     batch = batch_of({"logprobs": [-1.0] * 7, "advantages": advantages})
-    logprobs = torch.full((8,), -1.0, requires_grad=True)
+    logprobs = torch.full((8,), -1.0)
     whitening = Whitening(torch.tensor(0.5), torch.tensor(2.0))
     loss = ClippedPolicyLoss(num_targets=torch.tensor(4.0), cliprange=0.2, whitening=whitening)
-    losses_of(loss, batch, logprobs).sum().backward()
+    _, derivatives = losses_of(loss, batch, logprobs)
     # -(A - 0.5) x 2 / 4, nothing on prompts and padding
     expected = [0.0, -0.25, 1.25, 0.0, 0.0, -1.25, 0.25, 0.0]
-    torch.testing.assert_close(logprobs.grad, torch.tensor(expected))
+    torch.testing.assert_close(derivatives, torch.tensor(expected))
 
 
 @pytest.mark.parametrize("whitening", [None, Whitening(torch.tensor(0.3), torch.tensor(1.7))])
@@ -100,7 +105,7 @@ def test_gradients_come_from_the_loss_that_is_reported(whitening: Whitening | No
     logprobs = logprobs + 0.3 * torch.randn(8, generator=torch.Generator().manual_seed(0))
     loss = ClippedPolicyLoss(num_targets=torch.tensor(4.0), cliprange=0.2, whitening=whitening)
     reported = loss.metrics(batch, logprobs)["policy_loss"]
-    torch.testing.assert_close(losses_of(loss, batch, logprobs).sum(), reported)
+    torch.testing.assert_close(losses_of(loss, batch, logprobs)[0].sum(), reported)
 
 
 @pytest.mark.parametrize(("cliprange", "expected"), [(0.2, 0.5 * 0.8**2), (None, 0.5 * 0.5**2)])

@@ -62,6 +62,7 @@ def gae_launches() -> None:
 
 
 def ppo_launches() -> None:
+    from kernels.clipped_loss import policy_token_losses
     from kernels.moments import Whitening
     from kernels.ppo_loss import policy_loss, ppo_loss, value_loss
 
@@ -71,6 +72,9 @@ def ppo_launches() -> None:
     value_loss(*tokens, mask, COUNT)
     value_loss(*tokens, mask, COUNT, cliprange=1)
     ppo_loss(tokens, tokens, mask, COUNT)
+    rows = torch.arange(32)
+    for whitening in (None, Whitening(torch.zeros(()), torch.ones(()))):
+        policy_token_losses(tuple(tokens), rows, COUNT, whitening=whitening)
 
 
 def ranking_launches() -> None:
@@ -129,6 +133,17 @@ def logprob_launches() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         head = leaf(4, 64, dtype=dtype), leaf(500, 64, dtype=dtype)
         linear_logprobs(*head, labels)[0].sum().backward()
+
+
+def merge_launches() -> None:
+    from kernels.row_merge import write_merged_results
+    from kernels.row_state import RowSpec, empty_results
+
+    for num_shards, with_entropy in ((2, False), (8, True)):
+        spec = RowSpec(num_valid_vocab=1, with_entropy=with_entropy)
+        states = torch.rand(num_shards, 300, 4)
+        results = empty_results(300, states, with_entropy)
+        write_merged_results(results, states, torch.zeros(300, dtype=torch.int64), spec)
 
 
 def compile_launch(kernel: triton.JITFunction, *args: object, **options: object) -> None:

@@ -7,18 +7,24 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import clipped_loss, row_gradient, row_merge, row_state
 from kernels import gae as gae_module
 from kernels import ppo_loss as ppo_module
 from kernels import sample as sample_module
+from kernels.clipped_loss import policy_token_losses
 from kernels.gae import gae
+from kernels.linear_logprobs import linear_logprobs_loss
+from kernels.logprobs import Joins, logprobs, shard_logprobs
 from kernels.moments import Whitening
 from kernels.ppo_loss import ppo_loss
+from kernels.row_state import RowSpec
 from kernels.sample import sample
 
 MASK = torch.arange(12) % 3 > 0
 CU_SEQLENS = torch.tensor([0, 5, 12], dtype=torch.int32)
 WITHOUT_WORK = {"empty", "new_empty", "empty_like", "detach", "unbind", "select", "slice",
-                "promote_types"}  # fmt: skip
+                "promote_types", "view", "t", "expand",
+                "alias"}  # fmt: skip
 
 
 class Launches:
@@ -52,7 +58,9 @@ class TorchWork(TorchDispatchMode):
 def counts(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> Counter:
     """Launches and torch's operations, by name; no kernel runs."""
     counts: Counter = Counter()
-    for module in (gae_module, ppo_module, sample_module):
+    modules = (clipped_loss, gae_module, ppo_module, row_gradient, row_merge, row_state,
+               sample_module)  # fmt: skip
+    for module in modules:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Launches(name, counts))
     return counts
@@ -92,3 +100,59 @@ def test_a_sample_is_one_read_and_one_merge(
     with TorchWork(counts):
         sample(logits, temperature=0.7, seed=seed, sample_index=index, position=index)
     assert counts == {"_sample_kernel": 1, "_merge_kernel": 1}
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_logprobs_are_one_launch_each_way(counts: Counter, with_entropy: bool) -> None:
+    logits, labels = torch.randn(12, 100).requires_grad_(), torch.arange(12)
+    with TorchWork(counts):
+        outputs = logprobs(logits, labels, with_entropy=with_entropy)
+    assert counts == {"_row_state_kernel": 1}
+    counts.clear()
+    grads = [torch.ones(()).expand(12) for output in outputs if output is not None]
+    with TorchWork(counts):
+        torch.autograd.grad(outputs[: len(grads)], logits, grads)
+    assert counts == {"_row_gradient_kernel": 1}
+
+
+def test_shards_are_merged_in_one_launch(counts: Counter) -> None:
+    joins = Joins(gather_states=lambda state: state.new_empty(2, *state.shape))
+    logits, labels, spec = torch.randn(12, 100), torch.arange(12), RowSpec(num_valid_vocab=200)
+    with TorchWork(counts):
+        shard_logprobs(logits, labels, spec, joins)
+    assert counts == {"_row_state_kernel": 1, "_merge_kernel": 1}
+
+
+@pytest.mark.parametrize("loss", ["likelihood", "policy"])
+def test_a_chunk_of_the_head_is_three_products_and_the_row_kernels(
+    counts: Counter, loss: str
+) -> None:
+    hidden, weight = torch.randn(12, 8).requires_grad_(), torch.randn(50, 8).requires_grad_()
+    slope, old, advantages = torch.tensor(-0.1), torch.randn(12), torch.randn(12)
+    token_losses = {
+        "likelihood": lambda x, rows: (x * slope, slope.expand(len(x))),
+        "policy": lambda x, rows: policy_token_losses((x, old, advantages), rows, slope),
+    }
+
+    def counted(num_chunks: int) -> Counter:
+        counts.clear()
+        rows = torch.arange(12)  # given, so that nothing is compacted
+        with TorchWork(counts):
+            linear_logprobs_loss(
+                hidden,
+                weight,
+                rows,
+                token_losses[loss],
+                row_index=rows,
+                workspace_bytes=4 * 50 * (12 // num_chunks),
+            )
+        return counts.copy()
+
+    per_chunk = counted(4) - counted(3)
+    small = {"mul"} if loss == "likelihood" else {"_policy_tokens_kernel"}
+    # index_select and index_copy_ are of the rows picked here.
+    rows_picked = {"index_select", "index_copy_"}
+    assert set(per_chunk) == {"_row_state_kernel", "_row_gradient_kernel"} | small | rows_picked | {
+        "mm", "addmm_"
+    }  # fmt: skip
+    assert per_chunk.total() == 3 + 2 + 1 + 2

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import ppo_loss as ppo_module
-from kernels.clipped_loss import policy_token_loss
+from kernels.clipped_loss import policy_token_losses
 from kernels.moments import Whitening, explained_variance, merge_moments
 from kernels.ppo_loss import policy_loss, ppo_loss, value_loss
 from tests.kernels.oracle import largest_difference
@@ -161,11 +161,15 @@ def test_the_four_branches(
 def test_token_loss_adds_up_to_the_policy_loss(backend: str) -> None:
     new, old, advantages, mask = random_tokens()
     leaf = new.clone().requires_grad_()
-    policy_loss(leaf, old, advantages, mask, mask.sum(), whitening=WHITENING).loss.backward()
-    other = new.clone().requires_grad_()
-    losses = policy_token_loss(other, old, advantages, whitening=WHITENING)
-    (losses[mask].sum() / mask.sum()).backward()
-    assert largest_difference(leaf.grad, other.grad) < 1e-8
+    result = policy_loss(leaf, old, advantages, mask, mask.sum(), whitening=WHITENING)
+    result.loss.backward()
+    rows = mask.nonzero()[:, 0].flip(0)
+    losses, derivatives = policy_token_losses(
+        (new[rows], old, advantages), rows, mask.sum(), whitening=WHITENING
+    )
+    assert losses.sum().item() == pytest.approx(result.loss.item(), abs=1e-6)
+    assert largest_difference(leaf.grad[rows], derivatives) < 1e-8
+    assert leaf.grad[~mask].eq(0).all()
 
 
 def test_micro_batches_add_up(backend: str) -> None:

@@ -89,12 +89,20 @@ def test_hidden_states_at_real_size(width: int) -> None:
     (hidden_grad,) = torch.autograd.grad(outputs, hidden, list(upstream))
     leaves = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     exact = exact_logprobs(leaves[0] @ leaves[1].t(), labels, **options)
-    hidden_want, weight_want = torch.autograd.grad(exact, leaves, list(upstream.double()))
+    want = torch.autograd.grad(exact, leaves, list(upstream.double()))
     assert largest_difference(outputs[0], exact[0]) < 2e-4
     assert largest_difference(outputs[1], exact[1]) < 1e-4
-    # dz is rounded to bf16, as in every backward: 8e-4 of each element, in fp32 sums.
-    assert relative_difference(hidden_grad, hidden_want) < 4e-3
-    assert relative_difference(main_grad, weight_want) < 1.5e-3
+    # A kernel may be off by twice what torch is off in this dtype, and a small constant.
+    plain = [x.detach().requires_grad_() for x in (hidden, weight)]
+    log_p = (plain[0] @ plain[1].t())[:, :NUM_VALID].float().log_softmax(-1)
+    counts = labels != -100
+    picked = log_p.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    loss = (upstream[0] * picked + upstream[1] * entropy)[counts].sum()
+    by_torch = torch.autograd.grad(loss, plain)
+    for got, theirs, exactly in zip((hidden_grad, main_grad), by_torch, want, strict=True):
+        bound = 2 * relative_difference(theirs, exactly) + 1e-4
+        assert relative_difference(got, exactly) < bound
 
 
 @pytest.mark.gpu
