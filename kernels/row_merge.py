@@ -83,10 +83,10 @@ def _merge_row_states(
             num_valid_vocab=0, ignore_index=ignore_index, with_entropy=entropies is not None
         )
         state.copy_(merge_row_states(states))
-        results = logprobs_and_entropy(state, labels, spec)
-        logprobs.copy_(results[0])
-        if entropies is not None:
-            entropies.copy_(results[1])
+        logprob, entropy = logprobs_and_entropy(state, labels, spec)
+        logprobs.copy_(logprob)
+        if entropies is not None and entropy is not None:
+            entropies.copy_(entropy)
         return
     if num_rows > 0:
         with torch.cuda.device_of(states):

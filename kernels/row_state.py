@@ -312,10 +312,10 @@ def _row_results(
         _launch(logits, labels, state, (logprobs, entropies), spec)
         return
     state.copy_(_row_state_reference(logits, labels, spec))
-    results = logprobs_and_entropy(state, labels, spec)
-    logprobs.copy_(results[0])
-    if entropies is not None:
-        entropies.copy_(results[1])
+    logprob, entropy = logprobs_and_entropy(state, labels, spec)
+    logprobs.copy_(logprob)
+    if entropies is not None and entropy is not None:
+        entropies.copy_(entropy)
 
 
 def write_row_results(results: RowResults, logits: Tensor, labels: Tensor, spec: RowSpec) -> None:

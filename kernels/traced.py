@@ -30,7 +30,7 @@ class Traced:
         names = list(inspect.signature(function).parameters)
         self._written = [names.index(argument) for argument in writes]
 
-    def __call__(self, *args: object) -> Any:
+    def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 return self._operator(*args)
