@@ -25,6 +25,7 @@ from kernels.full_kl import full_kl
 from kernels.launch import LaunchConfig, config_for, interpreting, use_config
 from kernels.logprobs import logprobs
 from kernels.row_gradient import row_gradient
+from kernels.row_pass import row_pass
 from kernels.row_state import RowSpec, empty_results, write_row_results
 
 CANDIDATES = {
@@ -32,6 +33,8 @@ CANDIDATES = {
                   (8192, 16, 1), (8192, 16, 2)],
     "row_gradient": [(4096, 8, 1), (4096, 8, 3), (2048, 4, 1), (2048, 4, 4), (2048, 8, 1),
                      (8192, 16, 1), (4096, 16, 1)],
+    "row_pass": [(16384, 32, 1), (8192, 32, 1), (8192, 16, 1), (16384, 16, 1), (4096, 16, 1),
+                 (4096, 8, 1)],
     "kl_state": [(2048, 8, 1), (4096, 8, 1), (2048, 4, 3)],
     "kl_gradient": [(2048, 8, 1), (4096, 8, 1), (2048, 4, 3)],
 }  # fmt: skip
@@ -116,6 +119,34 @@ def _gradient_case(logits: Tensor, labels: Tensor, *, over: bool) -> Case:
     )
 
 
+def _pass_case(logits: Tensor, labels: Tensor) -> Case:
+    """As the LM head has it, bf16 over the fp32 logits: to beat is the time of the log-probs and
+    that of the gradient, one after the other."""
+    spec = RowSpec(num_valid_vocab=logits.shape[1], with_entropy=False)
+    slope, logprob = torch.tensor(-0.5, device=logits.device), logits.new_empty(len(logits))
+    read = logits.clone()
+    out = read.view(torch.bfloat16)[:, : logits.shape[1]]
+
+    def error() -> float:
+        z, y = logits[:NUM_CHECKED], labels[:NUM_CHECKED]
+        base, got = z.clone(), z.new_empty(len(z))
+        mine = base.view(torch.bfloat16)[:, : z.shape[1]]
+        row_pass(base, y, slope, got, spec, out=mine)
+        log_p = z.double().log_softmax(-1)
+        want = -log_p.exp()
+        want[torch.arange(len(want)), y] += 1
+        return _difference(mine, -0.5 * want) + _difference(got, log_p.gather(1, y[:, None])[:, 0])
+
+    return Case(
+        "row_pass",
+        f"log-probs and gradient, bf16 over {_name(logits)}",
+        lambda: row_pass(read, labels, slope, logprob, spec, out=out),
+        logits.nbytes + out.numel() * out.element_size(),
+        error,
+        TOLERANCE + torch.finfo(out.dtype).eps,
+    )
+
+
 def _kl_cases(logits: Tensor, ref_logits: Tensor) -> Iterator[Case]:
     leaf = logits.detach().requires_grad_()
     kl = full_kl(leaf, ref_logits)
@@ -162,6 +193,7 @@ def _cases(shape: tuple[int, int], device: torch.device, kernels: list[str]) -> 
         yield _gradient_case(logits, labels, over=False)
         if dtype == torch.float32:
             yield _gradient_case(logits, labels, over=True)
+            yield _pass_case(logits, labels)
     if any(name.startswith("kl") for name in kernels):
         yield from _kl_cases(*(_rows(shape, torch.bfloat16, device) for _ in range(2)))
 

@@ -18,7 +18,7 @@ from engine.feed import count_targets, pack_for
 from engine.network import Network
 from engine.step import Metrics, ScalarLoss, forward
 from kernels.clipped_loss import policy_token_losses
-from kernels.linear_logprobs import TokenLoss
+from kernels.linear_logprobs import ProportionalLoss, TokenLoss
 from kernels.moments import Whitening
 from kernels.ppo_loss import policy_loss, value_loss
 from kernels.ranking_loss import ranking_loss
@@ -36,11 +36,7 @@ class NegativeLogLikelihood:
 
     def token_loss(self, batch: PackedBatch) -> TokenLoss:
         """Return the losses of tokens from their log-probs, and the derivative they share."""
-        slope = torch.full((), -1 / self.num_targets, device=batch.mask.device)
-        return lambda logprobs, positions: (
-            logprobs / -self.num_targets,
-            slope.expand(len(logprobs)),
-        )
+        return ProportionalLoss(torch.full((), -1 / self.num_targets, device=batch.mask.device))
 
     def metrics(self, batch: PackedBatch, logprobs: Tensor) -> Metrics:
         """Return the micro-batch's share of the loss."""

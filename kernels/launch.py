@@ -36,6 +36,7 @@ _TABLE: dict[str, dict[str, LaunchConfig]] = {
     "default": {
         "row_state": LaunchConfig(4096, 8),
         "row_gradient": LaunchConfig(4096, 8),
+        "row_pass": LaunchConfig(16384, 32),
         "kl_state": LaunchConfig(2048, 8),
         "kl_gradient": LaunchConfig(2048, 8),
     },
@@ -47,6 +48,7 @@ _TABLE: dict[str, dict[str, LaunchConfig]] = {
     "cpu": {
         "row_state": LaunchConfig(64, 1),
         "row_gradient": LaunchConfig(64, 1),
+        "row_pass": LaunchConfig(64, 1),
         "kl_state": LaunchConfig(64, 1),
         "kl_gradient": LaunchConfig(64, 1),
     },

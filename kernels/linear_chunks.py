@@ -81,12 +81,16 @@ class Chunks:
         """The logits [n, V_local] of a chunk's hidden states, in the workspace."""
         return matmul(hidden, self.weight.t(), self.workspace[: len(hidden)])
 
+    def memory_of_dz(self, logits: Tensor) -> Tensor:
+        """Room for dz [n, V_local] in the weight's dtype over the logits: a row of it takes the
+        front part of the bytes of its row of them."""
+        return logits.view(self.weight.dtype)[:, : logits.shape[1]]
+
     def logit_gradient(
         self, logits: Tensor, chunk: slice, state: Tensor, grads: tuple[Tensor | None, ...]
     ) -> Tensor:
         """dz [n, V_local] in the weight's dtype, over the memory of the chunk's logits."""
-        # A row of dz takes the front part of the bytes of its row of logits.
-        out = logits.view(self.weight.dtype)[:, : logits.shape[1]]
+        out = self.memory_of_dz(logits)
         return row_gradient(logits, self.labels[chunk], state, grads, self.spec.rows, out=out)
 
     def write_hidden_gradient(self, total: Tensor, dz: Tensor, chunk: slice) -> None:

@@ -16,7 +16,7 @@ rounded to bf16 would move log-probs by 2e-2 nats, which PPO would take for a ch
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from kernels.linear_chunks import Chunks, Gradients, LinearSpec, deliver
 from kernels.logprobs import write_joined_results
 from kernels.row_merge import write_merged_results
+from kernels.row_pass import row_pass
 from kernels.row_state import (
     IGNORE_INDEX,
     RowSpec,
@@ -37,6 +38,18 @@ from kernels.row_state import (
 TokenLoss = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 """(log-probs [n], their rows [n] int64) to the loss of each of these tokens [n], which torch
 differentiates, or to (losses [n], their derivatives by the log-probs [n]), which spares it that."""
+
+
+@dataclass(frozen=True)
+class ProportionalLoss:
+    """The token loss slope x log-prob: its derivative is known before the log-prob is."""
+
+    slope: Tensor
+    """0-d, fp32."""
+
+    def __call__(self, logprobs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the losses [n] and their derivatives [n]."""
+        return logprobs * self.slope, self.slope.expand(len(logprobs))
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -115,13 +128,20 @@ class _LinearLogprobsLoss(torch.autograd.Function):
         if rows is None:
             rows = torch.arange(chunks.num_rows, device=hidden.device)
         losses = [chunks.workspace.new_empty(0)]
+        is_whole = spec.joins.gather_states is None
         for chunk, hidden_rows in chunks:
             logits, part = chunks.logits(hidden_rows), results.part(chunk)
-            write_joined_results(part, logits, chunks.labels[chunk], spec.rows, spec.joins)
+            chunk_labels, dz = chunks.labels[chunk], None
+            if isinstance(token_loss, ProportionalLoss) and any(needs) and is_whole:
+                dz = chunks.memory_of_dz(logits)
+                row_pass(logits, chunk_labels, token_loss.slope, part.logprobs, spec.rows, out=dz)
+            else:
+                write_joined_results(part, logits, chunk_labels, spec.rows, spec.joins)
             chunk_losses, derivatives = _losses(token_loss, part.logprobs, rows[chunk])
             losses.append(chunk_losses)
             if any(needs):
-                dz = chunks.logit_gradient(logits, chunk, part.state, (derivatives, None))
+                if dz is None:
+                    dz = chunks.logit_gradient(logits, chunk, part.state, (derivatives, None))
                 gradients.add(dz, chunk, hidden_rows)
         counts = chunks.labels != spec.rows.ignore_index
         loss = torch.where(counts, torch.cat(losses), 0.0).sum(dtype=chunks.workspace.dtype)

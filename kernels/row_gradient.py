@@ -38,6 +38,69 @@ def _logit_gradient(
 
 
 @triton.jit
+def write_row_gradient(
+    logits,  # [V_local], a row
+    out,  # [V_local], may lie over it
+    column_stride,
+    out_column_stride,
+    num_columns,
+    end,  # of the columns that count; 0 in an ignored row
+    label,  # among these columns, int32; none where another shard has it
+    m,
+    log2_s,
+    entropy,
+    grad_logprob,
+    grad_entropy,
+    inv_temperature,
+    HAS_ENTROPY_GRAD: tl.constexpr,
+    OVERWRITES: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,  # blocks under way at a time
+):
+    # Loads end with the row, as in row_state.py; ignored rows are not read.
+    num_read = tl.where(end > 0, num_columns, 0)
+    whole = end // BLOCK * BLOCK
+    offsets = tl.arange(0, BLOCK)
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        columns = start + offsets
+        x = tl.load(logits + columns * column_stride).to(ACC)
+        if OVERWRITES:
+            # A narrower dz lies over logits that other warps of this program have yet to read.
+            tl.debug_barrier()
+        dz = _logit_gradient(
+            x,
+            columns == label,
+            m,
+            log2_s,
+            entropy,
+            grad_logprob,
+            grad_entropy,
+            inv_temperature,
+            HAS_ENTROPY_GRAD,
+        )
+        tl.store(out + columns * out_column_stride, dz)
+    for start in range(whole, num_columns, BLOCK):
+        columns = start + offsets
+        x = tl.load(logits + columns * column_stride, mask=columns < num_read, other=0.0).to(ACC)
+        if OVERWRITES:
+            tl.debug_barrier()
+        dz = _logit_gradient(
+            x,
+            columns == label,
+            m,
+            log2_s,
+            entropy,
+            grad_logprob,
+            grad_entropy,
+            inv_temperature,
+            HAS_ENTROPY_GRAD,
+        )
+        dz = tl.where(columns < end, dz, 0.0)  # padding and ignored rows: 0, also beside a NaN
+        tl.store(out + columns * out_column_stride, dz, mask=columns < num_columns)
+
+
+@triton.jit
 def _row_gradient_kernel(
     logits,  # [T, V_local]
     labels,  # [T]
@@ -82,47 +145,28 @@ def _row_gradient_kernel(
     if HAS_ENTROPY_GRAD:
         grad_entropy = tl.load(grad_entropies + row * grad_entropy_stride).to(ACC) * inv_temperature
     entropy = log2_s * LN_2 - tl.load(states + row * 4 + 2) / s
-    end = tl.where(is_ignored, 0, num_valid)
-    # Loads end with the row, as in row_state.py; ignored rows are not read.
-    num_read = tl.where(is_ignored, 0, num_columns)
-    whole = end // BLOCK * BLOCK
-    offsets = tl.arange(0, BLOCK)
-    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
-        columns = start + offsets
-        x = tl.load(logits + columns * column_stride).to(ACC)
-        if OVERWRITES:
-            # A narrower dz lies over logits that other warps of this program have yet to read.
-            tl.debug_barrier()
-        dz = _logit_gradient(
-            x,
-            first_column + columns == label,
-            m,
-            log2_s,
-            entropy,
-            grad_logprob,
-            grad_entropy,
-            inv_temperature,
-            HAS_ENTROPY_GRAD,
-        )
-        tl.store(out + columns * out_column_stride, dz)
-    for start in range(whole, num_columns, BLOCK):
-        columns = start + offsets
-        x = tl.load(logits + columns * column_stride, mask=columns < num_read, other=0.0).to(ACC)
-        if OVERWRITES:
-            tl.debug_barrier()
-        dz = _logit_gradient(
-            x,
-            first_column + columns == label,
-            m,
-            log2_s,
-            entropy,
-            grad_logprob,
-            grad_entropy,
-            inv_temperature,
-            HAS_ENTROPY_GRAD,
-        )
-        dz = tl.where(columns < end, dz, 0.0)  # padding and ignored rows: 0, also beside a NaN
-        tl.store(out + columns * out_column_stride, dz, mask=columns < num_columns)
+    local = label - first_column
+    owned = (local >= 0) & (local < num_valid)
+    write_row_gradient(
+        logits,
+        out,
+        column_stride,
+        out_column_stride,
+        num_columns,
+        tl.where(is_ignored, 0, num_valid),
+        tl.where(owned, local, -1).to(tl.int32),
+        m,
+        log2_s,
+        entropy,
+        grad_logprob,
+        grad_entropy,
+        inv_temperature,
+        HAS_ENTROPY_GRAD,
+        OVERWRITES,
+        ACC,
+        BLOCK,
+        STAGES,
+    )
 
 
 @traced("trident::row_gradient_into", writes=("out",))
@@ -146,7 +190,7 @@ def _row_gradient_into(
     )
     if not uses_triton(logits):
         grads = grad_logprobs, grad_entropies
-        out.copy_(_row_gradient_reference(logits, labels, state, grads, spec))
+        out.copy_(row_gradient_reference(logits, labels, state, grads, spec))
         return
     num_rows, num_columns = logits.shape
     config = config_for("row_gradient", num_columns, logits.device)
@@ -208,7 +252,7 @@ def row_gradient(
     return out
 
 
-def _row_gradient_reference(
+def row_gradient_reference(
     logits: Tensor,
     labels: Tensor,
     state: Tensor,

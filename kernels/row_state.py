@@ -126,6 +126,42 @@ def _add_block(
 
 
 @triton.jit
+def read_row(
+    logits,  # [V_local], a row
+    column_stride,
+    num_columns,
+    end,  # of the columns that count
+    to_powers,
+    WITH_ENTROPY: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANE: tl.constexpr,  # columns of a lane
+    STAGES: tl.constexpr,  # blocks under way at a time
+):
+    """(m before temperature, s, t) of a row; m = LOWEST and s = t = 0 where no column counts."""
+    LANES: tl.constexpr = BLOCK // LANE
+    offsets = tl.arange(0, LANES)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+    m = tl.full([LANES], LOWEST, ACC)
+    s = tl.zeros([LANES], ACC)
+    t = tl.zeros([LANES], ACC)
+    whole = end // BLOCK * BLOCK
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        x = tl.load(logits + (start + offsets) * column_stride)
+        m, s, t = _add_block(x.to(ACC), m, s, t, to_powers, WITH_ENTROPY)
+    if whole < end:
+        # Loads end with the row, whose length is a multiple of 16 bytes where that of the valid
+        # columns need not be: a mask in the middle of 16 bytes would cut them into single columns.
+        columns = whole + offsets
+        x = tl.load(logits + columns * column_stride, mask=columns < num_columns, other=0.0)
+        x = tl.where(columns < end, x.to(ACC), -float("inf"))
+        m, s, t = _add_block(x, m, s, t, to_powers, WITH_ENTROPY)
+    top = tl.max(m, 0)
+    shift = (m - top) * to_powers
+    w = tl.exp2(shift)
+    return top, tl.sum(w * s, 0), tl.sum(w * (t + s * shift), 0) * LN_2
+
+
+@triton.jit
 def _row_state_kernel(
     logits,  # [T, V_local]
     labels,  # [T]
@@ -158,29 +194,18 @@ def _row_state_kernel(
     nowhere = (label < 0) | (label >= num_valid_vocab)
     picked = tl.load(logits + local * column_stride, mask=owned, other=0.0).to(ACC)
     inv_temperature = tl.cast(inv_temperature, ACC)
-    to_powers = inv_temperature * LOG2_E
-    LANES: tl.constexpr = BLOCK // LANE
-    offsets = tl.arange(0, LANES)[:, None] * LANE + tl.arange(0, LANE)[None, :]
-    m = tl.full([LANES], LOWEST, ACC)
-    s = tl.zeros([LANES], ACC)
-    t = tl.zeros([LANES], ACC)
-    end = tl.where(label == ignore_index, 0, num_valid)  # ignored rows are not read
-    whole = end // BLOCK * BLOCK
-    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
-        x = tl.load(logits + (start + offsets) * column_stride)
-        m, s, t = _add_block(x.to(ACC), m, s, t, to_powers, WITH_ENTROPY)
-    if whole < end:
-        # Loads end with the row, whose length is a multiple of 16 bytes where that of the valid
-        # columns need not be: a mask in the middle of 16 bytes would cut them into single columns.
-        columns = whole + offsets
-        x = tl.load(logits + columns * column_stride, mask=columns < num_columns, other=0.0)
-        x = tl.where(columns < end, x.to(ACC), -float("inf"))
-        m, s, t = _add_block(x, m, s, t, to_powers, WITH_ENTROPY)
-    top = tl.max(m, 0)
-    shift = (m - top) * to_powers
-    w = tl.exp2(shift)
-    row_s = tl.sum(w * s, 0)
-    row_t = tl.sum(w * (t + s * shift), 0) * LN_2
+    top, row_s, row_t = read_row(
+        logits,
+        column_stride,
+        num_columns,
+        tl.where(label == ignore_index, 0, num_valid),  # ignored rows are not read
+        inv_temperature * LOG2_E,
+        WITH_ENTROPY,
+        ACC,
+        BLOCK,
+        LANE,
+        STAGES,
+    )
     row_m = tl.where(top == LOWEST, -float("inf"), top * inv_temperature)
     label_logit = tl.where(nowhere, -float("inf"), picked * inv_temperature)
     states += row * 4

@@ -8,7 +8,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from kernels.linear_logprobs import TokenLoss
+from kernels.linear_logprobs import ProportionalLoss, TokenLoss
 from models.attention import PackedSequences
 from models.context_parallel import join_readings
 from models.layers import block_spec, order_positions
@@ -124,8 +124,9 @@ class GPT(GPTModel):
             rows = rows if held is None else held[rows]
             return token_loss(values, (rows + 1).clamp(max=len(tokens) - 1))
 
+        is_same_everywhere = isinstance(token_loss, ProportionalLoss)
         loss, logprobs = vocab_parallel_linear_logprobs_loss(
-            hidden, weight, labels, at_tokens, **arguments
+            hidden, weight, labels, token_loss if is_same_everywhere else at_tokens, **arguments
         )
         return loss, at_all_tokens(logprobs)
 

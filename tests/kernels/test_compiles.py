@@ -35,6 +35,7 @@ DTYPES = {
 READS_ROWS = {
     "kernels.row_state _row_state_kernel",
     "kernels.row_gradient _row_gradient_kernel",
+    "kernels.row_pass _row_pass_kernel",
     "kernels.full_kl _kl_state_kernel",
     "kernels.full_kl _kl_gradient_kernel",
 }
@@ -133,6 +134,18 @@ def logprob_launches() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         head = leaf(4, 64, dtype=dtype), leaf(500, 64, dtype=dtype)
         linear_logprobs(*head, labels)[0].sum().backward()
+
+
+def pass_launches() -> None:
+    from kernels.row_pass import row_pass
+    from kernels.row_state import RowSpec
+
+    labels, slope, logprobs = torch.arange(4), torch.tensor(-0.1), torch.empty(4)
+    spec = RowSpec(num_valid_vocab=50257)
+    logits = torch.randn(4, 50304)
+    dz = logits.view(torch.bfloat16)[:, :50304]
+    for out in (dz, torch.empty_like(logits)):
+        row_pass(logits, labels, slope, logprobs, spec, out=out)
 
 
 def merge_launches() -> None:

@@ -11,8 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import launch
+from kernels.clipped_loss import policy_token_losses
 from kernels.launch import LaunchConfig
 from kernels.linear_logprobs import (
+    ProportionalLoss,
     _matmul,
     linear_logprobs,
     linear_logprobs_loss,
@@ -208,17 +210,27 @@ def ppo_loss(old: torch.Tensor, advantages: torch.Tensor) -> object:
     return loss
 
 
-@pytest.mark.parametrize("loss_name", ["sft", "ppo"])
+@pytest.mark.parametrize("loss_name", ["sft", "proportional", "ppo", "ppo with derivatives"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_pass_agrees_with_two(backend: str, loss_name: str, dtype: torch.dtype) -> None:
     hidden, weight, labels = head(dtype=dtype)
     plain, _ = linear_logprobs(hidden, weight, labels, **OPTIONS)
     if loss_name == "sft":
         token_loss = sft_loss(torch.rand(12))
+        plain_loss = token_loss
+    elif loss_name == "proportional":
+        token_loss = ProportionalLoss(torch.tensor(-0.3))
+        plain_loss = lambda x, rows: -0.3 * x  # noqa: E731
     else:
-        token_loss = ppo_loss(plain.detach() + 0.3 * torch.randn(12), torch.randn(12))
+        old, advantages = plain.detach() + 0.3 * torch.randn(12), torch.randn(12)
+        token_loss = plain_loss = ppo_loss(old, advantages)
+        if loss_name == "ppo with derivatives":
+            one = torch.tensor(1)
+            token_loss = lambda x, rows: policy_token_losses(  # noqa: E731
+                (x, old, advantages), rows, one
+            )
     counts = labels != -100
-    want = torch.where(counts, token_loss(plain, torch.arange(12)), 0.0).sum()
+    want = torch.where(counts, plain_loss(plain, torch.arange(12)), 0.0).sum()
     want_grads = torch.autograd.grad(3 * want, (hidden, weight))
     loss, logprob = linear_logprobs_loss(
         hidden, weight, labels, token_loss, workspace_bytes=THREE_CHUNKS[backend], **OPTIONS
