@@ -28,7 +28,7 @@ from benchmarks.kernel_suite.operation import (
     plain,
     sampled_rows,
 )
-from kernels.linear_logprobs import linear_logprobs, linear_logprobs_loss
+from kernels.linear_logprobs import ProportionalLoss, linear_logprobs, linear_logprobs_loss
 
 _VERL_CHUNK = 512
 _BOUND_CHUNK = 8192
@@ -168,6 +168,11 @@ def _mean_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def _one_pass(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    loss = ProportionalLoss(torch.full((), -1 / len(labels), device=hidden.device))
+    return linear_logprobs_loss(hidden, weight, labels, loss)[0]
+
+
+def _one_pass_by_autograd(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     scale = -1 / len(labels)
     return linear_logprobs_loss(hidden, weight, labels, lambda logprobs, rows: scale * logprobs)[0]
 
@@ -267,6 +272,7 @@ LINEAR_LOSS = replace(
     exact=_exact_loss,
     providers=(
         Provider("trident", plain(_one_pass)),
+        Provider("trident, any token loss", plain(_one_pass_by_autograd)),
         Provider("trident, two passes", plain(lambda *x: -linear_logprobs(*x)[0].mean())),
         Provider(
             "bare products",
