@@ -1,14 +1,17 @@
 """The softmax kernels on a GPU, at real sizes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from kernels.linear_logprobs import linear_logprobs, linear_logprobs_loss
+from kernels.linear_logprobs import ProportionalLoss, linear_logprobs, linear_logprobs_loss
 from kernels.logprobs import logprobs
 from kernels.row_gradient import row_gradient
-from kernels.row_state import RowSpec, row_state
+from kernels.row_merge import write_merged_results
+from kernels.row_pass import row_pass
+from kernels.row_state import RowSpec, empty_results, row_state, write_row_results
 from kernels.workspace import WORKSPACE_BYTES
 from tests.kernels.oracle import exact_logprobs, largest_difference, relative_difference
 
@@ -137,6 +140,49 @@ def test_a_gradient_over_its_logits_meets_no_race() -> None:
 
 
 @pytest.mark.gpu
+def test_a_row_passed_once_meets_no_race() -> None:
+    logits, labels = rows(512, torch.float32)
+    labels[7] = -100
+    spec, slope = (
+        RowSpec(num_valid_vocab=NUM_VALID, with_entropy=False),
+        torch.tensor(-0.5).to(CUDA),
+    )
+    results = empty_results(512, logits, with_entropy=False)
+    write_row_results(results, logits, labels, spec)
+    dz = torch.empty(logits.shape, device=CUDA, dtype=torch.bfloat16)
+    grads = slope.expand(512), None
+    row_gradient(logits, labels, results.state, grads, spec, out=dz)
+    runs = []
+    for _ in range(50):
+        again, logprob = logits.clone(), torch.empty(512, device=CUDA)
+        over = again.view(torch.bfloat16)[:, :VOCAB]
+        row_pass(again, labels, slope, logprob, spec, out=over)
+        runs.append((logprob, over))
+    for logprob, over in runs[1:]:
+        assert logprob.equal(runs[0][0])
+        assert over.equal(runs[0][1])
+    # The two sum in another order.
+    assert largest_difference(runs[0][0], results.logprobs) < 1e-5
+    assert relative_difference(runs[0][1], dz) < 1e-3
+
+
+@pytest.mark.gpu
+def test_shards_merged_on_the_device_are_the_whole_vocabulary() -> None:
+    logits, labels = rows(1000)
+    labels[7] = -100
+    width, whole = VOCAB // 8, RowSpec(num_valid_vocab=NUM_VALID)
+    want, got = (empty_results(1000, logits, with_entropy=True) for _ in range(2))
+    write_row_results(want, logits, labels, whole)
+    states = [
+        row_state(shard, labels, replace(whole, first_column=i * width))
+        for i, shard in enumerate(logits.split(width, dim=1))
+    ]
+    write_merged_results(got, torch.stack(states), labels, whole)
+    assert largest_difference(got.logprobs, want.logprobs) < 2e-5
+    assert largest_difference(got.entropies, want.entropies) < 2e-5
+
+
+@pytest.mark.gpu
 def test_no_host_sync_and_bitwise_repeats() -> None:
     hidden, weight, labels = head(2000, 768)
     row_index = (labels != -100).nonzero().squeeze(1)
@@ -205,6 +251,7 @@ def test_peak_memory_is_the_workspace_and_hidden_sized_buffers() -> None:
 def test_kernels_do_not_spill(monkeypatch: pytest.MonkeyPatch) -> None:
     from kernels import full_kl
     from kernels import row_gradient as gradient_file
+    from kernels import row_pass as pass_file
     from kernels import row_state as state_file
 
     spills: dict[str, int] = {}
@@ -225,6 +272,7 @@ def test_kernels_do_not_spill(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = {
         state_file: ["_row_state_kernel"],
         gradient_file: ["_row_gradient_kernel"],
+        pass_file: ["_row_pass_kernel"],
         full_kl: ["_kl_state_kernel", "_kl_gradient_kernel"],
     }
     for module, names in kernels.items():
@@ -235,4 +283,6 @@ def test_kernels_do_not_spill(monkeypatch: pytest.MonkeyPatch) -> None:
         leaf = logits.requires_grad_()
         sum(logprobs(leaf, labels, with_entropy=True)).sum().backward()
         full_kl.full_kl(leaf, leaf).sum().backward()
+    hidden, weight, labels = head(64, 768)
+    linear_logprobs_loss(hidden, weight, labels, ProportionalLoss(torch.tensor(-1.0).to(CUDA)))
     assert spills == dict.fromkeys(sum(kernels.values(), []), 0)
