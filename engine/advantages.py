@@ -1,6 +1,8 @@
 """From scores to advantages: the KL penalty and its controller, GAE, whitening over the global
 batch."""
 
+import math
+
 from engine.rollout import Rollout
 from engine.settings.kl import KLConfig
 from kernels.gae import KlEstimator, gae
@@ -19,8 +21,9 @@ class KLController:
 
         error = clip(kl / target - 1, -0.2, 0.2);  coef *= 1 + error x num_responses / horizon
         (Ziegler 2019, 2.2)
+        A KL that is not finite says nothing of the coefficient, which would not be a number again.
         """
-        if self.config.control == "fixed":
+        if self.config.control == "fixed" or not math.isfinite(kl):
             return
         error = min(max(kl / self.config.target - 1.0, -0.2), 0.2)
         self.coef *= 1.0 + error * num_responses / self.config.horizon

@@ -30,8 +30,8 @@ _MESSAGES = {
         "feeds it (learning rate, loss scale, an empty mask divided by its count)"
     ),
     "non_finite_grad_norm": (
-        "{value} not finite, again and again: the loss scale finds no value that fits; look at "
-        "the learning rate and at the largest logits"
+        "{value} not finite, again and again, in steps that were skipped: look at the learning "
+        "rate and at the largest logits; under fp16 the loss scale finds no value that fits"
     ),
     "logprob_mismatch": (
         "generation and scoring differ by {value:.2g} nats a token in the mean, where rounding "

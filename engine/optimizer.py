@@ -1,18 +1,24 @@
-"""megatron's distributed Adam over a network: fp32 masters, loss scaling, clipping and the
-learning-rate schedule."""
+"""megatron's distributed Adam over a network: fp32 masters, loss scaling, clipping, steps that are
+skipped, and the learning-rate schedule."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 
 from engine.device import choices_for
+from engine.gradients import scale_gradients, sum_of_squares
 from engine.network import Network
 from engine.settings.adam import AdamConfig
+from engine.skipped import SkippedSteps
 from engine.step import finish_gradients
 
 # Elements of a bucket that is reduced and gathered at once where that overlaps; None for megatron's
@@ -29,11 +35,11 @@ class StepResult:
     """What one optimizer step did."""
 
     grad_norm: float
-    """Global gradient norm before clipping."""
+    """Global gradient norm before clipping; inf or nan where a gradient was not finite."""
     lr: float
-    """Learning rate that was applied."""
+    """Learning rate of the step."""
     was_skipped: bool
-    """True when fp16 gradients overflowed and the weights stayed as they were."""
+    """True when the norm was not finite, and everything stayed as it was."""
 
 
 class Optimizer:
@@ -45,6 +51,8 @@ class Optimizer:
         make_trainable(network)
         network.settle()  # all ranks hold the same: the first pass has nothing to wait for
         self.megatron = _distributed_adam(network, config)
+        self.skipped = SkippedSteps(limit=config.max_skipped_steps)
+        self._is_counted = self._counted_masters()
         self.await_state: Callable[[], None] = _at_hand
         network.config.grad_scale_func = (
             self.megatron.scale_loss if network.dtype is torch.float16 else None
@@ -72,18 +80,32 @@ class Optimizer:
 
     def step(self, position: int) -> StepResult:
         """Reduce the gradients, clip and apply them with the learning rate of schedule position
-        `position` (from 0)."""
+        `position` (from 0); or skip the step, on all ranks alike, where their norm is not finite.
+
+        A skipped step changes nothing but fp16's loss scale; its position is not taken again.
+        """
         finish_gradients(self.network)
         self.await_state()
         self.schedule.num_steps = position
         self.schedule.step(0)  # writes the learning rate of num_steps into the parameter groups
         with self.network.parallel.active():
-            was_applied, grad_norm, _ = self.megatron.step()
-        self.network.weights_version += was_applied
+            norm, loss_scale = self._read_norm()
+            is_finite = math.isfinite(norm)
+            for optimizer in self._distributed():
+                if optimizer.grad_scaler is not None:
+                    optimizer.grad_scaler.update(not is_finite)
+            if is_finite:
+                clip = min(1.0, self.config.clip_norm / (norm + 1e-6))
+                scale_gradients(self._gradients(), clip / loss_scale)
+                self.megatron.step_with_ready_grads()
+                self.network.weights_version += 1
+        can_fall = loss_scale > self.megatron.config.min_loss_scale
+        self.skipped.count(
+            was_skipped=not is_finite,
+            is_explained=self.network.dtype is torch.float16 and can_fall,
+        )
         lr = self.megatron.param_groups[0]["lr"]
-        return StepResult(
-            grad_norm=float(grad_norm or 0.0), lr=lr, was_skipped=not was_applied
-        )  # sync
+        return StepResult(grad_norm=norm, lr=lr, was_skipped=not is_finite)
 
     def sync_weights(self) -> None:
         """Make the network's weights follow the fp32 masters, after something other than step()
@@ -173,17 +195,53 @@ class Optimizer:
         """Return the rest of a checkpoint's state, which the first rank writes for all: counts of
         steps, loss scale. Empty where this rank owns nothing but padding, of a small model on many
         replicas: megatron would ask its Adam for the step, and that has no state."""
-        return self.megatron.state_dict() if self.owned_masters() else {}
+        if not self.owned_masters():
+            return {}
+        return self.megatron.state_dict() | {"skipped": self.skipped.state_dict()}
 
     def load_state(self, state: dict) -> None:
         """Take the rest of a checkpoint's state, whose masters and moments are in place: counts of
         steps, loss scale."""
+        ours = ("param_state", "skipped")
         with self.network.parallel.active():
-            self.megatron.load_state_dict({k: v for k, v in state.items() if k != "param_state"})
+            self.megatron.load_state_dict({k: v for k, v in state.items() if k not in ours})
+        self.skipped.load_state_dict(state.get("skipped", {}))
         for optimizer in self._distributed():
             for adam_state in optimizer.optimizer.state.values():
                 # megatron hands all of them one tensor, which Adam counts up in place.
                 adam_state["step"] = adam_state["step"].clone()
+
+    def _read_norm(self) -> tuple[float, float]:
+        """Return (norm of the gradients of all ranks, loss scale that they carry): the host waits
+        for the device here, once a step."""
+        for optimizer in self._distributed():
+            optimizer._copy_model_grads_to_main_grads()
+        total = sum_of_squares(self._gradients(), self._is_counted)
+        dist.all_reduce(total, group=self.megatron.get_grad_stats_parallel_group())
+        numbers = torch.cat([total.sqrt(), self.megatron.get_loss_scale()])
+        norm, loss_scale = numbers.tolist()  # sync: the only one
+        return norm / loss_scale, loss_scale
+
+    def _masters(self) -> list[torch.Tensor]:
+        return [
+            master
+            for optimizer in self._distributed()
+            for group in optimizer.optimizer.param_groups
+            for master in group["params"]
+        ]
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [master.grad for master in self._masters()]  # type: ignore[misc]
+
+    def _counted_masters(self) -> torch.Tensor:
+        """Return 1 for each of _masters() whose gradient counts in the norm, 0 for copies: of what
+        tensor-parallel ranks hold alike, of the embedding at the other end of a pipeline."""
+        with self.network.parallel.active():
+            counted = [
+                float(param_is_not_shared(m) and param_is_not_tensor_parallel_duplicate(m))
+                for m in self._masters()
+            ]
+        return torch.tensor(counted, device=self.network.parallel.device)
 
     def _distributed(self) -> list:
         return getattr(self.megatron, "chained_optimizers", [self.megatron])

@@ -31,8 +31,10 @@ from engine.rollout import (
 from engine.run import Run, require_path, start_run
 from engine.settings.ppo import PPOConfig
 from engine.settings.size import named_size
+from engine.skipped import SkippedSteps, end_if_stuck
 from engine.step import Objective, accumulate, forward_backward, reduce_metrics
 from engine.stop import noting_signals
+from engine.update_metrics import merge_updates
 from kernels.moments import Whitening
 
 
@@ -130,11 +132,12 @@ def train(config: PPOConfig) -> dict[str, float]:
                     whiten=config.whiten_advantages,
                 )
             with metrics.phase("update"), residency.update():  # 5
-                examples = rollout.examples()
-                updates = [
-                    update(learner, config, [examples[i] for i in chosen], whitening, step=step)
-                    for step, chosen in minibatches(config, iteration)
-                ]
+                examples, updates = rollout.examples(), []
+                for step, chosen in minibatches(config, iteration):
+                    minibatch = [examples[i] for i in chosen]
+                    updates.append(update(learner, config, minibatch, whitening, step=step))
+                    if any(skipped.is_stuck for skipped in learner.skipped.values()):
+                        break  # the run ends once this iteration's numbers are on record
                 for network in (policy, critic):
                     network.settle()
             # 6 record
@@ -144,6 +147,7 @@ def train(config: PPOConfig) -> dict[str, float]:
             kl.update(values["score/kl"], len(rollout))
             metrics.log(iteration, values)
             metrics.log_alarms(iteration, alarms.check(values))
+            end_if_stuck(iteration, run.checkpoints, **learner.skipped)
             is_last = iteration + 1 == config.iterations
             if is_last or iteration % config.show_every == 0:
                 metrics.log_samples(iteration, _samples(rollout, run, config.num_shown))
@@ -165,6 +169,11 @@ class Learner:
     ema: EMA
     pretraining: Feed | None
     """None without ptx."""
+
+    @property
+    def skipped(self) -> dict[str, SkippedSteps]:
+        """The skipped steps of both networks."""
+        return {"policy": self.policy.skipped, "critic": self.critic.skipped}
 
 
 def update(
@@ -192,15 +201,18 @@ def update(
     critic_found = forward_backward(
         critic, batches, clipped_value_loss(num_targets, cliprange=config.value_cliprange)
     )
-    values = reduce_metrics(found, parallel) | reduce_metrics(critic_found, critic.parallel)
     policy_step = learner.policy.step(iteration)
     critic_step = learner.critic.step(iteration)
-    learner.ema.update()
+    if not policy_step.was_skipped:
+        learner.ema.update()
+    # Behind the steps, whose launches need none of these numbers.
+    values = reduce_metrics(found, parallel) | reduce_metrics(critic_found, critic.parallel)
     return values | {
         "policy_grad_norm": policy_step.grad_norm,
         "critic_grad_norm": critic_step.grad_norm,
         "policy_lr": policy_step.lr,
         "critic_lr": critic_step.lr,
+        **{f"{name}_skipped_steps": float(s.total) for name, s in learner.skipped.items()},
         "token_spread": token_spread(minibatch, indices, parallel.dp),
     }
 
@@ -253,24 +265,6 @@ def minibatches(config: PPOConfig, iteration: int) -> list[tuple[int, list[int]]
             for start in range(0, len(order), config.minibatch_size)
         ]
     return list(enumerate(chosen, start=iteration * num_updates(config)))
-
-
-def merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Return an iteration's update metrics: means over its minibatches, extremes of the ratios."""
-    first = updates[0]
-    merged: dict[str, float] = {}
-    for name in first:
-        column = [values[name] for values in updates]
-        pick = {"ratio_min": min, "ratio_max": max}.get(name)
-        merged[name] = pick(column) if pick else sum(column) / len(column)
-    variance = merged.pop("return_variance"), merged.pop("error_variance")
-    merged["explained_variance"] = 1.0 - variance[1] / variance[0] if variance[0] > 0 else 0.0
-    merged["first_ratio_error"] = max(first["ratio_max"] - 1.0, 1.0 - first["ratio_min"])
-    return {
-        f"update/{name}": value
-        for name, value in merged.items()
-        if name not in ("return_mean", "error_mean")
-    }
 
 
 def _check(config: PPOConfig) -> None:

@@ -19,6 +19,7 @@ from engine.optimizer import Optimizer
 from engine.parallel import seed_for_step
 from engine.run import Run, require_path, size_named, start_run, tokenizer_path
 from engine.settings.rm import RMConfig
+from engine.skipped import end_if_stuck
 from engine.step import forward, forward_backward, reduce_metrics
 from engine.stop import noting_signals
 
@@ -90,6 +91,7 @@ def train(config: RMConfig) -> dict[str, float]:
             values["train/epoch"] = feed.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
+            end_if_stuck(step, run.checkpoints, reward_model=optimizer.skipped)
             is_asked = run.is_asked_to_stop()
             if is_last or is_asked or (config.save_every and (step + 1) % config.save_every == 0):
                 checkpointer.save(step + 1, {"metrics": values})
@@ -114,10 +116,9 @@ def _train_step(step: int, network: Network, optimizer: Optimizer, feed: Feed) -
     seed_for_step(network.parallel, step)
     optimizer.zero_gradients()
     batches = feed.batches(step)
-    found = reduce_metrics(
-        forward_backward(network, batches, comparison_loss(feed.batch_size)), network.parallel
-    )
+    sums = forward_backward(network, batches, comparison_loss(feed.batch_size))
     result = optimizer.step(step)
+    found = reduce_metrics(sums, network.parallel)  # behind the step, whose launches need it not
     num_scores = found["num_scores"]
     mean = found["score_sum"] / num_scores
     return {
@@ -126,6 +127,7 @@ def _train_step(step: int, network: Network, optimizer: Optimizer, feed: Feed) -
         "train/score_mean": mean,
         "train/score_std": max(found["score_square_sum"] / num_scores - mean**2, 0.0) ** 0.5,
         "train/grad_norm": result.grad_norm,
+        "train/skipped_steps": float(optimizer.skipped.total),
         "train/lr": result.lr,
         "train/tokens": float(feed.num_tokens(step)),
         "train/token_spread": feed.token_spread(step),

@@ -27,7 +27,7 @@ _MAY_CHANGE = (
     *("num_slots", "prefill_tokens", "block_size", "cache_fraction", "cache_gib", "steps_per_sync"),
     *("cuda_graphs", "micro_batch_tokens", "recompute", "gradient_accumulation_fusion"),
     "deterministic",
-    "skip_bad_lines",
+    *("skip_bad_lines", "max_skipped_steps"),
     "tokenizer",  # the checkpoint knows which one it was
 )
 

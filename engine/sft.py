@@ -22,6 +22,7 @@ from engine.parallel import seed_for_step
 from engine.run import Run, require_path, size_named, start_run, tokenizer_path
 from engine.selection import epoch_name, load_selection
 from engine.settings.sft import SFTConfig
+from engine.skipped import end_if_stuck
 from engine.step import Objective, accumulate, reduce_metrics
 from engine.stop import noting_signals
 
@@ -96,6 +97,7 @@ def train(config: SFTConfig) -> dict[str, float]:
             values["train/epoch"] = lead.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
+            end_if_stuck(step, run.checkpoints, policy=optimizer.skipped)
             if epoch and (config.save_every_epoch or selection is not None):
                 checkpointer.save_weights(epoch_name(epoch))
                 if selection is not None:
@@ -131,10 +133,12 @@ def _train_step(
                 scale=share if len(feeds) > 1 else 1.0,
             )
         )
-    found = reduce_metrics(accumulate(network, objectives), parallel)
+    found = accumulate(network, objectives)
     result = optimizer.step(step)
-    return {f"train/{name}": value for name, value in found.items()} | {
+    losses = reduce_metrics(found, parallel)  # behind the step, whose launches need it not
+    return {f"train/{name}": value for name, value in losses.items()} | {
         "train/grad_norm": result.grad_norm,
+        "train/skipped_steps": float(optimizer.skipped.total),
         "train/lr": result.lr,
         "train/tokens": float(sum(feed.num_tokens(step) for feed in feeds.values())),
         "train/token_spread": max(feed.token_spread(step) for feed in feeds.values()),

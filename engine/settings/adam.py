@@ -32,11 +32,16 @@ class AdamConfig:
     """Decoupled weight decay of the matrices; not stated for RLHF, our choice: none."""
     clip_norm: float = 1.0
     """Largest global gradient norm; not stated for RLHF, our choice: GPT-3's."""
+    max_skipped_steps: int = 5
+    """Steps in a row whose gradient is not finite before the run ends; each is skipped. Our choice:
+    a bad batch or a flipped bit passes in a step or two, and what lasts longer will not pass, since
+    the weights stay the same. Of fp16's steps only those at its smallest loss scale count."""
 
     def __post_init__(self) -> None:
         check_numbers(
             self,
             "optimizer ",
+            counts="max_skipped_steps",
             positive="lr epsilon clip_norm",
             not_negative="warmup weight_decay",
             shares="final_fraction warmup_start beta1 beta2",

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -95,4 +97,11 @@ def test_controller_settles_where_the_kl_is_the_target():
 def test_fixed_coefficient_stays():
     controller = KLController(KLConfig(coef=0.1))
     controller.update(60.0, num_responses=256)
+    assert controller.coef == 0.1
+
+
+@pytest.mark.parametrize("kl", [math.nan, math.inf])
+def test_kl_that_is_not_finite_moves_no_coefficient(kl: float):
+    controller = KLController(KLConfig(coef=0.1, control="adaptive", target=6.0, horizon=100))
+    controller.update(kl, 64)
     assert controller.coef == 0.1

@@ -1,8 +1,11 @@
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config import UserError
 from engine.data.batches import PackedBatch, pack
@@ -183,6 +186,70 @@ def test_weights_follow_masters_that_were_changed(parallel: Parallel):
         master.fill_(0.25)
     optimizer.sync_weights()
     assert all((weight == 0.25).all() for weight in weights(network).values())
+
+
+def num_tensors(value: Any) -> int:
+    """The tensors in a list of lists."""
+    return sum(map(num_tensors, value)) if isinstance(value, list) else torch.is_tensor(value)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the numbers and tensors that the host reads from the device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.count = 0
+        # Of CPU tensors these reach no dispatcher. torch.tensor reads the tensors in a list.
+        for owner, name in ((torch.Tensor, "tolist"), (torch.Tensor, "cpu"), (torch, "tensor")):
+            monkeypatch.setattr(owner, name, self._counting(getattr(owner, name)))
+
+    def _counting(self, plain: Callable) -> Callable:
+        def read(value: Any, *arguments: Any, **named: Any) -> Any:
+            self.count += num_tensors(value)
+            return plain(value, *arguments, **named)
+
+        return read
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        reads = (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.nonzero)
+        self.count += func.overloadpacket in reads
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("clip_norm", [1e9, 1e-3])
+def test_a_step_reads_one_number_of_the_device_once(
+    dtype: str, clip_norm: float, parallel: Parallel, monkeypatch: pytest.MonkeyPatch
+):
+    network = random_network("language", parallel, dtype=dtype)
+    optimizer = Optimizer(network, AdamConfig(clip_norm=clip_norm), total_steps=9)
+    optimizer.zero_gradients()
+    forward_backward(network, [batch()], NegativeLogLikelihood(39))
+    assert len(masters(optimizer)) > 40
+    with HostReads(monkeypatch) as reads:
+        assert not optimizer.step(0).was_skipped
+    assert reads.count == 1
+
+
+def test_host_reads_are_seen(parallel: Parallel, monkeypatch: pytest.MonkeyPatch):
+    with HostReads(monkeypatch) as reads:
+        a, b = torch.ones(()), torch.ones(())
+        for read in (lambda: float(a), lambda: bool(a), lambda: torch.stack([a, b]).tolist()):
+            read()
+        torch.tensor([[a, b]])
+    assert reads.count == 1 + 1 + 1 + 2
+
+
+def test_fp16_steps_count_against_the_run_at_the_smallest_scale_only(parallel: Parallel):
+    network = random_network("language", parallel, dtype="fp16")
+    optimizer = Optimizer(network, AdamConfig(max_skipped_steps=3), total_steps=9)
+    num_steps = 0
+    while not optimizer.skipped.is_stuck and num_steps < 99:
+        assert take_step(optimizer, 0, scale=1e38).was_skipped
+        num_steps += 1
+    # One is forgiven, 16 halve 2^16 to 1, and the three after them have no scale to blame.
+    assert num_steps == 1 + 16 + 3
+    assert optimizer.skipped.total == num_steps
 
 
 def test_learning_rate_must_be_positive(parallel: Parallel):

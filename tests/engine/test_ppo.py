@@ -252,25 +252,6 @@ def test_ranks_share_a_minibatch_without_overlap(dp: int, scene: Scene, parallel
     assert sorted(seen) == [0, 1, 2]
 
 
-def test_merged_updates_are_means_extremes_and_the_explained_variance():
-    common = {"return_variance": 4.0, "return_mean": 9.0, "error_mean": 9.0}
-    merged = merge_updates(
-        [
-            {"policy_loss": 1.0, "ratio_min": 0.9, "ratio_max": 1.3, "error_variance": 1.0}
-            | common,
-            {"policy_loss": 3.0, "ratio_min": 0.7, "ratio_max": 1.1, "error_variance": 3.0}
-            | common,
-        ]
-    )
-    assert merged == {
-        "update/policy_loss": 2.0,
-        "update/ratio_min": 0.7,
-        "update/ratio_max": 1.3,
-        "update/explained_variance": 0.5,
-        "update/first_ratio_error": pytest.approx(0.3),
-    }
-
-
 def test_critic_starts_as_the_reward_model(tiny: Path, tmp_path: Path, monkeypatch):
     seen = {}
 
