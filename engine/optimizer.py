@@ -52,6 +52,7 @@ class Optimizer:
         network.settle()  # all ranks hold the same: the first pass has nothing to wait for
         self.megatron = _distributed_adam(network, config)
         self.skipped = SkippedSteps(limit=config.max_skipped_steps)
+        self._use_fused_kernel()
         self._is_counted = self._counted_masters()
         self.await_state: Callable[[], None] = _at_hand
         network.config.grad_scale_func = (
@@ -186,7 +187,7 @@ class Optimizer:
             for group in optimizer.optimizer.param_groups:
                 for master in group["params"]:
                     optimizer.optimizer.state[master] = {
-                        "step": torch.tensor(0.0),
+                        "step": torch.zeros((), device=master.device),
                         "exp_avg": torch.zeros_like(master),
                         "exp_avg_sq": torch.zeros_like(master),
                     }
@@ -206,10 +207,11 @@ class Optimizer:
         with self.network.parallel.active():
             self.megatron.load_state_dict({k: v for k, v in state.items() if k not in ours})
         self.skipped.load_state_dict(state.get("skipped", {}))
+        self._use_fused_kernel()  # the groups are the checkpoint's now
         for optimizer in self._distributed():
-            for adam_state in optimizer.optimizer.state.values():
-                # megatron hands all of them one tensor, which Adam counts up in place.
-                adam_state["step"] = adam_state["step"].clone()
+            for master, adam_state in optimizer.optimizer.state.items():
+                # megatron hands all of them one tensor on the host, which Adam counts up in place.
+                adam_state["step"] = adam_state["step"].to(master.device, copy=True)
 
     def _read_norm(self) -> tuple[float, float]:
         """Return (norm of the gradients of all ranks, loss scale that they carry): the host waits
@@ -242,6 +244,14 @@ class Optimizer:
                 for m in self._masters()
             ]
         return torch.tensor(counted, device=self.network.parallel.device)
+
+    def _use_fused_kernel(self) -> None:
+        """Have torch's Adam update everything in one pass over memory; its count of steps then lies
+        on the device. apex's and Transformer Engine's Adam do so by themselves."""
+        for optimizer in self._distributed():
+            if isinstance(optimizer.optimizer, torch.optim.AdamW):
+                for group in optimizer.optimizer.param_groups:
+                    group["fused"] = True
 
     def _distributed(self) -> list:
         return getattr(self.megatron, "chained_optimizers", [self.megatron])
