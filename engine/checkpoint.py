@@ -43,6 +43,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from engine.boxes import boxes
 from engine.config import UserError
 from engine.ema import EMA
+from engine.finite import check_finite
 from engine.network import Network
 from engine.optimizer import Optimizer, Owned
 from engine.parallel import Parallel
@@ -68,7 +69,11 @@ class Checkpointer:
     tokenizer_fingerprint: str = ""
 
     def save(self, step: int, progress: dict[str, Any]) -> Path:
-        """Write checkpoint `step` with every rank's shards and the progress; return its folder."""
+        """Write checkpoint `step` with every rank's shards and the progress; return its folder.
+
+        UserError, and nothing written, where weights are not finite.
+        """
+        self._check_finite()
         with self._whole(f"step_{step:08d}") as folder:
             for role, network in self.networks.items():
                 self._save_network(folder / role, network, self.optimizers.get(role))
@@ -86,7 +91,8 @@ class Checkpointer:
 
     def save_weights(self, name: str) -> None:
         """Write checkpoint `name` with the networks' weights alone; it is kept, and not resumed
-        from."""
+        from. UserError, and nothing written, where weights are not finite."""
+        self._check_finite()
         with self._whole(name) as folder:
             for role, network in self.networks.items():
                 self._save_network(folder / role, network, None)
@@ -110,6 +116,17 @@ class Checkpointer:
         if self.ema is not None:
             self._load_ema(folder / "ema")
         return json.loads((folder / "progress.json").read_text())
+
+    def _check_finite(self) -> None:
+        for role, network in self.networks.items():
+            shadows = self.ema.shadows if self.ema and self.ema.optimizer.network is network else ()
+            check_finite(
+                network,
+                f"the weights of the {role} are not finite, and are not saved: the run goes no "
+                f"further. What was saved before in {self.directory} stays; lower the learning "
+                "rate, or use bf16 or fp32 in place of fp16",
+                shadows,
+            )
 
     @contextlib.contextmanager
     def _whole(self, name: str) -> Iterator[Path]:
@@ -155,6 +172,7 @@ class Checkpointer:
             state["optimizer"] = _sharded_optimizer(optimizer, state)
         loaded = _read(state, folder, network)
         _adopt(network, loaded)
+        check_finite(network, _broken(folder))
         if optimizer is not None:
             optimizer.load_state(loaded["optimizer"])
 
@@ -194,6 +212,11 @@ def load_weights(
             for chunk, tensors in state.items()
         }
     _adopt(network, _read(state, folder, network), strict=False)
+    check_finite(network, _broken(folder))
+
+
+def _broken(folder: Path) -> str:
+    return f"{folder}: weights that are not finite; take an earlier checkpoint"
 
 
 def find_network(path: Path, role: str) -> Path:

@@ -54,8 +54,11 @@ class EpochSelection:
         }
 
     def write(self, checkpointer: Checkpointer) -> None:
-        """Make the best epoch's weights those of the run, and write selected.json beside them."""
+        """Make the best epoch's weights those of the run, and write selected.json beside them;
+        nothing while no epoch has a reward."""
         best = best_epoch(self.epochs)
+        if best is None:
+            return
         name = epoch_name(int(best["epoch"]))
         checkpointer.select(name)
         if self.run.parallel.is_writer:
@@ -111,10 +114,11 @@ def load_selection(
     )
 
 
-def best_epoch(epochs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the epoch of the highest reward, the earliest of equal ones; a reward that is not
-    finite loses."""
-    return max(epochs, key=lambda e: e["reward"] if math.isfinite(e["reward"]) else -math.inf)
+def best_epoch(epochs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the epoch of the highest reward, the earliest of equal ones; None where no reward is
+    finite."""
+    rewarded = [epoch for epoch in epochs if math.isfinite(epoch["reward"])]
+    return max(rewarded, key=lambda epoch: epoch["reward"], default=None)
 
 
 def epoch_name(epoch: int) -> str:
