@@ -51,7 +51,7 @@ class Network:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
+        """The dtype of the weights; a scalar network's head is fp32 whatever it is."""
         return self.config.params_dtype
 
     @property
@@ -158,9 +158,10 @@ def _build_chunk(
         post_process=parallel.is_last_stage and stage == virtual_pp - 1,
         vp_stage=stage if virtual_pp > 1 else None,
     )
+    module.to(device=parallel.device, dtype=config.params_dtype)
     if isinstance(module, ScalarGPT) and module.post_process:
+        module.scalar_head.float()
         seed_for_head(parallel)
         module.scalar_head.initialise()
-    module.to(device=parallel.device, dtype=config.params_dtype)
     module.requires_grad_(False)
     return module

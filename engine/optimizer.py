@@ -2,7 +2,7 @@
 skipped, and the learning-rate schedule."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,11 +117,15 @@ class Optimizer:
             chunk.start_param_sync(force_sync=True)
         self.network.weights_version += 1
 
-    def adopt_weights(self) -> None:
+    def adopt_weights(self, only: Sequence[torch.nn.Parameter] | None = None) -> None:
         """Make the fp32 masters follow the network's weights, after those were loaded from a
-        checkpoint."""
+        checkpoint; or those of some parameters alone, after these were changed: 16-bit weights have
+        less than their masters do."""
         self.network.settle()
-        self.megatron.reload_model_params()
+        chosen = None if only is None else {id(parameter) for parameter in only}
+        for parameter, bounds, master in self.owned_masters():
+            if chosen is None or id(parameter) in chosen:
+                master.detach().copy_(parameter.detach().view(-1)[bounds])
 
     def owned_masters(self) -> list[Owned]:
         """Return the fp32 masters of this rank's shards."""
@@ -304,14 +308,33 @@ def make_trainable(network: Network) -> None:
     )
     with parallel.active():
         # On the first pipeline chunk buckets are reduced and gathered one by one; megatron makes
-        # one of the others, whose communication falls into bubbles.
+        # one of the others, whose communication falls into bubbles. An fp32 head has a bucket of
+        # its own all the same: not every backend gathers two dtypes in one message.
         network.chunks = [
-            DistributedDataParallel(network.config, config, module, disable_bucketing=stage > 0)
+            DistributedDataParallel(
+                network.config,
+                config,
+                module,
+                disable_bucketing=stage > 0 and len({p.dtype for p in module.parameters()}) == 1,
+            )
             for stage, module in enumerate(network.modules)
         ]
     for chunk in network.chunks:
         _await_head(chunk)
+        _gather_scalar_head_last(chunk)
     network.train(True)
+
+
+def _gather_scalar_head_last(chunk: DistributedDataParallel) -> None:
+    """Have an fp32 head's weights gathered behind the 16-bit ones, where that overlaps.
+
+    megatron starts with the last bucket of its list, whose parameters are read first; but the head
+    has a bucket of its own behind all others, for its dtype, and is read last.
+    """
+    if chunk.use_forward_hook and len(chunk.buffers) > 1 and len(chunk.bucket_groups) > 1:
+        *others, head = chunk.bucket_groups
+        head.next_param_gather_bucket_group = None
+        others[0].next_param_gather_bucket_group = head
 
 
 def _await_head(chunk: DistributedDataParallel) -> None:

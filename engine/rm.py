@@ -1,5 +1,6 @@
 """The reward model, trained on rankings of K answers (InstructGPT 3.5 and C.2)."""
 
+import math
 from typing import Any
 
 import torch
@@ -102,13 +103,19 @@ def train(config: RMConfig) -> dict[str, float]:
 
 def shift_bias(network: Network, optimizer: Optimizer, shift: float) -> None:
     """Add `shift` to the head's bias, so that demonstrations score 0 on average (InstructGPT C.2:
-    shift, no scale)."""
+    shift, no scale). The bias is fp32, and nothing else moves."""
+    if not math.isfinite(shift):
+        raise UserError(
+            f"demonstrations score {-shift} on average, which no bias shifts to 0: use bf16 or "
+            "fp32 in place of fp16"
+        )
+    network.settle()
+    biases = [m.scalar_head.bias for m in network.modules if hasattr(m, "scalar_head")]
     with torch.no_grad():
-        for module in network.modules:
-            head = getattr(module, "scalar_head", None)
-            if head is not None:
-                head.bias += shift
-    optimizer.adopt_weights()
+        for bias in biases:
+            bias += shift
+    optimizer.adopt_weights(only=biases)
+    network.weights_version += 1
 
 
 def _train_step(step: int, network: Network, optimizer: Optimizer, feed: Feed) -> dict[str, float]:

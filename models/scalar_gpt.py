@@ -18,16 +18,18 @@ from models.sizes import GPTSize
 
 
 class ScalarHead(MegatronModule):
-    """hidden -> one number. Weight std 1/sqrt(d+1), bias 0 (Stiennon et al. 2020, appendix B.1)."""
+    """hidden -> one number. Weight std 1/sqrt(d+1), bias 0 (Stiennon et al. 2020, appendix B.1).
+
+    Its parameters are fp32 whatever the trunk's dtype: a bias of 11 in bf16 moves in steps of 0.06,
+    which scores, values and the shift of a reward model would take over.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config=config)
         device = torch.cuda.current_device()
         hidden = config.hidden_size
-        self.weight = torch.nn.Parameter(
-            torch.empty(1, hidden, device=device, dtype=config.params_dtype)
-        )
-        self.bias = torch.nn.Parameter(torch.empty(1, device=device, dtype=config.params_dtype))
+        self.weight = torch.nn.Parameter(torch.empty(1, hidden, device=device, dtype=torch.float32))
+        self.bias = torch.nn.Parameter(torch.empty(1, device=device, dtype=torch.float32))
         self.initialise()
         for parameter in self.parameters():
             # Under sequence parallel each tp rank reads its own tokens: megatron sums these
@@ -41,7 +43,7 @@ class ScalarHead(MegatronModule):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return fp32 readings [T] of hidden [T, 1, H]."""
-        return (hidden[:, 0].float() @ self.weight.float().T + self.bias.float())[:, 0]
+        return (hidden[:, 0].float() @ self.weight.T + self.bias)[:, 0]
 
 
 class ScalarGPT(LanguageModule):

@@ -13,6 +13,7 @@ from engine.planning.parameters import (
     MOMENTS_BYTES,
     Kind,
     buffer_elements,
+    head_parameters,
     largest_parameter,
     network_parameters,
     owned_parameters,
@@ -68,8 +69,10 @@ class PlannedNetwork:
 
     def weight_bytes(self, pp_rank: int) -> int:
         """Return the bytes of the weights on a stage, the padding of buffers (kilobytes) aside."""
-        elements = network_parameters(self.kind, self.size, self.layout, pp_rank=pp_rank)
-        return self.element_bytes * elements
+        where = (self.kind, self.size, self.layout)
+        head = head_parameters(*where, pp_rank=pp_rank)
+        trunk = network_parameters(*where, pp_rank=pp_rank) - head
+        return self.element_bytes * trunk + 4 * head
 
     def gradient_bytes(self, pp_rank: int) -> int:
         """Return the bytes of the gradient buffers."""

@@ -32,7 +32,7 @@ def network_parameters(kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_
     hold the size.
     """
     layout.check(size)
-    return sum(
+    return head_parameters(kind, size, layout, pp_rank=pp_rank) + sum(
         elements
         for chunk in range(layout.virtual_pp)
         for elements, _ in _chunk_parameters(kind, size, layout, pp_rank, chunk)
@@ -52,7 +52,7 @@ def optimizer_bytes(
     kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int
 ) -> int:
     """Return the bytes of fp32 masters and Adam's two moments of 16-bit weights, on the
-    replica's rank that holds most.
+    replica's rank that holds most; an fp32 head's weights, its own masters, are among them.
 
     dp x cp replicas own equal ranges of the padded buffers, and allocate state for the parameters
     in theirs.
@@ -62,11 +62,17 @@ def optimizer_bytes(
     )
 
 
+def head_parameters(kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int) -> int:
+    """Return the parameters of a scalar network's head on a stage: fp32 whatever the dtype."""
+    return size.hidden_size + 1 if kind == "scalar" and pp_rank == layout.pp - 1 else 0
+
+
 @functools.lru_cache(maxsize=4096)
 def owned_parameters(
     kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int
 ) -> int:
-    """Return the parameters whose optimizer state the fullest of a stage's replicas keeps."""
+    """Return the parameters whose optimizer state the fullest of a stage's replicas keeps, where
+    weights have 16 bits."""
     layout.check(size)
     num_replicas = dp * layout.cp
     owned = [0] * num_replicas
@@ -84,7 +90,7 @@ def buffer_elements(
     kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int
 ) -> int:
     """Return the elements of a trainable network's weight buffers, and of its gradient buffers:
-    its parameters and their padding."""
+    its parameters and their padding, where weights have 16 bits."""
     layout.check(size)
     return sum(
         num_elements
@@ -96,8 +102,8 @@ def buffer_elements(
 def _chunk_parameters(
     kind: Kind, size: GPTSize, layout: ParallelLayout, pp_rank: int, chunk: int
 ) -> list[tuple[int, bool]]:
-    """Return (elements, has a bucket of its own) of one model chunk, in the order of its
-    modules."""
+    """Return (elements, has a bucket of its own) of one model chunk, in the order of its modules.
+    A scalar head's are left out: see _buckets."""
     hidden, tp = size.hidden_size, layout.tp
     is_first = pp_rank == 0 and chunk == 0
     is_last = pp_rank == layout.pp - 1 and chunk == layout.virtual_pp - 1
@@ -121,9 +127,7 @@ def _chunk_parameters(
     found += [(elements, False) for elements in layer * num_layers]
     if is_last:
         found += [(elements, False) for elements in norm]
-        if kind == "scalar":
-            found += [(hidden, False), (1, False)]
-        elif layout.pp > 1:
+        if kind == "language" and layout.pp > 1:
             found.append((size.padded_vocab_size // tp * hidden, is_shared))
     return found
 
@@ -133,7 +137,8 @@ def _buckets(  # noqa: PLR0913 - one chunk of one rank, each coordinate named
 ) -> Buckets:
     """Return the buckets of a chunk's buffer: parameters in reverse order, aligned and padded as
     megatron's _ParamAndGradBuffer does on GPUs: several buckets on the first chunk of the first
-    stage where their reduction overlaps, one elsewhere, and one for a shared embedding."""
+    stage where their reduction overlaps, one elsewhere, one for a shared embedding, and one for a
+    scalar head, which is fp32 and so has a buffer of its own beside 16-bit weights."""
     buckets: Buckets = []
     spans: list[tuple[int, int]] = []
     num_replicas = dp * layout.cp
@@ -157,6 +162,10 @@ def _buckets(  # noqa: PLR0913 - one chunk of one rank, each coordinate named
         if is_alone or spans[-1][1] >= full:
             close()
     close()
+    if chunk == layout.virtual_pp - 1 and head_parameters(kind, size, layout, pp_rank=pp_rank):
+        weight = _round_up(1, PARAMETER_ALIGNMENT)
+        spans = [(0, 1), (weight, weight + size.hidden_size)]
+        close()
     return buckets
 
 

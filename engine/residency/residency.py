@@ -13,7 +13,7 @@ that trains is on the GPU, for checkpoints.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -266,26 +266,30 @@ def model_bytes(
     Of an optimizer: fp32 gradients of all parameters; masters (where the weights are not fp32
     themselves), two moments and perhaps the average of this rank's share.
     """
-    itemsize = network.dtype.itemsize
-    num_parameters = num_outside = num_in_layer = 0
+    num_bytes = num_outside = num_in_layer = num_parameters = 0
     for module in network.modules:
-        total = sum(p.numel() for p in module.parameters())  # a tied embedding counts once
-        layers = [sum(p.numel() for p in layer.parameters()) for layer in module.decoder.layers]
-        num_parameters += total
+        total = _size(module.parameters())  # a tied embedding counts once
+        layers = [_size(layer.parameters()) for layer in module.decoder.layers]
+        num_bytes += total
         num_outside = max(num_outside, total - sum(layers))
         num_in_layer = max(num_in_layer, *layers)
-    num_owned, num_copies = 0, 0
-    if optimizer is not None:
-        num_owned = sum(master.numel() for _, _, master in optimizer.owned_masters())
-        num_copies = 2 + (network.dtype is not torch.float32) + (ema is not None)
+        num_parameters += sum(p.numel() for p in module.parameters())
+    state = 0
+    for parameter, _, master in optimizer.owned_masters() if optimizer is not None else ():
+        num_copies = 2 + (parameter.dtype is not torch.float32) + (ema is not None)
+        state += 4 * num_copies * master.numel()
     return ModelBytes(
-        weights=num_parameters * itemsize,
+        weights=num_bytes,
         gradients=4 * num_parameters if optimizer is not None else 0,
-        optimizer=4 * num_copies * num_owned,
-        layer=num_in_layer * itemsize,
-        ends=num_outside * itemsize,
+        optimizer=state,
+        layer=num_in_layer,
+        ends=num_outside,
         dp=network.parallel.dp,
     )
+
+
+def _size(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(p.nbytes for p in parameters)
 
 
 def _count(storages: list[UntypedStorage]) -> Callable[[], int]:

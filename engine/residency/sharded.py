@@ -35,8 +35,8 @@ class ShardedWeights:
     def _shard(self, chunk: Any, parallel: Parallel) -> None:
         layers = list(chunk.decoder.layers)
         inside = {p for layer in layers for p in layer.parameters()}
-        outside = [p for p in chunk.parameters() if p not in inside]
-        ends = [_Unit(outside, parallel)] if outside else []  # none in the middle of a pipeline
+        outside = [p for p in chunk.parameters() if p not in inside]  # none within a pipeline
+        ends = [_Unit(part, parallel) for part in _by_dtype(outside)]
         units = [_Unit(list(layer.parameters()), parallel) for layer in layers]
         self._units += ends + units
 
@@ -69,8 +69,14 @@ class ShardedWeights:
             layer.register_forward_hook(end_layer)
 
 
+def _by_dtype(parameters: list[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
+    """Return the parameters of each dtype: a scalar network's head is fp32."""
+    dtypes = dict.fromkeys(p.dtype for p in parameters)
+    return [[p for p in parameters if p.dtype is dtype] for dtype in dtypes]
+
+
 class _Unit:
-    """Parameters that are gathered together."""
+    """Parameters of one dtype that are gathered together."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], parallel: Parallel) -> None:
         self._parameters = parameters

@@ -44,7 +44,11 @@ def test_weights_have_the_dtype_that_was_asked_for(dtype, expected, parallel: Pa
     for kind in ("language", "scalar"):
         network = build_network(kind, SIZE, parallel, numerics=Numerics(dtype=dtype))
         assert network.dtype is expected
-        assert {p.dtype for m in network.modules for p in m.parameters()} == {expected}
+        dtypes = {n: p.dtype for m in network.modules for n, p in m.named_parameters()}
+        # A head's readings are fp32, and so are its parameters.
+        heads = {n: dtypes.pop(n) for n in list(dtypes) if n.startswith("scalar_head.")}
+        assert set(dtypes.values()) == {expected}
+        assert set(heads.values()) == ({torch.float32} if kind == "scalar" else set())
 
 
 def test_network_does_what_its_device_chooses_unless_told(parallel: Parallel):

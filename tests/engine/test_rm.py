@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from engine.checkpoint import load_weights
+from engine.config import UserError
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.tokenizer import load_tokenizer
 from engine.feed import pack_for
@@ -47,16 +49,45 @@ def test_demonstrations_score_zero_on_average(tiny: Path, tmp_path: Path, parall
     assert abs(shift) > 0.1
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_shift_reaches_the_masters(dtype: str, parallel: Parallel):
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("bias", [0.3, 11.0])
+def test_shift_is_exact_and_moves_the_bias_alone(
+    dtype: str, bias: float, tiny: Path, parallel: Parallel
+):
     network = random_network("scalar", parallel, dtype=dtype)
     optimizer = Optimizer(network, AdamConfig(), total_steps=9)
     head = network.modules[0].scalar_head
-    before = head.bias.item()
-    shift_bias(network, optimizer, -0.5)
-    assert head.bias.item() == pytest.approx(before - 0.5, rel=1e-2)
-    masters = {id(parameter): master for parameter, _, master in optimizer.owned_masters()}
-    assert masters[id(head.bias)].item() == head.bias.item()
+    with torch.no_grad():
+        head.bias.fill_(bias)
+        for parameter, _, master in optimizer.owned_masters():
+            if parameter.dtype is not torch.float32:
+                master += 1e-6 * master.abs()  # what 16 bits do not hold
+    before = [m.clone() for _, _, m in optimizer.owned_masters()]
+    mean = scores_of_demonstrations(network, tiny, 10).double().mean().item()
+    shift_bias(network, optimizer, -mean)
+    after = scores_of_demonstrations(network, tiny, 10).double().mean().item()
+    assert abs(after) < 2e-6  # a rounding of fp32 at 11
+    for (parameter, _, master), kept in zip(optimizer.owned_masters(), before, strict=True):
+        if parameter is head.bias:
+            assert master.item() == head.bias.item() == pytest.approx(bias - mean, abs=1e-6)
+        else:
+            assert torch.equal(master, kept)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_16_bit_run_ends_with_demonstrations_at_zero(dtype: str, tiny: Path, tmp_path: Path):
+    numerics = Numerics(dtype=dtype)
+    train(rm_config(tiny, tmp_path, numerics=numerics))
+    parallel = start_parallel(ParallelLayout(), seed=0)
+    network = build_network("scalar", SIZE, parallel, numerics=numerics)
+    load_weights(network, tmp_path, role="reward_model")
+    assert scores_of_demonstrations(network, tiny, 10).mean().item() == pytest.approx(0, abs=1e-6)
+
+
+def test_scores_that_are_not_finite_are_not_shifted_to_zero(parallel: Parallel):
+    network = random_network("scalar", parallel)
+    with pytest.raises(UserError, match="demonstrations score nan"):
+        shift_bias(network, Optimizer(network, AdamConfig(), total_steps=9), math.nan)
 
 
 def test_without_demonstrations_nothing_is_shifted(tiny: Path, tmp_path: Path):
