@@ -119,7 +119,14 @@ def check_rank(model: Model, rank: Rank) -> None:
     if model.adam is None:
         return
     dp = len(rank.num_owned) // model.layout.cp
-    planned = optimizer_bytes(model.kind, model.size, model.layout, pp_rank=rank.pp_rank, dp=dp)
+    planned = optimizer_bytes(
+        model.kind,
+        model.size,
+        model.layout,
+        pp_rank=rank.pp_rank,
+        dp=dp,
+        dtype=model.numerics.dtype,
+    )
     held = STATE_BYTES * max(rank.num_owned)
     if planned != held:
         raise UserError(

@@ -110,11 +110,13 @@ class PlannedNetwork:
 
     def buffer_elements(self, pp_rank: int) -> int:
         """Return the elements of a trained network's buffers on a stage."""
-        return buffer_elements(self.kind, self.size, self.layout, pp_rank=pp_rank, dp=self.dp)
+        where = (self.kind, self.size, self.layout)
+        return buffer_elements(*where, pp_rank=pp_rank, dp=self.dp, dtype=self.numerics.dtype)
 
     def owned_parameters(self, pp_rank: int) -> int:
         """Return the parameters whose optimizer state the fullest rank of a stage keeps."""
-        return owned_parameters(self.kind, self.size, self.layout, pp_rank=pp_rank, dp=self.dp)
+        where = (self.kind, self.size, self.layout)
+        return owned_parameters(*where, pp_rank=pp_rank, dp=self.dp, dtype=self.numerics.dtype)
 
     def activation_bytes(self, pp_rank: int, rows: int, row_tokens: float) -> int:
         """Return the bytes kept for the backward pass of `rows` rows in the pipeline, at the most

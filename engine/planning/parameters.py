@@ -48,17 +48,17 @@ def largest_parameter(kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_r
     )
 
 
-def optimizer_bytes(
-    kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int
+def optimizer_bytes(  # noqa: PLR0913 - one rank, each coordinate named
+    kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int, dtype: str = "bf16"
 ) -> int:
-    """Return the bytes of fp32 masters and Adam's two moments of 16-bit weights, on the
-    replica's rank that holds most; an fp32 head's weights, its own masters, are among them.
+    """Return the bytes of fp32 masters and Adam's two moments, on the replica's rank that holds
+    most; fp32 weights, which are their own masters, are among them.
 
     dp x cp replicas own equal ranges of the padded buffers, and allocate state for the parameters
     in theirs.
     """
     return (MASTER_BYTES + MOMENTS_BYTES) * owned_parameters(
-        kind, size, layout, pp_rank=pp_rank, dp=dp
+        kind, size, layout, pp_rank=pp_rank, dp=dp, dtype=dtype
     )
 
 
@@ -68,16 +68,15 @@ def head_parameters(kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_ran
 
 
 @functools.lru_cache(maxsize=4096)
-def owned_parameters(
-    kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int
+def owned_parameters(  # noqa: PLR0913
+    kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int, dtype: str = "bf16"
 ) -> int:
-    """Return the parameters whose optimizer state the fullest of a stage's replicas keeps, where
-    weights have 16 bits."""
+    """Return the parameters whose optimizer state the fullest of a stage's replicas keeps."""
     layout.check(size)
     num_replicas = dp * layout.cp
     owned = [0] * num_replicas
     for chunk in range(layout.virtual_pp):
-        for num_elements, spans in _buckets(kind, size, layout, pp_rank, chunk, dp=dp):
+        for num_elements, spans in _buckets(kind, size, layout, pp_rank, chunk, dp=dp, dtype=dtype):
             share = num_elements // num_replicas
             for start, end in spans:
                 for rank in range(start // share, (end - 1) // share + 1):
@@ -86,24 +85,24 @@ def owned_parameters(
 
 
 @functools.lru_cache(maxsize=4096)
-def buffer_elements(
-    kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int
+def buffer_elements(  # noqa: PLR0913
+    kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int, dtype: str = "bf16"
 ) -> int:
     """Return the elements of a trainable network's weight buffers, and of its gradient buffers:
-    its parameters and their padding, where weights have 16 bits."""
+    its parameters and their padding."""
     layout.check(size)
     return sum(
         num_elements
         for chunk in range(layout.virtual_pp)
-        for num_elements, _ in _buckets(kind, size, layout, pp_rank, chunk, dp=dp)
+        for num_elements, _ in _buckets(kind, size, layout, pp_rank, chunk, dp=dp, dtype=dtype)
     )
 
 
 def _chunk_parameters(
     kind: Kind, size: GPTSize, layout: ParallelLayout, pp_rank: int, chunk: int
 ) -> list[tuple[int, bool]]:
-    """Return (elements, has a bucket of its own) of one model chunk, in the order of its modules.
-    A scalar head's are left out: see _buckets."""
+    """Return (elements, has a bucket of its own) of one model chunk's trunk, in the order of its
+    modules."""
     hidden, tp = size.hidden_size, layout.tp
     is_first = pp_rank == 0 and chunk == 0
     is_last = pp_rank == layout.pp - 1 and chunk == layout.virtual_pp - 1
@@ -133,7 +132,14 @@ def _chunk_parameters(
 
 
 def _buckets(  # noqa: PLR0913 - one chunk of one rank, each coordinate named
-    kind: Kind, size: GPTSize, layout: ParallelLayout, pp_rank: int, chunk: int, *, dp: int
+    kind: Kind,
+    size: GPTSize,
+    layout: ParallelLayout,
+    pp_rank: int,
+    chunk: int,
+    *,
+    dp: int,
+    dtype: str,
 ) -> Buckets:
     """Return the buckets of a chunk's buffer: parameters in reverse order, aligned and padded as
     megatron's _ParamAndGradBuffer does on GPUs: several buckets on the first chunk of the first
@@ -154,7 +160,13 @@ def _buckets(  # noqa: PLR0913 - one chunk of one rank, each coordinate named
             buckets.append((_round_up(spans[-1][1], multiple), spans))
         spans = []
 
-    for elements, is_alone in reversed(_chunk_parameters(kind, size, layout, pp_rank, chunk)):
+    parameters = _chunk_parameters(kind, size, layout, pp_rank, chunk)
+    is_last = chunk == layout.virtual_pp - 1
+    has_head = is_last and head_parameters(kind, size, layout, pp_rank=pp_rank) > 0
+    head = [(size.hidden_size, False), (1, False)] if has_head else []
+    if dtype == "fp32":
+        parameters, head = [*parameters, *head], []
+    for elements, is_alone in reversed(parameters):
         if is_alone:
             close()
         start = _round_up(spans[-1][1], PARAMETER_ALIGNMENT) if spans else 0
@@ -162,10 +174,10 @@ def _buckets(  # noqa: PLR0913 - one chunk of one rank, each coordinate named
         if is_alone or spans[-1][1] >= full:
             close()
     close()
-    if chunk == layout.virtual_pp - 1 and head_parameters(kind, size, layout, pp_rank=pp_rank):
-        weight = _round_up(1, PARAMETER_ALIGNMENT)
-        spans = [(0, 1), (weight, weight + size.hidden_size)]
-        close()
+    for elements, _ in reversed(head):
+        start = _round_up(spans[-1][1], PARAMETER_ALIGNMENT) if spans else 0
+        spans.append((start, start + elements))
+    close()
     return buckets
 
 

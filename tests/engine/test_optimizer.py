@@ -1,4 +1,5 @@
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -229,6 +230,24 @@ def test_a_step_reads_one_number_of_the_device_once(
     with HostReads(monkeypatch) as reads:
         assert not optimizer.step(0).was_skipped
     assert reads.count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_step_waits_for_a_gpu_once(dtype: str, parallel: Parallel):
+    network = random_network("language", parallel, dtype=dtype)
+    optimizer = Optimizer(network, AdamConfig(clip_norm=1e-3), total_steps=9)
+    take_step(optimizer, 0)  # Adam's state is there, the first time's waits are over
+    optimizer.zero_gradients()
+    forward_backward(network, [batch().to(parallel.device)], NegativeLogLikelihood(39))
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            optimizer.step(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in seen if "synchroniz" in str(w.message)]) == 1
 
 
 def test_host_reads_are_seen(parallel: Parallel, monkeypatch: pytest.MonkeyPatch):

@@ -152,7 +152,7 @@ def test_plan_follows_where_models_rest():
     assert resident.fullest.host.keys() == {"checkpoint"}
     assert parked.phases[1].seconds["swap"] > 0 == resident.phases[1].seconds["swap"]
     taken = [sum(found.fullest.phases["update"].values()) for found in (resident, parked)]
-    assert taken[0] - taken[1] == 2 * weights + 2 * 4097  # the reward model's head besides
+    assert taken[0] - taken[1] == 2 * weights + 4 * 4097  # the reward model's fp32 head besides
 
 
 def test_critic_may_be_cut_otherwise_than_the_policy():

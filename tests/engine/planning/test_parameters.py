@@ -35,10 +35,13 @@ LAYOUTS = [
     ParallelLayout(cp=2, overlap_grad_reduce=True),
     ParallelLayout(tp=2, pp=2, cp=2),
 ]
+Case = tuple[Kind, ParallelLayout, int, int, str]
 BUCKET = 5000  # elements, so that the first chunk has several where their reduction overlaps
 
 
-def build_and_count(kind: Kind, layout: ParallelLayout, pp_rank: int, dp: int) -> list[int]:
+def build_and_count(
+    kind: Kind, layout: ParallelLayout, pp_rank: int, dp: int, dtype: str
+) -> list[int]:
     """Return (parameters, buffer elements, optimizer bytes) of the real thing, the bytes of the
     replica's rank that holds most; a rank at a time, over collectives that do nothing."""
     num_replicas = dp * layout.cp
@@ -53,7 +56,7 @@ def build_and_count(kind: Kind, layout: ParallelLayout, pp_rank: int, dp: int) -
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
         place = parallel.start_parallel(layout, seed=0)
         assert (place.pp_rank, place.replica_rank) == (pp_rank, replica_rank)
-        network = build_network(kind, SIZE, place, numerics=Numerics(dtype="bf16"))
+        network = build_network(kind, SIZE, place, numerics=Numerics(dtype=dtype))
         num_parameters = sum(p.numel() for module in network.modules for p in module.parameters())
         optimizer = Optimizer(network, AdamConfig(), total_steps=1)
         optimizer.prepare_state()
@@ -69,7 +72,7 @@ def build_and_count(kind: Kind, layout: ParallelLayout, pp_rank: int, dp: int) -
     return [num_parameters, buffers, max(optimizer_bytes_by_rank)]
 
 
-def build_all(cases: list[tuple[Kind, ParallelLayout, int, int]]) -> list[list[int]]:
+def build_all(cases: list[Case]) -> list[list[int]]:
     engine.optimizer.BUCKET_ELEMENTS = BUCKET
     return [build_and_count(*case) for case in cases]
 
@@ -77,22 +80,26 @@ def build_all(cases: list[tuple[Kind, ParallelLayout, int, int]]) -> list[list[i
 @pytest.mark.slow
 def test_parameters_and_optimizer_state_are_those_of_the_real_network(monkeypatch):
     monkeypatch.setattr(parameters, "BUCKET_ELEMENTS", BUCKET)
-    cases: list[tuple[Kind, ParallelLayout, int, int]] = [
-        (kind, layout, pp_rank, 3)
-        for kind, layouts in (("language", LAYOUTS), ("scalar", LAYOUTS[1:3] + LAYOUTS[-1:]))
+    cases: list[Case] = [
+        (kind, layout, pp_rank, 3, dtype)
+        for kind, layouts, dtype in (
+            ("language", LAYOUTS, "bf16"),
+            ("scalar", LAYOUTS[1:4] + LAYOUTS[-1:], "bf16"),
+            ("scalar", LAYOUTS[1:4], "fp32"),
+        )
         for plain in layouts
         # Without a choice reductions overlap on GPUs alone, and a plan is for those.
         for layout in [replace(plain, overlap_grad_reduce=bool(plain.overlap_grad_reduce))]
         for pp_rank in {0, layout.pp // 2, layout.pp - 1}
     ]
     (found,) = run_ranks(build_all, 1, cases)
-    for (kind, layout, pp_rank, dp), real in zip(cases, found, strict=True):
+    for (kind, layout, pp_rank, dp, dtype), real in zip(cases, found, strict=True):
         planned = [
             network_parameters(kind, SIZE, layout, pp_rank=pp_rank),
-            buffer_elements(kind, SIZE, layout, pp_rank=pp_rank, dp=dp),
-            optimizer_bytes(kind, SIZE, layout, pp_rank=pp_rank, dp=dp),
+            buffer_elements(kind, SIZE, layout, pp_rank=pp_rank, dp=dp, dtype=dtype),
+            optimizer_bytes(kind, SIZE, layout, pp_rank=pp_rank, dp=dp, dtype=dtype),
         ]
-        assert planned == real, (kind, layout, pp_rank, dp)
+        assert planned == real, (kind, layout, pp_rank, dp, dtype)
 
 
 def test_one_rank_holds_the_parameters_of_the_size_and_the_padding_of_its_vocabulary():
