@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -19,6 +19,7 @@ from rich.table import Table
 
 from benchmarks.timing import num_host_syncs, summary, wall_clock
 from engine.generation.generate import generate
+from engine.generation.graphs import CudaGraph
 from engine.generation.scheduler import Counts
 from engine.network import Network
 from engine.settings.sampling import SamplingConfig
@@ -83,29 +84,20 @@ class Captures:
 
     count: int = 0
     seconds: float = 0.0
-    _started: float = field(default=0.0, repr=False)
 
 
 @contextlib.contextmanager
-def counting_captures(graph_class: Any = torch.cuda.graph) -> Iterator[Captures]:
-    """Run a block and count the captures in it, torch's preparations for them included."""
-    found = Captures()
-    enter, leave = graph_class.__enter__, graph_class.__exit__
+def counting_captures(graph_class: Any = CudaGraph) -> Iterator[Captures]:
+    """Run a block and count the graphs recorded in it; their seconds include the run before."""
+    found, record = Captures(), graph_class.__init__
 
-    def counted_enter(self: Any) -> Any:
-        found._started = time.perf_counter()
-        return enter(self)
-
-    def counted_leave(self: Any, *error: Any) -> Any:
-        result = leave(self, *error)
+    def counted(self: Any, *arguments: Any) -> None:
+        start = time.perf_counter()
+        record(self, *arguments)
         found.count += 1
-        found.seconds += time.perf_counter() - found._started
-        return result
+        found.seconds += time.perf_counter() - start
 
-    with (
-        mock.patch.object(graph_class, "__enter__", counted_enter),
-        mock.patch.object(graph_class, "__exit__", counted_leave),
-    ):
+    with mock.patch.object(graph_class, "__init__", counted):
         yield found
 
 

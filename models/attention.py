@@ -1,5 +1,5 @@
-"""Causal attention over packed sequences: flash-attn where installed, torch's varlen flash on CUDA,
-SDPA on the CPU.
+"""Causal attention over packed sequences: flash-attn where installed, else on CUDA cuDNN where all
+have one length and torch's varlen flash where not; SDPA on the CPU.
 
 Tokens of all sequences lie in one row [T, heads, dim] with cu_seqlens between them; nothing is
 padded on the left, so learned positions start at 0 in every sequence.
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.context_parallel import ContextShare, gather_row
 
@@ -39,10 +40,12 @@ def _find_flash_attention() -> tuple[str, Callable[..., Any] | None]:
             if not is_absent:
                 said = " ".join(str(error).split())[:200]
                 broken += f"; {name} does not import: {type(error).__name__}: {said}"
-    return "torch varlen (FlashAttention 2)" + broken, None
+    return "torch varlen (FlashAttention 2), cuDNN for equal lengths" + broken, None
 
 
 _flash_attention, _flash_attn_varlen = _find_flash_attention()
+_CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+_CUDNN_LENGTHS = 128  # tokens: a tile of its kernels
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
@@ -175,6 +178,8 @@ def packed_attention(
     tokens.
     """
     if _takes_flash(query.device.type, query.dtype):
+        if _flash_attn_varlen is None and _suits_cudnn(sequences, len(query)):
+            return _cudnn_attention(query, key, value, sequences.max_seqlen_q, scale)
         return _varlen_attention(query, key, value, sequences, scale)
     num_sequences = len(sequences.cu_seqlens_q) - 1
     is_whole = sequences.cu_seqlens_kv is sequences.cu_seqlens_q
@@ -207,6 +212,32 @@ def _attention_of_one(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
     return out.transpose(0, 1)
+
+
+def _suits_cudnn(sequences: PackedSequences, num_tokens: int) -> bool:
+    """True where all sequences have one length, as pretraining's have, and that a round one.
+
+    cuDNN makes a plan for every shape, which takes the host a good part of a second: lengths that
+    chance makes equal shall not each cost one.
+    """
+    longest = sequences.max_seqlen_q
+    is_whole = sequences.cu_seqlens_kv is sequences.cu_seqlens_q
+    is_even = (len(sequences.cu_seqlens_q) - 1) * longest == num_tokens
+    return is_whole and is_even and longest % _CUDNN_LENGTHS == 0
+
+
+def _cudnn_attention(
+    query: Tensor, key: Tensor, value: Tensor, length: int, scale: float
+) -> Tensor:
+    """Attention [T, heads, dim] within sequences of one length.
+
+    cuDNN's kernels use Hopper's own matrix instructions, FlashAttention 2 those of an A100. Under
+    deterministic algorithms, which cuDNN's backward pass is not, torch leaves it out.
+    """
+    q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (query, key, value))
+    with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _varlen_attention(

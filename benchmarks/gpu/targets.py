@@ -136,7 +136,8 @@ def _newest_of(records: Sequence[Record], benchmark: str, **wanted: object) -> l
         for r in records
         if r["benchmark"] == benchmark and all(r.get(k) == v for k, v in wanted.items())
     ]
-    return newest(found, lambda r: (str(_size(r)), r.get("workload"), r.get("part")))
+    parts = ("workload", "micro_batch_tokens")
+    return newest(found, lambda r: (str(_size(r)), *(r.get(part) for part in parts)))
 
 
 def _size(record: Record) -> dict:
@@ -174,7 +175,8 @@ def _decode(records: Sequence[Record]) -> Finding | None:
 
 
 def _sft_step(records: Sequence[Record]) -> Finding | None:
-    found = _largest(_newest_of(records, "train_step"))
+    steps = sorted(_newest_of(records, "train_step"), key=lambda r: r["mfu"])
+    found = _largest(steps)  # with the micro-batches that suit each best
     if "trident" not in found:
         return None
     ours, beside = found["trident"], ""

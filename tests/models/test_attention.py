@@ -9,8 +9,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.device import make_deterministic
 from models import attention
-from models.attention import PackedSequences, attention_backend, packed_attention
+from models.attention import (
+    PackedSequences,
+    _cudnn_attention,
+    _suits_cudnn,
+    attention_backend,
+    packed_attention,
+)
 
+TORCH = "torch varlen (FlashAttention 2), cuDNN for equal lengths"
 SCALE = 0.4
 EVEN = (7, 8, 6)  # go through one padded call
 UNEVEN = (1, 29, 2, 3, 1)  # go one by one
@@ -120,7 +127,7 @@ def packages(monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]) -> None:
 def test_the_newest_flash_attention_that_is_installed_is_taken(monkeypatch):
     old, new = SimpleNamespace(flash_attn_varlen_func=2), SimpleNamespace(flash_attn_varlen_func=4)
     packages(monkeypatch, {})
-    assert attention._find_flash_attention() == ("torch varlen (FlashAttention 2)", None)
+    assert attention._find_flash_attention() == (TORCH, None)
     packages(monkeypatch, {"flash_attn": old})
     assert attention._find_flash_attention() == ("flash-attn 2", 2)
     packages(monkeypatch, {"flash_attn": old, "flash_attn.cute": new})
@@ -143,7 +150,7 @@ def test_a_flash_attention_that_does_not_import_is_named(error: Exception, monke
     name, function = attention._find_flash_attention()
     assert function is None
     said = f"flash-attn 4 does not import: {type(error).__name__}: {error}"
-    assert name == f"torch varlen (FlashAttention 2); {said}"
+    assert name == f"{TORCH}; {said}"
 
 
 def test_the_backend_is_that_of_the_device_and_the_dtype(monkeypatch):
@@ -163,8 +170,34 @@ def test_torch_takes_our_call_of_its_flash_attention(monkeypatch):
     assert (out.shape, out.dtype, out.device.type) == (query.shape, query.dtype, "cuda")
 
 
+@pytest.mark.parametrize(
+    ("lengths", "suits"),
+    [
+        ((256, 256), True),
+        ((1024,), True),
+        ((256, 128), False),
+        ((200, 200), False),  # a plan for every length that chance makes equal
+        ((256, 0), False),
+    ],
+)
+def test_cudnn_takes_rows_of_one_round_length(lengths: tuple[int, ...], suits: bool):
+    sequences = packed(lengths)
+    assert _suits_cudnn(sequences, sum(lengths)) == suits
+    # Queries may be the last of more keys.
+    sequences.cu_seqlens_kv = sequences.cu_seqlens_q.clone()
+    assert not _suits_cudnn(sequences, sum(lengths))
+
+
+def test_cudnn_attention_is_the_naive_one():
+    query, key, value = (torch.randn(256, 3, 64) for _ in range(3))
+    sequences = packed((128, 128))
+    out = _cudnn_attention(query, key, value, 128, SCALE)  # on a CPU by the second choice
+    expected = naive(query, key, value, sequences.cu_seqlens_q, sequences.cu_seqlens_q)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [EVEN, UNEVEN, EMPTY, (700, 1, 1300)])
+@pytest.mark.parametrize("lengths", [EVEN, UNEVEN, EMPTY, (700, 1, 1300), (256,) * 3, (1024,)])
 def test_flash_attention_is_the_naive_one(lengths: tuple[int, ...]):
     generator = torch.Generator().manual_seed(0)
     shape = (sum(lengths), 3, 64)
@@ -185,10 +218,11 @@ def test_flash_attention_is_the_naive_one(lengths: tuple[int, ...]):
 
 
 @pytest.mark.gpu
-def test_deterministic_gradients_have_the_same_bits_every_time(monkeypatch):
+@pytest.mark.parametrize("lengths", [(2000, 1, 1500), (1024, 1024)])
+def test_deterministic_gradients_have_the_same_bits_every_time(monkeypatch, lengths):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # and put back after the test
     monkeypatch.setenv("NCCL_ALGO", "Ring")
-    lengths = (2000, 1, 1500)  # many blocks of keys add to a query's gradient
+    # Many blocks of keys add to a query's gradient.
     inputs = [
         torch.randn(sum(lengths), 8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for _ in range(3)
