@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import launch
 from kernels.clipped_loss import policy_token_losses
 from kernels.launch import LaunchConfig
+from kernels.linear_chunks import matmul
 from kernels.linear_logprobs import (
     ProportionalLoss,
-    _matmul,
     linear_logprobs,
     linear_logprobs_loss,
 )
@@ -364,7 +364,7 @@ def test_a_gpu_sums_products_of_half_precision_in_fp32(dtype: torch.dtype) -> No
     with FakeTensorMode(), Recorder() as recorder:  # shapes on a GPU that is not there
         hidden, weight = (torch.empty(n, 40, dtype=dtype, device="cuda:0") for n in (12, WIDTH))
         out = torch.empty(12, WIDTH, device="cuda:0")
-        assert _matmul(hidden, weight.t(), out).dtype == torch.float32
+        assert matmul(hidden, weight.t(), out).dtype == torch.float32
     # The operands go in as they are, and nothing is rounded to their precision on its way out.
     assert recorder.names[-1] == "aten.mm.dtype_out"
     assert not any("_to_copy" in name for name in recorder.names)
