@@ -84,7 +84,7 @@ def main() -> None:
             records += case.records
             del case
             free_memory(device)
-        if arguments.out and sizes:
+        if arguments.out and sizes and not arguments.no_plots:
             picture = records_path(arguments.out, device).with_suffix("") / f"{name}.png"
             title = f"{name} on {where['device']}, {where['date']}, commit {where['commit']}"
             plot(records, sizes, title, picture)
@@ -141,6 +141,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=60.0, help="seconds of a provider, first call and samples"
     )
+    parser.add_argument("--no-plots", action="store_true", help="records alone")
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended) and plots")
     return parser.parse_args()
 

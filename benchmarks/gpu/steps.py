@@ -16,14 +16,22 @@ ROOT = Path(__file__).parents[2]
 # (name, seconds after which it counts as hung, program of benchmarks/ with its arguments)
 FULL: tuple[tuple[str, float, str], ...] = (
     # The targets' (targets.py), at the targets' sizes.
-    ("time logprobs", 60, "kernels --ops logprobs --size tokens=32768 --limit 8"),
+    (
+        "time logprobs",
+        60,
+        "kernels --ops logprobs --modes forward+backward --size tokens=32768 --limit 6 --no-plots",
+    ),
     (
         "time linear_loss",
         90,
-        "kernels --ops linear_loss --size tokens=131072,hidden=4096 --limit 10",
+        "kernels --ops linear_loss --size tokens=131072,hidden=4096 --limit 5 --no-plots",
     ),
-    ("time gae", 60, "kernels --ops gae --size sequences=512,length=1024 --limit 8"),
-    ("time ppo_loss", 40, "kernels --ops ppo_loss --size tokens=131072 --limit 5"),
+    (
+        "time gae, ppo_loss",
+        60,
+        "kernels --ops gae ppo_loss --size sequences=512,length=1024 tokens=131072 --limit 5"
+        " --no-plots",
+    ),
     ("decode 1.3b", 90, "generation --size 1.3b --workload decode --num-samples 2"),
     (
         "train_step 1.3b",
@@ -45,10 +53,9 @@ FULL: tuple[tuple[str, float, str], ...] = (
 )
 """On a GPU, the most valuable first."""
 QUICK: tuple[tuple[str, float, str], ...] = (
-    ("time logprobs", 60, "kernels --ops logprobs --quick --limit 5"),
-    ("time linear_loss", 60, "kernels --ops linear_loss --quick --limit 5"),
-    ("time gae", 60, "kernels --ops gae --quick --limit 5"),
-    ("time ppo_loss", 60, "kernels --ops ppo_loss --quick --limit 5"),
+    ("time logprobs", 60, "kernels --ops logprobs --quick --limit 5 --no-plots"),
+    ("time linear_loss", 60, "kernels --ops linear_loss --quick --limit 5 --no-plots"),
+    ("time gae, ppo_loss", 60, "kernels --ops gae ppo_loss --quick --limit 5 --no-plots"),
     ("decode 1.3b", 90, "generation --workload decode --num-samples 1 --batch 4 --context 160"),
     ("train_step 1.3b", 90, "train_step --size tiny --num-samples 2 --num-sequences 4"),
     (

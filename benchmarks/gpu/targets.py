@@ -48,7 +48,15 @@ def _kernel_case(records: Sequence[Record], **wanted: object) -> list[Record]:
 
 
 def _timed(records: Sequence[Record]) -> dict[str, Record]:
-    return {r["provider"]: r for r in records if r["status"] == "timed"}
+    """By provider what was timed: in turns, or ours alone where the rivals took the time."""
+    return {
+        r["provider"]: r for status in ("alone", "timed") for r in records if r["status"] == status
+    }
+
+
+def _met(ours: Record, is_met: bool) -> bool | None:
+    """Whether a target is met; not known where ours was not timed beside the others."""
+    return is_met if ours["status"] == "timed" else None
 
 
 def _rivals(timed: dict[str, Record]) -> Iterator[tuple[str, float]]:
@@ -78,7 +86,7 @@ def _logprobs(records: Sequence[Record]) -> Finding | None:
     return Finding(
         measured=f"[{ours['tokens']}, {ours['vocab']}] {ours['median_ms']:.3g} ms, {share:.0%} of "
         f"a copy ({copy['gb_per_s'] / 1e3:.2f} TB/s); {_best_rival(timed)}",
-        is_met=share >= 0.9 and _is_ahead(timed),
+        is_met=_met(ours, share >= 0.9 and _is_ahead(timed)),
     )
 
 
@@ -91,13 +99,12 @@ def _linear_loss(records: Sequence[Record]) -> Finding | None:
         return None
     ours = timed["trident"]
     share = timed["bare products"]["median_ms"] / ours["median_ms"]
-    # The gradients themselves are results: what is asked of is the memory beside them.
-    results = most * ours["hidden"] * 2 + ours["vocab"] * ours["hidden"] * 2
-    extra = ours["peak_bytes"] - results
+    # The gradients are results, the weight's as the fp32 sum that training keeps.
+    extra = ours["extra_bytes"] - (4 - 2) * ours["vocab"] * ours["hidden"]
     return Finding(
         measured=f"{most} tokens: {share:.0%} of the bare products, {extra / 2**20:.0f} MiB beside "
-        f"the gradients; {_best_rival(timed)}, ours {ours['median_ms']:.3g} ms",
-        is_met=share >= 0.85 and extra <= 512 * 2**20,
+        f"the gradients; ours {ours['median_ms']:.3g} ms, {_best_rival(timed)}",
+        is_met=_met(ours, share >= 0.85 and extra <= 512 * 2**20),
     )
 
 
@@ -106,13 +113,13 @@ def _gae(records: Sequence[Record]) -> Finding | None:
     if "trident" not in timed:
         return None
     ours = timed["trident"]
-    wall = ours["wall_ms"] or ours["median_ms"]
+    wall = ours.get("wall_ms") or ours["median_ms"]
     loops = {n: r["median_ms"] for n, r in timed.items() if "loop" in n and "compile" not in n}
     least = min(loops.values(), default=float("nan")) / wall
     return Finding(
         measured=f"{ours['launches']} launches, {ours['median_ms'] * 1e3:.0f} us on the device, "
         f"{wall * 1e3:.0f} us wall, {least:.0f}x the fastest of {len(loops)} Python loops",
-        is_met=ours["launches"] == 1 and wall <= 0.035 and least >= 1000,
+        is_met=_met(ours, ours["launches"] == 1 and wall <= 0.035 and least >= 1000),
     )
 
 
@@ -121,12 +128,12 @@ def _ppo_loss(records: Sequence[Record]) -> Finding | None:
     if "trident" not in timed:
         return None
     ours = timed["trident"]
-    repeats = ours.get("is_deterministic")
+    repeats = ours.get("is_repeatable")
     return Finding(
         measured=f"{ours['launches']} launches, {ours['median_ms'] * 1e3:.0f} us, "
         f"{'the same bits twice' if repeats else 'other bits the second time'}; "
         f"{_best_rival(timed)}",
-        is_met=ours["launches"] <= 2 and bool(repeats),
+        is_met=_met(ours, ours["launches"] <= 2 and bool(repeats)),
     )
 
 
@@ -224,7 +231,7 @@ TARGETS = (
     ),
     Target(
         name="log-probs from hidden states, forward + backward",
-        goal=">= 85% of the bare products at hidden 4096; <= 512 MiB beside the gradients",
+        goal=">= 85% of the bare products at hidden 4096; <= 512 MiB beside the gradients (dW in fp32)",
         steps=("time linear_loss",),
         judge=_linear_loss,
         operations=("linear_logprobs", "linear_loss"),
@@ -232,14 +239,14 @@ TARGETS = (
     Target(
         name="GAE, KL shaping and whitening statistics, [512, 1024] packed",
         goal="one launch, <= 35 us wall, >= 1000x the Python loops",
-        steps=("time gae",),
+        steps=("time gae, ppo_loss",),
         judge=_gae,
         operations=("gae",),
     ),
     Target(
         name="PPO loss, forward + backward, 131,072 tokens",
         goal="one launch and one reduction, deterministic",
-        steps=("time ppo_loss",),
+        steps=("time gae, ppo_loss",),
         judge=_ppo_loss,
         operations=("ppo_loss",),
     ),

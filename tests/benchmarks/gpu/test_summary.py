@@ -80,13 +80,13 @@ def test_a_case_that_was_begun_and_never_ended_is_named():
 
 def test_a_target_without_a_measurement_says_what_became_of_its_step():
     assert line_of(GAE, []).detail == "its step has not run"
-    outcome = Outcome(step="time gae", status="hung", seconds=60, tail=["compiling"])
-    line = line_of(GAE, [], {"time gae": outcome})
+    outcome = Outcome(step="time gae, ppo_loss", status="hung", seconds=60, tail=["compiling"])
+    line = line_of(GAE, [], {outcome.step: outcome})
     assert (line.verdict, line.detail) == (
         "not measured",
-        "time gae hung after 60 s: compiling",
+        "time gae, ppo_loss hung after 60 s: compiling",
     )
-    assert [found.name for found in step_lines({"time gae": outcome})] == ["time gae"]
+    assert [found.name for found in step_lines({outcome.step: outcome})] == [outcome.step]
 
 
 def test_outcomes_are_read_again_and_a_cut_line_is_left_out(tmp_path: Path):
