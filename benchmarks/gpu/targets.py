@@ -231,7 +231,7 @@ TARGETS = (
     ),
     Target(
         name="log-probs from hidden states, forward + backward",
-        goal=">= 85% of the bare products at hidden 4096; <= 512 MiB beside the gradients (dW in fp32)",
+        goal=">= 85% of the bare products at hidden 4096; <= 512 MiB beside gradients (dW in fp32)",
         steps=("time linear_loss",),
         judge=_linear_loss,
         operations=("linear_logprobs", "linear_loss"),
