@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+import traceback
 import types
 import typing
 import warnings
@@ -52,7 +53,8 @@ def run_stage(
     for, and in which signals are noted already (engine/stop.py).
 
     Field `data.skip_bad_lines` is the option `--data.skip-bad-lines`. A UserError, and an unknown
-    option is one, prints `error: ...` on stderr without a traceback and exits with status 2.
+    option is one, prints `error: ...` on stderr without a traceback and exits with status 2. Where
+    one rank fails, all end (engine/failure.py).
     `arguments` replaces sys.argv[1:]. `--config` reads a saved config and lays the other options
     over it; `--dry-run GPUS` checks the stage (engine/dry_run.py) instead of running it.
     """
@@ -72,7 +74,19 @@ def run_stage(
             importlib.import_module("engine.dry_run").dry_run(job.stage, job.dry_run)
     except UserError as error:
         _print_once(f"error: {error}")
+        _tell_others(f"error: {error}", 2)
         sys.exit(2)
+    except Exception as error:
+        text = "".join(traceback.format_exception(error)).rstrip()
+        _tell_others(text.rpartition("\n")[2], 1, text)
+        raise
+
+
+def _tell_others(message: str, status: int, text: str = "") -> None:
+    """End the other ranks and this process with a text, where it has joined any."""
+    failure = sys.modules.get("engine.failure")
+    if failure is not None:  # not imported, there is nobody
+        failure.tell_others(message, status, text)
 
 
 def _prepared(

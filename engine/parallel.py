@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from engine import failure
 from engine.config import UserError
 from engine.device import communication_backend, meta_device, start_device
 from engine.environment import rank_of_environment, world_size_of_environment
@@ -153,6 +154,8 @@ def start_parallel(layout: ParallelLayout, seed: int) -> Parallel:
             world_size=world_size,
             timeout=_TIMEOUT,
         )
+        if world_size > 1:
+            failure.listen()
     parallel = _join(layout, seed, device)
     vars(parallel_state).update(parallel.state)
     seed_for_initialisation(parallel)
@@ -237,6 +240,7 @@ def pretended_rank(
 def end_parallel() -> None:
     """Leave the other ranks and forget the groups, where this process has joined any."""
     _joined.clear()
+    failure.part()
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

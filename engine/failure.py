@@ -1,0 +1,115 @@
+"""How a rank that fails ends the others, which wait for it in a collective.
+
+They would until its timeout, or until the scheduler notices: minutes of all GPUs. A rank that fails
+says so through the store in which the ranks met. A thread of every rank listens there, and ends its
+process wherever the others are, in a collective on the GPU too. A rank that is killed says nothing:
+torchrun and srun see it.
+"""
+
+import atexit
+import contextlib
+import datetime
+import json
+import os
+import sys
+import threading
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+_KEY = "failure/said"
+_LONGEST = datetime.timedelta(days=7)
+_HEARD = datetime.timedelta(seconds=10)  # for all ranks to hear of something; our choice
+
+
+@dataclass(frozen=True)
+class _World:
+    """The ranks that this process is one of."""
+
+    rank: int
+    size: int
+    store: Any  # mypy's torch knows no Store.clone: a connection for each thread
+    has_parted: threading.Event = field(default_factory=threading.Event)
+    is_counted: threading.Lock = field(default_factory=threading.Lock)
+    """Held once this rank is among those that have heard."""
+
+
+_world: _World | None = None
+
+
+def listen() -> None:
+    """End this process when another rank says that it has failed; called once ranks have joined."""
+    global _world
+    store: Any = dist.distributed_c10d._get_default_store()
+    _world = _World(dist.get_rank(), dist.get_world_size(), store.clone())
+    threading.Thread(target=_hear, args=(_world, store.clone()), daemon=True).start()
+    atexit.register(part)
+
+
+def part() -> None:
+    """Listen no more: this process leaves the others in order. The first rank tells them, since the
+    store may go with it, of which torch would warn."""
+    global _world
+    world, _world = _world, None
+    if world is not None:
+        world.has_parted.set()
+        if world.rank == 0:
+            _say(world, {"rank": 0})
+        else:
+            _count(world, world.store)
+
+
+def tell_others(message: str, status: int, text: str = "") -> None:
+    """End this process with `status`, and all ranks of its world; returns where it is alone.
+
+    Only the first rank to fail is heard, with a line that rank 0 prints; the text is for the rank's
+    own stderr.
+    """
+    if _world is None:
+        return
+    if text:
+        print(text, file=sys.stderr)
+    _say(_world, {"rank": _world.rank, "message": message, "status": status})
+    _end(status)
+
+
+def _say(world: _World, words: dict[str, Any]) -> None:
+    """Say something to all ranks, where none has before, and wait until they have heard it."""
+    with contextlib.suppress(dist.DistError):  # the store is gone, and rank 0 with it
+        world.store.compare_set(_KEY, "", json.dumps(words))
+        world.store.wait([f"{_KEY}/heard"], _HEARD)
+        world.store.set(f"{_KEY}/over", "")
+
+
+def _count(world: _World, store: Any) -> None:
+    """Have this rank counted among those that have heard, or need not: once."""
+    with contextlib.suppress(dist.DistError):
+        if world.is_counted.acquire(blocking=False) and (
+            store.add(f"{_KEY}/readers", 1) == world.size - 1
+        ):
+            store.set(f"{_KEY}/heard", "")
+
+
+def _hear(world: _World, store: Any) -> None:
+    try:
+        store.wait([_KEY], _LONGEST)
+        words = json.loads(store.get(_KEY))
+        if words["rank"] == world.rank:
+            return
+        _count(world, store)
+        if world.rank == 0:  # the store goes with it
+            store.wait([f"{_KEY}/over"], _HEARD)
+    except dist.DistError:  # rank 0 was killed
+        return
+    if "status" in words and not world.has_parted.is_set():
+        if world.rank == 0:  # whose output is read first: under srun each rank has a file
+            print(f"rank {words['rank']} failed: {words['message']}", file=sys.stderr)
+        _end(words["status"])
+
+
+def _end(status: int) -> NoReturn:
+    """End the process now: in order it would wait for the ranks of its groups."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
