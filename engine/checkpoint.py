@@ -46,7 +46,7 @@ from engine.ema import EMA
 from engine.finite import check_finite
 from engine.network import Network
 from engine.optimizer import Optimizer, Owned
-from engine.parallel import Parallel
+from engine.parallel import Parallel, said_by_first_rank
 from models.sizes import GPTSize
 
 # Through this queue megatron's writer hands what it wrote to the rank that waits for it. Its own
@@ -105,17 +105,25 @@ class Checkpointer:
         dist.barrier()
 
     def resume(self) -> dict[str, Any] | None:
-        """Load the newest checkpoint into the networks and optimizers; return its progress, None if
-        there is none."""
-        latest = self.directory / "latest"
-        if not latest.exists():
+        """Load the newest checkpoint that the first rank sees into the networks and optimizers;
+        return its progress, None if there is none."""
+        found = json.loads(said_by_first_rank(self._newest))
+        if found is None:
             return None
-        folder = self.directory / latest.read_text().strip()
+        folder, progress = self.directory / found["name"], found["progress"]
         for role, network in self.networks.items():
             self._load_network(folder / role, network, self.optimizers.get(role))
         if self.ema is not None:
             self._load_ema(folder / "ema")
-        return json.loads((folder / "progress.json").read_text())
+        return progress
+
+    def _newest(self) -> str:
+        latest = self.directory / "latest"
+        if not latest.exists():
+            return "null"
+        name = latest.read_text().strip()
+        progress = json.loads((self.directory / name / "progress.json").read_text())
+        return json.dumps({"name": name, "progress": progress})
 
     def _check_finite(self) -> None:
         for role, network in self.networks.items():
@@ -166,7 +174,8 @@ class Checkpointer:
             (folder / "network.json").write_text(json.dumps(description, indent=1))
 
     def _load_network(self, folder: Path, network: Network, optimizer: Optimizer | None) -> None:
-        _check_description(folder, network, self.tokenizer_fingerprint)
+        description = json.loads(said_by_first_rank(lambda: json.dumps(_description_in(folder))))
+        _check_description(description, folder, network, self.tokenizer_fingerprint)
         state = _sharded_weights(network)
         if optimizer is not None:
             state["optimizer"] = _sharded_optimizer(optimizer, state)
@@ -201,8 +210,8 @@ def load_weights(
     the trunk of a scalar network, whose head stays as initialised. Raises UserError for what is
     missing or of another shape.
     """
-    folder = find_network(path, role)
-    description = _check_description(folder, network, tokenizer_fingerprint)
+    folder, description = _network_at(path, role)
+    _check_description(description, folder, network, tokenizer_fingerprint)
     if network.kind == "language" and description["kind"] == "scalar":
         raise UserError(f"{folder} holds a reward model or critic where a language model is needed")
     state = _sharded_weights(network)
@@ -220,8 +229,12 @@ def _broken(folder: Path) -> str:
 
 
 def find_network(path: Path, role: str) -> Path:
-    """Return the folder of network `role` under a run, a checkpoint or the folder itself; raises
-    UserError."""
+    """Return the folder of network `role` under a run, a checkpoint or the folder itself, as the
+    first rank sees it; all ranks call together. Raises UserError."""
+    return Path(said_by_first_rank(lambda: str(_find(path, role))))
+
+
+def _find(path: Path, role: str) -> Path:
     for parent in (path / "checkpoints", path):
         pointers = [p for p in (parent / "selected", parent / "latest") if p.exists()]
         if pointers:
@@ -271,19 +284,32 @@ def shards_of(network: Network) -> list[Shard]:
 
 
 def size_of(path: Path, role: str) -> GPTSize:
-    """Return the size of the network at `path`, as its network.json says."""
-    return GPTSize(**_describe(find_network(path, role))["size"])
+    """Return the size of the network at `path`, as its network.json says; all ranks call
+    together."""
+    return GPTSize(**_network_at(path, role)[1]["size"])
 
 
-def _describe(folder: Path) -> dict[str, Any]:
+def _network_at(path: Path, role: str) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of a network and its description, as the first rank sees them."""
+
+    def look() -> str:
+        folder = _find(path, role)
+        return json.dumps([str(folder), _description_in(folder)])
+
+    folder, description = json.loads(said_by_first_rank(look))
+    return Path(folder), description
+
+
+def _description_in(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "network.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'network.json'}: cannot be read ({error})") from None
 
 
-def _check_description(folder: Path, network: Network, fingerprint: str) -> dict[str, Any]:
-    description = _describe(folder)
+def _check_description(
+    description: dict[str, Any], folder: Path, network: Network, fingerprint: str
+) -> None:
     written, wanted = GPTSize(**description["size"]), network.size
     for field in dataclasses.fields(GPTSize):
         a, b = getattr(written, field.name), getattr(wanted, field.name)
@@ -294,7 +320,6 @@ def _check_description(folder: Path, network: Network, fingerprint: str) -> dict
             f"{folder}: trained with another tokenizer than this run's; "
             "give the tokenizer that was saved beside that checkpoint's run"
         )
-    return description
 
 
 def _sharded_weights(network: Network) -> dict[str, Any]:

@@ -86,13 +86,13 @@ def import_huggingface(config: ConvertConfig) -> Path:
     """Write a run whose one checkpoint holds the weights of a Hugging Face folder; return the run.
 
     A stage starts from it with `--init-from`. Raises UserError, naming the field or the tensor, for
-    a model that is not ours, before any rank waits for another.
+    a model that is not ours.
     """
+    parallel = start_parallel(config.layout, seed=0)
     source, out = require_path(config.source, "source"), _require_out(config)
     size = read_size(source)
     _find_tensors(source, size)
     tokenizer = _load_tokenizer(config.tokenizer or source, size)
-    parallel = start_parallel(config.layout, seed=0)
     network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))
     load_huggingface(network, source)
     if parallel.is_writer:
@@ -110,12 +110,12 @@ def import_huggingface(config: ConvertConfig) -> Path:
 
 def export_huggingface(config: ConvertConfig) -> Path:
     """Write a checkpoint's language model as a Hugging Face folder; return it. Raises UserError."""
+    parallel = start_parallel(config.layout, seed=0)
     source, out = require_path(config.source, "source"), _require_out(config)
     size = size_of(source, config.role)
     # The network is RUN/checkpoints/step/role, and the tokenizer lies in RUN.
     run = find_network(source, config.role).resolve().parent.parent.parent
     tokenizer = _load_tokenizer(config.tokenizer or run / "tokenizer", size)
-    parallel = start_parallel(config.layout, seed=0)
     network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))
     load_weights(network, source, role=config.role, tokenizer_fingerprint=tokenizer.fingerprint())
     save_huggingface(network, out, tokenizer, file_bytes=int(config.file_gigabytes * 1e9))

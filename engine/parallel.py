@@ -174,10 +174,14 @@ def rearranged(parallel: Parallel, layout: ParallelLayout) -> Parallel:
 def said_by_first_rank(say: Callable[[], str]) -> str:
     """Return what `say` returns on rank 0, where alone it is called; all ranks call together.
 
-    The others wait for it through the store, and as long as it takes: a collective that waits ends
-    the run after its timeout. A UserError on rank 0 is raised on all, and where it leaves (a signal
-    has asked it to), all leave.
+    So is whatever one looks up on a file system, which may show each rank another state. The others
+    wait through the store, and as long as it takes: a collective that waits ends the run after its
+    timeout. A UserError on rank 0 is raised on all, another exception is a RuntimeError there, and
+    where rank 0 leaves (a signal has asked it to), all leave. A process that has joined no ranks is
+    its own first.
     """
+    if not dist.is_initialized():
+        return say()
     key = f"said_by_first_rank/{next(_said)}"
     store = dist.distributed_c10d._get_default_store()
     if dist.get_rank() > 0:
@@ -187,6 +191,8 @@ def said_by_first_rank(say: Callable[[], str]) -> str:
             store.set(f"{key}/read", "")
         if "error" in answer:
             raise UserError(answer["error"])
+        if "failure" in answer:
+            raise RuntimeError(f"rank 0 failed: {answer['failure']}")
         if "status" in answer:
             raise SystemExit(answer["status"])
         return answer["text"]
@@ -197,6 +203,9 @@ def said_by_first_rank(say: Callable[[], str]) -> str:
         raise
     except SystemExit as leaving:
         _say_and_go(store, key, {"status": leaving.code})
+        raise
+    except BaseException as error:
+        _say_and_go(store, key, {"failure": repr(error)})
         raise
     store.set(key, json.dumps({"text": text}))
     return text

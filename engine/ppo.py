@@ -20,7 +20,7 @@ from engine.losses import ClippedPolicyLoss, NegativeLogLikelihood, clipped_valu
 from engine.metrics import PPO_HEADLINE, Metrics
 from engine.network import Kind, Network, build_network
 from engine.optimizer import Optimizer
-from engine.parallel import Parallel, rearranged, seed_for_step
+from engine.parallel import Parallel, rearranged, seed_for_step, start_parallel
 from engine.residency.residency import Residency
 from engine.rollout import (
     Rollout,
@@ -41,6 +41,7 @@ from kernels.moments import Whitening
 @noting_signals()
 def train(config: PPOConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
+    start_parallel(config.layout, config.seed)  # the first rank looks at files for all
     _check(config)
     run = start_run(
         directory=config.directory,

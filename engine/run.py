@@ -2,6 +2,8 @@
 to."""
 
 import dataclasses
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -93,10 +95,13 @@ class Run:
 
     def _check_unchanged(self, config: Any) -> None:
         path = self.directory / "config.json"
-        if not (self.checkpoints / "latest").exists() or not path.exists():
-            return
-        change = changed_setting(config, path)
-        if change is not None:
+
+        def compare() -> str:
+            is_begun = (self.checkpoints / "latest").exists() and path.exists()
+            return (changed_setting(config, path) if is_begun else None) or ""
+
+        change = said_by_first_rank(compare)
+        if change:
             raise UserError(
                 f"{self.directory} is a run with {change}; give another --directory,\nor change "
                 f"{path} to go on with the new value"
@@ -120,20 +125,37 @@ def start_run(
     tokenizer: Path,
     deterministic: bool = False,
 ) -> Run:
-    """Load the tokenizer and join the ranks; all leave again where a signal has reached one.
+    """Join the ranks and load the tokenizer; all leave again where a signal has reached one.
 
     tokenizer may be a file, a folder, or an earlier run, whose tokenizer it then is. deterministic:
     from here on in this process, so that NCCL knows it from its first message on.
     """
     if deterministic:
         make_deterministic()
-    loaded = load_tokenizer(
-        tokenizer / "tokenizer" if (tokenizer / "tokenizer").exists() else tokenizer
-    )
     parallel = start_parallel(layout, seed)
+    loaded = load_shared_tokenizer(
+        lambda: tokenizer / "tokenizer" if (tokenizer / "tokenizer").exists() else tokenizer
+    )
     run = Run(directory=directory, parallel=parallel, tokenizer=loaded)
     run.leave_if_asked()
     return run
+
+
+def load_shared_tokenizer(find: Callable[[], Path]) -> Tokenizer:
+    """Return the tokenizer at the path that `find` returns on the first rank, the same on all, who
+    call together. Raises UserError."""
+    loaded: list[Tokenizer] = []
+
+    def load() -> str:
+        path = find()
+        loaded.append(load_tokenizer(path))
+        return json.dumps([str(path), loaded[0].fingerprint()])
+
+    path, fingerprint = json.loads(said_by_first_rank(load))
+    tokenizer = loaded[0] if loaded else load_tokenizer(path)
+    if tokenizer.fingerprint() != fingerprint:
+        raise UserError(f"{path}: not the tokenizer here that it is on the first rank")
+    return tokenizer
 
 
 def size_named(name: str, tokenizer: Tokenizer, context_length: int | None = None) -> GPTSize:
@@ -152,10 +174,10 @@ def tokenizer_path(tokenizer: Path | None, init_from: Path | None) -> Path:
 
 
 def require_path(path: Path | None, option: str) -> Path:
-    """Return the path, or raise UserError naming the option when it is missing or does not
-    exist."""
+    """Return the path, or raise UserError naming the option when it is missing or the first rank,
+    for all who call together, sees nothing there."""
     if path is None:
         raise UserError(f"--{option} is required")
-    if not path.exists():
+    if not said_by_first_rank(lambda: "there" if path.exists() else ""):
         raise UserError(f"--{option} {path}: no such file or folder")
     return path

@@ -18,7 +18,7 @@ from engine.losses import NegativeLogLikelihood, mean_language_loss
 from engine.metrics import SFT_HEADLINE, Metrics
 from engine.network import Network, build_network
 from engine.optimizer import Optimizer
-from engine.parallel import seed_for_step
+from engine.parallel import seed_for_step, start_parallel
 from engine.run import Run, require_path, size_named, start_run, tokenizer_path
 from engine.selection import epoch_name, load_selection
 from engine.settings.sft import SFTConfig
@@ -30,6 +30,7 @@ from engine.stop import noting_signals
 @noting_signals()
 def train(config: SFTConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
+    start_parallel(config.layout, config.seed)  # the first rank looks at files for all
     run = start_run(
         directory=config.directory,
         layout=config.layout,

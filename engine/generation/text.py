@@ -16,12 +16,12 @@ from engine.data.batches import deal
 from engine.data.chat import render_prompt
 from engine.data.examples import encode_prompts
 from engine.data.prompts import prompt_examples, read_prompts
-from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.data.tokenizer import Tokenizer
 from engine.generation.answers import Answers, Origin, digest_of_prompts
 from engine.generation.generate import generate
 from engine.network import Network, build_network
-from engine.parallel import start_parallel
-from engine.run import require_path
+from engine.parallel import said_by_first_rank, start_parallel
+from engine.run import load_shared_tokenizer, require_path
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
@@ -79,6 +79,7 @@ def generate_text(config: GenerateConfig) -> None:
 
 def load_model(config: GenerateConfig) -> tuple[Network, Tokenizer]:
     """Return the language model at the source, on the ranks of the layout, and its tokenizer."""
+    parallel = start_parallel(config.layout, config.seed)
     weights, is_huggingface = _weights(config)
     if is_huggingface:
         size, beside = read_size(weights), weights
@@ -86,8 +87,7 @@ def load_model(config: GenerateConfig) -> tuple[Network, Tokenizer]:
         size = size_of(weights, config.role)
         # RUN/checkpoints/step/role: the tokenizer lies in RUN.
         beside = weights.resolve().parents[2] / "tokenizer"
-    tokenizer = load_tokenizer(config.tokenizer or beside)
-    parallel = start_parallel(config.layout, config.seed)
+    tokenizer = load_shared_tokenizer(lambda: config.tokenizer or beside)
     network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))
     if is_huggingface:
         load_huggingface(network, weights)
@@ -100,7 +100,12 @@ def load_model(config: GenerateConfig) -> tuple[Network, Tokenizer]:
 def _weights(config: GenerateConfig) -> tuple[Path, bool]:
     """Return the folder of the network at the source, and whether it is Hugging Face's."""
     source = require_path(config.source, "source")
-    if (source / "config.json").exists() and not (source / "checkpoints").exists():
+
+    def look() -> str:
+        is_theirs = (source / "config.json").exists() and not (source / "checkpoints").exists()
+        return "theirs" if is_theirs else ""
+
+    if said_by_first_rank(look):
         return source, True
     return find_network(source, config.role), False
 
