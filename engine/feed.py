@@ -3,8 +3,7 @@ names."""
 
 from dataclasses import dataclass
 
-from engine.data.batches import EpochOrder, PackedBatch, Units, deal, micro_batches
-from engine.data.examples import sequences_of
+from engine.data.batches import EpochOrder, PackedBatch, Units, deal, micro_batches, shapes_of
 from engine.parallel import Parallel
 
 
@@ -72,9 +71,9 @@ def pack_for(
 def count_targets(units: Units, indices: list[int]) -> int:
     """Return how many tokens the named units predict."""
     return sum(
-        len(sequence.tokens) - sequence.prompt_length
+        num_tokens - prompt_length
         for index in indices
-        for sequence in sequences_of(units[index])
+        for num_tokens, prompt_length in shapes_of(units, index)
     )
 
 
@@ -88,4 +87,4 @@ def token_spread(units: Units, indices: list[int], dp: int) -> float:
 
 def _lengths(units: Units, indices: list[int]) -> list[int]:
     """The tokens of the named units."""
-    return [sum(len(sequence.tokens) for sequence in sequences_of(units[i])) for i in indices]
+    return [sum(num_tokens for num_tokens, _ in shapes_of(units, i)) for i in indices]

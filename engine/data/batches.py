@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.data.examples import Example, Unit, sequences_of
+from engine.data.examples import Example, Shape, Unit, sequences_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,6 +77,14 @@ class Units(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Unit: ...
+
+
+def shapes_of(units: Units, index: int) -> list[Shape]:
+    """Return the shapes of a unit's sequences; where the units know them, none is read."""
+    known = getattr(units, "shapes", None)
+    if known is not None:
+        return known(index)
+    return [(len(each.tokens), each.prompt_length) for each in sequences_of(units[index])]
 
 
 class EpochOrder:
@@ -181,13 +189,14 @@ def micro_batches(  # noqa: PLR0913 - the three ways to cut a batch, each needed
     is over the budget has its own. All dp ranks get the same number of micro-batches, a multiple of
     `count_multiple` (pipelines ask for that); what is missing is filled with masked ones of
     `multiple_of` tokens. With is_even the tokens are spread over all of them, for pipelines, which
-    pad to the longest; otherwise there are few and full ones.
+    pad to the longest; otherwise there are few and full ones. Where the units know their shapes,
+    only this rank's are read.
     """
     if not indices:
         raise ValueError("a step's global batch needs at least one example")
-    units = [sequences_of(examples[index]) for index in indices]
-    lengths = [sum(len(sequence.tokens) for sequence in unit) for unit in units]
-    first_ids = np.cumsum([0] + [len(unit) for unit in units])
+    shapes = [shapes_of(examples, index) for index in indices]
+    lengths = [sum(num_tokens for num_tokens, _ in unit) for unit in shapes]
+    first_ids = np.cumsum([0] + [len(unit) for unit in shapes])
     # Rounded down, so that the padding does not lift a micro-batch over the budget.
     budget = max(budget // multiple_of, 1) * multiple_of
     splits = []
@@ -203,9 +212,11 @@ def micro_batches(  # noqa: PLR0913 - the three ways to cut a batch, each needed
     batches = []
     for group in mine:
         ids = [n for index in group for n in range(first_ids[index], first_ids[index + 1])]
-        members = [units[index] for index in group]
+        members = [examples[indices[place]] for place in group]
         batches.append(pack(members, multiple_of=multiple_of, sequence_ids=ids))
-    filler = _join([_padding(units[0][0], multiple_of)], [-1], [])
+    if len(batches) == count:
+        return batches
+    filler = _join([_padding(sequences_of(examples[indices[0]])[0], multiple_of)], [-1], [])
     return batches + [filler] * (count - len(batches))
 
 

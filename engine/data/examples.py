@@ -35,6 +35,10 @@ Unit = Example | Sequence[Example]
 AnyUnit = TypeVar("AnyUnit", bound=Unit)
 
 
+Shape = tuple[int, int]
+"""A sequence's tokens and those among them that are its prompt's: all that a plan needs of it."""
+
+
 def sequences_of(unit: Unit) -> Sequence[Example]:
     """Return the sequences of a unit."""
     return [unit] if isinstance(unit, Example) else unit

@@ -16,7 +16,7 @@ import numpy as np
 
 from engine import stop
 from engine.config import UserError
-from engine.data.examples import Example
+from engine.data.examples import Example, Shape
 from engine.data.files import open_file, read_lines, replacing
 from engine.data.jsonl import ReadReport, RecordReader, check_text, required
 from engine.data.tokenizer import Tokenizer, in_batches
@@ -37,6 +37,10 @@ class TokenSequences:
     def __getitem__(self, index: int) -> Example:
         """Return one sequence, all of it predicted but the first token; reads it from the file."""
         return Example(tokens=self._rows[index].astype(np.int64), prompt_length=1)
+
+    def shapes(self, index: int) -> list[Shape]:
+        """Return the shape of a sequence, all of which are alike, without reading it."""
+        return [(self._rows.shape[1], 1)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,8 +2,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from engine.data.examples import Example
+from engine.data.pretraining import TokenSequences
 from engine.feed import Feed, count_targets, pack_for, token_spread
 from engine.parallel import Parallel, start_parallel
 from engine.settings.layout import ParallelLayout
@@ -66,6 +68,41 @@ def test_spread_is_of_the_rank_that_was_dealt_most(parallel: Parallel):
     assert token_spread(examples(), [3, 0], 1) == 1.0
     feed = feed_of(dataclasses.replace(parallel, dp=2), batch_size=7)
     assert feed.token_spread(3) == pytest.approx(27 / 26)
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(pp=2, virtual_pp=2)])
+def test_rank_reads_only_the_pretraining_text_that_it_keeps(
+    layout: ParallelLayout, parallel: Parallel, monkeypatch: pytest.MonkeyPatch
+):
+    text = TokenSequences(np.arange(7 * 40, dtype=np.uint16), 7)
+    whole = [text[index] for index in range(40)]
+    reads: list[int] = []
+    read = TokenSequences.__getitem__
+    monkeypatch.setattr(
+        TokenSequences, "__getitem__", lambda self, i: (reads.append(i), read(self, i))[1]
+    )
+    kept = []
+    for dp_rank in range(3):
+        rank = dataclasses.replace(parallel, dp=3, dp_rank=dp_rank, layout=layout)
+        feed = feed_of(rank, units=text, batch_size=16, micro_batch_tokens=14)
+        plain = dataclasses.replace(feed, units=whole)
+        reads.clear()
+        assert feed.num_targets(5) == plain.num_targets(5) == 16 * 6
+        assert feed.num_tokens(5) == plain.num_tokens(5)
+        assert feed.token_spread(5) == plain.token_spread(5)
+        assert reads == []
+        batches, expected = feed.batches(5), plain.batches(5)
+        fillers = sum(batch.num_sequences == 0 for batch in batches)
+        mine = sum(batch.num_sequences for batch in batches)
+        assert mine <= len(reads) <= mine + (fillers > 0)
+        kept += reads[:mine]
+        assert len(batches) == len(expected)
+        for batch, other in zip(batches, expected, strict=True):
+            for name, value in vars(other).items():
+                found = getattr(batch, name)
+                same = torch.equal(found, value) if torch.is_tensor(value) else found == value
+                assert same, name
+    assert sorted(kept) == sorted(feed.order.indices(5))
 
 
 def test_rows_of_a_pipeline_are_of_about_one_length(parallel: Parallel):
