@@ -149,10 +149,23 @@ class PlannedNetwork:
             total += (
                 4 * hidden * hidden / tp * width
             )  # the widest matrix's gradient, before it adds
+        columns = size.padded_vocab_size / tp
         if pp_rank == self.layout.pp - 1 and self.kind == "language":
-            logits = min(HEAD_WORKSPACE, 4 * HEAD_ROWS * size.padded_vocab_size / tp)
+            logits = min(HEAD_WORKSPACE, 4 * min(HEAD_ROWS, held_tokens) * columns)
             total += logits + 3 * width * hidden * held_tokens
+            total += self._head_gradient_bytes() if trains else 0
+        if pp_rank == 0 and trains:  # the embedding's gradient, before it adds, after the layers'
+            total = max(total, width * hidden * columns)
         return round(total)
+
+    def _head_gradient_bytes(self) -> float:
+        """The weight's fp32 gradient that the head makes in one pass and holds from the forward to
+        the backward pass (kernels/linear_logprobs.py); fp16 takes two passes, which add to the
+        buffer. Beside it the zeros that megatron's hook wants of a last stage whose weight is not
+        the embedding itself (models/vocab_parallel.py)."""
+        elements = self.size.hidden_size * self.size.padded_vocab_size / self.layout.tp
+        one_pass = 0 if self.numerics.dtype == "fp16" else 4 * elements
+        return one_pass + (self.element_bytes * elements if self.layout.pp > 1 else 0)
 
     def layer_weight_bytes(self) -> int:
         """Return the bytes of one layer's weights on a rank."""

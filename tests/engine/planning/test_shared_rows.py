@@ -46,9 +46,10 @@ def test_ranks_that_share_rows_share_the_optimizer_and_the_tokens():
     # gathered keys and values, and the attention's output joined from two pieces.
     assert whole["activations"] == (8 + 24 // 2) * 2048 * 4096 * 32
     assert rows["activations"] == (8 + 24 // 2 + 10 // 2) * 1024 * 4096 * 32
-    # Beside them the row's gathered keys and values twice, and their gradients; the head.
+    # Beside them the row's gathered keys and values twice, and their gradients; the head's
+    # logits, and its weight's gradient in fp32.
     passing = 2 * 4096 * (2 * (4 + 8 // 2) + 3) * 1024 + 2 * 4096 * 2 * 4 // 2 * 2048
-    assert rows["workspace"] == passing + 448 * 2**20
+    assert rows["workspace"] == passing + 4 * (1024 + 4096) * 50_304 // 2
     assert "x dp 2 x cp 2, recompute none" in shared.lines()[1]
     assert "x dp 4, recompute none" in apart.lines()[1]
 
