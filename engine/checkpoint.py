@@ -44,10 +44,10 @@ from engine.boxes import boxes
 from engine.config import UserError
 from engine.ema import EMA
 from engine.finite import check_finite
+from engine.found_network import check_description, description_in, network_at
 from engine.network import Network
 from engine.optimizer import Optimizer, Owned
 from engine.parallel import Parallel, said_by_first_rank
-from models.sizes import GPTSize
 
 # Through this queue megatron's writer hands what it wrote to the rank that waits for it. Its own
 # is served by one more process a rank, which imports the recipe anew; ours writes and waits in one
@@ -174,8 +174,8 @@ class Checkpointer:
             (folder / "network.json").write_text(json.dumps(description, indent=1))
 
     def _load_network(self, folder: Path, network: Network, optimizer: Optimizer | None) -> None:
-        description = json.loads(said_by_first_rank(lambda: json.dumps(_description_in(folder))))
-        _check_description(description, folder, network, self.tokenizer_fingerprint)
+        description = json.loads(said_by_first_rank(lambda: json.dumps(description_in(folder))))
+        check_description(description, folder, network, self.tokenizer_fingerprint)
         state = _sharded_weights(network)
         if optimizer is not None:
             state["optimizer"] = _sharded_optimizer(optimizer, state)
@@ -210,8 +210,8 @@ def load_weights(
     the trunk of a scalar network, whose head stays as initialised. Raises UserError for what is
     missing or of another shape.
     """
-    folder, description = _network_at(path, role)
-    _check_description(description, folder, network, tokenizer_fingerprint)
+    folder, description = network_at(path, role)
+    check_description(description, folder, network, tokenizer_fingerprint)
     if network.kind == "language" and description["kind"] == "scalar":
         raise UserError(f"{folder} holds a reward model or critic where a language model is needed")
     state = _sharded_weights(network)
@@ -226,32 +226,6 @@ def load_weights(
 
 def _broken(folder: Path) -> str:
     return f"{folder}: weights that are not finite; take an earlier checkpoint"
-
-
-def find_network(path: Path, role: str) -> Path:
-    """Return the folder of network `role` under a run, a checkpoint or the folder itself, as the
-    first rank sees it; all ranks call together. Raises UserError."""
-    return Path(said_by_first_rank(lambda: str(_find(path, role))))
-
-
-def _find(path: Path, role: str) -> Path:
-    for parent in (path / "checkpoints", path):
-        pointers = [p for p in (parent / "selected", parent / "latest") if p.exists()]
-        if pointers:
-            path = parent / pointers[0].read_text().strip()
-            break
-    for folder in (path, path / role):
-        if (folder / "network.json").exists():
-            return folder
-    roles = sorted(p.parent.name for p in path.glob("*/network.json"))
-    raise UserError(
-        f"{path}: no checkpoint of a {role} here"
-        + (
-            f"; it holds {', '.join(roles)}"
-            if roles
-            else " (a run, a checkpoint or a network's folder)"
-        )
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -281,45 +255,6 @@ def shards_of(network: Network) -> list[Shard]:
         )
         for tensor in _sharded_tensors(_sharded_weights(network))
     ]
-
-
-def size_of(path: Path, role: str) -> GPTSize:
-    """Return the size of the network at `path`, as its network.json says; all ranks call
-    together."""
-    return GPTSize(**_network_at(path, role)[1]["size"])
-
-
-def _network_at(path: Path, role: str) -> tuple[Path, dict[str, Any]]:
-    """Return the folder of a network and its description, as the first rank sees them."""
-
-    def look() -> str:
-        folder = _find(path, role)
-        return json.dumps([str(folder), _description_in(folder)])
-
-    folder, description = json.loads(said_by_first_rank(look))
-    return Path(folder), description
-
-
-def _description_in(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "network.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'network.json'}: cannot be read ({error})") from None
-
-
-def _check_description(
-    description: dict[str, Any], folder: Path, network: Network, fingerprint: str
-) -> None:
-    written, wanted = GPTSize(**description["size"]), network.size
-    for field in dataclasses.fields(GPTSize):
-        a, b = getattr(written, field.name), getattr(wanted, field.name)
-        if a != b:
-            raise UserError(f"{folder}: {field.name} is {a}, this run's model has {b}")
-    if fingerprint and description["tokenizer"] and description["tokenizer"] != fingerprint:
-        raise UserError(
-            f"{folder}: trained with another tokenizer than this run's; "
-            "give the tokenizer that was saved beside that checkpoint's run"
-        )
 
 
 def _sharded_weights(network: Network) -> dict[str, Any]:

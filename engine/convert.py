@@ -22,10 +22,11 @@ import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.checkpoint import Checkpointer, find_network, load_weights, size_of
+from engine.checkpoint import Checkpointer, load_weights
 from engine.config import UserError, save_config
 from engine.data.files import open_file, replacing
 from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.found_network import find_network, size_of
 from engine.network import Network, build_network
 from engine.parallel import Parallel, start_parallel
 from engine.run import require_path

@@ -9,13 +9,14 @@ import torch
 
 from engine.advantages import KLController, estimate_advantages
 from engine.alarms import Alarms
-from engine.checkpoint import Checkpointer, load_weights, size_of
+from engine.checkpoint import Checkpointer, load_weights
 from engine.config import UserError
 from engine.data.batches import EpochOrder, PackedBatch
 from engine.data.examples import Example
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.ema import EMA
 from engine.feed import Feed, pack_for, token_spread
+from engine.found_network import size_of
 from engine.losses import ClippedPolicyLoss, NegativeLogLikelihood, clipped_value_loss
 from engine.metrics import PPO_HEADLINE, Metrics
 from engine.network import Kind, Network, build_network

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.checkpoint import Checkpointer, load_weights, size_of
+from engine.checkpoint import Checkpointer, load_weights
 from engine.config import UserError
 from engine.data.comparisons import comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
 from engine.data.prompts import split_by_prompt
 from engine.feed import Feed, pack_for
+from engine.found_network import size_of
 from engine.losses import comparison_loss, last_token_readings, pair_accuracy
 from engine.metrics import RM_HEADLINE, Metrics
 from engine.network import Network, build_network

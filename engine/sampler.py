@@ -5,11 +5,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from engine.checkpoint import load_weights, size_of
+from engine.checkpoint import load_weights
 from engine.config import UserError
 from engine.data.examples import Example, LengthReport
 from engine.data.prompts import prompt_examples
 from engine.data.tokenizer import load_tokenizer
+from engine.found_network import size_of
 from engine.network import Kind, Network, build_network
 from engine.parallel import Parallel
 from engine.rollout import Rollout, generate_rollout, read_rollout

@@ -9,11 +9,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from engine.checkpoint import Checkpointer, load_weights, size_of
+from engine.checkpoint import Checkpointer, load_weights
 from engine.config import UserError
 from engine.data.examples import Example
 from engine.data.files import replacing
 from engine.data.prompts import prompt_examples, read_prompts
+from engine.found_network import size_of
 from engine.network import Network, build_network
 from engine.rollout import generate_rollout, last_readings, read_rollout
 from engine.run import Run, require_path

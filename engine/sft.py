@@ -8,12 +8,13 @@ give the policy that PPO starts from; pretraining text alone trains the base mod
 import math
 from dataclasses import dataclass, field
 
-from engine.checkpoint import Checkpointer, load_weights, size_of
+from engine.checkpoint import Checkpointer, load_weights
 from engine.config import UserError
 from engine.data.batches import EpochOrder, Units
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.prompts import split_by_prompt
 from engine.feed import Feed
+from engine.found_network import size_of
 from engine.losses import NegativeLogLikelihood, mean_language_loss
 from engine.metrics import SFT_HEADLINE, Metrics
 from engine.network import Network, build_network

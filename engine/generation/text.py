@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from engine.checkpoint import find_network, load_weights, size_of
+from engine.checkpoint import load_weights
 from engine.config import UserError
 from engine.convert import load_huggingface, read_size
 from engine.data.batches import deal
@@ -17,6 +17,7 @@ from engine.data.chat import render_prompt
 from engine.data.examples import encode_prompts
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.data.tokenizer import Tokenizer
+from engine.found_network import find_network, size_of
 from engine.generation.answers import Answers, Origin, digest_of_prompts
 from engine.generation.generate import generate
 from engine.network import Network, build_network

@@ -7,11 +7,12 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from engine.checkpoint import Checkpointer, find_network, load_weights, size_of
+from engine.checkpoint import Checkpointer, load_weights
 from engine.config import UserError
 from engine.data.batches import pack
 from engine.data.examples import Example
 from engine.ema import EMA
+from engine.found_network import find_network, size_of
 from engine.losses import NegativeLogLikelihood
 from engine.network import Network, build_network
 from engine.optimizer import Optimizer, StepResult

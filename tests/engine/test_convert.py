@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from engine.checkpoint import Checkpointer, find_network, load_weights, size_of
+from engine.checkpoint import Checkpointer, load_weights
 from engine.config import UserError
 from engine.convert import ConvertConfig, convert, load_huggingface, read_size, save_huggingface
 from engine.data.batches import pack
 from engine.data.examples import Example
 from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.found_network import find_network, size_of
 from engine.network import Network, build_network
 from engine.parallel import Parallel, start_parallel
 from engine.settings.layout import ParallelLayout

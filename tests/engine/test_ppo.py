@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from engine.advantages import estimate_advantages
-from engine.checkpoint import size_of
 from engine.config import UserError
 from engine.data.batches import PackedBatch
 from engine.data.examples import Example
 from engine.ema import EMA
 from engine.feed import Feed, pack_for
+from engine.found_network import size_of
 from engine.network import Network
 from engine.optimizer import Optimizer
 from engine.parallel import Parallel, start_parallel

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from engine import selection
-from engine.checkpoint import Checkpointer, find_network, load_weights
+from engine.checkpoint import Checkpointer, load_weights
 from engine.config import UserError
 from engine.data.prompts import prompt_examples
 from engine.data.tokenizer import load_tokenizer
+from engine.found_network import find_network
 from engine.network import build_network
 from engine.parallel import start_parallel
 from engine.rollout import generate_rollout, last_readings, read_rollout

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint import Checkpointer, find_network, load_weights, size_of
+from engine.checkpoint import Checkpointer, load_weights
 from engine.config import UserError, save_config
+from engine.found_network import find_network, size_of
 from engine.network import build_network
 from engine.parallel import said_by_first_rank
 from engine.run import require_path, start_run
