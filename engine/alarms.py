@@ -31,7 +31,7 @@ _MESSAGES = {
     ),
     "non_finite_grad_norm": (
         "{value} not finite, again and again, in steps that were skipped: look at the learning "
-        "rate and at the largest logits; under fp16 the loss scale finds no value that fits"
+        "rate and at the largest logits"
     ),
     "logprob_mismatch": (
         "generation and scoring differ by {value:.2g} nats a token in the mean, where rounding "
@@ -97,6 +97,7 @@ class Alarms:
         """`dtype` of weights and activations and the layers of the policy set how exact log-probs
         can be."""
         self._config = config
+        self._searches_scale = dtype == "fp16"
         rounding = _ROUNDING[dtype] * math.sqrt(num_layers)
         self._max_mismatch = max(_MISMATCH * rounding, _LEAST_MISMATCH)
         self._max_ratio_error = max(_RATIO_ERROR * rounding, _LEAST_RATIO_ERROR)
@@ -140,11 +141,13 @@ class Alarms:
         """Yield (name, is_wrong, patience, value, limit) of every condition that can be checked."""
         config, patience = self._config, self._config.patience
         bad = [key for key in metrics if key not in finite]
-        # An infinite gradient norm is how fp16 finds its loss scale: wrong only if it stays.
+        # An infinite gradient norm is how fp16 finds its loss scale; what is more than that ends
+        # the run (engine/skipped.py).
         norms = [key for key in bad if key.endswith("grad_norm")]
         others = [key for key in bad if key not in norms]
         yield "non_finite", bool(others), 1, ", ".join(others), 0.0
-        yield "non_finite_grad_norm", bool(norms), patience, ", ".join(norms), 0.0
+        is_wrong = bool(norms) and not self._searches_scale
+        yield "non_finite_grad_norm", is_wrong, patience, ", ".join(norms), 0.0
 
         # These hold in every iteration, whatever is learned; a break is a bug.
         if (value := finite.get("score/logprob_mismatch_mean")) is not None:

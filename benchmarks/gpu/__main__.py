@@ -43,7 +43,7 @@ def main() -> None:
 
     try:
         if arguments.budget > 0:
-            side_by_side = min(10, os.cpu_count() or 1)
+            side_by_side = min(16, os.cpu_count() or 1)
             with Spending(
                 arguments.out, budget=arguments.budget, side_by_side=side_by_side, say=say
             ) as spending:

@@ -39,17 +39,17 @@ FULL: tuple[tuple[str, float, str], ...] = (
         "train_step --size 1.3b --num-samples 5 --micro-batch-tokens 16384 --providers trident"
         " --profile OUT/profile.txt",
     ),
-    ("ppo_step 1.3b", 120, "ppo_step --size 1.3b --num-samples 2 --seconds 25"),
+    ("ppo_step 1.3b", 120, "ppo_step --size 1.3b --num-samples 2 --seconds 18"),
     ("residency 1.3b", 60, "residency --size 1.3b --quick"),
     # What else a run should know.
-    ("train_step 1.3b, beside", 90, "train_step --size 1.3b --num-samples 3"),
+    ("train_step, beside, 1.3b", 90, "train_step --size 1.3b --num-samples 3"),
     ("tune_kernels", 60, "tune_kernels"),
     ("plan_accuracy 1.3b", 60, "plan_accuracy --size 1.3b --no-ppo"),
     ("generation 1.3b", 90, "generation --size 1.3b --workload mixed --num-samples 2"),
     ("train_step 125m", 60, "train_step --size 125m --num-samples 5"),
     ("ppo_step 125m", 60, "ppo_step --size 125m --num-samples 2 --seconds 15"),
     ("time all kernels", 300, "kernels --quick --limit 5"),
-    ("residency 1.3b, whole", 90, "residency --size 1.3b --num-samples 1"),
+    ("residency, whole, 1.3b", 90, "residency --size 1.3b --num-samples 1"),
 )
 """On a GPU, the most valuable first."""
 QUICK: tuple[tuple[str, float, str], ...] = (

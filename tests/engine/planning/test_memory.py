@@ -82,7 +82,8 @@ def test_a_training_step_takes_the_memory_that_is_planned(hidden: int) -> None:
     batch = pack([Example(tokens=np.arange(16), prompt_length=1)], multiple_of=1)
     loss = NegativeLogLikelihood(15)
     measured = peak_bytes(lambda: forward_backward(network, [batch], loss), network.parallel.device)
-    measured -= (REFERENCE_COPIES - 1) * 4 * 15 * size.padded_vocab_size
+    # The copies of the logits that the CPU's reference makes are gone when the gradient is there.
+    assert hidden > REFERENCE_COPIES * 15
     plan = planned(dtype="fp32", size=size)
     found = plan.activation_bytes(0, 1, 16) + plan.workspace_bytes(0, 16, trains=True)
     assert measured <= found < 1.15 * measured
