@@ -90,9 +90,10 @@ def _kernels(records: Sequence[Record]) -> str:
                 f"{ours['median_ms']:.3g}",
                 "; ".join(f"{r['median_ms']:.3g} ({r['provider']})" for r in bounds),
                 "; ".join(f"{r['median_ms']:.3g} {r['provider']}" for r in rivals[:3]),
+                ours["commit"],
             )
         )
-    head = ("operation", "size", "ours, ms", "bound, ms", "the fastest others, ms")
+    head = ("operation", "size", "ours, ms", "bound, ms", "the fastest others, ms", "commit")
     return f"**{_origin(records)}**\n\n" + _markdown(head, rows)
 
 

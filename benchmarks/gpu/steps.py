@@ -39,7 +39,11 @@ FULL: tuple[tuple[str, float, str], ...] = (
         "train_step --size 1.3b --num-samples 5 --micro-batch-tokens 16384 --providers trident"
         " --profile OUT/profile.txt",
     ),
-    ("ppo_step 1.3b", 120, "ppo_step --size 1.3b --num-samples 2 --seconds 18"),
+    (
+        "ppo_step 1.3b",
+        120,
+        "ppo_step --size 1.3b --response-tokens 256 --num-samples 2 --seconds 18",
+    ),
     ("residency 1.3b", 60, "residency --size 1.3b --quick"),
     # What else a run should know.
     ("train_step, beside, 1.3b", 90, "train_step --size 1.3b --num-samples 3"),

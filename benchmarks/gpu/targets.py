@@ -201,12 +201,21 @@ def _ppo_step(records: Sequence[Record]) -> Finding | None:
     if "trident" not in found:
         return None
     ours = found["trident"]
-    measured = f"{ours['episodes_per_s']:.1f} episodes/s, {ours['peak_bytes'] / 1e9:.0f} GB"
-    trl = [r["episodes_per_s"] for name, r in found.items() if name.startswith("trl")]
-    if not trl:
+    job = ours["job"]
+    measured = (
+        f"{job['num_episodes']} episodes of {job['prompt_tokens']} + {job['response_tokens']} "
+        f"tokens: {ours['episodes_per_s']:.1f} episodes/s, {ours['peak_bytes'] / 1e9:.0f} GB"
+    )
+    rivals = [r for name, r in found.items() if name.startswith("trl")]
+    if not rivals:
         return Finding(measured=f"{measured}; TRL not measured", is_met=None)
-    ratio = ours["episodes_per_s"] / max(trl)
-    return Finding(measured=f"{measured}; {ratio:.1f}x TRL's PPO", is_met=ratio >= 5)
+    trl = max(rivals, key=lambda r: r["episodes_per_s"])
+    ratio = ours["episodes_per_s"] / trl["episodes_per_s"]
+    phases = ", ".join(
+        f"{phase} {ours['phase_s'][phase]:.2f} against {seconds:.2f} s"
+        for phase, seconds in trl["phase_s"].items()
+    )
+    return Finding(measured=f"{measured}; {ratio:.1f}x TRL's PPO: {phases}", is_met=ratio >= 5)
 
 
 def _swap(records: Sequence[Record]) -> Finding | None:

@@ -33,7 +33,8 @@ def batch() -> PackedBatch:
 
 def take_step(optimizer: Optimizer, position: int, *, scale: float = 1.0) -> StepResult:
     optimizer.zero_gradients()
-    forward_backward(optimizer.network, [batch()], NegativeLogLikelihood(39), scale=scale)
+    here = batch().to(optimizer.network.parallel.device)
+    forward_backward(optimizer.network, [here], NegativeLogLikelihood(39), scale=scale)
     return optimizer.step(position)
 
 
