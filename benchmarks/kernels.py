@@ -71,6 +71,10 @@ def main() -> None:
         if arguments.out:
             append_record(records_path(arguments.out, device), record | where)
 
+    if not any(
+        chosen_sizes(OPERATIONS[name].sizes[device.type], arguments.size) for name in arguments.ops
+    ):
+        raise SystemExit("error: no operation of these has the numbers that --size names")
     for name in arguments.ops:
         operation = _with_providers(OPERATIONS[name], arguments.providers)
         sizes = chosen_sizes(operation.sizes[device.type], arguments.size)[: effort.num_sizes]
@@ -118,7 +122,10 @@ def _with_providers(operation: Operation, names: Sequence[str] | None) -> Operat
 def _size(text: str) -> Size:
     """Parse tokens=131072,hidden=4096."""
     pairs = [part.partition("=") for part in text.split(",")]
-    return {name: int(number) for name, _, number in pairs}
+    size = {name: int(number) for name, _, number in pairs}
+    if min(size.values()) < 1:
+        raise ValueError(f"{text}: every number is at least 1")
+    return size
 
 
 def _parse() -> argparse.Namespace:

@@ -11,24 +11,41 @@ Record = dict[str, Any]
 _ORIGIN = ("date", "commit", "torch", "triton", "megatron-core", "python", "driver", "device")
 
 
-def read_records(path: Path) -> list[Record]:
-    """Return the records of a file in their order; [] where there is none.
+def append_line(path: Path, line: str) -> None:
+    """Append a line, on a new one behind what a killed process left without its end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        file.seek(max(0, file.tell() - 1))
+        is_cut = file.read(1) not in (b"", b"\n")
+        file.write(("\n" if is_cut else "").encode() + line.encode() + b"\n")
 
-    Raises ValueError with file and line where a line is no record; a last line without its end is
-    what a killed process leaves, and is left out.
-    """
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a file; [] where there is none. A last line without its end is what a
+    killed process leaves, and is left out."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    lines = text.split("\n")
-    lines.pop()  # empty, or cut
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return lines[:-1]
+
+
+def read_records(path: Path, *, skips_broken: bool = False) -> list[Record]:
+    """Return the records of a file in their order; [] where there is none.
+
+    A line that is no record is left out with skips_broken, as a run that was killed and went on has
+    one; else it is a ValueError with file and line.
+    """
     records = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
+            if skips_broken:
+                continue
             raise ValueError(f"{path}:{number}: no JSON record: {error}") from error
         if not isinstance(record, dict) or "benchmark" not in record:
+            if skips_broken:
+                continue
             raise ValueError(f'{path}:{number}: a record has a field "benchmark"')
         records.append(record)
     return records

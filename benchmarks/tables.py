@@ -23,7 +23,7 @@ _SIZES = ("tokens", "rows", "sequences", "prompts", "length", "context", "hidden
 def tables(root: Path) -> dict[str, dict[str, str]]:
     """Return the Markdown of every table, by document and name."""
     devices = {p.stem: read_records(p) for p in sorted((root / RESULTS).glob("*.jsonl"))}
-    gpus = {name: records for name, records in devices.items() if name != "cpu"}
+    gpus = {name: records for name, records in devices.items() if records and name != "cpu"}
     return {
         "README.md": {
             "targets": _join(_targets(records) for records in gpus.values()),

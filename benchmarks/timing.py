@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.records import append_line
+
 Call = Callable[[], object]
 Clock = Callable[[Call], float]
 """Runs a call once and returns its milliseconds."""
@@ -288,9 +290,7 @@ def records_path(folder: Path, device: torch.device) -> Path:
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
     """Append one JSON line, one measurement."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    append_line(path, json.dumps(record))
 
 
 def _synchronize(device: torch.device) -> None:

@@ -32,9 +32,14 @@ def main() -> None:
     arguments = _parse()
     if arguments.device == "cuda" and arguments.budget > 0 and not torch.cuda.is_available():
         raise SystemExit("error: no GPU here; --device cpu --quick shows whether all steps run")
-    signal.signal(signal.SIGTERM, _leave)
-    steps = all_steps(arguments.device, arguments.out, is_quick=arguments.quick)
-    steps = [step for step in steps if any(part in step.name for part in arguments.only)]
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    known = all_steps(arguments.device, arguments.out, is_quick=arguments.quick)
+    steps = [step for step in known if any(part in step.name for part in arguments.only)]
+    if not steps:
+        names = ", ".join(step.name for step in known)
+        raise SystemExit(f"error: --only {' '.join(arguments.only)} names none of: {names}")
+    _check_folder(arguments.out, has_run=arguments.budget <= 0)
     console = Console(width=None if sys.stdout.isatty() else 160)
     start = time.monotonic()
 
@@ -49,18 +54,27 @@ def main() -> None:
             ) as spending:
                 spending.run(steps)
     finally:
+        files = [p for p in sorted(arguments.out.glob("*.jsonl")) if p.name != "steps.jsonl"]
         tables = summary(
-            [r for path in _record_files(arguments.out) for r in read_records(path)],
+            [r for path in files for r in read_records(path, skips_broken=True)],
             read_outcomes(arguments.out),
-            judges_speed=arguments.device == "cuda" and not arguments.quick,
+            # The targets are a GPU's, at their own sizes.
+            judges_speed=any(p.name != "cpu.jsonl" for p in files) and not arguments.quick,
         )
         console.print(tables)
         with (arguments.out / "table.txt").open("w", encoding="utf-8") as file:
             Console(file=file, width=160).print(tables)
 
 
-def _record_files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.glob("*.jsonl")) if path.name != "steps.jsonl"]
+def _check_folder(folder: Path, *, has_run: bool) -> None:
+    """End with an error where the folder cannot be written, or has no run where one is wanted."""
+    if has_run and not (folder / "steps.jsonl").exists():
+        raise SystemExit(f"error: --budget 0 prints the table of a run, and {folder} has none")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "table.txt").touch()
+    except OSError as error:
+        raise SystemExit(f"error: --out {folder} cannot be written: {error}") from None
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
@@ -70,7 +84,7 @@ def _leave(signum: int, frame: FrameType | None) -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--budget", type=float, default=480.0, help="seconds for all steps")
+    parser.add_argument("--budget", type=int, default=480, help="seconds for all steps")
     parser.add_argument("--quick", action="store_true", help="small sizes: do all steps run")
     parser.add_argument("--only", nargs="+", default=[""], help="steps whose names contain these")
     parser.add_argument("--out", type=Path, required=True, help="folder; records are appended")

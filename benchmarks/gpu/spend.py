@@ -21,9 +21,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Literal
 
+from benchmarks.records import append_line
+
 LEAST_SECONDS = 8.0
 """With less left no step is begun: most of it would go into importing torch."""
 _TAIL_LINES = 40
+_LINE_LENGTH = 2000
+_LOG_CHARACTERS = 4_000_000
+"""Of a step; it is a log to be read."""
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -121,8 +126,7 @@ class Spending:
         else:
             outcome = self._run_process(step)
         with self._lock:
-            with (self.out / "steps.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(outcome)) + "\n")
+            append_line(self.out / "steps.jsonl", json.dumps(asdict(outcome)))
             self.say(f"{outcome.step}: {outcome.status}, {outcome.seconds:.0f} s")
         return outcome
 
@@ -142,6 +146,8 @@ class Spending:
         )
         with self._lock:
             self._running.add(process)
+            if self._is_over:  # since it was asked for
+                kill(process)
         tail: list[str] = []
         reader = threading.Thread(target=self._read, args=(step.name, process, tail), daemon=True)
         reader.start()
@@ -170,11 +176,14 @@ class Spending:
 
     def _read(self, name: str, process: subprocess.Popen, tail: list[str]) -> None:
         assert process.stdout is not None
+        num_logged = 0
         for line in process.stdout:
-            tail.append(line.rstrip("\n"))
+            tail.append(line.rstrip("\n")[:_LINE_LENGTH])
             del tail[: -2 * _TAIL_LINES]
-            with self._lock:
-                if not self._log.closed:
+            num_logged += len(line)
+            # A full disk loses the log; the step goes on, whose output somebody has to read.
+            with self._lock, contextlib.suppress(OSError):
+                if num_logged < _LOG_CHARACTERS and not self._log.closed:
                     self._log.write(f"[{name}] {line.rstrip()}\n")
                     self._log.flush()
 

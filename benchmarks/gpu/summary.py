@@ -3,6 +3,7 @@
 It is made from the files of a run's folder alone, so that a run which was killed has one too.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from benchmarks.gpu.spend import Outcome
 from benchmarks.gpu.targets import TARGETS, Target
-from benchmarks.records import Record
+from benchmarks.records import Record, read_lines
 
 NOT_JUDGED = "right, speed not judged"
 _STYLES = {"right": "green", NOT_JUDGED: "green", "slower than target": "yellow"}
@@ -31,10 +32,12 @@ class Line:
 
 def read_outcomes(folder: Path) -> dict[str, Outcome]:
     """Return what became of each step, its last time; {} where none has ended."""
-    path = folder / "steps.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    outcomes = (Outcome(**json.loads(line)) for line in lines)
-    return {outcome.step: outcome for outcome in outcomes}
+    outcomes = {}
+    for line in read_lines(folder / "steps.jsonl"):
+        with contextlib.suppress(ValueError, TypeError):  # a line that a killed run has cut
+            outcome = Outcome(**json.loads(line))
+            outcomes[outcome.step] = outcome
+    return outcomes
 
 
 def kernel_lines(records: Sequence[Record], outcomes: dict[str, Outcome]) -> list[Line]:

@@ -27,14 +27,17 @@ class Decoding:
         self._draws: Draws | None = None
         self._block_size = 0
         self._addresses: tuple[int, ...] = ()
+        self._num_readers = 0
+        self._was_training = False
 
     def open(
         self, network: Network, shape: CacheShape, settings: DrawSettings, seed: int
     ) -> tuple[PagedCache, Draws]:
         """Take memory for a rollout's cache; graphs whose weights, cache or settings are no longer
         what they were recorded with go."""
-        cache = shape.build(self.memory.take(shape.num_blocks * shape.block_bytes))
-        self.is_open = True
+        lanes = self.memory.take(shape.num_blocks * shape.block_bytes)
+        self.is_open = True  # from here on close() has something to give back
+        cache = shape.build(lanes)
         if self._draws is None or self._draws.settings != settings:
             self._draws = Draws(settings, network.size, network.parallel)
             self.graphs.clear()
@@ -58,19 +61,39 @@ class Decoding:
         if not self.memory.lasts:
             self.graphs.clear()
         if self.is_open:
-            self.is_open = False
             self.memory.give_back()
+            self.is_open = False
+
+    def enter(self, network: Network) -> None:
+        """Put the network into eval mode, for the first of the iterators that now read it."""
+        if self._num_readers == 0:
+            self._was_training = network.chunks[0].training
+            network.train(False)
+        self._num_readers += 1
+
+    def leave(self, network: Network) -> None:
+        """Put the network's mode back, behind the last of them."""
+        self._num_readers -= 1
+        if self._num_readers == 0:
+            network.train(self._was_training)
 
 
 def decoding_of(network: Network) -> Decoding:
     """Return the network's decoding, made when it is first asked for; while it is open, another
     with memory for one rollout."""
-    device, lanes = network.parallel.device, num_lanes(network)
-    record = CudaGraph if device.type == "cuda" else None
+    lasting = lasting_decoding(network)
+    if lasting.is_open:
+        memory = PassingMemory(network.parallel.device, num_lanes=num_lanes(network))
+        return Decoding(memory, lasting.record)
+    return lasting
+
+
+def lasting_decoding(network: Network) -> Decoding:
+    """Return what the network keeps over all rollouts, made when it is first asked for."""
     if network.decoding is None:
-        network.decoding = Decoding(cache_memory(device, num_lanes=lanes), record)
-    if network.decoding.is_open:
-        return Decoding(PassingMemory(device, num_lanes=lanes), network.decoding.record)
+        device = network.parallel.device
+        memory = cache_memory(device, num_lanes=num_lanes(network))
+        network.decoding = Decoding(memory, CudaGraph if device.type == "cuda" else None)
     return network.decoding
 
 

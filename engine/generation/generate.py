@@ -10,7 +10,7 @@ from engine.config import UserError
 from engine.device import choices_for
 from engine.generation.block_manager import BlockManager
 from engine.generation.cache import choose_cache
-from engine.generation.decoding import decoding_of
+from engine.generation.decoding import decoding_of, lasting_decoding
 from engine.generation.runner import Flight, Runner
 from engine.generation.scheduler import Counts, Scheduler
 from engine.generation.sequence import LiveSequence, Response
@@ -128,25 +128,38 @@ def _run(runner: Runner, scheduler: Scheduler, on_tokens: TokenListener) -> Iter
     """
     network = runner.network
     flights: list[Flight | None] = [None] * scheduler.num_groups
-    was_training = network.chunks[0].training
-    network.train(False)
+    kept = lasting_decoding(network)
+    kept.enter(network)
     try:
         runner.open()
         while scheduler.has_work:
             for group, flight in enumerate(flights):
                 if flight is not None:
-                    yield from _finish(flight, group, runner, scheduler, on_tokens)
+                    try:
+                        yield from _finish(flight, group, runner, scheduler, on_tokens)
+                    except BaseException:  # the reader leaves, or logits were not finite
+                        # What this round has launched goes its way to the end: the next stage has
+                        # been sent its hidden states, and would find them in its next messages.
+                        _proceed(flights[:group], runner)
+                        raise
                 step = scheduler.next_step(group)
                 flights[group] = None if step is None else runner.launch(step)
-            for virtual_stage in range(1, len(network.modules)):
-                for flight in flights:
-                    if flight is not None:
-                        runner.proceed(flight, virtual_stage)
+            _proceed(flights, runner)
     finally:
-        runner.drain(flights)
-        flights.clear()
-        runner.close()
-        network.train(was_training)
+        try:
+            runner.drain(flights)
+        finally:
+            flights.clear()
+            runner.close()
+            kept.leave(network)
+
+
+def _proceed(flights: Sequence[Flight | None], runner: Runner) -> None:
+    """Take launched steps through the virtual stages behind the first."""
+    for virtual_stage in range(1, len(runner.network.modules)):
+        for flight in flights:
+            if flight is not None:
+                runner.proceed(flight, virtual_stage)
 
 
 def _finish(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.records import newest, read_records
+from benchmarks.records import append_line, newest, read_records
 from benchmarks.tables import ROOT, documents, written
 
 
@@ -40,6 +40,18 @@ def test_providers_of_one_run_stay_together():
 
     records = [record("ours", "1"), record("theirs", "1"), record("ours", "2")]
     assert newest(records, lambda r: r["case"]) == [record("ours", "2")]
+
+
+def test_a_record_begins_a_line_of_its_own_behind_a_cut_one(tmp_path: Path):
+    path = tmp_path / "folder/x.jsonl"
+    append_line(path, '{"benchmark": "a"}')
+    with path.open("a") as file:
+        file.write('{"benchmark": "b')
+    append_line(path, '{"benchmark": "c"}')
+    found = read_records(path, skips_broken=True)
+    assert [record["benchmark"] for record in found] == ["a", "c"]
+    with pytest.raises(ValueError, match=r"x.jsonl:2: no JSON"):
+        read_records(path)
 
 
 def test_a_broken_line_is_named_and_a_cut_one_left_out(tmp_path: Path):

@@ -44,6 +44,36 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert done.stderr.startswith("error: no GPU here")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--only", "nothing", "--out", "OUT"), "--only nothing names none of: check logprobs"),
+        (("--budget", "0", "--out", "OUT/none"), "has none"),
+        (("--out", "/proc/none"), "--out /proc/none cannot be written"),
+    ],
+)
+def test_what_cannot_be_is_an_error_of_one_line(tmp_path, options, words):
+    arguments = [option.replace("OUT", str(tmp_path)) for option in options]
+    done = run("--device", "cpu", "--quick", *arguments, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_table_of_a_killed_run_on_a_cpu_judges_no_speed(tmp_path):
+    size = {"sequences": 512, "length": 1024, "mode": "forward", "launches": 9, "wall_ms": 9.0}
+    record = {"benchmark": "kernels", "operation": "gae", "provider": "trident", "median_ms": 9.0}
+    record |= {"status": "timed", "is_bound": False, "date": "2026", "commit": "x"} | size
+    (tmp_path / "cpu.jsonl").write_text('{"benchm\n' + json.dumps(record) + '\n{"bench')
+    (tmp_path / "steps.jsonl").write_text('{"step": "a", "stat\n')
+    done = run("--budget", "0", "--out", str(tmp_path), timeout=120)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.txt").read_text()
+    assert "9 launches" in table
+    assert "slower" not in table
+
+
 def test_every_kernel_has_an_odd_size_and_every_target_a_step(tmp_path):
     assert ODD.keys() == OPERATIONS.keys()
     for name, operation in OPERATIONS.items():

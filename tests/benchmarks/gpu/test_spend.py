@@ -113,7 +113,26 @@ def test_no_step_is_begun_without_the_time_to_import_torch(tmp_path, monkeypatch
     assert [o.status for o in outcomes] == ["cut short", "not reached"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_step_that_prints_without_end_fills_no_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(spend_module, "_LOG_CHARACTERS", 10_000)
+    program = "for _ in range(20): print('x' * 5000)\nraise ValueError('at the end')"
+    outcomes = spend(tmp_path, step("prints", program))
+    assert (tmp_path / "log.txt").stat().st_size < 12_000
+    assert outcomes[0].tail[-1] == "ValueError: at the end"
+    assert max(len(line) for line in outcomes[0].tail) <= 2000
+
+
+def test_a_log_that_cannot_be_written_costs_no_step(tmp_path):
+    quiet = {"budget": 60, "side_by_side": 1, "say": lambda line: None}
+    with Spending(tmp_path, **quiet) as spending:
+        spending._log.close()
+        spending._log = open("/dev/full", "w")  # noqa: SIM115 - closed by Spending
+        outcomes = spending.run([step("prints", "print('x' * 500_000)", limit=20)])
+        spending._log = open("/dev/null", "w")  # noqa: SIM115
+    assert outcomes[0].status == "done"
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_run_that_is_killed_has_kept_what_it_had_and_leaves_no_process(tmp_path, how):
     program = (
         "import signal, sys\n"
@@ -121,6 +140,7 @@ def test_a_run_that_is_killed_has_kept_what_it_had_and_leaves_no_process(tmp_pat
         "from benchmarks.gpu.spend import Spending, Step\n"
         "def leave(signum, frame): raise SystemExit(3)\n"
         "signal.signal(signal.SIGTERM, leave)\n"
+        "signal.signal(signal.SIGHUP, leave)\n"
         f"steps = [Step(name='first', command=('-c', {FINE!r}), limit=60),\n"
         "    Step(name='second', limit=60, command=('-c', 'import os, time\\n'\n"
         "        'print(os.getpid(), flush=True)\\n' 'time.sleep(600)'))]\n"

@@ -162,3 +162,30 @@ def test_two_rollouts_at_a_time_do_not_share_a_cache(network, plain, decoding):
             answer[response.sample_index] = (response.tokens.tolist(), response.logprobs)
     for answer, seed in zip(found, (3, 4), strict=True):
         assert_same(answer, answers(plain, seed=seed))
+
+
+def test_the_networks_mode_is_put_back_behind_the_last_of_its_readers(network, decoding):
+    network.train(True)
+    first, second = (
+        generate(network, random_prompts(8, 40), CONFIG, eos_id=0, seed=seed) for seed in (1, 2)
+    )
+    next(first), next(second)
+    list(first)
+    assert not network.chunks[0].training
+    list(second)
+    assert network.chunks[0].training
+    network.train(False)
+
+
+def test_an_interrupt_while_the_cache_is_made_leaves_its_memory_free(
+    network, decoding, monkeypatch
+):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.generation.cache.CacheShape.build", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            answers(network)
+    assert not decoding.is_open
+    assert_same(answers(network), answers(network))
