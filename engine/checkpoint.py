@@ -122,7 +122,14 @@ class Checkpointer:
         if not latest.exists():
             return "null"
         name = latest.read_text().strip()
-        progress = json.loads((self.directory / name / "progress.json").read_text())
+        try:
+            progress = json.loads((self.directory / name / "progress.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{latest} names the checkpoint {name!r}, whose progress.json cannot be read "
+                f"({error}): write the name of another one of that folder into it, or begin in a "
+                "new directory"
+            ) from None
         return json.dumps({"name": name, "progress": progress})
 
     def _check_finite(self) -> None:

@@ -13,13 +13,14 @@ import json
 import os
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 _KEY = "failure/said"
-_LONGEST = datetime.timedelta(days=7)
+_PAUSE = 1.0  # seconds between two looks for it; our choice: 1,024 ranks look as often a second
 _HEARD = datetime.timedelta(seconds=10)  # for all ranks to hear of something; our choice
 
 
@@ -33,6 +34,7 @@ class _World:
     has_parted: threading.Event = field(default_factory=threading.Event)
     is_counted: threading.Lock = field(default_factory=threading.Lock)
     """Held once this rank is among those that have heard."""
+    listeners: list[threading.Thread] = field(default_factory=list)
 
 
 _world: _World | None = None
@@ -43,7 +45,9 @@ def listen() -> None:
     global _world
     store: Any = dist.distributed_c10d._get_default_store()
     _world = _World(dist.get_rank(), dist.get_world_size(), store.clone())
-    threading.Thread(target=_hear, args=(_world, store.clone()), daemon=True).start()
+    listener = threading.Thread(target=_hear, args=(_world, store.clone()), daemon=True)
+    _world.listeners.append(listener)
+    listener.start()
     atexit.register(part)
 
 
@@ -58,6 +62,16 @@ def part() -> None:
             _say(world, {"rank": 0})
         else:
             _count(world, world.store)
+        # A thread that is still in torch's code when Python ends would abort the process.
+        for listener in world.listeners:
+            listener.join()
+
+
+def wait_for_end() -> None:
+    """Wait a while for the first rank, which has failed, to end this process; return where nobody
+    listens, or it says nothing."""
+    if _world is not None:
+        time.sleep(_HEARD.total_seconds())
 
 
 def tell_others(message: str, status: int, text: str = "") -> None:
@@ -93,7 +107,10 @@ def _count(world: _World, store: Any) -> None:
 
 def _hear(world: _World, store: Any) -> None:
     try:
-        store.wait([_KEY], _LONGEST)
+        # A look at a time: nobody could end a wait when this process parts.
+        while not store.check([_KEY]):
+            if world.has_parted.wait(_PAUSE):
+                return
         words = json.loads(store.get(_KEY))
         if words["rank"] == world.rank:
             return

@@ -192,6 +192,7 @@ def said_by_first_rank(say: Callable[[], str]) -> str:
         if "error" in answer:
             raise UserError(answer["error"])
         if "failure" in answer:
+            failure.wait_for_end()  # whose error on screen shall be rank 0's own
             raise RuntimeError(f"rank 0 failed: {answer['failure']}")
         if "status" in answer:
             raise SystemExit(answer["status"])

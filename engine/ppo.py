@@ -21,7 +21,7 @@ from engine.losses import ClippedPolicyLoss, NegativeLogLikelihood, clipped_valu
 from engine.metrics import PPO_HEADLINE, Metrics
 from engine.network import Kind, Network, build_network
 from engine.optimizer import Optimizer
-from engine.parallel import Parallel, rearranged, seed_for_step, start_parallel
+from engine.parallel import Parallel, rearranged, seed_for_step
 from engine.residency.residency import Residency
 from engine.rollout import (
     Rollout,
@@ -29,7 +29,7 @@ from engine.rollout import (
     rollout_metrics,
     score_rollout,
 )
-from engine.run import Run, require_path, start_run
+from engine.run import Run, join_ranks, require_path, start_run
 from engine.settings.ppo import PPOConfig
 from engine.settings.size import named_size
 from engine.skipped import SkippedSteps, end_if_stuck
@@ -42,14 +42,13 @@ from kernels.moments import Whitening
 @noting_signals()
 def train(config: PPOConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
-    start_parallel(config.layout, config.seed)  # the first rank looks at files for all
+    join_ranks(config.layout, config.seed, config.numerics)  # the first looks at files for all
     _check(config)
     run = start_run(
         directory=config.directory,
         layout=config.layout,
         seed=config.seed,
         tokenizer=config.policy,
-        deterministic=config.numerics.deterministic,
     )
     parallel = run.parallel
 

@@ -18,8 +18,8 @@ from engine.losses import comparison_loss, last_token_readings, pair_accuracy
 from engine.metrics import RM_HEADLINE, Metrics
 from engine.network import Network, build_network
 from engine.optimizer import Optimizer
-from engine.parallel import seed_for_step, start_parallel
-from engine.run import Run, require_path, size_named, start_run, tokenizer_path
+from engine.parallel import seed_for_step
+from engine.run import Run, join_ranks, require_path, size_named, start_run, tokenizer_path
 from engine.settings.rm import RMConfig
 from engine.skipped import end_if_stuck
 from engine.step import forward, forward_backward, reduce_metrics
@@ -29,14 +29,13 @@ from engine.stop import noting_signals
 @noting_signals()
 def train(config: RMConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
-    start_parallel(config.layout, config.seed)  # the first rank looks at files for all
+    join_ranks(config.layout, config.seed, config.numerics)  # the first looks at files for all
     require_path(config.data.train, "data.train")
     run = start_run(
         directory=config.directory,
         layout=config.layout,
         seed=config.seed,
         tokenizer=tokenizer_path(config.tokenizer, config.init_from),
-        deterministic=config.numerics.deterministic,
     )
     parallel, fingerprint = run.parallel, run.tokenizer.fingerprint()
     if config.init_from:

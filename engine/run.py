@@ -18,6 +18,7 @@ from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.device import make_deterministic
 from engine.parallel import Parallel, said_by_first_rank, start_parallel
 from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
 from engine.settings.size import named_size
 from models.sizes import GPTSize
 
@@ -117,21 +118,19 @@ def changed_setting(config: Any, path: Path) -> str | None:
     return None
 
 
-def start_run(
-    *,
-    directory: Path,
-    layout: ParallelLayout,
-    seed: int,
-    tokenizer: Path,
-    deterministic: bool = False,
-) -> Run:
+def join_ranks(layout: ParallelLayout, seed: int, numerics: Numerics) -> None:
+    """Join the other ranks; before that make this process deterministic, where it is to be, so that
+    NCCL knows it from its first message on."""
+    if numerics.deterministic:
+        make_deterministic()
+    start_parallel(layout, seed)
+
+
+def start_run(*, directory: Path, layout: ParallelLayout, seed: int, tokenizer: Path) -> Run:
     """Join the ranks and load the tokenizer; all leave again where a signal has reached one.
 
-    tokenizer may be a file, a folder, or an earlier run, whose tokenizer it then is. deterministic:
-    from here on in this process, so that NCCL knows it from its first message on.
+    tokenizer may be a file, a folder, or an earlier run, whose tokenizer it then is.
     """
-    if deterministic:
-        make_deterministic()
     parallel = start_parallel(layout, seed)
     loaded = load_shared_tokenizer(
         lambda: tokenizer / "tokenizer" if (tokenizer / "tokenizer").exists() else tokenizer

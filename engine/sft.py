@@ -19,8 +19,8 @@ from engine.losses import NegativeLogLikelihood, mean_language_loss
 from engine.metrics import SFT_HEADLINE, Metrics
 from engine.network import Network, build_network
 from engine.optimizer import Optimizer
-from engine.parallel import seed_for_step, start_parallel
-from engine.run import Run, require_path, size_named, start_run, tokenizer_path
+from engine.parallel import seed_for_step
+from engine.run import Run, join_ranks, require_path, size_named, start_run, tokenizer_path
 from engine.selection import epoch_name, load_selection
 from engine.settings.sft import SFTConfig
 from engine.skipped import end_if_stuck
@@ -31,13 +31,12 @@ from engine.stop import noting_signals
 @noting_signals()
 def train(config: SFTConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
-    start_parallel(config.layout, config.seed)  # the first rank looks at files for all
+    join_ranks(config.layout, config.seed, config.numerics)  # the first looks at files for all
     run = start_run(
         directory=config.directory,
         layout=config.layout,
         seed=config.seed,
         tokenizer=tokenizer_path(config.tokenizer, config.init_from),
-        deterministic=config.numerics.deterministic,
     )
     parallel = run.parallel
     if config.init_from:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config import UserError
+from engine.parallel import said_by_first_rank
 
 
 @dataclass(kw_only=True)
@@ -48,12 +49,7 @@ def end_if_stuck(step: int, checkpoints: Path, **networks: SkippedSteps) -> None
     in a row: on all ranks alike, since they count the same."""
     for name, skipped in networks.items():
         if skipped.is_stuck:
-            latest = checkpoints / "latest"
-            kept = (
-                f"The last good checkpoint is {checkpoints / latest.read_text().strip()}."
-                if latest.exists()
-                else "No checkpoint has been written yet."
-            )
+            kept = said_by_first_rank(lambda: _last_checkpoint(checkpoints))
             raise UserError(
                 f"step {step}: the gradient of the {name} was not finite in {skipped.in_a_row} "
                 "steps in a row, which were skipped and left the weights as they were. "
@@ -61,3 +57,10 @@ def end_if_stuck(step: int, checkpoints: Path, **networks: SkippedSteps) -> None
                 "lower the learning rate, use bf16 or fp32 in place of fp16, or take bad records "
                 "out of the data. To pass over more steps, raise the optimizer's max_skipped_steps"
             )
+
+
+def _last_checkpoint(checkpoints: Path) -> str:
+    latest = checkpoints / "latest"
+    if not latest.exists():
+        return "No checkpoint has been written yet."
+    return f"The last good checkpoint is {checkpoints / latest.read_text().strip()}."

@@ -27,7 +27,7 @@ def train(config):
     failing, way, kind = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     dist.barrier()
     if way == "end":
-        time.sleep(3 * (parallel.rank == failing))
+        time.sleep(float(kind) * (parallel.rank == failing))
         return
     if parallel.rank == failing:
         raise {"user": UserError, "bug": ValueError}[kind]("the memory is full")
@@ -81,8 +81,9 @@ def test_one_failure_ends_all_ranks_with_one_message(failing: int, way: str, kin
 
 
 @pytest.mark.parametrize("later", [0, 1])
-def test_rank_that_ends_in_order_ends_no_other_and_nobody_complains(later: int):
-    ranks = start_two(str(later), "end", "-")
+@pytest.mark.parametrize("seconds", [0.02, 0.1, 0.3, 3])
+def test_rank_that_ends_in_order_ends_no_other_and_nobody_complains(later: int, seconds: float):
+    ranks = start_two(str(later), "end", str(seconds))
     for process in (ranks[1 - later], ranks[later]):
         started = time.monotonic()
         assert process.communicate(timeout=120) == ("", "")
