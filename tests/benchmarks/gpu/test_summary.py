@@ -39,7 +39,7 @@ def gae(ms: float, wall: float, launches: int = 1) -> list[dict[str, Any]]:
 
 
 def logprobs(ours: float, rival: float = 9.0) -> list[dict[str, Any]]:
-    size = {"tokens": 8, "vocab": 16}
+    size = {"tokens": 32768, "vocab": 16}
     calls = {COPY: 0.9, "trident": ours, "Liger": rival}
     return [timed("logprobs", name, ms, **size) for name, ms in calls.items()]
 
@@ -58,6 +58,8 @@ def test_a_target_that_is_met_is_right_and_one_that_is_missed_is_slower():
     assert line_of(LOGPROBS, logprobs(1.2)).verdict == "slower than target"
     assert line_of(LOGPROBS, logprobs(0.95, rival=0.94)).verdict == "slower than target"
     assert line_of(GAE, gae(0.01, 0.03), judges=False).verdict == NOT_JUDGED
+    elsewhere = [record | {"length": 512} for record in gae(0.01, 0.03)]
+    assert line_of(GAE, elsewhere).verdict == NOT_JUDGED  # the target is of another size
 
 
 @pytest.mark.parametrize("verdict", ["wrong", "does not compile", "fails"])

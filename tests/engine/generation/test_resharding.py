@@ -14,7 +14,7 @@ from megatron.core.resharding import build_centralized_reshard_plan
 from engine.generation.refit import by_model_name, whole_tensors
 from engine.generation.resharding import Resharding, WholeTensor
 from engine.network import build_network
-from engine.parallel import pretended_rank, rearranged
+from engine.parallel import end_parallel, pretended_rank, rearranged
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from models.sizes import SIZES
@@ -207,6 +207,7 @@ def tensors_of_175b() -> Iterator[tuple[Resharding, list[WholeTensor]]]:
     resharding = Resharding(
         source=ParallelLayout(tp=8, pp=16), target=TP8, world_size=1024, round_bytes=2**28
     )
+    end_parallel()  # what an earlier test of this process has joined
     with pretended_rank(TP8, world_size=1024, tp_rank=0, pp_rank=0) as parallel:
         numerics = Numerics(dtype="bf16")
         target = build_network("language", SIZES["175b"], parallel, numerics=numerics)
