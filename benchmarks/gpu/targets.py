@@ -41,6 +41,8 @@ def _kernel_case(records: Sequence[Record], operation: str, **size: int) -> dict
     """By provider the newest records of one case of the kernel suite, backward pass included where
     it has one: at the target's size, or else at the largest that was timed."""
     found = [r for r in records if r["benchmark"] == "kernels" and r["operation"] == operation]
+    # A run in which the rivals were not reached tells less than an older one in which they were.
+    found = [r for r in found if r["status"] != "alone"] or found
     # "forward" comes before "forward+backward".
     mode = max((r["mode"] for r in found), default="")
     found = newest((r for r in found if r["mode"] == mode), _numbers)
