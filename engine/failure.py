@@ -64,7 +64,7 @@ def part() -> None:
             _count(world, world.store)
         # A thread that is still in torch's code when Python ends would abort the process.
         for listener in world.listeners:
-            listener.join()
+            listener.join(_HEARD.total_seconds())  # and no longer, should a store not answer
 
 
 def wait_for_end() -> None:

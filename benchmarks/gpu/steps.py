@@ -106,7 +106,7 @@ def _tests(device: str) -> Iterator[Step]:
     for path in sorted(paths, key=_looks_at_whole_device):
         name = path.removeprefix("tests/").removesuffix(".py")
         is_alone = _looks_at_whole_device(path)
-        yield Step(name=f"test {name}", command=(*pytest, path), limit=120, is_timed=is_alone)
+        yield Step(name=f"test {name}", command=(*pytest, path), limit=180, is_timed=is_alone)
 
 
 def _looks_at_whole_device(path: str) -> bool:
