@@ -32,7 +32,7 @@ def main() -> None:
     arguments = _parse()
     if arguments.device == "cuda" and arguments.budget > 0 and not torch.cuda.is_available():
         raise SystemExit("error: no GPU here; --device cpu --quick shows whether all steps run")
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     known = all_steps(arguments.device, arguments.out, is_quick=arguments.quick)
     steps = [step for step in known if any(part in step.name for part in arguments.only)]

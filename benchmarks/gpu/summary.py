@@ -45,6 +45,8 @@ def kernel_lines(records: Sequence[Record], outcomes: dict[str, Outcome]) -> lis
     cases: dict[str, dict[tuple, Record]] = {}
     for record in (r for r in records if r["benchmark"] == "kernel_check"):
         case = (record["size_kind"], record["mode"])
+        if record["verdict"] == "begun" and not _ended_badly(record["operation"], outcomes):
+            continue  # somebody ended the run
         cases.setdefault(record["operation"], {})[case] = record
     lines = []
     for operation, found in cases.items():
@@ -67,6 +69,12 @@ def kernel_lines(records: Sequence[Record], outcomes: dict[str, Outcome]) -> lis
             detail = outcome.tail[-1] if outcome and outcome.tail else ""
         lines.append(Line(name=operation, verdict=verdict, detail=f"{size} size, {mode}: {detail}"))
     return lines
+
+
+def _ended_badly(operation: str, outcomes: dict[str, Outcome]) -> bool:
+    """Whether the process that checked a kernel ended of itself before it was through, or hung."""
+    outcome = outcomes.get(f"check {operation}")
+    return outcome is not None and outcome.status in ("failed", "died", "hung")
 
 
 def target_lines(

@@ -219,7 +219,8 @@ def _ppo_step(records: Sequence[Record]) -> Finding | None:
     job = ours["job"]
     measured = (
         f"{job['num_episodes']} episodes of {job['prompt_tokens']} + {job['response_tokens']} "
-        f"tokens: {ours['episodes_per_s']:.1f} episodes/s, {ours['peak_bytes'] / 1e9:.0f} GB"
+        f"tokens: {ours['episodes_per_s']:.1f} episodes/s ({ours['num_samples']} iterations "
+        f"counted), {ours['peak_bytes'] / 1e9:.0f} GB"
     )
     rivals = [r for name, r in found.items() if name.startswith("trl")]
     if not rivals:

@@ -80,6 +80,13 @@ def test_a_case_that_was_begun_and_never_ended_is_named():
     assert line.detail == "real size, forward: illegal access"
 
 
+def test_a_check_that_was_interrupted_is_no_verdict():
+    records = [check("gae", "right"), check("gae", "begun")]
+    for outcomes in ({}, {"check gae": Outcome(step="check gae", status="cut short")}):
+        (line,) = kernel_lines(records, outcomes)
+        assert line.verdict == "right"
+
+
 def test_a_target_without_a_measurement_says_what_became_of_its_step():
     assert line_of(GAE, []).detail == "its step has not run"
     outcome = Outcome(step="time gae, ppo_loss", status="hung", seconds=60, tail=["compiling"])
