@@ -58,6 +58,12 @@ def write_row_gradient(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,  # blocks under way at a time
 ):
+    """Write the gradient [V_local] of a row of logits, 0 in its padding and in an ignored row.
+
+    m, log2_s and entropy are those of the row's merged state (row_state.py: m after temperature,
+    log2 of s, H in nats); the upstream gradients are divided by temperature already. The formula is
+    at the top of this file.
+    """
     # Loads end with the row, as in row_state.py; ignored rows are not read.
     num_read = tl.where(end > 0, num_columns, 0)
     whole = end // BLOCK * BLOCK
