@@ -7,8 +7,10 @@ from typing import Any
 
 Record = dict[str, Any]
 
-# What says when and with what a record was made, not what was measured.
-_ORIGIN = ("date", "commit", "torch", "triton", "megatron-core", "python", "driver", "device")
+_KERNEL_SIZES = (
+    *("sequences", "length", "context", "block_size", "prompts", "completions", "rows"),
+    *("tokens", "hidden", "heads", "vocab"),
+)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -64,6 +66,11 @@ def newest(records: Iterable[Record], case: Callable[[Record], object]) -> list[
     return [record for of_case in runs.values() for record in of_case[max(of_case)]]
 
 
-def origin(record: Record) -> str:
-    """Return what a record was measured with, in words."""
-    return ", ".join(f"{name} {record[name]}" for name in _ORIGIN if record.get(name))
+def kernel_size(record: Record) -> dict[str, int]:
+    """Return the size that a kernel was measured at, number by name."""
+    return {name: record[name] for name in _KERNEL_SIZES if name in record}
+
+
+def kernel_case(record: Record) -> tuple:
+    """Return what names a case of the kernel suite: operation, mode and size."""
+    return record["operation"], record["mode"], *kernel_size(record).items()

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from benchmarks.gpu.summary import target_lines
 from benchmarks.gpu.targets import TARGETS
-from benchmarks.records import Record, newest, read_records
+from benchmarks.records import Record, kernel_case, kernel_size, newest, read_records
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks/results")
-_SIZES = ("tokens", "rows", "sequences", "prompts", "length", "context", "hidden", "heads", "vocab")
 
 
 def tables(root: Path) -> dict[str, dict[str, str]]:
@@ -68,10 +67,10 @@ def _targets(records: Sequence[Record]) -> str:
 def _kernels(records: Sequence[Record]) -> str:
     """A table a device: a row a case, ours beside the bound and the rivals."""
     found = [r for r in records if r["benchmark"] == "kernels" and r["status"] == "timed"]
-    found = newest(found, _case)
+    found = newest(found, kernel_case)
     cases: dict[object, list[Record]] = {}
     for record in found:
-        cases.setdefault(_case(record), []).append(record)
+        cases.setdefault(kernel_case(record), []).append(record)
     rows = []
     for providers in cases.values():
         ours = next((r for r in providers if r["provider"] == "trident"), None)
@@ -82,7 +81,7 @@ def _kernels(records: Sequence[Record]) -> str:
             r for r in providers if not (r["is_bound"] or r["provider"].startswith("trident"))
         ]
         rivals.sort(key=lambda r: r["median_ms"])
-        size = ", ".join(f"{name} {ours[name]}" for name in _SIZES if name in ours)
+        size = ", ".join(f"{name} {number}" for name, number in kernel_size(ours).items())
         rows.append(
             (
                 f"{ours['operation']}, {ours['mode']}",
@@ -95,11 +94,6 @@ def _kernels(records: Sequence[Record]) -> str:
         )
     head = ("operation", "size", "ours, ms", "bound, ms", "the fastest others, ms", "commit")
     return f"**{_origin(records)}**\n\n" + _markdown(head, rows)
-
-
-def _case(record: Record) -> tuple:
-    sizes = (*_SIZES, "completions", "block_size")
-    return record["operation"], record["mode"], *(record.get(name) for name in sizes)
 
 
 def _generation(records: Sequence[Record]) -> str:

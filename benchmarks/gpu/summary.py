@@ -15,7 +15,7 @@ from rich.text import Text
 
 from benchmarks.gpu.spend import Outcome
 from benchmarks.gpu.targets import TARGETS, Target
-from benchmarks.records import Record, read_lines
+from benchmarks.records import Record, kernel_case, newest, read_lines
 
 NOT_JUDGED = "right, speed not judged"
 _STYLES = {"right": "green", NOT_JUDGED: "green", "slower than target": "yellow"}
@@ -97,23 +97,21 @@ def _target_line(
     if bad:
         detail = f"{bad[0].name}: {_first_line(bad[0].detail)}"
         return Line(name=target.name, verdict=bad[0].verdict, detail=detail)
-    wrong = [
+    ours = [
         r
         for r in records
         if r["benchmark"] == "kernels"
         and r["operation"] in target.operations
         and r["provider"] == "trident"
-        and r["status"] in ("wrong", "failed")
     ]
+    wrong = [r for r in newest(ours, kernel_case) if r["status"] in ("wrong", "failed")]
     if wrong:
         detail = str(wrong[-1].get("reason") or wrong[-1].get("errors"))
         return Line(name=target.name, verdict="wrong", detail=detail)
     finding = target.judge(records)
     if finding is None:
         return Line(name=target.name, verdict="not measured", detail=_why(target, outcomes))
-    if not judges_speed:
-        return Line(name=target.name, verdict=NOT_JUDGED, detail=finding.measured)
-    if finding.is_met is None:
+    if not judges_speed or finding.is_met is None:
         return Line(name=target.name, verdict=NOT_JUDGED, detail=finding.measured)
     verdict = "right" if finding.is_met else "slower than target"
     return Line(name=target.name, verdict=verdict, detail=finding.measured)

@@ -8,10 +8,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from benchmarks.records import Record, newest
+from benchmarks.records import Record, kernel_case, kernel_size, newest
 
 COPY = "copy of as many bytes"
-_SIZES = ("sequences", "length", "tokens", "hidden", "vocab")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,20 +44,16 @@ def _kernel_case(records: Sequence[Record], operation: str, **size: int) -> dict
     found = [r for r in found if r["status"] != "alone"] or found
     # "forward" comes before "forward+backward".
     mode = max((r["mode"] for r in found), default="")
-    found = newest((r for r in found if r["mode"] == mode), _numbers)
+    found = newest((r for r in found if r["mode"] == mode), kernel_case)
     ours = [r for r in found if r["provider"] == "trident" and r["status"] in ("timed", "alone")]
     if not ours:
         return {}
-    best = max(ours, key=lambda r: (size.items() <= r.items(), math.prod(_numbers(r))))
-    return _timed([r for r in found if _numbers(r) == _numbers(best)])
-
-
-def _numbers(record: Record) -> tuple[int, ...]:
-    return tuple(record.get(name, 1) for name in _SIZES)
+    best = max(ours, key=lambda r: (size.items() <= r.items(), math.prod(kernel_size(r).values())))
+    return _timed([r for r in found if kernel_case(r) == kernel_case(best)])
 
 
 def _words(record: Record) -> str:
-    return ", ".join(f"{name} {record[name]}" for name in _SIZES if name in record)
+    return ", ".join(f"{name} {number}" for name, number in kernel_size(record).items())
 
 
 def _timed(records: Sequence[Record]) -> dict[str, Record]:
@@ -206,7 +201,8 @@ def _sft_step(records: Sequence[Record]) -> Finding | None:
         beside = f"; plain torch {found['huggingface']['mfu']:.0%}"
     return Finding(
         measured=f"{ours['model_flops_per_s'] / 1e12:.0f} TFLOP/s, {ours['mfu']:.0%} of the "
-        f"datasheet, {ours['peak_bytes'] / 1e9:.0f} GB{beside}",
+        f"{ours['peak_flops_source']}, micro-batches of {ours['micro_batch_tokens']} tokens, "
+        f"{ours['peak_bytes'] / 1e9:.0f} GB{beside}",
         is_met=ours["mfu"] >= 0.5,
     )
 

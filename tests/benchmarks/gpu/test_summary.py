@@ -72,6 +72,13 @@ def test_a_kernel_that_is_not_right_is_what_its_target_says(verdict):
     assert line_of(GAE, [*records, check("gae", "right")]).verdict == "right"
 
 
+def test_a_case_timed_as_wrong_is_wrong_until_a_newer_run_has_it_right():
+    wrong = gae(0.01, 0.03)[0] | {"status": "wrong", "errors": {"out": 1.0}}
+    assert line_of(GAE, [wrong]).verdict == "wrong"
+    mended = [record | {"date": "2026-01-02"} for record in gae(0.01, 0.03)]
+    assert line_of(GAE, [wrong, *mended]).verdict == "right"
+
+
 def test_a_case_that_was_begun_and_never_ended_is_named():
     outcome = Outcome(step="check gae", status="died", seconds=3, tail=["illegal access"])
     records = [check("gae", "right", mode="forward"), check("gae", "begun", size_kind="real")]
