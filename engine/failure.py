@@ -24,7 +24,7 @@ _PAUSE = 1.0  # seconds between two looks for it; our choice: 1,024 ranks look a
 _HEARD = datetime.timedelta(seconds=10)  # for all ranks to hear of something; our choice
 
 
-@dataclass(frozen=True)
+@dataclass
 class _World:
     """The ranks that this process is one of."""
 
@@ -34,7 +34,7 @@ class _World:
     has_parted: threading.Event = field(default_factory=threading.Event)
     is_counted: threading.Lock = field(default_factory=threading.Lock)
     """Held once this rank is among those that have heard."""
-    listeners: list[threading.Thread] = field(default_factory=list)
+    listener: threading.Thread | None = None
 
 
 _world: _World | None = None
@@ -45,9 +45,8 @@ def listen() -> None:
     global _world
     store: Any = dist.distributed_c10d._get_default_store()
     _world = _World(dist.get_rank(), dist.get_world_size(), store.clone())
-    listener = threading.Thread(target=_hear, args=(_world, store.clone()), daemon=True)
-    _world.listeners.append(listener)
-    listener.start()
+    _world.listener = threading.Thread(target=_hear, args=(_world, store.clone()), daemon=True)
+    _world.listener.start()
     atexit.register(part)
 
 
@@ -63,8 +62,8 @@ def part() -> None:
         else:
             _count(world, world.store)
         # A thread that is still in torch's code when Python ends would abort the process.
-        for listener in world.listeners:
-            listener.join(_HEARD.total_seconds())  # and no longer, should a store not answer
+        if world.listener is not None:
+            world.listener.join(_HEARD.total_seconds())  # no longer, should a store not answer
 
 
 def wait_for_end() -> None:

@@ -42,15 +42,14 @@ from kernels.moments import Whitening
 @noting_signals()
 def train(config: PPOConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
-    join_ranks(config.layout, config.seed, config.numerics)  # the first looks at files for all
+    # The first rank looks at files for all.
+    parallel = join_ranks(config.layout, config.seed, config.numerics)
     _check(config)
     run = start_run(
         directory=config.directory,
-        layout=config.layout,
-        seed=config.seed,
+        parallel=parallel,
         tokenizer=config.policy,
     )
-    parallel = run.parallel
 
     # Build. The critic starts from the reward model.
     policy = _load("language", config.policy, "policy", config, run)

@@ -118,20 +118,19 @@ def changed_setting(config: Any, path: Path) -> str | None:
     return None
 
 
-def join_ranks(layout: ParallelLayout, seed: int, numerics: Numerics) -> None:
+def join_ranks(layout: ParallelLayout, seed: int, numerics: Numerics) -> Parallel:
     """Join the other ranks; before that make this process deterministic, where it is to be, so that
     NCCL knows it from its first message on."""
     if numerics.deterministic:
         make_deterministic()
-    start_parallel(layout, seed)
+    return start_parallel(layout, seed)
 
 
-def start_run(*, directory: Path, layout: ParallelLayout, seed: int, tokenizer: Path) -> Run:
-    """Join the ranks and load the tokenizer; all leave again where a signal has reached one.
+def start_run(*, directory: Path, parallel: Parallel, tokenizer: Path) -> Run:
+    """Load the tokenizer on ranks that have joined; all leave where a signal has reached one.
 
     tokenizer may be a file, a folder, or an earlier run, whose tokenizer it then is.
     """
-    parallel = start_parallel(layout, seed)
     loaded = load_shared_tokenizer(
         lambda: tokenizer / "tokenizer" if (tokenizer / "tokenizer").exists() else tokenizer
     )

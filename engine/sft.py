@@ -31,14 +31,13 @@ from engine.stop import noting_signals
 @noting_signals()
 def train(config: SFTConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
-    join_ranks(config.layout, config.seed, config.numerics)  # the first looks at files for all
+    # The first rank looks at files for all.
+    parallel = join_ranks(config.layout, config.seed, config.numerics)
     run = start_run(
         directory=config.directory,
-        layout=config.layout,
-        seed=config.seed,
+        parallel=parallel,
         tokenizer=tokenizer_path(config.tokenizer, config.init_from),
     )
-    parallel = run.parallel
     if config.init_from:
         size = size_of(config.init_from, "policy")
     else:

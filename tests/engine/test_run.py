@@ -8,6 +8,7 @@ from engine import stop
 from engine.config import UserError, load_config
 from engine.data.pretraining import make_token_file
 from engine.data.tokenizer import load_tokenizer
+from engine.parallel import start_parallel
 from engine.run import Run, require_path, size_named, start_run, tokenizer_path
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
@@ -18,7 +19,8 @@ from tests.tiny import write_lines
 
 
 def start(tokenizer: Path, directory: Path) -> Run:
-    return start_run(directory=directory, layout=ParallelLayout(), seed=7, tokenizer=tokenizer)
+    parallel = start_parallel(ParallelLayout(), 7)
+    return start_run(directory=directory, parallel=parallel, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "policy", "policy/tokenizer"])

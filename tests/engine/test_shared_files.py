@@ -11,7 +11,7 @@ from engine.checkpoint import Checkpointer, load_weights
 from engine.config import UserError, save_config
 from engine.found_network import find_network, size_of
 from engine.network import build_network
-from engine.parallel import said_by_first_rank
+from engine.parallel import said_by_first_rank, start_parallel
 from engine.run import require_path, start_run
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
@@ -48,8 +48,7 @@ def resume(files: Path, run_folder: Path, blind_rank: int) -> list[object]:
     said: list[object] = []
     rank = start_run(
         directory=run_folder,
-        layout=ParallelLayout(tp=2),
-        seed=0,
+        parallel=start_parallel(ParallelLayout(tp=2), 0),
         tokenizer=files / "tokenizer.json",
     ).parallel.rank
     with blind(rank == blind_rank):
@@ -66,8 +65,7 @@ def resume(files: Path, run_folder: Path, blind_rank: int) -> list[object]:
             return said
         run = start_run(
             directory=run_folder,
-            layout=ParallelLayout(tp=2),
-            seed=0,
+            parallel=start_parallel(ParallelLayout(tp=2), 0),
             tokenizer=run_folder,
         )
         said.append(run.tokenizer.fingerprint())

@@ -79,8 +79,7 @@ def answers(files: Path) -> list[object]:
     with noting_signals():
         run = start_run(
             directory=files / "none",
-            layout=ParallelLayout(),
-            seed=0,
+            parallel=start_parallel(ParallelLayout(), 0),
             tokenizer=files / "tokenizer.json",
         )
         before = run.is_asked_to_stop()
