@@ -32,45 +32,45 @@ FULL: tuple[tuple[str, float, str], ...] = (
         "kernels --ops gae ppo_loss --size sequences=512,length=1024 tokens=131072 --limit 5"
         " --no-plots",
     ),
-    ("decode 1.3b", 90, "generation --size 1.3b --workload decode --num-samples 2"),
+    ("decode", 90, "generation --size 1.3b --workload decode --num-samples 2"),
     (
-        "train_step 1.3b",
+        "train_step",
         60,
         "train_step --size 1.3b --num-samples 5 --micro-batch-tokens 16384 --providers trident"
         " --profile OUT/profile.txt",
     ),
     (
-        "ppo_step 1.3b",
+        "ppo_step",
         120,
         "ppo_step --size 1.3b --response-tokens 256 --num-samples 2 --seconds 18",
     ),
-    ("residency 1.3b", 60, "residency --size 1.3b --quick"),
+    ("residency", 60, "residency --size 1.3b --quick"),
     # What else a run should know.
-    ("train_step, beside, 1.3b", 90, "train_step --size 1.3b --num-samples 3"),
+    ("plain torch beside train_step", 90, "train_step --size 1.3b --num-samples 3"),
     ("tune_kernels", 60, "tune_kernels"),
-    ("plan_accuracy 1.3b", 60, "plan_accuracy --size 1.3b --no-ppo"),
-    ("generation 1.3b", 90, "generation --size 1.3b --workload mixed --num-samples 2"),
-    ("train_step 125m", 60, "train_step --size 125m --num-samples 5"),
-    ("ppo_step 125m", 60, "ppo_step --size 125m --num-samples 2 --seconds 15"),
+    ("plan_accuracy", 60, "plan_accuracy --size 1.3b --no-ppo"),
+    ("generation", 90, "generation --size 1.3b --workload mixed --num-samples 2"),
+    ("125m train_step", 60, "train_step --size 125m --num-samples 5"),
+    ("125m ppo_step", 60, "ppo_step --size 125m --num-samples 2 --seconds 15"),
     ("time all kernels", 300, "kernels --quick --limit 5"),
-    ("residency, whole, 1.3b", 90, "residency --size 1.3b --num-samples 1"),
+    ("whole residency", 90, "residency --size 1.3b --num-samples 1"),
 )
 """On a GPU, the most valuable first."""
 QUICK: tuple[tuple[str, float, str], ...] = (
     ("time logprobs", 60, "kernels --ops logprobs --quick --limit 5 --no-plots"),
     ("time linear_loss", 60, "kernels --ops linear_loss --quick --limit 5 --no-plots"),
     ("time gae, ppo_loss", 60, "kernels --ops gae ppo_loss --quick --limit 5 --no-plots"),
-    ("decode 1.3b", 90, "generation --workload decode --num-samples 1 --batch 4 --context 160"),
-    ("train_step 1.3b", 90, "train_step --size tiny --num-samples 2 --num-sequences 4"),
+    ("decode", 90, "generation --workload decode --num-samples 1 --batch 4 --context 160"),
+    ("train_step", 90, "train_step --size tiny --num-samples 2 --num-sequences 4"),
     (
-        "ppo_step 1.3b",
+        "ppo_step",
         90,
         "ppo_step --size tiny --num-samples 1 --num-episodes 8 --minibatch-size 4"
         " --response-tokens 16",
     ),
-    ("residency 1.3b", 60, "residency --size tiny --quick"),
+    ("residency", 60, "residency --size tiny --quick"),
     ("tune_kernels", 60, "tune_kernels"),
-    ("plan_accuracy 1.3b", 60, "plan_accuracy --size tiny --no-ppo --num-sequences 4"),
+    ("plan_accuracy", 60, "plan_accuracy --size tiny --no-ppo --num-sequences 4"),
 )
 """The same programs at sizes that a CPU does in seconds."""
 

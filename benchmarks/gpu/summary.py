@@ -119,7 +119,7 @@ def _target_line(
 
 def _why(target: Target, outcomes: dict[str, Outcome]) -> str:
     """Why a target has no measurement, as far as its steps say."""
-    known = [o for name, o in outcomes.items() if name.startswith(target.steps)]
+    known = [o for name, o in outcomes.items() if name in target.steps]
     if not known:
         return "its step has not run"
     last = known[-1]
