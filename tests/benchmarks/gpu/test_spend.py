@@ -122,6 +122,22 @@ def test_a_step_that_prints_without_end_fills_no_disk(tmp_path, monkeypatch):
     assert max(len(line) for line in outcomes[0].tail) <= 2000
 
 
+def test_a_signal_while_a_step_starts_ends_that_step(tmp_path, monkeypatch):
+    start, quiet = subprocess.Popen, {"budget": 60, "side_by_side": 1, "say": lambda line: None}
+    with Spending(tmp_path, **quiet) as spending:
+
+        def start_and_stop(*arguments, **named):
+            process = start(*arguments, **named)
+            spending._stop()  # as a signal's handler does, before the step is known as running
+            return process
+
+        monkeypatch.setattr(spend_module.subprocess, "Popen", start_and_stop)
+        begun = time.monotonic()
+        outcomes = spending.run([step("hangs", HANGS, limit=30)])
+    assert time.monotonic() - begun < 10
+    assert outcomes[0].status == "died"
+
+
 def test_a_log_that_cannot_be_written_costs_no_step(tmp_path):
     quiet = {"budget": 60, "side_by_side": 1, "say": lambda line: None}
     with Spending(tmp_path, **quiet) as spending:
