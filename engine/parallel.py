@@ -18,6 +18,8 @@ from engine import failure
 from engine.config import UserError
 from engine.device import communication_backend, meta_device, start_device
 from engine.environment import rank_of_environment, world_size_of_environment
+from engine.gloo_threads import keep_out_of_openmp
+from engine.lone_rank import LONE, lone_groups
 from engine.settings.layout import ParallelLayout
 
 # megatron's memory for gathered activations: one, whatever the layout.
@@ -148,7 +150,7 @@ def start_parallel(layout: ParallelLayout, seed: int) -> Parallel:
         # And a pipeline's messages, which have a communicator for each pair of ranks and group,
         # would share one with all else of a group and run one after the other.
         dist.init_process_group(
-            communication_backend(device),
+            communication_backend(device) if world_size > 1 else LONE,
             store=store,
             rank=rank,
             world_size=world_size,
@@ -294,7 +296,9 @@ def _groups_of(layout: ParallelLayout) -> _Groups:
         shared = {name: getattr(parallel_state, name) for name in _SHARED}
         parallel_state.destroy_model_parallel()  # megatron builds groups only where it has none
         try:
-            _joined[key] = _build_groups(layout)
+            with lone_groups():
+                _joined[key] = _build_groups(layout)
+            keep_out_of_openmp(_groups_in(_joined[key]))
         finally:
             kept |= {name: value for name, value in shared.items() if value is not None}
             vars(parallel_state).update(kept)
@@ -318,6 +322,12 @@ def _build_groups(layout: ParallelLayout) -> _Groups:
             if group is not dist.GroupMember.NON_GROUP_MEMBER:
                 reply_group = group
     return _Groups(state=_megatron_state(), reply_group=reply_group)
+
+
+def _groups_in(groups: _Groups) -> list[dist.ProcessGroup]:
+    """This rank's groups, each once, in the same order on all ranks."""
+    found = [dist.group.WORLD, *groups.state.values(), groups.reply_group]
+    return list(dict.fromkeys(g for g in found if isinstance(g, dist.ProcessGroup)))
 
 
 def _megatron_state() -> dict[str, Any]:
