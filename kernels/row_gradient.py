@@ -8,12 +8,21 @@ Summed over the upstream gradients g of log p_y and g_H of H, and divided by the
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import config_for, uses_triton
-from kernels.row_state import LN_2, LOG2_E, NO_POWER, RowSpec, accumulation_dtype, triton_dtype
+from kernels.row_state import (
+    LN_2,
+    LOG2_E,
+    NO_POWER,
+    RowSpec,
+    row_blocks,
+    scaled,
+    triton_dtype,
+)
 from kernels.traced import traced
 
 
@@ -196,7 +205,7 @@ def _row_gradient_into(
     )
     if not uses_triton(logits):
         grads = grad_logprobs, grad_entropies
-        out.copy_(row_gradient_reference(logits, labels, state, grads, spec))
+        _write_row_gradient_reference(out, logits, labels, state, grads, spec)
         return
     num_rows, num_columns = logits.shape
     config = config_for("row_gradient", num_columns, logits.device)
@@ -267,19 +276,50 @@ def row_gradient_reference(
 ) -> Tensor:
     """`row_gradient` in plain torch, in the accumulation dtype."""
     num_valid = spec.num_valid_columns(logits.shape[1])
-    z = logits.to(accumulation_dtype(logits.dtype)) / spec.temperature
+    ignored = labels == spec.ignore_index
+    grads = tuple(
+        None if g is None else torch.where(ignored, 0.0, g) / spec.temperature for g in grads
+    )
     m, s, t, _ = state.unbind(-1)
-    log_p = (z - m.unsqueeze(1)) - s.log().unsqueeze(1)
-    p = log_p.exp()
-    columns = spec.first_column + torch.arange(z.shape[1], device=z.device)
-    gradient = torch.zeros_like(z)
-    if grads[0] is not None:
-        is_label = (columns == labels.unsqueeze(1)).to(z.dtype)
-        gradient += grads[0].unsqueeze(1) * (is_label - p)
+    shifted = scaled(logits[:, :num_valid], spec.temperature) - m.unsqueeze(1)
+    gradient = torch.zeros((), dtype=state.dtype)
     if grads[1] is not None:
-        entropy = (s.log() - t / s).unsqueeze(1)
-        p_log_p = torch.where(p > 0, p * (log_p + entropy), 0.0 * p)
-        gradient -= grads[1].unsqueeze(1) * p_log_p
-    gradient[:, num_valid:] = 0.0
-    ignored = (labels == spec.ignore_index).unsqueeze(1)
-    return torch.where(ignored, 0.0, gradient / spec.temperature)
+        log_p = shifted - s.log().unsqueeze(1)
+        p, entropy = log_p.exp(), (s.log() - t / s).unsqueeze(1)
+        gradient = -grads[1].unsqueeze(1) * torch.where(p > 0, p * (log_p + entropy), 0.0 * p)
+    if grads[0] is not None:
+        of_label = label_gradient(shifted.exp_(), labels, s, grads[0], spec)
+        gradient = of_label if grads[1] is None else gradient.add_(of_label)
+    if ignored.any():
+        gradient[ignored] = 0.0  # whatever their state is
+    return (
+        F.pad(gradient, (0, logits.shape[1] - num_valid))
+        if num_valid < logits.shape[1]
+        else gradient
+    )
+
+
+def label_gradient(e: Tensor, labels: Tensor, s: Tensor, slopes: Tensor, spec: RowSpec) -> Tensor:
+    """Turn e^(z - m) [T, valid columns] into slopes x d log p_y / d z, in its memory, in plain
+    torch; s, slopes: [T]."""
+    e.mul_((-slopes / s).unsqueeze(1))
+    local = labels.long() - spec.first_column
+    owned = (local >= 0) & (local < e.shape[1])
+    if e.shape[1] > 0:
+        at_label = torch.where(owned, slopes, 0.0).to(e.dtype)
+        e.scatter_add_(1, local.clamp(0, e.shape[1] - 1).unsqueeze(1), at_label.unsqueeze(1))
+    return e
+
+
+def _write_row_gradient_reference(
+    out: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    state: Tensor,
+    grads: tuple[Tensor | None, ...],
+    spec: RowSpec,
+) -> None:
+    """Write the reference's gradient by blocks of rows, each of which lies over its own logits."""
+    for rows in row_blocks(logits):
+        some = tuple(None if g is None else g[rows] for g in grads)
+        out[rows] = row_gradient_reference(logits[rows], labels[rows], state[rows], some, spec)

@@ -14,17 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import config_for, uses_triton
-from kernels.row_gradient import row_gradient_reference, write_row_gradient
+from kernels.row_gradient import label_gradient, write_row_gradient
 from kernels.row_state import (
     LOG2_E,
     LOWEST,
     RowSpec,
-    empty_results,
+    exponentials,
+    label_logits,
     lane_columns,
+    logprobs_and_entropy,
     read_row,
+    row_blocks,
     row_outputs,
     triton_dtype,
-    write_row_results,
 )
 
 
@@ -99,11 +101,7 @@ def row_pass(
     slope: 0-d; the logits are of the whole vocabulary. `out` may lie over them as in row_gradient.
     """
     if not uses_triton(logits):
-        results = empty_results(len(logits), logits, with_entropy=False)
-        write_row_results(results, logits, labels, spec)
-        logprobs.copy_(results.logprobs)
-        grads = slope.expand(len(logits)), None
-        out.copy_(row_gradient_reference(logits, labels, results.state, grads, spec))
+        _row_pass_reference(logits, labels, slope, logprobs, spec, out)
         return
     num_rows, num_columns = logits.shape
     config = config_for("row_pass", num_columns, logits.device)
@@ -129,3 +127,20 @@ def row_pass(
                 STAGES=config.num_stages,
                 num_warps=config.num_warps,
             )
+
+
+def _row_pass_reference(
+    logits: Tensor, labels: Tensor, slope: Tensor, logprobs: Tensor, spec: RowSpec, out: Tensor
+) -> None:
+    """`row_pass` in plain torch, which reads a block of rows once for both."""
+    slopes = torch.where(labels == spec.ignore_index, 0.0, slope / spec.temperature)
+    for rows in row_blocks(logits):
+        label_logit = label_logits(logits[rows], labels[rows], spec)
+        e, m, t = exponentials(logits[rows], spec)
+        s = e.sum(1)
+        state = torch.stack((m, s, t, label_logit), dim=-1)
+        logprobs[rows], _ = logprobs_and_entropy(state, labels[rows], spec)
+        gradient = label_gradient(e, labels[rows], s, slopes[rows], spec)
+        gradient[labels[rows] == spec.ignore_index] = 0.0
+        out[rows, : gradient.shape[1]] = gradient  # perhaps over the logits, read by now
+        out[rows, gradient.shape[1] :] = 0.0

@@ -20,14 +20,10 @@ lose most of what it wins.
 import torch
 from torch import Tensor
 
-from kernels.launch import uses_triton
-
-WORKSPACE_BYTES = {"cuda": 448 * 2**20, "cpu": 256 * 2**20}
+WORKSPACE_BYTES = {"cuda": 448 * 2**20, "cpu": 64 * 2**20}
 """Bound of a chunk of logits by type of device. With what else comes and goes: 512 MiB on a GPU."""
 MOST_ROWS = 8192
 """A longer chunk gains nothing: a vocabulary shard takes less memory than the bound."""
-REFERENCE_COPIES = 9
-"""Chunk-sized tensors alive at once in the torch reference; the kernels need one."""
 
 
 def chunk_rows(num_rows: int, num_columns: int, itemsize: int, workspace_bytes: int) -> int:
@@ -49,6 +45,5 @@ def logit_workspace(
     """
     default = WORKSPACE_BYTES[weight.device.type]
     budget = default if workspace_bytes is None else workspace_bytes
-    budget //= 1 if uses_triton(weight) else REFERENCE_COPIES
     size = chunk_rows(num_rows, len(weight), dtype.itemsize, budget)
     return torch.empty(size, len(weight), dtype=dtype, device=weight.device)

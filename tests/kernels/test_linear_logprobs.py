@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import launch
+from kernels import launch, row_state
 from kernels.clipped_loss import policy_token_losses
 from kernels.launch import LaunchConfig
 from kernels.linear_chunks import matmul
@@ -19,12 +19,11 @@ from kernels.linear_logprobs import (
     linear_logprobs,
     linear_logprobs_loss,
 )
-from kernels.workspace import REFERENCE_COPIES
 from tests.kernels.oracle import exact_logprobs, largest_difference, relative_difference
 
 OPTIONS = {"temperature": 0.7, "num_valid_vocab": 83}
 WIDTH = 97
-THREE_CHUNKS = {"reference": REFERENCE_COPIES * 4 * WIDTH * 4, "triton": 4 * WIDTH * 4}
+THREE_CHUNKS = 4 * WIDTH * 4
 """Workspaces that cut 9 to 12 rows of fp32 logits into three chunks."""
 
 
@@ -54,7 +53,7 @@ def test_matches_fp64_on_the_same_rounded_inputs(
     backend: str, dtype: torch.dtype, num_chunks: int
 ) -> None:
     hidden, weight, labels = head(dtype=dtype)
-    workspace = THREE_CHUNKS[backend] if num_chunks == 3 else 2**20
+    workspace = THREE_CHUNKS if num_chunks == 3 else 2**20
     outputs = linear_logprobs(
         hidden, weight, labels, with_entropy=True, workspace_bytes=workspace, **OPTIONS
     )
@@ -105,7 +104,7 @@ def test_no_row_to_compute(backend: str, num_rows: int) -> None:
 def test_chunks_change_nothing_but_rounding(backend: str) -> None:
     hidden, weight, labels = head()
     results = []
-    for workspace in (1, THREE_CHUNKS[backend], 2**20):
+    for workspace in (1, THREE_CHUNKS, 2**20):
         logprob, _ = linear_logprobs(hidden, weight, labels, workspace_bytes=workspace)
         gradients = torch.autograd.grad(logprob.sum(), (hidden, weight))
         results.append((logprob, *gradients))
@@ -123,7 +122,7 @@ def test_chunks_change_no_bit_of_a_log_prob(backend: str) -> None:
         linear_logprobs(
             hidden, weight, labels, with_entropy=True, workspace_bytes=workspace, **OPTIONS
         )
-        for workspace in (2**20, THREE_CHUNKS[backend], 1)
+        for workspace in (2**20, THREE_CHUNKS, 1)
     )
     for other in others:
         assert other[0].equal(in_one[0])
@@ -135,7 +134,7 @@ def test_repeated_runs_agree_bitwise(backend: str) -> None:
     runs = []
     for _ in range(2):
         logprob, _ = linear_logprobs(
-            hidden, weight, labels, workspace_bytes=THREE_CHUNKS[backend], **OPTIONS
+            hidden, weight, labels, workspace_bytes=THREE_CHUNKS, **OPTIONS
         )
         runs.append((logprob, *torch.autograd.grad(logprob.sum(), (hidden, weight))))
     for a, b in zip(*runs, strict=True):
@@ -233,7 +232,7 @@ def test_one_pass_agrees_with_two(backend: str, loss_name: str, dtype: torch.dty
     want = torch.where(counts, plain_loss(plain, torch.arange(12)), 0.0).sum()
     want_grads = torch.autograd.grad(3 * want, (hidden, weight))
     loss, logprob = linear_logprobs_loss(
-        hidden, weight, labels, token_loss, workspace_bytes=THREE_CHUNKS[backend], **OPTIONS
+        hidden, weight, labels, token_loss, workspace_bytes=THREE_CHUNKS, **OPTIONS
     )
     assert largest_difference(loss, want) < 1e-5
     assert largest_difference(logprob, plain) < 2e-6
@@ -312,6 +311,8 @@ def test_the_full_logits_never_exist(
     config = {"row_state": LaunchConfig(8192, 1), "row_gradient": LaunchConfig(8192, 1)}
     monkeypatch.setitem(launch._forced, "cpu", config)
     num_rows, width, num_columns = 160, 16, 8192
+    block_bytes = 4 * 4 * num_columns  # of the reference: four rows
+    monkeypatch.setattr(row_state, "BLOCK_WORDS", block_bytes // 4 // torch.get_num_threads())
     workspace = 2**20
     hidden = torch.randn(num_rows, width, requires_grad=True)
     weight = torch.randn(num_columns, width, requires_grad=True)
@@ -331,6 +332,7 @@ def test_the_full_logits_never_exist(
     hidden_bytes, weight_bytes = 4 * num_rows * width, 4 * num_columns * width
     # Two weight-sized buffers: its gradient, and in one pass the copy that backward scales.
     bound = workspace + 8 * hidden_bytes + (2 if one_pass else 1) * weight_bytes
+    bound += 2 * block_bytes if backend == "reference" else 0
     assert workspace / 8 < peak_bytes(run) < bound < full_logits / 2
 
     naive = peak_bytes(lambda: (hidden @ weight.t()).log_softmax(-1))

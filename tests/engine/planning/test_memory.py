@@ -17,7 +17,7 @@ from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.step import forward_backward
-from kernels.workspace import MOST_ROWS, REFERENCE_COPIES, WORKSPACE_BYTES, chunk_rows
+from kernels.workspace import MOST_ROWS, WORKSPACE_BYTES, chunk_rows
 from models.sizes import SIZES, GPTSize
 
 
@@ -82,8 +82,8 @@ def test_a_training_step_takes_the_memory_that_is_planned(hidden: int) -> None:
     batch = pack([Example(tokens=np.arange(16), prompt_length=1)], multiple_of=1)
     loss = NegativeLogLikelihood(15)
     measured = peak_bytes(lambda: forward_backward(network, [batch], loss), network.parallel.device)
-    # The copies of the logits that the CPU's reference makes are gone when the gradient is there.
-    assert hidden > REFERENCE_COPIES * 15
+    # What the CPU's reference makes of the logits is gone when the gradient is there.
+    assert hidden > 3 * 15
     plan = planned(dtype="fp32", size=size)
     found = plan.activation_bytes(0, 1, 16) + plan.workspace_bytes(0, 16, trains=True)
     assert measured <= found < 1.15 * measured
