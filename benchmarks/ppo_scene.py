@@ -141,7 +141,7 @@ def run_iteration(
         with residency.score():
             score_rollout(
                 made[0],
-                policy=policy,
+                policy=policy if config.scores_policy else None,
                 reference=scene.reference,
                 critic=critic,
                 reward_model=scene.reward_model,

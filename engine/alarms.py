@@ -40,8 +40,8 @@ _MESSAGES = {
     ),
     "first_ratio": (
         "a ratio in the first minibatch of the first epoch is {value:.2g} away from 1, where "
-        "rounding explains {limit:.2g}: old log-probs are of other weights, of other tokens "
-        "(shifted by one?) or at another temperature, or dropout is on"
+        "rounding explains {limit:.2g}: old log-probs are of other weights (stale ones that "
+        "generated?), of other tokens (shifted by one?) or at another temperature, or dropout is on"
     ),
     "pad_leak": (
         "rewards, advantages or returns reach {value:.2g} outside response_mask: the reverse scan "

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from engine.config import UserError
+from engine.heap import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -83,6 +84,7 @@ def start_device() -> torch.device:
         torch.cuda.set_device(device)
         return device
     _install_cpu_stand_ins()
+    keep_freed_memory()
     return torch.device("cpu")
 
 

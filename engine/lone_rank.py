@@ -69,19 +69,23 @@ class LoneRank(_ProcessGroup):
         super().__init__(rank, size)
 
     def getBackendName(self) -> str:  # noqa: N802 - torch's name
+        """Return the backend's name."""
         return LONE
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> _Done:
+        """Leave the tensors as they are: their sum, their maximum, what rank 0 has."""
         return _Done(tensors)
 
     broadcast = reduce = allreduce_coalesced = allreduce
 
     def barrier(self, opts: Any = None) -> _Done:
+        """Wait for nobody."""
         return _Done()
 
     def allgather(
         self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None
     ) -> _Done:
+        """Fill the only tensor of each list with its input."""
         return _fill([tensors[0] for tensors in outputs], inputs)
 
     gather = allgather
@@ -89,9 +93,11 @@ class LoneRank(_ProcessGroup):
     def allgather_coalesced(
         self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None
     ) -> _Done:
+        """Fill the only list with the inputs."""
         return _fill(outputs[0], inputs)
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> _Done:
+        """Fill each output with the only tensor of its list."""
         return _fill(outputs, [tensors[0] for tensors in inputs])
 
     reduce_scatter = scatter
@@ -104,6 +110,7 @@ class LoneRank(_ProcessGroup):
     def allgather_into_tensor_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
     ) -> _Done:
+        """Fill each output with its input."""
         return _fill(outputs, inputs)
 
     all_gather_single_coalesced = reduce_scatter_tensor_coalesced = allgather_into_tensor_coalesced
@@ -112,6 +119,7 @@ class LoneRank(_ProcessGroup):
     def alltoall_base(
         self, output: Tensor, source: Tensor, output_sizes: Any, input_sizes: Any, opts: Any = None
     ) -> _Done:
+        """Fill the output with the input."""
         return _fill([output], [source])
 
     all_to_all_single = alltoall_base

@@ -113,7 +113,7 @@ def train(config: PPOConfig) -> dict[str, float]:
             with metrics.phase("score"), residency.score():  # 3
                 score_rollout(
                     rollout,
-                    policy=policy,
+                    policy=policy if config.scores_policy else None,
                     reference=reference,
                     critic=critic,
                     reward_model=reward_model,

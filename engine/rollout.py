@@ -53,8 +53,8 @@ class Rollout:
     length_spread: float = 1.0
     """How evenly the replicas shared the generated tokens; see length_spread."""
     logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
-    """[T] of the policy that sampled, by the trainer's forward pass: what ratios are taken
-    against."""
+    """[T] of the policy that sampled: what ratios are taken against. By the trainer's forward pass,
+    or the sampler's themselves."""
     ref_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
     """[T] of the reference."""
     values: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -137,7 +137,7 @@ def generate_rollout(  # noqa: PLR0913 - what a draw is keyed by, each named
 def score_rollout(  # noqa: PLR0913 - the four roles, each named
     rollout: Rollout,
     *,
-    policy: Network,
+    policy: Network | None,
     reference: Network,
     critic: Network,
     reward_model: Network,
@@ -148,14 +148,17 @@ def score_rollout(  # noqa: PLR0913 - the four roles, each named
 ) -> Rollout:
     """Fill in logprobs, ref_logprobs, values and scores of a rollout.
 
-    The temperature of sampling divides the logits here too. EOS rules, for a response that hit the
-    length limit: "penalty" takes eos_penalty off its score, "replace" makes -eos_penalty its score,
-    "none" leaves it.
+    policy: None takes the sampler's log-probs for the policy's. The temperature of sampling divides
+    the logits here too. EOS rules, for a response that hit the length limit: "penalty" takes
+    eos_penalty off its score, "replace" makes -eos_penalty its score, "none" leaves it.
     """
-    batches = _pack(rollout, policy, micro_batch_tokens)
+    batches = _pack(rollout, reference, micro_batch_tokens)
     scalar_batches = _pack(rollout, critic, micro_batch_tokens)  # its layout may be another
     # Language and scalar models in turn: while one is read, residency swaps the other pair.
-    rollout.logprobs = _read(policy, batches, rollout, temperature=temperature)
+    if policy is None:
+        rollout.logprobs = rollout.sampled_logprobs
+    else:
+        rollout.logprobs = _read(policy, batches, rollout, temperature=temperature)
     readings = _read(critic, scalar_batches, rollout)
     # A value is read one token before its own; a prompt has at least one token, so none crosses
     # sequences.
@@ -194,7 +197,11 @@ def rollout_metrics(rollout: Rollout, phase_seconds: dict[str, float]) -> dict[s
     """Return the numbers of phases 2 to 4, over the global rollout batch."""
     mask, count = rollout.response_mask, float(rollout.response_mask.sum())  # sync
     log_ratio = (rollout.logprobs - rollout.ref_logprobs)[mask].double()
-    mismatch = (rollout.sampled_logprobs - rollout.logprobs)[mask].abs()
+    mismatches = {}
+    if rollout.logprobs is not rollout.sampled_logprobs:  # else the first ratios show it
+        mismatch = (rollout.sampled_logprobs - rollout.logprobs)[mask].abs()
+        mismatches["score/logprob_mismatch_mean"] = float(mismatch.mean())
+        mismatches["score/logprob_mismatch_max"] = float(mismatch.max())
     outside = torch.stack([rollout.rewards, rollout.advantages, rollout.returns])[:, ~mask]
     advantages = rollout.advantages[mask]
     return {
@@ -207,8 +214,7 @@ def rollout_metrics(rollout: Rollout, phase_seconds: dict[str, float]) -> dict[s
         "score/reward_std": float(rollout.raw_scores.std()) if len(rollout) > 1 else 0.0,
         "score/kl": float(log_ratio.sum()) / len(rollout),
         "score/kl_per_token": float(log_ratio.mean()),
-        "score/logprob_mismatch_mean": float(mismatch.mean()),
-        "score/logprob_mismatch_max": float(mismatch.max()),
+        **mismatches,
         "advantage/mean": float(advantages.mean()),
         "advantage/std": float(advantages.std()) if count > 1 else 0.0,
         "advantage/value_mean": float(rollout.values[mask].mean()),

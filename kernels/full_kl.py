@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.launch import config_for, uses_triton
+from kernels.row_blocks import accumulation_dtype
 from kernels.row_state import (
     LN_2,
     LOG2_E,
     LOWEST,
     NO_POWER,
     RowSpec,
-    accumulation_dtype,
     itself,
     lane_columns,
     triton_dtype,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import config_for, uses_triton
+from kernels.row_blocks import row_blocks
 from kernels.row_gradient import label_gradient, write_row_gradient
 from kernels.row_state import (
     LOG2_E,
@@ -24,7 +25,6 @@ from kernels.row_state import (
     lane_columns,
     logprobs_and_entropy,
     read_row,
-    row_blocks,
     row_outputs,
     triton_dtype,
 )

@@ -21,7 +21,6 @@ Where the row is the whole vocabulary, the same program writes its log p_y and H
 shards are merged in row_merge.py.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import config_for, uses_triton
+from kernels.row_blocks import accumulation_dtype, row_blocks, scaled
 from kernels.traced import traced
 
 IGNORE_INDEX = -100
@@ -221,15 +221,6 @@ def _row_state_kernel(
             tl.store(entropies + row, entropy)
 
 
-BLOCK_WORDS = 1 << 18
-"""Numbers of a block of rows on one core of a CPU: 1 MiB in fp32, half of a second-level cache."""
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64 inputs (gradient checks), fp32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def lane_columns(block: int, *matrices: Tensor) -> int:
     """Columns of a thread's load of 16 bytes; 1 where rows do not lie in whole 16 bytes."""
     size = 16 // matrices[0].element_size()
@@ -366,19 +357,6 @@ def logprobs_and_entropy(
     if not spec.with_entropy:
         return logprob, None
     return logprob, torch.where(ignored, 0.0, log_s - t / s)
-
-
-def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Cut the rows of a matrix [T, V] into blocks that stay in the cores' caches from one operation
-    of a reference to the next."""
-    size = max(1, BLOCK_WORDS * torch.get_num_threads() // max(1, matrix.shape[1]))
-    return (slice(start, start + size) for start in range(0, len(matrix), size))
-
-
-def scaled(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature in the accumulation dtype; the logits themselves where that is them."""
-    logits = logits.to(accumulation_dtype(logits.dtype))
-    return logits if temperature == 1 else logits / temperature
 
 
 def label_logits(logits: Tensor, labels: Tensor, spec: RowSpec) -> Tensor:

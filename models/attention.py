@@ -209,9 +209,10 @@ def _attention_of_one(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     if num_queries < num_keys:
         # Query i is token m - n + i and sees the keys up to itself.
         mask = query.new_ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
-    q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+    # As a batch of one: without that dimension torch computes the whole matrix of scores.
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
-    return out.transpose(0, 1)
+    return out[0].transpose(0, 1)
 
 
 def _suits_cudnn(sequences: PackedSequences, num_tokens: int) -> bool:

@@ -1,7 +1,6 @@
 """What a transformer layer is made of: megatron's linear layers, our norm and our attention,
 GPT-3's GELU."""
 
-import functools
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
@@ -26,6 +25,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+from kernels.gelu import gelu
 from kernels.layer_norm import layer_norm
 from kernels.linear_chunks import add_matmul
 from models.attention import PackedAttention
@@ -65,7 +65,7 @@ def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
         _provide_gradient_fusion()
     # GPT's GELU is the tanh approximation. megatron's fused bias + GELU computes that one when it
     # is handed F.gelu; without the fusion the approximation has to be asked for.
-    gelu = F.gelu if fuses_elementwise else functools.partial(F.gelu, approximate="tanh")
+    activation = F.gelu if fuses_elementwise else gelu
     recompute_arguments: dict[str, Any] = {}
     if recompute == "full":
         recompute_arguments = {"recompute_granularity": "full", "recompute_method": "uniform"}
@@ -80,7 +80,7 @@ def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
         hidden_dropout=dropout,
         attention_dropout=0.0,
         layernorm_epsilon=1e-5,
-        activation_func=gelu,
+        activation_func=activation,
         bias_activation_fusion=fuses_elementwise,
         bias_dropout_fusion=fuses_elementwise,
         masked_softmax_fusion=False,

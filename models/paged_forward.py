@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from kernels.gelu import gelu
 from models.paged_attention import PagedSequences
 
 
@@ -56,8 +57,7 @@ def paged_forward(
         out = sequences.attend(layer.layer_number, query, key, value, scale).flatten(1)
         hidden = _row(out, attention.linear_proj, group).add_(hidden)
         inner = _column(layer.pre_mlp_layernorm(hidden), mlp.linear_fc1)
-        inner = F.gelu(inner, approximate="tanh")
-        hidden = _row(inner, mlp.linear_fc2, group).add_(hidden)
+        hidden = _row(gelu(inner), mlp.linear_fc2, group).add_(hidden)
     if decoder.final_layernorm is not None:
         hidden = decoder.final_layernorm(hidden)
     return hidden[:, None]

@@ -146,8 +146,10 @@ def estimate_ppo(config: PPOConfig, cluster: Cluster, workload: Workload) -> Est
         rollout["refit"] = refit_seconds(generator, cluster)
         networks["generation"] = generator
     budget = config.micro_batch_tokens
+    readers = [policy, critic, policy, critic]
+    readers = readers if config.scores_policy else readers[1:]
     score = add_seconds(
-        [forward_seconds(network, cluster, episodes, budget) for network in (policy, critic) * 2]
+        [forward_seconds(network, cluster, episodes, budget) for network in readers]
     )
     step = [
         train_seconds(policy, cluster, four.policy_batches, budget),
@@ -164,7 +166,12 @@ def estimate_ppo(config: PPOConfig, cluster: Cluster, workload: Workload) -> Est
         ranks=ranks,
         phases=[
             _phase("rollout", rollout | moves["rollout"], reads[:1], trains=False),
-            _phase("score", score | moves["score"], reads * 2, trains=False),
+            _phase(
+                "score",
+                score | moves["score"],
+                [(network, episodes) for network in readers],
+                trains=False,
+            ),
             _phase(
                 "update",
                 add_seconds(step * num_updates) | moves["update"],

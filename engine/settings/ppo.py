@@ -80,6 +80,11 @@ class PPOConfig:
     whiten_advantages: bool = True
     """Shift and scale advantages over the global rollout batch; not stated, our choice: Ziegler et
     al. 2019's code."""
+    policy_logprobs: Literal["auto", "sampled", "scored"] = "auto"
+    """Where the log-probs are from that ratios and KL are taken against: "sampled", those that the
+    sampler drew by; "scored", the trainer's own forward pass over the finished responses; "auto":
+    sampled in fp32, where both are the same up to rounding, scored in 16 bits, where they are 0.01
+    nats a token apart. Not stated, our choice."""
     eos_rule: Literal["none", "penalty", "replace"] = "none"
     """What becomes of the score of a response that hit the length limit; not stated, our choice:
     nothing."""
@@ -135,6 +140,12 @@ class PPOConfig:
             shares="gamma lam ema_decay",
         )
         check_numbers(self, counts="micro_batch_tokens ptx_examples_per_episode")
+
+    @property
+    def scores_policy(self) -> bool:
+        """Whether the policy reads its responses again, for its log-probs."""
+        is_exact = self.numerics.dtype == "fp32"
+        return self.policy_logprobs == "scored" or (self.policy_logprobs == "auto" and not is_exact)
 
     def check_generation_layout(self) -> None:
         """Raise UserError where the policy's weights cannot be copied into generation_layout."""

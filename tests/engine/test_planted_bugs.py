@@ -28,8 +28,10 @@ IN_DTYPES = pytest.mark.parametrize(
 
 
 def alarms_of(files: Path, run: Path, **changes: Any) -> set[str]:
-    """Run two iterations and return the names of the alarms that rang."""
-    train(ppo_config(files, run, **{"alarms": ALARMS, "num_shown": 0, **changes}))
+    """Run two iterations, in which the policy reads its responses again where nothing else is
+    said, and return the names of the alarms that rang."""
+    settings = {"alarms": ALARMS, "num_shown": 0, "policy_logprobs": "scored"}
+    train(ppo_config(files, run, **{**settings, **changes}))
     path = run / "alarms.jsonl"
     return (
         {json.loads(line)["name"] for line in path.read_text().splitlines()}
@@ -45,9 +47,11 @@ def wrap(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[..., Any])
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_sound_run_is_silent(dtype: str, tiny: Path, tmp_path: Path):
+@pytest.mark.parametrize("source", ["scored", "sampled"])
+def test_sound_run_is_silent(dtype: str, source: str, tiny: Path, tmp_path: Path):
     # Several packings, and iterations enough that the policy is no longer what it began as.
     settings = {"micro_batch_tokens": 64, "iterations": 4, "numerics": Numerics(dtype=dtype)}
+    settings["policy_logprobs"] = source
     assert alarms_of(tiny, tmp_path, **settings) == set()
 
 
@@ -65,7 +69,10 @@ def test_temperature_that_scoring_forgets(numerics, tiny: Path, tmp_path: Path, 
 
 
 @IN_DTYPES
-def test_weights_of_the_iteration_before(numerics, tiny: Path, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("source", ["scored", "sampled"])
+def test_weights_of_the_iteration_before(
+    numerics, source: str, tiny: Path, tmp_path: Path, monkeypatch
+):
     before: list[torch.Tensor] = []
 
     def stale(generate: Callable[..., Rollout], policy: Network, *a: Any, **named: Any) -> Rollout:
@@ -79,9 +86,11 @@ def test_weights_of_the_iteration_before(numerics, tiny: Path, tmp_path: Path, m
             torch._foreach_copy_(weights, now)
 
     wrap(monkeypatch, "generate_rollout", stale)
-    found = alarms_of(tiny, tmp_path, numerics=numerics)
-    assert "logprob_mismatch" in found
-    assert "first_ratio" not in found  # scoring and training agree
+    found = alarms_of(tiny, tmp_path, numerics=numerics, policy_logprobs=source)
+    # Where scoring stands between them, it agrees with training; else the first ratios tell.
+    names = ("logprob_mismatch", "first_ratio")
+    wrong, right = names if source == "scored" else names[::-1]
+    assert wrong in found and right not in found
 
 
 @IN_DTYPES

@@ -45,8 +45,8 @@ def sample(policy: Network, **changes: object) -> Rollout:
     return generate_rollout(policy, prompts(), SAMPLING, **(arguments | changes))
 
 
-def score(rollout: Rollout, policy: Network, **changes: object) -> Rollout:
-    parallel = policy.parallel
+def score(rollout: Rollout, policy: Network | None, **changes: object) -> Rollout:
+    parallel = start_parallel(ParallelLayout(), seed=0)
     arguments = {
         "policy": policy,
         "reference": random_network("language", parallel, seed=1),
@@ -98,6 +98,16 @@ def test_trainer_agrees_with_the_sampler(policy: Network):
     rollout = score(sample(policy), policy)
     torch.testing.assert_close(rollout.logprobs, rollout.sampled_logprobs, rtol=0, atol=1e-5)
     assert (rollout.ref_logprobs - rollout.logprobs)[rollout.response_mask].abs().min() > 0
+
+
+def test_without_a_policy_the_samplers_log_probs_are_its(policy: Network):
+    rollout = score(sample(policy), None, reference=policy)
+    assert rollout.logprobs is rollout.sampled_logprobs
+    assert (rollout.logprobs - rollout.ref_logprobs).abs().max() < 1e-5
+    examples = rollout.examples()
+    assert np.array_equal(
+        examples[0].fields["logprobs"], rollout.logprobs[: len(examples[0].tokens)]
+    )
 
 
 def test_sampling_temperature_divides_the_trainers_logits(policy: Network):

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import launch, row_state
+from kernels import launch, row_blocks
 from kernels.clipped_loss import policy_token_losses
 from kernels.launch import LaunchConfig
 from kernels.linear_chunks import matmul
@@ -312,7 +312,7 @@ def test_the_full_logits_never_exist(
     monkeypatch.setitem(launch._forced, "cpu", config)
     num_rows, width, num_columns = 160, 16, 8192
     block_bytes = 4 * 4 * num_columns  # of the reference: four rows
-    monkeypatch.setattr(row_state, "BLOCK_WORDS", block_bytes // 4 // torch.get_num_threads())
+    monkeypatch.setattr(row_blocks, "BLOCK_WORDS", block_bytes // 4 // torch.get_num_threads())
     workspace = 2**20
     hidden = torch.randn(num_rows, width, requires_grad=True)
     weight = torch.randn(num_columns, width, requires_grad=True)
