@@ -12,7 +12,8 @@ import importlib.util
 import os
 from pathlib import Path
 
-RIVALS = Path(__file__).parents[1] / ".rivals"
+ROOT = Path(__file__).parents[1]
+RIVALS = ROOT / ".rivals"
 
 
 def rivals_environment() -> dict[str, str]:

@@ -28,7 +28,7 @@ def test_what_is_missing_is_named_with_the_command(tmp_path, monkeypatch):
 
 
 def test_every_rival_has_one_version():
-    lines = (rivals.RIVALS.parent / "benchmarks/rivals.txt").read_text().splitlines()
+    lines = (rivals.ROOT / "benchmarks/rivals.txt").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert {"trl", "accelerate"} <= {pin.partition("==")[0] for pin in pins}
     assert all(pin.partition("==")[2] for pin in pins)
