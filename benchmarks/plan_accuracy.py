@@ -20,9 +20,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import ppo_step
 from benchmarks.ppo_job import Effort
 from benchmarks.ppo_job import Job as Iteration
+from benchmarks.ppo_provider import measure
+from benchmarks.ppo_trident import config_of
 from benchmarks.timing import (
     append_record,
     copy_bandwidth,
@@ -101,14 +102,12 @@ def train_rows(job: Job, name: str, cluster: Cluster, device: torch.device) -> R
 
 def ppo_rows(job: Iteration, name: str, cluster: Cluster, device: torch.device) -> Rows:
     """Return the seconds of the phases of a PPO iteration, planned and measured."""
-    config = dataclasses.replace(ppo_step.config_of(job, 1), size=name, reward_model_size=name)
+    config = dataclasses.replace(config_of(job, 1), size=name, reward_model_size=name)
     workload = Workload(prompt_tokens=job.prompt_tokens, response_tokens=job.response_tokens)
     planned = {
         phase.name: sum(phase.seconds.values()) for phase in plan(config, cluster, workload).phases
     }
-    measured = ppo_step.measure(job, device, Effort(num_samples=2), provider="trident, ptx")[
-        "phase_s"
-    ]
+    measured = measure(job, device, Effort(num_samples=2), provider="trident, ptx")["phase_s"]
     return [(f"{phase}, seconds", planned[phase], measured[phase]) for phase in planned]
 
 

@@ -1,7 +1,7 @@
 """Four random models, and one PPO iteration on them by the functions that engine.ppo.train calls.
 
-Nothing is read from or written to files, and no token ends a response, so that every response has
-the full number of tokens. Phases are timed from one synchronisation to the next.
+Nothing is read from or written to files. Where no token ends a response, every response has the
+full number of tokens. Phases are timed from one synchronisation to the next.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,6 +48,8 @@ class Iteration:
     """By phase."""
     values: dict[str, float]
     """The metrics that engine.ppo.train logs."""
+    num_updates: int
+    """Optimizer steps."""
 
     @property
     def total_seconds(self) -> float:
@@ -56,18 +58,29 @@ class Iteration:
 
 
 def build(
-    config: PPOConfig, sizes: tuple[GPTSize, GPTSize], parallel: Parallel, feed: Feed | None = None
+    config: PPOConfig,
+    sizes: tuple[GPTSize, GPTSize],
+    parallel: Parallel,
+    feed: Feed | None = None,
+    fill: Callable[[Network], None] | None = None,
 ) -> Scene:
     """Return freshly initialised models; reference and reward model hold the weights of policy and
-    critic. sizes: of policy and reference, of critic and reward model; feed: pretraining text."""
+    critic. sizes: of policy and reference, of critic and reward model; feed: pretraining text;
+    fill: gives policy and critic other weights."""
     kinds: tuple[Kind, Kind] = ("language", "scalar")
 
     def make(kind: Kind) -> Network:
         size = sizes[kinds.index(kind)]
         return build_network(kind, size, parallel, numerics=config.numerics)
 
+    def start(kind: Kind) -> Network:
+        network = make(kind)
+        if fill is not None:
+            fill(network)
+        return network
+
     policy, critic = (
-        Optimizer(make(kind), adam, total_steps=config.iterations)
+        Optimizer(start(kind), adam, total_steps=config.iterations)
         for kind, adam in zip(kinds, (config.adam, config.critic_adam), strict=True)
     )
 
@@ -114,9 +127,14 @@ def random_feed(config: PPOConfig, size: GPTSize, parallel: Parallel, length: in
 
 
 def run_iteration(
-    scene: Scene, config: PPOConfig, prompts: Sequence[Example], iteration: int
+    scene: Scene,
+    config: PPOConfig,
+    prompts: Sequence[Example],
+    iteration: int,
+    eos_id: int = NO_EOS,
 ) -> Iteration:
-    """Run phases 2 to 5 on one rollout batch; iterations count from 0."""
+    """Run phases 2 to 5 on one rollout batch; iterations count from 0. eos_id: the token that ends
+    a response."""
     learner, residency = scene.learner, scene.residency
     policy, critic = learner.policy.network, learner.critic.network
     clock = wall_clock(policy.parallel.device)
@@ -131,7 +149,7 @@ def run_iteration(
                     generator,
                     prompts,
                     config.sampling,
-                    eos_id=NO_EOS,
+                    eos_id=eos_id,
                     seed=config.seed,
                     first_sample_index=iteration * len(prompts),
                 )
@@ -174,4 +192,4 @@ def run_iteration(
     calls: tuple[Callable[[], None], ...] = (rollout, score, advantage, train)
     seconds = {phase: clock(call) / 1e3 for phase, call in zip(PHASES, calls, strict=True)}
     values = rollout_metrics(made[0], seconds) | merge_updates(updates)
-    return Iteration(rollout=made[0], seconds=seconds, values=values)
+    return Iteration(rollout=made[0], seconds=seconds, values=values, num_updates=len(updates))

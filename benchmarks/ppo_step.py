@@ -1,245 +1,174 @@
-"""Times an iteration of PPO beside TRL's PPOTrainer at equal work, and one of PPO-ptx.
+"""Times iterations of PPO beside TRL's PPOTrainer at equal work, and of PPO-ptx.
 
-    python -m benchmarks.ppo_step --device cpu --size tiny
+    make rivals
+    python -m benchmarks.ppo_step --device cpu
     python -m benchmarks.ppo_step --device cuda --size 1.3b --out benchmarks/results
 
-"trident" and "trl" are plain PPO on models of the same sizes with random weights, on the same
-prompts, with responses of one length that nothing ends, in as many optimizer steps of as many
-episodes; see trl_ppo.py for how TRL is set. "trident, ptx" adds the pretraining gradient, which TRL
-does not have. The first iteration warms up and is not counted.
+"trident" and "trl" are plain PPO from the same random weights on the same prompts, in as many
+optimizer steps of as many episodes; see trl_ppo.py for how TRL is set. "trident, ptx" adds the
+pretraining gradient, which TRL does not have. Responses have one length that nothing ends
+("fixed"), or up to twice as many tokens and an end that the model draws ("mixed", ppo_weights.py).
+The first iteration warms up and is not counted.
 
-Providers run one after the other, and each has given its memory back before the next: at 1.3B on
-80 GB ours takes 58 GB between phases and a network's activations besides, TRL 26 GB in bf16 (42 GB
-and 5 GB mixed) and its logits.
+Each provider is a process of its own. Its peak memory on a CPU is all that the process ever held,
+interpreter and libraries included; on a GPU what torch gave out there. On a CPU they take turns,
+iteration by iteration; on a GPU one ends before the next begins: at 1.3B ours takes 58 GB between
+phases and a network's activations besides, TRL 26 GB in bf16 (42 GB and 5 GB mixed) and its logits.
 """
 
 import argparse
 import dataclasses
-import gc
+import json
 import math
-import statistics
+import os
 import sys
-import time
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import trl_ppo
-from benchmarks.ppo_job import Effort, Job, Measured, peak_bytes
-from benchmarks.ppo_scene import PHASES, build, random_feed, random_prompts, run_iteration
+from benchmarks.ppo_job import WORKLOADS, Effort, Job
+from benchmarks.ppo_provider import PROVIDERS
+from benchmarks.ppo_table import beside_ours, goal_lines, table
+from benchmarks.ppo_turns import Opening, Provider, Say, run_in_turns
+from benchmarks.ppo_weights import write_weights
+from benchmarks.rivals import missing_rivals, rivals_environment
 from benchmarks.timing import append_record, free_memory, machine, records_path
-from engine.config import UserError
-from engine.feed import Feed
-from engine.parallel import Parallel, start_parallel
-from engine.settings.layout import ParallelLayout
+from engine.device import DTYPES
 from engine.settings.numerics import Numerics
-from engine.settings.ppo import PPOConfig, PPOData
-from engine.settings.sampling import SamplingConfig
 from models.sizes import SIZES
 
-PROVIDERS = ("trident", "trl", "trl, mixed", "trident, ptx")
+OF_TRL = ("trl", "accelerate", "datasets", "pandas")
+"""Modules that PPOTrainer imports and the project does not have."""
 
 
-def config_of(job: Job, num_iterations: int) -> PPOConfig:
-    """Return the paper's coefficients for a job."""
-    num_ptx = job.ptx_examples_per_episode
-    return PPOConfig(
-        data=PPOData(
-            pretraining_tokens=job.pretraining_tokens, max_prompt_tokens=job.prompt_tokens
-        ),
-        sampling=SamplingConfig(
-            max_new_tokens=job.response_tokens,
-            num_slots=min(job.num_episodes, 256),
-            # All prompts in few steps, as a batch generator has them: at most 16k tokens at once.
-            prefill_tokens=max(1024, min(2**14, job.num_episodes * job.prompt_tokens)),
-        ),
-        iterations=num_iterations,
-        rollout_batch_size=job.num_episodes,
-        minibatch_size=job.minibatch_size,
-        ptx_coef=PPOConfig.ptx_coef if num_ptx else 0.0,
-        ptx_examples_per_episode=max(1, num_ptx),
-        micro_batch_tokens=job.micro_batch_tokens,
-        numerics=job.numerics,
-    )
+def compare(
+    job: Job, device: torch.device, providers: list[str], effort: Effort, say: Say
+) -> Iterator[dict[str, Any]]:
+    """Yield the records of the providers, in order, beside ours where that came before.
 
-
-def feed_of(job: Job, config: PPOConfig, parallel: Parallel) -> Feed | None:
-    """Return the job's pretraining text, None without ptx."""
-    if not job.ptx_examples_per_episode:
-        return None
-    return random_feed(config, job.size, parallel, job.pretraining_tokens)
-
-
-def run_trident(job: Job, device: torch.device, effort: Effort) -> Measured:
-    """Run this engine's iterations."""
-    config = config_of(job, effort.num_samples + 1)
-    parallel = start_parallel(ParallelLayout(), seed=0)
-    feed = feed_of(job, config, parallel)
-    scene = build(config, (job.size, job.critic_size), parallel, feed)
-    prompts = random_prompts(job.size, job.num_episodes, job.prompt_tokens)
-    iterations = []
-    started = time.monotonic()
-    for number in range(effort.num_samples + 1):
-        if number > 1 and time.monotonic() - started > effort.seconds:
-            break
-        iterations.append(run_iteration(scene, config, prompts, number))
-    last = iterations[-1]
-    return Measured(
-        seconds=[iteration.seconds for iteration in iterations[1:]],
-        num_response_tokens=int(last.rollout.response_mask.sum()),
-        num_updates=job.num_updates,
-        losses=(last.values["update/policy_loss"], last.values["update/value_loss"]),
-        kl_per_token=iterations[0].values["score/kl_per_token"],
-        peak_bytes=peak_bytes(device),
-    )
-
-
-def measure(
-    job: Job, device: torch.device, effort: Effort, *, provider: str = "trident"
-) -> dict[str, Any]:
-    """Return a provider's record: medians over the iterations after the first.
-
-    Raises RuntimeError where it did another amount of work, or its losses are not finite;
-    ImportError where TRL is missing.
+    Who is missing, died, or did other work than ours is said and has no record.
     """
-    job = job if provider == "trident, ptx" else job.plain()
-    free_memory(device)
-    if provider.startswith("trl"):
-        run: Callable[..., Measured] = trl_ppo.run_trl
-        options = {"is_mixed": provider == "trl, mixed"}
-    else:
-        run, options = run_trident, {}
-    gc.freeze()  # TRL collects garbage in every iteration: only what it makes itself
-    try:
-        done = run(job, device, effort, **options)
-    finally:
-        gc.unfreeze()
-    free_memory(device)
-    _check(job, done, provider)
-    totals = [sum(phases.values()) for phases in done.seconds]
-    return {
-        "benchmark": "ppo_step",
-        "provider": provider,
-        "median_s": statistics.median(totals),
-        "min_s": min(totals),
-        "num_samples": len(totals),
-        "phase_s": {
-            phase: statistics.median(phases[phase] for phases in done.seconds)
-            for phase in done.seconds[0]
-        },
-        "episodes_per_s": job.num_episodes / statistics.median(totals),
-        "num_response_tokens": done.num_response_tokens,
-        "num_updates": done.num_updates,
-        "policy_loss": done.losses[0],
-        "value_loss": done.losses[1],
-        "first_kl_per_token": done.kl_per_token,
-        "peak_bytes": done.peak_bytes,
-        "order": "one after the other, memory given back between",
-        "settings": trl_ppo.settings(job, is_mixed=provider == "trl, mixed")
-        if provider.startswith("trl")
-        else {},
-        "job": dataclasses.asdict(job),
-    }
+    one_by_one = device.type == "cuda"
+    with tempfile.TemporaryDirectory() as folder:
+        write_weights(job, Path(folder), device)
+        free_memory(device)  # a GPU's is the providers'
+        openings = list(_openings(job, device, providers, Path(folder), say))
+        ours: dict[str, Any] | None = None
+        for record in run_in_turns(openings, effort, say, one_by_one=one_by_one):
+            record["order"] = "one after the other" if one_by_one else "taking turns"
+            if record["provider"] == "trident":
+                ours = record
+            elif ours:
+                try:
+                    record |= beside_ours(ours, record)
+                except RuntimeError as error:
+                    say(str(error))
+                    continue
+            yield record
 
 
-def _check(job: Job, done: Measured, provider: str) -> None:
-    """Raise RuntimeError where a provider did not do the job."""
-    wanted, found = job.num_response_tokens, done.num_response_tokens
-    if found != wanted:
-        raise RuntimeError(f"{provider} drew {found} response tokens, the job has {wanted}")
-    if done.num_updates != job.num_updates:
-        raise RuntimeError(
-            f"{provider} took {done.num_updates} optimizer steps, the job has {job.num_updates}"
+def _openings(
+    job: Job, device: torch.device, providers: list[str], weights: Path, say: Say
+) -> Iterator[Opening]:
+    fields = json.dumps(dataclasses.asdict(job))
+    options = ("--job", fields, "--device", device.type, "--weights", str(weights))
+    for name in providers:
+        environment = dict(os.environ)
+        if name.startswith("trl"):
+            if missing := missing_rivals(*OF_TRL):
+                say(f"{name} is left out: {missing}")
+                continue
+            environment = rivals_environment()
+        command = (sys.executable, "-m", "benchmarks.ppo_provider", name, *options)
+        yield lambda name=name, command=command, environment=environment: Provider(
+            name, command, environment, say
         )
-    if not all(math.isfinite(loss) for loss in done.losses):
-        raise RuntimeError(f"{provider}'s losses are not finite: {done.losses}")
 
 
 def main() -> None:
-    """Time the providers; print a table and, with --out, append each record as it is there."""
+    """Time the providers; print a table a workload and, with --out, append its records."""
     arguments = _parse()
     warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     device = torch.device(arguments.device)
-    where = machine(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    where = machine(device, DTYPES[dtype])
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
-    job = _job(arguments, device)
     effort = Effort(num_samples=arguments.num_samples, seconds=arguments.seconds)
-    records: list[dict[str, Any]] = []
-    for provider in arguments.providers:
-        try:
-            record = measure(job, device, effort, provider=provider)
-        except ImportError as error:
-            console.print(f"{provider} is left out: {error}")
-            continue
-        except (torch.OutOfMemoryError, UserError) as error:
-            console.print(f"{provider} does not fit: {error}")
-            continue
-        ours = next((r for r in records if r["provider"] == "trident"), None)
-        if ours and provider.startswith("trl"):
-            record["trident_episodes_ratio"] = ours["episodes_per_s"] / record["episodes_per_s"]
-        records.append(record)
-        if arguments.out:
-            append_record(records_path(arguments.out, device), record | where)
-        console.print(f"{provider}: {record['episodes_per_s']:.2f} episodes/s")
-    console.print(_table(job, records))
+    for workload in arguments.lengths or (WORKLOADS if device.type == "cpu" else ("fixed",)):
+        job = _job(arguments, dtype, workload)
+        records = []
+        for record in compare(
+            job,
+            device,
+            arguments.providers,
+            effort,
+            lambda line, workload=workload: console.print(f"{workload}, {line}", markup=False),
+        ):
+            records.append(record)
+            if arguments.out:
+                append_record(records_path(arguments.out, device), record | where)
+        console.print(table(job, records))
+        for line in goal_lines(records, device.type):
+            console.print(line)
 
 
-def _job(arguments: argparse.Namespace, device: torch.device) -> Job:
-    on_gpu = device.type == "cuda"
-    name = arguments.size or ("1.3b" if on_gpu else "tiny")
+def _job(arguments: argparse.Namespace, dtype: str, workload: str) -> Job:
+    name = arguments.size or ("1.3b" if arguments.device == "cuda" else "small")
     return Job(
         size=SIZES[name],
         critic_size=SIZES[arguments.critic_size or name],
-        numerics=Numerics(dtype="bf16" if on_gpu else "fp32", recompute=arguments.recompute),
+        numerics=Numerics(dtype=dtype, recompute=arguments.recompute),
         num_episodes=arguments.num_episodes,
         minibatch_size=arguments.minibatch_size,
         prompt_tokens=arguments.prompt_tokens,
-        response_tokens=arguments.response_tokens,
-        pretraining_tokens=SIZES[name].context_length,
+        response_tokens=arguments.response_tokens * (2 if workload == "mixed" else 1),
+        pretraining_tokens=arguments.pretraining_tokens or _pretraining_tokens(arguments, name),
         ptx_examples_per_episode=arguments.ptx_examples_per_episode,
         micro_batch_tokens=arguments.micro_batch_tokens,
+        workload=workload,
     )
 
 
-def _table(job: Job, records: list[dict[str, Any]]) -> Table:
-    title = (
-        f"{job.num_episodes} episodes of {job.prompt_tokens} + {job.response_tokens} tokens, "
-        f"minibatches of {job.minibatch_size}; ptx: {job.ptx_examples_per_episode} x "
-        f"{job.pretraining_tokens} tokens of text an episode"
-    )
-    table = Table("provider", *PHASES, "seconds", "episodes/s", "ours over it", "peak GB")
-    table.title = title
-    for record in records:
-        ratio = record.get("trident_episodes_ratio")
-        phases = record["phase_s"]
-        table.add_row(
-            record["provider"],
-            *(f"{phases[phase]:.3f}" if phase in phases else "" for phase in PHASES),
-            f"{record['median_s']:.3f}",
-            f"{record['episodes_per_s']:.2f}",
-            f"{ratio:.2f}" if ratio else "",
-            f"{record['peak_bytes'] / 1e9:.2f}",
-        )
-    return table
+def _pretraining_tokens(arguments: argparse.Namespace, name: str) -> int:
+    """As long as the context, as the paper's; on a CPU as long as an episode of fixed lengths: our
+    choice, to stay under four minutes."""
+    if arguments.device == "cuda":
+        return SIZES[name].context_length
+    return arguments.prompt_tokens + arguments.response_tokens
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ppo_step")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    parser.add_argument("--size", choices=SIZES, help="default: tiny, on a GPU 1.3b")
+    parser.add_argument("--size", choices=SIZES, help="default: small, on a GPU 1.3b")
     parser.add_argument("--critic-size", choices=SIZES, help="default: the policy's")
+    parser.add_argument(
+        "--lengths", nargs="+", choices=WORKLOADS, help="default: both, on a GPU fixed"
+    )
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: fp32, on a GPU bf16")
     parser.add_argument("--num-episodes", type=int, default=64)
     parser.add_argument("--minibatch-size", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--response-tokens", type=int, default=64)
+    parser.add_argument(
+        "--response-tokens",
+        type=int,
+        default=64,
+        help="fixed: of a response; mixed: the longest has twice, the shortest a quarter as many",
+    )
     parser.add_argument("--ptx-examples-per-episode", type=int, default=1)
+    parser.add_argument(
+        "--pretraining-tokens", type=int, help="default: an episode's, on a GPU the context's"
+    )
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--num-samples", type=int, default=3, help="iterations after the first")

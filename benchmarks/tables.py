@@ -27,6 +27,7 @@ def tables(root: Path) -> dict[str, dict[str, str]]:
         "README.md": {
             "targets": _join(_targets(records) for records in gpus.values()),
             "generation": _generation([r for records in devices.values() for r in records]),
+            "ppo": _ppo([r for records in devices.values() for r in records]),
         },
         "benchmarks/README.md": {
             "kernels": _join(_kernels(records) for records in gpus.values()),
@@ -113,6 +114,56 @@ def _generation(records: Sequence[Record]) -> str:
         shape = f"{size['num_layers']} x {size['hidden_size']}, batch {providers[0]['batch']}"
         rows.append((device, shape, workload, "; ".join(speeds), providers[0]["commit"]))
     return _markdown(("device", "model", "answers", "useful tokens/s", "commit"), rows)
+
+
+def _ppo(records: Sequence[Record]) -> str:
+    """Episodes/s and peak memory of ours beside TRL's at its fastest, a row a device, size, lengths
+    and dtype that both were measured at in one run."""
+
+    def case(record: Record) -> tuple:
+        job, names = record["job"], ("num_episodes", "minibatch_size", "prompt_tokens")
+        shape = [str(job["size"]), *(job[name] for name in (*names, "response_tokens"))]
+        workload = record.get("workload", "fixed")
+        return _device(record), workload, job["numerics"]["dtype"], *shape
+
+    found = [r for r in records if r["benchmark"] == "ppo_step"]
+    cases: dict[tuple, list[Record]] = {}
+    for record in newest(found, case):
+        cases.setdefault(case(record), []).append(record)
+    rows = []
+    for (device, workload, dtype, *_), run in cases.items():
+        providers = {record["provider"]: record for record in run}
+        rivals = [record for name, record in providers.items() if name.startswith("trl")]
+        if "trident" not in providers or not rivals:
+            continue
+        ours, ptx = providers["trident"], providers.get("trident, ptx")
+        trl = max(rivals, key=lambda record: record["episodes_per_s"])
+        job = ours["job"]
+        size = f"{job['size']['num_layers']} x {job['size']['hidden_size']}"
+        peaks = [record["peak_bytes"] / 1e9 for record in (ours, trl)]
+        rows.append(
+            (
+                device,
+                f"{size}, {job['num_episodes']} episodes of {job['prompt_tokens']}"
+                f" + {job['response_tokens']}",
+                f"{workload}, {dtype}",
+                f"{ours['episodes_per_s']:.2f}",
+                f"{trl['episodes_per_s']:.2f} ({trl['provider']})",
+                f"{ours['episodes_per_s'] / trl['episodes_per_s']:.2f}",
+                f"{peaks[0]:.2f} / {peaks[1]:.2f} = {peaks[0] / peaks[1]:.2f}",
+                f"{ptx['episodes_per_s']:.2f}" if ptx else "",
+                ours["commit"],
+            )
+        )
+    heads = ("device", "model and longest episodes", "lengths", "ours, episodes/s", "TRL")
+    heads += ("ours over it", "peak GB, ours over it", "ours with ptx", "commit")
+    return _markdown(heads, rows)
+
+
+def _device(record: Record) -> str:
+    """The device; of a CPU also how many threads."""
+    threads = record.get("threads")
+    return f"{record['device']}, {threads} threads" if threads else record["device"]
 
 
 def _origin(records: Sequence[Record]) -> str:

@@ -208,7 +208,8 @@ def _sft_step(records: Sequence[Record]) -> Finding | None:
 
 
 def _ppo_step(records: Sequence[Record]) -> Finding | None:
-    found = _largest(_newest_of(records, "ppo_step"))
+    fixed = [r for r in records if r.get("workload", "fixed") == "fixed"]
+    found = _largest(_newest_of(fixed, "ppo_step"))
     if "trident" not in found:
         return None
     ours = found["trident"]

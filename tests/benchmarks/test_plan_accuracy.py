@@ -9,7 +9,7 @@ from benchmarks.plan_accuracy import measured_cluster, ppo_rows, train_rows
 from benchmarks.train_step import Job
 from engine.settings.numerics import Numerics
 from models.sizes import SIZES
-from tests.benchmarks.test_ppo_step import JOB as ITERATION
+from tests.benchmarks.test_ppo_provider import JOB as ITERATION
 
 CPU = torch.device("cpu")
 

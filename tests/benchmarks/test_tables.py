@@ -29,6 +29,33 @@ def test_a_new_result_changes_the_table(tmp_path):
     assert "123,456" not in before
 
 
+def test_ppo_stands_beside_trl_at_its_fastest_in_the_newest_run(tmp_path):
+    for name in ("README.md", "benchmarks/README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    job = {"num_episodes": 64, "minibatch_size": 16, "prompt_tokens": 64, "response_tokens": 128}
+    job |= {"size": {"num_layers": 4, "hidden_size": 256}, "numerics": {"dtype": "fp32"}}
+
+    def record(provider: str, speed: float, peak: float, date: str = "2026-11-27") -> str:
+        fields = {"benchmark": "ppo_step", "workload": "mixed", "provider": provider, "job": job}
+        fields |= {"episodes_per_s": speed, "peak_bytes": peak, "device": "Some CPU", "threads": 2}
+        return json.dumps(fields | {"commit": "abc1234", "date": date})
+
+    lines = [
+        record("trident", 1.0, 9e9, date="2026-11-26"),
+        record("trident", 12.0, 1.2e9),
+        record("trl", 4.0, 2.4e9),
+        record("trl, mixed", 3.0, 3e9),
+        record("trident, ptx", 7.0, 1.4e9),
+    ]
+    for line in lines:
+        append_line(tmp_path / "benchmarks/results/cpu.jsonl", line)
+    text = documents(tmp_path)[tmp_path / "README.md"]
+    case = "| Some CPU, 2 threads | 4 x 256, 64 episodes of 64 + 128 | mixed, fp32 |"
+    assert f"{case} 12.00 | 4.00 (trl) | 3.00 | 1.20 / 2.40 = 0.50 | 7.00 | abc1234 |" in text
+    assert "9.00" not in text  # of the older run
+
+
 def test_a_document_without_the_place_is_an_error():
     with pytest.raises(ValueError, match="end of targets"):
         written("no place", "targets", "| a |")
