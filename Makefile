@@ -2,6 +2,7 @@
 # make test         the tests that two CPU cores run in a few minutes; also test-slow, test-slurm, test-gpu
 # make lint         ruff and mypy
 # make bench        what a GPU's minutes are best spent on, into runs/gpu (BUDGET=480 seconds)
+# make rivals      what some benchmarks measure us against, into .rivals (290 MB)
 # make tables       the performance tables of the documents, from benchmarks/results
 
 VENV   ?= .venv
@@ -24,7 +25,7 @@ PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check
 CORES   = $(shell $(BIN)/python -c 'import os, psutil; \
 	print(min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0))))')
 
-.PHONY: setup quickstart test test-slow test-slurm test-gpu lint bench tables
+.PHONY: setup quickstart test test-slow test-slurm test-gpu lint bench rivals tables
 
 setup: $(STAMP)
 
@@ -64,6 +65,14 @@ lint: $(STAMP)
 BUDGET ?= 480
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu --budget $(BUDGET) --out runs/gpu
+
+# Without dependencies: torch and transformers stay those of the project.
+rivals: .rivals/.installed
+
+.rivals/.installed: benchmarks/rivals.txt $(STAMP)
+	@rm -rf .rivals
+	$(PIP) --target .rivals --no-deps --requirement $<
+	@touch $@
 
 tables: $(STAMP)
 	$(BIN)/python -m benchmarks.tables
