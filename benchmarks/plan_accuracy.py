@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import ppo_step
+from benchmarks.language_step import Job, trident
 from benchmarks.ppo_job import Effort
 from benchmarks.ppo_job import Job as Iteration
 from benchmarks.timing import (
@@ -35,7 +36,6 @@ from benchmarks.timing import (
     time_calls,
     wall_clock,
 )
-from benchmarks.train_step import Job, trident
 from engine.device import DTYPES
 from engine.plan import plan
 from engine.planning.hardware import GPU, Cluster
