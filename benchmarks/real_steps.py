@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -93,9 +93,12 @@ def missing(provider: str) -> str | None:
 
 
 def measure(
-    job: RealJob, device: torch.device, providers: Sequence[str]
+    job: RealJob,
+    device: torch.device,
+    providers: Sequence[str],
+    note: Callable[[str], object] = lambda line: None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a record a provider.
+    """Yield a record a provider; note what is found on the way.
 
     RuntimeError where a first loss is another than transformers' GPT-2 has, later ones differ from
     each other, or a provider read other tokens than the job has; nothing is yielded then.
@@ -116,6 +119,8 @@ def measure(
             try:
                 for worker in workers:
                     chosen[worker.provider] = worker.ask()
+                    passes = chosen[worker.provider]["passes"]
+                    note(f"{worker.provider}: of {job.passes} passes a step, {passes} is fastest")
                 told |= _steps(job, workers, wanted)
             finally:
                 for worker in workers:

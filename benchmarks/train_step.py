@@ -126,7 +126,7 @@ def _on_real_lengths(
         return
     job, source = real_job(task, arguments, numerics, on_gpu=desk.device.type == "cuda")
     records = []
-    for record in real_steps.measure(job, desk.device, providers):
+    for record in real_steps.measure(job, desk.device, providers, desk.console.print):
         records.append(record | {"lengths": source})
         desk.keep(records[-1])
     desk.console.print(table(task, records))
@@ -209,7 +209,7 @@ def _parse(words: Iterable[str] | None = None) -> argparse.Namespace:
     real = parser.add_argument_group("sft and rm")
     add = real.add_argument
     add("--batch-size", type=int, help="demonstrations (32) or prompts (8) of a step")
-    add("--num-batches", type=int, default=4, help="different batches that are timed")
+    add("--num-batches", type=int, default=3, help="different batches that are timed")
     add("--sets", nargs="+", help="of lengths.json; default: all")
     add("--data", type=Path, help="JSON lines whose lengths are taken; one task then")
     add("--tokenizer", type=Path, help="file or folder that counts the tokens of --data")

@@ -16,9 +16,9 @@ def job_of(task, *words):
 def test_the_default_job_is_drawn_from_the_table():
     job, source = job_of("rm")
     assert source == "lengths.json"
-    assert (job.size, len(job.batches), len(job.batches[0])) == (SIZES["small"], 4, 8)
+    assert (job.size, len(job.batches), len(job.batches[0])) == (SIZES["small"], 3, 8)
     assert {len(unit) for units in job.batches for unit in units} <= set(range(4, 10))
-    rows = lengths.draw(lengths.read_table("rankings"), 32, longest=512)
+    rows = lengths.draw(lengths.read_table("rankings"), 24, longest=512)
     assert sum(map(num_tokens, job.batches)) == sum(map(lengths.num_tokens, rows))
 
 
