@@ -71,11 +71,14 @@ def main() -> None:
         out=arguments.out,
     )
     desk.console.print(", ".join(f"{name} {value}" for name, value in desk.where.items()))
-    for task in arguments.task:
-        if task == "language":
-            _language(arguments, numerics, desk)
-        else:
-            _on_real_lengths(task, arguments, numerics, desk)
+    try:
+        for task in arguments.task:
+            if task == "language":
+                _language(arguments, numerics, desk)
+            else:
+                _on_real_lengths(task, arguments, numerics, desk)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def _language(arguments: argparse.Namespace, numerics: Numerics, desk: _Desk) -> None:

@@ -57,13 +57,16 @@ class Turns:
             held = tensor_bytes(self.state()) if is_metered else 0
             meter = watched_memory(self.device) if is_metered else contextlib.nullcontext([0])
             synchronize(self.device)
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             with meter as peak:
                 yield step
                 synchronize(self.device)
-            seconds = time.perf_counter() - started
+            spent = {
+                "seconds": time.perf_counter() - started,
+                "cpu_seconds": time.process_time() - used,
+            }
             memory = {"state_bytes": held, "peak_bytes": held + peak[0]} if is_metered else {}
-            self.tell({"step": step, "seconds": seconds} | memory | self._found)
+            self.tell({"step": step} | spent | memory | self._found)
 
     def report(self, *, loss: float, num_tokens: int, num_positions: int, num_passes: int) -> None:
         """Say what the step did: its loss, the tokens that it read, and the positions that it

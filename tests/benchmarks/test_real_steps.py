@@ -129,13 +129,14 @@ def test_rates_are_of_the_medians_of_each_batch():
     job = job_of("sft", num_rounds=3)
     seconds = [9, 1, 10, 2, 20, 90, 30, 9, 9]  # the first, three rounds of two batches, the meter
     said = {"loss": 1.0, "num_positions": 100, "num_passes": 1, "state_bytes": 5, "peak_bytes": 8}
-    record = real_steps._record(job, "trident", [said | {"seconds": s} for s in seconds])
+    steps = [said | {"seconds": s, "cpu_seconds": 2 * s} for s in seconds]
+    record = real_steps._record(job, "trident", steps)
     assert record["batch_s"] == [2, 20]
     assert record["examples_per_s"] == 8 / 22
     tokens = sum(map(sum, ROWS["sft"]))
     assert record["tokens_per_s"] == tokens / 22
     assert record["padding"] == 1 - tokens / 200
-    assert (record["least_s"], record["peak_bytes"]) == (5.5, 8)
+    assert (record["least_s"], record["least_cpu_s"], record["peak_bytes"]) == (5.5, 11, 8)
 
 
 def test_a_process_that_ends_says_why(tmp_path):

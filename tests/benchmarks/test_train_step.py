@@ -59,3 +59,10 @@ def test_options_that_do_not_fit_are_named(words, capsys):
 
 def test_language_stays_the_default_task():
     assert train_step._parse([]).task == ["language"]
+
+
+def test_a_mistake_is_one_line(monkeypatch):
+    words = "train_step --device cpu --task sft --providers trident --sets nothing"
+    monkeypatch.setattr("sys.argv", words.split())
+    with pytest.raises(SystemExit, match="error: --sets nothing"):
+        train_step.main()
