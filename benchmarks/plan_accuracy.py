@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.language_step import Job, trident
 from benchmarks.ppo_job import Effort
 from benchmarks.ppo_job import Job as Iteration
 from benchmarks.ppo_provider import measure
@@ -36,7 +37,6 @@ from benchmarks.timing import (
     time_calls,
     wall_clock,
 )
-from benchmarks.train_step import Job, trident
 from engine.device import DTYPES
 from engine.plan import plan
 from engine.planning.hardware import GPU, Cluster

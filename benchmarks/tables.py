@@ -28,6 +28,7 @@ def tables(root: Path) -> dict[str, dict[str, str]]:
             "targets": _join(_targets(records) for records in gpus.values()),
             "generation": _generation([r for records in devices.values() for r in records]),
             "ppo": _ppo([r for records in devices.values() for r in records]),
+            "real steps": _real_steps([r for records in devices.values() for r in records]),
         },
         "benchmarks/README.md": {
             "kernels": _join(_kernels(records) for records in gpus.values()),
@@ -164,6 +165,39 @@ def _device(record: Record) -> str:
     """The device; of a CPU also how many threads."""
     threads = record.get("threads")
     return f"{record['device']}, {threads} threads" if threads else record["device"]
+
+
+def _real_steps(records: Sequence[Record]) -> str:
+    """SFT and RM steps on real lengths, a row a provider: of each device, task, size and dtype the
+    newest run."""
+
+    def case(record: Record) -> tuple:
+        names = ("device", "threads", "benchmark", "size", "numerics", "lengths", "batch_size")
+        return tuple(str(record.get(name)) for name in names)
+
+    found = [r for r in records if r["benchmark"] in ("sft_step", "rm_step")]
+    rows = []
+    for record in newest(found, case):
+        size, ratio = record["size"], record.get("trident_ratio")
+        task = record["benchmark"].removesuffix("_step")
+        unit = "demonstrations" if task == "sft" else "prompts"
+        rows.append(
+            (
+                record["device"],
+                f"{task}, {size['num_layers']} x {size['hidden_size']}, "
+                f"{record['numerics']['dtype']}, {record['batch_size']} {unit} a step",
+                record["provider"],
+                f"{record['examples_per_s']:.1f}",
+                f"{record['tokens_per_s']:,.0f}",
+                f"{record['padding']:.0%}",
+                f"{record['peak_bytes'] / 1e9:.2f}",
+                f"{ratio:.2f} (goal {record['goal']})" if ratio else "",
+                record["commit"],
+            )
+        )
+    head = ("device", "step", "provider", "demonstrations or prompts/s", "tokens/s")
+    head += ("padding", "peak GB", "ours over it", "commit")
+    return _markdown(head, rows) if rows else "Not measured yet."
 
 
 def _origin(records: Sequence[Record]) -> str:

@@ -74,10 +74,10 @@ def wall_clock(device: torch.device) -> Clock:
     """Host time from the call to the end of its work on the device, its launches included."""
 
     def clock(call: Call) -> float:
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         call()
-        _synchronize(device)
+        synchronize(device)
         return (time.perf_counter() - start) * 1e3
 
     return clock
@@ -148,23 +148,40 @@ def as_cuda_graph(call: Call) -> Call | None:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """Most memory the call holds at once beyond what it found, its results included.
+    """Most memory the call holds at once beyond what it found, its results included; see
+    watched_memory."""
+    with watched_memory(device) as peak:
+        result = call()  # alive to the end: the memory of a result counts
+    del result
+    return peak[0]
+
+
+@contextlib.contextmanager
+def watched_memory(device: torch.device) -> Iterator[list[int]]:
+    """Run a block; the list has afterwards the most bytes it held at once beyond what it found.
 
     On a CPU this is what torch's allocator gave out; scratch space within a library is not seen.
     """
+    peak = [0]
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profiled(call, ProfilerActivity.CPU) as events:
-        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = peak = 0
-    for _, num_bytes in changes:
+        yield peak
+        peak[0] = torch.cuda.max_memory_allocated(device) - before
+        return
+    with (
+        silent_stderr(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
+        yield peak
+    events = profiler.profiler.kineto_results.events()
+    held = 0
+    for _, num_bytes in sorted(
+        (e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"
+    ):
         held += num_bytes
-        peak = max(peak, held)
-    return peak
+        peak[0] = max(peak[0], held)
 
 
 def free_memory(device: torch.device) -> None:
@@ -293,7 +310,8 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
     append_line(path, json.dumps(record))
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU's work; on a CPU there is nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # sync
 

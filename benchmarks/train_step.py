@@ -1,397 +1,227 @@
-"""Compares a step of language-model training with plain torch: transformers' GPT-2, and AdamW.
+"""Times an optimizer step of training beside what a user would write or pick instead.
 
     python -m benchmarks.train_step --device cpu --size small
+    python -m benchmarks.train_step --device cpu --task sft rm
     python -m benchmarks.train_step --device cuda --size 1.3b --out benchmarks/results
 
-Both start from the same random weights and read the same tokens, whole sequences of one length, in
-micro-batches of the same tokens. Their first losses must agree before anything is timed. 16-bit
-weights: ours with fp32 masters and fp32 gradient sums; torch's fp32 weights under autocast, which
-is how plain torch trains in bf16.
-
-Small models take turns; large ones are timed one after the other, ours first, each in the memory
-that the other gave back. At 1.3B, bf16 and 8192 tokens a pass ours has 24 GB between steps and some
-15 GB of activations, the other 21 GB, and within a step some 28 GB of activations, weights in bf16
-and logits: 88 GB together.
+"language": whole sequences of one length beside plain torch (language_step.py). "sft" and "rm":
+demonstrations and rankings of real lengths beside an eager loop and transformers' Trainer, which
+pad (real_steps.py). The lengths are those of lengths.json, or of a file of yours; the tokens are
+random. Trainer needs accelerate: `make rivals`.
 """
 
 import argparse
-import contextlib
-import dataclasses
-import importlib.util
-import itertools
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.step_profile import profile_call
-from benchmarks.timing import (
-    append_record,
-    device_name,
-    free_memory,
-    machine,
-    matmul_flops,
-    peak_bytes,
-    records_path,
-    tensor_bytes,
-    time_calls,
-    wall_clock,
-)
-from engine.convert import load_huggingface
-from engine.data.examples import Example
+from benchmarks import language_step, lengths, real_steps
+from benchmarks.real_job import RealJob, make_batches
+from benchmarks.timing import append_record, machine, records_path
+from engine.config import UserError
+from engine.data.tokenizer import load_tokenizer
 from engine.device import DTYPES
-from engine.feed import pack_for
-from engine.losses import NegativeLogLikelihood
-from engine.network import build_network
-from engine.optimizer import Optimizer
-from engine.parallel import start_parallel
-from engine.planning.hardware import GPUS
-from engine.settings.adam import AdamConfig
-from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
-from engine.step import forward_backward
-from models.sizes import SIZES, GPTSize
+from models.sizes import SIZES
 
-ADAM = AdamConfig(lr=1e-5, schedule="constant")
-PROVIDERS = ("trident", "huggingface")
-MOST_PARAMETERS_IN_TURNS = 500_000_000
-"""Of models that take turns, in memory together; our choice: at 350M both need 30 GB."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One step: so many sequences of one length, all their tokens but the first predicted."""
-
-    size: GPTSize
-    numerics: Numerics
-    num_sequences: int
-    length: int
-    micro_batch_tokens: int
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """[num_sequences, length] token ids, the same at every call."""
-        shape = (self.num_sequences, self.length)
-        return np.random.default_rng(0).integers(0, self.size.vocab_size, shape)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the step."""
-        return self.num_sequences * self.length
-
-    @property
-    def num_targets(self) -> int:
-        """Predicted tokens of the step."""
-        return self.num_sequences * (self.length - 1)
-
-    @property
-    def model_flops(self) -> float:
-        """FLOPs of forward and backward pass, a multiplication and an addition each: the matrices,
-        attention over the keys a causal token sees, and the head; no recomputation, no padding."""
-        size = self.size
-        matrices = 24.0 * size.hidden_size**2
-        attention = 4.0 * size.hidden_size * (self.length + 1) / 2
-        head = 2.0 * size.hidden_size * size.vocab_size
-        forward = size.num_layers * (matrices + attention) * self.num_tokens
-        return 3 * (forward + head * self.num_targets)
+BATCH_SIZES = {"sft": 32, "rm": 8}
+KINDS = {"sft": "demonstrations", "rm": "rankings"}
+PASSES = (1, 2, 4, 8)
+"""Numbers of micro-batches that each provider tries; our choice: to 4 demonstrations, or the
+completions of one prompt, a pass."""
+ROUNDS, NUM_SAMPLES = 3, 10
+PROVIDERS = tuple(dict.fromkeys((*language_step.PROVIDERS, *real_steps.NEEDS)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trainer:
-    """A provider's network and optimizer."""
+class _Desk:
+    """Where results go."""
 
-    step: Callable[[], float]
-    """One optimizer step; returns its loss."""
-    state: Callable[[], dict[str, list[torch.Tensor]]]
-    """What stays in memory between steps, by what it is for."""
+    console: Console
+    device: torch.device
+    where: dict[str, Any]
+    out: Path | None
 
-
-@dataclass(frozen=True, kw_only=True)
-class Effort:
-    """How often a step is timed, and what it is held against."""
-
-    num_samples: int
-    peak_flops: float
-    """FLOP/s that count as all."""
-    peak_flops_source: str = ""
-    """Where those are from."""
-    with_profile: bool = False
-    """Whether a step more is run under the profiler."""
-
-
-def trident(job: Job, device: torch.device, weights: Path | None) -> Trainer:
-    """Return this engine's training on one rank, from a Hugging Face folder or random weights."""
-    parallel = start_parallel(ParallelLayout(), seed=0)
-    network = build_network("language", job.size, parallel, numerics=job.numerics)
-    if weights is not None:
-        load_huggingface(network, weights)
-    optimizer = Optimizer(network, ADAM, total_steps=1)
-    optimizer.prepare_state()
-    examples = [Example(tokens=row, prompt_length=1) for row in job.tokens]
-    batches = pack_for(examples, list(range(len(examples))), parallel, job.micro_batch_tokens)
-    loss = NegativeLogLikelihood(job.num_targets)
-
-    def step() -> float:
-        optimizer.zero_gradients()
-        found = forward_backward(network, batches, loss)
-        optimizer.step(0)
-        return float(found["loss"])
-
-    def state() -> dict[str, list[torch.Tensor]]:
-        buffers = [buffer for chunk in network.chunks for buffer in chunk.buffers]
-        return {
-            "weights": [buffer.param_data for buffer in buffers],
-            "gradients": [buffer.grad_data for buffer in buffers],
-            "optimizer": optimizer.state_tensors(),
-        }
-
-    return Trainer(step=step, state=state)
-
-
-def plain_torch(job: Job, device: torch.device, model: Any) -> Trainer:
-    """Return the training loop that a reader of torch's tutorials would write."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=ADAM.lr,
-        betas=(ADAM.beta1, ADAM.beta2),
-        eps=ADAM.epsilon,
-        weight_decay=ADAM.weight_decay,
-        fused=device.type == "cuda",
-    )
-    rows = torch.from_numpy(job.tokens).to(device)
-    micro_batches = rows.split(max(1, job.micro_batch_tokens // job.length))
-    dtype = DTYPES[job.numerics.dtype]
-
-    def step() -> float:
-        total = torch.zeros((), device=device)
-        for part in micro_batches:
-            with _autocast(device, dtype):
-                logits = model(part, use_cache=False).logits
-            targets = part[:, 1:].flatten()
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
-            loss = loss / job.num_targets
-            loss.backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), ADAM.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(total)
-
-    def state() -> dict[str, list[torch.Tensor]]:
-        moments = [value for values in optimizer.state.values() for value in values.values()]
-        return {"weights": list(model.parameters()), "optimizer": moments}
-
-    return Trainer(step=step, state=state)
-
-
-def plain_loss(job: Job, device: torch.device, model: Any) -> float:
-    """Return a model's loss on the job's tokens, by forward passes alone, a sequence each."""
-    total = torch.zeros((), device=device)
-    rows = torch.from_numpy(job.tokens).to(device)
-    for row in rows.split(1):
-        with torch.no_grad(), _autocast(device, DTYPES[job.numerics.dtype]):
-            logits = model(row, use_cache=False).logits[0, :-1]
-        total += F.cross_entropy(logits.float(), row[0, 1:], reduction="sum")
-    return float(total) / job.num_targets
-
-
-def measure(
-    job: Job, device: torch.device, providers: Sequence[str], effort: Effort
-) -> Iterator[dict[str, Any]]:
-    """Yield a record a provider as soon as it is there, and one of its profile where asked for.
-
-    ImportError where transformers is missing for "huggingface"; RuntimeError where a first loss is
-    another than transformers' GPT-2 has.
-    """
-    with tempfile.TemporaryDirectory() as name:
-        folder, loss = None, None
-        if "huggingface" in providers:
-            folder = Path(name)
-            loss = _write_weights(job, device, folder)
-        makers = {
-            "trident": lambda: trident(job, device, folder),
-            "huggingface": lambda: plain_torch(job, device, _rounded_gpt2(job, device)),
-        }
-        takes_turns = job.size.num_parameters < MOST_PARAMETERS_IN_TURNS
-        for group in [list(providers)] if takes_turns else [[name] for name in providers]:
-            trainers = {name: makers[name]() for name in group}
-            for name, trainer in trainers.items():
-                _check_loss(name, trainer.step(), loss, job)
-            yield from _time(job, device, trainers, effort)
-            del trainers, trainer
-            free_memory(device)
-
-
-def _rounded_gpt2(job: Job, device: torch.device) -> Any:
-    """Return transformers' GPT-2 in fp32 with the numbers that the job's dtype can hold."""
-    from benchmarks.random_gpt2 import random_gpt2
-
-    return random_gpt2(job.size, device, DTYPES[job.numerics.dtype]).float()
-
-
-def _write_weights(job: Job, device: torch.device, folder: Path) -> float:
-    """Write the weights that all start from; return the loss of transformers' GPT-2 with them."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model = _rounded_gpt2(job, device)
-    loss = plain_loss(job, device, model)
-    model.to(DTYPES[job.numerics.dtype]).save_pretrained(folder)
-    del model
-    free_memory(device)
-    return loss
-
-
-def _check_loss(name: str, found: float, wanted: float | None, job: Job) -> None:
-    if wanted is None:
-        return
-    if abs(found - wanted) > (1e-3 if job.numerics.dtype == "fp32" else 3e-2):
-        raise RuntimeError(
-            f"first losses differ, {found} of {name} and {wanted} of transformers' GPT-2: nothing "
-            "is compared"
-        )
-
-
-def _time(
-    job: Job, device: torch.device, trainers: Mapping[str, Trainer], effort: Effort
-) -> Iterator[dict[str, Any]]:
-    """Yield the records of trainers that have taken a step, which take turns."""
-    for trainer in trainers.values():
-        trainer.step()
-    calls: Mapping[str, Callable[[], object]] = {name: t.step for name, t in trainers.items()}
-    timings = time_calls(calls, wall_clock(device), num_samples=effort.num_samples)
-    for name, timing in timings.items():
-        seconds = timing.median_ms / 1e3
-        state = tensor_bytes(itertools.chain(*trainers[name].state().values()))
-        shape = {
-            "provider": name,
-            "num_sequences": job.num_sequences,
-            "length": job.length,
-            "micro_batch_tokens": job.micro_batch_tokens,
-            "size": dataclasses.asdict(job.size),
-            "numerics": dataclasses.asdict(job.numerics),
-        }
-        yield {
-            "benchmark": "train_step",
-            "median_s": seconds,
-            "p20_s": timing.p20_ms / 1e3,
-            "p80_s": timing.p80_ms / 1e3,
-            "num_samples": timing.num_samples,
-            "took_turns": len(trainers) > 1,
-            "tokens_per_s": job.num_tokens / seconds,
-            "model_flops_per_s": job.model_flops / seconds,
-            "mfu": job.model_flops / seconds / effort.peak_flops,
-            "peak_flops": effort.peak_flops,
-            "peak_flops_source": effort.peak_flops_source,
-            "state_bytes": state,
-            "peak_bytes": state + peak_bytes(trainers[name].step, device),
-        } | shape
-        if effort.with_profile:
-            found = profile_call(trainers[name].step, device)
-            yield (
-                {"benchmark": "train_step_profile"}
-                | found.record()
-                | shape
-                | {"text": f"{name}: {found.table()}"}
-            )
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Return the FLOP/s of the GPU's datasheet in 16 bits where it is known, else of a large matrix
-    product measured here, and which of the two it is."""
-    names = {name for name in GPUS if name in device_name(device).lower()}
-    if device.type == "cuda" and dtype != torch.float32 and names:
-        return GPUS[max(names, key=len)].flops, "datasheet"
-    return matmul_flops(device, dtype), "matrix product"
+    def keep(self, record: dict[str, Any]) -> None:
+        """Append a record to the device's file, where there is a folder."""
+        if self.out:
+            append_record(records_path(self.out, self.device), record | self.where)
 
 
 def main() -> None:
-    """Time a step of every provider; print a table and, with --out, append records."""
+    """Time the tasks' steps; print a table each and, with --out, append records."""
     arguments = _parse()
     warnings.filterwarnings("ignore")
     device = torch.device(arguments.device)
-    where = machine(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(", ".join(f"{name} {value}" for name, value in where.items()))
-    size = SIZES[arguments.size or ("tiny" if device.type == "cpu" else "1.3b")]
-    job = Job(
+    numerics = Numerics(
+        dtype=arguments.dtype or ("fp32" if device.type == "cpu" else "bf16"),
+        recompute=arguments.recompute,
+    )
+    desk = _Desk(
+        console=Console(width=None if sys.stdout.isatty() else 160),
+        device=device,
+        where=machine(device, DTYPES[numerics.dtype]),
+        out=arguments.out,
+    )
+    desk.console.print(", ".join(f"{name} {value}" for name, value in desk.where.items()))
+    try:
+        for task in arguments.task:
+            if task == "language":
+                _language(arguments, numerics, desk)
+            else:
+                _on_real_lengths(task, arguments, numerics, desk)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def _language(arguments: argparse.Namespace, numerics: Numerics, desk: _Desk) -> None:
+    size = SIZES[arguments.size or ("tiny" if desk.device.type == "cpu" else "1.3b")]
+    job = language_step.Job(
         size=size,
-        numerics=Numerics(
-            dtype="fp32" if device.type == "cpu" else "bf16", recompute=arguments.recompute
-        ),
+        numerics=numerics,
         num_sequences=arguments.num_sequences,
         length=size.context_length,
         micro_batch_tokens=arguments.micro_batch_tokens,
     )
-    peak, source = peak_flops(device, DTYPES[job.numerics.dtype])
-    effort = Effort(
-        num_samples=arguments.num_samples,
+    peak, source = language_step.peak_flops(desk.device, DTYPES[numerics.dtype])
+    effort = language_step.Effort(
+        num_samples=arguments.num_samples or NUM_SAMPLES,
         peak_flops=peak,
         peak_flops_source=source,
         with_profile=arguments.profile is not None,
     )
-    providers = list(arguments.providers)
-    if "huggingface" in providers and importlib.util.find_spec("transformers") is None:
-        console.print("transformers is not installed: plain torch is left out")
+    wanted = arguments.providers or language_step.PROVIDERS
+    providers = [each for each in wanted if each in language_step.PROVIDERS]
+    if "huggingface" in providers and (lack := real_steps.missing("huggingface, eager")):
+        desk.console.print(f"plain torch is left out: {lack}")
         providers.remove("huggingface")
     records = []
-    for record in measure(job, device, providers, effort):
+    for record in language_step.measure(job, desk.device, providers, effort):
         if text := record.pop("text", None):
             with arguments.profile.open("a") as file:
                 file.write(text + "\n")
         else:
             records.append(record)
-            console.print(f"{record['provider']}: {record['mfu']:.1%} of {source}")
-        if arguments.out:
-            append_record(records_path(arguments.out, device), record | where)
-    console.print(_table(job, records))
+            desk.console.print(f"{record['provider']}: {record['mfu']:.1%} of {source}")
+        desk.keep(record)
+    if records:
+        desk.console.print(language_step.table(job, records))
 
 
-def _autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    if dtype is torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)
+def _on_real_lengths(
+    task: str, arguments: argparse.Namespace, numerics: Numerics, desk: _Desk
+) -> None:
+    wanted = arguments.providers or real_steps.NEEDS
+    providers = []
+    for provider in (each for each in wanted if each in real_steps.NEEDS):
+        if lack := real_steps.missing(provider):
+            desk.console.print(f"{provider} is left out: {lack}")
+        else:
+            providers.append(provider)
+    if not providers:
+        return
+    job, source = real_job(task, arguments, numerics, on_gpu=desk.device.type == "cuda")
+    records = []
+    for record in real_steps.measure(job, desk.device, providers, desk.console.print):
+        records.append(record | {"lengths": source})
+        desk.keep(records[-1])
+    desk.console.print(table(task, records))
 
 
-def _table(job: Job, records: list[dict[str, Any]]) -> Table:
-    source = records[0]["peak_flops_source"]
-    columns = ("provider", "seconds a step", "tokens/s", "TFLOP/s", f"of {source}", "peak GB")
-    title = f"{job.num_sequences} x {job.length} tokens a step, {job.micro_batch_tokens} a pass"
-    table = Table(*columns, title=title)
+def real_job(
+    task: str, arguments: argparse.Namespace, numerics: Numerics, *, on_gpu: bool
+) -> tuple[RealJob, str]:
+    """Return the job of a task and where its lengths are from. Raises UserError."""
+    size = SIZES[arguments.size or ("1.3b" if on_gpu else "small")]
+    kind, batch_size = KINDS[task], arguments.batch_size or BATCH_SIZES[task]
+    if batch_size % max(PASSES):
+        raise UserError(f"--batch-size {batch_size} must be a multiple of {max(PASSES)}")
+    if arguments.data is None:
+        sets, source = lengths.read_table(kind), "lengths.json"
+    else:
+        rows = lengths.lengths_of(kind, arguments.data, load_tokenizer(arguments.tokenizer))
+        sets = {arguments.data.name: lengths.Lengths(num_records=len(rows), rows=rows)}
+        source = arguments.data.name
+    if arguments.sets:
+        if unknown := set(arguments.sets) - set(sets):
+            raise UserError(f"--sets {', '.join(sorted(unknown))}: {source} has {', '.join(sets)}")
+        sets = {name: sets[name] for name in arguments.sets}
+        source = f"{source}: {', '.join(sets)}"
+    drawn = lengths.draw(sets, batch_size * arguments.num_batches, longest=size.context_length)
+    job = RealJob(
+        task=task,
+        size=size,
+        numerics=numerics,
+        batches=make_batches(task, size, drawn, num_batches=arguments.num_batches),
+        num_rounds=arguments.num_samples or ROUNDS,
+        passes=PASSES,
+    )
+    return job, source
+
+
+def table(task: str, records: list[dict[str, Any]]) -> Table:
+    """Return the providers' records of a task as a table."""
+    last, goal = records[-1], real_steps.GOALS[task]
+    unit = "demonstrations" if task == "sft" else "prompts"
+    drawn = Table(
+        *("provider", "seconds a step", f"{unit}/s", "tokens/s", "padding", "passes", "peak GB"),
+        f"ours over it (goal {goal})",
+        title=f"{task}: {last['batch_size']} {unit} a step, {last['num_sequences']:.0f} sequences, "
+        f"{last['num_tokens']:.0f} tokens without padding, {last['numerics']['dtype']}",
+    )
     for record in records:
-        table.add_row(
+        ratio = record.get("trident_ratio")
+        drawn.add_row(
             record["provider"],
-            f"{record['median_s']:.3f} ({record['p20_s']:.3f} to {record['p80_s']:.3f})",
+            f"{record['median_s']:.3f}",
+            f"{record['examples_per_s']:.1f}",
             f"{record['tokens_per_s']:.0f}",
-            f"{record['model_flops_per_s'] / 1e12:.3f}",
-            f"{record['mfu']:.1%}",
+            f"{record['padding']:.0%}",
+            f"{record['num_passes']:.1f}",
             f"{record['peak_bytes'] / 1e9:.3f}",
+            f"{ratio:.2f}" if ratio else "",
         )
-    return table
+    return drawn
 
 
-def _parse() -> argparse.Namespace:
+def _parse(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step")
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    parser.add_argument("--size", choices=SIZES, help="default: tiny, on a GPU 1.3b")
-    parser.add_argument("--num-sequences", type=int, default=16, help="of a step, whole contexts")
-    parser.add_argument("--micro-batch-tokens", type=int, default=8192)
-    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
-    parser.add_argument("--num-samples", type=int, default=10, help="steps of each provider")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
-    parser.add_argument("--profile", type=Path, help="file for tables of kernels (appended)")
-    parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default=default)
+    add("--task", nargs="+", choices=("language", *KINDS), default=["language"])
+    add("--size", choices=SIZES, help="default: 1.3b; on a CPU small, of language tiny")
+    add("--dtype", choices=("fp32", "bf16"), help="default: bf16, on a CPU fp32")
+    add("--recompute", choices=("none", "selective", "full"), default="none")
+    add("--num-samples", type=int, help=f"steps of each provider ({NUM_SAMPLES}); of sft and rm"
+        f" times that each batch is timed ({ROUNDS})")  # fmt: skip
+    add("--providers", nargs="+", choices=PROVIDERS, help="default: all of the task")
+    add("--out", type=Path, help="folder for JSON lines (appended)")
+    language = parser.add_argument_group("language")
+    add = language.add_argument
+    add("--num-sequences", type=int, default=16, help="of a step, whole contexts")
+    add("--micro-batch-tokens", type=int, default=8192)
+    add("--profile", type=Path, help="file for tables of kernels (appended)")
+    real = parser.add_argument_group("sft and rm")
+    add = real.add_argument
+    add("--batch-size", type=int, help="demonstrations (32) or prompts (8) of a step")
+    add("--num-batches", type=int, default=3, help="different batches that are timed")
+    add("--sets", nargs="+", help="of lengths.json; default: all")
+    add("--data", type=Path, help="JSON lines whose lengths are taken; one task then")
+    add("--tokenizer", type=Path, help="file or folder that counts the tokens of --data")
+    arguments = parser.parse_args(None if words is None else list(words))
+    if (arguments.data is None) != (arguments.tokenizer is None):
+        parser.error("--data and --tokenizer go together")
+    if arguments.data is not None and len(arguments.task) > 1:
+        parser.error("--data has the lengths of one --task")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.language_step import Job
 from benchmarks.plan_accuracy import measured_cluster, ppo_rows, train_rows
-from benchmarks.train_step import Job
 from engine.settings.numerics import Numerics
 from models.sizes import SIZES
 from tests.benchmarks.test_ppo_provider import JOB as ITERATION

@@ -56,6 +56,37 @@ def test_ppo_stands_beside_trl_at_its_fastest_in_the_newest_run(tmp_path):
     assert "9.00" not in text  # of the older run
 
 
+def test_steps_on_real_lengths_have_a_row_a_provider(tmp_path):
+    for name in ("README.md", "benchmarks/README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    shared = {
+        "device": "a CPU",
+        "benchmark": "rm_step",
+        "size": {"num_layers": 4, "hidden_size": 256},
+        "numerics": {"dtype": "fp32"},
+        "batch_size": 8,
+        "tokens_per_s": 5000.0,
+        "padding": 0.4271,
+        "peak_bytes": 120_000_000,
+        "goal": 1.2,
+        "commit": "abc",
+    }
+    runs = [
+        ("trident", "2999-01-01", {"examples_per_s": 99.0}),
+        ("trident", "2999-01-02", {"examples_per_s": 20.0}),
+        ("theirs", "2999-01-02", {"examples_per_s": 10.0, "trident_ratio": 2.0}),
+    ]
+    for provider, date, values in runs:
+        record = shared | {"provider": provider, "date": date} | values
+        append_line(tmp_path / "benchmarks/results/cpu.jsonl", json.dumps(record))
+    text = documents(tmp_path)[tmp_path / "README.md"]
+    step = "| a CPU | rm, 4 x 256, fp32, 8 prompts a step |"
+    assert f"{step} theirs | 10.0 | 5,000 | 43% | 0.12 | 2.00 (goal 1.2) | abc |" in text
+    assert f"{step} trident | 20.0 |" in text
+    assert "| 99.0 |" not in text  # an older run
+
+
 def test_a_document_without_the_place_is_an_error():
     with pytest.raises(ValueError, match="end of targets"):
         written("no place", "targets", "| a |")

@@ -1,99 +1,68 @@
-"""Both providers train on the same tokens to the same loss, or nothing is timed."""
-
-import dataclasses
-import sys
+"""The command makes the job that its options name."""
 
 import pytest
-import torch
 
-from benchmarks import train_step
-from benchmarks.timing import copy_bandwidth, tensor_bytes
-from benchmarks.train_step import PROVIDERS, Effort, Job, measure, peak_flops
+from benchmarks import lengths, train_step
+from benchmarks.real_job import num_tokens
+from engine.config import UserError
 from engine.settings.numerics import Numerics
-from tests.tiny import SIZE
-
-CPU = torch.device("cpu")
-JOB = Job(size=SIZE, numerics=Numerics(), num_sequences=3, length=16, micro_batch_tokens=32)
-EFFORT = Effort(num_samples=2, peak_flops=1e9)
+from models.sizes import SIZES
 
 
-def test_flops_are_those_of_matrices_attention_and_head():
-    # 4 layers of 24 h^2 + 4 h (s + 1) / 2 over 48 tokens, a head of 2 h V over 45; three passes.
-    layers = 4 * (24 * 32**2 + 4 * 32 * 8.5) * 48
-    assert JOB.model_flops == 3 * (layers + 2 * 32 * 100 * 45)
+def job_of(task, *words):
+    return train_step.real_job(task, train_step._parse(words), Numerics(), on_gpu=False)
 
 
-@pytest.mark.parametrize("takes_turns", [True, False])
-def test_every_provider_is_measured(monkeypatch, takes_turns):
-    pytest.importorskip("transformers")
-    if not takes_turns:
-        monkeypatch.setattr(train_step, "MOST_PARAMETERS_IN_TURNS", 0)
-    ours, theirs = measure(JOB, CPU, PROVIDERS, EFFORT)
-    assert (ours["provider"], theirs["provider"]) == PROVIDERS
-    for record in (ours, theirs):
-        assert record["took_turns"] == takes_turns
-        assert record["mfu"] == record["model_flops_per_s"] / 1e9
-        assert record["tokens_per_s"] == pytest.approx(48 / record["median_s"])
-        assert record["peak_bytes"] > record["state_bytes"] > 0
-    # fp32 weights, gradients and two moments, against weights and two moments.
-    assert ours["state_bytes"] > theirs["state_bytes"] > 12 * SIZE.num_parameters
+def test_the_default_job_is_drawn_from_the_table():
+    job, source = job_of("rm")
+    assert source == "lengths.json"
+    assert (job.size, len(job.batches), len(job.batches[0])) == (SIZES["small"], 3, 8)
+    assert {len(unit) for units in job.batches for unit in units} <= set(range(4, 10))
+    rows = lengths.draw(lengths.read_table("rankings"), 24, longest=512)
+    assert sum(map(num_tokens, job.batches)) == sum(map(lengths.num_tokens, rows))
 
 
-def test_the_first_record_is_there_before_the_next_provider_is_built(monkeypatch):
-    pytest.importorskip("transformers")
-    monkeypatch.setattr(train_step, "MOST_PARAMETERS_IN_TURNS", 0)
-    monkeypatch.setattr(train_step, "plain_torch", None)  # calling it fails
-    records = measure(JOB, CPU, PROVIDERS, EFFORT)
-    assert next(records)["provider"] == "trident"
-    with pytest.raises(TypeError):
-        next(records)
+def test_lengths_come_from_a_file_where_one_is_named(tiny):
+    words = ("--data", f"{tiny}/demonstrations.jsonl", "--tokenizer", f"{tiny}/tokenizer.json")
+    job, source = job_of("sft", *words, "--batch-size", "8", "--num-batches", "2")
+    assert source == "demonstrations.jsonl"
+    tokenizer = train_step.load_tokenizer(tiny / "tokenizer.json")
+    rows = lengths.lengths_of("demonstrations", tiny / "demonstrations.jsonl", tokenizer)
+    found = [[e.prompt_length, len(e.tokens) - e.prompt_length] for b in job.batches for e in b]
+    assert len(found) == 16
+    assert all(row in rows for row in found)
 
 
-def test_ours_alone_needs_no_transformers(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    effort = dataclasses.replace(EFFORT, with_profile=True)
-    ours, profile = measure(JOB, CPU, ["trident"], effort)
-    assert ours["provider"] == profile["provider"] == "trident"
-    assert profile["kinds_ms"]["gemm"] > 0
-    assert "aten::mm" in profile["text"]
+def test_a_set_of_the_table_can_be_named():
+    job, source = job_of("sft", "--sets", "oasst")
+    assert source == "lengths.json: oasst"
+    assert max(num_tokens([unit]) for units in job.batches for unit in units) > 300
+    with pytest.raises(UserError, match="--sets nothing: lengths.json has e2e"):
+        job_of("sft", "--sets", "nothing")
 
 
-@pytest.mark.parametrize("takes_turns", [True, False])
-def test_losses_that_differ_are_not_compared(monkeypatch, takes_turns):
-    pytest.importorskip("transformers")
-    if not takes_turns:
-        monkeypatch.setattr(train_step, "MOST_PARAMETERS_IN_TURNS", 0)
-    loss = train_step.NegativeLogLikelihood
-    monkeypatch.setattr(train_step, "NegativeLogLikelihood", lambda targets: loss(targets + 1))
-    with pytest.raises(RuntimeError, match="first losses differ"):
-        next(measure(JOB, CPU, PROVIDERS, EFFORT))
+def test_a_batch_must_be_cut_evenly():
+    with pytest.raises(UserError, match="--batch-size 12 must be a multiple of 8"):
+        job_of("sft", "--batch-size", "12")
 
 
-def test_peak_of_a_cpu_is_measured():
-    flops, source = peak_flops(CPU, torch.float32)
-    assert source == "matrix product"
-    assert 1e8 < flops < 1e14
-    assert 1e8 < copy_bandwidth(CPU) < 1e13
+@pytest.mark.parametrize(
+    "words",
+    [("--data", "x"), ("--task", "sft", "rm", "--data", "x", "--tokenizer", "y")],
+    ids=["no tokenizer", "two tasks"],
+)
+def test_options_that_do_not_fit_are_named(words, capsys):
+    with pytest.raises(SystemExit):
+        train_step._parse(words)
+    assert "--data" in capsys.readouterr().err
 
 
-def test_peak_of_a_known_gpu_is_its_datasheet(monkeypatch):
-    monkeypatch.setattr(train_step, "device_name", lambda device: "NVIDIA GB200 NVL72")
-    monkeypatch.setattr(train_step, "matmul_flops", lambda device, dtype: 1.0)
-    assert peak_flops(torch.device("cuda"), torch.bfloat16) == (2500e12, "datasheet")
-    assert peak_flops(torch.device("cuda"), torch.float32) == (1.0, "matrix product")
+def test_language_stays_the_default_task():
+    assert train_step._parse([]).task == ["language"]
 
 
-def test_shared_memory_counts_once():
-    whole = torch.zeros(100)
-    assert tensor_bytes([whole, whole[:50], torch.zeros(25)]) == 500
-
-
-@pytest.mark.gpu
-def test_step_on_a_gpu():
-    device = torch.device("cuda")
-    job = dataclasses.replace(JOB, numerics=Numerics(dtype="bf16"))
-    effort = dataclasses.replace(EFFORT, with_profile=True)
-    ours, profile = measure(job, device, ["trident"], effort)
-    assert ours["median_s"] > 0
-    assert 0 <= profile["idle_ms"] < profile["wall_ms"]
-    assert profile["kinds_ms"]["gemm"] > 0
+def test_a_mistake_is_one_line(monkeypatch):
+    words = "train_step --device cpu --task sft --providers trident --sets nothing"
+    monkeypatch.setattr("sys.argv", words.split())
+    with pytest.raises(SystemExit, match="error: --sets nothing"):
+        train_step.main()
