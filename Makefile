@@ -43,7 +43,7 @@ $(STAMP): setup.py pyproject.toml
 	@touch $@
 
 quickstart: $(STAMP)
-	OMP_NUM_THREADS=$(CORES) $(BIN)/torchrun --standalone --nproc-per-node=1 recipes/quickstart.py $(ARGS)
+	OMP_NUM_THREADS=$(CORES) $(BIN)/python recipes/quickstart.py $(ARGS)
 
 # One thread a process: the tests start several ranks at once. A process begins with a run of files
 # of its own, and so makes their fixtures once; who is done early takes tests over from the others.
