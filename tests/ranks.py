@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 # GPU it is a fresh process, as some of it may talk to the driver, which does not survive a fork.
 PRELOADED = ["torch", "engine.sft", "engine.rm", "engine.ppo", "tests.tiny"]
 START_METHOD = "spawn" if torch.cuda.is_available() else "forkserver"
+multiprocessing.set_forkserver_preload(PRELOADED)
 
 TIMEOUT = datetime.timedelta(seconds=120)  # of one collective: a rank that failed ends the others
 
@@ -30,7 +31,6 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        multiprocessing.set_forkserver_preload(PRELOADED)
         mp.start_processes(
             _run_rank,
             args=(function, world_size, folder, dict(os.environ), args),
