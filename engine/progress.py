@@ -36,6 +36,7 @@ class LongWork:
         self._total = total
         self._console = console or Console()
         self._done = 0
+        self._reached = 0.0  # seconds after the start
         self._now = ""
         self._start = time.monotonic()
         self._bar: Progress | None = None
@@ -45,6 +46,7 @@ class LongWork:
     def advance(self, now: str = "") -> None:
         """Count one part as done; `now` names the one that begins."""
         self._done += 1
+        self._reached = time.monotonic() - self._start
         self.tell(now)
 
     def tell(self, now: str) -> None:
@@ -82,7 +84,8 @@ class LongWork:
         seconds = time.monotonic() - self._start
         if self._total is None or not self._done:
             return f"{self._title}  {self._now}  after {seconds:.0f} s"
-        left = seconds * max(0, self._total - self._done) / self._done
+        # All take as long as those that are done, the last of which ended at _reached.
+        left = max(0.0, self._reached * self._total / self._done - seconds)
         eta = f"{int(left) // 60}:{int(left) % 60:02d}"
         return f"{self._title} {self._done}/{self._total}  {self._now}  eta {eta}"
 

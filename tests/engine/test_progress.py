@@ -58,6 +58,18 @@ def test_a_log_hears_how_much_is_done_and_how_long_the_rest_takes(capsys):
     assert re.fullmatch(r"label 3/4  the next  eta 0:00", lines[-1])
 
 
+def test_the_rest_shrinks_while_a_part_is_under_way(monkeypatch):
+    work = LongWork("judge", is_writer=False, total=4)
+    now = work._start
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    now += 10.0
+    work.advance()
+    now += 4.0
+    assert work._line().endswith("eta 0:26")  # of 40 s
+    now += 100.0
+    assert work._line().endswith("eta 0:00")
+
+
 def test_a_terminal_has_a_bar_and_no_lines(capsys):
     console = Console(force_terminal=True, width=80, color_system=None)
     with LongWork("label", is_writer=True, total=2, console=console) as work:
