@@ -15,8 +15,10 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 TORCH  ?= torch==2.13.0
 # What of the project to install: .[dev] or .[dev,gpu]
 EXTRAS ?= .[dev]
-# Options of recipes/quickstart.py, such as ARGS="--data DIR"
+# Options of recipes/quickstart.py, such as ARGS="--data DIR", or of pytest: ARGS=tests/engine/test_rm.py
 ARGS   ?=
+# Tests that run at once; JOBS=0 runs them in one process, for a debugger
+JOBS   ?= $(CORES)
 
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
@@ -42,17 +44,20 @@ $(STAMP): setup.py pyproject.toml
 	@touch $@
 
 quickstart: $(STAMP)
-	OMP_NUM_THREADS=$(CORES) $(BIN)/torchrun --standalone --nproc-per-node=1 recipes/quickstart.py $(ARGS)
+	OMP_NUM_THREADS=$(CORES) $(BIN)/python recipes/quickstart.py $(ARGS)
 
-# One thread a process: the tests start several ranks at once.
+# One thread a process: the tests start several ranks at once. A process begins with a run of files
+# of its own, and so makes their fixtures once; who is done early takes tests over from the others.
+PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+BESIDE  = -n $(JOBS) --dist worksteal
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	$(PYTEST) $(BESIDE) $(ARGS)
 
 test-slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not gpu and not slurm"
+	$(PYTEST) $(BESIDE) -m "slow and not gpu and not slurm" $(ARGS)
 
 test-slurm: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slurm
+	$(PYTEST) -m slurm
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -m gpu

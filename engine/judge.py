@@ -11,6 +11,7 @@ from engine.data.prompts import read_prompts
 from engine.data.quickstart_files import Files
 from engine.evaluate import win_rate
 from engine.losses import mean_language_loss
+from engine.progress import LongWork
 from engine.report import MODELS
 from engine.rollout import last_readings
 from engine.sampler import Sampler
@@ -34,22 +35,29 @@ def judge_models(
     judged: dict[str, Any] = {"judge": "labeler" if label else "reward_model"}
     scores: dict[str, list[float]] = {}
     texts: dict[str, list[str]] = {}
-    for name in MODELS:
-        network = sampler.load(name, "language")
-        rollout, texts[name] = sampler.answer(network, prompts)
-        rewards = last_readings(rollout, sampler.read(reward_model, rollout)).tolist()
-        scores[name] = label(texts[name]) if label else rewards
-        log_ratio = sampler.read(network, rollout) - sampler.read(init, rollout)
-        judged[name] = {
-            "labeler_score": sum(scores[name]) / len(prompts),
-            "reward": sum(rewards) / len(prompts),
-            "kl_from_init": float(log_ratio[rollout.response_mask].sum()) / len(prompts),
-            "pretrain_loss": mean_language_loss(
-                network, held_out, config.pretrain.micro_batch_tokens
-            ),
-            "response_tokens": sum(rollout.response_lengths) / len(prompts),
-            "eos_rate": float(rollout.has_eos.double().mean()),
-        }
+    title, is_writer = f"judge: {len(prompts)} prompts", sampler.parallel.is_writer
+    with LongWork(title, is_writer=is_writer, total=len(MODELS)) as work:
+        for name, shown in MODELS.items():
+            work.tell(f"{shown} answers")
+            network = init if name == "sft" else sampler.load(name, "language")
+            rollout, texts[name] = sampler.answer(network, prompts)
+            work.tell(f"{shown} is read")
+            rewards = last_readings(rollout, sampler.read(reward_model, rollout)).tolist()
+            scores[name] = label(texts[name]) if label else rewards
+            init_logprobs = sampler.read(init, rollout)
+            logprobs = init_logprobs if name == "sft" else sampler.read(network, rollout)
+            log_ratio = (logprobs - init_logprobs)[rollout.response_mask]
+            judged[name] = {
+                "labeler_score": sum(scores[name]) / len(prompts),
+                "reward": sum(rewards) / len(prompts),
+                "kl_from_init": float(log_ratio.sum()) / len(prompts),
+                "pretrain_loss": mean_language_loss(
+                    network, held_out, config.pretrain.micro_batch_tokens
+                ),
+                "response_tokens": sum(rollout.response_lengths) / len(prompts),
+                "eos_rate": float(rollout.has_eos.double().mean()),
+            }
+            work.advance()
     for name in MODELS:
         judged[name] |= preferred(scores[name], scores["sft"])
     samples = [

@@ -190,12 +190,24 @@ def plot_curves(run_dir: Path) -> Path | None:
         return None
     num_columns = min(4, len(keys))
     num_rows = math.ceil(len(keys) / num_columns)
-    figure = Figure(figsize=(4 * num_columns, 2.4 * num_rows), layout="constrained")
+    width, height = 4 * num_columns, 2.4 * num_rows  # inches
+    figure = Figure(figsize=(width, height))
+    # Margins by hand, and below titles at a given height: to find either, matplotlib would draw
+    # everything twice, and PPO has 40 curves.
+    figure.subplots_adjust(
+        left=0.6 / width,
+        right=1 - 0.1 / width,
+        bottom=0.3 / height,
+        top=1 - 0.3 / height,
+        wspace=0.25,
+        hspace=0.35,
+    )
     for i, key in enumerate(keys):
         points = [(row["step"], row[key]) for row in rows if key in row]
         axes = figure.add_subplot(num_rows, num_columns, i + 1)
         axes.plot(*zip(*points, strict=True), linewidth=1.2, marker="." if len(points) < 20 else "")
-        axes.set_title(key, fontsize=9)
+        axes.set_title(key, fontsize=9, y=1.0)
+        axes.locator_params(nbins=4)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
     path = run_dir / "curves.png"

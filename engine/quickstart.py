@@ -28,6 +28,7 @@ from engine.judge import judge_models
 from engine.metrics import read_metrics
 from engine.parallel import Parallel, start_parallel
 from engine.ppo import train as train_ppo
+from engine.progress import LongWork
 from engine.report import summary_table, write_report
 from engine.rm import train as train_rm
 from engine.sampler import Sampler
@@ -119,7 +120,11 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
         "seed": config.seed,
     }
     if parallel.is_writer:
-        _write_results(home, summary, samples)
+        with LongWork("report", is_writer=True):
+            _write_results(home, summary, samples)
+        console = Console()
+        console.print(summary_table(summary))
+        console.print(f"report: {home / 'report.html'}")
     return summary
 
 
@@ -127,11 +132,12 @@ def prepare_files(config: QuickstartConfig, parallel: Parallel) -> Files:
     """Return the files, made where they are not given, with a tokenizer of their training text;
     one rank writes and all wait."""
     files = find_files(config)
-    if parallel.is_writer:
-        if config.data is None:
-            write_files(config, files)
-        write_tokenizer(config, files, config.directory / "tokenizer.model")
-    dist.barrier()
+    with LongWork("data: files and a tokenizer", is_writer=parallel.is_writer):
+        if parallel.is_writer:
+            if config.data is None:
+                write_files(config, files)
+            write_tokenizer(config, files, config.directory / "tokenizer.model")
+        dist.barrier()
     return files
 
 
@@ -148,16 +154,22 @@ def write_comparisons(config: QuickstartConfig, files: Files, sampler: Sampler) 
     repeated = [
         render_prompt(f) for f, k in zip(facts, num_completions, strict=True) for _ in range(k)
     ]
-    answers = iter(sampler.answer(sampler.load("sft", "language"), repeated)[1])
+    is_writer, replicas = sampler.parallel.is_writer, sampler.parallel.num_replicas
+    # Replicas share the prompts, and the one that speaks counts its own.
+    title, mine = f"label: {len(repeated)} answers of SFT", len(repeated) // replicas
+    with LongWork(title, is_writer=is_writer, total=mine) as work:
+        answers = iter(sampler.write(sampler.load("sft", "language"), repeated, work.advance))
     rows = []
-    for listed, k in zip(facts, num_completions, strict=True):
-        # An empty completion is no text to compare; the reader of comparisons would refuse it.
-        completions = [text for text in itertools.islice(answers, k) if text.strip()]
-        ranks = rank(listed, completions, faults_per_level=config.faults_per_level)
-        if len(set(ranks)) > 1:
-            rows.append(
-                {"prompt": render_prompt(listed), "completions": completions, "ranks": ranks}
-            )
+    with LongWork("label: rank them", is_writer=is_writer, total=len(facts)) as work:
+        for listed, k in zip(facts, num_completions, strict=True):
+            # An empty completion is no text to compare; the reader of comparisons would refuse it.
+            completions = [text for text in itertools.islice(answers, k) if text.strip()]
+            ranks = rank(listed, completions, faults_per_level=config.faults_per_level)
+            if len(set(ranks)) > 1:
+                rows.append(
+                    {"prompt": render_prompt(listed), "completions": completions, "ranks": ranks}
+                )
+            work.advance()
     if sampler.parallel.is_writer:
         num_valid = len(rows) // 10
         write_jsonl(files.comparisons_valid, rows[:num_valid])
@@ -171,6 +183,3 @@ def _write_results(home: Path, summary: dict[str, Any], samples: list[dict[str, 
     folders = {"pretrain": "base", "sft": "sft", "rm": "rm", "ppo": "ppo", "ppo_ptx": "ppo_ptx"}
     curves = {stage: read_metrics(home / folder) for stage, folder in folders.items()}
     write_report(home / "report.html", summary, curves, samples)
-    console = Console()
-    console.print(summary_table(summary))
-    console.print(f"report: {home / 'report.html'}")

@@ -1,5 +1,4 @@
-"""The whole recipe, small: `make quickstart`, or torchrun --standalone --nproc-per-node=1
-recipes/quickstart.py.
+"""The whole recipe, small: `make quickstart`, or python recipes/quickstart.py.
 
 A GPT of about a million parameters is pretrained, fine-tuned on demonstrations, and trained by PPO
 and PPO-ptx against a reward model of rankings, in minutes on two CPU cores. Values are ours, chosen
@@ -9,7 +8,8 @@ for that size.
 from pathlib import Path
 
 from engine.config import run_stage
-from engine.quickstart import run
+from engine.environment import rank_of_environment
+from engine.progress import LongWork
 from engine.settings.adam import AdamConfig
 from engine.settings.kl import KLConfig
 from engine.settings.ppo import PPOConfig, PPOData
@@ -66,5 +66,14 @@ config = QuickstartConfig(
     ),
 )
 
+
+def train(config: QuickstartConfig) -> None:
+    """Run it, once torch is imported: that takes seconds, which a wrong option need not wait for,
+    and in which something is said."""
+    with LongWork("start: torch and megatron-core", is_writer=rank_of_environment() == 0):
+        from engine.quickstart import run
+    run(config)
+
+
 if __name__ == "__main__":
-    run_stage(run, config, has_dry_run=False)
+    run_stage(train, config, has_dry_run=False)

@@ -1,6 +1,7 @@
 """Several ranks over gloo in one test: each a process of its own, as torchrun would start them."""
 
 import datetime
+import multiprocessing
 import os
 import pickle
 import tempfile
@@ -11,6 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+# A rank is forked from a process that has imported all this already: seconds less a rank. With a
+# GPU it is a fresh process, as some of it may talk to the driver, which does not survive a fork.
+PRELOADED = ["torch", "engine.sft", "engine.rm", "engine.ppo", "tests.tiny"]
+START_METHOD = "spawn" if torch.cuda.is_available() else "forkserver"
+multiprocessing.set_forkserver_preload(PRELOADED)
 
 TIMEOUT = datetime.timedelta(seconds=120)  # of one collective: a rank that failed ends the others
 
@@ -24,16 +31,28 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        mp.spawn(_run_rank, args=(function, world_size, folder, args), nprocs=world_size)
+        mp.start_processes(
+            _run_rank,
+            args=(function, world_size, folder, dict(os.environ), args),
+            nprocs=world_size,
+            start_method=START_METHOD,
+        )
         return [
             pickle.loads((folder / f"result_{rank}").read_bytes()) for rank in range(world_size)
         ]
 
 
 def _run_rank(
-    rank: int, function: Callable[..., Any], world_size: int, folder: Path, args: tuple
+    rank: int,
+    function: Callable[..., Any],
+    world_size: int,
+    folder: Path,
+    environment: dict[str, str],
+    args: tuple,
 ) -> None:
     torch.set_num_threads(1)
+    os.environ.clear()  # of when the first ranks were started, in a forked process
+    os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     store = dist.FileStore(str(folder / "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)

@@ -7,8 +7,10 @@ the standard library. Both are read from the source files with `ast`; nothing is
 
 import ast
 import math
+import os
 import re
 import sysconfig
+from collections import deque
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +24,9 @@ MIN_PARAGRAPH_CHARS = 40
 # Tests and other people's packages are not the library's own prose; the codecs are only tables.
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "ensurepip"}
 _SKIPPED_FOLDERS |= {"encodings", "pydoc_data", "__phello__", "turtledemo"}
+
+# Where a statement holds others.
+_BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
 
 # A paragraph in which few of these occur is a table, a signature or code.
 _FUNCTION_WORDS = re.compile(
@@ -96,9 +101,14 @@ def _texts(folder: Path) -> Iterator[str]:
     topics = ast.parse((folder / "pydoc_data" / "topics.py").read_bytes())
     table = next(node.value for node in topics.body if isinstance(node, ast.Assign))
     yield from (text for _, text in sorted(ast.literal_eval(table).items()))
-    for path in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix()):
-        if not _SKIPPED_FOLDERS & set(path.relative_to(folder).parts):
-            yield "\n\n".join(_docstrings(path))
+    for path in sorted(_sources(folder), key=lambda path: path.relative_to(folder).as_posix()):
+        yield "\n\n".join(_docstrings(path))
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder):
+        folders[:] = (name for name in folders if name not in _SKIPPED_FOLDERS)
+        yield from (Path(place, name) for name in names if name.endswith(".py"))
 
 
 def _docstrings(path: Path) -> Iterator[str]:
@@ -106,9 +116,14 @@ def _docstrings(path: Path) -> Iterator[str]:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # lib2to3 ships files in the grammar of Python 2
         return
-    for node in ast.walk(tree):
+    # As ast.walk, without the expressions: they are most of a tree and hold no docstring.
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield ast.get_docstring(node) or ""
+        for name in _BLOCKS:
+            waiting.extend(getattr(node, name, ()))
 
 
 def _line_groups(lines: list[str]) -> Iterator[list[str]]:

@@ -18,7 +18,7 @@ from engine.metrics import Metrics
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.stop import EXIT_STATUS
-from tests.ranks import run_ranks
+from tests.ranks import START_METHOD, run_ranks
 from tests.tiny import (
     Killed,
     ppo_config,
@@ -201,7 +201,7 @@ def test_run_killed_in_the_middle_of_a_rollout_draws_the_same_responses(
     tiny: Path, whole: Path, tmp_path: Path
 ):
     make_config, changes, roles = STAGES["ppo"]
-    process = torch.multiprocessing.get_context("spawn").Process(
+    process = torch.multiprocessing.get_context(START_METHOD).Process(
         target=die_while_generating, args=(tiny, tmp_path, 10)
     )
     process.start()

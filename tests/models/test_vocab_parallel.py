@@ -1,12 +1,10 @@
 """Vocabulary shards on gloo ranks give what one device gives; megatron gets its gradients."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,6 +14,7 @@ from models.vocab_parallel import (
     vocab_parallel_linear_logprobs_loss,
     vocab_parallel_logprobs,
 )
+from tests.ranks import run_ranks
 
 WORLD = 4
 T, H, V, NUM_VALID = 8, 10, 24, 17  # with tp 4 the last rank's columns, 18 to 23, are all padding
@@ -93,28 +92,20 @@ def run_cases(rank: int, tp: int, group: dist.ProcessGroup) -> dict[str, list[Te
     return results
 
 
-def worker(rank: int, folder: Path) -> None:
-    """One gloo rank: the cases at tp 2 and tp 4, saved for the parent to judge."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD
-    )
+def run_all_cases() -> dict[int, dict]:
+    """The cases of one gloo rank at tp 2 and tp 4, for the parent to judge."""
+    rank = dist.get_rank()
     pairs = [dist.new_group([first, first + 1]) for first in range(0, WORLD, 2)]
-    results = {
+    return {
         2: run_cases(rank % 2, 2, pairs[rank // 2]),
         4: run_cases(rank, 4, dist.group.WORLD),
     }
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
+def results() -> dict[int, list[dict]]:
     """By tp: the results of the ranks of one tensor-parallel group."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (folder,), nprocs=WORLD)
-    by_rank = [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    by_rank = run_ranks(run_all_cases, WORLD)
     return {tp: [by_rank[rank][tp] for rank in range(tp)] for tp in (2, 4)}
 
 
