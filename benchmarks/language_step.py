@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
+from benchmarks.real_job import ADAM
 from benchmarks.step_profile import profile_call
 from benchmarks.timing import (
     device_name,
@@ -44,13 +45,11 @@ from engine.network import build_network
 from engine.optimizer import Optimizer
 from engine.parallel import start_parallel
 from engine.planning.hardware import GPUS
-from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.step import forward_backward
 from models.sizes import GPTSize
 
-ADAM = AdamConfig(lr=1e-5, schedule="constant")
 PROVIDERS = ("trident", "huggingface")
 MOST_PARAMETERS_IN_TURNS = 500_000_000
 """Of models that take turns, in memory together; our choice: at 350M both need 30 GB."""

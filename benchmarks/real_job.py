@@ -7,9 +7,11 @@ import numpy as np
 
 from benchmarks.lengths import Row
 from engine.data.examples import Example, Unit, sequences_of
+from engine.settings.adam import AdamConfig
 from engine.settings.numerics import Numerics
 from models.sizes import GPTSize
 
+ADAM = AdamConfig(lr=1e-5, schedule="constant")
 PAD = 0
 """The token that fills padded rows up; no record has it."""
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.language_step import ADAM, Job, trident
+from benchmarks.language_step import Job, trident
 from benchmarks.ppo_job import Job as Iteration
 from benchmarks.ppo_scene import NO_EOS, build, random_prompts, run_iteration
 from benchmarks.ppo_trident import config_of
+from benchmarks.real_job import ADAM
 from benchmarks.scaling.curve import (
     COUNT_TOLERANCE,
     Question,

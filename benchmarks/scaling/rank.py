@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from benchmarks.language_step import ADAM
 from benchmarks.ppo_scene import NO_EOS, random_prompts
+from benchmarks.real_job import ADAM
 from benchmarks.scaling.traffic import Traffic
 from engine.data.examples import Example
 from engine.feed import pack_for
