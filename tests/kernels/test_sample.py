@@ -60,7 +60,8 @@ OPTIONS = [
 def test_kernel_draws_what_the_reference_draws(
     interpreter: None, monkeypatch: pytest.MonkeyPatch, options: dict
 ) -> None:
-    logits = 3 * torch.randn(4, 150)
+    # Flat, so that noise and truncation decide.
+    logits = torch.randn(4, 150)
     logits[1, 8:16] = -torch.inf
     on_triton = draw(logits, **options)
     monkeypatch.delenv("TRITON_INTERPRET")
