@@ -1,9 +1,15 @@
-"""The noise of sampling: a function of (seed, sample, position, column) and of nothing else.
+"""The noise of sampling: a function of (seed, sample, position, column or group), of nothing else.
 
     g = -log(-log(1 - u)),   u uniform in (0, 1)
 
-u comes from Philox4x32-10 (Salmon et al. 2011) with key = seed and counter = (global column // 4,
-position, sample index), its four outputs serving four columns.
+u comes from Philox4x32-10 (Salmon et al. 2011) with key = seed and counter = (word, position,
+sample index), its four outputs serving four neighbours:
+
+    word = column // 4             for the columns, numbered over the whole vocabulary
+    word = 2^30 + group // 4       for the groups of 8 columns: group = column // 8
+
+A column's number fits an int32, so its word is below 2^29 and a group's in [2^30, 2^30 + 2^26): no
+column shares a counter with a group, and their noises are independent.
 """
 
 from typing import NamedTuple
@@ -13,6 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+GROUP = tl.constexpr(8)  # columns; a multiple of the four that share a counter
+MAX_COLUMNS = 2**31 - 1
+_GROUP_WORD = tl.constexpr(2**30)
+assert _GROUP_WORD.value > MAX_COLUMNS // 4, "words of groups lie above those of columns"
+assert _GROUP_WORD.value + MAX_COLUMNS // (4 * GROUP.value) < 2**31, "and fit an int32"
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -40,47 +51,72 @@ def _gumbel(bits):
 
 
 @triton.jit
-def row_noise(seed, sample_index, position, quads):
-    """Noise of columns 4q to 4q+3 for each q in quads, in column order."""
-    zero = quads * 0
+def _noise(seed, sample_index, position, words):
+    """Noise of the four neighbours of each of words, in order."""
+    zero = words * 0
     c1 = zero + position.to(tl.uint32)
     c2 = zero + (sample_index & 0xFFFFFFFF).to(tl.uint32)
     c3 = zero + ((sample_index >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    b0, b1, b2, b3 = tl.philox(seed, quads, c1, c2, c3)
+    b0, b1, b2, b3 = tl.philox(seed, words, c1, c2, c3)
     return _gumbel(tl.interleave(tl.interleave(b0, b2), tl.interleave(b1, b3)))
 
 
-def philox(key: SampleKey, quads: Tensor) -> tuple[Tensor, ...]:
-    """Four [B, Q] int64 tensors of 32 random bits for the columns 4q to 4q+3 of quads [Q]."""
+@triton.jit
+def group_noise(seed, sample_index, position, quads):
+    """Noise of groups 4q to 4q+3 for each q in quads, in order."""
+    return _noise(seed, sample_index, position, (quads + _GROUP_WORD).to(tl.uint32))
+
+
+@triton.jit
+def column_noise(seed, sample_index, position, quads):
+    """Noise of columns 4q to 4q+3 for each q in quads, in order."""
+    return _noise(seed, sample_index, position, quads.to(tl.uint32))
+
+
+def philox(key: SampleKey, words: Tensor) -> tuple[Tensor, ...]:
+    """Four [B, Q] int64 tensors of 32 random bits for the counters of words, [1, Q] or [B, Q]."""
     seed, sample_index, position = key
     # int64 holds a 32-bit word; a product of two words wraps at 64 bits and keeps its bit pattern.
-    # [1, Q] and [B, 1] meet in the second round only, so the first costs next to nothing.
-    c0 = quads.to(torch.int64)[None] & _MASK
-    c1 = position.to(torch.int64)[:, None] & _MASK
-    c2 = sample_index[:, None] & _MASK
-    c3 = (sample_index >> 32)[:, None] & _MASK
+    # All in six tensors that stay in the cache.
+    shape = len(sample_index), words.shape[1]
+    c0 = (words.to(torch.int64) & _MASK).expand(shape).clone()
+    c1 = (position.to(torch.int64)[:, None] & _MASK).expand(shape).clone()
+    c2 = (sample_index[:, None] & _MASK).expand(shape).clone()
+    c3 = ((sample_index >> 32)[:, None] & _MASK).expand(shape).clone()
+    p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
     k0, k1 = int(seed) & _MASK, int(seed) >> 32
     for _ in range(10):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        torch.mul(c0, _MULTIPLIERS[0], out=p0)
+        torch.mul(c2, _MULTIPLIERS[1], out=p1)
         # c1 and c3 are whole products of the round before: mask off their high words, and the sign.
-        c0 = (p1 >> 32).bitwise_xor(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
-        c2 = (p0 >> 32).bitwise_xor(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
-        c1, c3 = p1, p0
+        torch.bitwise_right_shift(p1, 32, out=c0)
+        c0.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
+        torch.bitwise_right_shift(p0, 32, out=c2)
+        c2.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
+        c1, p1, c3, p0 = p1, c1, p0, c3
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)
 
 
-def log_survival_reference(key: SampleKey, first_column: int, num_columns: int) -> Tensor:
-    """[B, num_columns] fp32 log(1 - u) of the global columns from first_column on.
-
-    The noise of a column is g = -log(-log(1 - u)).
-    """
-    first_quad = first_column // 4
-    quads = torch.arange(first_quad, (first_column + num_columns + 3) // 4)
-    u = torch.empty(len(key.sample_index), len(quads), 4)
-    for lane, bits in enumerate(philox(key, quads)):
+def _log_survival(key: SampleKey, words: Tensor) -> Tensor:
+    """[B, 4 Q] fp32 log(1 - u) of the four neighbours of each of words, [1, Q] or [B, Q]."""
+    u = torch.empty(len(key.sample_index), words.shape[1], 4)
+    for lane, bits in enumerate(philox(key, words)):
         u[:, :, lane] = bits
     # The steps of `_gumbel`, in place; the scale carries the sign.
     u.add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)
-    skip = first_column - 4 * first_quad
-    return u.log1p_().flatten(1)[:, skip : skip + num_columns]
+    return u.log1p_().flatten(1)
+
+
+def group_log_survival(key: SampleKey, first_group: int, num_groups: int) -> Tensor:
+    """[B, num_groups] fp32 log(1 - u) of the groups from first_group on: g = -log(-log(1 - u))."""
+    first_quad = first_group // 4
+    quads = torch.arange(first_quad, (first_group + num_groups + 3) // 4)[None]
+    skip = first_group - 4 * first_quad
+    return _log_survival(key, quads + _GROUP_WORD.value)[:, skip : skip + num_groups]
+
+
+def column_log_survival(key: SampleKey, groups: Tensor) -> Tensor:
+    """[B, 8] fp32 log(1 - u) of the columns of one group a row, groups [B, 1]."""
+    quads = GROUP.value // 4
+    return _log_survival(key, groups * quads + torch.arange(quads))

@@ -19,15 +19,10 @@ from kernels.linear_logprobs import (
     shard_linear_logprobs_loss,
 )
 from kernels.logprobs import Joins, check_rows, shard_logprobs
-from kernels.philox import SampleKey
+from kernels.philox import GROUP, SampleKey
 from kernels.row_state import IGNORE_INDEX, RowSpec
-from kernels.sample import (
-    Sample,
-    check_sampling,
-    merge_samples,
-    merge_states,
-    sample_state,
-)
+from kernels.sample import Sample, check_sampling, merge_samples, merge_states
+from kernels.sample_state import sample_state
 from kernels.truncation import truncation_thresholds
 
 
@@ -265,11 +260,16 @@ def vocab_parallel_sample(  # noqa: PLR0913
 ) -> Sample:
     """`kernels.sample.sample` from the whole vocabulary: the same tokens on every rank.
 
-    logits_shard: this rank's columns [B, V / tp]. Gathers 16 bytes a row; top-k and top-p gather
-    the logits besides, to find the exact cut.
+    logits_shard: this rank's columns [B, V / tp], a multiple of 8 where tp > 1 (else ValueError).
+    Gathers 16 bytes a row; top-k and top-p gather the logits besides, to find the exact cut.
     """
     check_sampling(temperature, top_k, top_p, seed)
     shards = None if group is None or group.size() == 1 else group
+    if shards and logits_shard.shape[1] % GROUP.value:  # on every rank: none waits for another
+        raise ValueError(
+            f"a rank of {shards.size()} holds {logits_shard.shape[1]} columns of the vocabulary, "
+            f"which must be a multiple of {GROUP.value} to sample from"
+        )
     thresholds = None
     if temperature > 0 and (top_k > 0 or top_p < 1):
         logits = _gather_states(logits_shard, shards).transpose(0, 1) if shards else logits_shard

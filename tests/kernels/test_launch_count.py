@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import clipped_loss, row_gradient, row_merge, row_state
+from kernels import clipped_loss, row_gradient, row_merge, row_state, sample_state
 from kernels import gae as gae_module
 from kernels import ppo_loss as ppo_module
 from kernels import sample as sample_module
@@ -59,7 +59,7 @@ def counts(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> Counter:
     """Launches and torch's operations, by name; no kernel runs."""
     counts: Counter = Counter()
     modules = (clipped_loss, gae_module, ppo_module, row_gradient, row_merge, row_state,
-               sample_module)  # fmt: skip
+               sample_module, sample_state)  # fmt: skip
     for module in modules:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Launches(name, counts))

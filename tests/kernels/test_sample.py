@@ -6,14 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import sample as sample_module
-from kernels.philox import SampleKey
-from kernels.sample import (
-    merge_samples,
-    merge_states,
-    sample,
-    sample_state,
-)
+from kernels import philox as philox_module
+from kernels import sample_state as state_module
+from kernels.philox import SampleKey, group_log_survival
+from kernels.sample import Sample, merge_samples, merge_states, sample
+from kernels.sample_state import sample_state
 from kernels.truncation import truncation_thresholds
 from tests.kernels.oracle import largest_difference
 
@@ -25,12 +22,22 @@ POSITION = torch.tensor([0, 1000, 3, 2**31 - 1])
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of 64 columns, so that a row is merged from several."""
-    monkeypatch.setattr(sample_module, "_BLOCK", 64)
+    monkeypatch.setattr(state_module, "_BLOCK", 64)
 
 
-def draw(logits: Tensor, **options: object) -> sample_module.Sample:
+def draw(logits: Tensor, **options: object) -> Sample:
     defaults = {"temperature": 1.0, "seed": 3, "sample_index": INDEX, "position": POSITION}
     return sample(logits, **{**defaults, **options})
+
+
+def draw_many(logits: Tensor, num_draws: int = 100_000, **options: object) -> Tensor:
+    """Tokens [num_draws] of one row of logits [V], each with a key of its own."""
+    return draw(
+        logits.expand(num_draws, -1),
+        sample_index=torch.arange(num_draws) // 100,
+        position=torch.arange(num_draws) % 100,
+        **options,
+    ).tokens
 
 
 def exact_logprobs(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -53,7 +60,9 @@ OPTIONS = [
 def test_kernel_draws_what_the_reference_draws(
     interpreter: None, monkeypatch: pytest.MonkeyPatch, options: dict
 ) -> None:
-    logits = 3 * torch.randn(4, 150)
+    # Flat, so that noise and truncation decide.
+    logits = torch.randn(4, 150)
+    logits[1, 8:16] = -torch.inf
     on_triton = draw(logits, **options)
     monkeypatch.delenv("TRITON_INTERPRET")
     on_torch = draw(logits, **options)
@@ -104,13 +113,7 @@ def chi_square(counts: Tensor, probabilities: Tensor) -> float:
 )
 def test_frequencies_are_the_softmax(options: dict) -> None:
     logits = 1.2 * torch.randn(40)
-    num_draws = 100_000
-    result = draw(
-        logits.expand(num_draws, -1),
-        sample_index=torch.arange(num_draws) // 100,
-        position=torch.arange(num_draws) % 100,
-        **options,
-    )
+    tokens = draw_many(logits, **options)
     exact = exact_logprobs(logits[None], options.get("temperature", 1.0))[0].exp()
     probabilities, columns = exact.sort(descending=True)
     # The k likeliest, and of those as many as it takes to reach top_p of their mass.
@@ -118,8 +121,84 @@ def test_frequencies_are_the_softmax(options: dict) -> None:
     probabilities /= probabilities.sum()
     before = probabilities.cumsum(0) - probabilities
     probabilities[before >= options.get("top_p", 1.0)] = 0
-    counts = torch.bincount(result.tokens, minlength=40)[columns].double()
+    counts = torch.bincount(tokens, minlength=40)[columns].double()
     assert abs(chi_square(counts, probabilities / probabilities.sum())) < 4
+
+
+def hard_logits() -> Tensor:
+    """[45]: groups that one column dominates, a group of equals, a light one, a part of one."""
+    logits = torch.randn(45)
+    logits[0:8] = -4.0
+    logits[3] = 1.5
+    logits[8:16] = -torch.inf
+    logits[12] = 0.5
+    logits[16:24] = -1.0
+    logits[24:32] -= 4.0
+    return logits
+
+
+@pytest.mark.parametrize("num_valid_vocab", [45, 41, 33])
+@pytest.mark.parametrize("top_k", [0, 9])
+def test_frequencies_are_the_softmax_whatever_a_group_holds(
+    num_valid_vocab: int, top_k: int
+) -> None:
+    logits = hard_logits()
+    tokens = draw_many(logits, num_valid_vocab=num_valid_vocab, top_k=top_k)
+    probabilities = logits[:num_valid_vocab].double().softmax(0)
+    if top_k:
+        least = probabilities.topk(top_k).values[-1]
+        probabilities = torch.where(probabilities >= least, probabilities, 0.0)
+    counts = torch.bincount(tokens, minlength=num_valid_vocab).double()
+    assert abs(chi_square(counts, probabilities / probabilities.sum())) < 4
+
+
+def test_the_column_does_not_depend_on_how_its_group_won() -> None:
+    # Two groups. The larger the noise with which the first wins, the likelier it is to have won
+    # by far; its column is softmax of its own eight all the same.
+    logits = torch.cat((torch.randn(8), torch.randn(8) + 1.0))
+    num_draws = 200_000
+    key = SampleKey(3, torch.arange(num_draws) // 100, torch.arange(num_draws) % 100)
+    tokens = draw_many(logits, num_draws)
+    noise = -group_log_survival(key, 0, 1)[:, 0].neg().log()
+    won = tokens < 8
+    middle = noise[won].median()
+    for part in (won & (noise < middle), won & (noise >= middle)):
+        counts = torch.bincount(tokens[part], minlength=8).double()
+        assert abs(chi_square(counts, logits[:8].double().softmax(0))) < 4
+
+
+def test_rare_tokens_are_drawn_as_often_as_they_should() -> None:
+    # 4000 columns of 1e-6 each, in groups of their own and beside the likely column, which holds
+    # the rest: 400 draws of them are expected of 100,000, 0.7 beside the likely one.
+    rare = 4000
+    logits = torch.full((rare + 1,), math.log(1e-6))
+    logits[0] = math.log(1 - rare * 1e-6)
+    tokens = torch.cat([draw_many(logits, 10_000, seed=seed) for seed in range(10)])
+    drawn = tokens[tokens > 0]
+    assert abs(len(drawn) - 400) < 4 * math.sqrt(400)
+    assert len(drawn.unique()) > 330  # 381 are expected to be distinct
+
+
+@pytest.mark.parametrize("column", [4, 70])  # in the likely column's group, and in its own
+def test_the_largest_noise_draws_a_token_of_1e_9(
+    monkeypatch: pytest.MonkeyPatch, column: int
+) -> None:
+    def middling(key: SampleKey, words: Tensor) -> tuple[Tensor, ...]:
+        """Bits of u = 1/2, but the least for the column and for its group."""
+        least = [(column // 4, column % 4), (2**30 + column // 32, column // 8 % 4)]
+        shape = len(key.position), words.shape[1]
+        return tuple(
+            torch.full(shape, 2**31).masked_fill(
+                sum((words == word) & (lane == of) for word, of in least).bool(), 0
+            )
+            for lane in range(4)
+        )
+
+    monkeypatch.setattr(philox_module, "philox", middling)
+    logits = torch.full((4, 150), -torch.inf)
+    logits[:, 0] = 0.0
+    logits[:, column] = math.log(1e-9)
+    assert draw(logits).tokens.tolist() == [column] * 4
 
 
 def test_a_sample_does_not_depend_on_its_batch(backend: str) -> None:
@@ -142,7 +221,7 @@ def test_a_seed_on_the_device_draws_what_a_number_does(backend: str, seed: int) 
 
 def draw_from_shards(
     logits: Tensor, widths: list[int], num_valid_vocab: int | None = None
-) -> sample_module.Sample:
+) -> Sample:
     """`draw` with the columns dealt to shards, which exchange 16 bytes a row."""
     states, first_column = [], 0
     for shard in logits.split(widths, dim=1):
@@ -161,13 +240,13 @@ def draw_from_shards(
     return merge_samples(torch.stack(states))
 
 
-@pytest.mark.parametrize("num_valid_vocab", [None, 130])
-@pytest.mark.parametrize("widths", [[80, 80], [61, 1, 98], [40] * 4, [20] * 8])
+@pytest.mark.parametrize("num_valid_vocab", [None, 98])
+@pytest.mark.parametrize("widths", [[64] * 2, [64, 8, 56], [32] * 4, [8] * 16])
 def test_shards_draw_what_the_whole_draws(
     backend: str, widths: list[int], num_valid_vocab: int | None
 ) -> None:
-    # With 130 valid columns of 160, the last of 8 shards holds none.
-    logits = 3 * torch.randn(4, 160)
+    # With 98 valid columns of 128, the last of 4 shards holds two, the last of 16 none.
+    logits = 3 * torch.randn(4, 128)
     whole = draw(logits, num_valid_vocab=num_valid_vocab)
     merged = draw_from_shards(logits, widths, num_valid_vocab)
     assert torch.equal(merged.tokens, whole.tokens)
@@ -207,7 +286,7 @@ def test_rows_of_nan_and_infinities_give_a_valid_column(backend: str) -> None:
     logits[3, :] = -torch.inf
     logits[3, 100] = 2.0
     results = [draw(logits, **x) for x in ({}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 3})]
-    results.append(draw_from_shards(logits, [50, 100]))
+    results.append(draw_from_shards(logits, [48, 102]))
     for result in results:
         assert ((result.tokens >= 0) & (result.tokens < 150)).all()
         assert result.logprobs[:2].isnan().all()
@@ -232,6 +311,13 @@ def test_top_k_and_top_p_keep_whom_they_should(backend: str) -> None:
 def test_values_out_of_range_are_named(options: dict) -> None:
     with pytest.raises(ValueError, match="must"):
         draw(torch.randn(4, 10), **options)
+
+
+def test_a_shard_that_begins_within_a_group_is_refused(backend: str) -> None:
+    with pytest.raises(ValueError, match="columns 20 to 60 must begin at a multiple of 8"):
+        sample_state(
+            torch.randn(4, 40), SampleKey(3, INDEX, POSITION), temperature=1.0, first_column=20
+        )
 
 
 def test_no_rows_and_strided_rows(backend: str) -> None:

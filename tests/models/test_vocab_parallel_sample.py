@@ -40,6 +40,18 @@ def test_ranks_draw_what_one_rank_draws() -> None:
             assert (on_ranks[0][name] - want).abs().max() < 2e-6
 
 
+def sample_from_uneven_shards() -> str:
+    key = {"seed": 0, "sample_index": torch.arange(2), "position": torch.arange(2)}
+    with pytest.raises(ValueError, match="multiple of 8") as caught:
+        vocab_parallel_sample(torch.zeros(2, 20), group=dist.group.WORLD, temperature=1.0, **key)
+    return str(caught.value)
+
+
+def test_shards_that_would_cut_a_group_are_refused_on_every_rank() -> None:
+    for message in run_ranks(sample_from_uneven_shards, TP):
+        assert "a rank of 2 holds 20 columns" in message
+
+
 def test_values_out_of_range_are_named() -> None:
     key = {"seed": 0, "sample_index": torch.arange(2), "position": torch.arange(2)}
     with pytest.raises(ValueError, match="top_p"):
