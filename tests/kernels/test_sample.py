@@ -294,6 +294,20 @@ def test_rows_of_nan_and_infinities_give_a_valid_column(backend: str) -> None:
         assert result.logprobs[3:].isfinite().all()
 
 
+@pytest.mark.parametrize("logit", [torch.nan, -torch.inf])
+def test_a_shard_without_mass_names_a_column_of_its_own(backend: str, logit: float) -> None:
+    key = SampleKey(3, INDEX, POSITION)
+    for num_valid_vocab, column in ((90, 48), (48, 2**31 - 1)):  # the second holds padding alone
+        states = sample_state(
+            torch.full((4, 100), logit),
+            key,
+            temperature=1.0,
+            first_column=48,
+            num_valid_vocab=num_valid_vocab,
+        )
+        assert merge_states(states)[:, 3].tolist() == [column] * 4
+
+
 def test_top_k_and_top_p_keep_whom_they_should(backend: str) -> None:
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
     cut = {"temperature": 1.0}
