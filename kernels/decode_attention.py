@@ -8,14 +8,12 @@ A context is cut into splits of a fixed length, each with its own softmax, merge
 The cut depends on the context alone, so the batch around a sequence changes no bit of its output.
 """
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.decode_groups import DecodeGroups, decode_attention_reference, decode_groups
 from kernels.launch import next_power_of_2, num_warps_for, uses_triton
 from kernels.traced import traced
 
@@ -24,8 +22,6 @@ _BLOCK_TOKENS = 64  # of them at a time, where their keys fit
 # Of keys at a time. Values take as much, and both again for the loads of the next round: 128 KiB of
 # the shared memory that a program has, 163 on an A100 and 227 on an H100.
 _TILE_BYTES = 2**15
-# Keys of one group of sequences, gathered for the CPU: small enough to stay in a core's cache.
-_GROUP_BYTES = 1 << 21
 
 
 @triton.jit
@@ -242,73 +238,6 @@ def append_kv_reference(
     slots = slot_mapping.to(torch.int64)
     k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k_new.to(k_cache.dtype))
     v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v_new.to(v_cache.dtype))
-
-
-class DecodeGroup(NamedTuple):
-    """Sequences of like length, which the CPU path gathers and attends to together."""
-
-    rows: slice
-    """Which of the batch, in the order of `DecodeGroups.order`."""
-    blocks: Tensor
-    """[n * blocks of the longest] their blocks, one sequence after the other."""
-    bias: Tensor
-    """[n, 1, 1, tokens of these blocks] 0 within the sequence, -inf beyond."""
-
-
-class DecodeGroups(NamedTuple):
-    """How the CPU path deals with a batch; the layers of a model can share it."""
-
-    order: Tensor
-    """[busy] the sequences that are not idle, by length."""
-    groups: list[DecodeGroup]
-
-
-def decode_groups(k_cache: Tensor, block_tables: Tensor, context_lengths: Tensor) -> DecodeGroups:
-    """Cut a batch into groups of like length, so that little of what they gather is padding.
-
-    A group is small enough that what was gathered is still in the core's cache when it is read.
-    """
-    block_size, token_bytes = k_cache.shape[1], k_cache[0, 0].nbytes
-    lengths, order = context_lengths.sort()
-    num_idle = int((lengths == 0).sum())
-    lengths, order = lengths[num_idle:], order[num_idle:]
-    tables, num_tokens = block_tables[order], lengths.tolist()
-    groups, start = [], 0
-    while start < len(num_tokens):
-        # Ascending lengths: the group ends where its longest member would overflow the cache.
-        stop = start + 1
-        while stop < len(num_tokens) and (
-            (stop + 1 - start) * num_tokens[stop] * token_bytes <= _GROUP_BYTES
-        ):
-            stop += 1
-        rows, num_blocks = slice(start, stop), -(-num_tokens[stop - 1] // block_size)
-        is_outside = torch.arange(num_blocks * block_size) >= lengths[rows, None]
-        bias = torch.zeros(is_outside.shape, dtype=k_cache.dtype)
-        bias.masked_fill_(is_outside, -torch.inf)
-        blocks = tables[rows, :num_blocks].reshape(-1)
-        groups.append(DecodeGroup(rows, blocks, bias[:, None, None]))
-        start = stop
-    return DecodeGroups(order, groups)
-
-
-def decode_attention_reference(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, groups: DecodeGroups, *, scale: float
-) -> Tensor:
-    """`decode_attention` in plain torch: the specification and the CPU path."""
-    num_blocks, block_size, heads, dim = k_cache.shape
-    keys, values = k_cache.view(num_blocks, -1), v_cache.view(num_blocks, -1)
-    out = torch.zeros_like(query)
-    busy = query[groups.order, :, None]
-    for rows, blocks, bias in groups.groups:
-        shape = (len(bias), -1, heads, dim)
-        out[groups.order[rows]] = F.scaled_dot_product_attention(
-            busy[rows],
-            keys.index_select(0, blocks).view(shape).transpose(1, 2),
-            values.index_select(0, blocks).view(shape).transpose(1, 2),
-            attn_mask=bias,
-            scale=scale,
-        )[:, :, 0]
-    return out
 
 
 def _check_caches(k_cache: Tensor, v_cache: Tensor) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.decode_attention import DecodeGroups, append_kv, decode_attention, decode_groups
+from kernels.decode_attention import append_kv, decode_attention
+from kernels.decode_groups import DecodeGroups, decode_groups
 from models.attention import PackedSequences, packed_attention
 
 
@@ -65,6 +66,9 @@ class PagedSequences(PackedSequences):
     chunk_slots: Tensor | None
     """[cu_seqlens_kv[-1]] int64: where the chunks' keys lie; None if all start at 0."""
 
+    copies: Sequence[tuple[int, int, int]] = ()
+    """(first block read, first written, how many): what every layer copies, in this order, between
+    writing the new tokens and reading."""
     groups: DecodeGroups | None = field(default=None, init=False)
     """On the CPU, made by the first layer for all; whoever changes a length puts it to None."""
 
@@ -74,6 +78,9 @@ class PagedSequences(PackedSequences):
         """Store key and value and return the attention, all [T, heads, dim]."""
         keys, values = self.cache.layer(layer_number)
         append_kv(key, value, keys, values, self.slots)
+        for source, target, count in self.copies:
+            for lane in (keys, values):
+                lane[target : target + count] = lane[source : source + count]
         if self.chunks is None:
             return self._decode(query, keys, values, scale)
         num_decodes = len(self.context_lengths)

@@ -2,14 +2,68 @@
 
 A full block of a prompt is known by a digest of all tokens up to its end: sequences that begin
 alike hold the same blocks, computed once and counted by reference. Shared blocks are full and never
-written again, so nothing is ever copied.
+written again, so nothing is ever copied. (extents.py is the other way, for a CPU with room.)
 """
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+
+class BlockCopy(NamedTuple):
+    """Consecutive blocks whose keys and values a step copies, in every layer."""
+
+    source: int
+    """The first block that is read."""
+    target: int
+    """The first that is written."""
+    num_blocks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a sequence lies that is admitted."""
+
+    blocks: list[int]
+    num_shared: int
+    """Blocks at the beginning whose keys and values are computed already."""
+    copy: BlockCopy | None = None
+    """What the sequence's first step copies into its blocks."""
+
+
+class PrefixNames:
+    """Which block holds the end of which beginning of a prompt."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self._digest_of: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+
+    def add(self, block: int, digest: bytes) -> None:
+        """Make a full block findable; of two with the same tokens the first stays known."""
+        if digest not in self._block_of and self._digest_of[block] is None:
+            self._block_of[digest] = block
+            self._digest_of[block] = digest
+
+    def forget(self, block: int) -> None:
+        """Make a block unknown that is written anew."""
+        digest = self._digest_of[block]
+        if digest is not None:
+            del self._block_of[digest]
+            self._digest_of[block] = None
+
+    def find(self, digests: Sequence[bytes]) -> list[int]:
+        """Return the blocks known by the first digests, as far as they go."""
+        blocks = []
+        for digest in digests:
+            block = self._block_of.get(digest)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
 
 
 class BlockManager:
@@ -21,8 +75,7 @@ class BlockManager:
         # again: a prompt that comes back soon (its next sample, or a preempted one) finds them.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._num_users = [0] * num_blocks
-        self._digest_of: list[bytes | None] = [None] * num_blocks
-        self._block_of: dict[bytes, int] = {}
+        self._names = PrefixNames(num_blocks)
 
     @property
     def num_free(self) -> int:
@@ -33,28 +86,31 @@ class BlockManager:
         """Return the blocks that hold num_tokens."""
         return -(-num_tokens // self.block_size)
 
+    def place(
+        self, num_tokens: int, digests: Sequence[bytes], num_reserved: int
+    ) -> Placement | None:
+        """Return blocks for a sequence of num_tokens, those known by the digests shared; None where
+        fewer than num_reserved would stay free."""
+        shared = self.find(digests)
+        num_new = self.num_blocks_for(num_tokens) - len(shared)
+        if num_new + self.num_unused(shared) + num_reserved > self.num_free:
+            return None
+        self.take(shared)
+        return Placement(blocks=shared + self.allocate(num_new), num_shared=len(shared))
+
     def allocate(self, count: int) -> list[int]:
         """Return `count` free blocks, now with one user each; KeyError when there are too few."""
         blocks = []
         for _ in range(count):
             block, _ = self._free.popitem(last=False)
-            digest = self._digest_of[block]
-            if digest is not None:
-                del self._block_of[digest]
-                self._digest_of[block] = None
+            self._names.forget(block)
             self._num_users[block] = 1
             blocks.append(block)
         return blocks
 
     def find(self, digests: Sequence[bytes]) -> list[int]:
         """Return the blocks known by the first digests, as far as they go, without taking them."""
-        blocks = []
-        for digest in digests:
-            block = self._block_of.get(digest)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+        return self._names.find(digests)
 
     def num_unused(self, blocks: Sequence[int]) -> int:
         """Return how many of the blocks are free, so that taking them costs free blocks."""
@@ -68,9 +124,7 @@ class BlockManager:
 
     def name(self, block: int, digest: bytes) -> None:
         """Make a full block findable; of two with the same tokens the first stays known."""
-        if digest not in self._block_of and self._digest_of[block] is None:
-            self._block_of[digest] = block
-            self._digest_of[block] = digest
+        self._names.add(block, digest)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Take one user off each block; those without any are free."""

@@ -30,6 +30,9 @@ class CacheShape:
     blocks_per_sequence: int
     """The width of a block table; see table_width."""
     dtype: torch.dtype
+    extent_blocks: int = 0
+    """Consecutive blocks that each sequence has to itself (extents.py); 0: it takes any, one by
+    one."""
 
     @property
     def block_bytes(self) -> int:
@@ -84,6 +87,9 @@ def choose_cache(
             f"sequence may need {max_length}: raise sampling.cache_gib or cache_fraction, or lower "
             "max_new_tokens"
         )
+    # A GPU's kernel reads scattered blocks as fast, and its memory is dear.
+    has_room = num_usable == num_sequences * blocks_per_sequence
+    extent_blocks = blocks_per_sequence if has_room and parallel.device.type == "cpu" else 0
     return CacheShape(
         layer_numbers=tuple(layer.layer_number for layer in layers),
         num_blocks=num_usable,
@@ -92,6 +98,7 @@ def choose_cache(
         dim=dim,
         blocks_per_sequence=table_width(max_length, config.block_size),
         dtype=network.dtype,
+        extent_blocks=extent_blocks,
     )
 
 

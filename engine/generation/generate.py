@@ -9,8 +9,9 @@ import numpy as np
 from engine.config import UserError
 from engine.device import choices_for
 from engine.generation.block_manager import BlockManager
-from engine.generation.cache import choose_cache
+from engine.generation.cache import CacheShape, choose_cache
 from engine.generation.decoding import decoding_of, lasting_decoding
+from engine.generation.extents import ExtentManager
 from engine.generation.runner import Flight, Runner
 from engine.generation.scheduler import Counts, Scheduler
 from engine.generation.sequence import LiveSequence, Response
@@ -79,7 +80,7 @@ def generate(  # noqa: PLR0913
     steps_per_sync = config.steps_per_sync or choices_for(network.parallel.device).steps_per_sync
     scheduler = Scheduler(
         waiting=deque(sequences),
-        blocks=BlockManager(shape.num_blocks, config.block_size),
+        blocks=_blocks_of(shape),
         slots_per_group=slots_per_group,
         prefill_tokens=config.prefill_tokens,
         # In a pipeline a step's tokens travel between ranks before the next.
@@ -89,6 +90,14 @@ def generate(  # noqa: PLR0913
         counts=counts or Counts(),
     )
     return _run(runner, scheduler, on_tokens or _nobody)
+
+
+def _blocks_of(shape: CacheShape) -> BlockManager | ExtentManager:
+    """Return who gives out a cache's blocks."""
+    if shape.extent_blocks:
+        num_extents = shape.num_blocks // shape.extent_blocks
+        return ExtentManager(num_extents, shape.extent_blocks, shape.block_size)
+    return BlockManager(shape.num_blocks, shape.block_size)
 
 
 def length_spread(num_tokens: Sequence[int]) -> float:

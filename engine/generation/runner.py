@@ -88,7 +88,8 @@ class Runner:
                 "iterator of generate() before the optimizer's step"
             )
         assert self._decoding is not None and self._cache is not None  # open() came first
-        is_replayed, num_rows = self._record is not None and not step.chunks, len(step.decodes)
+        num_rows = len(step.decodes)
+        is_replayed = self._record is not None and not step.chunks and not step.copies
         if is_replayed:
             self._decoding.check(self.network, self._cache)
             num_rows = graph_rows(num_rows)

@@ -4,7 +4,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.generation.block_manager import BlockManager, prefix_digests
+from engine.generation.block_manager import BlockCopy, BlockManager, prefix_digests
+from engine.generation.extents import ExtentManager
 from engine.generation.sequence import LiveSequence
 
 
@@ -31,6 +32,9 @@ class Step:
     chunks: list[Chunk]
     """Parts of prompts, several tokens each; where there are any, num_steps is 1."""
     num_steps: int
+    copies: list[BlockCopy] = field(default_factory=list)
+    """Blocks that every layer copies, in this order, before it reads the cache; where there are
+    any, num_steps is 1."""
 
     @property
     def sampled(self) -> list[LiveSequence]:
@@ -66,7 +70,7 @@ class Scheduler:
     """
 
     waiting: deque[LiveSequence]
-    blocks: BlockManager
+    blocks: BlockManager | ExtentManager
     slots_per_group: int
     prefill_tokens: int
     steps_per_sync: int
@@ -89,17 +93,23 @@ class Scheduler:
         running = self.running[group]
         num_steps = self._reserve_decodes(running)
         chunks: list[Chunk] = []
+        copies: list[BlockCopy] = []
         left = self.prefill_tokens
         for sequence in running:
             left -= self._add_chunk(chunks, sequence, left)
-        while left > 0 and len(running) < self.slots_per_group and self._admit_next(running):
+        while left > 0 and len(running) < self.slots_per_group:
+            if not self._admit_next(running, copies):
+                break
             num_steps = 1  # it may decode at once, with room for one token
             left -= self._add_chunk(chunks, running[-1], left)
         in_chunks = {id(chunk.sequence) for chunk in chunks}
         decodes = [s for s in running if s.num_pending == 1 and id(s) not in in_chunks]
         if not decodes and not chunks:
             return None
-        step = Step(decodes=decodes, chunks=chunks, num_steps=1 if chunks else num_steps)
+        if isinstance(self.blocks, ExtentManager):
+            decodes.sort(key=lambda s: s.blocks[0])  # rows as they lie in the cache
+        num_steps = 1 if chunks else num_steps
+        step = Step(decodes=decodes, chunks=chunks, num_steps=num_steps, copies=copies)
         self.counts.num_steps += step.num_steps
         self.counts.num_slot_steps += step.num_steps * self.slots_per_group
         self.counts.num_prefilled += sum(chunk.stop - chunk.start for chunk in chunks)
@@ -133,6 +143,8 @@ class Scheduler:
         """
         room = [s.max_length - len(s.tokens) for s in running if s.num_pending == 1]
         num_steps = min(self.steps_per_sync, max(room, default=1))
+        if isinstance(self.blocks, ExtentManager):
+            return num_steps  # everyone has all blocks
         if sum(self._num_missing(s, num_steps) for s in running) > self.blocks.num_free:
             num_steps = 1
         index = 0
@@ -164,28 +176,28 @@ class Scheduler:
         sequence.blocks = []
         sequence.num_cached = 0
 
-    def _admit_next(self, running: list[LiveSequence]) -> bool:
+    def _admit_next(self, running: list[LiveSequence], copies: list[BlockCopy]) -> bool:
         """Admit the first waiting sequence if the blocks of its prompt are free; return whether."""
         if not self.waiting:
             return False
-        sequence = self.waiting[0]
+        sequence, size = self.waiting[0], self.blocks.block_size
         if not sequence.digests:
-            sequence.digests = prefix_digests(sequence.tokens, self.blocks.block_size)
+            sequence.digests = prefix_digests(sequence.tokens, size)
         # At least the last token is computed: the next one is sampled from it.
-        num_shareable = (len(sequence.tokens) - 1) // self.blocks.block_size
-        shared = self.blocks.find(sequence.digests[:num_shareable])
-        num_new = self.blocks.num_blocks_for(len(sequence.tokens)) - len(shared)
+        num_shareable = (len(sequence.tokens) - 1) // size
         # A block for everyone who runs and may need one, or the admission would soon be undone.
-        size = self.blocks.block_size
         num_reserved = sum(
             len(other.blocks) * size < other.max_length for group in self.running for other in group
         )
-        if num_new + self.blocks.num_unused(shared) + num_reserved > self.blocks.num_free:
+        digests = sequence.digests[:num_shareable]
+        placement = self.blocks.place(len(sequence.tokens), digests, num_reserved)
+        if placement is None:
             return False
         self.waiting.popleft()
-        self.blocks.take(shared)
-        sequence.blocks = shared + self.blocks.allocate(num_new)
-        sequence.num_cached = len(shared) * self.blocks.block_size
+        sequence.blocks = placement.blocks
+        sequence.num_cached = placement.num_shared * size
+        if placement.copy is not None:
+            copies.append(placement.copy)
         self.counts.num_shared += sequence.num_cached
         running.append(sequence)
         return True

@@ -1,6 +1,7 @@
 """What a step is on the device, and how a decoding step becomes the next without the host."""
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -86,14 +87,12 @@ def upload(
     tokens = np.zeros(num_tokens, dtype=np.int64)
     positions = np.zeros(num_tokens, dtype=np.int64)
     slots = np.full(num_tokens, -1, dtype=np.int64)
-    block_tables = np.zeros((num_decode_rows, cache.blocks_per_sequence), dtype=np.int32)
     context_lengths = np.zeros(num_decode_rows, dtype=np.int32)
-    for row, sequence in enumerate(step.decodes):
-        tokens[row] = sequence.tokens[-1]
-        positions[row] = sequence.num_cached
-        block_tables[row, : len(sequence.blocks)] = sequence.blocks
-        context_lengths[row] = len(sequence.tokens)
     num_decodes = len(step.decodes)
+    tokens[:num_decodes] = [sequence.tokens[-1] for sequence in step.decodes]
+    positions[:num_decodes] = [sequence.num_cached for sequence in step.decodes]
+    context_lengths[:num_decodes] = [len(sequence.tokens) for sequence in step.decodes]
+    block_tables = _block_tables(step, num_decode_rows, cache.blocks_per_sequence)
     block, offset = np.divmod(positions[:num_decodes], cache.block_size)
     slots[:num_decodes] = block_tables[np.arange(num_decodes), block] * cache.block_size + offset
     rows = list(range(num_decodes if step.chunks else num_decode_rows))
@@ -121,6 +120,7 @@ def upload(
             context_lengths=_to(device, context_lengths),
             chunks=chunks,
             chunk_slots=chunk_slots,
+            copies=step.copies,
         ),
         rows=_to(device, np.array(rows, dtype=np.int64)),
         sample_index=sample_index,
@@ -128,6 +128,16 @@ def upload(
         last_position=last_position,
         is_idle=_to(device, np.arange(len(rows)) >= len(sampled)),
     )
+
+
+def _block_tables(step: Step, num_rows: int, width: int) -> np.ndarray:
+    """[num_rows, width] int32: the blocks of the decoding sequences, 0 beyond."""
+    tables = np.zeros((num_rows, width), dtype=np.int32)
+    counts = np.zeros(num_rows, dtype=np.int64)
+    counts[: len(step.decodes)] = [len(sequence.blocks) for sequence in step.decodes]
+    blocks = itertools.chain.from_iterable(sequence.blocks for sequence in step.decodes)
+    tables[np.arange(width) < counts[:, None]] = np.fromiter(blocks, np.int32, counts.sum())
+    return tables
 
 
 def _chunk_keys(

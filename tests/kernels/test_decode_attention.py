@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels import decode_attention as decode_module
+from kernels import decode_groups as groups_module
 from kernels.decode_attention import append_kv, decode_attention
 from tests.kernels.oracle import largest_difference
 
@@ -17,7 +18,7 @@ def small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits of 64 tokens read 16 at a time, and CPU groups of about two sequences."""
     monkeypatch.setattr(decode_module, "SPLIT_TOKENS", 64)
     monkeypatch.setattr(decode_module, "_BLOCK_TOKENS", 16)
-    monkeypatch.setattr(decode_module, "_GROUP_BYTES", 2 * 65 * HEADS * DIM * 4)
+    monkeypatch.setattr(groups_module, "_GROUP_BYTES", 2 * 65 * HEADS * DIM * 4)
 
 
 def random_cache(

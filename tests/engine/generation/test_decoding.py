@@ -62,6 +62,20 @@ def test_recorded_steps_answer_as_others_do(network, plain, decoding, change):
     assert decoding.graphs
 
 
+def test_a_step_that_copies_a_prompt_is_not_a_recorded_one(network, plain, decoding):
+    # The first answer ends while the second goes on. The third gets its place, copies the second's
+    # prompt but for one token, and decodes at once: a step of decoding rows alone.
+    prompts = [np.arange(17), np.arange(1, 18), np.arange(1, 18)]
+    limits = {"eos_id": -1, "seed": 3, "max_new_tokens": [2, 8, 6]}
+    config = dataclasses.replace(CONFIG, num_slots=2, steps_per_sync=1)
+    found, expected = (
+        {r.sample_index: (r.tokens.tolist(), r.logprobs) for r in answered}
+        for answered in (generate(n, prompts, config, **limits) for n in (network, plain))
+    )
+    assert_same(found, expected)
+    assert decoding.graphs
+
+
 def test_the_next_rollout_records_nothing_and_has_a_seed_of_its_own(network, plain, decoding):
     for prompt_seed in (0, 1):
         answers(network, prompt_seed=prompt_seed)

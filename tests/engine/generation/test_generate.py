@@ -3,10 +3,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config import UserError
 from engine.data.batches import pack
 from engine.data.examples import Example
+from engine.generation.block_manager import BlockManager
 from engine.generation.generate import generate, length_spread
 from engine.generation.scheduler import Counts
 from engine.generation.sequence import Response
@@ -18,6 +20,21 @@ from engine.settings.sampling import SamplingConfig
 from engine.step import forward
 from models.attention import PackedSequences
 from tests.engine.generation.random_gpt2 import CONTEXT, VOCAB, load_gpt2, random_prompts
+
+
+class Gathers(TorchDispatchMode):
+    """Counts the numbers that operations pick by index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in ("index_select", "index"):
+            self.sizes.append(out.numel())
+        return out
+
 
 CONFIG = SamplingConfig(max_new_tokens=12, num_slots=8, temperature=0.7)
 NO_EOS = -1
@@ -156,6 +173,43 @@ def test_slots_chunks_and_preemption_change_nothing(network, change):
     assert_same(responses(network, prompts, config, counts=counts), expected)
     assert counts.num_sampled == sum(len(r.tokens) for r in expected.values())
     assert (counts.num_preempted > 0) == ("cache_gib" in change)
+
+
+@pytest.mark.parametrize("prefill_tokens", [9, 1024])
+def test_answers_to_one_prompt_copy_it_and_equal_those_that_share_its_blocks(
+    network, prefill_tokens, monkeypatch
+):
+    config = dataclasses.replace(CONFIG, block_size=4, prefill_tokens=prefill_tokens)
+    prompts = [prompt for prompt in random_prompts(4, 50) for _ in range(5)]
+    counts = {"copied": Counts(), "shared": Counts()}
+    copied = responses(network, prompts, config, counts=counts["copied"])
+    monkeypatch.setattr(
+        "engine.generation.generate._blocks_of",
+        lambda shape: BlockManager(shape.num_blocks, shape.block_size),
+    )
+    shared = responses(network, prompts, config, counts=counts["shared"])
+    assert_same(copied, shared)
+    assert counts["copied"].num_shared > 10 * 8  # tokens; the prompts have up to 50
+    assert counts["copied"].num_shared == counts["shared"].num_shared
+
+
+def test_a_batch_of_one_length_gathers_no_keys_in_a_cache_with_room(network):
+    prompts = [prompt[:20] for prompt in random_prompts(30, 60) if len(prompt) >= 20][:6]
+    width = network.size.hidden_size  # numbers of a token's key
+
+    def gathered(num_bytes: float) -> list[int]:
+        """The largest tensors that are picked from the cache or copied to attend to them."""
+        config = dataclasses.replace(CONFIG, cache_gib=num_bytes / 2**30, block_size=4)
+        with Gathers() as gathers:
+            found = responses(network, prompts, config, eos_id=NO_EOS)
+        assert all(len(r.tokens) == 12 for r in found.values())
+        return [size for size in gathers.sizes if size >= 6 * 20 * width]
+
+    token_bytes = 2 * network.size.num_layers * width * 4
+    assert len(prompts) == 6
+    assert not gathered(2**30)
+    # One token's worth too little for six sequences of 32: block by block.
+    assert gathered((6 * 32 - 1) * token_bytes)
 
 
 def test_a_response_depends_on_its_sample_index_and_the_seed(network):
