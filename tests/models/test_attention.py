@@ -19,7 +19,7 @@ from models.attention import (
 
 TORCH = "torch varlen (FlashAttention 2), cuDNN for equal lengths"
 SCALE = 0.4
-EVEN = (7, 8, 6)  # go through one padded call
+EVEN = (7, 8, 6)  # little padding: one call where calls are dear
 UNEVEN = (1, 29, 2, 3, 1)  # go one by one
 EMPTY = (4, 0, 5)
 
@@ -64,7 +64,15 @@ def test_attention_is_the_naive_one(lengths: tuple[int, ...]):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_even_sequences_take_one_call_and_uneven_ones_take_theirs(monkeypatch):
+def test_padded_rows_match_sequences_one_by_one():
+    inputs = draw(sum(EVEN))
+    padded = attention._padded_attention(*inputs, packed(EVEN), SCALE)
+    torch.testing.assert_close(
+        padded, packed_attention(*inputs, packed(EVEN), SCALE), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_equal_sequences_take_one_call_and_others_take_theirs(monkeypatch):
     calls = []
     plain = torch.nn.functional.scaled_dot_product_attention
 
@@ -73,11 +81,13 @@ def test_even_sequences_take_one_call_and_uneven_ones_take_theirs(monkeypatch):
         return plain(*arguments, **named)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
-    packed_attention(*draw(sum(EVEN)), packed(EVEN), SCALE)
+    packed_attention(*draw(24), packed((8, 8, 8)), SCALE)
     assert calls == [(3, 3, 8, 8)]  # [sequences, heads, longest, dim]
-    calls.clear()
-    packed_attention(*draw(sum(UNEVEN)), packed(UNEVEN), SCALE)
-    assert len(calls) == len(UNEVEN)
+    for lengths in (EVEN, UNEVEN):
+        calls.clear()
+        packed_attention(*draw(sum(lengths)), packed(lengths), SCALE)
+        assert [shape[2] for shape in calls] == list(lengths)
+        assert {len(shape) for shape in calls} == {4}  # or torch computes the matrix of scores
 
 
 def test_a_sequence_says_the_same_alone_and_packed():
