@@ -1,7 +1,5 @@
 """Where the key-value cache lies: in memory of one rollout, or at addresses that last over many."""
 
-import contextlib
-import mmap
 import warnings
 from typing import Protocol
 
@@ -29,8 +27,7 @@ class CacheMemory(Protocol):
 
 
 class PassingMemory:
-    """Lanes that end with the last tensor over them: torch's own on a GPU, large pages of the
-    system's on the CPU."""
+    """Lanes of torch's own allocator, which end with the last tensor over them."""
 
     lasts = False
     granularity = 1
@@ -42,8 +39,6 @@ class PassingMemory:
 
     def take(self, num_bytes: int) -> list[Tensor]:
         """Return new lanes."""
-        if self._device.type == "cpu":
-            return list(_large_pages(self._num_lanes * num_bytes).split(num_bytes))
         return [
             torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
             for _ in range(self._num_lanes)
@@ -51,18 +46,6 @@ class PassingMemory:
 
     def give_back(self) -> None:
         """Nothing: whoever has the tensors has the memory."""
-
-
-def _large_pages(num_bytes: int) -> Tensor:
-    """[num_bytes] uint8 of new memory, in pages of 2 MiB where the system has them.
-
-    torch's own comes in pages of 4 KiB, which a rollout takes and gives back one by one: it took
-    4% more of a core's time with them (benchmarks.generation, 64 sequences of 4 layers x 256).
-    """
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without large pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def cache_memory(device: torch.device, *, num_lanes: int) -> CacheMemory:
