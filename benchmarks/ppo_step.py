@@ -172,8 +172,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--micro-batch-tokens",
         type=int,
-        default=2048 if default == "cpu" else 8192,
-        help="of one forward pass, of every provider; default: 2048, on a GPU 8192",
+        default=1024 if default == "cpu" else 8192,
+        help="of one forward pass, of every provider; default: 1024, on a GPU 8192",
     )
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--num-samples", type=int, default=3, help="iterations after the first")
