@@ -97,9 +97,12 @@ class Scheduler:
         left = self.prefill_tokens
         for sequence in running:
             left -= self._add_chunk(chunks, sequence, left)
+        # A block for everyone who runs and may need one, or the admission would soon be undone.
+        num_reserved = sum(self._may_grow(s) for group in self.running for s in group)
         while left > 0 and len(running) < self.slots_per_group:
-            if not self._admit_next(running, copies):
+            if not self._admit_next(running, copies, num_reserved):
                 break
+            num_reserved += self._may_grow(running[-1])
             num_steps = 1  # it may decode at once, with room for one token
             left -= self._add_chunk(chunks, running[-1], left)
         in_chunks = {id(chunk.sequence) for chunk in chunks}
@@ -176,8 +179,14 @@ class Scheduler:
         sequence.blocks = []
         sequence.num_cached = 0
 
-    def _admit_next(self, running: list[LiveSequence], copies: list[BlockCopy]) -> bool:
-        """Admit the first waiting sequence if the blocks of its prompt are free; return whether."""
+    def _may_grow(self, sequence: LiveSequence) -> bool:
+        return len(sequence.blocks) * self.blocks.block_size < sequence.max_length
+
+    def _admit_next(
+        self, running: list[LiveSequence], copies: list[BlockCopy], num_reserved: int
+    ) -> bool:
+        """Admit the first waiting sequence if the blocks of its prompt are free, and num_reserved
+        more; return whether."""
         if not self.waiting:
             return False
         sequence, size = self.waiting[0], self.blocks.block_size
@@ -185,10 +194,6 @@ class Scheduler:
             sequence.digests = prefix_digests(sequence.tokens, size)
         # At least the last token is computed: the next one is sampled from it.
         num_shareable = (len(sequence.tokens) - 1) // size
-        # A block for everyone who runs and may need one, or the admission would soon be undone.
-        num_reserved = sum(
-            len(other.blocks) * size < other.max_length for group in self.running for other in group
-        )
         digests = sequence.digests[:num_shareable]
         placement = self.blocks.place(len(sequence.tokens), digests, num_reserved)
         if placement is None:
