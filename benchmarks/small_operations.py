@@ -1,4 +1,4 @@
-"""Times a small parallel operation before and after a process has gathered an object from its group.
+"""Times a small parallel operation before and after a process has gathered from its group of one.
 
     OMP_NUM_THREADS=2 python -m benchmarks.small_operations
 
