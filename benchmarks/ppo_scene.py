@@ -160,7 +160,7 @@ def run_iteration(
         with residency.score():
             score_rollout(
                 made[0],
-                policy=policy if config.scores_policy else None,
+                policy=policy,
                 reference=scene.reference,
                 critic=critic,
                 reward_model=scene.reward_model,
@@ -168,6 +168,7 @@ def run_iteration(
                 micro_batch_tokens=config.micro_batch_tokens,
                 eos_rule=config.eos_rule,
                 eos_penalty=config.eos_penalty,
+                scores_policy=config.scores_policy,
             )
 
     def advantage() -> None:

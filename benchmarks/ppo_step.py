@@ -32,7 +32,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from benchmarks.ppo_job import WORKLOADS, Effort, Job
+from benchmarks.ppo_job import MICRO_BATCH_TOKENS, WORKLOADS, Effort, Job
 from benchmarks.ppo_provider import PROVIDERS
 from benchmarks.ppo_table import beside_ours, goal_lines, table
 from benchmarks.ppo_turns import Opening, Provider, Say, run_in_turns
@@ -133,7 +133,7 @@ def _job(arguments: argparse.Namespace, dtype: str, workload: str) -> Job:
         response_tokens=arguments.response_tokens * (2 if workload == "mixed" else 1),
         pretraining_tokens=arguments.pretraining_tokens or _pretraining_tokens(arguments, name),
         ptx_examples_per_episode=arguments.ptx_examples_per_episode,
-        micro_batch_tokens=arguments.micro_batch_tokens,
+        micro_batch_tokens=arguments.micro_batch_tokens or MICRO_BATCH_TOKENS[arguments.device],
         workload=workload,
     )
 
@@ -144,6 +144,33 @@ def _pretraining_tokens(arguments: argparse.Namespace, name: str) -> int:
     if arguments.device == "cuda":
         return SIZES[name].context_length
     return arguments.prompt_tokens + arguments.response_tokens
+
+
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End with one line where the options mean nothing."""
+    counts = ("num_episodes", "minibatch_size", "prompt_tokens", "response_tokens", "num_samples")
+    for name in counts:
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if arguments.num_episodes % arguments.minibatch_size:
+        parser.error(
+            f"--num-episodes {arguments.num_episodes} must be a multiple of --minibatch-size "
+            f"{arguments.minibatch_size}"
+        )
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU")
+    name = arguments.size or ("1.3b" if arguments.device == "cuda" else "small")
+    longest = arguments.prompt_tokens + 2 * arguments.response_tokens
+    if longest > SIZES[name].context_length:
+        parser.error(
+            f"--prompt-tokens and twice --response-tokens are {longest} tokens, more than the "
+            f"context of {SIZES[name].context_length}"
+        )
+    if arguments.out:
+        try:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out {arguments.out}: {error.strerror}")
 
 
 def _parse() -> argparse.Namespace:
@@ -172,7 +199,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--micro-batch-tokens",
         type=int,
-        default=1024 if default == "cpu" else 8192,
         help="of one forward pass, of every provider; default: 1024, on a GPU 8192",
     )
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
@@ -188,7 +214,9 @@ def _parse() -> argparse.Namespace:
         help="in this order",
     )
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    _check(parser, arguments)
+    return arguments
 
 
 if __name__ == "__main__":

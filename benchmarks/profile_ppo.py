@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import record_function
 
-from benchmarks.ppo_job import Job
+from benchmarks.ppo_job import MICRO_BATCH_TOKENS, Job
 from benchmarks.ppo_scene import PHASES, build, random_prompts, run_iteration
 from benchmarks.ppo_trident import config_of, feed_of
 from benchmarks.step_profile import KINDS, Profile, kind_of, profile_phases
@@ -168,7 +168,7 @@ def _job(arguments: argparse.Namespace, device: torch.device) -> Job:
         response_tokens=arguments.response_tokens,
         pretraining_tokens=size.context_length,
         ptx_examples_per_episode=int(arguments.ptx),
-        micro_batch_tokens=arguments.micro_batch_tokens,
+        micro_batch_tokens=arguments.micro_batch_tokens or MICRO_BATCH_TOKENS[arguments.device],
     )
 
 
@@ -183,7 +183,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--minibatch-size", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--response-tokens", type=int, default=64)
-    parser.add_argument("--micro-batch-tokens", type=int, default=8192)
+    parser.add_argument("--micro-batch-tokens", type=int)
     parser.add_argument("--num-warm-ups", type=int, default=1, help="iterations before both")
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
     return parser.parse_args()

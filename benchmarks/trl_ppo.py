@@ -9,10 +9,10 @@ policy and value weights, trained under autocast as `accelerate launch --mixed_p
 it (bf16 in PPOConfig alone changes nothing); it generates from them in fp32, as PPOTrainer does.
 
 TRL's accelerator would take one optimizer step an iteration, whatever num_mini_batches says; it is
-told to take one a minibatch. TRL reads the policy's log-probs off the logits it sampled from, so it
-runs one forward pass less than this engine, which scores again. It generates until the longest
-response of the batch has ended, and scores and trains on the whole rectangle; where an end of text
-is drawn, its setting stop_token="eos" cuts what comes after it.
+told to take one a minibatch. TRL reads the policy's log-probs off the logits it sampled from, as
+this engine does in fp32; in bf16 this engine runs a forward pass more. It generates until the
+longest response of the batch has ended, and scores and trains on the whole rectangle; where an end
+of text is drawn, its setting stop_token="eos" cuts what comes after it.
 """
 
 import contextlib
@@ -177,7 +177,7 @@ def _trainer(
         output_dir=folder,
         use_cpu=device.type == "cpu",
         bf16=is_mixed and job.numerics.dtype == "bf16",  # left out it would be True
-        optim="adamw_torch_fused" if device.type == "cuda" else "adamw_torch",
+        optim="adamw_torch_fused",
         learning_rate=5.49e-6,
         lr_scheduler_type="constant",
         gradient_checkpointing=False,

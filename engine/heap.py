@@ -10,6 +10,24 @@ import ctypes
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of malloc.h
 
 
+# Fields of malloc.h's struct mallinfo2, size_t each; fordblks has the bytes that are free.
+_MALLINFO2 = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in _MALLINFO2]
+
+
+def freed_bytes() -> int:
+    """Return the memory that this process has freed and kept, which it can use again; 0 where libc
+    does not say."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        return 0
+    mallinfo2.restype = _Mallinfo2
+    return mallinfo2().fordblks
+
+
 def keep_freed_memory() -> bool:
     """Have glibc's malloc reuse all that this process has freed; return whether it does.
 

@@ -113,7 +113,7 @@ def train(config: PPOConfig) -> dict[str, float]:
             with metrics.phase("score"), residency.score():  # 3
                 score_rollout(
                     rollout,
-                    policy=policy if config.scores_policy else None,
+                    policy=policy,
                     reference=reference,
                     critic=critic,
                     reward_model=reward_model,
@@ -121,6 +121,7 @@ def train(config: PPOConfig) -> dict[str, float]:
                     micro_batch_tokens=config.micro_batch_tokens,
                     eos_rule=config.eos_rule,
                     eos_penalty=config.eos_penalty,
+                    scores_policy=config.scores_policy,
                 )
             with metrics.phase("advantage"):  # 4
                 _, whitening = estimate_advantages(

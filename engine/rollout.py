@@ -27,6 +27,10 @@ from models.gpt import shift_right
 
 EosRule = Literal["none", "penalty", "replace"]
 
+CHECKED_SHARE = 16
+"""One response in so many is read again where the sampler's log-probs are taken: our choice, 1% of
+an iteration, and any bug that parts the two shows in all of them."""
+
 
 @dataclass(kw_only=True)
 class Rollout:
@@ -55,6 +59,10 @@ class Rollout:
     logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
     """[T] of the policy that sampled: what ratios are taken against. By the trainer's forward pass,
     or the sampler's themselves."""
+    checked_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[T] of the policy by the trainer's forward pass, in the first num_checked responses."""
+    num_checked: int = 0
+    """How many; 0 for all."""
     ref_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
     """[T] of the reference."""
     values: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -137,7 +145,7 @@ def generate_rollout(  # noqa: PLR0913 - what a draw is keyed by, each named
 def score_rollout(  # noqa: PLR0913 - the four roles, each named
     rollout: Rollout,
     *,
-    policy: Network | None,
+    policy: Network,
     reference: Network,
     critic: Network,
     reward_model: Network,
@@ -145,20 +153,25 @@ def score_rollout(  # noqa: PLR0913 - the four roles, each named
     micro_batch_tokens: int,
     eos_rule: EosRule,
     eos_penalty: float,
+    scores_policy: bool = True,
 ) -> Rollout:
     """Fill in logprobs, ref_logprobs, values and scores of a rollout.
 
-    policy: None takes the sampler's log-probs for the policy's. The temperature of sampling divides
-    the logits here too. EOS rules, for a response that hit the length limit: "penalty" takes
-    eos_penalty off its score, "replace" makes -eos_penalty its score, "none" leaves it.
+    scores_policy: False takes the sampler's log-probs for the policy's, which then reads some
+    responses again to check them. The temperature of sampling divides the logits here too. EOS
+    rules, for a response that hit the length limit: "penalty" takes eos_penalty off its score,
+    "replace" makes -eos_penalty its score, "none" leaves it.
     """
     batches = _pack(rollout, reference, micro_batch_tokens)
     scalar_batches = _pack(rollout, critic, micro_batch_tokens)  # its layout may be another
     # Language and scalar models in turn: while one is read, residency swaps the other pair.
-    if policy is None:
-        rollout.logprobs = rollout.sampled_logprobs
-    else:
-        rollout.logprobs = _read(policy, batches, rollout, temperature=temperature)
+    read_again = batches
+    if not scores_policy:
+        rollout.num_checked = -(-len(rollout) // CHECKED_SHARE)
+        read_again = _pack(rollout, policy, micro_batch_tokens, rollout.num_checked)
+    scored = _read(policy, read_again, rollout, temperature=temperature)
+    rollout.logprobs = scored if scores_policy else rollout.sampled_logprobs
+    rollout.checked_logprobs = scored
     readings = _read(critic, scalar_batches, rollout)
     # A value is read one token before its own; a prompt has at least one token, so none crosses
     # sequences.
@@ -197,11 +210,9 @@ def rollout_metrics(rollout: Rollout, phase_seconds: dict[str, float]) -> dict[s
     """Return the numbers of phases 2 to 4, over the global rollout batch."""
     mask, count = rollout.response_mask, float(rollout.response_mask.sum())  # sync
     log_ratio = (rollout.logprobs - rollout.ref_logprobs)[mask].double()
-    mismatches = {}
-    if rollout.logprobs is not rollout.sampled_logprobs:  # else the first ratios show it
-        mismatch = (rollout.sampled_logprobs - rollout.logprobs)[mask].abs()
-        mismatches["score/logprob_mismatch_mean"] = float(mismatch.mean())
-        mismatches["score/logprob_mismatch_max"] = float(mismatch.max())
+    end = int(rollout.cu_seqlens[rollout.num_checked or len(rollout)])
+    scored = rollout.checked_logprobs if rollout.num_checked else rollout.logprobs
+    mismatch = (rollout.sampled_logprobs - scored)[:end][mask[:end]].abs()
     outside = torch.stack([rollout.rewards, rollout.advantages, rollout.returns])[:, ~mask]
     advantages = rollout.advantages[mask]
     return {
@@ -214,7 +225,8 @@ def rollout_metrics(rollout: Rollout, phase_seconds: dict[str, float]) -> dict[s
         "score/reward_std": float(rollout.raw_scores.std()) if len(rollout) > 1 else 0.0,
         "score/kl": float(log_ratio.sum()) / len(rollout),
         "score/kl_per_token": float(log_ratio.mean()),
-        **mismatches,
+        "score/logprob_mismatch_mean": float(mismatch.mean()),
+        "score/logprob_mismatch_max": float(mismatch.max()),
         "advantage/mean": float(advantages.mean()),
         "advantage/std": float(advantages.std()) if count > 1 else 0.0,
         "advantage/value_mean": float(rollout.values[mask].mean()),
@@ -225,9 +237,12 @@ def rollout_metrics(rollout: Rollout, phase_seconds: dict[str, float]) -> dict[s
     }
 
 
-def _pack(rollout: Rollout, network: Network, micro_batch_tokens: int) -> list[PackedBatch]:
-    """Return this rank's share of a rollout in the network's layout."""
-    indices = list(range(len(rollout)))
+def _pack(
+    rollout: Rollout, network: Network, micro_batch_tokens: int, count: int | None = None
+) -> list[PackedBatch]:
+    """Return this rank's share of a rollout, or of its first `count` responses, in the network's
+    layout."""
+    indices = list(range(len(rollout)))[:count]
     return pack_for(rollout.examples(), indices, network.parallel, micro_batch_tokens)
 
 

@@ -45,6 +45,7 @@ def _find_flash_attention() -> tuple[str, Callable[..., Any] | None]:
 
 _flash_attention, _flash_attn_varlen = _find_flash_attention()
 _CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+_SHORT = 48  # tokens in the mean; 24 to 56 cost a CPU the same in either way
 _CUDNN_LENGTHS = 128  # tokens: a tile of its kernels
 
 
@@ -183,10 +184,11 @@ def packed_attention(
         return _varlen_attention(query, key, value, sequences, scale)
     num_padded = (len(sequences.cu_seqlens_q) - 1) * sequences.max_seqlen_q
     is_whole = sequences.cu_seqlens_kv is sequences.cu_seqlens_q
-    # A CPU takes sequences of different lengths one by one: it computed padding to 1.4 times the
-    # tokens in twice the time. A GPU, to which a call costs more than padding, pads while that
-    # wastes little.
-    if is_whole and num_padded <= (2 if query.is_cuda else 1) * len(query):
+    # Padding while it wastes little: on a GPU, and on a CPU where sequences are so short that calls
+    # cost more. Longer ones of different lengths go one by one: there padding to 1.4 times the
+    # tokens took twice the time.
+    is_short = len(query) < _SHORT * (len(sequences.cu_seqlens_q) - 1)
+    if is_whole and num_padded <= (2 if query.is_cuda or is_short else 1) * len(query):
         return _padded_attention(query, key, value, sequences, scale)
     query_lengths = sequences.cu_seqlens_q.diff().tolist()
     key_lengths = sequences.cu_seqlens_kv.diff().tolist()

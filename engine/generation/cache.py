@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.config import UserError
+from engine.heap import freed_bytes
 from engine.network import Network
 from engine.settings.sampling import SamplingConfig
 from kernels.decode_attention import SPLIT_TOKENS
@@ -117,4 +118,4 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return psutil.virtual_memory().available + freed_bytes()

@@ -83,8 +83,9 @@ class PPOConfig:
     policy_logprobs: Literal["auto", "sampled", "scored"] = "auto"
     """Where the log-probs are from that ratios and KL are taken against: "sampled", those that the
     sampler drew by; "scored", the trainer's own forward pass over the finished responses; "auto":
-    sampled in fp32, where both are the same up to rounding, scored in 16 bits, where they are 0.01
-    nats a token apart. Not stated, our choice."""
+    sampled in fp32, where both are the same up to rounding and a sixteenth of the responses is read
+    again to check it; scored in 16 bits, where they are 0.01 nats a token apart. Not stated, our
+    choice."""
     eos_rule: Literal["none", "penalty", "replace"] = "none"
     """What becomes of the score of a response that hit the length limit; not stated, our choice:
     nothing."""
@@ -143,7 +144,7 @@ class PPOConfig:
 
     @property
     def scores_policy(self) -> bool:
-        """Whether the policy reads its responses again, for its log-probs."""
+        """Whether the policy reads all its responses again, for its log-probs."""
         is_exact = self.numerics.dtype == "fp32"
         return self.policy_logprobs == "scored" or (self.policy_logprobs == "auto" and not is_exact)
 

@@ -45,8 +45,8 @@ def sample(policy: Network, **changes: object) -> Rollout:
     return generate_rollout(policy, prompts(), SAMPLING, **(arguments | changes))
 
 
-def score(rollout: Rollout, policy: Network | None, **changes: object) -> Rollout:
-    parallel = start_parallel(ParallelLayout(), seed=0)
+def score(rollout: Rollout, policy: Network, **changes: object) -> Rollout:
+    parallel = policy.parallel
     arguments = {
         "policy": policy,
         "reference": random_network("language", parallel, seed=1),
@@ -100,14 +100,16 @@ def test_trainer_agrees_with_the_sampler(policy: Network):
     assert (rollout.ref_logprobs - rollout.logprobs)[rollout.response_mask].abs().min() > 0
 
 
-def test_without_a_policy_the_samplers_log_probs_are_its(policy: Network):
-    rollout = score(sample(policy), None, reference=policy)
+def test_sampled_log_probs_are_taken_and_some_are_checked(policy: Network):
+    rollout = score(sample(policy), policy, reference=policy, scores_policy=False)
     assert rollout.logprobs is rollout.sampled_logprobs
     assert (rollout.logprobs - rollout.ref_logprobs).abs().max() < 1e-5
-    examples = rollout.examples()
-    assert np.array_equal(
-        examples[0].fields["logprobs"], rollout.logprobs[: len(examples[0].tokens)]
-    )
+    assert 1 <= rollout.num_checked < len(rollout)
+    end = int(rollout.cu_seqlens[rollout.num_checked])
+    assert (rollout.logprobs - rollout.checked_logprobs)[:end].abs().max() < 1e-5
+    assert rollout.checked_logprobs[end:].eq(0).all()
+    first = rollout.examples()[0]
+    assert np.array_equal(first.fields["logprobs"], rollout.logprobs[: len(first.tokens)])
 
 
 def test_sampling_temperature_divides_the_trainers_logits(policy: Network):

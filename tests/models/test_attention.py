@@ -83,7 +83,10 @@ def test_equal_sequences_take_one_call_and_others_take_theirs(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
     packed_attention(*draw(24), packed((8, 8, 8)), SCALE)
     assert calls == [(3, 3, 8, 8)]  # [sequences, heads, longest, dim]
-    for lengths in (EVEN, UNEVEN):
+    calls.clear()
+    packed_attention(*draw(sum(EVEN)), packed(EVEN), SCALE)
+    assert calls == [(3, 3, 8, 8)]  # short ones of like lengths are padded
+    for lengths in ((60, 50), UNEVEN):
         calls.clear()
         packed_attention(*draw(sum(lengths)), packed(lengths), SCALE)
         assert [shape[2] for shape in calls] == list(lengths)
