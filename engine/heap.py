@@ -11,7 +11,8 @@ _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of malloc.h
 
 
 # Fields of malloc.h's struct mallinfo2, size_t each; fordblks has the bytes that are free.
-_MALLINFO2 = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+_FIRST = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks"]
+_MALLINFO2 = [*_FIRST, "fordblks", "keepcost"]
 
 
 class _Mallinfo2(ctypes.Structure):
