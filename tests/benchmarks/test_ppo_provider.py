@@ -117,7 +117,7 @@ def test_a_job_is_the_same_after_its_way_to_a_process():
 def test_a_process_counts_its_own_memory_and_not_its_parents():
     program = "import torch; from benchmarks.ppo_job import peak_bytes as peak\n"
     program += "print(peak(torch.device('cpu')))"
-    ballast = bytearray(max(0, 2**30 - peak_bytes(CPU)) + 2**28)  # 1.25 GB and more
+    ballast = bytearray(2**30 + 2**28)  # whatever the process has freed and kept
     ballast[:: 2**12] = b"\1" * len(ballast[:: 2**12])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert peak_bytes(CPU) > 2**30 > int(done.stdout)
