@@ -178,7 +178,8 @@ def _trainer(
         use_cpu=device.type == "cpu",
         bf16=is_mixed and job.numerics.dtype == "bf16",  # left out it would be True
         optim="adamw_torch_fused",
-        learning_rate=5.49e-6,
+        # A tenth, where this engine's warm-up begins: more of it soon ends responses earlier.
+        learning_rate=5.49e-7,
         lr_scheduler_type="constant",
         gradient_checkpointing=False,
         report_to="none",
