@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from engine.config import UserError, check_numbers
-from models.sizes import GPTSize
+from models.sizes import VOCAB_GROUP, GPTSize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,11 @@ class ParallelLayout:
         if size.padded_vocab_size % self.tp:
             raise UserError(
                 f"layout.tp {self.tp} must divide the padded vocabulary {size.padded_vocab_size}"
+            )
+        if size.padded_vocab_size // self.tp % VOCAB_GROUP:
+            raise UserError(
+                f"layout.tp {self.tp} cuts the padded vocabulary {size.padded_vocab_size} into "
+                f"shards that are no multiples of {VOCAB_GROUP}, which sampling draws together"
             )
         chunks = self.pp * self.virtual_pp
         if size.num_layers % chunks:

@@ -16,7 +16,8 @@ from engine.parallel import (
     start_parallel,
 )
 from engine.settings.layout import ParallelLayout
-from models.sizes import GPTSize
+from kernels.philox import GROUP
+from models.sizes import VOCAB_GROUP, GPTSize
 from tests.ranks import run_ranks
 
 SIZE = GPTSize(num_layers=4, hidden_size=32, num_heads=4, vocab_size=100, context_length=64)
@@ -101,6 +102,14 @@ def test_vocabulary_must_split_evenly():
     size = dataclasses.replace(SIZE, num_heads=3, hidden_size=48)
     with pytest.raises(UserError, match="tp 3 must divide the padded vocabulary 128"):
         ParallelLayout(tp=3).check(size)
+
+
+def test_shards_of_the_vocabulary_hold_whole_groups_of_columns():
+    assert GROUP.value == VOCAB_GROUP
+    size = dataclasses.replace(SIZE, num_heads=32, hidden_size=32)
+    with pytest.raises(UserError, match="tp 32 cuts the padded vocabulary 128 into shards"):
+        ParallelLayout(tp=32).check(size)
+    ParallelLayout(tp=16).check(size)
 
 
 def test_layouts_that_fit_are_silent():
