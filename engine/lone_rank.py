@@ -11,7 +11,6 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -142,7 +141,7 @@ dist.Backend.register_backend(LONE, _make, devices=["cpu", "cuda"])
 def lone_groups() -> Iterator[None]:
     """Run a block in which torch's new_group, whoever calls it, makes groups of one rank LoneRanks;
     all ranks run it together."""
-    new_group = dist.new_group
+    new_group: Any = dist.new_group
 
     @functools.wraps(new_group)
     def new(ranks: Any = None, timeout: Any = None, backend: Any = None, **options: Any) -> Any:
@@ -151,5 +150,8 @@ def lone_groups() -> Iterator[None]:
             options.pop("pg_options", None)  # another backend's
         return new_group(ranks, timeout=timeout, backend=backend, **options)
 
-    with mock.patch.object(dist, "new_group", new):
+    dist.new_group = new  # type: ignore[assignment]
+    try:
         yield
+    finally:
+        dist.new_group = new_group

@@ -158,7 +158,8 @@ def write_comparisons(config: QuickstartConfig, files: Files, sampler: Sampler) 
     # Replicas share the prompts, and the one that speaks counts its own.
     title, mine = f"label: {len(repeated)} answers of SFT", len(repeated) // replicas
     with LongWork(title, is_writer=is_writer, total=mine) as work:
-        answers = iter(sampler.write(sampler.load("sft", "language"), repeated, work.advance))
+        policy = sampler.load("sft", "language")
+        answers = iter(sampler.answer(policy, repeated, work.advance)[1])
     rows = []
     with LongWork("label: rank them", is_writer=is_writer, total=len(facts)) as work:
         for listed, k in zip(facts, num_completions, strict=True):

@@ -6,7 +6,7 @@ values, rewards, advantages, returns and response_mask belongs to the token at t
 in the state before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,8 +28,8 @@ from models.gpt import shift_right
 EosRule = Literal["none", "penalty", "replace"]
 
 CHECKED_SHARE = 16
-"""One response in so many is read again where the sampler's log-probs are taken: our choice, 1% of
-an iteration, and any bug that parts the two shows in all of them."""
+"""One response in so many is read again where the sampler's log-probs are taken: our choice, by
+arithmetic under 1% of an iteration, and any bug that parts the two shows in all of them."""
 
 
 @dataclass(kw_only=True)
@@ -113,27 +113,30 @@ def generate_rollout(  # noqa: PLR0913 - what a draw is keyed by, each named
     eos_id: int,
     seed: int,
     first_sample_index: int,
+    on_response: Callable[[], None] | None = None,
 ) -> Rollout:
     """Sample one response to each prompt, data-parallel ranks sharing the prompts, and gather all
     of them.
 
     Draw i is keyed by (seed, first_sample_index + i, position): a resume or another layout samples
-    the same.
+    the same. on_response() hears of each response that this rank has finished.
     """
     parallel = policy.parallel
     # Generation has whole sequences on a rank: those that share rows in training take prompts each.
     lengths = [len(p.tokens) for p in prompts]
     mine = deal(lengths, parallel.num_replicas, parallel.replica_rank)
-    responses = list(
-        generate(
-            policy,
-            [prompts[i].tokens for i in mine],
-            sampling,
-            eos_id=eos_id,
-            seed=seed,
-            sample_indices=[first_sample_index + i for i in mine],
-        )
-    )
+    responses = []
+    for response in generate(
+        policy,
+        [prompts[i].tokens for i in mine],
+        sampling,
+        eos_id=eos_id,
+        seed=seed,
+        sample_indices=[first_sample_index + i for i in mine],
+    ):
+        responses.append(response)
+        if on_response is not None:
+            on_response()
     gathered: list[list[Response]] = [[]] * parallel.num_replicas
     dist.all_gather_object(gathered, responses, group=parallel.replica_group)
     by_index = {r.sample_index - first_sample_index: r for part in gathered for r in part}

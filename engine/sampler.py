@@ -3,17 +3,14 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch.distributed as dist
 from torch import Tensor
 
 from engine.checkpoint import load_weights
 from engine.config import UserError
-from engine.data.batches import deal
 from engine.data.examples import Example, LengthReport
 from engine.data.prompts import prompt_examples
 from engine.data.tokenizer import load_tokenizer
 from engine.found_network import size_of
-from engine.generation.generate import generate
 from engine.network import Kind, Network, build_network
 from engine.parallel import Parallel
 from engine.rollout import Rollout, generate_rollout, read_rollout
@@ -52,40 +49,19 @@ class Sampler:
             )
         return [prompts[n] for n in report.kept]
 
-    def write(
-        self, network: Network, prompts: Sequence[str], on_answer: Callable[[], None]
-    ) -> list[str]:
-        """Return the texts of answer(), which are the same, calling on_answer() after each that
-        this rank has finished: for prompts by the thousand."""
-        examples, parallel = self._encode(prompts)[0], network.parallel
-        mine = deal([len(e.tokens) for e in examples], parallel.num_replicas, parallel.replica_rank)
-        responses = generate(
-            network,
-            [examples[i].tokens for i in mine],
-            self.ppo.sampling,
-            eos_id=self.tokenizer.eos_id,
-            seed=self._seed_of_draws,
-            sample_indices=mine,
-        )
-        texts: dict[int, str] = {}
-        for response in responses:
-            texts[response.sample_index] = self.tokenizer.decode(response.tokens.tolist())
-            on_answer()
-        gathered = [texts] * parallel.num_replicas
-        if parallel.num_replicas > 1:
-            dist.all_gather_object(gathered, texts, group=parallel.replica_group)
-        by_index = {index: text for part in gathered for index, text in part.items()}
-        return [by_index[i] for i in range(len(prompts))]
-
-    def answer(self, network: Network, prompts: Sequence[str]) -> tuple[Rollout, list[str]]:
-        """Return one sampled answer to each of the prompts, which fit, as tokens and as text."""
+    def answer(
+        self, network: Network, prompts: Sequence[str], on_answer: Callable[[], None] | None = None
+    ) -> tuple[Rollout, list[str]]:
+        """Return one sampled answer to each of the prompts, which fit, as tokens and as text;
+        on_answer() hears of each that this rank has finished."""
         rollout = generate_rollout(
             network,
             self._encode(prompts)[0],
             self.ppo.sampling,
             eos_id=self.tokenizer.eos_id,
-            seed=self._seed_of_draws,
+            seed=self.seed + 1_000_003,  # other draws than training's
             first_sample_index=0,
+            on_response=on_answer,
         )
         bounds = rollout.cu_seqlens.tolist()
         texts = [
@@ -97,10 +73,6 @@ class Sampler:
     def read(self, network: Network, rollout: Rollout) -> Tensor:
         """Return a network's output [T] for a rollout."""
         return read_rollout(network, rollout, self.ppo.micro_batch_tokens)
-
-    @property
-    def _seed_of_draws(self) -> int:
-        return self.seed + 1_000_003  # other draws than training's
 
     def _encode(self, prompts: Sequence[str]) -> tuple[list[Example], LengthReport]:
         return prompt_examples(

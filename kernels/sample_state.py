@@ -42,6 +42,7 @@ NO_COLUMN = tl.constexpr(2**31 - 1)  # sorts after every column
 
 @triton.jit
 def store_state(state, value, logit, logsumexp, column):
+    """Write the four int32 words of a state: fp32 bits of three numbers, and the column."""
     tl.store(state, value.to(tl.int32, bitcast=True))
     tl.store(state + 1, logit.to(tl.int32, bitcast=True))
     tl.store(state + 2, logsumexp.to(tl.int32, bitcast=True))

@@ -151,7 +151,7 @@ def test_the_same_texts_are_written_with_and_without_a_listener(home: Path):
     network = sampler.load("sft", "language")
     prompts = ["the mill is", "a cheap pub near the river", "the mill is", "fish"]
     heard: list[None] = []
-    texts = sampler.write(network, prompts, lambda: heard.append(None))
+    texts = sampler.answer(network, prompts, lambda: heard.append(None))[1]
     assert texts == sampler.answer(network, prompts)[1]
     assert len(heard) == 4
     assert texts[0] != texts[2]  # draws of their own
