@@ -35,8 +35,9 @@ from rich.console import Console
 from benchmarks.ppo_job import MICRO_BATCH_TOKENS, WORKLOADS, Effort, Job
 from benchmarks.ppo_provider import PROVIDERS
 from benchmarks.ppo_table import beside_ours, goal_lines, table
-from benchmarks.ppo_turns import Opening, Provider, Say, run_in_turns
+from benchmarks.ppo_turns import Opening, Provider, run_in_turns
 from benchmarks.ppo_weights import write_weights
+from benchmarks.provider_process import Say
 from benchmarks.rivals import missing_rivals, rivals_environment
 from benchmarks.timing import append_record, free_memory, machine, records_path
 from engine.device import DTYPES

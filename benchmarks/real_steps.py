@@ -10,25 +10,23 @@ interpreter and its libraries, which no model makes larger, are not in it.
 """
 
 import dataclasses
-import json
 import math
 import os
 import pickle
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from benchmarks.language_step import MOST_PARAMETERS_IN_TURNS
+from benchmarks.provider_process import ProviderProcess, Say
 from benchmarks.real_job import RealJob, num_sequences, num_tokens
 from benchmarks.rivals import missing_rivals, rivals_environment
 
-ROOT = Path(__file__).parents[1]
 GOALS = {"sft": 1.5, "rm": 1.2}
 """Of our examples a second over each of the others', fp32 on two cores."""
 TOLERANCES = {"fp32": 1e-3, "bf16": 3e-2}
@@ -40,51 +38,18 @@ NEEDS = {
 }
 
 
-class Worker:
-    """A provider's process."""
+def _worker(provider: str, folder: Path, say: Say) -> ProviderProcess:
+    """Return a provider's process (turns.py)."""
+    command = [sys.executable, "-m", "benchmarks.turns", str(folder), provider]
+    is_rival = "accelerate" in NEEDS[provider]
+    environment = rivals_environment() if is_rival else os.environ
+    return ProviderProcess(provider, command, environment, say)
 
-    def __init__(self, provider: str, folder: Path) -> None:
-        self.provider = provider
-        self._log: IO[str] = (folder / f"{provider}.log").open("w+")
-        is_rival = "accelerate" in NEEDS[provider]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.turns", str(folder), provider],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            cwd=ROOT,
-            env=rivals_environment() if is_rival else os.environ,
-        )
 
-    def ask(self) -> dict[str, Any]:
-        """Give the process its turn and return what it says afterwards. RuntimeError with the last
-        lines of its log where it ends instead."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            self._process.wait()
-            self._log.seek(0)
-            last = "".join(self._log.readlines()[-20:])
-            raise RuntimeError(f"{self.provider} ended:\n{last}")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
+def _ask(worker: ProviderProcess, what: str) -> dict[str, Any]:
+    """Give a provider its turn and return what it says afterwards; raises ProviderError."""
+    worker.tell("")
+    return worker.hear(what)
 
 
 def missing(provider: str) -> str | None:
@@ -115,12 +80,12 @@ def measure(
         told: dict[str, list[dict[str, Any]]] = {}
         chosen: dict[str, dict[str, Any]] = {}
         for group in groups:
-            workers = [Worker(provider, folder) for provider in group]
+            workers = [_worker(provider, folder, note) for provider in group]
             try:
                 for worker in workers:
-                    chosen[worker.provider] = worker.ask()
-                    passes = chosen[worker.provider]["passes"]
-                    note(f"{worker.provider}: of {job.passes} passes a step, {passes} is fastest")
+                    chosen[worker.name] = _ask(worker, "trying numbers of passes")
+                    passes = chosen[worker.name]["passes"]
+                    note(f"{worker.name}: of {job.passes} passes a step, {passes} is fastest")
                 told |= _steps(job, workers, wanted)
             finally:
                 for worker in workers:
@@ -140,23 +105,23 @@ def measure(
 
 
 def _steps(
-    job: RealJob, workers: Sequence[Worker], wanted: float | None
+    job: RealJob, workers: Sequence[ProviderProcess], wanted: float | None
 ) -> dict[str, list[dict[str, Any]]]:
     """Return what every provider said of every step, taken in turns."""
-    told: dict[str, list[dict[str, Any]]] = {worker.provider: [] for worker in workers}
+    told: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
     for step in range(job.num_steps):
         for worker in workers:
-            said = worker.ask()
-            told[worker.provider].append(said)
+            said = _ask(worker, f"step {step}")
+            told[worker.name].append(said)
             if said["num_tokens"] != (has := num_tokens(job.units(step))):
                 raise RuntimeError(
-                    f"{worker.provider} read {said['num_tokens']} tokens in step {step}, the batch "
+                    f"{worker.name} read {said['num_tokens']} tokens in step {step}, the batch "
                     f"has {has}: nothing is compared"
                 )
             if not math.isfinite(said["loss"]):
-                raise RuntimeError(f"{worker.provider}'s loss of step {step} is {said['loss']}")
+                raise RuntimeError(f"{worker.name}'s loss of step {step} is {said['loss']}")
             if step == 0 and wanted is not None:
-                _check_loss(job, worker.provider, said["loss"], wanted)
+                _check_loss(job, worker.name, said["loss"], wanted)
     return told
 
 

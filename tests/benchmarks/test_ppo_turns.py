@@ -63,7 +63,7 @@ def test_one_that_cannot_begin_is_named(tmp_path):
 
 
 def test_what_takes_long_is_said_to_be_at_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.ppo_turns.SILENCE", 1e-3)
+    monkeypatch.setattr("benchmarks.provider_process.SILENCE", 1e-3)
     said = []
     turns(tmp_path / "a", said, ["a"])
     assert any(line.startswith("a: starting, ") for line in said)

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import real_steps, turns
 from benchmarks.real_job import RealJob, make_batches, num_targets, num_tokens
-from benchmarks.real_steps import NEEDS, Worker, measure, missing
+from benchmarks.real_steps import NEEDS, measure, missing
 from benchmarks.turns import PROVIDERS, Turns, fastest_passes
 from engine.settings.numerics import Numerics
 from tests.tiny import SIZE
@@ -96,10 +96,12 @@ class FakeWorker:
     """A provider that says what it is told to."""
 
     def __init__(self, provider: str, job: RealJob, **changes: Any) -> None:
-        self.provider, self.job, self.changes, self.step = provider, job, changes, -1
+        self.name, self.job, self.changes, self.step = provider, job, changes, -1
 
-    def ask(self) -> dict[str, Any]:
+    def tell(self, word: str) -> None:
         self.step += 1
+
+    def hear(self, what: str) -> dict[str, Any]:
         tokens = num_tokens(self.job.units(self.step))
         return {"step": self.step, "loss": 1.0, "num_tokens": tokens} | self.changes
 
@@ -140,10 +142,10 @@ def test_rates_are_of_the_medians_of_each_batch():
 
 
 def test_a_process_that_ends_says_why(tmp_path):
-    worker = Worker("trident", tmp_path)  # there is no job
+    worker = real_steps._worker("trident", tmp_path, print)  # there is no job
     try:
-        with pytest.raises(RuntimeError, match="trident ended:(.|\n)*job.pickle"):
-            worker.ask()
+        with pytest.raises(RuntimeError, match="trident ended(.|\n)*job.pickle"):
+            real_steps._ask(worker, "starting")
     finally:
         worker.close()
 
