@@ -12,9 +12,9 @@ def _new_threads(keeps_out: bool) -> int:
     torch.set_num_threads(2)
     torch.zeros(1 << 20).add_(1)
     group = dist.group.WORLD
-    if keeps_out:
-        keep_out_of_openmp([group])
     before = len(os.listdir("/proc/self/task"))
+    if keeps_out:
+        keep_out_of_openmp([group])  # which opens none itself
     mine = torch.ones(1 << 18)
     for _ in range(10):  # enough for both threads of the group to take some
         gathered = [torch.empty_like(mine) for _ in range(2)]

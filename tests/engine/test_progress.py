@@ -155,3 +155,7 @@ def test_the_same_texts_are_written_with_and_without_a_listener(home: Path):
     assert texts == sampler.answer(network, prompts)[1]
     assert len(heard) == 4
     assert texts[0] != texts[2]  # draws of their own
+
+
+def test_a_log_is_never_silent_for_five_seconds():
+    assert progress.SECONDS_A_LINE < 5.0
