@@ -13,7 +13,7 @@ from engine.data.places import fact_lists, render_prompt
 from engine.data.quickstart_files import find_files
 from engine.judge import judge_models
 from engine.parallel import start_parallel
-from engine.progress import LongWork
+from engine.progress import SECONDS_A_LINE, LongWork
 from engine.quickstart import write_comparisons
 from engine.report import MODELS
 from engine.sampler import Sampler
@@ -158,4 +158,4 @@ def test_the_same_texts_are_written_with_and_without_a_listener(home: Path):
 
 
 def test_a_log_is_never_silent_for_five_seconds():
-    assert progress.SECONDS_A_LINE < 5.0
+    assert SECONDS_A_LINE < 5.0
