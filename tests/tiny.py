@@ -202,9 +202,12 @@ def train(config: SFTConfig | RMConfig | PPOConfig) -> None:
     """Run the stage of a config without drawing its curves, which takes longer than training."""
     stages = {SFTConfig: sft.train, RMConfig: rm.train, PPOConfig: ppo.train}
     gc.freeze()  # megatron collects garbage on every save, and most objects here are the libraries'
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.metrics.plot_curves", lambda run_dir: None)
-        stages[type(config)](config)  # type: ignore[operator]
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("engine.metrics.plot_curves", lambda run_dir: None)
+            stages[type(config)](config)  # type: ignore[operator]
+    finally:
+        gc.unfreeze()  # what is still frozen when Python ends, nanobind's libraries report as leaks
 
 
 class Killed(Exception):
