@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import math
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -36,6 +35,7 @@ from transformers import GPT2LMHeadModel
 from benchmarks import decoding
 from benchmarks.decoding import NO_EOS, NUM_SHORT, Decode, agreement, measure, measure_trident
 from benchmarks.random_gpt2 import random_gpt2
+from benchmarks.screen import print_whole, screen
 from benchmarks.timing import append_record, machine, records_path, time_calls, wall_clock
 from engine.convert import load_huggingface
 from engine.generation.generate import generate
@@ -185,7 +185,7 @@ def main() -> None:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     batch = arguments.batch
     where = machine(device, dtype)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = screen()
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     parallel = start_parallel(ParallelLayout(), seed=0)
     numerics = Numerics(dtype="fp32" if device.type == "cpu" else "bf16")
@@ -208,7 +208,7 @@ def main() -> None:
         records = measure_trident(network, decode, bandwidth, arguments.num_samples)
         share = _fp32_agreement(parallel)
         publish([record | {"fp32_greedy_same_as_eager": share} for record in records])
-        console.print(decoding.table(decode, records))
+        print_whole(console, decoding.table(decode, records))
         if share < 1.0:
             raise RuntimeError(f"graphs change fp32 greedy answers: {share:.1%} are the same")
     with tempfile.TemporaryDirectory() as folder:
@@ -219,7 +219,7 @@ def main() -> None:
     if "decode" in arguments.workload and model is not None:
         records = decode_huggingface(model, decode, bandwidth, arguments.num_samples)
         publish(records)
-        console.print(decoding.table(decode, records))
+        print_whole(console, decoding.table(decode, records))
     for workload in workloads(size, batch):
         if workload.name in arguments.workload:
             records = run_workload(workload, runs, network, batch, arguments.num_samples)
@@ -227,7 +227,7 @@ def main() -> None:
             publish(
                 [record | {"bandwidth_share": bound / record["median_s"]} for record in records]
             )
-            console.print(_table(workload, records, bound))
+            print_whole(console, _table(workload, records, bound))
 
 
 def _fp32_agreement(parallel: Parallel) -> float:

@@ -9,14 +9,12 @@ A provider is timed as a rival only when it gives the right result; see README.m
 
 import argparse
 import dataclasses
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from benchmarks.kernel_suite.case import Effort, cases
 from benchmarks.kernel_suite.decode_attention import DECODE_ATTENTION
@@ -30,6 +28,7 @@ from benchmarks.kernel_suite.ppo_loss import PPO_LOSS
 from benchmarks.kernel_suite.ranking_loss import RANKING_LOSS
 from benchmarks.kernel_suite.report import plot, table
 from benchmarks.kernel_suite.sample import SAMPLE, SAMPLE_TOP_P
+from benchmarks.screen import print_whole, screen
 from benchmarks.timing import append_record, free_memory, machine, records_path
 
 OPERATIONS = {
@@ -61,7 +60,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     effort = QUICK if arguments.quick else FULL
     effort = dataclasses.replace(effort, provider_seconds=arguments.limit)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = screen()
     where = machine(device)
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     if device.type != "cuda":
@@ -81,7 +80,7 @@ def main() -> None:
         records = []
         for case in cases(operation, device, sizes, arguments.modes):
             case.run(effort, publish)
-            console.print(table(case.records, name, case.size, case.mode))
+            print_whole(console, table(case.records, name, case.size, case.mode))
             for record in case.records:
                 if record["status"] != "skipped":
                     publish(record)

@@ -11,13 +11,11 @@ Weights, gradients and optimizer state must agree to the byte, padding of buffer
 import argparse
 import dataclasses
 import itertools
-import sys
 import warnings
 from pathlib import Path
 
 import psutil
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.language_step import Job, trident
@@ -25,6 +23,7 @@ from benchmarks.ppo_job import Effort
 from benchmarks.ppo_job import Job as Iteration
 from benchmarks.ppo_provider import measure
 from benchmarks.ppo_trident import config_of
+from benchmarks.screen import print_whole, screen
 from benchmarks.timing import (
     append_record,
     copy_bandwidth,
@@ -117,7 +116,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     device = torch.device(arguments.device)
     where = machine(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = screen()
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     name = arguments.size or ("tiny" if device.type == "cpu" else "1.3b")
     size = SIZES[name]
@@ -145,7 +144,7 @@ def main() -> None:
             micro_batch_tokens=arguments.micro_batch_tokens,
         )
         rows += ppo_rows(iteration, name, cluster, device)
-    console.print(_table(name, cluster, rows))
+    print_whole(console, _table(name, cluster, rows))
     if arguments.out:
         record = {
             "benchmark": "plan_accuracy",

@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
 
 from benchmarks.ppo_job import MICRO_BATCH_TOKENS, WORKLOADS, Effort, Job
 from benchmarks.ppo_provider import PROVIDERS
@@ -39,6 +38,7 @@ from benchmarks.ppo_turns import Opening, Provider, run_in_turns
 from benchmarks.ppo_weights import write_weights
 from benchmarks.provider_process import Say
 from benchmarks.rivals import missing_rivals, rivals_environment
+from benchmarks.screen import print_whole, screen
 from benchmarks.timing import append_record, free_memory, machine, records_path
 from engine.device import DTYPES
 from engine.settings.numerics import Numerics
@@ -101,7 +101,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
     where = machine(device, DTYPES[dtype])
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = screen()
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     effort = Effort(num_samples=arguments.num_samples, seconds=arguments.seconds)
     for workload in arguments.lengths or (WORKLOADS if device.type == "cpu" else ("fixed",)):
@@ -117,7 +117,7 @@ def main() -> None:
             records.append(record)
             if arguments.out:
                 append_record(records_path(arguments.out, device), record | where)
-        console.print(table(job, records))
+        print_whole(console, table(job, records))
         for line in goal_lines(records, device.type):
             console.print(line)
 

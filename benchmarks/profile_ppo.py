@@ -11,7 +11,6 @@ many small operators look worse than they are by their difference.
 
 import argparse
 import dataclasses
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.profiler import record_function
 
 from benchmarks.ppo_job import MICRO_BATCH_TOKENS, Job
 from benchmarks.ppo_scene import PHASES, build, random_prompts, run_iteration
 from benchmarks.ppo_trident import config_of, feed_of
+from benchmarks.screen import print_whole, screen
 from benchmarks.step_profile import KINDS, Profile, kind_of, profile_phases
 from benchmarks.timing import append_record, machine, records_path
 from engine.device import DTYPES
@@ -107,10 +106,11 @@ def main() -> None:
     device = torch.device(arguments.device)
     job = _job(arguments, device)
     where = machine(device, DTYPES[job.numerics.dtype])
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = screen()
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     found = profile_iteration(job, device, arguments.num_warm_ups)
-    console.print(_shares_table(found, job), _others_table(found))
+    print_whole(console, _shares_table(found, job))
+    print_whole(console, _others_table(found))
     if arguments.out:
         append_record(records_path(arguments.out, device), record_of(found, job) | where)
 

@@ -19,17 +19,16 @@ state. At 1.3B in bf16 "resident" has 58 GB of weights, gradients, masters, mome
 import argparse
 import dataclasses
 import statistics
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ppo_scene import Scene, build, random_prompts, run_iteration
+from benchmarks.screen import print_whole, screen
 from benchmarks.timing import (
     append_record,
     free_memory,
@@ -195,7 +194,7 @@ def main() -> None:
         sampling=SamplingConfig(max_new_tokens=length, num_slots=64, prefill_tokens=2**14),
     )
     where = machine(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = screen()
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     console.print(f"{size}, {batch} responses of {length} tokens")
     shape = {"size": dataclasses.asdict(size), "batch": batch, "response_tokens": length}
@@ -217,7 +216,7 @@ def main() -> None:
     parallel = start_parallel(ParallelLayout(), seed=0)
     num_samples = arguments.num_samples or (1 if arguments.quick else 3)
     measure(config, size, parallel, choices, num_samples, publish)
-    console.print(_table([record for record in records if record["provider"] in CHOICES]))
+    print_whole(console, _table([record for record in records if record["provider"] in CHOICES]))
 
 
 def _table(records: list[dict[str, Any]]) -> Table:

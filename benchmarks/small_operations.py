@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.rivals import ROOT
+from benchmarks.screen import print_whole, screen
 from benchmarks.timing import append_record, machine, records_path
 from engine.lone_rank import LONE
 
@@ -75,7 +75,7 @@ def main() -> None:
         if arguments.out:
             record = {"benchmark": "small_operations", "provider": backend} | found | where
             append_record(records_path(arguments.out, device), record)
-    Console().print(table)
+    print_whole(screen(), table)
 
 
 if __name__ == "__main__":

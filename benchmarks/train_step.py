@@ -24,6 +24,7 @@ from rich.table import Table
 
 from benchmarks import language_step, lengths, real_steps
 from benchmarks.real_job import RealJob, make_batches
+from benchmarks.screen import print_whole, screen
 from benchmarks.timing import append_record, machine, records_path
 from engine.config import UserError
 from engine.data.tokenizer import load_tokenizer
@@ -65,7 +66,7 @@ def main() -> None:
         recompute=arguments.recompute,
     )
     desk = _Desk(
-        console=Console(width=None if sys.stdout.isatty() else 160),
+        console=screen(),
         device=device,
         where=machine(device, DTYPES[numerics.dtype]),
         out=arguments.out,
@@ -112,7 +113,7 @@ def _language(arguments: argparse.Namespace, numerics: Numerics, desk: _Desk) ->
             desk.console.print(f"{record['provider']}: {record['mfu']:.1%} of {source}")
         desk.keep(record)
     if records:
-        desk.console.print(language_step.table(job, records))
+        print_whole(desk.console, language_step.table(job, records))
 
 
 def _on_real_lengths(
@@ -132,7 +133,7 @@ def _on_real_lengths(
     for record in real_steps.measure(job, desk.device, providers, desk.console.print):
         records.append(record | {"lengths": source})
         desk.keep(records[-1])
-    desk.console.print(table(task, records))
+    print_whole(desk.console, table(task, records))
 
 
 def real_job(

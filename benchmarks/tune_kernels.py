@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.screen import print_whole, screen
 from benchmarks.timing import append_record, copy_bandwidth, machine, records_path
 from kernels.full_kl import full_kl
 from kernels.launch import LaunchConfig, config_for, interpreting, use_config
@@ -241,7 +241,7 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     shape = (arguments.rows, arguments.vocab) if on_gpu else (16, 300)
     where = machine(device)
-    console = Console(width=120)
+    console = screen()
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     if not on_gpu:
         path = "Triton's interpreter" if interpreting() else "the torch reference"
@@ -266,7 +266,7 @@ def main() -> None:
                     records_path(arguments.out, device),
                     fields | asdict(config) | record | sizes | where,
                 )
-    console.print(table)
+    print_whole(console, table)
     if time.monotonic() > deadline:
         console.print(f"Out of its {arguments.seconds} s: the candidates not listed did not run.")
 

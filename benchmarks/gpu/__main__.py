@@ -13,7 +13,6 @@ The table of a run that was killed:
 import argparse
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -25,6 +24,7 @@ from benchmarks.gpu.spend import Spending
 from benchmarks.gpu.steps import all_steps
 from benchmarks.gpu.summary import read_outcomes, summary
 from benchmarks.records import read_records
+from benchmarks.screen import FILE_WIDTH, print_whole, screen
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         names = ", ".join(step.name for step in known)
         raise SystemExit(f"error: --only {' '.join(arguments.only)} names none of: {names}")
     _check_folder(arguments.out, has_run=arguments.budget <= 0)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = screen()
     start = time.monotonic()
 
     def say(line: str) -> None:
@@ -61,9 +61,11 @@ def main() -> None:
             # The targets are a GPU's, at their own sizes.
             judges_speed=any(p.name != "cpu.jsonl" for p in files) and not arguments.quick,
         )
-        console.print(tables)
+        for table in tables:
+            print_whole(console, table)
         with (arguments.out / "table.txt").open("w", encoding="utf-8") as file:
-            Console(file=file, width=160).print(tables)
+            for table in tables:
+                print_whole(Console(file=file, width=FILE_WIDTH), table)
 
 
 def _check_folder(folder: Path, *, has_run: bool) -> None:
