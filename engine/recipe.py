@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from engine.environment import prepare_libraries, rank_of_environment
+from engine.environment import prepare_libraries, rank_of_environment, tell_torchrun
 from engine.errors import UserError
 from engine.settings.command_line import parse_config
 from engine.settings.saved import load_config
@@ -55,11 +55,14 @@ def run_stage(
             importlib.import_module("engine.dry_run.dry_run").dry_run(job.stage, job.dry_run)
     except UserError as error:
         _print_once(f"error: {error}")
+        tell_torchrun(f"error: {error}")
         _tell_others(f"error: {error}", 2)
         sys.exit(2)
     except Exception as error:
         text = "".join(traceback.format_exception(error)).rstrip()
-        _tell_others(text.rpartition("\n")[2], 1, text)
+        last_line = text.rpartition("\n")[2]
+        tell_torchrun(last_line)
+        _tell_others(last_line, 1, text)
         raise
 
 
