@@ -15,7 +15,7 @@ from engine.quickstart.places import parse_prompt
 from engine.quickstart.report import MODELS
 from engine.quickstart.settings import QuickstartConfig
 from engine.quickstart.win_rate import win_rate
-from engine.rollout import last_readings
+from engine.score import last_readings
 
 
 def judge_models(
