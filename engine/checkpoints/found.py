@@ -41,6 +41,11 @@ def _find(path: Path, role: str) -> Path:
     )
 
 
+def run_of(folder: Path) -> Path:
+    """Return the run that a network's folder, RUN/checkpoints/STEP/ROLE, is a part of."""
+    return folder.resolve().parents[2]
+
+
 def size_of(path: Path, role: str) -> GPTSize:
     """Return the size of the network at `path`, as its network.json says; all ranks call
     together."""
