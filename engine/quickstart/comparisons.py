@@ -9,7 +9,7 @@ from engine.progress import LongWork
 from engine.quickstart.files import Files
 from engine.quickstart.finished_stages import FinishedStages
 from engine.quickstart.labeler import rank
-from engine.quickstart.places import fact_lists, render_prompt
+from engine.quickstart.places import fact_lists, render_facts
 from engine.quickstart.settings import QuickstartConfig
 
 
@@ -24,7 +24,7 @@ def write_comparisons(config: QuickstartConfig, files: Files, finished: Finished
     facts = fact_lists("prompts", config.num_compared, seed=config.seed + 1)
     num_completions = [4 + i % 6 for i in range(len(facts))]  # K, paper C.2
     repeated = [
-        render_prompt(f) for f, k in zip(facts, num_completions, strict=True) for _ in range(k)
+        render_facts(f) for f, k in zip(facts, num_completions, strict=True) for _ in range(k)
     ]
     is_writer, replicas = finished.parallel.is_writer, finished.parallel.num_replicas
     # Replicas share the prompts, and the one that speaks counts its own.
@@ -40,7 +40,7 @@ def write_comparisons(config: QuickstartConfig, files: Files, finished: Finished
             ranks = rank(listed, completions, faults_per_level=config.faults_per_level)
             if len(set(ranks)) > 1:
                 rows.append(
-                    {"prompt": render_prompt(listed), "completions": completions, "ranks": ranks}
+                    {"prompt": render_facts(listed), "completions": completions, "ranks": ranks}
                 )
             work.advance()
     if finished.parallel.is_writer:

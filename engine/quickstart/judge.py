@@ -11,7 +11,7 @@ from engine.progress import LongWork
 from engine.quickstart.files import Files
 from engine.quickstart.finished_stages import FinishedStages
 from engine.quickstart.labeler import e2e_language, score
-from engine.quickstart.places import parse_prompt
+from engine.quickstart.places import parse_facts
 from engine.quickstart.report import MODELS
 from engine.quickstart.settings import QuickstartConfig
 from engine.quickstart.win_rate import win_rate
@@ -89,7 +89,7 @@ def _labeler(
     """
     language = None
     try:
-        facts = [parse_prompt(prompt) for prompt in prompts]
+        facts = [parse_facts(prompt) for prompt in prompts]
         if config.data is not None:
             records, _ = read_demonstrations(files.demonstrations)
             language = e2e_language([(r.prompt, r.response) for r in records])

@@ -14,7 +14,7 @@ from engine.quickstart.comparisons import write_comparisons
 from engine.quickstart.files import find_files
 from engine.quickstart.finished_stages import FinishedStages
 from engine.quickstart.judge import judge_models
-from engine.quickstart.places import fact_lists, render_prompt
+from engine.quickstart.places import fact_lists, render_facts
 from engine.quickstart.report import MODELS
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
@@ -123,7 +123,7 @@ def test_labeling_and_judging_say_how_far_they_are(home: Path, capsys):
     files = find_files(config)
     files.prompts_valid.parent.mkdir()
     facts = fact_lists("valid", config.num_judged, seed=1)
-    write_lines(files.prompts_valid, ({"prompt": render_prompt(f)} for f in facts))
+    write_lines(files.prompts_valid, ({"prompt": render_facts(f)} for f in facts))
     write_lines(files.pretraining_valid, ({"text": "the mill is near the river " * 90},))
     parallel = start_parallel(ParallelLayout(), seed=0)
     finished = FinishedStages(home, parallel, config.numerics, config.ppo, seed=0)
