@@ -78,8 +78,9 @@ class KLController:
     def update(self, kl: float, num_responses: int) -> None:
         """Move coef after an iteration whose responses had `kl` nats on average (sum over tokens).
 
-        error = clip(kl / target - 1, -0.2, 0.2);  coef *= 1 + error x num_responses / horizon
-        (Ziegler 2019, 2.2)
+            error = clip(kl / target - 1, -0.2, 0.2)
+            coef *= 1 + error x num_responses / horizon     (Ziegler 2019, 2.2)
+
         A KL that is not finite says nothing of the coefficient, which would not be a number again.
         """
         if self.config.control == "fixed" or not math.isfinite(kl):

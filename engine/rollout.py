@@ -1,8 +1,7 @@
 """Phase 2 of PPO, rollout: one response to each of a batch of prompts.
 
-Index convention, everywhere in Trident: position t of logprobs, ref_logprobs, sampled_logprobs,
-values, rewards, advantages, returns and response_mask belongs to the token at t, which was chosen
-in the state before it.
+Index convention, everywhere in Trident: position t of log-probs, values, rewards, advantages,
+returns and response_mask belongs to the token at t, which was chosen in the state before it.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """Packed micro-batches: which examples a step takes, which rank takes which, how they are laid out.
 
 Everything is a pure function of the step number and the lengths, so every rank computes the same
-plan without talking, and a run resumes from its step number. The step's global batch does not
+plan without talking. A run resumes from its step number. The step's global batch does not
 depend on dp.
 """
 

@@ -1,8 +1,7 @@
 """The whole recipe on a small model: pretrain, SFT, reward model, PPO and PPO-ptx, then a report.
 
-Without files it makes its own data: the English of the installed Python, invented places to
-describe, and a scripted labeler that ranks what the SFT model itself wrote, as the paper's labelers
-did.
+Without files it makes its own data: the English of the installed Python, and invented places to
+describe. A scripted labeler ranks what the SFT model itself wrote, as the paper's labelers did.
 """
 
 import json
