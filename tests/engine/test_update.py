@@ -171,7 +171,7 @@ def test_gradient_is_ppos_and_ptx_coef_times_the_pretrainings(scene: Scene, para
     found = policy_gradient(scene.learner, *arguments, step=5)
     joint = {name: ppo[name] + 1.5 * ptx[name] for name in ppo}
     assert_close(gradient_buffers(policy), joint)
-    assert math.isclose(found["ptx_loss"], -logprobs[batch.mask].mean(), rel_tol=1e-5)
+    assert math.isclose(found["ptx_loss"], -logprobs[batch.mask].mean().item(), rel_tol=1e-5)
 
     without = dataclasses.replace(scene.learner, pretraining=None)
     scene.learner.policy.zero_gradients()
