@@ -11,7 +11,6 @@ Self-Instruct; the rankings are of E2E, TruthfulQA and GSM8K answers and of Open
 rankings. A record is counted as engine/data/ makes examples of it: a response with its end of text.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.command_line import command, mistakes_in_one_line
 from engine.data.comparisons import Comparison, read_comparisons
 from engine.data.demonstrations import Demonstration, read_demonstrations
 from engine.data.tokenizer import Tokenizer, load_tokenizer
@@ -119,9 +119,10 @@ def write_table(path: Path, sets: Mapping[str, Mapping[str, Lengths]]) -> None:
     path.write_text("{\n" + ",\n".join(kinds) + "\n}\n", encoding="utf-8")
 
 
+@mistakes_in_one_line()
 def main(write: Callable[[str], object] = print) -> None:
     """Measure files anew and write the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lengths")
+    parser = command("lengths")
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--demonstrations", nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--rankings", nargs="+", required=True, metavar="NAME=FILE")

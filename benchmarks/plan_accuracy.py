@@ -18,6 +18,7 @@ import psutil
 import torch
 from rich.table import Table
 
+from benchmarks.command_line import command, count, mistakes_in_one_line
 from benchmarks.language_step import Job, trident
 from benchmarks.ppo_job import Effort
 from benchmarks.ppo_job import Job as Iteration
@@ -110,6 +111,7 @@ def ppo_rows(job: Iteration, name: str, cluster: Cluster, device: torch.device) 
     return [(f"{phase}, seconds", planned[phase], measured[phase]) for phase in planned]
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Plan, measure, and print both; with --out, append a record."""
     arguments = _parse()
@@ -178,13 +180,13 @@ def _table(name: str, cluster: Cluster, rows: Rows) -> Table:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_accuracy")
+    parser = command("plan_accuracy")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--size", choices=SIZES, help="default: tiny, on a GPU 1.3b")
-    parser.add_argument("--num-sequences", type=int, default=16, help="of a step, whole contexts")
-    parser.add_argument("--num-episodes", type=int, default=64, help="of a PPO iteration")
-    parser.add_argument("--micro-batch-tokens", type=int, default=8192)
+    parser.add_argument("--num-sequences", type=count, default=16, help="of a step, whole contexts")
+    parser.add_argument("--num-episodes", type=count, default=64, help="of a PPO iteration")
+    parser.add_argument("--micro-batch-tokens", type=count, default=8192)
     parser.add_argument("--no-ppo", action="store_true", help="the training step only")
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
     return parser.parse_args()

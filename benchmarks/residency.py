@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from benchmarks.command_line import command, count, mistakes_in_one_line
 from benchmarks.ppo_scene import Scene, build, random_prompts, run_iteration
 from benchmarks.screen import print_whole, screen
 from benchmarks.timing import (
@@ -176,6 +177,7 @@ def _hidden(
     }
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Measure; print tables and, with --out, append each record as it is there."""
     arguments = _parse()
@@ -236,15 +238,19 @@ def _table(records: list[dict[str, Any]]) -> Table:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.residency")
+    parser = command("residency")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--size", choices=SIZES, help="default: tiny, on a GPU 1.3b")
     parser.add_argument("--quick", action="store_true", help="the swap, and one short iteration")
-    parser.add_argument("--batch", type=int, help="responses; default: 4, on a GPU 64")
-    parser.add_argument("--response-tokens", type=int, help="default: 16, on a GPU 512; quick half")
-    parser.add_argument("--micro-batch-tokens", type=int, default=8192)
-    parser.add_argument("--num-samples", type=int, help="iterations measured; default: 3, quick 1")
+    parser.add_argument("--batch", type=count, help="responses; default: 4, on a GPU 64")
+    parser.add_argument(
+        "--response-tokens", type=count, help="default: 16, on a GPU 512; quick half"
+    )
+    parser.add_argument("--micro-batch-tokens", type=count, default=8192)
+    parser.add_argument(
+        "--num-samples", type=count, help="iterations measured; default: 3, quick 1"
+    )
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
     return parser.parse_args()
 

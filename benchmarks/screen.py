@@ -29,25 +29,23 @@ def print_whole(console: Console, table: Table | Text) -> None:
 
 
 def _fits(console: Console, table: Table) -> bool:
-    """Give every column the width of its longest word, and columns from the left what is over.
+    """Give every column the width of its longest word, and the narrow ones what is over.
 
     False where the words alone are too wide.
     """
-    wanted = []
+    wanted = {}
     for column in table.columns:
         cells = (column.header, *column.cells)
         widths = [Measurement.get(console, console.options, cell) for cell in cells]
         column.width = max(width.minimum for width in widths)
-        wanted.append(max(width.maximum for width in widths))
+        wanted[id(column)] = max(width.maximum for width in widths)
     boundless = console.options.update(width=sys.maxsize)
     spare = console.width - Measurement.get(console, boundless, table).maximum
-    if spare < 0:
-        return False
-    for column, width in zip(table.columns, wanted, strict=True):
-        more = min(spare, width - column.width)
-        column.width += more
-        spare -= more
-    return True
+    for _ in range(spare):
+        cut = [column for column in table.columns if column.width < wanted[id(column)]]
+        if cut:
+            min(cut, key=lambda column: column.width).width += 1
+    return spare >= 0
 
 
 def _as_lines(table: Table) -> Text:

@@ -19,6 +19,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.command_line import command, count, mistakes_in_one_line, seconds
 from benchmarks.screen import print_whole, screen
 from benchmarks.timing import append_record, copy_bandwidth, machine, records_path
 from kernels.full_kl import full_kl
@@ -234,6 +235,7 @@ def _measure(case: Case, config: LaunchConfig, device: torch.device) -> dict[str
     }
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Measure the candidates of the command line's kernels: a table, and with --out records."""
     arguments = _parse()
@@ -284,13 +286,15 @@ def _cells(
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_kernels")
+    parser = command("tune_kernels")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--kernels", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
-    parser.add_argument("--rows", type=int, default=16384)
-    parser.add_argument("--vocab", type=int, default=50304)
-    parser.add_argument("--seconds", type=float, default=60.0, help="begins no candidate after it")
+    parser.add_argument("--rows", type=count, default=16384)
+    parser.add_argument("--vocab", type=count, default=50304)
+    parser.add_argument(
+        "--seconds", type=seconds, default=60.0, help="begins no candidate after it"
+    )
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
     return parser.parse_args()
 

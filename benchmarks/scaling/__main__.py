@@ -20,6 +20,7 @@ import matplotlib as mpl
 import torch
 from rich.table import Table
 
+from benchmarks.command_line import command, mistakes_in_one_line
 from benchmarks.scaling import host, one_rank, rank, ranks
 from benchmarks.scaling.curve import Curve
 from benchmarks.screen import print_whole, screen
@@ -40,6 +41,7 @@ def curves_of(section: str, *, is_quick: bool) -> Iterator[Curve]:
         yield question.ask(is_quick=is_quick)
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Measure, print each curve as it is there and a table; write records and plots with --out."""
     arguments = _parse()
@@ -143,7 +145,7 @@ def _table(curves: Sequence[Curve]) -> Table:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling")
+    parser = command("scaling")
     parser.add_argument("--quick", action="store_true", help="small sizes, two ranks: a minute")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended) and plots")
