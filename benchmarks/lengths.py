@@ -5,10 +5,11 @@
 writes lengths.json, which lies beside this file and has numbers alone. Of every set it keeps the
 number of records and NUM_KEPT of them, evenly spaced when they are sorted by their tokens: a table
 of quantiles that keeps which prompt goes with which response, and with how many. It was made with
-GPT-2's byte pairs from the training files of E2E NLG (tuetschek/e2e-cleaning), FLAN's StrategyQA,
-CREAK, QASC (flan_cot) and ComVE (sensemaking), GSM8K, Open Assistant and the seeds of
-Self-Instruct; the rankings are of E2E, TruthfulQA and GSM8K answers and of Open Assistant's human
-rankings. A record is counted as engine/data/ makes examples of it: a response with its end of text.
+GPT-2's byte pairs. The demonstrations are the training files of E2E NLG (tuetschek/e2e-cleaning),
+GSM8K, Open Assistant and the seeds of Self-Instruct, and of FLAN four: StrategyQA, CREAK, QASC
+(flan_cot) and ComVE (sensemaking). The rankings are of E2E, TruthfulQA and GSM8K answers and of
+Open Assistant's human rankings. A record is counted as engine/data/ makes examples of it: a
+response with its end of text.
 """
 
 import json

@@ -13,7 +13,8 @@ The first iteration warms up and is not counted.
 Each provider is a process of its own. Its peak memory on a CPU is all that the process ever held,
 interpreter and libraries included; on a GPU what torch gave out there. On a CPU they take turns,
 iteration by iteration; on a GPU one ends before the next begins: at 1.3B ours takes 58 GB between
-phases and a network's activations besides, TRL 26 GB in bf16 (42 GB and 5 GB mixed) and its logits.
+phases and a network's activations besides. TRL takes 26 GB in bf16 (42 GB and 5 GB mixed) and its
+logits.
 """
 
 import argparse

@@ -4,9 +4,9 @@
     python -m benchmarks.profile_ppo --device cuda --size 1.3b --ptx --out benchmarks/results
 
 The iteration is that of ppo_step.py: random weights and prompts, responses of one length. First
-come iterations that warm up, then one that is timed as it is, then the one under torch's profiler,
-which slows every operator by a microsecond or two: both sets of seconds are shown, and phases of
-many small operators look worse than they are by their difference.
+come iterations that warm up, then one that is timed as it is, then the one under torch's profiler.
+The profiler slows every operator by a microsecond or two: both sets of seconds are shown, and
+phases of many small operators look worse than they are by their difference.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python -m benchmarks.tune_kernels --device cuda --out benchmarks/results
     python -m benchmarks.tune_kernels --device cpu        # that it works, in seconds
 
-Every candidate is first checked against fp64 on a few rows, then timed on [rows, vocab], with the
-launches back to back so that the host is not in the way. The share is that of a copy's bandwidth in
-the same process. What wins goes by hand into the table of kernels/launch.py.
+Every candidate is first checked against fp64 on a few rows, then timed on [rows, vocab]. Its
+launches go back to back, so that the host is not in the way. The share is that of a copy's
+bandwidth in the same process. What wins goes by hand into the table of kernels/launch.py.
 """
 
 import argparse

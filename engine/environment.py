@@ -52,8 +52,7 @@ def tell_torchrun(message: str) -> None:
 
 def prepare_libraries(tp: int) -> None:
     """Set what CUDA, Triton and Inductor read for a run that trains with that much tensor
-    parallelism, where the site has not set it, and silence what megatron and torch say of
-    themselves."""
+    parallelism, where the site has not. Silence what megatron and torch say of themselves."""
     quiet_libraries()
     os.environ.update(
         library_settings(

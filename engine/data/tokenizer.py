@@ -1,7 +1,7 @@
 """Text to token ids and back: sentencepiece, GPT-2's two files, Hugging Face's tokenizer.json.
 
-What holds for all of them: encode adds no token of its own, the text of a control token
-("<|endoftext|>") is ordinary text, and there is no pad token because batches are packed.
+What holds for all of them: encode adds no token of its own, and the text of a control token
+("<|endoftext|>") is ordinary text. There is no pad token, because batches are packed.
 """
 
 import hashlib
