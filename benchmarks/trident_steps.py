@@ -15,8 +15,9 @@ from engine.losses import NegativeLogLikelihood, comparison_loss
 from engine.network import Network, build_network
 from engine.optimizer import Optimizer
 from engine.parallel import Parallel, seed_for_step, start_parallel
+from engine.reduce import reduce_metrics
 from engine.settings.layout import ParallelLayout
-from engine.step import LanguageLoss, ScalarLoss, forward_backward, reduce_metrics
+from engine.step import LanguageLoss, ScalarLoss, forward_backward
 
 
 def run(turns: Turns, folder: Path, passes: int) -> None:

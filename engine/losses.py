@@ -16,13 +16,14 @@ from torch import Tensor
 from engine.data.batches import PackedBatch, Units
 from engine.feed import count_targets, pack_for
 from engine.network import Network
-from engine.step import Metrics, ScalarLoss, forward
+from engine.reduce import StepMetrics
+from engine.step import ScalarLoss, forward
 from kernels.clipped_loss import policy_token_losses
 from kernels.linear_logprobs import ProportionalLoss, TokenLoss
 from kernels.moments import Whitening
 from kernels.ppo_loss import policy_loss, value_loss
 from kernels.ranking_loss import ranking_loss
-from models.gpt import shift_right
+from models.readouts import shift_right
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class NegativeLogLikelihood:
         """Return the losses of tokens from their log-probs, and the derivative they share."""
         return ProportionalLoss(torch.full((), -1 / self.num_targets, device=batch.mask.device))
 
-    def metrics(self, batch: PackedBatch, logprobs: Tensor) -> Metrics:
+    def metrics(self, batch: PackedBatch, logprobs: Tensor) -> StepMetrics:
         """Return the micro-batch's share of the loss."""
         return {self.name: -logprobs.masked_fill(~batch.mask, 0.0).sum() / self.num_targets}
 
@@ -46,7 +47,7 @@ class NegativeLogLikelihood:
 def comparison_loss(num_prompts: int) -> ScalarLoss:
     """Return the ranking loss (InstructGPT eq. 1), mean over the global batch's prompts."""
 
-    def loss_function(batch: PackedBatch, readings: Tensor) -> tuple[Tensor, Metrics]:
+    def loss_function(batch: PackedBatch, readings: Tensor) -> tuple[Tensor, StepMetrics]:
         scores = last_token_readings(batch, readings)[: batch.num_sequences]
         result = ranking_loss(scores, batch.fields["ranks"][: batch.num_sequences], batch.cu_units)
         # A filler micro-batch has no prompt: an empty sum keeps its (zero) gradient path.
@@ -86,7 +87,7 @@ class ClippedPolicyLoss:
             whitening=self.whitening,
         )
 
-    def metrics(self, batch: PackedBatch, logprobs: Tensor) -> Metrics:
+    def metrics(self, batch: PackedBatch, logprobs: Tensor) -> StepMetrics:
         """Return loss, clip fraction, KL from the old policy and the extremes of the ratio."""
         result = policy_loss(
             logprobs,
@@ -110,7 +111,7 @@ def clipped_value_loss(num_targets: Tensor, *, cliprange: float | None) -> Scala
     """Return 0.5 x the clipped squared error of the values, mean over the minibatch's response
     tokens."""
 
-    def loss_function(batch: PackedBatch, readings: Tensor) -> tuple[Tensor, Metrics]:
+    def loss_function(batch: PackedBatch, readings: Tensor) -> tuple[Tensor, StepMetrics]:
         result = value_loss(
             shift_right(readings),
             batch.fields["values"],

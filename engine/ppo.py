@@ -22,6 +22,7 @@ from engine.metrics import PPO_HEADLINE, Metrics
 from engine.network import Kind, Network, build_network
 from engine.optimizer import Optimizer
 from engine.parallel import Parallel, rearranged, seed_for_step
+from engine.reduce import reduce_metrics
 from engine.residency.residency import Residency
 from engine.rollout import (
     Rollout,
@@ -33,7 +34,7 @@ from engine.run import Run, join_ranks, require_path, start_run
 from engine.settings.ppo import PPOConfig
 from engine.settings.size import named_size
 from engine.skipped import SkippedSteps, end_if_stuck
-from engine.step import Objective, accumulate, forward_backward, reduce_metrics
+from engine.step import Objective, accumulate, forward_backward
 from engine.stop import noting_signals
 from engine.update_metrics import merge_updates
 from kernels.moments import Whitening

@@ -19,10 +19,11 @@ from engine.metrics import RM_HEADLINE, Metrics
 from engine.network import Network, build_network
 from engine.optimizer import Optimizer
 from engine.parallel import seed_for_step
+from engine.reduce import reduce_metrics
 from engine.run import Run, join_ranks, require_path, size_named, start_run, tokenizer_path
 from engine.settings.rm import RMConfig
 from engine.skipped import end_if_stuck
-from engine.step import forward, forward_backward, reduce_metrics
+from engine.step import forward, forward_backward
 from engine.stop import noting_signals
 
 

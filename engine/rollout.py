@@ -23,7 +23,7 @@ from engine.network import Network
 from engine.parallel import Parallel
 from engine.settings.sampling import SamplingConfig
 from engine.step import forward
-from models.gpt import shift_right
+from models.readouts import shift_right
 
 EosRule = Literal["none", "penalty", "replace"]
 

@@ -20,11 +20,12 @@ from engine.metrics import SFT_HEADLINE, Metrics
 from engine.network import Network, build_network
 from engine.optimizer import Optimizer
 from engine.parallel import seed_for_step
+from engine.reduce import reduce_metrics
 from engine.run import Run, join_ranks, require_path, size_named, start_run, tokenizer_path
 from engine.selection import epoch_name, load_selection
 from engine.settings.sft import SFTConfig
 from engine.skipped import end_if_stuck
-from engine.step import Objective, accumulate, reduce_metrics
+from engine.step import Objective, accumulate
 from engine.stop import noting_signals
 
 

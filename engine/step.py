@@ -21,14 +21,14 @@ from torch import Tensor
 from engine.data.batches import PackedBatch
 from engine.network import Network
 from engine.parallel import Parallel
+from engine.reduce import StepMetrics, merge_metrics
 from engine.settings.layout import ParallelLayout
 from kernels.linear_logprobs import TokenLoss
-from kernels.moments import merge_moments
 from models.attention import PackedSequences
 from models.context_parallel import ContextShare
+from models.readouts import Logprobs, Readings, Readout, TokenLosses
 
-Metrics = dict[str, Tensor]
-ScalarLoss = Callable[[PackedBatch, Tensor], tuple[Tensor, Metrics]]
+ScalarLoss = Callable[[PackedBatch, Tensor], tuple[Tensor, StepMetrics]]
 """(micro-batch, readings [T]) to its share of the loss, and metrics."""
 
 
@@ -40,7 +40,7 @@ class LanguageLoss(Protocol):
         """Return f(log-probs [n], their positions in the batch [n]) -> losses [n], with their
         derivatives [n] or for torch to differentiate."""
 
-    def metrics(self, batch: PackedBatch, logprobs: Tensor) -> Metrics:
+    def metrics(self, batch: PackedBatch, logprobs: Tensor) -> StepMetrics:
         """Return what the log-probs [T] of a micro-batch say, without gradient."""
 
 
@@ -63,47 +63,47 @@ def forward_backward(
     *,
     temperature: float = 1.0,
     scale: float = 1.0,
-) -> Metrics:
+) -> StepMetrics:
     """Add the gradient of a step's only objective to the network's buffers; see accumulate."""
     objective = Objective(batches=batches, loss=loss, temperature=temperature, scale=scale)
     return accumulate(network, [objective])
 
 
-def accumulate(network: Network, objectives: Sequence[Objective]) -> Metrics:
+def accumulate(network: Network, objectives: Sequence[Objective]) -> StepMetrics:
     """Add the gradients of all of a step's objectives to the network's buffers.
 
-    The losses run on the last stage. Returns their metrics summed over this rank's micro-batches
-    (`*_max`, `*_min`: extremes) on the last stage, nothing elsewhere; see reduce_metrics. Where the
-    reduction over data-parallel ranks overlaps, the last backward pass of every bucket starts it,
-    so a second call before the next zero_gradients is a RuntimeError.
+    The losses run on the last stage. Returns their metrics there, merged over this rank's
+    micro-batches (engine/reduce.py), and nothing elsewhere. Where the reduction over data-parallel
+    ranks overlaps, the last backward pass of every bucket starts it. So a second call before the
+    next zero_gradients is a RuntimeError.
     """
     if any(group.per_param_grad_ready_counts for group in _overlapping_groups(network)):
         raise RuntimeError(
             "the gradients are being reduced already: a step's objectives go into one accumulate()"
         )
-    stored: list[Metrics] = []
+    stored: list[StepMetrics] = []
     passes = _passes(objectives, network.parallel.layout)
     for number, work in enumerate(passes):
         with _reduction(network, starts=number == len(passes) - 1):
             training_step = functools.partial(_training_step, network.parallel)
             stored += _run_schedule(network, work, training_step, forward_only=False)
-    return _merge(stored)
+    return merge_metrics(stored)
 
 
 def _training_step(
     parallel: Parallel, iterator: Iterator[tuple[PackedBatch, Objective]], chunk: torch.nn.Module
 ) -> tuple[Any, Any]:
     batch, objective = next(iterator)
-    heads: dict[str, Any] = {}
+    readout: Readout = Readings()
     if not callable(objective.loss):
         token_loss = objective.loss.token_loss(batch)
-        heads = _language_heads(batch, objective.temperature) | {"token_loss": token_loss}
-    return _call(chunk, batch, parallel, heads), functools.partial(_loss_of, batch, objective)
+        readout = TokenLosses(_logprobs(batch, objective.temperature), token_loss)
+    return _call(chunk, batch, parallel, readout), functools.partial(_loss_of, batch, objective)
 
 
 def _loss_of(
     batch: PackedBatch, objective: Objective, output: Any
-) -> tuple[Tensor, Tensor, Metrics]:
+) -> tuple[Tensor, Tensor, StepMetrics]:
     if callable(objective.loss):
         value, metrics = objective.loss(batch, output)
     else:
@@ -172,8 +172,8 @@ def forward(
     def forward_step(iterator: Iterator, chunk: torch.nn.Module) -> tuple[Any, Any]:
         batch, _ = next(iterator)
         is_language = network.kind == "language"
-        heads = _language_heads(batch, temperature) if is_language else {}
-        output = _call(chunk, batch, network.parallel, heads)
+        readout = _logprobs(batch, temperature) if is_language else Readings()
+        output = _call(chunk, batch, network.parallel, readout)
         return output, lambda output: (output.sum(), no_tokens, output)
 
     no_tokens = torch.zeros((), dtype=torch.int, device=network.parallel.device)
@@ -199,55 +199,16 @@ def finish_gradients(network: Network) -> None:
         finalize_model_grads(network.chunks)
 
 
-def reduce_metrics(metrics: Metrics, parallel: Parallel) -> dict[str, float]:
-    """Return the metrics of the last stages of all data-parallel ranks as numbers, the same on
-    every rank.
-
-    Ranks that share rows have the same metrics, so those of a pipeline's last stage ask one another
-    along dp only, and tell their pipeline: a thousand ranks send a handful of messages each.
-    `*_moments` [3] give two numbers, `*_mean` and `*_variance`.
-    """
-    values: dict[str, float] = {}
-    if parallel.is_last_stage:
-        sizes = [value.numel() for value in metrics.values()]  # in the same order on every rank
-        mine = torch.cat([value.double().flatten() for value in metrics.values()])
-        gathered = mine.new_empty(parallel.dp * len(mine))
-        dist.all_gather_into_tensor(gathered, mine, group=parallel.dp_group)
-        rows = gathered.cpu().view(parallel.dp, -1)  # sync: the only one
-        parts = [dict(zip(metrics, row.split(sizes), strict=True)) for row in rows]
-        values = _numbers(_merge(parts))  # in rank order: the same sum everywhere
-    if parallel.layout.pp > 1:
-        told = [values]
-        dist.broadcast_object_list(told, src=parallel.last_stage_rank, group=parallel.pp_group)
-        values = told[0]
-    return values
+def _logprobs(batch: PackedBatch, temperature: float) -> Logprobs:
+    return Logprobs(batch.mask, batch.targets, temperature)
 
 
-def _numbers(merged: Metrics) -> dict[str, float]:
-    values: dict[str, float] = {}
-    for name, value in merged.items():
-        if name.endswith("_moments"):
-            count, mean, squares = value.tolist()
-            stem = name.removesuffix("_moments")
-            values[f"{stem}_mean"] = mean
-            values[f"{stem}_variance"] = squares / max(count, 1.0)
-        else:
-            values[name] = float(value)
-    return values
-
-
-def _language_heads(batch: PackedBatch, temperature: float) -> dict[str, Any]:
-    return {"mask": batch.mask, "targets": batch.targets, "temperature": temperature}
-
-
-def _call(
-    chunk: torch.nn.Module, batch: PackedBatch, parallel: Parallel, heads: dict[str, Any]
-) -> Any:
+def _call(chunk: torch.nn.Module, batch: PackedBatch, parallel: Parallel, readout: Readout) -> Any:
     share = None
     if parallel.layout.cp > 1:
         share = ContextShare(group=parallel.cp_group, num_tokens=len(batch.tokens))
     sequences = PackedSequences.of(batch.cu_seqlens, batch.max_seqlen, share)
-    return chunk(batch.tokens, batch.positions, sequences, **heads)
+    return chunk(batch.tokens, batch.positions, sequences, readout)
 
 
 def _run_schedule(
@@ -306,22 +267,3 @@ def _padded(batch: PackedBatch, length: int) -> PackedBatch:
         sequence_ids=F.pad(batch.sequence_ids, (0, len(cuts)), value=-1),
         fields=fields,
     )
-
-
-def _merge(stored: list[Metrics]) -> Metrics:
-    merged: Metrics = {}
-    for metrics in stored:
-        for name, value in metrics.items():
-            value = value.detach()
-            merged[name] = _combine(name, merged[name], value) if name in merged else value
-    return merged
-
-
-def _combine(name: str, a: Tensor, b: Tensor) -> Tensor:
-    if name.endswith("_max"):
-        return torch.maximum(a, b)
-    if name.endswith("_min"):
-        return torch.minimum(a, b)
-    if name.endswith("_moments"):
-        return merge_moments(torch.stack([a, b]))
-    return a + b

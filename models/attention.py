@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.context_parallel import ContextShare, gather_row
+from models.context_parallel import ContextShare, gather_row, join_readings
 
 _FLASH_ATTENTION = {"flash-attn 4": "flash_attn.cute", "flash-attn 2": "flash_attn"}
 
@@ -81,6 +81,25 @@ class PackedSequences(PackedSeqParams):
             max_seqlen_kv=max_seqlen,
             share=share,
         )
+
+    def held(self, values: Tensor) -> Tensor:
+        """Return those of values [T, ...] whose tokens this rank holds: [T / cp, ...], in the order
+        in which it holds them."""
+        return values if self.share is None else values[self._held]
+
+    def in_row(self, numbers: Tensor) -> Tensor:
+        """Return where in the row the tokens lie that have these numbers [n] among those held."""
+        return numbers if self.share is None else self._held[numbers]
+
+    def join(self, readings: Tensor) -> Tensor:
+        """Return all ranks' readings [T / cp] in the order of the row [T]; the reverse of held."""
+        return readings if self.share is None else join_readings(readings, self.share)
+
+    @functools.cached_property
+    def _held(self) -> Tensor:
+        """[T / cp] int64, on the device of the sequences."""
+        assert self.share is not None
+        return self.share.held(self.cu_seqlens_q.device)
 
     @functools.cached_property
     def pieces(self) -> list[tuple[int, "PackedSequences"]]:

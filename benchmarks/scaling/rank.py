@@ -24,11 +24,12 @@ from engine.losses import NegativeLogLikelihood
 from engine.network import build_network
 from engine.optimizer import Optimizer
 from engine.parallel import Parallel, end_parallel, start_parallel
+from engine.reduce import reduce_metrics
 from engine.rollout import generate_rollout
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
-from engine.step import forward_backward, reduce_metrics
+from engine.step import forward_backward
 from models.sizes import GPTSize
 
 SIZE = GPTSize(num_layers=4, hidden_size=64, num_heads=4, vocab_size=512, context_length=64)

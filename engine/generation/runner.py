@@ -22,6 +22,7 @@ from engine.generation.step_tensors import IDLE_TOKEN, StepTensors, upload
 from engine.network import Network
 from engine.settings.sampling import SamplingConfig
 from models.paged_attention import PagedCache
+from models.readouts import Logits
 
 
 @dataclass(kw_only=True)
@@ -180,7 +181,9 @@ class Runner:
         module = self.network.modules[virtual_stage]
         if hidden is not None:
             module.set_input_tensor([hidden])
-        output = module(tensors.tokens, tensors.positions, tensors.paged, rows=tensors.rows)
+        output = module.forward_paged(
+            tensors.tokens, tensors.positions, tensors.paged, Logits(tensors.rows)
+        )
         if not module.post_process:
             return output
         if len(tensors.rows):  # none where a part of a long prompt is the whole step

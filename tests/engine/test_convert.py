@@ -22,6 +22,7 @@ from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.step import forward
 from models.attention import PackedSequences
+from models.readouts import Logits
 from tests.ranks import run_ranks
 
 LENGTHS = (1, 33, 2, 64, 17, 5)  # tokens of the packed sequences; 64 is the whole context
@@ -143,7 +144,7 @@ def test_logits_are_those_of_transformers(gpt2, parallel):
         batch.tokens,
         batch.positions,
         PackedSequences.of(batch.cu_seqlens, batch.max_seqlen),
-        rows=torch.arange(len(tokens)),
+        Logits(torch.arange(len(tokens))),
     )
     with torch.no_grad():
         theirs = GPT2LMHeadModel.from_pretrained(gpt2).eval()(batch.tokens[None]).logits[0]

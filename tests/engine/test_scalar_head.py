@@ -15,9 +15,10 @@ from engine.data.examples import Example
 from engine.network import Network
 from engine.optimizer import Optimizer
 from engine.parallel import Parallel, start_parallel
+from engine.reduce import StepMetrics
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
-from engine.step import Metrics, forward, forward_backward
+from engine.step import forward, forward_backward
 from tests.ranks import run_ranks
 from tests.tiny import random_network
 
@@ -27,7 +28,7 @@ def batch(length: int = 40) -> PackedBatch:
     return pack([Example(tokens=tokens, prompt_length=1)], multiple_of=1)
 
 
-def mean_square(batch: PackedBatch, readings: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+def mean_square(batch: PackedBatch, readings: torch.Tensor) -> tuple[torch.Tensor, StepMetrics]:
     return (readings - 3.0).square().mean(), {}
 
 
@@ -51,7 +52,7 @@ def trained(
 
 
 def _read_16_bits(head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    return (hidden[:, 0].float() @ head.weight.float().T + head.bias.float())[:, 0]
+    return (hidden.float() @ head.weight.float().T + head.bias.float())[:, 0]
 
 
 def heads(network: Network) -> list[torch.nn.Module]:

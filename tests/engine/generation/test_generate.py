@@ -19,6 +19,7 @@ from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
 from engine.step import forward
 from models.attention import PackedSequences
+from models.readouts import Logits
 from tests.engine.generation.random_gpt2 import CONTEXT, VOCAB, load_gpt2, random_prompts
 
 
@@ -52,7 +53,7 @@ def logits_after(network: Network, tokens: np.ndarray) -> torch.Tensor:
     rows = torch.arange(len(row))
     (module,) = network.modules
     with torch.no_grad():
-        return module(row, rows, sequences, rows=rows)[:, :VOCAB]
+        return module(row, rows, sequences, Logits(rows))[:, :VOCAB]
 
 
 def assert_same(actual: dict[int, Response], expected: dict[int, Response]) -> None:
