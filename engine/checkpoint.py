@@ -342,7 +342,7 @@ def _without_tensors(state: dict[str, Any]) -> dict[str, Any]:
 def _adopt(network: Network, loaded: dict[str, Any], *, strict: bool = True) -> None:
     for stage, module in enumerate(network.modules):
         module.load_state_dict(loaded[f"chunk{stage}"], strict=strict)
-    network.weights_version += 1
+    network.mark_changed()
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -139,15 +139,14 @@ def last_token_readings(batch: PackedBatch, readings: Tensor) -> Tensor:
 def mean_language_loss(network: Network, units: Units, micro_batch_tokens: int) -> float:
     """Return the mean loss a predicted token over held-out units, dropout off, the same on every
     rank."""
-    network.train(False)
     parallel = network.parallel
     indices = list(range(len(units)))
     batches = pack_for(units, indices, parallel, micro_batch_tokens)
     total = torch.zeros((), device=parallel.device, dtype=torch.float64)
-    for batch, logprobs in zip(batches, forward(network, batches), strict=True):
-        total -= logprobs[batch.mask].double().sum()
+    with network.evaluating():
+        for batch, logprobs in zip(batches, forward(network, batches), strict=True):
+            total -= logprobs[batch.mask].double().sum()
     dist.all_reduce(total, group=parallel.dp_group)
-    network.train(True)
     return float(total) / count_targets(units, indices)
 
 
@@ -156,16 +155,15 @@ def pair_accuracy(
 ) -> tuple[float, float]:
     """Return (ranking loss, share of pairs in the right order) of held-out comparisons; equal
     scores count half."""
-    network.train(False)
     parallel = network.parallel
     batches = pack_for(units, list(range(len(units))), parallel, micro_batch_tokens)
     loss_function = comparison_loss(len(units))
     totals = torch.zeros(3, device=parallel.device, dtype=torch.float64)
-    for batch, readings in zip(batches, forward(network, batches), strict=True):
-        if batch.num_sequences:
-            _, found = loss_function(batch, readings)
-            totals += torch.stack([found["loss"], found["num_correct"], found["num_pairs"]])
+    with network.evaluating():
+        for batch, readings in zip(batches, forward(network, batches), strict=True):
+            if batch.num_sequences:
+                _, found = loss_function(batch, readings)
+                totals += torch.stack([found["loss"], found["num_correct"], found["num_pairs"]])
     dist.all_reduce(totals, group=parallel.dp_group)
-    network.train(True)
     loss, num_correct, num_pairs = totals.tolist()
     return loss, num_correct / max(num_pairs, 1.0)

@@ -4,7 +4,6 @@ A loss sees one micro-batch and returns its share of the global loss, already di
 counts, so gradients are sums over micro-batches and data-parallel ranks and no layout changes them.
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -77,14 +76,14 @@ def accumulate(network: Network, objectives: Sequence[Objective]) -> StepMetrics
     ranks overlaps, the last backward pass of every bucket starts it. So a second call before the
     next zero_gradients is a RuntimeError.
     """
-    if any(group.per_param_grad_ready_counts for group in _overlapping_groups(network)):
+    if any(group.per_param_grad_ready_counts for group in network.overlapping_groups):
         raise RuntimeError(
             "the gradients are being reduced already: a step's objectives go into one accumulate()"
         )
     stored: list[StepMetrics] = []
     passes = _passes(objectives, network.parallel.layout)
     for number, work in enumerate(passes):
-        with _reduction(network, starts=number == len(passes) - 1):
+        with network.reducing(starts=number == len(passes) - 1):
             training_step = functools.partial(_training_step, network.parallel)
             stored += _run_schedule(network, work, training_step, forward_only=False)
     return merge_metrics(stored)
@@ -134,34 +133,6 @@ def _passes(
         return (len(work) + idle) * max(len(batch.tokens) for batch, _ in work)
 
     return [joint] if duration(joint) <= sum(duration(work) for work in passes) else passes
-
-
-@contextlib.contextmanager
-def _reduction(network: Network, *, starts: bool) -> Iterator[None]:
-    """Run a block whose backward passes start the overlapped reduction of a bucket with its last
-    micro-batch, or not at all."""
-    config, chunks = network.config, network.chunks
-    with contextlib.ExitStack() as stack:
-        if not any(_overlapping_groups(network)):
-            pass
-        elif starts:
-            no_syncs = [chunk.no_sync for chunk in chunks]  # the schedules keep all but the last so
-            config.no_sync_func = no_syncs if len(chunks) > 1 else no_syncs[0]
-            stack.callback(setattr, config, "no_sync_func", None)
-        else:
-            for chunk in chunks:
-                stack.enter_context(chunk.no_sync())
-        yield
-
-
-def _overlapping_groups(network: Network) -> list[Any]:
-    """megatron's groups of buckets whose reduction overlaps with backward passes."""
-    return [
-        group
-        for chunk in network.chunks
-        for group in getattr(chunk, "bucket_groups", [])
-        if group.ddp_config.overlap_grad_reduce
-    ]
 
 
 def forward(

@@ -132,6 +132,7 @@ def test_logprobs_are_those_of_transformers(gpt2, parallel):
     network = build(gpt2, parallel)
     load_huggingface(network, gpt2)
     torch.testing.assert_close(our_logprobs(network), their_logprobs(gpt2), atol=1e-5, rtol=0)
+    assert network.weights_version == 1
 
 
 def test_logits_are_those_of_transformers(gpt2, parallel):

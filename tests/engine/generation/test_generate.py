@@ -333,7 +333,7 @@ def test_nan_in_the_weights_is_an_error_that_names_the_sample(network):
 def test_weights_that_change_under_way_are_an_error(network):
     stream = generate(network, random_prompts(9, 5), CONFIG, eos_id=0, seed=5)
     next(stream)
-    network.weights_version += 1
+    network.mark_changed()
     with pytest.raises(RuntimeError, match="weights changed"):
         list(stream)
 
