@@ -5,9 +5,10 @@ from torch import Tensor
 
 from engine.data.batches import PackedBatch, pack
 from engine.data.examples import Example
-from engine.network import Network
-from engine.parallel import Parallel, start_parallel
+from engine.ranks.parallel import Parallel
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
+from engine.training.network import Network
 from kernels.linear_logprobs import ProportionalLoss
 from models.attention import PackedSequences
 from models.context_parallel import ContextShare
