@@ -25,7 +25,7 @@ from models.vocab_parallel import (
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageHead:
-    """The head of a language model, as the ranks of its tensor-parallel group share it."""
+    """The head of a language model, cut among the ranks of its tensor-parallel group."""
 
     weight: Tensor
     """[V / tp, H]: this rank's part of the vocabulary."""
@@ -43,7 +43,7 @@ class Logprobs:
     mask: Tensor
     """[T] bool: the tokens that have one."""
     targets: Tensor | None = None
-    """[R] int64: where mask is True, which spares the head the other tokens."""
+    """[R] int64: their indices in the row, which spare the head the other tokens."""
     temperature: float = 1.0
 
     def read(
@@ -83,7 +83,7 @@ class TokenLosses:
 
     logprobs: Logprobs
     token_loss: TokenLoss
-    """(log-probs [n], their positions in the row [n]) to losses [n]."""
+    """(log-probs [n], their tokens' indices in the row [n]) to losses [n]."""
 
     def read(
         self, head: LanguageHead, hidden: Tensor, tokens: Tensor, sequences: PackedSequences
@@ -115,7 +115,7 @@ class Logits:
     """The logits of what follows some of the row's tokens."""
 
     after: Tensor
-    """[R] int64: where in the row these tokens lie."""
+    """[R] int64: the indices of these tokens in the row."""
 
     def read(
         self, head: LanguageHead, hidden: Tensor, tokens: Tensor, sequences: PackedSequences
@@ -158,6 +158,8 @@ Readout = LanguageReadout | Readings
 
 
 def shift_right(readings: Tensor) -> Tensor:
-    """Move what was read at position t-1 to position t, the token it is about; position 0 gets 0.
-    Last dim is [T]."""
+    """Move what was read after token t-1 to token t, which it is about; token 0 gets 0.
+
+    readings: [..., T].
+    """
     return F.pad(readings[..., :-1], (1, 0))

@@ -15,7 +15,7 @@ from engine.ranks.seeds import seed_for_head, seed_for_initialisation
 from engine.settings.numerics import Numerics
 from models.attention import attention_backend
 from models.gpt import GPT
-from models.layers import transformer_config
+from models.layers import Arithmetic, Degrees, transformer_config
 from models.scalar_gpt import ScalarGPT
 from models.sizes import GPTSize
 
@@ -222,19 +222,20 @@ def build_network(
     fuses_gradients = numerics.gradient_accumulation_fusion
     if fuses_gradients is None:
         fuses_gradients = choices.fuses_gradient_accumulation
-    config = transformer_config(
-        size,
+    degrees = Degrees(
         tp=layout.tp,
         pp=layout.pp,
         virtual_pp=layout.virtual_pp,
         sequence_parallel=layout.sequence_parallel,
+    )
+    arithmetic = Arithmetic(
         dtype=DTYPES[numerics.dtype],
-        dropout=dropout,
         recompute=numerics.recompute,
         fuses_elementwise=choices.fuses_elementwise,
         fuses_gradient_accumulation=fuses_gradients,
         deterministic=numerics.deterministic,
     )
+    config = transformer_config(size, degrees, arithmetic, dropout=dropout)
     seed_for_initialisation(parallel)
     with parallel.active():
         modules = [_build_chunk(kind, size, parallel, config, n) for n in range(layout.virtual_pp)]

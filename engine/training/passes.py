@@ -1,7 +1,7 @@
 """Run a network over micro-batches and pipeline stages: forward and backward, or forward only.
 
 A loss sees one micro-batch and returns its share of the global loss, already divided by global
-counts, so gradients are sums over micro-batches and data-parallel ranks and no layout changes them.
+counts. So gradients are sums over micro-batches and data-parallel ranks: no layout changes them.
 """
 
 import dataclasses
@@ -117,8 +117,8 @@ def _passes(
 ) -> list[list[tuple[PackedBatch, Objective]]]:
     """Return the micro-batches, each with its objective, of every run through the pipeline.
 
-    m micro-batches padded to L tokens keep a pipeline of p stages with v chunks each busy, or idle
-    while it fills and drains, for the time of (m + (p - 1) / v) L tokens. One pass over all
+    A pipeline of p stages with v chunks each runs m micro-batches padded to L tokens. It is busy,
+    or idle while it fills and drains, for the time of (m + (p - 1) / v) L tokens. One pass over all
     objectives fills and drains once, but pads all to the longest of all. It is taken unless that
     costs more: with p = 16, 2 rows of responses and 16 of pretraining text of one length, 33 units
     instead of 17 + 31.
