@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.data.batches import PackedBatch, Units
-from engine.feed import count_targets, pack_for
+from engine.feed import pack_for, step_batch
 from engine.training.network import Network
 from engine.training.passes import ScalarLoss, forward
 from engine.training.reduce import StepMetrics
@@ -140,14 +140,14 @@ def mean_language_loss(network: Network, units: Units, micro_batch_tokens: int) 
     """Return the mean loss a predicted token over held-out units, dropout off, the same on every
     rank."""
     parallel = network.parallel
-    indices = list(range(len(units)))
-    batches = pack_for(units, indices, parallel, micro_batch_tokens)
+    held_out = step_batch(units, parallel, micro_batch_tokens)
     total = torch.zeros((), device=parallel.device, dtype=torch.float64)
     with network.evaluating():
-        for batch, logprobs in zip(batches, forward(network, batches), strict=True):
-            total -= logprobs[batch.mask].double().sum()
+        outputs = forward(network, held_out.batches)
+    for batch, logprobs in zip(held_out.batches, outputs, strict=True):
+        total -= logprobs[batch.mask].double().sum()
     dist.all_reduce(total, group=parallel.dp_group)
-    return float(total) / count_targets(units, indices)
+    return float(total) / held_out.num_targets
 
 
 def pair_accuracy(
@@ -156,7 +156,7 @@ def pair_accuracy(
     """Return (ranking loss, share of pairs in the right order) of held-out comparisons; equal
     scores count half."""
     parallel = network.parallel
-    batches = pack_for(units, list(range(len(units))), parallel, micro_batch_tokens)
+    batches = pack_for(units, parallel, micro_batch_tokens)
     loss_function = comparison_loss(len(units))
     totals = torch.zeros(3, device=parallel.device, dtype=torch.float64)
     with network.evaluating():
