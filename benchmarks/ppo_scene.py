@@ -88,7 +88,7 @@ def build(
 
     def load(kind: Kind, into: Network | None) -> Network:
         if into is not None:
-            into.weights_version += 1  # they are in the partner's memory already
+            into.mark_changed()  # they are in the partner's memory already
             return into
         network = make(kind)
         partner = (policy, critic)[kinds.index(kind)].network

@@ -62,7 +62,7 @@ def swap_seconds(scene: Scene, num_samples: int) -> float:
     def swap() -> None:
         for owner, guest in ((policy, scene.reference), (critic, scene.reward_model)):
             with owner.present():
-                owner.weights_version += 1  # as after an update: it is copied out anew
+                owner.mark_changed()  # as after an update: it is copied out anew
             with guest.present():
                 pass
 

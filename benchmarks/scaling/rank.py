@@ -29,7 +29,8 @@ from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
 from engine.training.network import build_network
 from engine.training.optimizer import Optimizer
-from engine.training.passes import forward_backward, reduce_metrics
+from engine.training.passes import forward_backward
+from engine.training.reduce import reduce_metrics
 from models.sizes import GPTSize
 
 SIZE = GPTSize(num_layers=4, hidden_size=64, num_heads=4, vocab_size=512, context_length=64)

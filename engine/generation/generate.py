@@ -155,7 +155,7 @@ def _run(runner: Runner, scheduler: Scheduler, on_tokens: TokenListener) -> Iter
         finally:
             flights.clear()
             runner.close()
-            kept.leave(network)
+            kept.leave()
 
 
 def _proceed(flights: Sequence[Flight | None], runner: Runner) -> None:

@@ -52,7 +52,7 @@ class StepTensors:
         slots = block * block_size + self.positions % block_size
         paged.slots.copy_(slots.masked_fill_(self.is_idle, -1))
         paged.context_lengths.copy_((self.positions + 1).masked_fill_(self.is_idle, 0))
-        paged.groups = None
+        paged.decode_groups = None
 
     def clone(self) -> "StepTensors":
         """Return a decoding step of the same contents that shares no tensor with this one."""
@@ -109,7 +109,7 @@ def upload(
     per_row[1, : len(sampled)] = [s.prompt_length + min_new_tokens for s in sampled]
     per_row[2, : len(sampled)] = [s.max_length - 1 for s in sampled]
     sample_index, first_stop, last_position = _to(device, per_row)
-    chunks, chunk_slots = _chunk_keys(step, cache, device)
+    prompts, prompt_slots = _chunk_keys(step, cache, device)
     return StepTensors(
         tokens=_to(device, tokens),
         positions=_to(device, positions),
@@ -118,8 +118,8 @@ def upload(
             slots=_to(device, slots),
             block_tables=_to(device, block_tables),
             context_lengths=_to(device, context_lengths),
-            chunks=chunks,
-            chunk_slots=chunk_slots,
+            prompts=prompts,
+            prompt_slots=prompt_slots,
             copies=step.copies,
         ),
         rows=_to(device, np.array(rows, dtype=np.int64)),

@@ -254,7 +254,7 @@ class Residency:
         if self.config.optimizer == "host":
             parked = Parked(find_state, self._link)
             self._parked.append(parked)
-            optimizer.await_state = parked.wait
+            optimizer.await_state_by(parked.wait)
             self.ledger.host_rows[f"{role} optimizer"] = lambda: parked.host_bytes
 
 

@@ -29,6 +29,7 @@ from engine.update import (
 )
 from kernels.moments import Whitening
 from models.attention import PackedSequences
+from models.readouts import Logits
 from tests.tiny import (
     ADAM,
     random_network,
@@ -132,7 +133,7 @@ def plain_logprobs(network: Network, batch: PackedBatch, temperature: float) -> 
     (module,) = network.modules
     sequences = PackedSequences.of(batch.cu_seqlens, batch.max_seqlen)
     rows = torch.arange(len(batch.tokens))
-    logits = module(batch.tokens, batch.positions, sequences, rows=rows)
+    logits = module(batch.tokens, batch.positions, sequences, Logits(rows))
     logits = logits[:, : network.size.vocab_size] / temperature
     chosen = logits.log_softmax(-1)[:-1].gather(1, batch.tokens[1:, None])[:, 0]
     return torch.cat([chosen.new_zeros(1), chosen])

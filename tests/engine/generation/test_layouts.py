@@ -64,7 +64,7 @@ def outcomes_in_layouts(folder: Path) -> dict[str, dict[str, Outcome]]:
         decoding = record_steps(network)  # graphs, wherever a layout has collectives or messages
         found[name]["recorded"] = outcome(network, SAMPLED)
         assert decoding.graphs
-        network.decoding = None
+        network.keep(None)
         if name in ("tp2", "pp2"):
             prompts = random_prompts(64, 200)
             responses = generate(network, prompts, GREEDY, eos_id=0, seed=3)
@@ -129,7 +129,7 @@ def outcomes_after_refit(folder: Path) -> dict[str, Outcome | str | int]:
         found[name] = outcome(refit.network, SAMPLED)
         found[f"{name}_bytes"] = report.received_bytes
     found["source"] = outcome(source, SAMPLED)  # its own groups are still the ones in use
-    source.weights_version += 1
+    source.mark_changed()
     with pytest.raises(RuntimeError, match="stale weights"):
         outcome(refit.network, SAMPLED)
     for parameter in source.modules[0].parameters():

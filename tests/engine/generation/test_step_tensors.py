@@ -72,17 +72,17 @@ def test_chunks_follow_the_decoding_rows_and_sample_at_their_ends():
     assert tensors.paged.slots.tolist() == [37, -1, 4, 5, 6, 8, 9, 10]
     assert tensors.rows.tolist() == [0, 4]  # the second chunk does not reach its sequence's end
     paged = tensors.paged
-    assert paged.chunks.cu_seqlens_q.tolist() == [0, 3, 6]
-    assert paged.chunks.cu_seqlens_kv.tolist() == [0, 3, 10]
-    assert (paged.chunks.max_seqlen_q, paged.chunks.max_seqlen_kv) == (3, 7)
-    assert paged.chunk_slots.tolist() == [4, 5, 6, 16, 17, 18, 19, 8, 9, 10]
+    assert paged.prompts.cu_seqlens_q.tolist() == [0, 3, 6]
+    assert paged.prompts.cu_seqlens_kv.tolist() == [0, 3, 10]
+    assert (paged.prompts.max_seqlen_q, paged.prompts.max_seqlen_kv) == (3, 7)
+    assert paged.prompt_slots.tolist() == [4, 5, 6, 16, 17, 18, 19, 8, 9, 10]
 
 
 def test_whole_prompts_need_no_keys_from_the_cache():
     chunk = Chunk(sequence=decoding(1, 3, [1]), start=0, stop=3)
     paged = tensors_of(Step(decodes=[], chunks=[chunk], num_steps=1), 0).paged
-    assert paged.chunk_slots is None
-    assert paged.chunks.cu_seqlens_kv is paged.chunks.cu_seqlens_q
+    assert paged.prompt_slots is None
+    assert paged.prompts.cu_seqlens_kv is paged.prompts.cu_seqlens_q
 
 
 def test_advancing_on_the_device_equals_uploading_the_next_step():
