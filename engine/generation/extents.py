@@ -1,6 +1,6 @@
 """Who holds which run of blocks, where the cache has room for every slot's longest sequence.
 
-On the CPU, attention reads keys and values in half the time where they lie one after the other and
+On the CPU, attention reads keys and values in half the time where they lie one after the other:
 nothing has to be gathered first (kernels/decode_groups.py). So a sequence gets an extent when it is
 admitted: consecutive blocks for the longest there is, and nobody is ever preempted. A prompt that
 begins as one in another extent copies those blocks, once, and is not computed again.

@@ -39,13 +39,13 @@ def generate(  # noqa: PLR0913 - the options of a call, each named
     The ranks of a replica (tp x pp) make the same call, take every response and get the same ones;
     each data-parallel replica has prompts of its own. Repeat a prompt to sample it several times:
     it is computed once. A draw is keyed by (seed, sample index, position of the token in prompt and
-    response), so neither batch nor layout changes a response, up to rounding.
+    response): neither batch nor layout changes a response, up to rounding.
 
     sample_indices: unique in the run, 0 onwards by default. max_new_tokens: each prompt's own
     limit, in place of the config's. on_tokens(sample index, tokens) hears of tokens as they are
     drawn. counts is added to. The network is in eval mode until the iterator ends.
-    Raises UserError for a prompt that is empty or leaves no room in the context, RuntimeError for
-    stale weights, FloatingPointError for logits that are not finite.
+    Raises UserError for a prompt that is empty or leaves no room in the context; RuntimeError for
+    stale weights; FloatingPointError for logits that are not finite.
     """
     config.check()
     check_sampling(config.temperature, config.top_k, config.top_p, seed)
@@ -53,18 +53,11 @@ def generate(  # noqa: PLR0913 - the options of a call, each named
         raise ValueError(f"a {network.kind} network generates nothing; it takes a language model")
     network.check_fresh()
     network.settle()
-    indices = range(len(prompts)) if sample_indices is None else sample_indices
-    if len(set(indices)) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts need as many different sample indices")
     limits = [config.max_new_tokens] * len(prompts) if max_new_tokens is None else max_new_tokens
-    sequences = [
-        _live_sequence(index, prompt, limit, network.size.context_length)
-        for index, prompt, limit in zip(indices, prompts, limits, strict=True)
-    ]
+    indices = range(len(prompts)) if sample_indices is None else sample_indices
+    sequences = _live_sequences(prompts, indices, limits, network.size.context_length)
     if not sequences:
         return iter(())
-    # Long prompts first, for a short tail; equal ones side by side, to share their blocks.
-    sequences.sort(key=lambda s: (-len(s.tokens), s.tokens, s.sample_index))
     # As many cohorts in flight as there are stages, and none empty while there are sequences.
     num_cohorts = network.parallel.layout.pp
     slots_per_cohort = math.ceil(min(config.num_slots, len(sequences)) / num_cohorts)
@@ -112,6 +105,24 @@ def length_spread(num_tokens: Sequence[int]) -> float:
 
 def _nobody(sample_index: int, tokens: list[int]) -> None:
     """Hear of tokens where the caller did not ask to."""
+
+
+def _live_sequences(
+    prompts: Sequence[np.ndarray],
+    sample_indices: Sequence[int],
+    limits: Sequence[int],
+    context_length: int,
+) -> list[LiveSequence]:
+    """Return the sequences in the order in which they are admitted."""
+    if len(set(sample_indices)) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts need as many different sample indices")
+    sequences = [
+        _live_sequence(index, prompt, limit, context_length)
+        for index, prompt, limit in zip(sample_indices, prompts, limits, strict=True)
+    ]
+    # Long prompts first, for a short tail; equal ones side by side, to share their blocks.
+    sequences.sort(key=lambda s: (-len(s.tokens), s.tokens, s.sample_index))
+    return sequences
 
 
 def _live_sequence(
