@@ -98,11 +98,6 @@ def _steps_per_sync(network: Network, config: SamplingConfig) -> int:
     return config.steps_per_sync or choices_for(network.parallel.device).steps_per_sync
 
 
-def length_spread(num_tokens: Sequence[int]) -> float:
-    """Return how uneven the replicas' tokens are: the most over the mean; 1 is even."""
-    return max(num_tokens) * len(num_tokens) / sum(num_tokens)
-
-
 def _nobody(sample_index: int, tokens: list[int]) -> None:
     """Hear of tokens where the caller did not ask to."""
 
