@@ -7,7 +7,7 @@ written again, so nothing is ever copied. (extents.py is the other way, for a CP
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -56,8 +56,8 @@ class Blocks(Protocol):
         """Return blocks for a sequence of num_tokens, what the digests know among them; None where
         fewer than num_reserved would stay free."""
 
-    def num_missing(self, num_held: int, num_tokens: int) -> int:
-        """Return the blocks that a sequence with num_held of them lacks for num_tokens."""
+    def num_missing(self, sequences: Iterable[LiveSequence], num_steps: int) -> int:
+        """Return the blocks that sequences lack to decode so many steps, all together."""
 
     def allocate(self, count: int) -> list[int]:
         """Return `count` free blocks, for a sequence that lacks them."""
@@ -131,9 +131,16 @@ class BlockManager:
         self.take(shared)
         return Allotment(blocks=shared + self.allocate(num_new), num_shared=len(shared))
 
-    def num_missing(self, num_held: int, num_tokens: int) -> int:
-        """Return the blocks that a sequence with num_held of them lacks for num_tokens."""
-        return max(0, blocks_for(num_tokens, self.block_size) - num_held)
+    def num_missing(self, sequences: Iterable[LiveSequence], num_steps: int) -> int:
+        """Return the blocks that sequences lack to decode so many steps, all together; a prompt
+        that is not all computed lacks none."""
+        missing = 0
+        for sequence in sequences:
+            if sequence.num_pending == 1:
+                length = min(sequence.num_cached + num_steps, sequence.max_length)
+                num_blocks = blocks_for(length, self.block_size)
+                missing += max(0, num_blocks - len(sequence.blocks))
+        return missing
 
     def allocate(self, count: int) -> list[int]:
         """Return `count` free blocks, now with one user each; KeyError when there are too few."""

@@ -7,7 +7,7 @@ begins as one in another extent copies those blocks, once, and is not computed a
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from engine.generation.block_manager import Allotment, BlockCopy, PrefixNames, blocks_for
 from engine.generation.sequence import LiveSequence
@@ -60,8 +60,8 @@ class ExtentManager:
         copy = BlockCopy(source * self.extent_blocks, blocks[0], count)
         return Allotment(blocks=blocks, num_shared=count, copy=copy)
 
-    def num_missing(self, num_held: int, num_tokens: int) -> int:
-        """Return 0: a sequence has the blocks of its longest length."""
+    def num_missing(self, sequences: Iterable[LiveSequence], num_steps: int) -> int:
+        """Return 0: every sequence has the blocks of its longest length."""
         return 0
 
     def allocate(self, count: int) -> list[int]:

@@ -150,25 +150,21 @@ class Scheduler:
         """
         room = [s.max_length - len(s.tokens) for s in running if s.num_pending == 1]
         num_steps = min(self.steps_per_sync, max(room, default=1))
-        if sum(self._num_missing(s, num_steps) for s in running) > self.blocks.num_free:
+        missing = self.blocks.num_missing(running, num_steps)
+        if missing == 0:
+            return num_steps
+        if missing > self.blocks.num_free:
             num_steps = 1
         index = 0
         while index < len(running):
             sequence = running[index]
-            missing = self._num_missing(sequence, num_steps)
+            missing = self.blocks.num_missing([sequence], num_steps)
             if missing > self.blocks.num_free:
                 self._preempt(running.pop())  # perhaps the sequence itself
                 continue
             sequence.blocks += self.blocks.allocate(missing)
             index += 1
         return num_steps
-
-    def _num_missing(self, sequence: LiveSequence, num_steps: int) -> int:
-        """Return the blocks that a sequence lacks for num_steps tokens; a prompt lacks none."""
-        if sequence.num_pending > 1:
-            return 0
-        length = min(sequence.num_cached + num_steps, sequence.max_length)
-        return self.blocks.num_missing(len(sequence.blocks), length)
 
     def _preempt(self, sequence: LiveSequence) -> None:
         """Take a sequence's blocks; when its turn comes again it is fed as a longer prompt."""
