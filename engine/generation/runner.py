@@ -90,7 +90,7 @@ class Runner:
             )
         assert self._decoding is not None and self._cache is not None  # open() came first
         num_rows = len(step.decodes)
-        is_replayed = self._record is not None and not step.chunks and not step.copies
+        is_replayed = self._record is not None and not step.prefills and not step.copies
         if is_replayed:
             self._decoding.check(self.network, self._cache)
             num_rows = graph_rows(num_rows)

@@ -43,7 +43,7 @@ class StepResult:
 
 
 class Optimizer:
-    """The optimizer of one network; its steps are counted in the schedule's unit by the caller."""
+    """The optimizer of one network; where in the schedule a step lies is the caller's to say."""
 
     def __init__(self, network: Network, config: AdamConfig, *, total_steps: int) -> None:
         self.network = network
@@ -191,8 +191,8 @@ class Optimizer:
         for optimizer in self._distributed():
             if optimizer.optimizer.state:
                 continue
-            for group in optimizer.optimizer.param_groups:
-                for master in group["params"]:
+            for param_group in optimizer.optimizer.param_groups:
+                for master in param_group["params"]:
                     optimizer.optimizer.state[master] = {
                         "step": torch.zeros((), device=master.device),
                         "exp_avg": torch.zeros_like(master),
@@ -235,8 +235,8 @@ class Optimizer:
         return [
             master
             for optimizer in self._distributed()
-            for group in optimizer.optimizer.param_groups
-            for master in group["params"]
+            for param_group in optimizer.optimizer.param_groups
+            for master in param_group["params"]
         ]
 
     def _gradients(self) -> list[torch.Tensor]:
@@ -257,8 +257,8 @@ class Optimizer:
         on the device. apex's and Transformer Engine's Adam do so by themselves."""
         for optimizer in self._distributed():
             if isinstance(optimizer.optimizer, torch.optim.AdamW):
-                for group in optimizer.optimizer.param_groups:
-                    group["fused"] = True
+                for param_group in optimizer.optimizer.param_groups:
+                    param_group["fused"] = True
 
     def _distributed(self) -> list:
         return getattr(self.megatron, "chained_optimizers", [self.megatron])

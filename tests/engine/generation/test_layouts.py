@@ -95,7 +95,7 @@ def assert_bad_input_ends_every_rank(network: Network) -> None:
     for parameter, value in zip(weights, kept, strict=True):
         parameter.data.copy_(value)
     outcome(network, dataclasses.replace(SAMPLED, max_new_tokens=1))
-    # Of two groups in flight the second alone is broken, when the first is on its way again.
+    # Of two cohorts in flight the second alone is broken, when the first is on its way again.
     first = network.modules[0]
     if first.pre_process:
         first.embedding.word_embeddings.weight.data[5, 0] = torch.inf
