@@ -16,7 +16,7 @@ from engine.data.examples import Example
 from engine.data.pretraining import TokenSequences
 from engine.ema import EMA
 from engine.feed import Feed
-from engine.network import Kind, Network, build_network
+from engine.network import Network, build_network
 from engine.optimizer import Optimizer
 from engine.parallel import Parallel
 from engine.ppo import Learner, merge_updates, minibatches, update
@@ -24,7 +24,7 @@ from engine.residency.residency import Residency
 from engine.rollout import Rollout, generate_rollout, rollout_metrics, score_rollout
 from engine.settings.ppo import PPOConfig
 from kernels.moments import Whitening
-from models.sizes import GPTSize
+from models.sizes import GPTSize, Kind
 
 NO_EOS = -1
 PHASES = ("rollout", "score", "advantage", "update")

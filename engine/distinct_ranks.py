@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 
 from engine.checkpoint import Shard, shards_of
 from engine.config import UserError
-from engine.network import Kind, build_network
+from engine.network import build_network
 from engine.optimizer import Optimizer
 from engine.parallel import Parallel, pretended_rank
 from engine.plan import network_parameters, optimizer_bytes
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
-from models.sizes import GPTSize
+from models.sizes import GPTSize, Kind
 
 STATE_BYTES = 12  # an element: the fp32 master and Adam's two moments
 

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from engine.config import UserError
 from engine.distinct_ranks import Model, Rank, build_ranks, check_checkpoint, check_rank
-from engine.network import Kind
 from engine.plan import StageConfig, plan
 from engine.planning.hardware import Cluster, named_cluster
 from engine.planning.search import proposal_lines, search_layouts
@@ -22,7 +21,7 @@ from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
 from engine.settings.sft import SFTConfig
 from engine.settings.size import named_size
-from models.sizes import GPTSize
+from models.sizes import GPTSize, Kind
 
 GPU = "h100"  # what the plan is made for; recipes/plan.py makes it for others
 

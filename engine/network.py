@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -15,9 +15,7 @@ from models.attention import attention_backend
 from models.gpt import GPT
 from models.layers import transformer_config
 from models.scalar_gpt import ScalarGPT
-from models.sizes import GPTSize
-
-Kind = Literal["language", "scalar"]
+from models.sizes import GPTSize, Kind
 
 
 class Place(Protocol):

@@ -19,7 +19,7 @@ from engine.feed import Feed, pack_for, token_spread
 from engine.found_network import size_of
 from engine.losses import ClippedPolicyLoss, NegativeLogLikelihood, clipped_value_loss
 from engine.metrics import PPO_HEADLINE, Metrics
-from engine.network import Kind, Network, build_network
+from engine.network import Network, build_network
 from engine.optimizer import Optimizer
 from engine.parallel import Parallel, rearranged, seed_for_step
 from engine.residency.residency import Residency
@@ -37,6 +37,7 @@ from engine.step import Objective, accumulate, forward_backward, reduce_metrics
 from engine.stop import noting_signals
 from engine.update_metrics import merge_updates
 from kernels.moments import Whitening
+from models.sizes import Kind
 
 
 @noting_signals()

@@ -11,11 +11,12 @@ from engine.data.examples import Example, LengthReport
 from engine.data.prompts import prompt_examples
 from engine.data.tokenizer import load_tokenizer
 from engine.found_network import size_of
-from engine.network import Kind, Network, build_network
+from engine.network import Network, build_network
 from engine.parallel import Parallel
 from engine.rollout import Rollout, generate_rollout, read_rollout
 from engine.settings.numerics import Numerics
 from engine.settings.ppo import PPOConfig
+from models.sizes import Kind
 
 
 class Sampler:

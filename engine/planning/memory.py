@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from engine.planning.parameters import (
     MASTER_BYTES,
     MOMENTS_BYTES,
-    Kind,
     buffer_elements,
     head_parameters,
     largest_parameter,
@@ -20,7 +19,7 @@ from engine.planning.parameters import (
 )
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
-from models.sizes import GPTSize
+from models.sizes import GPTSize, Kind
 
 GRADIENT_BYTES = 4  # an element: gradients add up and are reduced in fp32
 HEAD_WORKSPACE = 448 * 2**20  # kernels/workspace.py: a chunk of logits in fp32,

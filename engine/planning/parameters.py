@@ -6,20 +6,15 @@ distributed optimizer; tests compare both with the real thing. Imports neither t
 
 import functools
 import math
-from typing import Literal
 
 from engine.settings.layout import ParallelLayout
-from models.sizes import GPTSize
+from models.sizes import GPTSize, Kind
 
-Kind = Literal["language", "scalar"]
 Buckets = list[tuple[int, list[tuple[int, int]]]]
 """A bucket each: (its elements with padding, (start, end) of every parameter in it)."""
 
 PARAMETER_ALIGNMENT = 64  # elements: where megatron starts a parameter in a buffer
 BUCKET_ALIGNMENT = 128  # elements: what a bucket's end is rounded up to, together with dp x cp
-BUCKET_ELEMENTS: int | None = None
-"""Elements after which a bucket is full, where the reduction of gradients overlaps; None for
-megatron's choice, 40 M or 1 M a data-parallel rank, whichever is more."""
 MASTER_BYTES = 4  # an element: fp32 masters
 MOMENTS_BYTES = 8  # an element: Adam's two moments in fp32
 
@@ -152,7 +147,7 @@ def _buckets(  # noqa: PLR0913 - one chunk of one rank, each coordinate named
     overlaps, _ = layout.overlaps(gains=num_replicas > 1)
     full = math.inf
     if overlaps and pp_rank == 0 and chunk == 0:
-        full = BUCKET_ELEMENTS or max(40_000_000, 1_000_000 * dp)  # megatron's: without cp
+        full = layout.bucket_elements or max(40_000_000, 1_000_000 * dp)  # megatron's: without cp
 
     def close() -> None:
         nonlocal spans

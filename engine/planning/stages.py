@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from engine.config import UserError
 from engine.planning.hardware import GIGA, Cluster
 from engine.planning.memory import STAGING, PlannedNetwork
-from engine.planning.parameters import Kind
 from engine.planning.ranks import (
     Four,
     RankMemory,
@@ -37,6 +36,7 @@ from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
 from engine.settings.sft import SFTConfig
 from engine.settings.size import named_size
+from models.sizes import Kind
 
 REWARD_MODEL = "6b"  # what selects SFT's epoch: its setting names a run, and the paper's is this
 

@@ -29,6 +29,10 @@ class ParallelLayout:
     """Gather the weights that data-parallel ranks have updated while the next forward pass starts;
     none: where the gradients' sum overlaps, on GPUs. It needs that, which cuts the buffers into the
     buckets that are gathered one by one. Changes speed, nothing else."""
+    bucket_elements: int | None = None
+    """Elements of a bucket of gradients and weights that one message carries, where they overlap;
+    none: megatron's 40 M, or 1 M a data-parallel rank where that is more. Changes speed and
+    padding, nothing else."""
 
     def overlaps(self, *, gains: bool) -> tuple[bool, bool]:
         """Return whether the sum of gradients and the gathering of weights overlap, where `gains`
@@ -94,7 +98,7 @@ class ParallelLayout:
             )
 
     def _check_degrees(self) -> None:
-        check_numbers(self, "layout.", counts="tp pp virtual_pp cp")
+        check_numbers(self, "layout.", counts="tp pp virtual_pp cp bucket_elements")
         if self.virtual_pp > 1 and self.pp == 1:
             raise UserError("layout.virtual_pp needs layout.pp > 1")
         if self.sequence_parallel and self.tp == 1:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from engine.config import UserError
-from engine.network import Kind
 from engine.optimizer import Optimizer, StepResult
 from engine.settings.numerics import Numerics
 from engine.skipped import SkippedSteps
+from models.sizes import Kind
 from tests.tiny import (
     ADAM,
     ppo_config,

@@ -6,13 +6,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import engine.optimizer
 from engine import parallel
 from engine.network import build_network
 from engine.optimizer import Optimizer
-from engine.planning import parameters
 from engine.planning.parameters import (
-    Kind,
     buffer_elements,
     largest_parameter,
     network_parameters,
@@ -21,7 +18,7 @@ from engine.planning.parameters import (
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
-from models.sizes import SIZES, GPTSize
+from models.sizes import SIZES, GPTSize, Kind
 from tests.ranks import run_ranks
 
 # Sizes that divide by nothing convenient, so that every padding shows.
@@ -73,13 +70,11 @@ def build_and_count(
 
 
 def build_all(cases: list[Case]) -> list[list[int]]:
-    engine.optimizer.BUCKET_ELEMENTS = BUCKET
     return [build_and_count(*case) for case in cases]
 
 
 @pytest.mark.slow
-def test_parameters_and_optimizer_state_are_those_of_the_real_network(monkeypatch):
-    monkeypatch.setattr(parameters, "BUCKET_ELEMENTS", BUCKET)
+def test_parameters_and_optimizer_state_are_those_of_the_real_network():
     cases: list[Case] = [
         (kind, layout, pp_rank, 3, dtype)
         for kind, layouts, dtype in (
@@ -89,7 +84,13 @@ def test_parameters_and_optimizer_state_are_those_of_the_real_network(monkeypatc
         )
         for plain in layouts
         # Without a choice reductions overlap on GPUs alone, and a plan is for those.
-        for layout in [replace(plain, overlap_grad_reduce=bool(plain.overlap_grad_reduce))]
+        for layout in [
+            replace(
+                plain,
+                overlap_grad_reduce=bool(plain.overlap_grad_reduce),
+                bucket_elements=BUCKET,
+            )
+        ]
         for pp_rank in {0, layout.pp // 2, layout.pp - 1}
     ]
     (found,) = run_ranks(build_all, 1, cases)
