@@ -12,15 +12,12 @@ from dataclasses import dataclass
 
 from engine.planning.hardware import GIGA, Cluster
 from engine.planning.memory import PlannedNetwork
-from engine.planning.parameters import network_parameters, optimizer_bytes
 from engine.planning.ranks import RankMemory
 from engine.planning.stages import Estimate, Phase, estimate_ppo, estimate_rm, estimate_sft
 from engine.planning.workload import Workload
 from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
 from engine.settings.sft import SFTConfig
-
-__all__ = ["Cluster", "Plan", "network_parameters", "optimizer_bytes", "plan"]
 
 StageConfig = SFTConfig | RMConfig | PPOConfig
 PF_DAY = 1e15 * 86_400  # FLOPs
