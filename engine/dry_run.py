@@ -121,19 +121,13 @@ def _check_ppo_batches(config: PPOConfig, size: GPTSize, num_gpus: int) -> list[
             f"{config.sampling.max_new_tokens} = {longest} exceed the context of {context} tokens: "
             "lower one of them"
         )
-    if config.rollout_batch_size % config.minibatch_size:
-        raise UserError(
-            f"rollout_batch_size {config.rollout_batch_size} must be a multiple of "
-            f"minibatch_size {config.minibatch_size}"
-        )
     _check_shares("minibatch_size", config.minibatch_size, dp)
     if config.critic_layout is not None:
         critic_dp = config.critic_layout.dp(num_gpus)
         _check_shares("minibatch_size", config.minibatch_size, critic_dp, "the critic's dp")
-    num_updates = config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
     lines = [
-        f"batch: {config.rollout_batch_size} episodes an iteration in {num_updates} updates of "
-        f"{config.minibatch_size}, {config.minibatch_size // dp} a rank (dp {dp})"
+        f"batch: {config.rollout_batch_size} episodes an iteration in {config.num_updates} updates "
+        f"of {config.minibatch_size}, {config.minibatch_size // dp} a rank (dp {dp})"
     ]
     if config.ptx_coef > 0:
         _check_fits("data.pretraining_tokens", config.data.pretraining_tokens, size)

@@ -189,7 +189,7 @@ def update(
     """One optimizer step of policy and critic on a minibatch; `step` counts them over the run."""
     policy, critic = learner.policy.network, learner.critic.network
     parallel = policy.parallel
-    iteration = step // num_updates(config)
+    iteration = step // config.num_updates
     seed_for_step(parallel, step)
     indices = list(range(len(minibatch)))
     batches = pack_for(minibatch, indices, parallel, config.micro_batch_tokens)
@@ -250,11 +250,6 @@ def policy_gradient(  # noqa: PLR0913 - one call for PPO-ptx's two gradients
     return accumulate(learner.policy.network, objectives)
 
 
-def num_updates(config: PPOConfig) -> int:
-    """Return the optimizer steps of an iteration."""
-    return config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
-
-
 def minibatches(config: PPOConfig, iteration: int) -> list[tuple[int, list[int]]]:
     """Return (step of the run, indices of the rollout) of an iteration's minibatches, shuffled anew
     each epoch."""
@@ -266,7 +261,7 @@ def minibatches(config: PPOConfig, iteration: int) -> list[tuple[int, list[int]]
             order[start : start + config.minibatch_size]
             for start in range(0, len(order), config.minibatch_size)
         ]
-    return list(enumerate(chosen, start=iteration * num_updates(config)))
+    return list(enumerate(chosen, start=iteration * config.num_updates))
 
 
 def _check(config: PPOConfig) -> None:
@@ -276,11 +271,6 @@ def _check(config: PPOConfig) -> None:
     require_path(config.data.prompts, "data.prompts")
     if config.ptx_coef > 0:
         require_path(config.data.pretraining, "data.pretraining")
-    if config.rollout_batch_size % config.minibatch_size:
-        raise UserError(
-            f"rollout_batch_size {config.rollout_batch_size} must be a multiple of "
-            f"minibatch_size {config.minibatch_size}"
-        )
     config.check_generation_layout()
     _check_size(config.size, config.policy, "policy")
     _check_size(config.reward_model_size, config.reward_model, "reward_model")

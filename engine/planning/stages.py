@@ -123,7 +123,7 @@ def estimate_ppo(config: PPOConfig, cluster: Cluster, workload: Workload) -> Est
     policy, critic, episodes = four.policy, four.critic, four.episodes
     generator = four.generator
     ranks = ppo_ranks(four, cluster)
-    num_updates = config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
+    num_updates = config.num_updates
     cached = min(cache_tokens(rank, generator) for rank in ranks)
     rollout = decode_seconds(
         generator,
@@ -242,11 +242,6 @@ def _phase(
 def _four(config: PPOConfig, cluster: Cluster, workload: Workload) -> Four:
     if not config.size or not config.reward_model_size:
         raise UserError("a plan of PPO needs --size and --reward-model-size, named sizes")
-    if config.rollout_batch_size % config.minibatch_size:
-        raise UserError(
-            f"rollout_batch_size {config.rollout_batch_size} must be a multiple of "
-            f"minibatch_size {config.minibatch_size}"
-        )
     policy = _network("language", config.size, config, cluster)
     critic = _network(
         "scalar", config.reward_model_size, config, cluster, layout=config.critic_layout

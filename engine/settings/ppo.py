@@ -141,6 +141,16 @@ class PPOConfig:
             shares="gamma lam ema_decay",
         )
         check_numbers(self, counts="micro_batch_tokens ptx_examples_per_episode")
+        if self.rollout_batch_size % self.minibatch_size:
+            raise UserError(
+                f"rollout_batch_size {self.rollout_batch_size} must be a multiple of "
+                f"minibatch_size {self.minibatch_size}"
+            )
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps of an iteration."""
+        return self.ppo_epochs * self.rollout_batch_size // self.minibatch_size
 
     @property
     def scores_policy(self) -> bool:

@@ -116,7 +116,6 @@ def test_run_that_needs_more_memory_is_refused_after_its_plan(capsys):
 @pytest.mark.parametrize(
     ("stage", "changes", "data", "message"),
     [
-        ("ppo", {"minibatch_size": 24}, {}, "rollout_batch_size 64 must be a multiple of minib"),
         ("ppo", {"rollout_batch_size": 36, "minibatch_size": 12}, {}, "multiple of dp 8"),
         ("ppo", {"minibatch_size": 4} | CRITIC_DP8, {}, "of the critic's dp 8"),
         ("ppo", {"micro_batch_tokens": 200}, {}, "micro_batch_tokens 200 must be at least 224"),

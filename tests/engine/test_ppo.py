@@ -17,7 +17,7 @@ from engine.found_network import size_of
 from engine.network import Network
 from engine.optimizer import Optimizer
 from engine.parallel import Parallel, start_parallel
-from engine.ppo import Learner, merge_updates, minibatches, num_updates, policy_gradient, update
+from engine.ppo import Learner, merge_updates, minibatches, policy_gradient, update
 from engine.ppo import train as train_ppo
 from engine.rollout import Rollout, generate_rollout, read_rollout, score_rollout
 from engine.settings.layout import ParallelLayout
@@ -230,7 +230,7 @@ def test_schedule_counts_iterations(scene: Scene):
 
 def test_minibatches_take_every_response_once_an_epoch():
     config = PPOConfig(rollout_batch_size=12, minibatch_size=4, ppo_epochs=2, seed=3)
-    assert num_updates(config) == 6
+    assert config.num_updates == 6
     found = minibatches(config, iteration=5)
     assert [step for step, _ in found] == list(range(30, 36))
     first, second = (sum((chosen for _, chosen in found[i : i + 3]), []) for i in (0, 3))
