@@ -103,7 +103,7 @@ def check_batches(config: StageConfig, size: GPTSize, num_gpus: int) -> list[str
 
 def _proposals(config: StageConfig, cluster: Cluster) -> str:
     """Return the layouts that fit, as options of the recipe."""
-    found = search_layouts(config, cluster, lambda tried: plan(tried, cluster))
+    found = search_layouts(config, cluster)
     head = f"what fits {cluster.num_gpus} x {cluster.gpu_name} by the plan, fastest first:"
     return "\n".join(
         [head, *proposal_lines(found, config)] if found else proposal_lines([], config)

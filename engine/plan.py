@@ -11,7 +11,8 @@ at the most it can be. Imports neither torch nor megatron.
 from dataclasses import dataclass
 
 from engine.planning.hardware import GIGA, Cluster
-from engine.planning.memory import PlannedNetwork
+from engine.planning.memory import STAGING, PlannedNetwork
+from engine.planning.misfits import Misfit, misfits
 from engine.planning.ranks import RankMemory
 from engine.planning.stages import Estimate, Phase, estimate_ppo, estimate_rm, estimate_sft
 from engine.planning.workload import Workload
@@ -34,12 +35,12 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether every rank has room in every phase, on the GPU and on the host."""
-        host = self.cluster.gpu.host_memory_bytes
-        return (
-            self.fullest.peak_bytes <= self.cluster.free_bytes
-            and all(rank.host_bytes <= host for rank in self.ranks)
-            and not any(note.startswith("does not fit") for note in self.estimate.notes)
-        )
+        return not self.misfits
+
+    @property
+    def misfits(self) -> list[Misfit]:
+        """What a rank has too little of; none where the plan fits."""
+        return misfits(self.ranks, self.estimate.cache, self.cluster)
 
     @property
     def ranks(self) -> list[RankMemory]:
@@ -140,7 +141,28 @@ class Plan:
         if rank.host:
             parts = ", ".join(f"{row} {_gb(size)}" for row, size in rank.host.items())
             lines.append(f"  in pinned host memory: {_gb(rank.host_bytes)} ({parts})")
-        return lines + [f"  {note}" for note in self.estimate.notes]
+        return lines + [f"  {note}" for note in self._notes()]
+
+    def _notes(self) -> list[str]:
+        estimate, notes = self.estimate, []
+        if estimate.selected_by:
+            notes.append(f"the reward model is taken to be a {estimate.selected_by}")
+        if estimate.cache is not None:
+            notes.append(
+                f"key-value cache: room for {estimate.cache.tokens:,} tokens a replica, its slots "
+                f"can use {estimate.cache.wanted_tokens:,}"
+            )
+        notes += [
+            f"does not fit: one sequence may need {misfit.needed:,} tokens of cache"
+            for misfit in self.misfits
+            if misfit.resource == "key-value cache"
+        ]
+        notes.append(
+            f"a checkpoint: a rank writes or reads {estimate.saved_bytes / GIGA:.2f} GB at most; "
+            f"its copies in host memory are taken to be rounded up {STAGING}-fold, which is the "
+            "most; none on the GPU"
+        )
+        return notes
 
     def _time_lines(self) -> list[str]:
         lines = [f"seconds of one {self.estimate.step_name}"]
