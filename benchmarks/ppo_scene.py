@@ -11,18 +11,18 @@ import numpy as np
 from torch.profiler import record_function
 
 from benchmarks.timing import wall_clock
-from engine.advantages import estimate_advantages
+from engine.advantage import estimate_advantages
 from engine.data.examples import Example
 from engine.data.pretraining import TokenSequences
-from engine.ema import EMA
 from engine.feed import Feed
-from engine.network import Network, build_network
-from engine.optimizer import Optimizer
-from engine.parallel import Parallel
 from engine.ppo import Learner, merge_updates, minibatches, update
+from engine.ranks.parallel import Parallel
 from engine.residency.residency import Residency
 from engine.rollout import Rollout, generate_rollout, rollout_metrics, score_rollout
 from engine.settings.ppo import PPOConfig
+from engine.training.ema import EMA
+from engine.training.network import Network, build_network
+from engine.training.optimizer import Optimizer
 from kernels.moments import Whitening
 from models.sizes import GPTSize, Kind
 

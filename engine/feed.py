@@ -4,7 +4,7 @@ names."""
 from dataclasses import dataclass
 
 from engine.data.batches import EpochOrder, PackedBatch, Units, deal, micro_batches, shapes_of
-from engine.parallel import Parallel
+from engine.ranks.parallel import Parallel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The losses of the three stages over packed micro-batches.
 
-Each function closes over a global count and returns what engine.step.forward_backward wants: a
-micro-batch's share of the loss, so that shares add up to the loss of the global batch whatever the
+Each function closes over a global count and returns what engine/training/passes.py wants: a
+micro-batch's share of the loss. The shares add up to the loss of the global batch, whatever the
 packing or layout.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from engine.data.batches import PackedBatch, Units
 from engine.feed import count_targets, pack_for
-from engine.network import Network
-from engine.step import Metrics, ScalarLoss, forward
+from engine.training.network import Network
+from engine.training.passes import Metrics, ScalarLoss, forward
 from kernels.clipped_loss import policy_token_losses
 from kernels.linear_logprobs import ProportionalLoss, TokenLoss
 from kernels.moments import Whitening

@@ -7,21 +7,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.advantages import KLController, estimate_advantages
+from engine.advantage import KLController, estimate_advantages
 from engine.alarms import Alarms
-from engine.checkpoint import Checkpointer, load_weights
-from engine.config import UserError
+from engine.checkpoints.checkpointer import Checkpointer
+from engine.checkpoints.found import size_of
+from engine.checkpoints.weights import load_weights
 from engine.data.batches import EpochOrder, PackedBatch
 from engine.data.examples import Example
 from engine.data.prompts import prompt_examples, read_prompts
-from engine.ema import EMA
+from engine.errors import UserError
 from engine.feed import Feed, pack_for, token_spread
-from engine.found_network import size_of
 from engine.losses import ClippedPolicyLoss, NegativeLogLikelihood, clipped_value_loss
 from engine.metrics import PPO_HEADLINE, Metrics
-from engine.network import Network, build_network
-from engine.optimizer import Optimizer
-from engine.parallel import Parallel, rearranged, seed_for_step
+from engine.ranks.parallel import Parallel
+from engine.ranks.seeds import seed_for_step
+from engine.ranks.start import rearranged
 from engine.residency.residency import Residency
 from engine.rollout import (
     Rollout,
@@ -32,9 +32,12 @@ from engine.rollout import (
 from engine.run import Run, join_ranks, require_path, start_run
 from engine.settings.ppo import PPOConfig
 from engine.settings.size import named_size
-from engine.skipped import SkippedSteps, end_if_stuck
-from engine.step import Objective, accumulate, forward_backward, reduce_metrics
 from engine.stop import noting_signals
+from engine.training.ema import EMA
+from engine.training.network import Network, build_network
+from engine.training.optimizer import Optimizer
+from engine.training.passes import Objective, accumulate, forward_backward, reduce_metrics
+from engine.training.skipped import SkippedSteps, end_if_stuck
 from engine.update_metrics import merge_updates
 from kernels.moments import Whitening
 from models.sizes import Kind

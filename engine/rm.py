@@ -6,24 +6,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.checkpoint import Checkpointer, load_weights
-from engine.config import UserError
+from engine.checkpoints.checkpointer import Checkpointer
+from engine.checkpoints.found import size_of
+from engine.checkpoints.weights import load_weights
 from engine.data.comparisons import comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
 from engine.data.prompts import split_by_prompt
+from engine.errors import UserError
 from engine.feed import Feed, pack_for
-from engine.found_network import size_of
 from engine.losses import comparison_loss, last_token_readings, pair_accuracy
 from engine.metrics import RM_HEADLINE, Metrics
-from engine.network import Network, build_network
-from engine.optimizer import Optimizer
-from engine.parallel import seed_for_step
+from engine.ranks.seeds import seed_for_step
 from engine.run import Run, join_ranks, require_path, size_named, start_run, tokenizer_path
 from engine.settings.rm import RMConfig
-from engine.skipped import end_if_stuck
-from engine.step import forward, forward_backward, reduce_metrics
 from engine.stop import noting_signals
+from engine.training.network import Network, build_network
+from engine.training.optimizer import Optimizer
+from engine.training.passes import forward, forward_backward, reduce_metrics
+from engine.training.skipped import end_if_stuck
 
 
 @noting_signals()

@@ -19,10 +19,10 @@ from engine.data.batches import PackedBatch, deal
 from engine.data.examples import Example
 from engine.feed import pack_for
 from engine.generation.generate import Response, generate, length_spread
-from engine.network import Network
-from engine.parallel import Parallel
+from engine.ranks.parallel import Parallel
 from engine.settings.sampling import SamplingConfig
-from engine.step import forward
+from engine.training.network import Network
+from engine.training.passes import forward
 from models.gpt import shift_right
 
 EosRule = Literal["none", "penalty", "replace"]

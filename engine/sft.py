@@ -8,24 +8,25 @@ give the policy that PPO starts from; pretraining text alone trains the base mod
 import math
 from dataclasses import dataclass, field
 
-from engine.checkpoint import Checkpointer, load_weights
-from engine.config import UserError
+from engine.checkpoints.checkpointer import Checkpointer
+from engine.checkpoints.found import size_of
+from engine.checkpoints.weights import load_weights
 from engine.data.batches import EpochOrder, Units
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.prompts import split_by_prompt
+from engine.errors import UserError
 from engine.feed import Feed
-from engine.found_network import size_of
 from engine.losses import NegativeLogLikelihood, mean_language_loss
 from engine.metrics import SFT_HEADLINE, Metrics
-from engine.network import Network, build_network
-from engine.optimizer import Optimizer
-from engine.parallel import seed_for_step
+from engine.ranks.seeds import seed_for_step
 from engine.run import Run, join_ranks, require_path, size_named, start_run, tokenizer_path
 from engine.selection import epoch_name, load_selection
 from engine.settings.sft import SFTConfig
-from engine.skipped import end_if_stuck
-from engine.step import Objective, accumulate, reduce_metrics
 from engine.stop import noting_signals
+from engine.training.network import Network, build_network
+from engine.training.optimizer import Optimizer
+from engine.training.passes import Objective, accumulate, reduce_metrics
+from engine.training.skipped import end_if_stuck
 
 
 @noting_signals()

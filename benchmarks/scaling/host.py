@@ -16,14 +16,14 @@ from engine.data.batches import EpochOrder, micro_batches
 from engine.data.comparisons import comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
-from engine.data.labeler import places_language, score
-from engine.data.places import fact_lists
 from engine.data.pretraining import open_token_file
 from engine.data.prompts import prompt_examples, read_prompts, split_by_prompt
 from engine.data.tokenizer import Tokenizer, train_sentencepiece
 from engine.generation.block_manager import BlockManager
 from engine.generation.scheduler import Counts, Scheduler
 from engine.generation.sequence import LiveSequence
+from engine.quickstart.labeler import places_language, score
+from engine.quickstart.places import fact_lists
 
 TEXT = "the mill is a cheap pub near the river and serves fish to no families at night"
 WORDS = TEXT.split()

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from engine.config import UserError
-from engine.data.files import read_lines, replacing
+from engine.errors import UserError
+from engine.files import read_lines, replacing
 
 Record = TypeVar("Record")
 

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from engine.config import UserError
-from engine.device import choices_for
+from engine.errors import UserError
 from engine.generation.block_manager import BlockManager
 from engine.generation.cache import CacheShape, choose_cache
 from engine.generation.decoding import decoding_of, lasting_decoding
@@ -15,8 +14,9 @@ from engine.generation.extents import ExtentManager
 from engine.generation.runner import Flight, Runner
 from engine.generation.scheduler import Counts, Scheduler
 from engine.generation.sequence import LiveSequence, Response
-from engine.network import Network
+from engine.ranks.device import choices_for
 from engine.settings.sampling import SamplingConfig
+from engine.training.network import Network
 from kernels.sample import check_sampling
 
 TokenListener = Callable[[int, list[int]], None]

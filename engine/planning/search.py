@@ -5,9 +5,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
-from engine.config import UserError
-from engine.plan import Plan, StageConfig, plan
+from engine.errors import UserError
 from engine.planning.hardware import GIGA, Cluster
+from engine.planning.plan import Plan, StageConfig, plan
 from engine.planning.workload import Workload
 from engine.settings.layout import ParallelLayout
 from engine.settings.ppo import PPOConfig

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from engine.config import UserError, check_numbers
+from engine.errors import UserError
 from engine.settings.adam import AdamConfig
 from engine.settings.alarms import AlarmConfig
+from engine.settings.checks import check_numbers
 from engine.settings.kl import KLConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics

@@ -7,7 +7,8 @@ import torch
 from engine.data.examples import Example
 from engine.data.pretraining import TokenSequences
 from engine.feed import Feed, count_targets, pack_for, token_spread
-from engine.parallel import Parallel, start_parallel
+from engine.ranks.parallel import Parallel
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 
 LENGTHS = (5, 9, 3, 14, 8, 2, 11)

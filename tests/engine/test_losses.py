@@ -17,10 +17,11 @@ from engine.losses import (
     mean_language_loss,
     pair_accuracy,
 )
-from engine.network import Network
-from engine.parallel import Parallel, start_parallel
+from engine.ranks.parallel import Parallel
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
-from engine.step import LanguageLoss, forward
+from engine.training.network import Network
+from engine.training.passes import LanguageLoss, forward
 from kernels.moments import Whitening
 from tests.tiny import random_network
 

@@ -11,10 +11,10 @@ import torch
 
 from engine import ppo, rollout
 from engine.data.batches import PackedBatch
-from engine.network import Network
 from engine.rollout import Rollout
 from engine.settings.alarms import AlarmConfig
 from engine.settings.numerics import Numerics
+from engine.training.network import Network
 from tests.tiny import ADAM, ppo_config, train
 
 # The networks are random: few of their responses end, and policy and reference are far apart.

@@ -7,22 +7,23 @@ import numpy as np
 import pytest
 import torch
 
-from engine.advantages import estimate_advantages
-from engine.config import UserError
+from engine.advantage import estimate_advantages
+from engine.checkpoints.found import size_of
 from engine.data.batches import PackedBatch
 from engine.data.examples import Example
-from engine.ema import EMA
+from engine.errors import UserError
 from engine.feed import Feed, pack_for
-from engine.found_network import size_of
-from engine.network import Network
-from engine.optimizer import Optimizer
-from engine.parallel import Parallel, start_parallel
 from engine.ppo import Learner, merge_updates, minibatches, policy_gradient, update
 from engine.ppo import train as train_ppo
+from engine.ranks.parallel import Parallel
+from engine.ranks.start import start_parallel
 from engine.rollout import Rollout, generate_rollout, read_rollout, score_rollout
 from engine.settings.layout import ParallelLayout
 from engine.settings.ppo import PPOConfig
 from engine.settings.sampling import SamplingConfig
+from engine.training.ema import EMA
+from engine.training.network import Network
+from engine.training.optimizer import Optimizer
 from kernels.moments import Whitening
 from models.attention import PackedSequences
 from tests.tiny import (

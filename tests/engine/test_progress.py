@@ -9,14 +9,14 @@ import pytest
 from rich.console import Console
 
 from engine import progress
-from engine.data.places import fact_lists, render_prompt
-from engine.data.quickstart_files import find_files
-from engine.judge import judge_models
-from engine.parallel import start_parallel
 from engine.progress import SECONDS_A_LINE, LongWork
-from engine.quickstart import write_comparisons
-from engine.report import MODELS
-from engine.sampler import Sampler
+from engine.quickstart.files import find_files
+from engine.quickstart.finished_stages import FinishedStages
+from engine.quickstart.judge import judge_models
+from engine.quickstart.places import fact_lists, render_prompt
+from engine.quickstart.report import MODELS
+from engine.quickstart.run import write_comparisons
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from recipes.quickstart import config as recipe
 from tests.tiny import SIZE, write_checkpoints, write_files, write_lines
@@ -126,7 +126,7 @@ def test_labeling_and_judging_say_how_far_they_are(home: Path, capsys):
     write_lines(files.prompts_valid, ({"prompt": render_prompt(f)} for f in facts))
     write_lines(files.pretraining_valid, ({"text": "the mill is near the river " * 90},))
     parallel = start_parallel(ParallelLayout(), seed=0)
-    sampler = Sampler(home, parallel, config.numerics, config.ppo, seed=0)
+    sampler = FinishedStages(home, parallel, config.numerics, config.ppo, seed=0)
 
     write_comparisons(config, files, sampler)
     said = capsys.readouterr().out
@@ -147,7 +147,7 @@ def test_the_same_texts_are_written_with_and_without_a_listener(home: Path):
     config = dataclasses.replace(recipe.ppo.sampling, max_new_tokens=16, num_slots=4)
     ppo = dataclasses.replace(recipe.ppo, sampling=config)
     parallel = start_parallel(ParallelLayout(), seed=0)
-    sampler = Sampler(home, parallel, recipe.numerics, ppo, seed=3)
+    sampler = FinishedStages(home, parallel, recipe.numerics, ppo, seed=3)
     network = sampler.load("sft", "language")
     prompts = ["the mill is", "a cheap pub near the river", "the mill is", "fish"]
     heard: list[None] = []

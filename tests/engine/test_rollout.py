@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from engine.data.examples import Example
-from engine.network import Network
-from engine.parallel import Parallel, start_parallel
+from engine.ranks.parallel import Parallel
+from engine.ranks.start import start_parallel
 from engine.rollout import (
     Rollout,
     apply_eos_rule,
@@ -18,6 +18,7 @@ from engine.rollout import (
 )
 from engine.settings.layout import ParallelLayout
 from engine.settings.sampling import SamplingConfig
+from engine.training.network import Network
 from tests.tiny import random_network
 
 EOS = 0

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from engine import ppo, rm, sft, stop
-from engine.config import run_stage
-from engine.parallel import start_parallel
+from engine.ranks.start import start_parallel
+from engine.recipe import run_stage
 from engine.run import Run, start_run
 from engine.settings.layout import ParallelLayout
 from engine.settings.sft import SFTConfig

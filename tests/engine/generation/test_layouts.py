@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import UserError
 from engine.data.batches import deal
+from engine.errors import UserError
 from engine.generation.generate import generate
-from engine.generation.refit import Refit
 from engine.generation.sequence import Response
-from engine.network import Network
+from engine.residency.refit import Refit
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
+from engine.training.network import Network
 from tests.engine.generation.random_gpt2 import CONTEXT, load_gpt2, random_prompts
 from tests.engine.generation.recorded import record_steps
 from tests.ranks import run_ranks

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import UserError
-from engine.plan import plan
-from engine.planning.command import load_recipe
+from engine.errors import UserError
+from engine.plan_command import load_recipe
 from engine.planning.hardware import GPUS, Assumptions, named_cluster
+from engine.planning.plan import plan
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 NODE = named_cluster("h100", 8)

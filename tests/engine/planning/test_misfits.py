@@ -1,10 +1,10 @@
 import dataclasses
 from pathlib import Path
 
-from engine.plan import plan
-from engine.planning.command import load_recipe
+from engine.plan_command import load_recipe
 from engine.planning.hardware import named_cluster
 from engine.planning.misfits import Misfit, misfits
+from engine.planning.plan import plan
 from engine.planning.ranks import CacheRoom, RankMemory
 from engine.settings.layout import ParallelLayout
 from engine.settings.sampling import SamplingConfig

@@ -7,9 +7,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from engine import parallel
-from engine.network import build_network
-from engine.optimizer import Optimizer
 from engine.planning.parameters import (
     PipelineStage,
     buffer_elements,
@@ -17,9 +14,12 @@ from engine.planning.parameters import (
     network_parameters,
     optimizer_bytes,
 )
+from engine.ranks import parallel
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.training.network import build_network
+from engine.training.optimizer import Optimizer
 from models.sizes import SIZES, GPTSize
 from tests.ranks import run_ranks
 

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.plan import Plan, plan
-from engine.planning.command import load_recipe
+from engine.plan_command import load_recipe
 from engine.planning.hardware import named_cluster
 from engine.planning.memory import PlannedNetwork
+from engine.planning.plan import Plan, plan
 from engine.planning.ranks import (
     PPONetworks,
     cache_room,

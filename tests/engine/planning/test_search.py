@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.plan import plan
-from engine.planning.command import load_recipe, plan_command
+from engine.plan_command import load_recipe, plan_command
 from engine.planning.hardware import named_cluster
+from engine.planning.plan import plan
 from engine.planning.search import proposal_lines, search_layouts
 from engine.planning.workload import Workload
 from engine.settings.layout import ParallelLayout

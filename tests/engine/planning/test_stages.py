@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import UserError
-from engine.plan import Plan, plan
-from engine.planning.command import load_recipe
+from engine.errors import UserError
+from engine.plan_command import load_recipe
 from engine.planning.hardware import named_cluster
+from engine.planning.plan import Plan, plan
 from engine.planning.stages import estimate_ppo, estimate_sft
 from engine.planning.workload import Workload
 from engine.settings.layout import ParallelLayout
