@@ -168,7 +168,7 @@ def test_public_names_have_docstrings(name):
 def test_the_checks_see_what_they_look_for():
     source = """
 import os
-from engine.step import forward
+from engine.training.passes import forward
 def spoken():
     "Says."
 def silent(): pass

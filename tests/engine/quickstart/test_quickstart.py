@@ -10,7 +10,7 @@ import pytest
 from engine.errors import UserError
 from engine.quickstart.files import find_files, write_tokenizer
 from engine.quickstart.judge import preferred
-from engine.quickstart.places import demonstrations, fact_lists, render_prompt
+from engine.quickstart.places import demonstrations, fact_lists, render_facts
 from engine.quickstart.run import run
 from engine.settings.layout import ParallelLayout
 from recipes.quickstart import config as recipe
@@ -36,7 +36,7 @@ def data_folder(folder: Path) -> Path:
         )
         facts = fact_lists("prompts" if ending == "train" else "valid", 12, seed=1)
         write_lines(
-            folder / f"prompts/e2e.{ending}.jsonl", ({"prompt": render_prompt(f)} for f in facts)
+            folder / f"prompts/e2e.{ending}.jsonl", ({"prompt": render_facts(f)} for f in facts)
         )
         text = "\n".join(json.dumps({"text": f"the river near the mill {n}"}) for n in range(400))
         (folder / f"pretrain/{ending}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
@@ -78,7 +78,7 @@ def start(home: Path, data: Path, layout: ParallelLayout) -> dict:
 def test_two_ranks_run_the_recipe_and_a_second_start_only_judges(tmp_path: Path):
     data = data_folder(tmp_path / "data")
     prompts = data / "prompts/e2e.val.jsonl"
-    too_long = render_prompt({"name": "Blue Spice " * 200})  # leaves no room and is not judged
+    too_long = render_facts({"name": "Blue Spice " * 200})  # leaves no room and is not judged
     prompts.write_text(json.dumps({"prompt": too_long}) + "\n" + prompts.read_text())
     home = tmp_path / "run"
     first = run_ranks(start, 2, home, data, ParallelLayout(tp=2))

@@ -15,14 +15,14 @@ import torch
 from engine.data.examples import Example
 from engine.errors import UserError
 from engine.generation.generate import generate
-from engine.ppo import Learner
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
 from engine.residency.expected import PHASES, ModelBytes, expected_bytes
 from engine.residency.host import HostCopy, Link
 from engine.residency.residency import Residency, model_bytes
 from engine.residency.seat import Seat
-from engine.rollout import generate_rollout, read_rollout
+from engine.rollout import generate_rollout
+from engine.score import read_rollout
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.residency import ResidencyConfig
@@ -30,6 +30,7 @@ from engine.settings.sampling import SamplingConfig
 from engine.training.ema import EMA
 from engine.training.network import Network
 from engine.training.optimizer import Optimizer
+from engine.update import Learner
 from models.paged_attention import PagedCache
 from tests.engine.generation.recorded import record_steps
 from tests.ranks import run_ranks
