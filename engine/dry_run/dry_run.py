@@ -1,12 +1,14 @@
 """A job checked before it is launched: layouts, shapes, batches, checkpoints and the plan, on one
 process and without a GPU, a file or a tokenizer.
 
-`recipes/ppo_175b.py --dry-run 1024` builds every distinct rank that 1,024 GPUs would have
-(engine/dry_run/distinct_ranks.py). It ends with the plan of the run, or with the first thing that
-is wrong; where that is the layout, with those that fit.
+`recipes/ppo_175b.py --dry-run 512` builds every distinct rank that 512 GPUs would have
+(engine/dry_run/distinct_ranks.py); without a number, those of the recipe's launch. It ends with
+the plan of the run, or with the first thing that is wrong; where that is the layout, with those
+that fit.
 """
 
 import dataclasses
+import math
 import time
 
 from rich.console import Console
@@ -23,14 +25,21 @@ from engine.settings.sft import SFTConfig
 from engine.settings.size import named_size
 from models.sizes import GPTSize, Kind
 
-GPU = "h100"  # what the plan is made for; recipes/plan.py makes it for others
+GPU_NAME = "h100"  # what the plan is made for; recipes/plan.py makes it for others
 
 
-def dry_run(config: StageConfig, num_gpus: int) -> None:
-    """Check a stage on `num_gpus` GPUs and print its plan; raises UserError for what is wrong."""
+def dry_run(config: StageConfig, num_gpus: int | None = None, *, usual: int | None = None) -> None:
+    """Check a stage on `num_gpus` GPUs and print its plan; raises UserError for what is wrong.
+
+    Without a number it says which it takes: `usual`, the GPUs of the recipe's launch, where the
+    layouts divide them, else the fewest.
+    """
     start = time.monotonic()
     console = Console(highlight=False, soft_wrap=True)
-    models, cluster = models_of(config), named_cluster(GPU, num_gpus)
+    if num_gpus is None:
+        num_gpus, reason = chosen_gpus(config, usual)
+        console.print(f"checked on {num_gpus} GPUs, {reason}", "", sep="\n")
+    models, cluster = models_of(config), named_cluster(GPU_NAME, num_gpus)
     for model in models:
         try:
             model.layout.dp(num_gpus)
@@ -50,9 +59,20 @@ def dry_run(config: StageConfig, num_gpus: int) -> None:
     console.print(*planned.lines(), sep="\n", markup=False)
     if not planned.fits:
         raise UserError(
-            f"the run does not fit {num_gpus} x {GPU}; recipes/plan.py plans for other GPUs\n"
+            f"the run does not fit {num_gpus} x {GPU_NAME}; recipes/plan.py plans for other GPUs\n"
             f"{_proposals(config, cluster)}"
         )
+
+
+def chosen_gpus(config: StageConfig, usual: int | None) -> tuple[int, str]:
+    """Return the GPUs that a dry run without a number checks on, and why, in words."""
+    layouts = [config.layout]
+    if isinstance(config, PPOConfig):
+        layouts += [x for x in (config.critic_layout, config.generation_layout) if x is not None]
+    fewest = math.lcm(*(layout.num_model_ranks for layout in layouts))
+    if usual is not None and usual % fewest == 0:
+        return usual, "as the recipe is launched; --dry-run N for another number"
+    return fewest, "the fewest that its layouts take; --dry-run N for more"
 
 
 def models_of(config: StageConfig) -> list[Model]:

@@ -43,16 +43,21 @@ class ParallelLayout:
             reduce = gains or bool(gather)
         return reduce, gains and reduce if gather is None else gather
 
+    @property
+    def num_model_ranks(self) -> int:
+        """Ranks that hold a model together: tp x pp x cp; raises UserError for a bad degree."""
+        self._check_degrees()
+        return self.tp * self.pp * self.cp
+
     def dp(self, world_size: int) -> int:
         """Return the data-parallel degree that world_size ranks leave, or raise UserError."""
-        self._check_degrees()
-        model_ranks = self.tp * self.pp * self.cp
-        if world_size % model_ranks:
+        if world_size % self.num_model_ranks:
             raise UserError(
                 f"{world_size} ranks cannot be split: layout tp {self.tp} x pp {self.pp} "
-                f"x cp {self.cp} = {model_ranks} must divide them; change --layout or the launch"
+                f"x cp {self.cp} = {self.num_model_ranks} must divide them; change --layout or the "
+                "launch"
             )
-        return world_size // model_ranks
+        return world_size // self.num_model_ranks
 
     def described(self, dp: int) -> str:
         """Return the degrees in words, dp among them; cp where there is context parallelism."""
