@@ -45,6 +45,7 @@ class Iteration:
     """What one iteration gave and took."""
 
     rollout: Rollout
+    scored: Scored
     seconds: dict[str, float]
     """By phase."""
     values: dict[str, float]
@@ -187,5 +188,9 @@ def run_iteration(
     values = made[0].metrics(seconds["rollout"]) | scored[0].metrics(made[0])
     values |= advantages[0].metrics(made[0], scored[0]) | updated[0]
     return Iteration(
-        rollout=made[0], seconds=seconds, values=values, num_updates=config.num_updates
+        rollout=made[0],
+        scored=scored[0],
+        seconds=seconds,
+        values=values,
+        num_updates=config.num_updates,
     )
