@@ -152,11 +152,11 @@ class Plan:
                 f"key-value cache: room for {estimate.cache.tokens:,} tokens a replica, its slots "
                 f"can use {estimate.cache.wanted_tokens:,}"
             )
-        notes += [
-            f"does not fit: one sequence may need {misfit.needed:,} tokens of cache"
-            for misfit in self.misfits
-            if misfit.resource == "key-value cache"
-        ]
+        for resource in ("key-value cache", "host memory"):  # the table shows the GPU's
+            short = [misfit for misfit in self.misfits if misfit.resource == resource]
+            if short:
+                worst = max(short, key=lambda misfit: misfit.missing)
+                notes.append(f"does not fit: {_in_words(worst)}")
         notes.append(
             f"a checkpoint: a rank writes or reads {estimate.saved_bytes / GIGA:.2f} GB at most; "
             f"its copies in host memory are taken to be rounded up {STAGING}-fold, which is the "
@@ -199,6 +199,15 @@ def plan(config: StageConfig, cluster: Cluster, workload: Workload | None = None
     else:
         estimate = estimate_ppo(config, cluster, workload)
     return Plan(config=config, cluster=cluster, estimate=estimate)
+
+
+def _in_words(misfit: Misfit) -> str:
+    if misfit.resource == "key-value cache":
+        return f"one sequence may need {misfit.needed:,} tokens of cache"
+    return (
+        f"a rank of stage {misfit.stage} needs {misfit.needed / GIGA:.2f} GB of {misfit.resource}, "
+        f"there are {misfit.available / GIGA:.2f}"
+    )
 
 
 def _describe(network: PlannedNetwork) -> str:

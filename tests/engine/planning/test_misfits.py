@@ -50,6 +50,19 @@ def test_run_whose_checkpoint_the_host_cannot_hold_does_not_fit():
         assert dataclasses.replace(found, cluster=cluster).fits == fits
 
 
+def test_a_plan_that_the_host_rules_out_says_how_much_the_worst_stage_needs():
+    found = plan(load_recipe(RECIPES, "ppo_6b"), NODE)
+    needed = max(rank.host_bytes for rank in found.ranks)
+    gpu = dataclasses.replace(NODE.gpu, host_memory_bytes=needed - GB)
+    short = dataclasses.replace(found, cluster=dataclasses.replace(NODE, gpu=gpu))
+    (line,) = [line for line in short.lines() if "does not fit" in line]
+    assert line == (
+        f"  does not fit: a rank of stage 0 needs {needed / GB:.2f} GB of host memory, "
+        f"there are {needed / GB - 1:.2f}"
+    )
+    assert not any("does not fit" in line for line in found.lines())
+
+
 def test_a_plan_with_too_little_cache_does_not_fit_and_says_so():
     config = load_recipe(RECIPES, "ppo_1_3b")
     sampling = SamplingConfig(max_new_tokens=1024, cache_gib=0.1)
