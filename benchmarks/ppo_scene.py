@@ -21,10 +21,10 @@ from engine.rollout import Rollout, generate_rollout
 from engine.score import Scored, score_rollout
 from engine.settings.ppo import PPOConfig
 from engine.training.ema import EMA
-from engine.training.network import Kind, Network, build_network
+from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.update import Learner, learning_examples, run_updates
-from models.sizes import GPTSize
+from models.sizes import GPTSize, Kind
 
 NO_EOS = -1
 PHASES = ("rollout", "score", "advantage", "update")

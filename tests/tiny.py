@@ -31,8 +31,8 @@ from engine.settings.ppo import PPOConfig, PPOData
 from engine.settings.rm import RMConfig, RMData
 from engine.settings.sampling import SamplingConfig
 from engine.settings.sft import SFTConfig, SFTData
-from engine.training.network import Kind, Network, build_network
-from models.sizes import GPTSize
+from engine.training.network import Network, build_network
+from models.sizes import GPTSize, Kind
 
 SIZE = GPTSize(num_layers=4, hidden_size=32, num_heads=4, vocab_size=100, context_length=64)
 WORDS = ["the", "mill", "is", "a", "cheap", "pub", "near", "the", "river", "and", "serves", "fish"]

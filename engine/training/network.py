@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -17,9 +17,7 @@ from models.attention import attention_backend
 from models.gpt import GPT
 from models.layers import Arithmetic, Degrees, transformer_config
 from models.scalar_gpt import ScalarGPT
-from models.sizes import GPTSize
-
-Kind = Literal["language", "scalar"]
+from models.sizes import GPTSize, Kind
 
 
 class Place(Protocol):

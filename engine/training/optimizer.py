@@ -21,11 +21,6 @@ from engine.training.network import Network
 from engine.training.passes import finish_gradients
 from engine.training.skipped import SkippedSteps
 
-# Elements of a bucket that is reduced and gathered at once where that overlaps; None for megatron's
-# choice, 40 M or 1 M a data-parallel rank, whichever is more.
-BUCKET_ELEMENTS: int | None = None
-
-
 Owned = tuple[torch.nn.Parameter, slice, torch.Tensor]
 """(parameter, range of its flattened elements, what this rank keeps in fp32 for that range)."""
 
@@ -303,7 +298,7 @@ def make_trainable(network: Network) -> None:
         use_distributed_optimizer=True,
         overlap_grad_reduce=overlaps_reduce,
         overlap_param_gather=overlaps_gather,
-        bucket_size=BUCKET_ELEMENTS,
+        bucket_size=parallel.layout.bucket_elements,
         average_in_collective=False,
         check_for_nan_in_grad=False,  # alarms and loss scaling look at the norm instead
     )
