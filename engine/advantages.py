@@ -5,7 +5,8 @@ import math
 
 from engine.rollout import Rollout
 from engine.settings.kl import KLConfig
-from kernels.gae import KlEstimator, gae
+from kernels.gae import gae
+from kernels.kl_estimate import KlEstimator
 from kernels.moments import Whitening, merge_moments, whitening
 
 

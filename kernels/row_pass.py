@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import config_for, uses_triton
+from kernels.precision import triton_dtype
 from kernels.row_blocks import row_blocks
 from kernels.row_gradient import label_gradient, write_row_gradient
 from kernels.row_state import (
@@ -26,7 +27,6 @@ from kernels.row_state import (
     logprobs_and_entropy,
     read_row,
     row_outputs,
-    triton_dtype,
 )
 
 

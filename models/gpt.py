@@ -119,7 +119,7 @@ class GPT(GPTModel):
             logprobs, _ = vocab_parallel_linear_logprobs(hidden, weight, labels, **arguments)
             return at_all_tokens(logprobs)
 
-        def at_tokens(values: Tensor, rows: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        def at_tokens(values: Tensor, rows: Tensor) -> Tensor | tuple[Tensor, ...]:
             # The last row predicts nothing; its loss is discarded, yet it must look at some token.
             rows = rows if held is None else held[rows]
             return token_loss(values, (rows + 1).clamp(max=len(tokens) - 1))

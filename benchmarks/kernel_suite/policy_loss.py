@@ -1,4 +1,7 @@
-"""PPO's clipped policy and value losses of T tokens with their metrics, forward and backward."""
+"""PPO's clipped policy loss of T tokens: the loss, its gradient by the log-probs, the metrics."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,16 +14,12 @@ from benchmarks.kernel_suite.operation import (
     Operation,
     Provider,
     Size,
-    compiled,
     plain,
 )
 from kernels.moments import Whitening
-from kernels.ppo_loss import ppo_loss
+from kernels.policy_loss import policy_metrics, policy_token_losses
 
 _CLIP = 0.2
-_POLICY = ("logprobs", "old_logprobs", "advantages")
-_VALUE = ("values", "old_values", "returns")
-
 _SIZES = {
     "cuda": [{"tokens": 131072}, {"tokens": 8192}, {"tokens": 1048576}],
     "cpu": [{"tokens": 8192}, {"tokens": 131072}],
@@ -28,96 +27,112 @@ _SIZES = {
 
 
 def _inputs(size: Size, device: torch.device) -> Inputs:
-    inputs = {name: torch.randn(size["tokens"], device=device) for name in _POLICY + _VALUE}
-    for name in ("logprobs", "values"):  # which moved a little since the rollout
-        inputs[f"old_{name}"] = inputs[name] + 0.1 * inputs[f"old_{name}"]
-    mask = torch.rand(size["tokens"], device=device) < 0.5
-    return inputs | {
+    tokens = size["tokens"]
+    logprobs, change, advantages = torch.randn(3, tokens, device=device)
+    mask = torch.ones(tokens, dtype=torch.bool, device=device)  # the head computes no others
+    return {
+        "logprobs": logprobs,
+        "old_logprobs": logprobs + 0.1 * change,  # which moved a little since the rollout
+        "advantages": advantages.clone(),
+        "rows": torch.arange(tokens, device=device),
         "mask": mask,
         "num_tokens": mask.sum(),
         "mean": torch.tensor(0.1, device=device),
         "rstd": torch.tensor(1.2, device=device),
-        "upstream": {
-            "policy_loss": torch.ones((), device=device),
-            "value_loss": torch.ones((), device=device),
-        },
     }
 
 
 def _exact(inputs: Inputs) -> dict[str, Expected]:
-    doubles = {
-        name: x.detach().double() if x.is_floating_point() else x
-        for name, x in inputs.items()
-        if isinstance(x, Tensor)
-    }
-    leaves = [doubles[name].requires_grad_() for name in PPO_LOSS.gradients]
-    policy_loss, value_loss, _ = _plain_losses(*(doubles[name] for name in PPO_LOSS.arguments))
-    gradients = torch.autograd.grad(policy_loss + value_loss, leaves)
+    arguments = (
+        x.detach().double() if x.is_floating_point() else x
+        for x in (inputs[name] for name in POLICY_LOSS.arguments)
+    )
+    loss, gradient, _ = _plain_gradient(*arguments)
     return {
-        "policy_loss": Expected(policy_loss.detach(), 1e-4),
-        "value_loss": Expected(value_loss.detach(), 1e-4),
-        **{
-            f"{name}_grad": Expected(gradient, 1e-3, is_relative=True)
-            for name, gradient in zip(PPO_LOSS.gradients, gradients, strict=True)
-        },
+        "loss": Expected(loss, 1e-4),
+        "gradient": Expected(gradient, 1e-3, is_relative=True),
     }
 
 
 def _cost(inputs: Inputs, mode: Mode) -> Cost:
-    # Reads six floats and a byte of a token, writes two derivatives.
-    return Cost(num_bytes=(4 * 8 + 1) * inputs["mask"].numel())
+    # Reads three floats and a byte of a token, writes its derivative.
+    return Cost(num_bytes=(4 * 4 + 1) * inputs["mask"].numel())
 
 
 def _ours(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    policy, value = arguments[:3], arguments[3:6]
-    mask, num_tokens, mean, rstd = arguments[6:]
-    whitening = Whitening(mean, rstd)
-    first, second = ppo_loss(policy, value, mask, num_tokens, whitening=whitening)
-    return first.loss, second.loss, first.clip_fraction
+    """As the head calls it, on the rows that it computes."""
+    *policy, rows, mask, num_tokens, mean, rstd = arguments
+    logprobs, old_logprobs, advantages = policy
+    _, derivatives, terms = policy_token_losses(
+        (logprobs, old_logprobs, advantages),
+        rows,
+        num_tokens,
+        cliprange=_CLIP,
+        whitening=Whitening(mean, rstd),
+    )
+    metrics = policy_metrics(terms, mask, num_tokens)
+    return metrics.loss, derivatives, metrics.clip_fraction
 
 
-def _plain_losses(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Masked means as TRL, verl and OpenRLHF take them, with the same metrics as ours."""
-    logprobs, old_logprobs, advantages, values, old_values, returns = arguments[:6]
-    mask, num_tokens, mean, rstd = arguments[6:]
+def _plain_loss(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+    """A masked mean as TRL, verl and OpenRLHF take it, with the same metrics as ours."""
+    logprobs, old_logprobs, advantages, _, mask, num_tokens, mean, rstd = arguments
     advantages = (advantages - mean) * rstd
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - _CLIP, 1 + _CLIP)
-    policy_loss = (torch.maximum(unclipped, clipped) * mask).sum() / num_tokens
-    near = values.clamp(old_values - _CLIP, old_values + _CLIP)
-    far_error, near_error = (values - returns).square(), (near - returns).square()
-    value_loss = 0.5 * (torch.maximum(far_error, near_error) * mask).sum() / num_tokens
+    loss = (torch.maximum(unclipped, clipped) * mask).sum() / num_tokens
     with torch.no_grad():
-        errors = returns - values
         metrics = (
             ((clipped > unclipped) * mask).sum() / num_tokens,
-            (-log_ratio * mask).sum() / num_tokens,
             ((ratio - 1 - log_ratio) * mask).sum() / num_tokens,
             torch.where(mask, ratio, torch.inf).min(),
             torch.where(mask, ratio, -torch.inf).max(),
-            ((near_error > far_error) * mask).sum() / num_tokens,
-            (returns * mask).sum() / num_tokens,
-            (returns.square() * mask).sum() / num_tokens,
-            (errors * mask).sum() / num_tokens,
-            (errors.square() * mask).sum() / num_tokens,
         )
-    return policy_loss, value_loss, torch.stack(metrics)
+    return loss, torch.stack(metrics)
 
 
-PPO_LOSS = Operation(
-    name="ppo_loss",
+def _with_gradient(loss_of: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The loss, its gradient by the log-probs as autograd finds it, and the metrics."""
+
+    def run(logprobs: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = logprobs.detach().requires_grad_()
+            loss, metrics = loss_of(leaf, *rest)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        return loss.detach(), gradient, metrics
+
+    return run
+
+
+_plain_gradient = _with_gradient(_plain_loss)
+
+
+def _compiled() -> Callable[..., Any]:
+    return _with_gradient(torch.compile(_plain_loss, dynamic=False))
+
+
+POLICY_LOSS = Operation(
+    name="policy_loss",
     sizes=_SIZES,
     inputs=_inputs,
-    arguments=(*_POLICY, *_VALUE, "mask", "num_tokens", "mean", "rstd"),
-    outputs=("policy_loss", "value_loss", "metrics"),
-    gradients=("logprobs", "values"),
-    modes=("forward+backward",),
+    arguments=(
+        "logprobs",
+        "old_logprobs",
+        "advantages",
+        "rows",
+        "mask",
+        "num_tokens",
+        "mean",
+        "rstd",
+    ),
+    outputs=("loss", "gradient", "metrics"),
+    modes=("forward",),  # the gradient is an output
     exact=_exact,
     cost=_cost,
     providers=(
         Provider("trident", plain(_ours)),
-        Provider("TRL, verl, OpenRLHF: torch", plain(_plain_losses)),
-        Provider("torch.compile", compiled(_plain_losses), needs_gpu=True),
+        Provider("TRL, verl, OpenRLHF: torch", plain(_plain_gradient)),
+        Provider("torch.compile", _compiled, needs_gpu=True),
     ),
 )
