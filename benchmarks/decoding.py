@@ -21,8 +21,8 @@ from benchmarks.timing import num_host_syncs, summary, wall_clock
 from engine.generation.generate import generate
 from engine.generation.graphs import CudaGraph
 from engine.generation.scheduler import Counts
-from engine.network import Network
 from engine.settings.sampling import SamplingConfig
+from engine.training.network import Network
 from models.sizes import GPTSize
 
 NUM_SHORT = 17

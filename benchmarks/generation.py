@@ -37,14 +37,15 @@ from benchmarks import decoding
 from benchmarks.decoding import NO_EOS, NUM_SHORT, Decode, agreement, measure, measure_trident
 from benchmarks.random_gpt2 import random_gpt2
 from benchmarks.timing import append_record, machine, records_path, time_calls, wall_clock
-from engine.convert import load_huggingface
 from engine.generation.generate import generate
 from engine.generation.scheduler import Counts
-from engine.network import Network, build_network
-from engine.parallel import Parallel, start_parallel
+from engine.huggingface.convert import load_huggingface
+from engine.ranks.parallel import Parallel
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
+from engine.training.network import Network, build_network
 from models.sizes import SIZES, GPTSize
 
 PROMPT_LENGTH = 64

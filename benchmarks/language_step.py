@@ -36,18 +36,18 @@ from benchmarks.timing import (
     time_calls,
     wall_clock,
 )
-from engine.convert import load_huggingface
 from engine.data.examples import Example
-from engine.device import DTYPES
 from engine.feed import pack_for
+from engine.huggingface.convert import load_huggingface
 from engine.losses import NegativeLogLikelihood
-from engine.network import build_network
-from engine.optimizer import Optimizer
-from engine.parallel import start_parallel
 from engine.planning.hardware import GPUS
+from engine.ranks.device import DTYPES
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
-from engine.step import forward_backward
+from engine.training.network import build_network
+from engine.training.optimizer import Optimizer
+from engine.training.passes import forward_backward
 from models.sizes import GPTSize
 
 PROVIDERS = ("trident", "huggingface")
@@ -125,7 +125,7 @@ def trident(job: Job, device: torch.device, weights: Path | None) -> Trainer:
     optimizer = Optimizer(network, ADAM, total_steps=1)
     optimizer.prepare_state()
     examples = [Example(tokens=row, prompt_length=1) for row in job.tokens]
-    batches = pack_for(examples, list(range(len(examples))), parallel, job.micro_batch_tokens)
+    batches = pack_for(examples, parallel, job.micro_batch_tokens)
     loss = NegativeLogLikelihood(job.num_targets)
 
     def step() -> float:

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.config import UserError
 from engine.data.comparisons import Comparison, read_comparisons
 from engine.data.demonstrations import Demonstration, read_demonstrations
 from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.errors import UserError
 
 TABLE = Path(__file__).with_name("lengths.json")
 NUM_KEPT = 64

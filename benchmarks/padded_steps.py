@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from benchmarks.real_job import ADAM, PAD, RealJob, num_targets
 from benchmarks.turns import Turns
 from engine.data.examples import Unit, sequences_of
-from engine.device import DTYPES
+from engine.ranks.device import DTYPES
 
 HEAD = "head.npy"
 """Beside the weights: the reward model's head [1, hidden], fp32, without a bias."""

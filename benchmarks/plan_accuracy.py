@@ -37,10 +37,10 @@ from benchmarks.timing import (
     time_calls,
     wall_clock,
 )
-from engine.device import DTYPES
-from engine.plan import plan
 from engine.planning.hardware import GPU, Cluster
+from engine.planning.plan import plan
 from engine.planning.workload import Workload
+from engine.ranks.device import DTYPES
 from engine.settings.numerics import Numerics
 from engine.settings.sft import SFTConfig, SFTData
 from models.sizes import SIZES

@@ -40,7 +40,7 @@ from benchmarks.ppo_weights import write_weights
 from benchmarks.provider_process import Say
 from benchmarks.rivals import missing_rivals, rivals_environment
 from benchmarks.timing import append_record, free_memory, machine, records_path
-from engine.device import DTYPES
+from engine.ranks.device import DTYPES
 from engine.settings.numerics import Numerics
 from models.sizes import SIZES
 

@@ -7,16 +7,17 @@ import torch
 from benchmarks.ppo_job import MOST_ITERATIONS, NUM_PROBED, GoesOn, Job, Measured, peak_bytes
 from benchmarks.ppo_scene import NO_EOS, Scene, build, random_feed, run_iteration
 from benchmarks.ppo_weights import score_weight
-from engine.convert import load_huggingface
 from engine.data.examples import Example
 from engine.feed import Feed, pack_for
-from engine.network import Network, build_network
-from engine.parallel import Parallel, start_parallel
+from engine.huggingface.convert import load_huggingface
+from engine.ranks.parallel import Parallel
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.ppo import PPOConfig, PPOData
 from engine.settings.sampling import SamplingConfig
-from engine.step import forward
+from engine.training.network import Network, build_network
+from engine.training.passes import forward
 
 
 def config_of(job: Job, num_iterations: int) -> PPOConfig:
@@ -89,10 +90,9 @@ def _before(scene: Scene, prompts: list[Example], micro_batch_tokens: int) -> di
     """Return Measured.before."""
     # All but a prompt's first token are predicted.
     examples = [Example(tokens=prompt.tokens, prompt_length=1) for prompt in prompts]
-    indices = list(range(len(examples)))
 
     def mean(network: Network) -> float:
-        batches = pack_for(examples, indices, network.parallel, micro_batch_tokens)
+        batches = pack_for(examples, network.parallel, micro_batch_tokens)
         outputs = forward(network, batches)
         found = [out[batch.mask] for out, batch in zip(outputs, batches, strict=True)]
         return float(torch.cat(found).mean())

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.ppo_job import Job
-from engine.device import DTYPES
+from engine.ranks.device import DTYPES
 
 _NUM_SEQUENCES = 8
 """Random sequences that the chance is a mean over; our choice: some 1000 tokens at 128."""

@@ -28,8 +28,8 @@ from benchmarks.ppo_scene import PHASES, build, random_prompts, run_iteration
 from benchmarks.ppo_trident import config_of, feed_of
 from benchmarks.step_profile import KINDS, Profile, kind_of, profile_phases
 from benchmarks.timing import append_record, machine, records_path
-from engine.device import DTYPES
-from engine.parallel import start_parallel
+from engine.ranks.device import DTYPES
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from models.sizes import SIZES

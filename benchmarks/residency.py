@@ -38,7 +38,8 @@ from benchmarks.timing import (
     time_calls,
     wall_clock,
 )
-from engine.parallel import Parallel, start_parallel
+from engine.ranks.parallel import Parallel
+from engine.ranks.start import start_parallel
 from engine.residency.expected import PHASES
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics

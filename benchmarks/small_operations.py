@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.rivals import ROOT
 from benchmarks.timing import append_record, machine, records_path
-from engine.lone_rank import LONE
+from engine.ranks.lone_rank import LONE
 
 NUM_ELEMENTS = 1 << 16  # of an exclusive or: torch shares what exceeds 2^15
 NUM_CALLS = 2000

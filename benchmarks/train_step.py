@@ -25,9 +25,9 @@ from rich.table import Table
 from benchmarks import language_step, lengths, real_steps
 from benchmarks.real_job import RealJob, make_batches
 from benchmarks.timing import append_record, machine, records_path
-from engine.config import UserError
 from engine.data.tokenizer import load_tokenizer
-from engine.device import DTYPES
+from engine.errors import UserError
+from engine.ranks.device import DTYPES
 from engine.settings.numerics import Numerics
 from models.sizes import SIZES
 

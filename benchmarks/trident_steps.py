@@ -9,14 +9,16 @@ import torch
 from benchmarks.padded_steps import HEAD
 from benchmarks.real_job import ADAM, RealJob, num_tokens
 from benchmarks.turns import Turns
-from engine.convert import load_huggingface
-from engine.feed import count_targets, pack_for
+from engine.feed import step_batch
+from engine.huggingface.convert import load_huggingface
 from engine.losses import NegativeLogLikelihood, comparison_loss
-from engine.network import Network, build_network
-from engine.optimizer import Optimizer
-from engine.parallel import Parallel, seed_for_step, start_parallel
+from engine.ranks.parallel import Parallel
+from engine.ranks.seeds import seed_for_step
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
-from engine.step import LanguageLoss, ScalarLoss, forward_backward, reduce_metrics
+from engine.training.network import Network, build_network
+from engine.training.optimizer import Optimizer
+from engine.training.passes import LanguageLoss, ScalarLoss, forward_backward, reduce_metrics
 
 
 def run(turns: Turns, folder: Path, passes: int) -> None:
@@ -37,11 +39,11 @@ def run(turns: Turns, folder: Path, passes: int) -> None:
         seed_for_step(parallel, step)
         optimizer.zero_gradients()
         units = job.units(step)
-        indices = list(range(len(units)))
-        batches = pack_for(units, indices, parallel, -(-num_tokens(units) // passes))
+        batch = step_batch(units, parallel, -(-num_tokens(units) // passes))
+        batches = batch.batches
         loss: LanguageLoss | ScalarLoss
         if job.task == "sft":
-            loss = NegativeLogLikelihood(count_targets(units, indices))
+            loss = NegativeLogLikelihood(batch.num_targets)
         else:
             loss = comparison_loss(len(units))
         sums = forward_backward(network, batches, loss)

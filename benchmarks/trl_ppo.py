@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from benchmarks.ppo_job import MOST_ITERATIONS, NUM_PROBED, GoesOn, Job, Measured, peak_bytes
-from engine.device import DTYPES
+from engine.ranks.device import DTYPES
 
 _MODULE = "trl.experimental.ppo.ppo_trainer"
 

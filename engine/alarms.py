@@ -142,7 +142,7 @@ class Alarms:
         config, patience = self._config, self._config.patience
         bad = [key for key in metrics if key not in finite]
         # An infinite gradient norm is how fp16 finds its loss scale; what is more than that ends
-        # the run (engine/skipped.py).
+        # the run (engine/training/skipped.py).
         norms = [key for key in bad if key.endswith("grad_norm")]
         others = [key for key in bad if key not in norms]
         yield "non_finite", bool(others), 1, ", ".join(others), 0.0

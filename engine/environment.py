@@ -1,12 +1,13 @@
 """What this process finds in its environment, and what it leaves there for the libraries beneath.
 
 CUDA, Triton and Inductor read theirs when they are imported or first used, so a recipe sets them
-before (engine/config.py). Imports neither torch nor megatron.
+before (engine/recipe.py). Imports neither torch nor megatron.
 """
 
 import getpass
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def world_size_of_environment() -> int:
 
 def prepare_libraries(tp: int) -> None:
     """Set what CUDA, Triton and Inductor read for a run that trains with that much tensor
-    parallelism, where the site has not set it."""
+    parallelism, where the site has not set it, and silence what megatron and torch say of
+    themselves."""
+    quiet_libraries()
     os.environ.update(
         library_settings(
             os.environ,
@@ -45,6 +48,15 @@ def prepare_libraries(tp: int) -> None:
             is_shared=lambda path: shared_file_system(path) is not None,
         )
     )
+
+
+def quiet_libraries() -> None:
+    """Silence megatron's and torch's warnings of their own; called before megatron is imported.
+
+    megatron-core tells every process that Transformer Engine and Apex are absent, and torch of
+    names that megatron still uses.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
 
 
 def library_settings(

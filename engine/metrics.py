@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.alarms import Alarm
-from engine.data.files import replacing
+from engine.files import replacing
 
 SFT_HEADLINE = (
     "train/loss",

@@ -12,13 +12,16 @@ import torch
 import torch.distributed as dist
 
 from engine import stop
-from engine.config import UserError, changed_fields, save_config
 from engine.data.pretraining import TokenFile, make_token_file, read_token_file
 from engine.data.tokenizer import Tokenizer, load_tokenizer
-from engine.device import make_deterministic
-from engine.parallel import Parallel, said_by_first_rank, start_parallel
+from engine.errors import UserError
+from engine.ranks.device import make_deterministic
+from engine.ranks.first_rank import said_by_first_rank
+from engine.ranks.parallel import Parallel
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.saved import changed_fields, save_config
 from engine.settings.size import named_size
 from models.sizes import GPTSize
 

@@ -9,16 +9,18 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from engine.checkpoint import Checkpointer, load_weights
-from engine.config import UserError
+from engine.checkpoints.checkpointer import Checkpointer
+from engine.checkpoints.found import size_of
+from engine.checkpoints.weights import load_weights
 from engine.data.examples import Example
-from engine.data.files import replacing
 from engine.data.prompts import prompt_examples, read_prompts
-from engine.found_network import size_of
-from engine.network import Network, build_network
-from engine.rollout import generate_rollout, last_readings, read_rollout
+from engine.errors import UserError
+from engine.files import replacing
+from engine.rollout import generate_rollout
 from engine.run import Run, require_path
+from engine.score import last_readings, read_rollout
 from engine.settings.sft import SFTConfig
+from engine.training.network import Network, build_network
 
 
 @dataclass(kw_only=True)

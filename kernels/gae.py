@@ -26,7 +26,7 @@ from kernels.traced import traced
 _MAX_BLOCK = 1024
 
 
-class Advantages(NamedTuple):
+class GaeResult(NamedTuple):
     """What `gae` returns: [T] tensors in fp32, zero outside the response mask."""
 
     rewards: Tensor
@@ -240,7 +240,7 @@ def gae_reference(
     gamma: float = 1.0,
     lam: float = 0.95,
     kl_estimator: KlEstimator = "k1",
-) -> Advantages:
+) -> GaeResult:
     """`gae` in plain torch: the specification and the CPU path."""
     dtype = accumulation_dtype(values.dtype)
     lengths = cu_seqlens.diff()
@@ -272,7 +272,7 @@ def gae_reference(
         carried = torch.where(mask[:, t], gamma * (value[:, t] + lam * advantage), carried)
 
     returns = advantages + value
-    return Advantages(
+    return GaeResult(
         rewards=rewards[inside],
         advantages=advantages[inside],
         returns=returns[inside],
@@ -293,7 +293,7 @@ def gae(
     gamma: float = 1.0,
     lam: float = 0.95,
     kl_estimator: KlEstimator = "k1",
-) -> Advantages:
+) -> GaeResult:
     """Rewards, advantages, returns and KL of packed responses, without gradient.
 
     logprobs, ref_logprobs, values [T] of the rollout's policy, the reference and the critic;
@@ -313,4 +313,4 @@ def gae(
     in_tensor, number = (kl_coef, 0.0) if isinstance(kl_coef, Tensor) else (None, kl_coef)
     out, stats = _gae(*inputs, in_tensor, number, gamma, lam, kl_estimator)
     rewards, advantages, returns, kl = out.unbind()
-    return Advantages(rewards, advantages, returns, kl, stats)
+    return GaeResult(rewards, advantages, returns, kl, stats)

@@ -9,8 +9,9 @@ torchrun --nproc-per-node=8 recipes/convert_hf.py import --source ... --out ... 
 
 import tyro
 
-from engine.config import run_stage
-from engine.convert import ConvertConfig, convert
+from engine.recipe import run_stage
+from engine.settings.convert import ConvertConfig
 
 if __name__ == "__main__":
-    run_stage(convert, ConvertConfig(direction=tyro.MISSING), has_dry_run=False)
+    default = ConvertConfig(direction=tyro.MISSING)
+    run_stage("engine.huggingface.convert.convert", default, has_dry_run=False)

@@ -12,8 +12,8 @@ A model too large for one process, here on eight:
 torchrun --nproc-per-node=8 recipes/generate.py --source ... --prompts ... --layout.tp 8
 """
 
-from engine.config import run_stage
-from engine.generation.text import GenerateConfig, generate_text
+from engine.recipe import run_stage
+from engine.settings.generate import GenerateConfig
 
 if __name__ == "__main__":
-    run_stage(generate_text, GenerateConfig(), has_dry_run=False)
+    run_stage("engine.answers.answer.generate_text", GenerateConfig(), has_dry_run=False)

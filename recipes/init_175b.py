@@ -6,7 +6,7 @@ srun --ntasks=1024 python recipes/init_175b.py --init-from runs/gpt3_175b \
 
 from pathlib import Path
 
-from engine.config import run_stage
+from engine.recipe import run_stage
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
@@ -44,4 +44,4 @@ config = SFTConfig(
 )
 
 if __name__ == "__main__":
-    run_stage("engine.sft", config)
+    run_stage("engine.sft.train", config)

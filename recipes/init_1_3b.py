@@ -6,7 +6,7 @@ torchrun --standalone --nproc-per-node=8 recipes/init_1_3b.py --init-from runs/g
 
 from pathlib import Path
 
-from engine.config import run_stage
+from engine.recipe import run_stage
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
@@ -44,4 +44,4 @@ config = SFTConfig(
 )
 
 if __name__ == "__main__":
-    run_stage("engine.sft", config)
+    run_stage("engine.sft.train", config)

@@ -7,7 +7,7 @@ The tenth is the paper's (C.3); the other values are ours.
 
 from pathlib import Path
 
-from engine.config import run_stage
+from engine.recipe import run_stage
 from engine.settings.adam import AdamConfig
 from engine.settings.sft import SFTConfig, SFTData
 
@@ -28,4 +28,4 @@ config = SFTConfig(
 )
 
 if __name__ == "__main__":
-    run_stage("engine.sft", config)
+    run_stage("engine.sft.train", config)

@@ -9,7 +9,7 @@ Answers in about a second and needs no torch. The recipe's own options follow th
 
 from pathlib import Path
 
-from engine.planning.command import plan_command
+from engine.plan_command import plan_command
 
 if __name__ == "__main__":
     plan_command(Path(__file__).parent)

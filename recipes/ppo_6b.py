@@ -6,7 +6,7 @@ torchrun --standalone --nproc-per-node=8 recipes/ppo_6b.py --policy runs/init_6b
 
 from pathlib import Path
 
-from engine.config import run_stage
+from engine.recipe import run_stage
 from engine.settings.adam import AdamConfig
 from engine.settings.kl import KLConfig
 from engine.settings.layout import ParallelLayout
@@ -49,4 +49,4 @@ config = PPOConfig(
 )
 
 if __name__ == "__main__":
-    run_stage("engine.ppo", config)
+    run_stage("engine.ppo.train", config)

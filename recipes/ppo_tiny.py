@@ -6,7 +6,7 @@ Values are ours.
 
 from pathlib import Path
 
-from engine.config import run_stage
+from engine.recipe import run_stage
 from engine.settings.adam import AdamConfig
 from engine.settings.ppo import PPOConfig, PPOData
 from engine.settings.sampling import SamplingConfig
@@ -28,4 +28,4 @@ config = PPOConfig(
 )
 
 if __name__ == "__main__":
-    run_stage("engine.ppo", config)
+    run_stage("engine.ppo.train", config)

@@ -7,13 +7,13 @@ for that size.
 
 from pathlib import Path
 
-from engine.config import run_stage
 from engine.environment import rank_of_environment
 from engine.progress import LongWork
+from engine.quickstart.settings import QuickstartConfig
+from engine.recipe import run_stage
 from engine.settings.adam import AdamConfig
 from engine.settings.kl import KLConfig
 from engine.settings.ppo import PPOConfig, PPOData
-from engine.settings.quickstart import QuickstartConfig
 from engine.settings.rm import RMConfig, RMData
 from engine.settings.sampling import SamplingConfig
 from engine.settings.sft import SFTConfig, SFTData
@@ -71,7 +71,7 @@ def train(config: QuickstartConfig) -> None:
     """Run it, once torch is imported: that takes seconds, which a wrong option need not wait for,
     and in which something is said."""
     with LongWork("start: torch and megatron-core", is_writer=rank_of_environment() == 0):
-        from engine.quickstart import run
+        from engine.quickstart.run import run
     run(config)
 
 

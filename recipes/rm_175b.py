@@ -7,7 +7,7 @@ They reached a lower loss but were unstable to train and a poor start of a criti
 
 from pathlib import Path
 
-from engine.config import run_stage
+from engine.recipe import run_stage
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
@@ -44,4 +44,4 @@ config = RMConfig(
 )
 
 if __name__ == "__main__":
-    run_stage("engine.rm", config)
+    run_stage("engine.rm.train", config)

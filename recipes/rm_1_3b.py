@@ -7,7 +7,7 @@ Give it to PPO with --reward-model runs/rm_1_3b --reward-model-size 1.3b.
 
 from pathlib import Path
 
-from engine.config import run_stage
+from engine.recipe import run_stage
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
@@ -44,4 +44,4 @@ config = RMConfig(
 )
 
 if __name__ == "__main__":
-    run_stage("engine.rm", config)
+    run_stage("engine.rm.train", config)

@@ -6,7 +6,7 @@ Values are ours.
 
 from pathlib import Path
 
-from engine.config import run_stage
+from engine.recipe import run_stage
 from engine.settings.adam import AdamConfig
 from engine.settings.rm import RMConfig, RMData
 
@@ -21,4 +21,4 @@ config = RMConfig(
 )
 
 if __name__ == "__main__":
-    run_stage("engine.rm", config)
+    run_stage("engine.rm.train", config)

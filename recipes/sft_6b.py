@@ -7,7 +7,7 @@ PPO does not start from it but from recipes/init_6b.py. recipes/README.md has th
 
 from pathlib import Path
 
-from engine.config import run_stage
+from engine.recipe import run_stage
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
@@ -44,4 +44,4 @@ config = SFTConfig(
 )
 
 if __name__ == "__main__":
-    run_stage("engine.sft", config)
+    run_stage("engine.sft.train", config)

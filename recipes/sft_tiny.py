@@ -6,7 +6,7 @@ With --data.pretraining text.jsonl and no --data.train it pretrains. Values are 
 
 from pathlib import Path
 
-from engine.config import run_stage
+from engine.recipe import run_stage
 from engine.settings.adam import AdamConfig
 from engine.settings.sft import SFTConfig, SFTData
 
@@ -22,4 +22,4 @@ config = SFTConfig(
 )
 
 if __name__ == "__main__":
-    run_stage("engine.sft", config)
+    run_stage("engine.sft.train", config)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.fusions import fused_bias_dropout, fused_bias_gelu
 
-from engine.device import CHOICES
+from engine.ranks.device import CHOICES
 from kernels import linear_logprobs
 
 # What megatron compiles where elementwise operations are fused.
@@ -19,8 +19,8 @@ COMPILED = {
 
 @contextlib.contextmanager
 def choices_of_a_gpu() -> Iterator[None]:
-    """Within the block networks are built, trained and sampled from as on a GPU: engine.device's
-    choices, and a head that computes rows which are not predicted, too.
+    """Within the block networks are built, trained and sampled from as on a GPU: the choices of
+    engine/ranks/device.py, and a head that computes rows which are not predicted, too.
 
     What megatron compiles is traced, with the guards and variants that a GPU's has, and then run by
     torch's own operators: compiling C++ for this machine would test nothing that a GPU runs. One

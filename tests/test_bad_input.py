@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from engine import ppo, rm, sft
-from engine.config import run_stage
+from engine.recipe import run_stage
 from tests.tiny import (
     ppo_config,
     rm_config,

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.config import load_config
 from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
+from engine.settings.saved import load_config
 from engine.settings.sft import SFTConfig
 from tests.ranks import run_ranks
 from tests.tiny import train, weights_of

@@ -17,11 +17,12 @@ import tokenizers
 import torch
 
 from engine import ppo, rm, sft
-from engine.checkpoint import Checkpointer, load_weights
+from engine.checkpoints.checkpointer import Checkpointer
+from engine.checkpoints.weights import load_weights
 from engine.data.tokenizer import load_tokenizer
 from engine.metrics import Metrics, read_metrics
-from engine.network import Kind, Network, build_network
-from engine.parallel import Parallel, start_parallel
+from engine.ranks.parallel import Parallel
+from engine.ranks.start import start_parallel
 from engine.settings.adam import AdamConfig
 from engine.settings.kl import KLConfig
 from engine.settings.layout import ParallelLayout
@@ -30,6 +31,7 @@ from engine.settings.ppo import PPOConfig, PPOData
 from engine.settings.rm import RMConfig, RMData
 from engine.settings.sampling import SamplingConfig
 from engine.settings.sft import SFTConfig, SFTData
+from engine.training.network import Kind, Network, build_network
 from models.sizes import GPTSize
 
 SIZE = GPTSize(num_layers=4, hidden_size=32, num_heads=4, vocab_size=100, context_length=64)

@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks.scaling import host, one_rank, rank, ranks
 from benchmarks.scaling.curve import Curve
 from benchmarks.timing import append_record, machine, records_path
-from engine.parallel import start_parallel
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 
 SECTIONS = ("host", "one_rank", "ranks")

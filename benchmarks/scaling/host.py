@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.scaling.curve import Question, cpu_seconds, linear, logarithmic
-from engine.data.batches import EpochOrder, micro_batches
+from engine.data.batches import Cut, EpochOrder, micro_batches
 from engine.data.comparisons import comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
-from engine.data.labeler import places_language, score
-from engine.data.places import fact_lists
 from engine.data.pretraining import open_token_file
 from engine.data.prompts import prompt_examples, read_prompts, split_by_prompt
 from engine.data.tokenizer import Tokenizer, train_sentencepiece
 from engine.generation.block_manager import BlockManager
 from engine.generation.scheduler import Counts, Scheduler
 from engine.generation.sequence import LiveSequence
+from engine.quickstart.labeler import places_language, score
+from engine.quickstart.places import fact_lists
 
 TEXT = "the mill is a cheap pub near the river and serves fish to no families at night"
 WORDS = TEXT.split()
@@ -196,10 +196,7 @@ def _packing_seconds(num_examples: int) -> float:
         Example(tokens=np.zeros(length, dtype=np.int64), prompt_length=1)
         for length in rng.integers(2, 512, num_examples)
     ]
-    indices = list(range(num_examples))
-    return cpu_seconds(
-        lambda: micro_batches(examples, indices, dp=8, dp_rank=0, budget=4096, multiple_of=1)
-    )
+    return cpu_seconds(lambda: micro_batches(examples, Cut(dp=8), 4096))
 
 
 def _labeling_seconds(num_answers: int, num_sentences: int) -> float:

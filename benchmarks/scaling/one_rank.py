@@ -20,18 +20,18 @@ from benchmarks.scaling.curve import (
     linear,
 )
 from benchmarks.timing import peak_bytes
-from engine.checkpoint import Checkpointer
+from engine.checkpoints.checkpointer import Checkpointer
 from engine.data.examples import Example
 from engine.feed import pack_for
 from engine.losses import comparison_loss
-from engine.network import build_network
-from engine.optimizer import Optimizer
-from engine.parallel import start_parallel
+from engine.ranks.start import start_parallel
 from engine.rollout import generate_rollout
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
-from engine.step import forward_backward
+from engine.training.network import build_network
+from engine.training.optimizer import Optimizer
+from engine.training.passes import forward_backward
 from models.sizes import GPTSize
 
 CPU = torch.device("cpu")
@@ -263,7 +263,7 @@ def _ranking_seconds(num_prompts: int, num_completions: int, micro_batch_tokens:
 
     def step() -> None:
         optimizer.zero_gradients()
-        batches = pack_for(units, list(range(num_prompts)), parallel, micro_batch_tokens)
+        batches = pack_for(units[:num_prompts], parallel, micro_batch_tokens)
         forward_backward(network, batches, comparison_loss(num_prompts))
         optimizer.step(0)
 

@@ -21,14 +21,15 @@ from benchmarks.scaling.traffic import Traffic
 from engine.data.examples import Example
 from engine.feed import pack_for
 from engine.losses import NegativeLogLikelihood
-from engine.network import build_network
-from engine.optimizer import Optimizer
-from engine.parallel import Parallel, end_parallel, start_parallel
+from engine.ranks.parallel import Parallel
+from engine.ranks.start import end_parallel, start_parallel
 from engine.rollout import generate_rollout
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
-from engine.step import forward_backward, reduce_metrics
+from engine.training.network import build_network
+from engine.training.optimizer import Optimizer
+from engine.training.passes import forward_backward, reduce_metrics
 from models.sizes import GPTSize
 
 SIZE = GPTSize(num_layers=4, hidden_size=64, num_heads=4, vocab_size=512, context_length=64)
@@ -56,7 +57,7 @@ def step_traffic(parallel: Parallel, num_sequences: int) -> Traffic:
     optimizer = Optimizer(network, ADAM, total_steps=1)
     tokens = np.random.default_rng(0).integers(0, SIZE.vocab_size, (num_sequences, LENGTH))
     examples = [Example(tokens=row, prompt_length=1) for row in tokens]
-    batches = pack_for(examples, list(range(num_sequences)), parallel, MICRO_BATCH_TOKENS)
+    batches = pack_for(examples[:num_sequences], parallel, MICRO_BATCH_TOKENS)
     loss = NegativeLogLikelihood(num_sequences * (LENGTH - 1))
     with Traffic() as traffic:
         optimizer.zero_gradients()

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from engine.config import UserError
 from engine.data.tokenizer import Tokenizer
+from engine.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

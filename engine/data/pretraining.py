@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from engine import stop
-from engine.config import UserError
 from engine.data.examples import Example, Shape
-from engine.data.files import open_file, read_lines, replacing
 from engine.data.jsonl import ReadReport, RecordReader, check_text, required
 from engine.data.tokenizer import Tokenizer, in_batches
+from engine.errors import UserError
+from engine.files import open_file, read_lines, replacing
 
 _CHUNK_CHARACTERS = 1 << 16  # a .txt file may not fit in memory
 _SECONDS_A_LINE = 15.0

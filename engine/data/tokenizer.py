@@ -15,8 +15,8 @@ from typing import TypeVar
 import sentencepiece
 import tokenizers
 
-from engine.config import UserError
-from engine.data.files import open_file, replacing
+from engine.errors import UserError
+from engine.files import open_file, replacing
 
 END_OF_TEXT = "<|endoftext|>"
 _HF_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no config names it

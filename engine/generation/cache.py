@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.config import UserError
-from engine.heap import freed_bytes
-from engine.network import Network
+from engine.errors import UserError
+from engine.ranks.heap import freed_bytes
 from engine.settings.sampling import SamplingConfig
+from engine.training.network import Network
 from kernels.decode_attention import SPLIT_TOKENS
 from models.paged_attention import PagedCache
 

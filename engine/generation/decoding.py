@@ -8,7 +8,7 @@ from engine.generation.cache import CacheShape, num_lanes
 from engine.generation.cache_memory import CacheMemory, PassingMemory, cache_memory
 from engine.generation.draws import Draws, DrawSettings
 from engine.generation.graphs import CudaGraph, Record, StepGraph
-from engine.network import Network
+from engine.training.network import Network
 from models.paged_attention import PagedCache
 
 GraphKey = tuple[int, int, int]

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.generation.step_tensors import IDLE_TOKEN, StepTensors
-from engine.parallel import Parallel
+from engine.ranks.parallel import Parallel
 from engine.settings.sampling import SamplingConfig
 from models.sizes import GPTSize
 from models.vocab_parallel import vocab_parallel_sample

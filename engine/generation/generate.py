@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from engine.config import UserError
-from engine.device import choices_for
+from engine.errors import UserError
 from engine.generation.block_manager import BlockManager
 from engine.generation.cache import CacheShape, choose_cache
 from engine.generation.decoding import decoding_of, lasting_decoding
@@ -15,8 +14,9 @@ from engine.generation.extents import ExtentManager
 from engine.generation.runner import Flight, Runner
 from engine.generation.scheduler import Counts, Scheduler
 from engine.generation.sequence import LiveSequence, Response
-from engine.network import Network
+from engine.ranks.device import choices_for
 from engine.settings.sampling import SamplingConfig
+from engine.training.network import Network
 from kernels.sample import check_sampling
 
 TokenListener = Callable[[int, list[int]], None]
@@ -98,11 +98,6 @@ def _blocks_of(shape: CacheShape) -> BlockManager | ExtentManager:
         num_extents = shape.num_blocks // shape.extent_blocks
         return ExtentManager(num_extents, shape.extent_blocks, shape.block_size)
     return BlockManager(shape.num_blocks, shape.block_size)
-
-
-def length_spread(num_tokens: Sequence[int]) -> float:
-    """Return how uneven the replicas' tokens are: the most over the mean; 1 is even."""
-    return max(num_tokens) * len(num_tokens) / sum(num_tokens)
 
 
 def _nobody(sample_index: int, tokens: list[int]) -> None:

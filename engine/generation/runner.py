@@ -19,8 +19,8 @@ from engine.generation.draws import DrawSettings
 from engine.generation.graphs import StepGraph
 from engine.generation.scheduler import Step
 from engine.generation.step_tensors import IDLE_TOKEN, StepTensors, upload
-from engine.network import Network
 from engine.settings.sampling import SamplingConfig
+from engine.training.network import Network
 from models.paged_attention import PagedCache
 
 

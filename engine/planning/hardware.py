@@ -5,7 +5,8 @@ Imports neither torch nor megatron.
 
 from dataclasses import dataclass, field
 
-from engine.config import UserError, check_numbers
+from engine.errors import UserError
+from engine.settings.checks import check_numbers
 
 TERA, GIGA = 10**12, 10**9
 

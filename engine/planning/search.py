@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from engine.config import UserError
+from engine.errors import UserError
 from engine.planning.hardware import GIGA, Cluster
 from engine.settings.layout import ParallelLayout
 from engine.settings.ppo import PPOConfig
@@ -18,7 +18,7 @@ BUDGETS = (1, 2, 4)  # micro_batch_tokens that are tried, in contexts
 NUM_FINALISTS = 4  # layouts of the policy for which the critic's are searched
 
 MakePlan = Callable[[Any], Any]
-"""A config to its plan (engine/plan.py)."""
+"""A config to its plan (engine/planning/plan.py)."""
 
 
 def search_layouts(config: Any, cluster: Cluster, make_plan: MakePlan) -> list[Any]:

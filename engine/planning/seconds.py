@@ -41,7 +41,7 @@ def train_seconds(
     network: PlannedNetwork, cluster: Cluster, batches: Sequence[Batch], budget: int
 ) -> Seconds:
     """Return the seconds of the forward and backward passes of a step's objectives; in a pipeline
-    in one pass or in several, whichever engine/step.py takes."""
+    in one pass or in several, whichever engine/training/passes.py takes."""
     rows = [_rows(network, batch, budget) for batch in batches]
     apart = add_seconds(
         [

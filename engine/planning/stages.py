@@ -6,7 +6,7 @@ Imports neither torch nor megatron.
 import math
 from dataclasses import dataclass
 
-from engine.config import UserError
+from engine.errors import UserError
 from engine.planning.hardware import GIGA, Cluster
 from engine.planning.memory import STAGING, PlannedNetwork
 from engine.planning.parameters import Kind

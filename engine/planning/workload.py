@@ -8,7 +8,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from engine.config import check_numbers
+from engine.settings.checks import check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)

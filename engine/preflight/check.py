@@ -16,9 +16,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from engine.device import start_device
 from engine.environment import rank_of_environment, world_size_of_environment
-from engine.parallel import open_store
 from engine.preflight.facts import (
     GIB,
     Facts,
@@ -30,6 +28,8 @@ from engine.preflight.facts import (
 )
 from engine.preflight.judge import Fault, judge, named_ranks, report
 from engine.preflight.links import measure_links
+from engine.ranks.device import start_device
+from engine.ranks.start import open_store
 
 
 def preflight(config: PreflightConfig) -> NoReturn:

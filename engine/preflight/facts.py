@@ -13,8 +13,8 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from engine.config import check_numbers
 from engine.environment import cache_folders, shared_file_system
+from engine.settings.checks import check_numbers
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from engine.data.files import replacing
+from engine.files import replacing
 from engine.residency.expected import PHASES, ExpectedBytes
 
 Count = Callable[[], int]

@@ -20,20 +20,20 @@ from typing import Literal
 import torch
 from torch import UntypedStorage
 
-from engine.config import UserError
-from engine.connections import open_connections
-from engine.ema import EMA
-from engine.generation.refit import Refit
-from engine.network import Network
-from engine.optimizer import Optimizer
+from engine.errors import UserError
+from engine.ranks.connections import open_connections
 from engine.residency.expected import PARTNERS, ModelBytes, expected_bytes
 from engine.residency.host import Link, Parked, distinct_storages
 from engine.residency.ledger import Ledger
+from engine.residency.refit import Refit
 from engine.residency.seat import Seat, weights_of
 from engine.residency.sharded import ShardedWeights
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.residency import ResidencyConfig
+from engine.training.ema import EMA
+from engine.training.network import Network
+from engine.training.optimizer import Optimizer
 from models.sizes import GPTSize
 
 FrozenRole = Literal["reference", "reward_model"]

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from engine.network import Network
 from engine.residency.host import HostCopy, Link, allocate, distinct_storages, release
+from engine.training.network import Network
 
 
 class Seat:

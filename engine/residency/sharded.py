@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.network import Network
-from engine.parallel import Parallel
+from engine.ranks.parallel import Parallel
+from engine.training.network import Network
 
 
 class ShardedWeights:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from engine.config import check_numbers
+from engine.settings.checks import check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.config import check_numbers
+from engine.settings.checks import check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from engine.config import UserError, check_numbers
+from engine.errors import UserError
+from engine.settings.checks import check_numbers
 from models.sizes import VOCAB_GROUP, GPTSize
 
 
@@ -77,7 +78,7 @@ class ParallelLayout:
 
     def check_refit(self, target: "ParallelLayout") -> None:
         """Raise UserError where weights in this layout cannot be copied into `target`, to generate
-        there (engine/generation/refit.py)."""
+        there (engine/residency/refit.py)."""
         if self.cp > 1 or target.cp > 1:
             raise UserError(
                 f"weights are copied between layouts without context parallelism, not from cp "

@@ -4,7 +4,7 @@ nor megatron."""
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.config import check_numbers
+from engine.settings.checks import check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)

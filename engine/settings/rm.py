@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.config import check_numbers
 from engine.settings.adam import AdamConfig
+from engine.settings.checks import check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 

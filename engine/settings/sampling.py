@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from engine.config import UserError
+from engine.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,9 @@ Imports neither torch nor megatron.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.config import UserError, check_numbers
+from engine.errors import UserError
 from engine.settings.adam import AdamConfig
+from engine.settings.checks import check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig

@@ -1,6 +1,6 @@
 """The size that a setting names. Imports neither torch nor megatron."""
 
-from engine.config import UserError
+from engine.errors import UserError
 from models.sizes import SIZES, GPTSize
 
 

@@ -5,9 +5,9 @@ torchrun --standalone --nproc-per-node=8 recipes/slurm/preflight.py --min-free-g
 recipes/slurm/launch.sh runs it before each stage.
 """
 
-from engine.config import run_stage
 from engine.preflight.check import preflight
 from engine.preflight.facts import PreflightConfig
+from engine.recipe import run_stage
 
 if __name__ == "__main__":
     run_stage(preflight, PreflightConfig(), has_dry_run=False)

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import decoding, generation
 from benchmarks.decoding import NUM_SHORT, Decode, agreement, answers, counting_captures, measure
-from engine.parallel import start_parallel
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from tests.tiny import SIZE, random_network
 

@@ -7,10 +7,10 @@ import pytest
 
 from benchmarks import lengths
 from benchmarks.lengths import Lengths, draw, lengths_of, quantiles, read_table, write_table
-from engine.config import UserError
 from engine.data.comparisons import comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.tokenizer import load_tokenizer
+from engine.errors import UserError
 from tests.tiny import write_lines
 
 

@@ -15,7 +15,7 @@ from benchmarks.ppo_provider import measure
 from benchmarks.ppo_scene import PHASES, build, random_prompts, run_iteration
 from benchmarks.ppo_weights import write_weights
 from benchmarks.rivals import ROOT, missing_rivals, rivals_environment
-from engine.parallel import start_parallel
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from tests.tiny import SIZE

@@ -22,7 +22,7 @@ from benchmarks.scaling.curve import (
     logarithmic,
 )
 from benchmarks.scaling.traffic import Traffic
-from engine.parallel import start_parallel
+from engine.ranks.start import start_parallel
 from tests.ranks import run_ranks
 
 SIZES = (100, 200, 400, 800)

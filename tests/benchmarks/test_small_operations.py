@@ -1,7 +1,7 @@
 import json
 
 from benchmarks import small_operations
-from engine.lone_rank import LONE
+from engine.ranks.lone_rank import LONE
 
 
 def test_each_group_is_measured_and_recorded(tmp_path, monkeypatch, capsys):

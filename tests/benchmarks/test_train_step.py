@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import lengths, train_step
 from benchmarks.real_job import num_tokens
-from engine.config import UserError
+from engine.errors import UserError
 from engine.settings.numerics import Numerics
 from models.sizes import SIZES
 

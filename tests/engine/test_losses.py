@@ -17,10 +17,11 @@ from engine.losses import (
     mean_language_loss,
     pair_accuracy,
 )
-from engine.network import Network
-from engine.parallel import Parallel, start_parallel
+from engine.ranks.parallel import Parallel
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
-from engine.step import LanguageLoss, forward
+from engine.training.network import Network
+from engine.training.passes import LanguageLoss, forward
 from kernels.moments import Whitening
 from tests.tiny import random_network
 
@@ -170,7 +171,7 @@ def test_comparison_loss_by_hand():
 
 def test_comparison_loss_of_a_filler_is_nothing(parallel: Parallel):
     rank = dataclasses.replace(parallel, dp=3, dp_rank=2)  # two comparisons for three ranks
-    (filler,) = pack_for(comparisons(), [0, 1], rank, 100)
+    (filler,) = pack_for(comparisons()[:2], rank, 100)
     readings = torch.ones(len(filler.tokens), requires_grad=True)
     loss, found = comparison_loss(4)(filler, readings)
     loss.backward()

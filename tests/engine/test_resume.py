@@ -12,7 +12,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from engine.config import UserError
+from engine.errors import UserError
 from engine.generation.scheduler import Scheduler
 from engine.metrics import Metrics
 from engine.settings.layout import ParallelLayout

@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint import load_weights
-from engine.config import UserError
+from engine.checkpoints.weights import load_weights
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.tokenizer import load_tokenizer
+from engine.errors import UserError
 from engine.feed import pack_for
-from engine.network import Network, build_network
-from engine.optimizer import Optimizer
-from engine.parallel import Parallel, start_parallel
+from engine.ranks.parallel import Parallel
+from engine.ranks.start import start_parallel
 from engine.rm import shift_bias
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
-from engine.step import forward
+from engine.training.network import Network, build_network
+from engine.training.optimizer import Optimizer
+from engine.training.passes import forward
 from tests.tiny import SIZE, random_network, rm_config, rows_of, train, weights_of
 
 
@@ -31,7 +32,7 @@ def scores_of_demonstrations(network: Network, files: Path, count: int) -> torch
     records, _ = read_demonstrations(files / "demonstrations.jsonl")
     tokenizer = load_tokenizer(files / "tokenizer.json")
     units, _ = demonstration_examples(records[:count], tokenizer, max_length=64, prompt_suffix="\n")
-    (batch,) = pack_for(units, list(range(count)), network.parallel, 10_000)
+    (batch,) = pack_for(units[:count], network.parallel, 10_000)
     (readings,) = forward(network, [batch])
     return readings[batch.cu_seqlens[1:].long() - 1]
 

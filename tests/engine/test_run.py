@@ -5,13 +5,14 @@ import pytest
 
 from engine import run as run_module
 from engine import stop
-from engine.config import UserError, load_config
 from engine.data.pretraining import make_token_file
 from engine.data.tokenizer import load_tokenizer
-from engine.parallel import start_parallel
+from engine.errors import UserError
+from engine.ranks.start import start_parallel
 from engine.run import Run, require_path, size_named, start_run, tokenizer_path
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
+from engine.settings.saved import load_config
 from engine.settings.sft import SFTConfig, SFTData
 from models.sizes import SIZES
 from tests.ranks import run_ranks

@@ -9,19 +9,21 @@ import pytest
 import torch
 
 from engine import selection
-from engine.checkpoint import Checkpointer, load_weights
-from engine.config import UserError
+from engine.checkpoints.checkpointer import Checkpointer
+from engine.checkpoints.found import find_network
+from engine.checkpoints.weights import load_weights
 from engine.data.prompts import prompt_examples
 from engine.data.tokenizer import load_tokenizer
-from engine.found_network import find_network
-from engine.network import build_network
-from engine.parallel import start_parallel
-from engine.rollout import generate_rollout, last_readings, read_rollout
+from engine.errors import UserError
+from engine.ranks.start import start_parallel
+from engine.rollout import generate_rollout
+from engine.score import last_readings, read_rollout
 from engine.selection import best_epoch
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
 from engine.settings.sft import SelectionConfig, SFTConfig
+from engine.training.network import build_network
 from models.sizes import GPTSize
 from tests.ranks import run_ranks
 from tests.tiny import (

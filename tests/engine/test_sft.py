@@ -5,22 +5,23 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint import load_weights
+from engine.checkpoints.weights import load_weights
 from engine.data.batches import pack
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
 from engine.data.tokenizer import load_tokenizer
 from engine.feed import Feed
 from engine.losses import NegativeLogLikelihood, mean_language_loss
-from engine.network import build_network
-from engine.optimizer import Optimizer
-from engine.parallel import Parallel, start_parallel
+from engine.ranks.parallel import Parallel
+from engine.ranks.start import start_parallel
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sft import SFTConfig, SFTData
 from engine.sft import _train_step
-from engine.step import forward_backward
+from engine.training.network import build_network
+from engine.training.optimizer import Optimizer
+from engine.training.passes import forward_backward
 from models.attention import attention_backend
 from tests.tiny import SIZE, random_network, rows_of, sft_config, train, weights_of
 

@@ -14,11 +14,11 @@ from engine.losses import (
     clipped_value_loss,
     comparison_loss,
 )
-from engine.network import Network
-from engine.optimizer import make_trainable
-from engine.parallel import start_parallel
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
-from engine.step import forward_backward
+from engine.training.network import Network
+from engine.training.optimizer import make_trainable
+from engine.training.passes import forward_backward
 from kernels.moments import Whitening
 from models.attention import PackedSequences
 from tests.tiny import random_network

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from engine import ppo, rm, sft, stop
-from engine.config import run_stage
-from engine.parallel import start_parallel
+from engine.ranks.start import start_parallel
+from engine.recipe import run_stage
 from engine.run import Run, start_run
 from engine.settings.layout import ParallelLayout
 from engine.settings.sft import SFTConfig
@@ -140,7 +140,7 @@ def test_signal_while_a_stage_is_imported_is_noted(
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        run_stage("signalled_stage", SFTConfig(), [])
+        run_stage("signalled_stage.train", SFTConfig(), [])
     assert stopped.value.code == EXIT_STATUS
     assert handlers() == others
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engine.device import make_deterministic
+from engine.ranks.device import make_deterministic
 from models import attention
 from models.attention import (
     PackedSequences,

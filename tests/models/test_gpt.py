@@ -9,11 +9,12 @@ from torch import Tensor
 
 from engine.data.batches import PackedBatch, pack
 from engine.data.examples import Example
-from engine.network import Network, build_network
-from engine.optimizer import make_trainable
-from engine.parallel import Parallel, start_parallel
+from engine.ranks.parallel import Parallel
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.training.network import Network, build_network
+from engine.training.optimizer import make_trainable
 from models.attention import PackedSequences
 from models.gpt import shift_right
 from models.sizes import GPTSize

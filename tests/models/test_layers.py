@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
-from engine.parallel import start_parallel
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from models.layers import LayerNorm, transformer_config
 from models.sizes import GPTSize

@@ -6,10 +6,11 @@ import torch
 
 from engine.data.batches import pack
 from engine.data.examples import Example
-from engine.network import Network, build_network
-from engine.parallel import Parallel, start_parallel
+from engine.ranks.parallel import Parallel
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.training.network import Network, build_network
 from models.attention import PackedSequences
 from tests.tiny import SIZE, random_network
 

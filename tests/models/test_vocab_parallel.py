@@ -214,7 +214,7 @@ class Head(torch.nn.Module):
 
 @pytest.fixture
 def one_megatron_rank(tmp_path: Path) -> None:
-    from engine.parallel import start_parallel
+    from engine.ranks.start import start_parallel
     from engine.settings.layout import ParallelLayout
 
     start_parallel(ParallelLayout(), seed=0)

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import UserError
 from engine.data.comparisons import Comparison, comparison_examples, read_comparisons
 from engine.data.tokenizer import Tokenizer
+from engine.errors import UserError
 
 USER = {"role": "user", "content": "Why?"}
 GOOD = {"role": "assistant", "content": "Because."}

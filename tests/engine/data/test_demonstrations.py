@@ -3,13 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import UserError
 from engine.data.demonstrations import (
     Demonstration,
     demonstration_examples,
     read_demonstrations,
 )
 from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.errors import UserError
 
 
 def write(path: Path, *records: object) -> Path:

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from engine.config import UserError
 from engine.data.examples import Example, drop_long, encode_prompts, join_pair
 from engine.data.tokenizer import Tokenizer
+from engine.errors import UserError
 
 
 def example(prompt_length: int, length: int) -> Example:

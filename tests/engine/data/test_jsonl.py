@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import UserError
 from engine.data.jsonl import ReadReport, check_text, read_records, required
+from engine.errors import UserError
 
 
 def read_texts(path: Path, *, skip_bad_lines: bool = False) -> tuple[list[str], ReadReport]:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.config import UserError
 from engine.data import pretraining
 from engine.data.pretraining import open_token_file
 from engine.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from engine.errors import UserError
 from engine.stop import EXIT_STATUS, noting_signals
 
 TEXTS = ["The Mill is a pub.\n", "The Punter is cheap.", "  It serves food.  "]

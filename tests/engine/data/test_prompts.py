@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config import UserError
 from engine.data.prompts import prompt_examples, read_prompts, split_by_prompt
 from engine.data.tokenizer import Tokenizer
+from engine.errors import UserError
 
 
 def test_text_and_messages_are_read(tmp_path: Path) -> None:

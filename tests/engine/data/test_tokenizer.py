@@ -6,8 +6,8 @@ import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from engine.config import UserError
 from engine.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_sentencepiece
+from engine.errors import UserError
 
 # Any text that UTF-8 can hold; long runs of whitespace, newlines and the marks that tokenizers use
 # for themselves come more often than chance would have them.

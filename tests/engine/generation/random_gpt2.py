@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from engine.convert import load_huggingface, read_size
-from engine.network import Network, build_network
-from engine.parallel import start_parallel
+from engine.huggingface.convert import load_huggingface, read_size
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.training.network import Network, build_network
 
 CONTEXT = 224
 VOCAB = 300  # padded to 384 here: masking the padding matters

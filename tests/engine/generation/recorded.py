@@ -7,7 +7,7 @@ import torch
 
 from engine.generation.cache import num_lanes
 from engine.generation.decoding import Decoding
-from engine.network import Network
+from engine.training.network import Network
 
 
 class LastingLanes:

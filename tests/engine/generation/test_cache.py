@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from engine.config import UserError
+from engine.errors import UserError
 from engine.generation.cache import choose_cache, free_bytes, num_lanes, table_width
 from engine.settings.sampling import SamplingConfig
 

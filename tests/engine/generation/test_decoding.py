@@ -10,8 +10,8 @@ from engine.generation.cache import num_lanes
 from engine.generation.cache_memory import PassingMemory
 from engine.generation.decoding import Decoding
 from engine.generation.generate import generate
-from engine.network import Network
 from engine.settings.sampling import SamplingConfig
+from engine.training.network import Network
 from tests.engine.generation.random_gpt2 import random_prompts
 from tests.engine.generation.recorded import DoneAgain, record_steps
 

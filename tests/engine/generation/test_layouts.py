@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import UserError
 from engine.data.batches import deal
+from engine.errors import UserError
 from engine.generation.generate import generate
-from engine.generation.refit import Refit
 from engine.generation.sequence import Response
-from engine.network import Network
+from engine.residency.refit import Refit
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
+from engine.training.network import Network
 from tests.engine.generation.random_gpt2 import CONTEXT, load_gpt2, random_prompts
 from tests.engine.generation.recorded import record_steps
 from tests.ranks import run_ranks
@@ -42,7 +42,7 @@ def outcome(network: Network, config: SamplingConfig) -> Outcome:
     """What this rank's replica answers to its share of the prompts."""
     prompts = random_prompts(8, 60) + random_prompts(2, 60)
     parallel = network.parallel
-    mine = deal([len(prompt) for prompt in prompts], parallel.dp, parallel.dp_rank)
+    mine = deal([len(prompt) for prompt in prompts], parallel.dp)[parallel.dp_rank]
     found: list[Response] = list(
         generate(
             network,

@@ -8,11 +8,11 @@ from engine.generation.generate import generate
 from engine.generation.graphs import CudaGraph
 from engine.generation.runner import graph_rows
 from engine.generation.scheduler import Counts
-from engine.network import build_network
-from engine.parallel import start_parallel
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
+from engine.training.network import build_network
 from models.sizes import GPTSize
 from tests.engine.generation.random_gpt2 import VOCAB, random_prompts
 from tests.engine.generation.recorded import DoneAgain

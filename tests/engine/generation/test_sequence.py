@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from engine.config import UserError
+from engine.errors import UserError
 from engine.generation.sequence import LiveSequence
 from engine.settings.sampling import SamplingConfig
 

@@ -10,13 +10,13 @@ import torch
 from engine.data.batches import pack
 from engine.data.examples import Example
 from engine.losses import NegativeLogLikelihood
-from engine.network import build_network
-from engine.optimizer import make_trainable
-from engine.parallel import start_parallel
 from engine.planning.memory import PlannedNetwork
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
-from engine.step import forward_backward
+from engine.training.network import build_network
+from engine.training.optimizer import make_trainable
+from engine.training.passes import forward_backward
 from models.sizes import GPTSize
 from tests.ranks import run_ranks
 

@@ -9,14 +9,14 @@ from benchmarks.timing import peak_bytes
 from engine.data.batches import pack
 from engine.data.examples import Example
 from engine.losses import NegativeLogLikelihood
-from engine.network import build_network
-from engine.optimizer import Optimizer
-from engine.parallel import start_parallel
 from engine.planning.memory import HEAD_ROWS, HEAD_WORKSPACE, PlannedNetwork
+from engine.ranks.start import start_parallel
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
-from engine.step import forward_backward
+from engine.training.network import build_network
+from engine.training.optimizer import Optimizer
+from engine.training.passes import forward_backward
 from kernels.workspace import MOST_ROWS, WORKSPACE_BYTES, chunk_rows
 from models.sizes import SIZES, GPTSize
 

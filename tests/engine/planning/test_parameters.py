@@ -6,10 +6,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import engine.optimizer
-from engine import parallel
-from engine.network import build_network
-from engine.optimizer import Optimizer
+import engine.training.optimizer
 from engine.planning import parameters
 from engine.planning.parameters import (
     Kind,
@@ -18,9 +15,12 @@ from engine.planning.parameters import (
     network_parameters,
     optimizer_bytes,
 )
+from engine.ranks import parallel
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.training.network import build_network
+from engine.training.optimizer import Optimizer
 from models.sizes import SIZES, GPTSize
 from tests.ranks import run_ranks
 
@@ -73,7 +73,7 @@ def build_and_count(
 
 
 def build_all(cases: list[Case]) -> list[list[int]]:
-    engine.optimizer.BUCKET_ELEMENTS = BUCKET
+    engine.training.optimizer.BUCKET_ELEMENTS = BUCKET
     return [build_and_count(*case) for case in cases]
 
 

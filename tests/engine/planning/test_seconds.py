@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.plan import plan
-from engine.planning.command import load_recipe
+from engine.plan_command import load_recipe
 from engine.planning.hardware import Assumptions, named_cluster
+from engine.planning.plan import plan
 from engine.planning.seconds import Generation
 from engine.settings.layout import ParallelLayout
 

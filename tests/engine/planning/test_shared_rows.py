@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.plan import Plan, plan
-from engine.planning.command import load_recipe
+from engine.plan_command import load_recipe
 from engine.planning.hardware import named_cluster
+from engine.planning.plan import Plan, plan
 from engine.planning.search import proposal_lines, search_layouts
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics

@@ -1,0 +1,22 @@
+"""Text in, text out: a file of prompts answered by a checkpoint, or a dialogue in the terminal."""
+
+from engine.answers.batch import answer_file
+from engine.answers.dialogue import talk
+from engine.answers.load import load_model
+from engine.errors import UserError
+from engine.settings.generate import GenerateConfig
+
+
+def generate_text(config: GenerateConfig) -> None:
+    """Answer the prompts of a file, or the user's in the terminal. Raises UserError."""
+    if config.num_samples < 1:
+        raise UserError(f"num_samples must be at least 1, got {config.num_samples}")
+    config.sampling.check()
+    network, tokenizer = load_model(config)
+    try:
+        if config.prompts is None:
+            talk(network, tokenizer, config)
+        else:
+            answer_file(network, tokenizer, config, config.prompts)
+    except FloatingPointError as error:
+        raise UserError(f"{config.source}: {error}") from None

@@ -1,0 +1,69 @@
+"""A file of prompts, answered by a checkpoint."""
+
+from pathlib import Path
+
+from engine.answers.kept import Answers, Origin, digest_of_prompts
+from engine.answers.load import _weights
+from engine.data.batches import deal
+from engine.data.prompts import prompt_examples, read_prompts
+from engine.data.tokenizer import Tokenizer
+from engine.generation.generate import generate
+from engine.settings.generate import GenerateConfig
+from engine.training.network import Network
+
+
+def answer_file(
+    network: Network, tokenizer: Tokenizer, config: GenerateConfig, prompts: Path
+) -> None:
+    """Write num_samples answers to each prompt of the file, in its order. Raises UserError.
+
+    What an earlier run of the same settings has answered is kept.
+    """
+    parallel = network.parallel
+    texts, read_report = read_prompts(prompts, skip_bad_lines=config.skip_bad_lines)
+    examples, length_report = prompt_examples(
+        texts,
+        tokenizer,
+        max_prompt_length=network.size.context_length - 1,
+        prompt_suffix=config.prompt_suffix,
+    )
+    origin = Origin(
+        weights=str(_weights(config)[0].resolve()),
+        prompts=digest_of_prompts([e.tokens for e in examples], tokenizer.fingerprint()),
+        num_samples=config.num_samples,
+        sampling=config.sampling,
+        dtype=config.dtype,
+        seed=config.seed,
+    )
+    answers = Answers(config.out, origin, parallel)
+    num_answers = len(examples) * config.num_samples
+    if parallel.is_writer and answers.kept:
+        print(f"{config.out}: {len(answers.kept)} of {num_answers} answers are there already")
+    missing = [number for number in range(num_answers) if number not in answers.kept]
+    # The samples of a prompt stay on one replica, which computes it once.
+    open_prompts = sorted({number // config.num_samples for number in missing})
+    lengths = [len(examples[index].tokens) for index in open_prompts]
+    dealt = deal(lengths, parallel.num_replicas)[parallel.replica_rank]
+    mine = {open_prompts[place] for place in dealt}
+    numbers = [number for number in missing if number // config.num_samples in mine]
+    for response in generate(
+        network,
+        [examples[number // config.num_samples].tokens for number in numbers],
+        config.sampling,
+        eos_id=tokenizer.eos_id,
+        seed=config.seed,
+        sample_indices=numbers,
+    ):
+        index, sample = divmod(response.sample_index, config.num_samples)
+        answer = {
+            "prompt": texts[length_report.kept[index]],
+            "response": tokenizer.decode(response.tokens.tolist()),
+            "sample": sample,
+            "tokens": len(response.tokens),
+            "logprob": float(response.logprobs.sum()),
+            "has_eos": response.has_eos,
+        }
+        answers.add(response.sample_index, answer)
+    answers.finish(num_answers)
+    if parallel.is_writer:
+        print(f"{config.out}: {num_answers} answers; {read_report}; prompts: {length_report}")

@@ -1,0 +1,46 @@
+"""The language model and the tokenizer that a source holds."""
+
+from pathlib import Path
+
+from engine.checkpoints.found import find_network, run_of, size_of
+from engine.checkpoints.weights import load_weights
+from engine.data.tokenizer import Tokenizer
+from engine.huggingface.convert import load_huggingface, read_size
+from engine.ranks.first_rank import said_by_first_rank
+from engine.ranks.start import start_parallel
+from engine.run import load_shared_tokenizer, require_path
+from engine.settings.generate import GenerateConfig
+from engine.settings.numerics import Numerics
+from engine.training.network import Network, build_network
+
+
+def load_model(config: GenerateConfig) -> tuple[Network, Tokenizer]:
+    """Return the language model at the source, on the ranks of the layout, and its tokenizer."""
+    parallel = start_parallel(config.layout, config.seed)
+    weights, is_huggingface = _weights(config)
+    if is_huggingface:
+        size, beside = read_size(weights), weights
+    else:
+        size = size_of(weights, config.role)
+        beside = run_of(weights) / "tokenizer"
+    tokenizer = load_shared_tokenizer(lambda: config.tokenizer or beside)
+    network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))
+    if is_huggingface:
+        load_huggingface(network, weights)
+    else:
+        fingerprint = tokenizer.fingerprint()
+        load_weights(network, weights, role=config.role, tokenizer_fingerprint=fingerprint)
+    return network, tokenizer
+
+
+def _weights(config: GenerateConfig) -> tuple[Path, bool]:
+    """Return the folder of the network at the source, and whether it is Hugging Face's."""
+    source = require_path(config.source, "source")
+
+    def look() -> str:
+        is_theirs = (source / "config.json").exists() and not (source / "checkpoints").exists()
+        return "theirs" if is_theirs else ""
+
+    if said_by_first_rank(look):
+        return source, True
+    return find_network(source, config.role), False

@@ -1,0 +1,193 @@
+"""A job checked before it is launched: layouts, shapes, batches, checkpoints and the plan, on one
+process and without a GPU, a file or a tokenizer.
+
+`recipes/ppo_175b.py --dry-run 1024` builds every distinct rank that 1,024 GPUs would have
+(engine/dry_run/distinct_ranks.py). It ends with the plan of the run, or with the first thing that
+is wrong; where that is the layout, with those that fit.
+"""
+
+import dataclasses
+import time
+
+from rich.console import Console
+
+from engine.dry_run.distinct_ranks import Model, Rank, build_ranks, check_checkpoint, check_rank
+from engine.errors import UserError
+from engine.planning.hardware import Cluster, named_cluster
+from engine.planning.plan import StageConfig, plan
+from engine.planning.search import proposal_lines, search_layouts
+from engine.settings.adam import AdamConfig
+from engine.settings.ppo import PPOConfig
+from engine.settings.rm import RMConfig
+from engine.settings.sft import SFTConfig
+from engine.settings.size import named_size
+from engine.training.network import Kind
+from models.sizes import GPTSize
+
+GPU = "h100"  # what the plan is made for; recipes/plan.py makes it for others
+
+
+def dry_run(config: StageConfig, num_gpus: int) -> None:
+    """Check a stage on `num_gpus` GPUs and print its plan; raises UserError for what is wrong."""
+    start = time.monotonic()
+    console = Console(highlight=False, soft_wrap=True)
+    models, cluster = models_of(config), named_cluster(GPU, num_gpus)
+    for model in models:
+        try:
+            model.layout.dp(num_gpus)
+            model.layout.check(model.size)
+        except UserError as error:
+            raise UserError(f"{model}: {error}\n{_proposals(config, cluster)}") from None
+    console.print(*check_batches(config, models[0].size, num_gpus), sep="\n")
+    ranks: dict[Model, list[Rank]] = {model: [] for model in models}
+    for model, rank in build_ranks(models, num_gpus):
+        check_rank(model, rank)
+        ranks[model].append(rank)
+    for model in models:
+        check_checkpoint(model, ranks[model])
+        console.print(_summary(model, ranks[model], num_gpus))
+    console.print(f"every check passed, {time.monotonic() - start:.0f} s", "", sep="\n")
+    planned = plan(config, cluster)
+    console.print(*planned.lines(), sep="\n", markup=False)
+    if not planned.fits:
+        raise UserError(
+            f"the run does not fit {num_gpus} x {GPU}; recipes/plan.py plans for other GPUs\n"
+            f"{_proposals(config, cluster)}"
+        )
+
+
+def models_of(config: StageConfig) -> list[Model]:
+    """Return the networks of a stage, roles of one shape and layout as one; PPO's policy first."""
+    if isinstance(config, SFTConfig):
+        return [_model(config, "language", ("policy",), named_size(config.size), config.adam)]
+    if isinstance(config, RMConfig):
+        return [_model(config, "scalar", ("reward model",), named_size(config.size), config.adam)]
+    if not config.size or not config.reward_model_size:
+        raise UserError("a dry run of PPO needs --size and --reward-model-size, named sizes")
+    policy, critic = named_size(config.size), named_size(config.reward_model_size)
+    models = [
+        _model(config, "language", ("policy", "reference"), policy, config.adam),
+        _model(config, "scalar", ("critic", "reward model"), critic, config.critic_adam),
+    ]
+    if config.generation_layout is not None:
+        config.check_generation_layout()
+        copy = dataclasses.replace(
+            models[0], roles=("generation",), layout=config.generation_layout, adam=None
+        )
+        models.append(copy)
+    return models
+
+
+def check_batches(config: StageConfig, size: GPTSize, num_gpus: int) -> list[str]:
+    """Return how a step's batch falls on the ranks, in words; raises UserError where it does not.
+
+    A run is laxer: it deals uneven batches, gives a long sequence a micro-batch of its own and
+    drops long prompts. On many GPUs each of these is more likely a slip.
+    """
+    dp = config.layout.dp(num_gpus)
+    if isinstance(config, PPOConfig):
+        return _check_ppo_batches(config, size, num_gpus)
+    data = config.data
+    _check_fits("data.max_tokens", data.max_tokens, size)
+    if isinstance(config, SFTConfig) and config.data.pretraining_fraction > 0:
+        _check_fits("data.pretraining_tokens", config.data.pretraining_tokens, size)
+    if data.max_prompt_tokens >= data.max_tokens:
+        raise UserError(
+            f"data.max_prompt_tokens {data.max_prompt_tokens} leaves no room for a response in "
+            f"data.max_tokens {data.max_tokens}"
+        )
+    _check_shares("batch_size", config.batch_size, dp)
+    _check_budget(config.micro_batch_tokens, data.max_tokens)
+    unit = "prompts with all their answers" if isinstance(config, RMConfig) else "sequences"
+    return [f"batch: {config.batch_size} {unit} a step, {config.batch_size // dp} a rank (dp {dp})"]
+
+
+def _proposals(config: StageConfig, cluster: Cluster) -> str:
+    """Return the layouts that fit, as options of the recipe."""
+    found = search_layouts(config, cluster, lambda tried: plan(tried, cluster))
+    head = f"what fits {cluster.num_gpus} x {cluster.gpu_name} by the plan, fastest first:"
+    return "\n".join(
+        [head, *proposal_lines(found, config)] if found else proposal_lines([], config)
+    )
+
+
+def _check_ppo_batches(config: PPOConfig, size: GPTSize, num_gpus: int) -> list[str]:
+    dp = config.layout.dp(num_gpus)
+    config.sampling.check()
+    longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
+    context = min(size.context_length, named_size(config.reward_model_size).context_length)
+    if longest > context:
+        raise UserError(
+            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + sampling.max_new_tokens "
+            f"{config.sampling.max_new_tokens} = {longest} exceed the context of {context} tokens: "
+            "lower one of them"
+        )
+    if config.rollout_batch_size % config.minibatch_size:
+        raise UserError(
+            f"rollout_batch_size {config.rollout_batch_size} must be a multiple of "
+            f"minibatch_size {config.minibatch_size}"
+        )
+    _check_shares("minibatch_size", config.minibatch_size, dp)
+    if config.critic_layout is not None:
+        critic_dp = config.critic_layout.dp(num_gpus)
+        _check_shares("minibatch_size", config.minibatch_size, critic_dp, "the critic's dp")
+    num_updates = config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
+    lines = [
+        f"batch: {config.rollout_batch_size} episodes an iteration in {num_updates} updates of "
+        f"{config.minibatch_size}, {config.minibatch_size // dp} a rank (dp {dp})"
+    ]
+    if config.ptx_coef > 0:
+        _check_fits("data.pretraining_tokens", config.data.pretraining_tokens, size)
+        longest = max(longest, config.data.pretraining_tokens)
+        num_examples = config.ptx_examples_per_episode * config.minibatch_size
+        lines.append(
+            f"ptx: {num_examples} sequences of {config.data.pretraining_tokens} tokens an update, "
+            f"{num_examples // dp} a rank"
+        )
+    _check_budget(config.micro_batch_tokens, longest)
+    return lines
+
+
+def _check_shares(name: str, count: int, dp: int, dp_name: str = "dp") -> None:
+    if count % dp:
+        raise UserError(
+            f"{name} {count} must be a multiple of {dp_name} {dp}: "
+            "the data-parallel ranks' shares would be uneven"
+        )
+
+
+def _check_budget(micro_batch_tokens: int, longest: int) -> None:
+    if micro_batch_tokens < longest:
+        raise UserError(
+            f"micro_batch_tokens {micro_batch_tokens} must be at least {longest}, "
+            "the tokens of the longest sequence"
+        )
+
+
+def _check_fits(name: str, num_tokens: int, size: GPTSize) -> None:
+    if num_tokens > size.context_length:
+        raise UserError(
+            f"{name} {num_tokens} is more than the context of {size.context_length} tokens"
+        )
+
+
+def _model(
+    config: StageConfig, kind: Kind, roles: tuple[str, ...], size: GPTSize, adam: AdamConfig
+) -> Model:
+    layout = config.layout
+    if isinstance(config, PPOConfig) and kind == "scalar":
+        layout = config.critic_layout or layout
+    return Model(
+        roles=roles, kind=kind, size=size, layout=layout, numerics=config.numerics, adam=adam
+    )
+
+
+def _summary(model: Model, ranks: list[Rank], num_gpus: int) -> str:
+    """Say what was built of a model, in a line."""
+    layout = model.layout
+    counts = [rank.num_parameters for rank in ranks]
+    return (
+        f"{model}: {model.size.num_layers} layers of {model.size.hidden_size}; "
+        f"{layout.described(layout.dp(num_gpus))}; "
+        f"{len(ranks)} distinct ranks built, {max(counts) / 1e9:.3f} B parameters on the fullest"
+    )

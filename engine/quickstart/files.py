@@ -1,0 +1,89 @@
+"""The files of a quickstart: found in a folder, or made from nothing but the installed Python."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from engine.data.demonstrations import read_demonstrations
+from engine.data.jsonl import check_text, read_records, required, write_jsonl
+from engine.data.tokenizer import train_sentencepiece
+from engine.errors import UserError
+from engine.quickstart.places import demonstrations, fact_lists, render_facts
+from engine.quickstart.python_text import python_documents, split_documents
+from engine.quickstart.settings import QuickstartConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """The files of one quickstart."""
+
+    demonstrations: Path
+    demonstrations_valid: Path
+    comparisons: Path
+    comparisons_valid: Path
+    prompts: Path
+    prompts_valid: Path
+    pretraining: Path
+    pretraining_valid: Path
+
+
+def find_files(config: QuickstartConfig) -> Files:
+    """Return the files of the config's data folder, or the places of those that are made; raises
+    UserError naming the first that is missing."""
+    if config.data is not None:
+        return _found_files(config.data, config.task)
+    folder = config.directory / "data"
+    return Files(**{f.name: folder / f"{f.name}.jsonl" for f in fields(Files)})
+
+
+def _found_files(folder: Path, task: str) -> Files:
+    patterns = {
+        "demonstrations": f"sft/{task}*",
+        "comparisons": f"comparisons/{task}*",
+        "prompts": f"prompts/{task}*",
+        "pretraining": "pretrain/",
+    }
+    found = {}
+    for name, pattern in patterns.items():
+        for key, split in ((name, "train"), (f"{name}_valid", "val")):
+            ending = f"{split}.jsonl*" if pattern.endswith("/") else f".{split}.jsonl*"
+            matches = sorted(folder.glob(pattern + ending))
+            if not matches:
+                raise UserError(f"--data {folder}: no file matches {pattern}{ending}")
+            found[key] = matches[0]
+    return Files(**found)
+
+
+def write_tokenizer(config: QuickstartConfig, files: Files, path: Path) -> None:
+    """Train a sentencepiece tokenizer on the files' training text, unless it is there."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records, _ = read_demonstrations(files.demonstrations)
+    texts = [f"{record.prompt}\n{record.response}" for record in records]
+    texts += read_records(
+        files.pretraining,
+        lambda record: check_text(required(record, "text"), "text"),
+        skip_bad_lines=False,
+    )[0]
+    train_sentencepiece(texts, path, vocab_size=config.vocab_size)
+
+
+def write_files(config: QuickstartConfig, files: Files) -> None:
+    """Write what the quickstart makes itself, except the comparisons, which need the SFT model."""
+    if files.pretraining_valid.exists():  # written last
+        return
+    files.prompts.parent.mkdir(parents=True, exist_ok=True)
+    seed = config.seed
+    for path, pairs in (
+        (files.demonstrations, demonstrations("train", config.num_demonstrations, seed=seed)),
+        (files.demonstrations_valid, demonstrations("valid", 200, seed=seed)),
+    ):
+        write_jsonl(path, [{"prompt": p, "response": r} for p, r in pairs])
+    for path, listed in (
+        (files.prompts, fact_lists("prompts", config.num_prompts, seed=seed + 2)),
+        (files.prompts_valid, fact_lists("valid", config.num_judged, seed=seed + 2)),
+    ):
+        write_jsonl(path, [{"prompt": render_facts(facts)} for facts in listed])
+    train, valid = split_documents(python_documents())
+    write_jsonl(files.pretraining, [{"text": text} for text in train])
+    write_jsonl(files.pretraining_valid, [{"text": text} for text in valid])

@@ -1,0 +1,112 @@
+"""How a process joins the other ranks, changes to another layout of them, and leaves."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from engine.environment import rank_of_environment, world_size_of_environment
+from engine.ranks import failure
+from engine.ranks.device import communication_backend, meta_device, start_device
+from engine.ranks.groups import TIMEOUT, forget_groups, place_in
+from engine.ranks.lone_rank import LONE
+from engine.ranks.parallel import Parallel
+from engine.ranks.seeds import seed_for_initialisation
+from engine.settings.layout import ParallelLayout
+
+
+def open_store(timeout: datetime.timedelta) -> dist.Store:
+    """Return the store through which this launch's ranks meet, at MASTER_ADDR:MASTER_PORT, without
+    waiting for them.
+
+    Rank 0 opens it where torchrun has not. Raises dist.DistError when nothing answers there.
+    """
+    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.TCPStore(
+        os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        int(os.environ.get("MASTER_PORT", "29500")),
+        is_master=rank_of_environment() == 0 and not is_torchruns,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
+
+
+def start_parallel(layout: ParallelLayout, seed: int) -> Parallel:
+    """Join the other ranks, build the process groups and seed this rank's generators.
+
+    The ranks come from torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_STEP_NUM_TASKS;
+    MASTER_ADDR and MASTER_PORT are recipes/slurm/launch.sh's); a process started by neither is a
+    world of one. A second call in one process reuses the world.
+    """
+    device = start_device()
+    rank = rank_of_environment()
+    world_size = world_size_of_environment()
+    layout.dp(world_size)  # or UserError, before any rank waits for another
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        store = dist.HashStore() if world_size == 1 else None
+        # No device_id: with it every group is split off the world by all ranks at once, whether
+        # anyone uses it or not, and megatron makes 3,200 groups for tp 8 x pp 16 on 1,024 ranks.
+        # And a pipeline's messages, which have a communicator for each pair of ranks and group,
+        # would share one with all else of a group and run one after the other.
+        dist.init_process_group(
+            communication_backend(device) if world_size > 1 else LONE,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=TIMEOUT,
+        )
+        if world_size > 1:
+            failure.listen()
+    parallel = place_in(layout, seed, device)
+    vars(parallel_state).update(parallel.state)
+    seed_for_initialisation(parallel)
+    return parallel
+
+
+def rearranged(parallel: Parallel, layout: ParallelLayout) -> Parallel:
+    """Return this rank's place when the same ranks are laid out in another way; all call together.
+
+    Networks of both layouts live side by side. The layout that was current stays so.
+    """
+    layout.dp(parallel.world_size)  # or UserError
+    return place_in(layout, parallel.seed, parallel.device)
+
+
+@contextlib.contextmanager
+def pretended_rank(
+    layout: ParallelLayout, *, world_size: int, tp_rank: int, pp_rank: int
+) -> Iterator[Parallel]:
+    """Be one rank of `world_size` that are not there, of the first data-parallel replica: networks
+    built within the block lie on the meta device, with the groups they would have.
+
+    torch's fake backend joins at once and its collectives do nothing. Raises RuntimeError where
+    this process has joined real ranks.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    if dist.is_initialized():
+        raise RuntimeError("this process is a rank of a real world")
+    layout.dp(world_size)  # or UserError
+    # megatron deals ranks to tp first, then to dp, then to pp.
+    rank = tp_rank + pp_rank * (world_size // layout.pp)
+    with meta_device() as device:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        try:
+            parallel = place_in(layout, 0, device)
+            with parallel.active():
+                yield parallel
+        finally:
+            end_parallel()
+
+
+def end_parallel() -> None:
+    """Leave the other ranks and forget the groups, where this process has joined any."""
+    forget_groups()
+    failure.part()
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

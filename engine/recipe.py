@@ -1,0 +1,115 @@
+"""From a command line to a stage: the whole body of a recipe."""
+
+import dataclasses
+import importlib
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from engine.environment import prepare_libraries, rank_of_environment
+from engine.errors import UserError
+from engine.settings.command_line import parse_config
+from engine.settings.saved import load_config
+from engine.stop import noting_signals
+
+_Config = TypeVar("_Config")
+
+
+def run_stage(
+    train: Callable[[_Config], object] | str,
+    default: _Config,
+    arguments: Sequence[str] | None = None,
+    *,
+    has_dry_run: bool = True,
+) -> None:
+    """Parse the command line over `default` and call `train(config)`: the whole body of a recipe.
+
+    `train` may be the function's full name, such as "engine.sft.train", for this file must not
+    reach torch by an import. Those seconds --help and a wrong option need not wait for, and signals
+    are noted in them already (engine/stop.py).
+
+    Field `data.skip_bad_lines` is the option `--data.skip-bad-lines`. A UserError, and an unknown
+    option is one, prints `error: ...` on stderr without a traceback and exits with status 2. Where
+    one rank fails, all end (engine/ranks/failure.py).
+    `arguments` replaces sys.argv[1:]. `--config` reads a saved config and lays the other options
+    over it; `--dry-run GPUS` checks the stage (engine/dry_run/dry_run.py) instead of running it.
+    """
+    try:
+        if not has_dry_run:
+            config = parse_config(default, arguments)
+            _prepared(train, config)(config)
+            return
+        job = parse_config(_stage_job(default), arguments)
+        if job.config is not None:
+            path = job.config / "config.json" if job.config.is_dir() else job.config
+            job = parse_config(_stage_job(load_config(type(default), path)), arguments)
+        if job.dry_run is None:
+            with noting_signals():
+                _prepared(train, job.stage)(job.stage)
+        elif rank_of_environment() == 0:
+            importlib.import_module("engine.dry_run.dry_run").dry_run(job.stage, job.dry_run)
+    except UserError as error:
+        _print_once(f"error: {error}")
+        _tell_others(f"error: {error}", 2)
+        sys.exit(2)
+    except Exception as error:
+        text = "".join(traceback.format_exception(error)).rstrip()
+        _tell_others(text.rpartition("\n")[2], 1, text)
+        raise
+
+
+def _tell_others(message: str, status: int, text: str = "") -> None:
+    """End the other ranks and this process with a text, where it has joined any."""
+    failure = sys.modules.get("engine.ranks.failure")
+    if failure is not None:  # not imported, there is nobody
+        failure.tell_others(message, status, text)
+
+
+def _prepared(
+    train: Callable[[_Config], object] | str, config: _Config
+) -> Callable[[_Config], object]:
+    """Return the function, imported once the environment is what its libraries should find."""
+    layouts = (getattr(config, name, None) for name in ("layout", "critic_layout"))
+    prepare_libraries(tp=max(getattr(layout, "tp", 1) for layout in layouts))
+    if not isinstance(train, str):
+        return train
+    module, _, function = train.rpartition(".")
+    return getattr(importlib.import_module(module), function)
+
+
+def _stage_job(default: Any) -> Any:
+    """Return the options of a stage's recipe: those of its config, --config and --dry-run."""
+    kind: Any = type(default)
+    stage = Annotated[kind, tyro.conf.arg(name="")]  # its fields without a prefix
+    saved = Annotated[
+        Path | None,
+        tyro.conf.arg(
+            metavar="PATH",
+            help="Start from the options of an earlier run, given as its folder or its "
+            "config.json, instead of the recipe's.",
+        ),
+    ]
+    num_gpus = Annotated[
+        int | None,
+        tyro.conf.arg(
+            metavar="GPUS",
+            help="Check this run on so many GPUs, print its plan and leave: layouts, shapes, "
+            "batches, checkpoints; takes no GPU, file or tokenizer.",
+        ),
+    ]
+    fields = [("stage", stage), ("config", saved), ("dry_run", num_gpus)]
+    return dataclasses.make_dataclass("StageJob", fields)(default, None, None)
+
+
+def _print_once(message: str) -> None:
+    """Print on rank 0; another rank prints only if it still lives when rank 0 has had its say."""
+    rank = rank_of_environment()
+    if rank > 0:
+        time.sleep(5.0)  # when rank 0 fails too, the launcher ends this process meanwhile
+        message = f"[rank {rank}] {message}"
+    print(message, file=sys.stderr, flush=True)

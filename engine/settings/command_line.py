@@ -1,0 +1,97 @@
+"""From a command line to a config: tyro's options over a default, its errors in two lines."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import docstring_parser
+import tyro
+
+from engine.environment import rank_of_environment
+from engine.errors import UserError
+
+_Config = TypeVar("_Config")
+
+
+def parse_config(default: _Config, arguments: Sequence[str] | None = None) -> _Config:
+    """Return `default` with the fields that the command line names replaced; raises UserError."""
+    named = sys.argv[1:] if arguments is None else arguments
+    parse = functools.partial(
+        tyro.cli,
+        type(default),
+        default=_with_named_parts(default, named),
+        args=arguments,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    try:
+        # Both streams: tyro chooses its box's characters and colours by what stdout can show.
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+            return parse()
+    except SystemExit as stop:
+        if stop.code:
+            printed.seek(0)
+            raise UserError(_parse_message(printed.read())) from None
+        if rank_of_environment() == 0:
+            try:
+                parse()  # --help: once more, for the terminal to see
+            except BrokenPipeError:  # head has seen enough; nor is there anyone to flush to
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def _in_one_paragraph(read: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the reader of fields' docstrings that tyro calls: their later lines are indented, and
+    tyro takes an indented line for a paragraph of its own."""
+
+    def wrapper(source: object) -> Any:
+        found = read(source)
+        for field in found.params:
+            field.description = " ".join((field.description or "").split()) or None
+        return found
+
+    return wrapper
+
+
+docstring_parser.parse_from_object = _in_one_paragraph(docstring_parser.parse_from_object)
+
+
+def _with_named_parts(default: _Config, arguments: Sequence[str], prefix: str = "--") -> _Config:
+    """Return `default` with optional dataclasses that are None put to their own default, where the
+    arguments name one of their fields or ask for help.
+
+    tyro offers no field of what is not there.
+    """
+    changes: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(type(default)).items():
+        value, inner = getattr(default, name), f"{prefix}{name.replace('_', '-')}."
+        is_named = any(word.replace("_", "-").startswith(inner) for word in arguments)
+        classes: list[Any] = [c for c in typing.get_args(hint) if dataclasses.is_dataclass(c)]
+        if value is None and classes and (is_named or {"-h", "--help"} & set(arguments)):
+            changes[name] = value = classes[0]()
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            inner = prefix if name == "stage" else inner  # of a stage's job
+            changes[name] = _with_named_parts(value, arguments, inner)
+    return dataclasses.replace(default, **changes) if changes else default  # type: ignore[type-var]
+
+
+def _parse_message(box: str) -> str:
+    """Return tyro's error box as two lines: what is wrong, and what was perhaps meant."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    blocks: list[list[str]] = [[]]  # the box separates its parts with ruled lines
+    for line in lines:
+        if line.startswith("───"):
+            blocks.append([])
+        else:
+            blocks[-1].append(line)
+    problem = " ".join(blocks[0]) or box.strip()
+    advice = "run with --help to see every option"
+    if len(blocks) > 1 and blocks[1][:1] == ["Perhaps you meant:"]:
+        advice = f"perhaps you meant {blocks[1][1]}; {advice}"
+    return f"{problem}\n{advice}"

@@ -1,0 +1,31 @@
+"""Settings of a conversion from Hugging Face or to it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from engine.settings.layout import ParallelLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """One conversion."""
+
+    direction: tyro.conf.Positional[Literal["import", "export"]]
+    """import: from Hugging Face to a run; export: from a run to Hugging Face."""
+    source: Path | None = None
+    """import: the model's folder; export: a run, one of its checkpoints, or a network in one."""
+    out: Path | None = None
+    """The folder to make; it must not exist."""
+    role: str = "policy"
+    """Which network of the checkpoint: policy, reference or ema."""
+    tokenizer: Path | None = None
+    """Tokenizer file or folder; none: the one that lies with the source."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Of the weights that are written; fp32 holds the others exactly."""
+    file_gigabytes: float = 5.0
+    """export: largest file of weights, in 10^9 bytes (Hugging Face's own choice)."""
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    """Ranks that share the model while it is converted; the result is the same under any."""

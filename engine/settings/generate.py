@@ -1,0 +1,40 @@
+"""Settings of generation from a checkpoint: a batch of prompts, or a dialogue."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from engine.settings.layout import ParallelLayout
+from engine.settings.sampling import SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """A batch of prompts, or without `prompts` a dialogue in the terminal."""
+
+    source: Path | None = None
+    """A run, one of its checkpoints, a network in one, or a Hugging Face GPT-2 folder."""
+    role: str = "policy"
+    """Which network of a checkpoint: policy, reference or ema."""
+    tokenizer: Path | None = None
+    """Tokenizer file or folder; none: the one that lies with the source."""
+    prompts: Path | None = None
+    """Prompts to answer, .jsonl or .jsonl.gz with {"prompt"} or {"messages"}."""
+    out: Path = Path("responses.jsonl")
+    """Their answers: {"prompt", "response", "sample", "tokens", "logprob", "has_eos"} a line, in
+    the prompts' order. Until all are there they are kept in OUT.partial, where the same command
+    goes on."""
+    num_samples: int = 1
+    """Answers to each prompt."""
+    prompt_suffix: str = "\n"
+    """Closes every prompt of the file, as in training; a dialogue closes its own."""
+    skip_bad_lines: bool = False
+    """Count and report bad lines instead of stopping at the first."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=256))
+    """How answers are drawn."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Of weights and computation."""
+    seed: int = 1
+    """Seeds the draws."""
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    """Ranks that share the model; those left over share the prompts."""

@@ -1,0 +1,132 @@
+"""A config as JSON and back: what a run's folder keeps of how it was started."""
+
+import contextlib
+import dataclasses
+import enum
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from engine.errors import UserError
+
+_Config = TypeVar("_Config")
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write a config dataclass as JSON, whole or not at all; makes its folder."""
+    from engine.files import replacing  # files.py takes UserError from here
+
+    text = json.dumps(_encode(config), indent=2) + "\n"
+    with replacing(path) as stream:
+        stream.write(text.encode())
+
+
+def changed_fields(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
+    """Return {dotted name: (saved, now)} of the fields that differ from what save_config wrote to
+    `path`; a field that only one of the two has is left out."""
+
+    def flat(values: Any, prefix: str) -> dict[str, Any]:
+        if not isinstance(values, dict):
+            return {prefix: values}
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            found |= flat(value, f"{prefix}.{name}" if prefix else name)
+        return found
+
+    now, saved = flat(_encode(config), ""), flat(_read_json(path), "")
+    return {
+        name: (saved[name], value)
+        for name, value in now.items()
+        if name in saved and saved[name] != value
+    }
+
+
+def load_config(cls: type[_Config], path: Path) -> _Config:
+    """Return the `cls` that save_config wrote; a field that the file lacks takes its default.
+
+    Raises UserError for a missing or malformed file, an unknown field, a value of another type.
+    """
+    try:
+        return _decode(cls, _read_json(path), "")
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _read_json(path: Path) -> Any:
+    from engine.files import open_file
+
+    with open_file(path) as stream:
+        text = stream.read()
+    try:
+        return json.loads(text)
+    except ValueError as error:  # json.JSONDecodeError is one, and says the line
+        raise UserError(f"{path}: {error}") from None
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _encode(item) for key, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a config cannot hold a {type(value).__name__}: {value!r}")
+
+
+def _decode(hint: Any, value: Any, where: str) -> Any:
+    """Return `value` as the type `hint`; ValueError names the field by its dotted path `where`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _decode_dataclass(hint, value, where)
+    if origin in (Union, types.UnionType):
+        return _decode_union(arguments, value, where)
+    if origin in (list, tuple) and isinstance(value, list):
+        return _decode_sequence(hint, value, where)
+    if origin is dict and isinstance(value, dict):
+        return {key: _decode(arguments[1], v, f"{where}.{key}") for key, v in value.items()}
+    if origin is Literal and value in arguments:
+        return value
+    if hint is float and type(value) is int:  # JSON has one kind of number
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, str):
+        if issubclass(hint, enum.Enum) and value in hint.__members__:
+            return hint[value]
+        if issubclass(hint, Path):
+            return hint(value)
+    if type(value) is hint:
+        return value
+    raise ValueError(f"{where or 'the file'} cannot be {value!r}")
+
+
+def _decode_sequence(hint: Any, values: list[Any], where: str) -> Any:
+    arguments = typing.get_args(hint)
+    is_fixed = typing.get_origin(hint) is tuple and arguments[1:] != (Ellipsis,)
+    hints = arguments if is_fixed else arguments[:1] * len(values)
+    if len(hints) != len(values):
+        raise ValueError(f"{where} wants {len(hints)} values, not {len(values)}")
+    pairs = enumerate(zip(hints, values, strict=True))
+    return typing.get_origin(hint)(_decode(h, v, f"{where}.{i}") for i, (h, v) in pairs)
+
+
+def _decode_dataclass(cls: Any, values: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    prefix = f"{where}." if where else ""
+    unknown = sorted(values.keys() - {f.name for f in dataclasses.fields(cls)})
+    if unknown:
+        raise ValueError(f"unknown field {prefix}{unknown[0]}")
+    return cls(**{name: _decode(hints[name], v, f"{prefix}{name}") for name, v in values.items()})
+
+
+def _decode_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    for choice in choices:
+        with contextlib.suppress(ValueError):
+            return _decode(choice, value, where)
+    raise ValueError(f"{where} cannot be {value!r}")

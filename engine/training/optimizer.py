@@ -1,0 +1,351 @@
+"""megatron's distributed Adam over a network: fp32 masters, loss scaling, clipping, steps that are
+skipped, and the learning-rate schedule."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+
+from engine.ranks.device import choices_for
+from engine.settings.adam import AdamConfig
+from engine.training.gradients import scale_gradients, sum_of_squares
+from engine.training.network import Network
+from engine.training.passes import finish_gradients
+from engine.training.skipped import SkippedSteps
+
+# Elements of a bucket that is reduced and gathered at once where that overlaps; None for megatron's
+# choice, 40 M or 1 M a data-parallel rank, whichever is more.
+BUCKET_ELEMENTS: int | None = None
+
+
+Owned = tuple[torch.nn.Parameter, slice, torch.Tensor]
+"""(parameter, range of its flattened elements, what this rank keeps in fp32 for that range)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Global gradient norm before clipping; inf or nan where a gradient was not finite."""
+    lr: float
+    """Learning rate of the step."""
+    was_skipped: bool
+    """True when the norm was not finite, and everything stayed as it was."""
+
+
+class Optimizer:
+    """The optimizer of one network; its steps are counted in the schedule's unit by the caller."""
+
+    def __init__(self, network: Network, config: AdamConfig, *, total_steps: int) -> None:
+        self.network = network
+        self.config = config
+        make_trainable(network)
+        network.settle()  # all ranks hold the same: the first pass has nothing to wait for
+        self.megatron = _distributed_adam(network, config)
+        self.skipped = SkippedSteps(limit=config.max_skipped_steps)
+        self._use_fused_kernel()
+        self._is_counted = self._counted_masters()
+        self.await_state: Callable[[], None] = _at_hand
+        network.config.grad_scale_func = (
+            self.megatron.scale_loss if network.dtype is torch.float16 else None
+        )
+        is_cosine = config.schedule == "cosine"
+        self.schedule = OptimizerParamScheduler(
+            self.megatron,
+            init_lr=config.warmup_start * config.lr if config.warmup else 0.0,
+            max_lr=config.lr,
+            min_lr=config.final_fraction * config.lr if is_cosine else 0.0,
+            lr_warmup_steps=config.warmup,
+            lr_decay_steps=max(total_steps, config.warmup + 1),
+            lr_decay_style=config.schedule,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=1,
+            wd_incr_style="constant",
+        )
+
+    def zero_gradients(self) -> None:
+        """Clear the gradient buffers before the first forward_backward of a step."""
+        for chunk in self.network.chunks:
+            chunk.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    def step(self, position: int) -> StepResult:
+        """Reduce the gradients, clip and apply them with the learning rate of schedule position
+        `position` (from 0); or skip the step, on all ranks alike, where their norm is not finite.
+
+        A skipped step changes nothing but fp16's loss scale; its position is not taken again.
+        """
+        finish_gradients(self.network)
+        self.await_state()
+        self.schedule.num_steps = position
+        self.schedule.step(0)  # writes the learning rate of num_steps into the parameter groups
+        with self.network.parallel.active():
+            norm, loss_scale = self._read_norm()
+            is_finite = math.isfinite(norm)
+            for optimizer in self._distributed():
+                if optimizer.grad_scaler is not None:
+                    optimizer.grad_scaler.update(not is_finite)
+            if is_finite:
+                clip = min(1.0, self.config.clip_norm / (norm + 1e-6))
+                scale_gradients(self._gradients(), clip / loss_scale)
+                self.megatron.step_with_ready_grads()
+                self.network.weights_version += 1
+        can_fall = loss_scale > self.megatron.config.min_loss_scale
+        self.skipped.count(
+            was_skipped=not is_finite,
+            is_explained=self.network.dtype is torch.float16 and can_fall,
+        )
+        lr = self.megatron.param_groups[0]["lr"]
+        return StepResult(grad_norm=norm, lr=lr, was_skipped=not is_finite)
+
+    def sync_weights(self) -> None:
+        """Make the network's weights follow the fp32 masters, after something other than step()
+        changed those."""
+        for optimizer in self._distributed():
+            optimizer._copy_main_params_to_model_params()
+        for chunk in self.network.chunks:
+            chunk.start_param_sync(force_sync=True)
+        self.network.weights_version += 1
+
+    def adopt_weights(self, only: Sequence[torch.nn.Parameter] | None = None) -> None:
+        """Make the fp32 masters follow the network's weights, after those were loaded from a
+        checkpoint; or those of some parameters alone, after these were changed: 16-bit weights have
+        less than their masters do."""
+        self.network.settle()
+        chosen = None if only is None else {id(parameter) for parameter in only}
+        for parameter, bounds, master in self.owned_masters():
+            if chosen is None or id(parameter) in chosen:
+                master.detach().copy_(parameter.detach().view(-1)[bounds])
+
+    def owned_masters(self) -> list[Owned]:
+        """Return the fp32 masters of this rank's shards."""
+        owned = []
+        for optimizer in self._distributed():
+            pairs = (
+                (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
+                (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+            )
+            for parameter_groups, master_groups in pairs:
+                for parameters, masters in zip(parameter_groups, master_groups, strict=True):
+                    for parameter, master in zip(parameters, masters, strict=True):
+                        bounds = optimizer._get_model_param_range_map(parameter)["param"]
+                        owned.append((parameter, slice(bounds.start, bounds.end), master))
+        return owned
+
+    def num_owned_by_rank(self) -> list[int]:
+        """Return, for the rank in this one's place in each replica, the elements whose fp32 masters
+        and moments it keeps."""
+        num_replicas = self.network.parallel.num_replicas
+        num_owned = [0] * num_replicas
+        for buffer in (b for chunk in self.network.chunks for b in chunk.buffers):
+            for start, end, bucket_id in buffer.param_index_map.values():
+                bucket = buffer.buckets[bucket_id]
+                share = bucket.grad_data.numel() // num_replicas  # a rank's range of the bucket
+                for rank in range(num_replicas):
+                    first = bucket.offset + rank * share
+                    num_owned[rank] += max(0, min(end, first + share) - max(start, first))
+        return num_owned
+
+    def owned_state(self) -> dict[str, list[Owned]]:
+        """Return the fp32 masters and Adam's moments of this rank's shards, by megatron's names for
+        them."""
+        self.prepare_state()
+        adam = {}
+        for optimizer in self._distributed():
+            adam.update(optimizer.optimizer.state)
+        owned = self.owned_masters()
+        moments = {
+            name: [(parameter, bounds, adam[master][name]) for parameter, bounds, master in owned]
+            for name in ("exp_avg", "exp_avg_sq")
+        }
+        return {"param": owned, **moments}
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        """Return the fp32 masters, which are views of the weights where those are fp32, and Adam's
+        moments."""
+        moments = [
+            state[name]
+            for optimizer in self._distributed()
+            for state in optimizer.optimizer.state.values()
+            for name in ("exp_avg", "exp_avg_sq")
+        ]
+        return [master for _, _, master in self.owned_masters()] + moments
+
+    def prepare_state(self) -> None:
+        """Allocate Adam's moments as zeros where no step has done so yet; checkpoints need them to
+        exist."""
+        self.await_state()
+        for optimizer in self._distributed():
+            if optimizer.optimizer.state:
+                continue
+            for group in optimizer.optimizer.param_groups:
+                for master in group["params"]:
+                    optimizer.optimizer.state[master] = {
+                        "step": torch.zeros((), device=master.device),
+                        "exp_avg": torch.zeros_like(master),
+                        "exp_avg_sq": torch.zeros_like(master),
+                    }
+
+    def counts(self) -> dict:
+        """Return the rest of a checkpoint's state, which the first rank writes for all: counts of
+        steps, loss scale. Empty where this rank owns nothing but padding, of a small model on many
+        replicas: megatron would ask its Adam for the step, and that has no state."""
+        if not self.owned_masters():
+            return {}
+        return self.megatron.state_dict() | {"skipped": self.skipped.state_dict()}
+
+    def load_state(self, state: dict) -> None:
+        """Take the rest of a checkpoint's state, whose masters and moments are in place: counts of
+        steps, loss scale."""
+        ours = ("param_state", "skipped")
+        with self.network.parallel.active():
+            self.megatron.load_state_dict({k: v for k, v in state.items() if k not in ours})
+        self.skipped.load_state_dict(state.get("skipped", {}))
+        self._use_fused_kernel()  # the groups are the checkpoint's now
+        for optimizer in self._distributed():
+            for master, adam_state in optimizer.optimizer.state.items():
+                # megatron hands all of them one tensor on the host, which Adam counts up in place.
+                adam_state["step"] = adam_state["step"].to(master.device, copy=True)
+
+    def _read_norm(self) -> tuple[float, float]:
+        """Return (norm of the gradients of all ranks, loss scale that they carry): the host waits
+        for the device here, once a step."""
+        for optimizer in self._distributed():
+            optimizer._copy_model_grads_to_main_grads()
+        total = sum_of_squares(self._gradients(), self._is_counted)
+        dist.all_reduce(total, group=self.megatron.get_grad_stats_parallel_group())
+        numbers = torch.cat([total.sqrt(), self.megatron.get_loss_scale()])
+        norm, loss_scale = numbers.tolist()  # sync: the only one
+        return norm / loss_scale, loss_scale
+
+    def _masters(self) -> list[torch.Tensor]:
+        return [
+            master
+            for optimizer in self._distributed()
+            for group in optimizer.optimizer.param_groups
+            for master in group["params"]
+        ]
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [master.grad for master in self._masters()]  # type: ignore[misc]
+
+    def _counted_masters(self) -> torch.Tensor:
+        """Return 1 for each of _masters() whose gradient counts in the norm, 0 for copies: of what
+        tensor-parallel ranks hold alike, of the embedding at the other end of a pipeline."""
+        with self.network.parallel.active():
+            counted = [
+                float(param_is_not_shared(m) and param_is_not_tensor_parallel_duplicate(m))
+                for m in self._masters()
+            ]
+        return torch.tensor(counted, device=self.network.parallel.device)
+
+    def _use_fused_kernel(self) -> None:
+        """Have torch's Adam update everything in one pass over memory; its count of steps then lies
+        on the device. apex's and Transformer Engine's Adam do so by themselves."""
+        for optimizer in self._distributed():
+            if isinstance(optimizer.optimizer, torch.optim.AdamW):
+                for group in optimizer.optimizer.param_groups:
+                    group["fused"] = True
+
+    def _distributed(self) -> list:
+        return getattr(self.megatron, "chained_optimizers", [self.megatron])
+
+
+def _at_hand() -> None:
+    """Wait for an optimizer's state where nothing moves it (engine/residency does)."""
+
+
+def _distributed_adam(network: Network, config: AdamConfig) -> Any:
+    """Return megatron's distributed optimizer of a trainable network."""
+    megatron_config = OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.final_fraction * config.lr,
+        weight_decay=config.weight_decay,
+        fp16=network.dtype is torch.float16,
+        bf16=network.dtype is torch.bfloat16,
+        params_dtype=network.dtype,
+        initial_loss_scale=2.0**16,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.epsilon,
+        clip_grad=config.clip_norm,
+        use_distributed_optimizer=True,
+    )
+    with network.parallel.active():
+        return get_megatron_optimizer(
+            megatron_config, network.chunks, use_gloo_process_groups=False
+        )
+
+
+def make_trainable(network: Network) -> None:
+    """Give a network gradients: dropout on, and megatron's data-parallel wrapper around every
+    chunk."""
+    parallel = network.parallel
+    for module in network.modules:
+        module.requires_grad_(True)
+    # Without other replicas there is nothing to overlap.
+    gains = parallel.num_replicas > 1 and choices_for(parallel.device).overlaps_replicas
+    overlaps_reduce, overlaps_gather = parallel.layout.overlaps(gains=gains)
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlaps_reduce,
+        overlap_param_gather=overlaps_gather,
+        bucket_size=BUCKET_ELEMENTS,
+        average_in_collective=False,
+        check_for_nan_in_grad=False,  # alarms and loss scaling look at the norm instead
+    )
+    with parallel.active():
+        # On the first pipeline chunk buckets are reduced and gathered one by one; megatron makes
+        # one of the others, whose communication falls into bubbles. An fp32 head has a bucket of
+        # its own all the same: not every backend gathers two dtypes in one message.
+        network.chunks = [
+            DistributedDataParallel(
+                network.config,
+                config,
+                module,
+                disable_bucketing=stage > 0 and len({p.dtype for p in module.parameters()}) == 1,
+            )
+            for stage, module in enumerate(network.modules)
+        ]
+    for chunk in network.chunks:
+        _await_head(chunk)
+        _gather_scalar_head_last(chunk)
+    network.train(True)
+
+
+def _gather_scalar_head_last(chunk: DistributedDataParallel) -> None:
+    """Have an fp32 head's weights gathered behind the 16-bit ones, where that overlaps.
+
+    megatron starts with the last bucket of its list, whose parameters are read first; but the head
+    has a bucket of its own behind all others, for its dtype, and is read last.
+    """
+    if chunk.use_forward_hook and len(chunk.buffers) > 1 and len(chunk.bucket_groups) > 1:
+        *others, head = chunk.bucket_groups
+        head.next_param_gather_bucket_group = None
+        others[0].next_param_gather_bucket_group = head
+
+
+def _await_head(chunk: DistributedDataParallel) -> None:
+    """Have a last stage's head waited for before it is read, where weights are gathered meanwhile.
+
+    megatron waits for the weights of a module when that is called. The head's are read without
+    calling it (models/gpt.py), after the final norm; on a stage of its own they have their own
+    bucket.
+    """
+    head = getattr(chunk.module, "output_layer", None)
+    if head is None or not chunk.use_forward_hook:
+        return
+    wait = chunk._make_forward_pre_hook()
+    chunk.module.decoder.final_layernorm.register_forward_pre_hook(lambda *_: wait(head))

@@ -1,0 +1,169 @@
+"""Every recipe passes its dry run; a job that does not fit stops with a line that says why."""
+
+import dataclasses
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.dry_run.dry_run import check_batches, dry_run, models_of
+from engine.errors import UserError
+from engine.ranks.start import end_parallel
+from engine.recipe import run_stage
+from engine.settings.layout import ParallelLayout
+from models.sizes import SIZES
+
+ROOT = Path(__file__).parents[3]
+STAGES = ("sft", "init", "rm", "ppo")
+NUM_GPUS = {"tiny": 4, "1_3b": 64, "6b": 256, "175b": 1024}
+SLOW = {"6b", "175b"}
+CRITIC_DP8 = {"layout": ParallelLayout(tp=8), "critic_layout": ParallelLayout()}
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """Leave the world of one that other tests of this process may have joined."""
+    end_parallel()
+
+
+def config_of(name: str):
+    config = runpy.run_path(str(ROOT / f"recipes/{name}.py"))["config"]
+    if name == "ppo_tiny":  # its sizes are those of its checkpoints
+        config = dataclasses.replace(config, size="tiny", reward_model_size="tiny")
+    return config
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(f"{stage}_{size}", marks=[pytest.mark.slow] if size in SLOW else [])
+        for size in NUM_GPUS
+        for stage in STAGES
+    ],
+)
+def test_every_recipe_passes(capsys, name):
+    dry_run(config_of(name), NUM_GPUS[name.partition("_")[2]])
+    assert "every check passed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_175b_on_a_thousand_gpus_takes_little_memory():
+    command = [sys.executable, "recipes/ppo_175b.py", "--dry-run", "1024"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    assert usage.ru_maxrss < 4e6  # KiB
+
+
+def test_dry_run_is_an_option_of_every_stage(capsys):
+    config = config_of("sft_tiny")
+    run_stage(pytest.fail, config, ["--dry-run", "4", "--layout.tp", "2"])
+    assert "tp 2 x pp 1 x dp 2" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        run_stage(pytest.fail, config, ["--dry-run", "4", "--layout.tp", "3"])
+    assert stop.value.code == 2
+    assert "layout tp 3 x pp 1 x cp 1 = 3 must divide" in capsys.readouterr().err
+
+
+def test_other_recipes_have_no_dry_run(capsys):
+    with pytest.raises(SystemExit):
+        run_stage(pytest.fail, config_of("sft_tiny"), ["--dry-run", "4"], has_dry_run=False)
+    assert "Unrecognized options: --dry-run" in capsys.readouterr().err
+
+
+def test_other_ranks_of_the_launch_are_silent(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    run_stage(pytest.fail, config_of("sft_tiny"), ["--dry-run", "4"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layout": ParallelLayout(tp=8)}, "policy and reference: layout.tp 8 must divide"),
+        ({"critic_layout": ParallelLayout(pp=8)}, "critic and reward model: pp 8 .* must divide"),
+        ({"layout": ParallelLayout(tp=3)}, "must divide them"),
+        ({"size": "huge"}, "no size is named 'huge'"),
+        ({"size": ""}, "needs --size and --reward-model-size"),
+    ],
+)
+def test_job_that_does_not_fit_is_refused(changes, message):
+    config = dataclasses.replace(config_of("ppo_tiny"), **changes)
+    with pytest.raises(UserError, match=message):
+        dry_run(config, 8)
+
+
+def test_layout_that_does_not_fit_is_answered_with_one_that_does(capsys):
+    config = config_of("ppo_1_3b")
+    with pytest.raises(UserError, match="1 = 3 must divide them.*\nwhat fits 8 x h100") as error:
+        dry_run(dataclasses.replace(config, layout=ParallelLayout(pp=3)), 8)
+    options = str(error.value).splitlines()[4].split("   ")[-1].split()
+    assert options[0].startswith("--")
+    run_stage(pytest.fail, config, ["--dry-run", "8", *options])
+    assert "every check passed" in capsys.readouterr().out
+
+
+def test_run_that_needs_more_memory_is_refused_after_its_plan(capsys):
+    config = dataclasses.replace(config_of("sft_1_3b"), layout=ParallelLayout(), batch_size=1)
+    config = dataclasses.replace(config, micro_batch_tokens=2048, size="6b")
+    with pytest.raises(UserError, match="does not fit 1 x h100.*\nno layout fits: take more"):
+        dry_run(config, 1)
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "data", "message"),
+    [
+        ("ppo", {"minibatch_size": 24}, {}, "rollout_batch_size 64 must be a multiple of minib"),
+        ("ppo", {"rollout_batch_size": 36, "minibatch_size": 12}, {}, "multiple of dp 8"),
+        ("ppo", {"minibatch_size": 4} | CRITIC_DP8, {}, "of the critic's dp 8"),
+        ("ppo", {"micro_batch_tokens": 200}, {}, "micro_batch_tokens 200 must be at least 224"),
+        ("ppo", {}, {"max_prompt_tokens": 200}, "200 .* 96 = 296 exceed the context of 256"),
+        ("ppo", {}, {"pretraining_tokens": 512}, "data.pretraining_tokens 512 is more than"),
+        ("sft", {"batch_size": 12}, {}, "batch_size 12 must be a multiple of dp 8"),
+        ("sft", {}, {"max_tokens": 512}, "data.max_tokens 512 is more than"),
+        ("sft", {}, {"max_prompt_tokens": 256}, "leaves no room for a response"),
+        ("init", {}, {"pretraining_tokens": 512}, "data.pretraining_tokens 512 is more than"),
+        ("rm", {"micro_batch_tokens": 128}, {}, "micro_batch_tokens 128 must be at least 256"),
+    ],
+)
+def test_batch_that_does_not_fit_is_refused(stage, changes, data, message):
+    config = config_of(f"{stage}_tiny")
+    changes = changes | {"data": dataclasses.replace(config.data, **data)}
+    config = dataclasses.replace(config, **changes)
+    with pytest.raises(UserError, match=message):
+        check_batches(config, SIZES["tiny"], 8)
+
+
+def test_generation_in_a_layout_of_its_own_is_built_too(capsys):
+    config = dataclasses.replace(
+        config_of("ppo_tiny"), layout=ParallelLayout(pp=2), generation_layout=ParallelLayout(tp=2)
+    )
+    dry_run(config, 4)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("generation: ") and "tp 2 x pp 1 x dp 2" in line for line in lines)
+    bad = dataclasses.replace(config, generation_layout=ParallelLayout(tp=8))
+    with pytest.raises(UserError, match="generation: layout.tp 8 must divide"):
+        dry_run(bad, 8)
+    staged = dataclasses.replace(config, generation_layout=ParallelLayout(pp=4))
+    with pytest.raises(UserError, match="generation_layout: .* without pipeline, not to pp 4"):
+        dry_run(staged, 4)
+
+
+def test_batches_are_said_in_words():
+    lines = check_batches(config_of("ppo_tiny"), SIZES["tiny"], 8)
+    assert lines == [
+        "batch: 64 episodes an iteration in 2 updates of 32, 4 a rank (dp 8)",
+        "ptx: 32 sequences of 128 tokens an update, 4 a rank",
+    ]
+
+
+def test_roles_of_one_shape_are_built_once():
+    config = dataclasses.replace(config_of("ppo_tiny"), reward_model_size="small")
+    policy, critic = models_of(config)
+    assert str(policy) == "policy and reference"
+    assert (policy.kind, policy.size) == ("language", SIZES["tiny"])
+    assert (critic.kind, critic.size) == ("scalar", SIZES["small"])

@@ -1,0 +1,118 @@
+import io
+import re
+
+from rich.console import Console
+
+from engine.quickstart.report import summary_table, write_report
+
+SUMMARY = {
+    "rm_pair_accuracy": 0.8125,
+    "seconds": {"pretrain": 60.0, "ppo_ptx": 120.0},
+    "base": {"labeler_score": 0.1, "win_rate_vs_sft": 0.05, "win_rate_interval": [0.02, 0.11]},
+    "sft": {"labeler_score": 0.5, "win_rate_vs_sft": 0.5, "kl_from_init": 1.25},
+    "ppo_ptx": {
+        "labeler_score": 0.75,
+        "win_rate_vs_sft": 0.68,
+        "win_rate_interval": [0.62, 0.73],
+        "kl_from_init": 4.321,
+        "pretrain_loss": 3.21,
+        "response_tokens": 31.4,
+        "eos_rate": 0.98,
+    },
+}
+CURVES = {
+    "pretrain": [
+        {"step": s, "train/pretrain_loss": 5.0 - s, "valid/pretrain_loss": 5.1 - s}
+        for s in range(4)
+    ],
+    "rm": [{"step": s, "train/loss": 0.7, "train/pair_accuracy": 0.5 + s / 10} for s in range(4)],
+    "ppo": [{"step": s, "score/kl": s, "score/reward_mean": s / 2} for s in range(20)],
+    "ppo_ptx": [{"step": s, "score/kl": s / 2, "score/reward_mean": s / 3} for s in range(20)],
+}
+SAMPLES = [
+    {
+        "prompt": 'Name: <Aromi>\nFood: "Thai" & cheap',
+        "answers": {
+            "sft": "It is <b>cheap</b>.",
+            "ppo_ptx": "Aromi & co <script>alert(1)</script>",
+        },
+        "scores": {"sft": 0.25},
+    }
+]
+
+
+def written(tmp_path, summary=SUMMARY, curves=CURVES, samples=SAMPLES) -> str:
+    write_report(tmp_path / "report.html", summary, curves, samples)
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_page_stands_alone(tmp_path):
+    page = written(tmp_path)
+    links = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert all(link.startswith("#") for link in links), links  # parts of a plot name each other
+    assert "url(http" not in page
+    assert "@import" not in page
+    assert "<script" not in page
+
+
+def test_texts_of_models_and_users_are_escaped(tmp_path):
+    page = written(tmp_path)
+    assert "Name: &lt;Aromi&gt;\nFood: &quot;Thai&quot; &amp; cheap" in page
+    assert "It is &lt;b&gt;cheap&lt;/b&gt;." in page
+    assert "Aromi &amp; co &lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+def test_numbers_of_the_summary_are_on_the_page(tmp_path):
+    page = written(tmp_path)
+    for text in ("81.2%", "68% (62% to 73%)", "4.32", "3.210", "31.4", "98%", "3.0 min", "0.25"):
+        assert text in page, text
+
+
+def test_every_panel_that_has_data_is_drawn(tmp_path):
+    captions = re.findall("<figcaption>(.*?)</figcaption>", written(tmp_path))
+    assert captions == [
+        "preferred to SFT, with 95% interval",
+        "reward against KL, a point an iteration",
+        "pretrain: pretraining loss",
+        "rm: loss",
+        "rm: pair accuracy",
+        "reward",
+        "KL to the init policy (nats)",
+    ]
+
+
+def test_plots_follow_the_theme_of_the_page(tmp_path):
+    page = written(tmp_path)
+    svgs = re.findall("<svg.*?</svg>", page, re.DOTALL)
+    assert len(svgs) == 7
+    assert not re.findall("#0101[0-9]{2}", page)
+    assert all("var(--series-" in svg for svg in svgs)
+    defined = set(re.findall(r"(--[a-z0-9-]+):", page))
+    assert set(re.findall(r"var\((--[a-z0-9-]+)\)", page)) <= defined
+
+
+def test_same_input_gives_the_same_file(tmp_path):
+    assert written(tmp_path) == written(tmp_path)
+
+
+def test_an_empty_run_still_has_a_page(tmp_path):
+    page = written(tmp_path, {}, {}, [])
+    assert "<figure>" not in page
+    assert page.rstrip().endswith("</html>")
+
+
+def test_a_stage_with_values_that_are_not_finite_is_drawn(tmp_path):
+    rows = [{"step": s, "train/loss": float("nan") if s == 2 else 1.0} for s in range(4)]
+    assert "sft" not in SUMMARY["seconds"]
+    assert "SFT: loss" in written(tmp_path, {}, {"sft": rows}, [])
+
+
+def test_screen_table_has_a_row_a_model():
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(summary_table(SUMMARY))
+    text = console.export_text()
+    assert "81.2% of held-out pairs right" in text
+    rows = [line for line in text.splitlines() if line.startswith("│")]
+    assert [row.split()[1] for row in rows] == ["base", "SFT", "PPO-ptx"]
+    assert "68% (62% to 73%)" in rows[2]

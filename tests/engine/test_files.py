@@ -1,0 +1,73 @@
+import gzip
+from pathlib import Path
+
+import pytest
+
+from engine.errors import UserError
+from engine.files import open_file, read_lines, replacing
+
+
+def test_a_missing_file_is_answered_with_near_names(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl.gz").touch()
+    with pytest.raises(UserError, match=r"train\.jsonl: no such file; .* has train\.jsonl\.gz"):
+        open_file(tmp_path / "train.jsonl")
+    with pytest.raises(UserError, match="nothing of a similar name"):
+        open_file(tmp_path / "quite-other.csv")
+    with pytest.raises(UserError, match="the folder .*nowhere does not exist"):
+        open_file(tmp_path / "nowhere" / "train.jsonl")
+
+
+def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder"):
+        open_file(tmp_path)
+
+
+def test_gzip_is_recognised_by_content(tmp_path: Path) -> None:
+    content = b"one\ntwo"
+    (tmp_path / "plain.gz").write_bytes(content)
+    (tmp_path / "packed.txt").write_bytes(gzip.compress(content))
+    expected = [(1, b"one\n"), (2, b"two")]
+    assert list(read_lines(tmp_path / "plain.gz")) == expected
+    assert list(read_lines(tmp_path / "packed.txt")) == expected
+
+
+def test_truncated_gzip_names_the_file_and_the_last_line(tmp_path: Path) -> None:
+    path = tmp_path / "cut.gz"
+    path.write_bytes(gzip.compress(b"line\n" * 1000)[:-8])
+    with pytest.raises(UserError, match=r"cut\.gz: the gzip data ends early, after line \d+"):
+        list(read_lines(path))
+
+
+def test_damaged_gzip_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "bad.gz"
+    content = bytearray(gzip.compress(bytes(range(256)) * 100))
+    content[20] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"bad\.gz: (damaged gzip data|the gzip data ends early)"):
+        list(read_lines(path))
+
+
+def test_replacing_writes_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.bin"
+    with replacing(path) as stream:
+        stream.write(b"first")
+    with pytest.raises(ZeroDivisionError), replacing(path) as stream:
+        stream.write(b"half")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"first"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_two_writers_at_once_leave_one_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    with replacing(path) as one, replacing(path) as other:
+        one.write(b"same")
+        other.write(b"same")
+    assert path.read_bytes() == b"same"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"), replacing(tmp_path / "file" / "x"):
+        pass
