@@ -242,10 +242,12 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(hidden @ weight.T / temperature) at the labels, and the entropy, [T] fp32 each.
 
-    hidden: [T, H]; weight: [V, H]; labels: [T] int. row_index [R] int64 names the rows to compute,
-    zeros come back for the others; without it CPU tensors skip rows labelled ignore_index, while on
-    a GPU, where finding them would wait for the device, all rows are computed. main_grad [V, H]
-    takes the weight's gradient by addition, in its own precision, and autograd gets none.
+    Library only: of a whole vocabulary; networks call models/vocab_parallel.py.
+
+    hidden: [T, H]; weight: [V, H]; labels: [T] int. row_index [R] int64 names the rows to compute;
+    zeros come back for the others. Without it CPU tensors skip rows labelled ignore_index. On a GPU
+    finding them would wait for the device, so all rows are computed. main_grad [V, H] takes the
+    weight's gradient by addition, in its own precision, and autograd gets none.
     """
     rows = RowSpec(
         num_valid_vocab=len(weight) if num_valid_vocab is None else num_valid_vocab,
@@ -274,13 +276,15 @@ def linear_logprobs_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss [] and log-probs [T] (without gradient), the gradients computed in the same pass.
 
+    Library only: of a whole vocabulary; networks call models/vocab_parallel.py.
+
     token_loss(logprobs [n], rows [n]) gives the loss [n] of tokens from their own log-probs alone,
     for example `lambda logprobs, rows: -(weights[rows] * logprobs)`, which torch differentiates. Or
     it gives losses and derivatives: `(-weights[rows] * logprobs, -weights[rows])`. Where it gives
     terms [k, n] besides, those of all rows, [k, T], come back in place of the log-probs. It is
-    called once a chunk and summed, so its normalisers are known beforehand. The weight's fp32
-    gradient [V, H] is held until backward. fp16 takes two passes, for the sake of its loss scale.
-    Other arguments as `linear_logprobs`.
+    called once a chunk and its losses are summed, so it knows its normalisers beforehand. The
+    weight's fp32 gradient [V, H] is held until backward. fp16 takes two passes, for the sake of its
+    loss scale. Other arguments as `linear_logprobs`.
     """
     rows = RowSpec(
         num_valid_vocab=len(weight) if num_valid_vocab is None else num_valid_vocab,

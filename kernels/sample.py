@@ -159,6 +159,8 @@ def sample(
 ) -> Sample:
     """One token a row of logits [B, V], its log-prob and the row's logsumexp.
 
+    Library only: of a whole vocabulary; generation calls models/vocab_parallel.py.
+
     sample_index, position [B] and seed as in `SampleKey`. temperature 0 is greedy, the lowest
     column of equals. top_k 0 and top_p 1 keep every column. A row with NaN gives some valid column
     and a NaN log-prob. Raises ValueError for a value out of range.

@@ -39,7 +39,7 @@ class ValueLoss(NamedTuple):
     return_moments: Tensor
     """[3] of the returns, for `kernels.moments`."""
     error_moments: Tensor
-    """[3] of return - value; with return_moments they give the explained variance."""
+    """[3] of return - value. With return_moments they give the explained variance."""
 
 
 @triton.jit
