@@ -1,9 +1,9 @@
 """Can Triton run on this tensor, and with which block size and how many warps.
 
-A CUDA tensor runs compiled kernels. A CPU tensor runs the plain torch reference, or, where
-`TRITON_INTERPRET=1` was set before `kernels` was imported and still is, the same kernels in
-Triton's interpreter. Triton decides at decoration, so setting the variable later does nothing;
-clearing it later returns CPU tensors to the reference.
+A CUDA tensor runs compiled kernels. A CPU tensor runs the plain torch reference. Where
+`TRITON_INTERPRET=1` was set before `kernels` was imported and still is, a CPU tensor runs the same
+kernels in Triton's interpreter. Triton decides at decoration, so setting the variable later does
+nothing; clearing it later returns CPU tensors to the reference.
 """
 
 import functools
@@ -90,8 +90,8 @@ def _cuda_architecture(device: torch.device) -> str:
 def config_for(kernel: str, columns: int, device: torch.device) -> LaunchConfig:
     """The configuration of a kernel, its block capped at the row length.
 
-    It depends on the architecture and the row length alone, never on the number of tokens, so
-    every tensor-parallel rank and every micro-batch runs the same sum order.
+    It depends on the architecture and the row length alone, never on the number of tokens. So every
+    tensor-parallel rank and every micro-batch adds up in the same order.
     """
     name = architecture(device)
     config = LAUNCHES.get(name, {}).get(kernel) or LAUNCHES["default"][kernel]

@@ -10,10 +10,10 @@ Backward, with g = dy * weight and means over the row:
 
 The two sums are taken by a fixed number of programs over fixed rows, then over the programs. A
 program holds them in its registers, which reaches to rows of 8192 columns: dy and x are read once
-and dx is written, 6 bytes an element in bf16. Of wider rows a program has a part of the columns,
-and the two means of a row are taken beforehand by a kernel that reads dy and x as well: 10 bytes.
-At a width of 12288 the layer's matrix products should take over a hundred times as long as either,
-by 72 H^2 operations a token at 790 TFLOP/s against 10 H bytes at 3 TB/s.
+and dx is written, 6 bytes an element in bf16. Of wider rows a program has a part of the columns.
+The two means of such a row are taken beforehand by a kernel that reads dy and x as well: 10 bytes.
+At a width of 12288 the layer's matrix products should take over a hundred times as long as either:
+72 H^2 operations a token at 790 TFLOP/s against 10 H bytes at 3 TB/s.
 """
 
 from typing import Any

@@ -7,9 +7,9 @@ Backward computes a chunk's logits again, turns them into dz in the same memory,
 
     d hidden = dz W        d W += dz^T hidden   (fp32)
 
-Forward and backward take four products, 8 T H V operations. Where the loss of a token depends on
-its own log-prob alone (SFT, pretraining, PPO's clipped loss), its derivative is known as soon as
-the log-prob is, and `linear_logprobs_loss` does it all in one pass: three products, 6 T H V.
+Forward and backward take four products, 8 T H V operations. The loss of a token may depend on its
+own log-prob alone, as in SFT, pretraining and PPO's clipped loss. Its derivative is then known as
+soon as the log-prob is. `linear_logprobs_loss` does it all in one pass: three products, 6 T H V.
 
 Products of bf16 numbers are exact in fp32, so the fp32 logits are those of an fp32 head. Logits
 rounded to bf16 would move log-probs by 2e-2 nats, which PPO would take for a change of policy.

@@ -4,8 +4,8 @@
 
 The two kernels of row_state.py and row_gradient.py read the logits from memory twice. Here a
 program reads its row a second time right after the first, while the row is still in the cache of
-the second level: an H100's 50 MB hold one fp32 row of GPT-2's vocabulary, 0.2 MB, for each of its
-132 multiprocessors, so a program takes a whole one of them.
+the second level. An H100's 50 MB hold one fp32 row of GPT-2's vocabulary, 0.2 MB, for each of its
+132 multiprocessors. So a program takes a whole one of them.
 """
 
 import torch

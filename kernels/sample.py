@@ -1,8 +1,9 @@
 """Sampling by Gumbel-max: one read of the logits gives the token, its log-prob and logsumexp.
 
-A token is drawn from softmax(z), z = logits / temperature, as `sample_state.py` says: from the
-logits of its row and (seed, sample index, position) alone, not from the batch around it, the
-vocabulary shards or the order of the work. Here the states of a row's parts become its sample.
+A token is drawn from softmax(z), z = logits / temperature, as `sample_state.py` says. It depends on
+the logits of its row and (seed, sample index, position) alone. The batch around it, the vocabulary
+shards and the order of the work are all the same to it. Here the states of a row's parts become its
+sample.
 """
 
 from typing import NamedTuple

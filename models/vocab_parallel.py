@@ -106,7 +106,7 @@ def _linear_spec(
     megatron's DistributedDataParallel reads `weight.grad` in a hook on the weight's autograd node
     and adds it to `weight.main_grad`. The head's gradient goes to main_grad directly, in fp32, and
     never through weight.grad. `grad_added_to_main_grad` stays False: the hook then still adds what
-    other users of the weight send through autograd, tied embeddings above all, and a gradient that
+    other users of the weight send through autograd, tied embeddings above all. So a gradient that
     took another path is never dropped. With overlapped reduction the hook insists on finding a
     gradient: zeros, unless the embeddings of this stage provide one (`zero_out_wgrad`).
     """
