@@ -25,10 +25,11 @@ from benchmarks.kernel_suite.layer_norm import LAYER_NORM
 from benchmarks.kernel_suite.linear_logprobs import LINEAR_LOGPROBS, LINEAR_LOSS
 from benchmarks.kernel_suite.logprobs import LOGPROBS, LOGPROBS_ENTROPY
 from benchmarks.kernel_suite.operation import BOTH_MODES, Operation, Size
-from benchmarks.kernel_suite.ppo_loss import PPO_LOSS
+from benchmarks.kernel_suite.policy_loss import POLICY_LOSS
 from benchmarks.kernel_suite.ranking_loss import RANKING_LOSS
 from benchmarks.kernel_suite.report import plot, table
 from benchmarks.kernel_suite.sample import SAMPLE, SAMPLE_TOP_P
+from benchmarks.kernel_suite.value_loss import VALUE_LOSS
 from benchmarks.screen import print_whole, screen
 from benchmarks.timing import append_record, free_memory, machine, records_path
 from engine.errors import UserError
@@ -42,7 +43,8 @@ OPERATIONS = {
         LINEAR_LOSS,
         FULL_KL,
         GAE,
-        PPO_LOSS,
+        POLICY_LOSS,
+        VALUE_LOSS,
         RANKING_LOSS,
         SAMPLE,
         SAMPLE_TOP_P,

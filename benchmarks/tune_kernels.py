@@ -9,6 +9,7 @@ bandwidth in the same process. What wins goes by hand into the table of kernels/
 """
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from benchmarks.command_line import command, count, mistakes_in_one_line, second
 from benchmarks.screen import print_whole, screen
 from benchmarks.timing import append_record, copy_bandwidth, machine, records_path
 from kernels.full_kl import full_kl
-from kernels.launch import LaunchConfig, config_for, interpreting, use_config
+from kernels.launch import LAUNCHES, LaunchConfig, architecture, config_for, interpreting
 from kernels.logprobs import logprobs
 from kernels.row_gradient import row_gradient
 from kernels.row_pass import row_pass
@@ -218,9 +219,23 @@ def _milliseconds(run: Callable[[], object], device: torch.device, *, repeats: i
     return best
 
 
+@contextlib.contextmanager
+def _configured(kernel: str, config: LaunchConfig, device: torch.device) -> Iterator[None]:
+    """Within it a kernel runs in this configuration on the device's architecture."""
+    entries = LAUNCHES.setdefault(architecture(device), {})
+    before = entries.get(kernel)
+    entries[kernel] = config
+    try:
+        yield
+    finally:
+        del entries[kernel]
+        if before is not None:
+            entries[kernel] = before
+
+
 def _measure(case: Case, config: LaunchConfig, device: torch.device) -> dict[str, Any]:
     """The record of one candidate."""
-    with use_config(case.kernel, config, device):
+    with _configured(case.kernel, config, device):
         try:
             error = case.error()
             is_right = error <= case.tolerance

@@ -18,11 +18,11 @@ from engine.feed import pack_for, step_batch
 from engine.training.network import Network
 from engine.training.passes import ScalarLoss, forward
 from engine.training.reduce import StepMetrics
-from kernels.clipped_loss import policy_token_losses
 from kernels.linear_logprobs import ProportionalLoss, TokenLoss
 from kernels.moments import Whitening
-from kernels.ppo_loss import policy_loss, value_loss
+from kernels.policy_loss import policy_metrics, policy_token_losses
 from kernels.ranking_loss import ranking_loss
+from kernels.value_loss import value_loss
 from models.readouts import shift_right
 
 
@@ -75,8 +75,8 @@ class ClippedPolicyLoss:
     whitening: Whitening | None
 
     def token_loss(self, batch: PackedBatch) -> TokenLoss:
-        """Return max(-A ratio, -A clip(ratio)) / num_targets of tokens from their log-probs, and
-        its derivatives."""
+        """Return max(-A ratio, -A clip(ratio)) / num_targets of tokens from their log-probs, its
+        derivatives, and the terms [3, n] of which the metrics are made."""
         old_logprobs, advantages = batch.fields["logprobs"], batch.fields["advantages"]
 
         return lambda logprobs, positions: policy_token_losses(
@@ -87,17 +87,12 @@ class ClippedPolicyLoss:
             whitening=self.whitening,
         )
 
-    def metrics(self, batch: PackedBatch, logprobs: Tensor) -> StepMetrics:
-        """Return loss, clip fraction, KL from the old policy and the extremes of the ratio."""
-        result = policy_loss(
-            logprobs,
-            batch.fields["logprobs"],
-            batch.fields["advantages"],
-            batch.mask,
-            self.num_targets,
-            cliprange=self.cliprange,
-            whitening=self.whitening,
-        )
+    def metrics(self, batch: PackedBatch, terms: Tensor) -> StepMetrics:
+        """Return loss, clip fraction, KL from the old policy and the extremes of the ratio.
+
+        terms: [3, T], those of the token loss at all tokens of the micro-batch.
+        """
+        result = policy_metrics(terms, batch.mask, self.num_targets)
         return {
             "policy_loss": result.loss,
             "clip_fraction": result.clip_fraction,

@@ -45,12 +45,12 @@ def gather_row(x: Tensor, share: ContextShare) -> Tensor:
 
 
 def join_readings(x: Tensor, share: ContextShare) -> Tensor:
-    """Return all ranks' x [T / cp] in the order of the row [T].
+    """Return all ranks' x [..., T / cp] in the order of the row [..., T].
 
     For what every rank puts to the same use, such as values that go into a loss: each rank's own
     gradient is complete.
     """
-    return _GatherRow.apply(x, share.group, False)
+    return _GatherRow.apply(x.movedim(-1, 0), share.group, False).movedim(0, -1)
 
 
 class _GatherRow(torch.autograd.Function):

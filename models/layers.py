@@ -3,7 +3,7 @@ GPT-3's GELU."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +161,7 @@ class LayerNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x, shape [..., hidden]."""
-        return cast(Tensor, layer_norm(x, self.weight, self.bias, eps=self.eps))
+        return layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
 class _OrderedEmbedding(torch.nn.Embedding):

@@ -83,31 +83,32 @@ class TokenLosses:
 
     logprobs: Logprobs
     token_loss: TokenLoss
-    """(log-probs [n], their tokens' indices in the row [n]) to losses [n]."""
+    """(log-probs [n], their tokens' indices in the row [n]) to losses [n], and what goes with them;
+    see kernels/linear_logprobs.py."""
 
     def read(
         self, head: LanguageHead, hidden: Tensor, tokens: Tensor, sequences: PackedSequences
     ) -> tuple[Tensor, Tensor]:
-        """Return (loss [], log-probs [T] without gradient).
+        """Return (loss [], log-probs [T], or the token loss's terms [k, T], without gradient).
 
-        Under context parallelism the loss is of the tokens that this rank holds, the log-probs are
-        of all.
+        Under context parallelism the loss is of the tokens that this rank holds, the others are of
+        all.
         """
 
-        def at_tokens(values: Tensor, numbers: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        def at_tokens(values: Tensor, numbers: Tensor) -> Tensor | tuple[Tensor, ...]:
             # The last state predicts nothing. Its loss is discarded, yet must look at some token.
             predicted = sequences.in_row(numbers) + 1
             return self.token_loss(values, predicted.clamp(max=len(tokens) - 1))
 
         is_same_everywhere = isinstance(self.token_loss, ProportionalLoss)
-        loss, logprobs = vocab_parallel_linear_logprobs_loss(
+        loss, terms = vocab_parallel_linear_logprobs_loss(
             hidden,
             head.weight,
             self.logprobs.labels(tokens, sequences),
             self.token_loss if is_same_everywhere else at_tokens,
             **self.logprobs.arguments(head, sequences),
         )
-        return loss, shift_right(sequences.join(logprobs))
+        return loss, shift_right(sequences.join(terms))
 
 
 @dataclass(frozen=True)

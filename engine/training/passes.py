@@ -36,11 +36,12 @@ class LanguageLoss(Protocol):
     gradients in one pass over the logits."""
 
     def token_loss(self, batch: PackedBatch) -> TokenLoss:
-        """Return f(log-probs [n], their positions in the batch [n]) -> losses [n], with their
-        derivatives [n] or for torch to differentiate."""
+        """Return f(log-probs [n], their positions in the batch [n]) -> losses [n], and what goes
+        with them; see kernels/linear_logprobs.py."""
 
-    def metrics(self, batch: PackedBatch, logprobs: Tensor) -> StepMetrics:
-        """Return what the log-probs [T] of a micro-batch say, without gradient."""
+    def metrics(self, batch: PackedBatch, terms: Tensor) -> StepMetrics:
+        """Return what the token loss's terms [k, T] say, or the log-probs [T] where it has none;
+        without gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +107,8 @@ def _loss_of(
     if callable(objective.loss):
         value, metrics = objective.loss(batch, output)
     else:
-        value, logprobs = output
-        metrics = objective.loss.metrics(batch, logprobs)
+        value, terms = output
+        metrics = objective.loss.metrics(batch, terms)
     no_tokens = torch.zeros((), dtype=torch.int, device=value.device)
     return value * objective.scale, no_tokens, metrics
 
