@@ -6,6 +6,7 @@ attention does not keep. Imports neither torch nor megatron.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 from engine.planning.parameters import (
@@ -117,14 +118,21 @@ class PlannedNetwork:
         return owned_parameters(self._stage(pp_rank))
 
     def _stage(self, pp_rank: int) -> PipelineStage:
-        return PipelineStage(
-            kind=self.kind,
-            size=self.size,
-            layout=self.layout,
-            pp_rank=pp_rank,
-            dp=self.dp,
-            dtype=self.numerics.dtype,
-        )
+        return self._stages[pp_rank]
+
+    @functools.cached_property
+    def _stages(self) -> list[PipelineStage]:
+        return [
+            PipelineStage(
+                kind=self.kind,
+                size=self.size,
+                layout=self.layout,
+                pp_rank=pp_rank,
+                dp=self.dp,
+                dtype=self.numerics.dtype,
+            )
+            for pp_rank in range(self.layout.pp)
+        ]
 
     def activation_bytes(self, pp_rank: int, rows: int, row_tokens: float) -> int:
         """Return the bytes kept for the backward pass of `rows` rows in the pipeline, at the most

@@ -60,6 +60,7 @@ def network_parameters(stage: PipelineStage) -> int:
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def largest_parameter(stage: PipelineStage) -> int:
     """Return the elements of the largest parameter that a rank of a stage holds."""
     return max(
@@ -133,8 +134,9 @@ def _chunk_parameters(stage: PipelineStage, chunk: int) -> list[tuple[int, bool]
         *(hidden * 4 * hidden // tp, hidden),
     ]
     num_layers = size.num_layers // (layout.pp * layout.virtual_pp)
+    whole_layer = [(elements, False) for elements in layer]
     for _ in range(num_layers):
-        found += [(elements, False) for elements in layer]
+        found += whole_layer
     if stage.is_last(chunk):
         found += [(elements, False) for elements in norm]
         if is_shared:
