@@ -11,7 +11,7 @@ FLOORS = {"kernels": 0, "models": 1, "engine": 2, "recipes": 3, "benchmarks": 3,
 LIBRARY = ("kernels", "models", "engine")
 MEGATRON_FILES = {
     *(f"models/{name}.py" for name in ("gpt", "scalar_gpt", "layers", "attention")),
-    "models/vocab_parallel.py",
+    *(f"models/{name}.py" for name in ("readouts", "vocab_parallel")),
     *(f"engine/ranks/{name}.py" for name in ("device", "groups", "parallel", "seeds", "start")),
     *(f"engine/training/{name}.py" for name in ("passes", "optimizer")),
     "engine/checkpoints/shards.py",

@@ -210,12 +210,21 @@ def test_held_out_accuracy_is_that_of_the_whole(parallel: Parallel):
         assert pair == pytest.approx(expected, rel=1e-5)
 
 
-def test_evaluation_switches_dropout_off(parallel: Parallel, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("mode", [False, True])
+def test_evaluation_is_without_dropout_and_puts_the_mode_back(
+    mode: bool, parallel: Parallel, monkeypatch: pytest.MonkeyPatch
+):
     modes = []
-    train = Network.train
-    monkeypatch.setattr(
-        Network, "train", lambda self, mode=True: (modes.append(mode), train(self, mode))
-    )
-    units = [Example(tokens=np.arange(9), prompt_length=2)]
-    mean_language_loss(random_network("language", parallel), units, 100)
-    assert modes[-2:] == [False, True]
+
+    def forward_and_look(network: Network, batches: list[PackedBatch]) -> list[torch.Tensor]:
+        modes.append(network.modules[0].training)
+        return forward(network, batches)
+
+    monkeypatch.setattr("engine.losses.forward", forward_and_look)
+    language, scalar = (random_network(kind, parallel) for kind in ("language", "scalar"))
+    for network in (language, scalar):
+        network.train(mode)
+    mean_language_loss(language, [Example(tokens=np.arange(9), prompt_length=2)], 100)
+    pair_accuracy(scalar, comparisons(), 100)
+    assert modes == [False, False]
+    assert language.modules[0].training is scalar.modules[0].training is mode
