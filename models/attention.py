@@ -127,8 +127,10 @@ class PackedSequences(PackedSeqParams):
 
     @functools.cached_property
     def padding(self) -> tuple[Tensor, Tensor]:
-        """Gather [B, L], the index in the row of token l of sequence b, and scatter [T], the place
-        of the row's token t in [B x L].
+        """Gather [B, L] and scatter [T] between the row and its sequences padded to length L.
+
+        gather[b, l] is the index in the row of token l of sequence b; scatter[t] that of the row's
+        token t in [B x L].
 
         What lies beyond a sequence's end repeats some valid token: causal attention never reads it
         for a real one.

@@ -83,15 +83,16 @@ class TokenLosses:
 
     logprobs: Logprobs
     token_loss: TokenLoss
-    """(log-probs [n], their tokens' indices in the row [n]) to losses [n]; see TokenLoss."""
+    """(log-probs [n], their tokens' indices in the row [n]) to losses [n], and what goes with them;
+    see kernels/linear_logprobs.py."""
 
     def read(
         self, head: LanguageHead, hidden: Tensor, tokens: Tensor, sequences: PackedSequences
     ) -> tuple[Tensor, Tensor]:
-        """Return (loss [], log-probs [T] without gradient), or the loss's terms [k, T] for them.
+        """Return (loss [], log-probs [T], or the token loss's terms [k, T], without gradient).
 
-        Under context parallelism the loss is of the tokens that this rank holds, the log-probs or
-        terms are of all.
+        Under context parallelism the loss is of the tokens that this rank holds, the others are of
+        all.
         """
 
         def at_tokens(values: Tensor, numbers: Tensor) -> Tensor | tuple[Tensor, ...]:

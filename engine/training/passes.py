@@ -36,15 +36,12 @@ class LanguageLoss(Protocol):
     gradients in one pass over the logits."""
 
     def token_loss(self, batch: PackedBatch) -> TokenLoss:
-        """Return f(log-probs [n], their positions in the batch [n]) -> losses [n].
-
-        torch differentiates them, unless f gives their derivatives [n] besides, and perhaps terms
-        [k, n] for the metrics.
-        """
+        """Return f(log-probs [n], their positions in the batch [n]) -> losses [n], and what goes
+        with them; see kernels/linear_logprobs.py."""
 
     def metrics(self, batch: PackedBatch, terms: Tensor) -> StepMetrics:
-        """Return what a micro-batch says, without gradient, from token_loss's terms [k, T] or,
-        where it has none, the log-probs [T]."""
+        """Return what the token loss's terms [k, T] say, or the log-probs [T] where it has none;
+        without gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
