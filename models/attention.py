@@ -94,7 +94,7 @@ class PackedSequences(PackedSeqParams):
         return numbers if self.share is None else self._held[numbers]
 
     def join(self, readings: Tensor) -> Tensor:
-        """Return all ranks' readings [T / cp] in the order of the row [T]; the reverse of held."""
+        """Return all ranks' readings [..., T / cp] in the order of the row; the reverse of held."""
         return readings if self.share is None else join_readings(readings, self.share)
 
     @functools.cached_property
