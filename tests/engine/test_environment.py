@@ -121,7 +121,7 @@ def test_where_nobody_knows_the_mounts_nothing_is_shared(tmp_path: Path):
 def test_recipe_finds_the_environment_set_before_it_imports_torch():
     program = """
 import os, sys
-from engine.config import run_stage
+from engine.recipe import run_stage
 from engine.settings.layout import ParallelLayout
 from engine.settings.sft import SFTConfig
 
