@@ -10,7 +10,7 @@ from engine.errors import UserError
 from engine.ranks.parallel import Parallel
 from engine.settings.numerics import Numerics
 from engine.training.network import build_network
-from tests.engine.checkpoints.small_runs import saved, weights
+from tests.engine.checkpoints.small_runs import checkpointer_of, saved, weights
 from tests.tiny import SIZE, random_network
 
 
@@ -67,3 +67,14 @@ def test_damaged_description_is_an_error(parallel: Parallel, tmp_path: Path):
     description.write_text(description.read_text()[:20])
     with pytest.raises(UserError, match=r"network\.json: cannot be read"):
         size_of(run, "policy")
+
+
+def test_a_selected_checkpoint_is_found_in_place_of_the_newest(parallel: Parallel, tmp_path: Path):
+    run = checkpointer_of(random_network("language", parallel), tmp_path / "checkpoints")
+    run.save_weights("epoch_0001")
+    run.save(8, {})
+    folder = tmp_path / "checkpoints"
+    assert find_network(tmp_path, "policy") == folder / "step_00000008" / "policy"
+    run.select("epoch_0001")
+    assert find_network(tmp_path, "policy") == folder / "epoch_0001" / "policy"
+    assert find_network(folder / "step_00000008", "policy") == folder / "step_00000008" / "policy"
