@@ -1,6 +1,8 @@
-"""The rules of ARCHITECTURE.md that a program can check: who imports what, what has a docstring."""
+"""The rules of ARCHITECTURE.md that a program can check: who imports what, what has a docstring,
+what has a test file."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +34,16 @@ ENVIRONMENT = {
     "engine/ranks/device.py": None,
     "engine/environment.py": None,
     "kernels/launch.py": {"TRITON_INTERPRET"},
+}
+# Files whose tests are still on a branch: the set empties as branches join.
+TO_COME = {
+    *(f"kernels/{name}.py" for name in ("clipped_loss", "linear_chunks", "row_blocks")),
+    *(f"kernels/{name}.py" for name in ("row_merge", "sample_state", "traced", "truncation")),
+    *(f"engine/planning/{name}.py" for name in ("hardware", "ranks", "search", "stages")),
+    "engine/planning/workload.py",
+    "engine/preflight/facts.py",
+    "engine/residency/expected.py",
+    *(f"engine/settings/{name}.py" for name in ("adam", "kl", "numerics", "sampling", "size")),
 }
 JUNK_DRAWERS = {"utils", "util", "common", "helpers", "helper", "base", "misc", "registry"}
 
@@ -94,6 +106,18 @@ def undocumented(tree: ast.Module) -> Iterator[str]:
 
     # A triton kernel says in comments what its pointers hold; its function has the docstring.
     yield from visit([node for node in tree.body if not is_triton_kernel(node)], "")
+
+
+def own_tests(name: str, tests: list[str]) -> list[str]:
+    """Return which of the tests are a library file's own: tests/ROOM/test_STEM.py, or where another
+    room has a test of that basename tests/ROOM/test_LASTROOM_STEM.py."""
+    path = Path(name)
+    folder, plain = Path("tests") / path.parent, f"test_{path.stem}.py"
+    is_taken = any(Path(test).name == plain for test in tests if Path(test).parent != folder)
+    own = {str(folder / plain)}
+    if is_taken:
+        own.add(str(folder / f"test_{path.parent.name}_{path.stem}.py"))
+    return [test for test in tests if test in own]
 
 
 def is_triton_kernel(node: ast.AST) -> bool:
@@ -165,10 +189,32 @@ def test_public_names_have_docstrings(name):
     assert list(undocumented(TREES[name])) == []
 
 
+@pytest.mark.parametrize("name", [n for n in FILES if in_library(n) and n not in TO_COME])
+def test_library_files_have_a_test_file_of_their_own(name):
+    if not name.endswith("__init__.py"):
+        assert own_tests(name, FILES), f"no file of tests/{Path(name).parent} is named for it"
+
+
+def test_names_of_test_files_are_unique():
+    """pytest imports a test file by its basename alone, as there is no __init__.py beside it."""
+    tests = [Path(name) for name in FILES if name.startswith("tests/")]
+    names = Counter(path.name for path in tests if path.name.startswith("test_"))
+    assert [name for name, count in names.items() if count > 1] == []
+    assert "__init__.py" not in {path.name for path in tests}
+
+
+def test_a_room_names_its_test_only_where_the_plain_name_is_taken():
+    tests = ["tests/engine/test_ppo.py", "tests/engine/settings/test_settings_ppo.py"]
+    assert own_tests("engine/ppo.py", tests) == tests[:1]
+    assert own_tests("engine/settings/ppo.py", tests) == tests[1:]
+    assert own_tests("engine/settings/ppo.py", tests[1:]) == []
+    assert own_tests("models/ppo.py", tests) == []
+
+
 def test_the_checks_see_what_they_look_for():
     source = """
 import os
-from engine.step import forward
+from engine.training.passes import forward
 def spoken():
     "Says."
 def silent(): pass
