@@ -125,7 +125,7 @@ def trident(job: Job, device: torch.device, weights: Path | None) -> Trainer:
     optimizer = Optimizer(network, ADAM, total_steps=1)
     optimizer.prepare_state()
     examples = [Example(tokens=row, prompt_length=1) for row in job.tokens]
-    batches = pack_for(examples, list(range(len(examples))), parallel, job.micro_batch_tokens)
+    batches = pack_for(examples, parallel, job.micro_batch_tokens)
     loss = NegativeLogLikelihood(job.num_targets)
 
     def step() -> float:

@@ -11,19 +11,19 @@ import numpy as np
 from torch.profiler import record_function
 
 from benchmarks.timing import wall_clock
-from engine.advantage import estimate_advantages
+from engine.advantage import Advantages, estimate_advantages
 from engine.data.examples import Example
 from engine.data.pretraining import TokenSequences
 from engine.feed import Feed
-from engine.ppo import Learner, merge_updates, minibatches, update
 from engine.ranks.parallel import Parallel
 from engine.residency.residency import Residency
-from engine.rollout import Rollout, generate_rollout, rollout_metrics, score_rollout
+from engine.rollout import Rollout, generate_rollout
+from engine.score import Scored, score_rollout
 from engine.settings.ppo import PPOConfig
 from engine.training.ema import EMA
 from engine.training.network import Kind, Network, build_network
 from engine.training.optimizer import Optimizer
-from kernels.moments import Whitening
+from engine.update import Learner, learning_examples, run_updates
 from models.sizes import GPTSize
 
 NO_EOS = -1
@@ -45,6 +45,7 @@ class Iteration:
     """What one iteration gave and took."""
 
     rollout: Rollout
+    scored: Scored
     seconds: dict[str, float]
     """By phase."""
     values: dict[str, float]
@@ -140,8 +141,9 @@ def run_iteration(
     policy, critic = learner.policy.network, learner.critic.network
     clock = wall_clock(policy.parallel.device)
     made: list[Rollout] = []
-    whitenings: list[Whitening | None] = []
-    updates: list[dict[str, float]] = []
+    scored: list[Scored] = []
+    advantages: list[Advantages] = []
+    updated: list[dict[str, float]] = []
 
     def rollout() -> None:
         with residency.rollout() as generator:
@@ -158,43 +160,37 @@ def run_iteration(
 
     def score() -> None:
         with residency.score():
-            score_rollout(
-                made[0],
-                policy=policy,
-                reference=scene.reference,
-                critic=critic,
-                reward_model=scene.reward_model,
-                temperature=config.sampling.temperature,
-                micro_batch_tokens=config.micro_batch_tokens,
-                eos_rule=config.eos_rule,
-                eos_penalty=config.eos_penalty,
-                scores_policy=config.scores_policy,
+            scored.append(
+                score_rollout(
+                    made[0],
+                    config,
+                    policy=policy,
+                    reference=scene.reference,
+                    critic=critic,
+                    reward_model=scene.reward_model,
+                )
             )
 
     def advantage() -> None:
-        _, whitening = estimate_advantages(
-            made[0],
-            kl_coef=config.kl.coef,
-            kl_estimator=config.kl.estimator,
-            gamma=config.gamma,
-            lam=config.lam,
-            whiten=config.whiten_advantages,
-        )
-        whitenings.append(whitening)
+        advantages.append(estimate_advantages(made[0], scored[0], config, kl_coef=config.kl.coef))
 
-    def train() -> None:
+    def update() -> None:
         with residency.update():
-            examples = made[0].examples()
-            for step, chosen in minibatches(config, iteration):
-                minibatch = [examples[i] for i in chosen]
-                updates.append(update(learner, config, minibatch, whitenings[0], step=step))
-            for network in (policy, critic):
-                network.settle()
+            examples = learning_examples(made[0], scored[0], advantages[0])
+            whitening = advantages[0].whitening
+            updated.append(run_updates(learner, config, examples, whitening, iteration))
 
-    calls: tuple[Callable[[], None], ...] = (rollout, score, advantage, train)
+    calls: tuple[Callable[[], None], ...] = (rollout, score, advantage, update)
     seconds = {}
     for phase, call in zip(PHASES, calls, strict=True):
         with record_function(phase):  # which a profiler shows
             seconds[phase] = clock(call) / 1e3
-    values = rollout_metrics(made[0], seconds) | merge_updates(updates)
-    return Iteration(rollout=made[0], seconds=seconds, values=values, num_updates=len(updates))
+    values = made[0].metrics(seconds["rollout"]) | scored[0].metrics(made[0])
+    values |= advantages[0].metrics(made[0], scored[0]) | updated[0]
+    return Iteration(
+        rollout=made[0],
+        scored=scored[0],
+        seconds=seconds,
+        values=values,
+        num_updates=config.num_updates,
+    )

@@ -90,10 +90,9 @@ def _before(scene: Scene, prompts: list[Example], micro_batch_tokens: int) -> di
     """Return Measured.before."""
     # All but a prompt's first token are predicted.
     examples = [Example(tokens=prompt.tokens, prompt_length=1) for prompt in prompts]
-    indices = list(range(len(examples)))
 
     def mean(network: Network) -> float:
-        batches = pack_for(examples, indices, network.parallel, micro_batch_tokens)
+        batches = pack_for(examples, network.parallel, micro_batch_tokens)
         outputs = forward(network, batches)
         found = [out[batch.mask] for out, batch in zip(outputs, batches, strict=True)]
         return float(torch.cat(found).mean())

@@ -113,10 +113,10 @@ def measure_swap(scene: Scene, device: torch.device, num_samples: int) -> dict[s
 def measure_iterations(
     scene: Scene, config: PPOConfig, size: GPTSize, num_samples: int
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """Return the record of a scene's phases, and the first rollout's numbers, which all choices
+    """Return the record of a scene's phases, and the first rollout's scores, which all choices
     share."""
     prompts = random_prompts(size, config.rollout_batch_size, size.context_length // 8)
-    first = run_iteration(scene, config, prompts, 0).rollout  # compiles, allocates
+    first = run_iteration(scene, config, prompts, 0).scored  # compiles, allocates
     numbers = torch.stack([first.ref_logprobs, first.values]).cpu()
     runs = [run_iteration(scene, config, prompts, n + 1).seconds for n in range(num_samples)]
     ledger = scene.residency.ledger

@@ -9,7 +9,7 @@ import torch
 from benchmarks.padded_steps import HEAD
 from benchmarks.real_job import ADAM, RealJob, num_tokens
 from benchmarks.turns import Turns
-from engine.feed import count_targets, pack_for
+from engine.feed import step_batch
 from engine.huggingface.convert import load_huggingface
 from engine.losses import NegativeLogLikelihood, comparison_loss
 from engine.ranks.parallel import Parallel
@@ -39,11 +39,11 @@ def run(turns: Turns, folder: Path, passes: int) -> None:
         seed_for_step(parallel, step)
         optimizer.zero_gradients()
         units = job.units(step)
-        indices = list(range(len(units)))
-        batches = pack_for(units, indices, parallel, -(-num_tokens(units) // passes))
+        batch = step_batch(units, parallel, -(-num_tokens(units) // passes))
+        batches = batch.batches
         loss: LanguageLoss | ScalarLoss
         if job.task == "sft":
-            loss = NegativeLogLikelihood(count_targets(units, indices))
+            loss = NegativeLogLikelihood(batch.num_targets)
         else:
             loss = comparison_loss(len(units))
         sums = forward_backward(network, batches, loss)

@@ -1,10 +1,33 @@
-"""What a stage reads each step: this rank's micro-batches of a global batch that the step number
-names."""
+"""What a step learns from: this rank's micro-batches of a global batch, and the counts over it."""
 
 from dataclasses import dataclass
 
-from engine.data.batches import EpochOrder, PackedBatch, Units, deal, micro_batches, shapes_of
+from engine.data.batches import (
+    Chosen,
+    Cut,
+    EpochOrder,
+    PackedBatch,
+    Units,
+    deal,
+    micro_batches,
+    shapes_of,
+    spread,
+)
 from engine.ranks.parallel import Parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """One step's global batch: this rank's part of it, and numbers that are the same on all."""
+
+    batches: list[PackedBatch]
+    """This rank's micro-batches, on its device."""
+    num_targets: int
+    """Predicted tokens of the global batch: what its loss is divided by."""
+    num_tokens: int
+    """All its tokens, predicted or not: what the network processes."""
+    spread: float
+    """How evenly data-parallel ranks share them: the most over the mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,37 +50,32 @@ class Feed:
         """Which units each step takes."""
         return EpochOrder(len(self.units), self.batch_size, self.seed)
 
-    def batches(self, step: int) -> list[PackedBatch]:
-        """Return this rank's micro-batches of a step, on its device."""
-        return pack_for(
-            self.units, self.order.indices(step), self.parallel, self.micro_batch_tokens
-        )
-
-    def num_targets(self, step: int) -> int:
-        """Return the predicted tokens of a step's global batch."""
-        return count_targets(self.units, self.order.indices(step))
-
-    def num_tokens(self, step: int) -> int:
-        """Return all tokens of a step's global batch, predicted or not: what the network
-        processes."""
-        return sum(_lengths(self.units, self.order.indices(step)))
-
-    def token_spread(self, step: int) -> float:
-        """Return how evenly a step's tokens are dealt; see token_spread."""
-        return token_spread(self.units, self.order.indices(step), self.parallel.dp)
+    def step(self, number: int) -> StepBatch:
+        """Return what step `number`, counted from 0, learns from."""
+        chosen = Chosen(self.units, self.order.indices(number))
+        return step_batch(chosen, self.parallel, self.micro_batch_tokens)
 
 
-def pack_for(
-    units: Units, indices: list[int], parallel: Parallel, micro_batch_tokens: int
-) -> list[PackedBatch]:
-    """Return this rank's share of the named units as micro-batches on its device."""
+def step_batch(units: Units, parallel: Parallel, micro_batch_tokens: int) -> StepBatch:
+    """Return the global batch of these units, all of them."""
+    shapes = [shapes_of(units, index) for index in range(len(units))]
+    lengths = [sum(num_tokens for num_tokens, _ in unit) for unit in shapes]
+    num_prompt_tokens = sum(prompt_length for unit in shapes for _, prompt_length in unit)
+    dealt = deal(lengths, parallel.dp)
+    return StepBatch(
+        batches=pack_for(units, parallel, micro_batch_tokens),
+        num_targets=sum(lengths) - num_prompt_tokens,
+        num_tokens=sum(lengths),
+        spread=spread([sum(lengths[index] for index in indices) for indices in dealt]),
+    )
+
+
+def pack_for(units: Units, parallel: Parallel, micro_batch_tokens: int) -> list[PackedBatch]:
+    """Return this rank's part of the units as micro-batches on its device."""
     layout = parallel.layout
-    batches = micro_batches(
-        units,
-        indices,
+    cut = Cut(
         dp=parallel.dp,
         dp_rank=parallel.dp_rank,
-        budget=micro_batch_tokens,
         # Sequence parallelism splits a rank's tokens evenly, context parallelism a row into 2 cp.
         multiple_of=(layout.tp if layout.sequence_parallel else 1)
         * (2 * layout.cp if layout.cp > 1 else 1),
@@ -65,26 +83,5 @@ def pack_for(
         count_multiple=layout.pp if layout.virtual_pp > 1 else 1,
         is_even=layout.pp > 1,
     )
+    batches = micro_batches(units, cut, micro_batch_tokens)
     return [batch.to(parallel.device) for batch in batches]
-
-
-def count_targets(units: Units, indices: list[int]) -> int:
-    """Return how many tokens the named units predict."""
-    return sum(
-        num_tokens - prompt_length
-        for index in indices
-        for num_tokens, prompt_length in shapes_of(units, index)
-    )
-
-
-def token_spread(units: Units, indices: list[int], dp: int) -> float:
-    """Return the tokens of the data-parallel rank that was dealt most over their mean: 1 is even,
-    and what is above it the others wait for."""
-    lengths = _lengths(units, indices)
-    loads = [sum(lengths[i] for i in deal(lengths, dp, rank)) for rank in range(dp)]
-    return max(loads) * dp / sum(loads)
-
-
-def _lengths(units: Units, indices: list[int]) -> list[int]:
-    """The tokens of the named units."""
-    return [sum(num_tokens for num_tokens, _ in shapes_of(units, i)) for i in indices]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.data.batches import PackedBatch, Units
-from engine.feed import count_targets, pack_for
+from engine.feed import pack_for, step_batch
 from engine.training.network import Network
 from engine.training.passes import Metrics, ScalarLoss, forward
 from kernels.clipped_loss import policy_token_losses
@@ -140,14 +140,13 @@ def mean_language_loss(network: Network, units: Units, micro_batch_tokens: int) 
     rank."""
     network.train(False)
     parallel = network.parallel
-    indices = list(range(len(units)))
-    batches = pack_for(units, indices, parallel, micro_batch_tokens)
+    held_out = step_batch(units, parallel, micro_batch_tokens)
     total = torch.zeros((), device=parallel.device, dtype=torch.float64)
-    for batch, logprobs in zip(batches, forward(network, batches), strict=True):
+    for batch, logprobs in zip(held_out.batches, forward(network, held_out.batches), strict=True):
         total -= logprobs[batch.mask].double().sum()
     dist.all_reduce(total, group=parallel.dp_group)
     network.train(True)
-    return float(total) / count_targets(units, indices)
+    return float(total) / held_out.num_targets
 
 
 def pair_accuracy(
@@ -157,7 +156,7 @@ def pair_accuracy(
     scores count half."""
     network.train(False)
     parallel = network.parallel
-    batches = pack_for(units, list(range(len(units))), parallel, micro_batch_tokens)
+    batches = pack_for(units, parallel, micro_batch_tokens)
     loss_function = comparison_loss(len(units))
     totals = torch.zeros(3, device=parallel.device, dtype=torch.float64)
     for batch, readings in zip(batches, forward(network, batches), strict=True):

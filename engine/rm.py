@@ -12,7 +12,7 @@ from engine.checkpoints.weights import load_weights
 from engine.data.comparisons import comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
-from engine.data.prompts import split_by_prompt
+from engine.data.prompts import hold_out
 from engine.errors import UserError
 from engine.feed import Feed, pack_for
 from engine.losses import comparison_loss, last_token_readings, pair_accuracy
@@ -124,8 +124,8 @@ def _train_step(step: int, network: Network, optimizer: Optimizer, feed: Feed) -
     """One optimizer step on the ranking loss of the step's prompts."""
     seed_for_step(network.parallel, step)
     optimizer.zero_gradients()
-    batches = feed.batches(step)
-    sums = forward_backward(network, batches, comparison_loss(feed.batch_size))
+    batch = feed.step(step)
+    sums = forward_backward(network, batch.batches, comparison_loss(feed.batch_size))
     result = optimizer.step(step)
     found = reduce_metrics(sums, network.parallel)  # behind the step, whose launches need it not
     num_scores = found["num_scores"]
@@ -138,8 +138,8 @@ def _train_step(step: int, network: Network, optimizer: Optimizer, feed: Feed) -
         "train/grad_norm": result.grad_norm,
         "train/skipped_steps": float(optimizer.skipped.total),
         "train/lr": result.lr,
-        "train/tokens": float(feed.num_tokens(step)),
-        "train/token_spread": feed.token_spread(step),
+        "train/tokens": float(batch.num_tokens),
+        "train/token_spread": batch.spread,
     }
 
 
@@ -147,7 +147,7 @@ def _mean_score(network: Network, examples: list[Example], budget: int) -> float
     """Return the mean score of the examples, the same on every rank."""
     network.train(False)
     parallel = network.parallel
-    batches = pack_for(examples, list(range(len(examples))), parallel, budget)
+    batches = pack_for(examples, parallel, budget)
     total = torch.zeros((), device=parallel.device, dtype=torch.float64)
     for batch, readings in zip(batches, forward(network, batches), strict=True):
         total += last_token_readings(batch, readings)[: batch.num_sequences].double().sum()
@@ -172,11 +172,7 @@ def _load_data(
         held_out, report = read_comparisons(data.valid, skip_bad_lines=data.skip_bad_lines)
         notes.append(f"{data.valid}: {report}")
     else:
-        kept, out = split_by_prompt([r.prompt for r in records], data.valid_fraction, config.seed)
-        held_out = [records[i] for i in out]
-        records = [records[i] for i in kept]
-        if not records:
-            raise UserError(f"--data.valid-fraction {data.valid_fraction} holds out all prompts")
+        records, held_out = hold_out(records, data.valid_fraction, config.seed)
     train_units, lengths = comparison_examples(records, run.tokenizer, **limits)
     notes.append(f"comparisons (train): {lengths}")
     valid_units: list[list[Example]] = []

@@ -16,8 +16,9 @@ from engine.data.examples import Example
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.errors import UserError
 from engine.files import replacing
-from engine.rollout import generate_rollout, last_readings, read_rollout
+from engine.rollout import generate_rollout
 from engine.run import Run, require_path
+from engine.score import last_readings, read_rollout
 from engine.settings.sft import SFTConfig
 from engine.training.network import Network, build_network
 

@@ -13,7 +13,7 @@ from engine.checkpoints.found import size_of
 from engine.checkpoints.weights import load_weights
 from engine.data.batches import EpochOrder, Units
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
-from engine.data.prompts import split_by_prompt
+from engine.data.prompts import hold_out
 from engine.errors import UserError
 from engine.feed import Feed
 from engine.losses import NegativeLogLikelihood, mean_language_loss
@@ -124,14 +124,15 @@ def _train_step(
     parallel = network.parallel
     seed_for_step(parallel, step)
     optimizer.zero_gradients()
+    taken = {name: feed.step(step) for name, feed in feeds.items()}
     objectives = []
-    for name, feed in feeds.items():
-        share = pretraining_fraction if name == "pretrain_loss" else 1.0 - pretraining_fraction
+    for name, batch in taken.items():
+        weight = pretraining_fraction if name == "pretrain_loss" else 1.0 - pretraining_fraction
         objectives.append(
             Objective(
-                batches=feed.batches(step),
-                loss=NegativeLogLikelihood(feed.num_targets(step), name),
-                scale=share if len(feeds) > 1 else 1.0,
+                batches=batch.batches,
+                loss=NegativeLogLikelihood(batch.num_targets, name),
+                scale=weight if len(feeds) > 1 else 1.0,
             )
         )
     found = accumulate(network, objectives)
@@ -141,8 +142,8 @@ def _train_step(
         "train/grad_norm": result.grad_norm,
         "train/skipped_steps": float(optimizer.skipped.total),
         "train/lr": result.lr,
-        "train/tokens": float(sum(feed.num_tokens(step) for feed in feeds.values())),
-        "train/token_spread": max(feed.token_spread(step) for feed in feeds.values()),
+        "train/tokens": float(sum(batch.num_tokens for batch in taken.values())),
+        "train/token_spread": max(batch.spread for batch in taken.values()),
     }
 
 
@@ -205,15 +206,7 @@ def _load_data(config: SFTConfig, run: Run, context_length: int) -> _Data:
             held_out, report = read_demonstrations(data.valid, skip_bad_lines=data.skip_bad_lines)
             loaded.notes.append(f"{data.valid}: {report}")
         else:
-            kept, out = split_by_prompt(
-                [r.prompt for r in records], data.valid_fraction, config.seed
-            )
-            held_out = [records[i] for i in out]
-            records = [records[i] for i in kept]
-            if not records:
-                raise UserError(
-                    f"--data.valid-fraction {data.valid_fraction} holds out all prompts"
-                )
+            records, held_out = hold_out(records, data.valid_fraction, config.seed)
         loaded.held_out_prompts.extend(r.prompt for r in held_out)
         for units, name, chosen in (
             (loaded.train, "train", records),

@@ -27,7 +27,7 @@ _MAX_BLOCK = 1024
 KlEstimator = Literal["k1", "k2", "k3"]
 
 
-class Advantages(NamedTuple):
+class GaeResult(NamedTuple):
     """What `gae` returns: [T] tensors in fp32, zero outside the response mask."""
 
     rewards: Tensor
@@ -261,7 +261,7 @@ def gae_reference(
     gamma: float = 1.0,
     lam: float = 0.95,
     kl_estimator: KlEstimator = "k1",
-) -> Advantages:
+) -> GaeResult:
     """`gae` in plain torch: the specification and the CPU path."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     lengths = cu_seqlens.diff()
@@ -293,7 +293,7 @@ def gae_reference(
         carried = torch.where(mask[:, t], gamma * (value[:, t] + lam * advantage), carried)
 
     returns = advantages + value
-    return Advantages(
+    return GaeResult(
         rewards=rewards[inside],
         advantages=advantages[inside],
         returns=returns[inside],
@@ -314,7 +314,7 @@ def gae(
     gamma: float = 1.0,
     lam: float = 0.95,
     kl_estimator: KlEstimator = "k1",
-) -> Advantages:
+) -> GaeResult:
     """Rewards, advantages, returns and KL of packed responses, without gradient.
 
     logprobs, ref_logprobs, values [T] of the rollout's policy, the reference and the critic;
@@ -334,4 +334,4 @@ def gae(
     in_tensor, number = (kl_coef, 0.0) if isinstance(kl_coef, Tensor) else (None, kl_coef)
     out, stats = _gae(*inputs, in_tensor, number, gamma, lam, kl_estimator)
     rewards, advantages, returns, kl = out.unbind()
-    return Advantages(rewards, advantages, returns, kl, stats)
+    return GaeResult(rewards, advantages, returns, kl, stats)

@@ -109,14 +109,11 @@ def undocumented(tree: ast.Module) -> Iterator[str]:
 
 
 def own_tests(name: str, tests: list[str]) -> list[str]:
-    """Return which of the tests are a library file's own: tests/ROOM/test_STEM.py, or where another
-    room has a test of that basename tests/ROOM/test_LASTROOM_STEM.py."""
+    """Return which of the tests are a library file's own: tests/ROOM/test_STEM.py, or, as basenames
+    are unique, tests/ROOM/test_LASTROOM_STEM.py."""
     path = Path(name)
-    folder, plain = Path("tests") / path.parent, f"test_{path.stem}.py"
-    is_taken = any(Path(test).name == plain for test in tests if Path(test).parent != folder)
-    own = {str(folder / plain)}
-    if is_taken:
-        own.add(str(folder / f"test_{path.parent.name}_{path.stem}.py"))
+    stems = (path.stem, f"{path.parent.name}_{path.stem}")
+    own = {str(Path("tests") / path.parent / f"test_{stem}.py") for stem in stems}
     return [test for test in tests if test in own]
 
 
@@ -203,11 +200,11 @@ def test_names_of_test_files_are_unique():
     assert "__init__.py" not in {path.name for path in tests}
 
 
-def test_a_room_names_its_test_only_where_the_plain_name_is_taken():
+def test_a_file_of_another_room_is_no_test_of_its_own():
     tests = ["tests/engine/test_ppo.py", "tests/engine/settings/test_settings_ppo.py"]
     assert own_tests("engine/ppo.py", tests) == tests[:1]
     assert own_tests("engine/settings/ppo.py", tests) == tests[1:]
-    assert own_tests("engine/settings/ppo.py", tests[1:]) == []
+    assert own_tests("engine/settings/ppo.py", tests[:1]) == []
     assert own_tests("models/ppo.py", tests) == []
 
 

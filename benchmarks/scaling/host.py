@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.scaling.curve import Question, cpu_seconds, linear, logarithmic
-from engine.data.batches import EpochOrder, micro_batches
+from engine.data.batches import Cut, EpochOrder, micro_batches
 from engine.data.comparisons import comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
@@ -196,10 +196,7 @@ def _packing_seconds(num_examples: int) -> float:
         Example(tokens=np.zeros(length, dtype=np.int64), prompt_length=1)
         for length in rng.integers(2, 512, num_examples)
     ]
-    indices = list(range(num_examples))
-    return cpu_seconds(
-        lambda: micro_batches(examples, indices, dp=8, dp_rank=0, budget=4096, multiple_of=1)
-    )
+    return cpu_seconds(lambda: micro_batches(examples, Cut(dp=8), 4096))
 
 
 def _labeling_seconds(num_answers: int, num_sentences: int) -> float:

@@ -263,7 +263,7 @@ def _ranking_seconds(num_prompts: int, num_completions: int, micro_batch_tokens:
 
     def step() -> None:
         optimizer.zero_gradients()
-        batches = pack_for(units, list(range(num_prompts)), parallel, micro_batch_tokens)
+        batches = pack_for(units[:num_prompts], parallel, micro_batch_tokens)
         forward_backward(network, batches, comparison_loss(num_prompts))
         optimizer.step(0)
 

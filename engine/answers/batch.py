@@ -43,7 +43,7 @@ def answer_file(
     # The samples of a prompt stay on one replica, which computes it once.
     open_prompts = sorted({number // config.num_samples for number in missing})
     lengths = [len(examples[index].tokens) for index in open_prompts]
-    dealt = deal(lengths, parallel.num_replicas, parallel.replica_rank)
+    dealt = deal(lengths, parallel.num_replicas)[parallel.replica_rank]
     mine = {open_prompts[place] for place in dealt}
     numbers = [number for number in missing if number // config.num_samples in mine]
     for response in generate(

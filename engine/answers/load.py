@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from engine.checkpoints.found import find_network, size_of
+from engine.checkpoints.found import find_network, run_of, size_of
 from engine.checkpoints.weights import load_weights
 from engine.data.tokenizer import Tokenizer
 from engine.huggingface.convert import load_huggingface, read_size
@@ -22,8 +22,7 @@ def load_model(config: GenerateConfig) -> tuple[Network, Tokenizer]:
         size, beside = read_size(weights), weights
     else:
         size = size_of(weights, config.role)
-        # RUN/checkpoints/step/role: the tokenizer lies in RUN.
-        beside = weights.resolve().parents[2] / "tokenizer"
+        beside = run_of(weights) / "tokenizer"
     tokenizer = load_shared_tokenizer(lambda: config.tokenizer or beside)
     network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))
     if is_huggingface:

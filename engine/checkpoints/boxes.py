@@ -1,6 +1,6 @@
 """A range of a tensor's flattened elements as boxes of the tensor.
 
-A data-parallel rank owns such ranges of optimizer state, which take no notice of rows, and a
+A data-parallel rank owns such ranges of optimizer state, which take no notice of rows. A
 checkpoint that any layout can read is made of boxes.
 """
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.ranks.first_rank import said_by_first_rank
+from engine.settings.size import named_size
 from engine.training.network import Network
 from models.sizes import GPTSize
 
@@ -38,6 +39,11 @@ def _find(path: Path, role: str) -> Path:
             else " (a run, a checkpoint or a network's folder)"
         )
     )
+
+
+def run_of(folder: Path) -> Path:
+    """Return the run that a network's folder, RUN/checkpoints/STEP/ROLE, is a part of."""
+    return folder.resolve().parents[2]
 
 
 def size_of(path: Path, role: str) -> GPTSize:
@@ -79,4 +85,19 @@ def check_description(
         raise UserError(
             f"{folder}: trained with another tokenizer than this run's; "
             "give the tokenizer that was saved beside that checkpoint's run"
+        )
+
+
+def check_named_size(name: str, path: Path, role: str) -> None:
+    """Raise UserError where a size is named and the checkpoint's is another; vocabularies may
+    differ."""
+    if not name:
+        return
+    found = size_of(path, role)
+    wanted = named_size(name)
+    if dataclasses.replace(found, vocab_size=wanted.vocab_size) != wanted:
+        raise UserError(
+            f"{path}: the {role} has {found.num_layers} layers of width {found.hidden_size} and a "
+            f"context of {found.context_length} tokens, a {name} has {wanted.num_layers} of "
+            f"{wanted.hidden_size} and {wanted.context_length}"
         )

@@ -72,8 +72,8 @@ def sharded_weights(network: Network) -> dict[str, Any]:
 
 
 def sharded_optimizer(optimizer: Optimizer, weights: dict[str, Any]) -> dict[str, Any]:
-    """Return the fp32 masters and moments that this rank owns, under the names of megatron's
-    `fully_reshardable` form, which would join the state of all data-parallel ranks on each."""
+    """Return the fp32 masters and moments that this rank owns, named as in megatron's
+    `fully_reshardable` form. That form would join the state of all replicas on each rank."""
     state = {
         name: owned_parts(weights, owned, prefix=f"optimizer.state.{name}.")
         for name, owned in optimizer.owned_state().items()

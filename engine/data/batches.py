@@ -1,7 +1,7 @@
 """Packed micro-batches: which examples a step takes, which rank takes which, how they are laid out.
 
 Everything is a pure function of the step number and the lengths, so every rank computes the same
-plan without talking, and a run resumes from its step number. The step's global batch does not
+plan without talking. A run resumes from its step number. The step's global batch does not
 depend on dp.
 """
 
@@ -87,6 +87,24 @@ def shapes_of(units: Units, index: int) -> list[Shape]:
     return [(len(each.tokens), each.prompt_length) for each in sequences_of(units[index])]
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Some of the units, in the order of their indices; each is read when it is asked for."""
+
+    units: Units
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Unit:
+        return self.units[self.indices[index]]
+
+    def shapes(self, index: int) -> list[Shape]:
+        """Return the shapes of a unit's sequences; see shapes_of."""
+        return shapes_of(self.units, self.indices[index])
+
+
 class EpochOrder:
     """Which examples each step's global batch holds: all once an epoch, in a new order each time.
 
@@ -144,12 +162,25 @@ def pack(
     return _join(sequences, ids, [len(sequences_of(unit)) for unit in units])
 
 
-def deal(lengths: Sequence[int], dp: int, dp_rank: int) -> list[int]:
-    """Return the indices this dp rank takes, in order; all ranks together take each index once.
+def deal(lengths: Sequence[int], dp: int) -> list[list[int]]:
+    """Return the indices that each of dp ranks takes, in order; together they take each index once.
 
-    The ranks' tokens are balanced, and the answer is the same whoever asks.
+    The ranks' tokens are balanced, the longest going first, to the rank with the fewest tokens; the
+    answer is the same whoever asks.
     """
-    return _deal_all(lengths, dp)[dp_rank]
+    dealt: list[list[int]] = [[] for _ in range(dp)]
+    loads = [(0, rank) for rank in range(dp)]
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        tokens, rank = loads[0]
+        dealt[rank].append(index)
+        heapq.heapreplace(loads, (tokens + lengths[index], rank))
+    return [sorted(indices) for indices in dealt]
+
+
+def spread(loads: Sequence[int]) -> float:
+    """Return how uneven the ranks' loads are: the most over the mean. 1 is even, and what is above
+    it the others wait for."""
+    return max(loads) * len(loads) / sum(loads)
 
 
 def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -172,51 +203,53 @@ def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return sorted(sorted(group) for group in groups)
 
 
-def micro_batches(  # noqa: PLR0913 - the three ways to cut a batch, each needed on every rank
-    examples: Units,
-    indices: Sequence[int],
-    *,
-    dp: int,
-    dp_rank: int,
-    budget: int,
-    multiple_of: int,
-    count_multiple: int = 1,
-    is_even: bool = False,
-) -> list[PackedBatch]:
-    """Return this rank's part of the step's global batch, in micro-batches of <= `budget` tokens.
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How a layout cuts a step's global batch into the micro-batches of one rank."""
 
-    `indices` are the step's units among `examples`. A unit stays in one micro-batch, and one that
-    is over the budget has its own. All dp ranks get the same number of micro-batches, a multiple of
-    `count_multiple` (pipelines ask for that); what is missing is filled with masked ones of
-    `multiple_of` tokens. With is_even the tokens are spread over all of them, for pipelines, which
-    pad to the longest; otherwise there are few and full ones. Where the units know their shapes,
-    only this rank's are read.
+    dp: int = 1
+    dp_rank: int = 0
+    multiple_of: int = 1
+    """Every micro-batch has a multiple of so many tokens, the last of them padding."""
+    count_multiple: int = 1
+    """Every rank has a multiple of so many micro-batches; interleaved pipelines ask for that."""
+    is_even: bool = False
+    """Tokens are spread over all micro-batches, for pipelines, which pad to the longest; otherwise
+    there are few and full ones."""
+
+
+def micro_batches(units: Units, cut: Cut, budget: int) -> list[PackedBatch]:
+    """Return this rank's part of a step's units, in micro-batches of at most `budget` tokens.
+
+    A unit stays in one micro-batch, and one that is over the budget has its own. All dp ranks get
+    the same number of them; what is missing is filled with masked ones. Where the units know their
+    shapes, only this rank's are read.
     """
-    if not indices:
+    if not len(units):
         raise ValueError("a step's global batch needs at least one example")
-    shapes = [shapes_of(examples, index) for index in indices]
+    shapes = [shapes_of(units, index) for index in range(len(units))]
     lengths = [sum(num_tokens for num_tokens, _ in unit) for unit in shapes]
     first_ids = np.cumsum([0] + [len(unit) for unit in shapes])
     # Rounded down, so that the padding does not lift a micro-batch over the budget.
-    budget = max(budget // multiple_of, 1) * multiple_of
+    budget = max(budget // cut.multiple_of, 1) * cut.multiple_of
     splits = []
-    for dealt in _deal_all(lengths, dp):
+    for dealt in deal(lengths, cut.dp):
         groups = split_by_tokens([lengths[index] for index in dealt], budget)
         splits.append([[dealt[place] for place in group] for group in groups])
     most = max(len(split) for split in splits)
-    count = math.ceil(most / count_multiple) * count_multiple
+    count = math.ceil(most / cut.count_multiple) * cut.count_multiple
 
-    mine = splits[dp_rank]
-    if is_even:
+    mine = splits[cut.dp_rank]
+    if cut.is_even:
         mine = _evened(mine, lengths, count)
     batches = []
     for group in mine:
         ids = [n for index in group for n in range(first_ids[index], first_ids[index + 1])]
-        members = [examples[indices[place]] for place in group]
-        batches.append(pack(members, multiple_of=multiple_of, sequence_ids=ids))
+        members = [units[index] for index in group]
+        batches.append(pack(members, multiple_of=cut.multiple_of, sequence_ids=ids))
     if len(batches) == count:
         return batches
-    filler = _join([_padding(sequences_of(examples[indices[0]])[0], multiple_of)], [-1], [])
+    filler = _join([_padding(sequences_of(units[0])[0], cut.multiple_of)], [-1], [])
     return batches + [filler] * (count - len(batches))
 
 
@@ -224,24 +257,13 @@ def _evened(groups: list[list[int]], lengths: Sequence[int], count: int) -> list
     """Deal the indices of the groups to `count` groups anew, by tokens, unless one then has more
     than the largest has now; groups without any are left out."""
     indices = sorted(index for group in groups for index in group)
-    dealt = _deal_all([lengths[index] for index in indices], count)
+    dealt = deal([lengths[index] for index in indices], count)
     evened = [[indices[place] for place in places] for places in dealt if places]
 
     def largest(groups: list[list[int]]) -> int:
         return max((sum(lengths[index] for index in group) for group in groups), default=0)
 
     return evened if largest(evened) <= largest(groups) else groups
-
-
-def _deal_all(lengths: Sequence[int], dp: int) -> list[list[int]]:
-    """Return each rank's indices: the longest goes first, to the rank with the fewest tokens."""
-    dealt: list[list[int]] = [[] for _ in range(dp)]
-    load = [(0, rank) for rank in range(dp)]
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        tokens, rank = load[0]
-        dealt[rank].append(index)
-        heapq.heapreplace(load, (tokens + lengths[index], rank))
-    return [sorted(indices) for indices in dealt]
 
 
 @functools.lru_cache(maxsize=8)

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from engine.errors import UserError
 from engine.files import read_lines, replacing
 
-Record = TypeVar("Record")
+_Record = TypeVar("_Record")
 
 _NUM_FIRST_ERRORS = 5  # enough to see the pattern, few enough to print
 _UTF8_BOM = b"\xef\xbb\xbf"  # Windows editors put it before the first line
@@ -39,7 +39,7 @@ class ReadReport:
         return f"{self.num_read} records, {self.num_bad} bad lines skipped: {self.first_errors[0]}"
 
 
-class RecordReader(Generic[Record]):
+class RecordReader(Generic[_Record]):
     """One pass over a .jsonl or .jsonl.gz file; iterate it once, then ask for its report.
 
     `parse` turns one JSON object into a record or raises BadRecord. A bad line raises UserError, or
@@ -48,7 +48,7 @@ class RecordReader(Generic[Record]):
     """
 
     def __init__(
-        self, path: Path | str, parse: Callable[[dict[str, Any]], Record], *, skip_bad_lines: bool
+        self, path: Path | str, parse: Callable[[dict[str, Any]], _Record], *, skip_bad_lines: bool
     ) -> None:
         self.path = Path(path)
         self.share_read = 0.0  # of the file's bytes
@@ -58,7 +58,7 @@ class RecordReader(Generic[Record]):
         self._num_bad = 0
         self._first_errors: list[str] = []
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[_Record]:
         for number, line in read_lines(self.path, self._reached):
             if number == 1:
                 line = line.removeprefix(_UTF8_BOM)
@@ -100,8 +100,8 @@ class RecordReader(Generic[Record]):
 
 
 def read_records(
-    path: Path | str, parse: Callable[[dict[str, Any]], Record], *, skip_bad_lines: bool
-) -> tuple[list[Record], ReadReport]:
+    path: Path | str, parse: Callable[[dict[str, Any]], _Record], *, skip_bad_lines: bool
+) -> tuple[list[_Record], ReadReport]:
     """Return all records of a file and the report."""
     reader = RecordReader(path, parse, skip_bad_lines=skip_bad_lines)
     return list(reader), reader.report()

@@ -3,11 +3,24 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from engine.data.chat import parse_prompt
 from engine.data.examples import Example, LengthReport, drop_long, encode_prompts
 from engine.data.jsonl import ReadReport, read_records
 from engine.data.tokenizer import Tokenizer
+from engine.errors import UserError
+
+
+class HasPrompt(Protocol):
+    """A record of a file of training data: it answers a prompt."""
+
+    @property
+    def prompt(self) -> str:
+        """The prompt's text."""
+
+
+AnyRecord = TypeVar("AnyRecord", bound=HasPrompt)
 
 
 def read_prompts(path: Path | str, *, skip_bad_lines: bool = False) -> tuple[list[str], ReadReport]:
@@ -29,6 +42,17 @@ def prompt_examples(
     encoded = encode_prompts(prompts, tokenizer, prompt_suffix)
     examples = [Example(tokens=tokens, prompt_length=len(tokens)) for tokens in encoded]
     return drop_long(examples, max_length=max_prompt_length)
+
+
+def hold_out(
+    records: Sequence[AnyRecord], valid_fraction: float, seed: int
+) -> tuple[list[AnyRecord], list[AnyRecord]]:
+    """Return the records for training and those held out, each prompt on one side; see
+    split_by_prompt. Raises UserError where none is left for training."""
+    kept, out = split_by_prompt([record.prompt for record in records], valid_fraction, seed)
+    if not kept:
+        raise UserError(f"--data.valid-fraction {valid_fraction} holds out all prompts")
+    return [records[index] for index in kept], [records[index] for index in out]
 
 
 def split_by_prompt(

@@ -100,11 +100,6 @@ def _blocks_of(shape: CacheShape) -> BlockManager | ExtentManager:
     return BlockManager(shape.num_blocks, shape.block_size)
 
 
-def length_spread(num_tokens: Sequence[int]) -> float:
-    """Return how uneven the replicas' tokens are: the most over the mean; 1 is even."""
-    return max(num_tokens) * len(num_tokens) / sum(num_tokens)
-
-
 def _nobody(sample_index: int, tokens: list[int]) -> None:
     """Hear of tokens where the caller did not ask to."""
 

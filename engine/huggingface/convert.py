@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.checkpoints.checkpointer import Checkpointer
-from engine.checkpoints.found import find_network, size_of
+from engine.checkpoints.found import find_network, run_of, size_of
 from engine.checkpoints.weights import load_weights
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import UserError
@@ -92,9 +92,8 @@ def export_huggingface(config: ConvertConfig) -> Path:
     parallel = start_parallel(config.layout, seed=0)
     source, out = require_path(config.source, "source"), _require_out(config)
     size = size_of(source, config.role)
-    # The network is RUN/checkpoints/step/role, and the tokenizer lies in RUN.
-    run = find_network(source, config.role).resolve().parent.parent.parent
-    tokenizer = _load_tokenizer(config.tokenizer or run / "tokenizer", size)
+    beside = run_of(find_network(source, config.role)) / "tokenizer"
+    tokenizer = _load_tokenizer(config.tokenizer or beside, size)
     network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))
     load_weights(network, source, role=config.role, tokenizer_fingerprint=tokenizer.fingerprint())
     save_huggingface(network, out, tokenizer, file_bytes=int(config.file_gigabytes * 1e9))

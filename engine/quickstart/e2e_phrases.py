@@ -34,7 +34,7 @@ _NOT = "not|not a|not very|not at all|is not a|isn't|isn't a|aren't|non|no"
 _FRIENDLY = "family friendly|families friendly|kid friendly|kids friendly|child friendly"
 _FRIENDLY += "|children friendly|friendly|friendly for families|friendly to families"
 
-PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
+E2E_PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
     "type": {
         "pub": _either("pub|pubs|bar|public house"),
         "restaurant": _either("restaurant|restaurants"),

@@ -7,7 +7,7 @@ from engine.data.demonstrations import read_demonstrations
 from engine.data.jsonl import check_text, read_records, required, write_jsonl
 from engine.data.tokenizer import train_sentencepiece
 from engine.errors import UserError
-from engine.quickstart.places import demonstrations, fact_lists, render_prompt
+from engine.quickstart.places import demonstrations, fact_lists, render_facts
 from engine.quickstart.python_text import python_documents, split_documents
 from engine.quickstart.settings import QuickstartConfig
 
@@ -83,7 +83,7 @@ def write_files(config: QuickstartConfig, files: Files) -> None:
         (files.prompts, fact_lists("prompts", config.num_prompts, seed=seed + 2)),
         (files.prompts_valid, fact_lists("valid", config.num_judged, seed=seed + 2)),
     ):
-        write_jsonl(path, [{"prompt": render_prompt(facts)} for facts in listed])
+        write_jsonl(path, [{"prompt": render_facts(facts)} for facts in listed])
     train, valid = split_documents(python_documents())
     write_jsonl(files.pretraining, [{"text": text} for text in train])
     write_jsonl(files.pretraining_valid, [{"text": text} for text in valid])

@@ -11,7 +11,8 @@ from engine.data.examples import Example, LengthReport
 from engine.data.prompts import prompt_examples
 from engine.data.tokenizer import load_tokenizer
 from engine.ranks.parallel import Parallel
-from engine.rollout import Rollout, generate_rollout, read_rollout
+from engine.rollout import Rollout, generate_rollout
+from engine.score import read_rollout
 from engine.settings.numerics import Numerics
 from engine.settings.ppo import PPOConfig
 from engine.training.network import Kind, Network, build_network
@@ -56,12 +57,7 @@ class FinishedStages:
             first_sample_index=0,
             on_response=on_answer,
         )
-        bounds = rollout.cu_seqlens.tolist()
-        texts = [
-            self.tokenizer.decode(rollout.tokens[start + n : end].tolist())
-            for start, end, n in zip(bounds[:-1], bounds[1:], rollout.prompt_lengths, strict=True)
-        ]
-        return rollout, texts
+        return rollout, rollout.responses(self.tokenizer)
 
     def read(self, network: Network, rollout: Rollout) -> Tensor:
         """Return a network's output [T] for a rollout."""

@@ -11,41 +11,41 @@ from engine.progress import LongWork
 from engine.quickstart.files import Files
 from engine.quickstart.finished_stages import FinishedStages
 from engine.quickstart.labeler import e2e_language, score
-from engine.quickstart.places import parse_prompt
+from engine.quickstart.places import parse_facts
 from engine.quickstart.report import MODELS
 from engine.quickstart.settings import QuickstartConfig
 from engine.quickstart.win_rate import win_rate
-from engine.rollout import last_readings
+from engine.score import last_readings
 
 
 def judge_models(
-    config: QuickstartConfig, files: Files, sampler: FinishedStages
+    config: QuickstartConfig, files: Files, finished: FinishedStages
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the summary of base, sft, ppo and ppo_ptx on held-out prompts, and some answers side
     by side.
 
     The judge is the scripted labeler where the prompts list facts, else the reward model.
     """
-    prompts = sampler.fitting(read_prompts(files.prompts_valid)[0])[: config.num_judged]
-    init = sampler.load("sft", "language")
-    reward_model = sampler.load("rm", "scalar")
+    prompts = finished.fitting(read_prompts(files.prompts_valid)[0])[: config.num_judged]
+    init = finished.load("sft", "language")
+    reward_model = finished.load("rm", "scalar")
     label = _labeler(config, files, prompts)
-    text = open_token_file(files.pretraining_valid, sampler.tokenizer, config.directory / "tokens")
+    text = open_token_file(files.pretraining_valid, finished.tokenizer, config.directory / "tokens")
     held_out = text.sequences(config.pretrain.data.pretraining_tokens)
     judged: dict[str, Any] = {"judge": "labeler" if label else "reward_model"}
     scores: dict[str, list[float]] = {}
     texts: dict[str, list[str]] = {}
-    title, is_writer = f"judge: {len(prompts)} prompts", sampler.parallel.is_writer
+    title, is_writer = f"judge: {len(prompts)} prompts", finished.parallel.is_writer
     with LongWork(title, is_writer=is_writer, total=len(MODELS)) as work:
         for name, shown in MODELS.items():
             work.tell(f"{shown} answers")
-            network = init if name == "sft" else sampler.load(name, "language")
-            rollout, texts[name] = sampler.answer(network, prompts)
+            network = init if name == "sft" else finished.load(name, "language")
+            rollout, texts[name] = finished.answer(network, prompts)
             work.tell(f"{shown} is read")
-            rewards = last_readings(rollout, sampler.read(reward_model, rollout)).tolist()
+            rewards = last_readings(rollout, finished.read(reward_model, rollout)).tolist()
             scores[name] = label(texts[name]) if label else rewards
-            init_logprobs = sampler.read(init, rollout)
-            logprobs = init_logprobs if name == "sft" else sampler.read(network, rollout)
+            init_logprobs = finished.read(init, rollout)
+            logprobs = init_logprobs if name == "sft" else finished.read(network, rollout)
             log_ratio = (logprobs - init_logprobs)[rollout.response_mask]
             judged[name] = {
                 "labeler_score": sum(scores[name]) / len(prompts),
@@ -89,7 +89,7 @@ def _labeler(
     """
     language = None
     try:
-        facts = [parse_prompt(prompt) for prompt in prompts]
+        facts = [parse_facts(prompt) for prompt in prompts]
         if config.data is not None:
             records, _ = read_demonstrations(files.demonstrations)
             language = e2e_language([(r.prompt, r.response) for r in records])

@@ -16,7 +16,7 @@ from itertools import groupby, pairwise
 
 from engine.quickstart import e2e_phrases, phrasings
 from engine.quickstart.phrasings import field_of, level_of, sentence_forms
-from engine.quickstart.places import LANDMARK_WORDS, NAME_WORDS, parse_prompt
+from engine.quickstart.places import LANDMARK_WORDS, NAME_WORDS, parse_facts
 
 Words = tuple[str, ...]
 
@@ -150,8 +150,8 @@ def e2e_language(demonstrations: Iterable[tuple[str, str]]) -> Language:
 
     People's sentences are too free to judge the order of the words, so only the words count.
     """
-    phrases = _phrase_table(e2e_phrases.PHRASES)
-    described = [(parse_prompt(prompt), response) for prompt, response in demonstrations]
+    phrases = _phrase_table(e2e_phrases.E2E_PHRASES)
+    described = [(parse_facts(prompt), response) for prompt, response in demonstrations]
     for facts, _ in described:
         names = (facts[field] for field in ("name", "near") if field in facts)
         phrases |= {tuple(_words(name)): (_OTHER_PLACE, "") for name in names}

@@ -52,7 +52,7 @@ def fact_lists(split: Split, count: int, *, seed: int = 0) -> list[dict[str, str
     """`count` different places of a split: field to value, in the order of FIELDS."""
     places: dict[str, dict[str, str]] = {}
     for facts in _endless_facts(split, seed):
-        places.setdefault(render_prompt(facts), facts)
+        places.setdefault(render_facts(facts), facts)
         if len(places) >= count:
             break
     return list(places.values())[:count]
@@ -61,19 +61,19 @@ def fact_lists(split: Split, count: int, *, seed: int = 0) -> list[dict[str, str
 def demonstrations(split: Split, count: int, *, seed: int = 0) -> list[tuple[str, str]]:
     """(prompt, description) of `count` places, each described once and without a fault."""
     return [
-        (render_prompt(facts), describe(facts, Random(f"describe/{seed}/{split}/{index}")))
+        (render_facts(facts), describe(facts, Random(f"describe/{seed}/{split}/{index}")))
         for index, facts in enumerate(fact_lists(split, count, seed=seed))
     ]
 
 
-def render_prompt(facts: Mapping[str, str]) -> str:
+def render_facts(facts: Mapping[str, str]) -> str:
     """The instruction to describe the place."""
     listed = " | ".join(f"{field}: {facts[field]}" for field in FIELDS if field in facts)
     return f"{INSTRUCTION} {listed}"
 
 
-def parse_prompt(prompt: str) -> dict[str, str]:
-    """The facts that a prompt lists; the inverse of `render_prompt`.
+def parse_facts(prompt: str) -> dict[str, str]:
+    """The facts that a prompt lists; the inverse of `render_facts`.
 
     Raises ValueError when the text is no such prompt.
     """

@@ -15,7 +15,7 @@ class WinRate(NamedTuple):
 def win_rate(wins: int, ties: int, losses: int) -> WinRate:
     """Return the share of comparisons won, a tie counting one half, with Wilson's 95% interval.
 
-    Wilson (1927) solves |rate - p| = z sqrt(p (1 - p) / n) for p, so the interval stays inside
+    Wilson (1927) solves |rate - p| = z sqrt(p (1 - p) / n) for p. The interval stays inside
     [0, 1] and is sound at 0 wins. Ties vary less than wins and losses: the interval errs on the
     wide side. Raises ValueError without comparisons.
     """

@@ -2,9 +2,8 @@
 calls.
 
 megatron-core asks torch.cuda for a current device, a generator state and a synchronisation in the
-middle of code that is otherwise free of any device. On a machine without a GPU the same code runs
-over gloo once those few calls answer for the CPU, so that tests exercise the real engine and not a
-copy of it.
+middle of code that is otherwise free of any device. Without a GPU the same code runs
+over gloo once those few calls answer for the CPU: tests exercise the engine itself, not a copy.
 """
 
 import contextlib

@@ -21,8 +21,8 @@ def said_by_first_rank(say: Callable[[], str]) -> str:
 
     So is whatever one looks up on a file system, which may show each rank another state. The others
     wait through the store, and as long as it takes: a collective that waits ends the run after its
-    timeout. A UserError on rank 0 is raised on all, another exception is a RuntimeError there, and
-    where rank 0 leaves (a signal has asked it to), all leave. A process that has joined no ranks is
+    timeout. A UserError on rank 0 is raised on all, another exception is a RuntimeError there.
+    Where rank 0 leaves (a signal has asked it to), all leave. A process that has joined no ranks is
     its own first.
     """
     if not dist.is_initialized():

@@ -34,7 +34,7 @@ class AdamConfig:
     """Largest global gradient norm; not stated for RLHF, our choice: GPT-3's."""
     max_skipped_steps: int = 5
     """Steps in a row whose gradient is not finite before the run ends; each is skipped. Our choice:
-    a bad batch or a flipped bit passes in a step or two, and what lasts longer will not pass, since
+    a bad batch or a flipped bit passes in a step or two. What lasts longer will not pass, since
     the weights stay the same. Of fp16's steps only those at its smallest loss scale count."""
 
     def __post_init__(self) -> None:

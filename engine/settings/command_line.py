@@ -63,9 +63,11 @@ docstring_parser.parse_from_object = _in_one_paragraph(docstring_parser.parse_fr
 
 
 def _with_named_parts(default: _Config, arguments: Sequence[str], prefix: str = "--") -> _Config:
-    """Return `default` with every optional dataclass in it that is None put to that dataclass's own
-    default, if the arguments name one of its fields or ask for help: tyro offers no field of what
-    is not there."""
+    """Return `default` with optional dataclasses that are None put to their own default, where the
+    arguments name one of their fields or ask for help.
+
+    tyro offers no field of what is not there.
+    """
     changes: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(type(default)).items():
         value, inner = getattr(default, name), f"{prefix}{name.replace('_', '-')}."

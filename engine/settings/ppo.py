@@ -14,6 +14,8 @@ from engine.settings.numerics import Numerics
 from engine.settings.residency import ResidencyConfig
 from engine.settings.sampling import SamplingConfig
 
+EosRule = Literal["none", "penalty", "replace"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PPOData:
@@ -87,7 +89,7 @@ class PPOConfig:
     sampled in fp32, where both are the same up to rounding and a sixteenth of the responses is read
     again to check it; scored in 16 bits, where they are 0.01 nats a token apart. Not stated, our
     choice."""
-    eos_rule: Literal["none", "penalty", "replace"] = "none"
+    eos_rule: EosRule = "none"
     """What becomes of the score of a response that hit the length limit; not stated, our choice:
     nothing."""
     eos_penalty: float = 1.0
@@ -142,6 +144,16 @@ class PPOConfig:
             shares="gamma lam ema_decay",
         )
         check_numbers(self, counts="micro_batch_tokens ptx_examples_per_episode")
+        if self.rollout_batch_size % self.minibatch_size:
+            raise UserError(
+                f"rollout_batch_size {self.rollout_batch_size} must be a multiple of "
+                f"minibatch_size {self.minibatch_size}"
+            )
+
+    @property
+    def num_updates(self) -> int:
+        """The optimizer steps of an iteration."""
+        return self.ppo_epochs * self.rollout_batch_size // self.minibatch_size
 
     @property
     def scores_policy(self) -> bool:

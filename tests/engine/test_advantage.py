@@ -1,46 +1,49 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from engine.advantage import KLController, estimate_advantages
-from engine.rollout import Rollout
+from engine.advantage import Advantages, KLController, estimate_advantages
+from engine.data.examples import Example
+from engine.generation.generate import Response
+from engine.rollout import join_responses
+from engine.score import Scored
 from engine.settings.kl import KLConfig
+from engine.settings.ppo import PPOConfig
 
 LOG_RATIO = torch.tensor([0.0, 0.0, 0.1, -0.2, 0.0, 0.5])
 
 
-def rollout() -> Rollout:
-    """Two responses, of two tokens and of one; the last one's prompt is a single token."""
-    mask = torch.tensor([False, False, True, True, False, True])
-    return Rollout(
-        tokens=torch.arange(6),
-        cu_seqlens=torch.tensor([0, 4, 6], dtype=torch.int32),
-        response_mask=mask,
-        sampled_logprobs=torch.zeros(6),
-        has_eos=torch.tensor([True, True]),
-        prompt_lengths=[2, 1],
+def estimate(kl_estimator: str = "k1", **changes: object) -> Advantages:
+    """Of two responses, of two tokens and of one; the last one's prompt is a single token."""
+    prompts = [Example(tokens=np.arange(n), prompt_length=n) for n in (2, 1)]
+    responses = [
+        Response(sample_index=i, tokens=np.arange(n), logprobs=np.zeros(n), has_eos=True)
+        for i, n in enumerate((2, 1))
+    ]
+    rollout = join_responses(prompts, responses, torch.device("cpu"))
+    scored = Scored(
         logprobs=LOG_RATIO - 1.0,
+        num_checked=2,
         ref_logprobs=torch.full((6,), -1.0),
         values=torch.tensor([0.0, 0.0, 1.0, 2.0, 0.0, 4.0]),
         scores=torch.tensor([3.0, -1.0]),
+        raw_scores=torch.tensor([3.0, -1.0]),
     )
-
-
-def estimate(**changes: object):
-    arguments = {"kl_coef": 0.5, "kl_estimator": "k1", "gamma": 1.0, "lam": 0.5, "whiten": True}
-    return estimate_advantages(rollout(), **(arguments | changes))
+    config = PPOConfig(kl=KLConfig(estimator=kl_estimator), **({"lam": 0.5} | changes))
+    return estimate_advantages(rollout, scored, config, kl_coef=0.5)
 
 
 def test_score_is_at_the_last_token_and_the_penalty_at_every_one():
-    found, _ = estimate()
+    found = estimate()
     # -0.5 x (logprob - ref_logprob), and the score
     expected = [0.0, 0.0, -0.05, 0.1 + 3.0, 0.0, -0.25 - 1.0]
     torch.testing.assert_close(found.rewards, torch.tensor(expected))
 
 
 def test_advantages_by_hand():
-    found, _ = estimate()
+    found = estimate()
     # From the end: A_3 = 3.1 - 2;  A_2 = (-0.05 + V_3 - V_2) + 0.5 A_3;  A_5 = -1.25 - 4
     expected = torch.tensor([0.0, 0.0, 0.95 + 0.5 * 1.1, 1.1, 0.0, -5.25])
     torch.testing.assert_close(found.advantages, expected)
@@ -49,18 +52,18 @@ def test_advantages_by_hand():
 
 
 def test_discount_weighs_the_next_value():
-    found, _ = estimate(gamma=0.9, lam=0.0)
+    found = estimate(gamma=0.9, lam=0.0)
     expected = torch.tensor([0.0, 0.0, -0.05 + 0.9 * 2.0 - 1.0, 1.1, 0.0, -5.25])
     torch.testing.assert_close(found.advantages, expected)
 
 
 def test_whitening_is_of_the_response_tokens_alone():
-    _, whitening = estimate()
+    whitening = estimate().whitening
     advantages = torch.tensor([1.5, 1.1, -5.25])
     assert whitening is not None
     torch.testing.assert_close(whitening.mean, advantages.mean())
     torch.testing.assert_close(whitening.rstd, 1.0 / advantages.std())
-    assert estimate(whiten=False)[1] is None
+    assert estimate(whiten_advantages=False).whitening is None
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,7 @@ def test_whitening_is_of_the_response_tokens_alone():
     [("k1", 0.5), ("k2", 0.125), ("k3", torch.tensor(-0.5).exp().item() - 1 + 0.5)],
 )
 def test_penalty_is_of_the_estimator_that_was_chosen(estimator: str, kl: float):
-    found, _ = estimate(kl_estimator=estimator)
+    found = estimate(kl_estimator=estimator)
     assert found.rewards[5].item() == pytest.approx(-1.0 - 0.5 * kl)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from engine.data.examples import Example
 from engine.data.pretraining import TokenSequences
-from engine.feed import Feed, count_targets, pack_for, token_spread
+from engine.feed import Feed, pack_for, step_batch
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
@@ -31,14 +31,14 @@ def feed_of(parallel: Parallel, **changes: object) -> Feed:
 
 def test_steps_of_an_epoch_hold_every_example_once(parallel: Parallel):
     feed = feed_of(parallel, batch_size=7)
-    seen = [int(b.tokens[start]) for b in feed.batches(0) for start in b.cu_seqlens[:-1]]
+    seen = [int(b.tokens[start]) for b in feed.step(0).batches for start in b.cu_seqlens[:-1]]
     assert sorted(seen) == list(range(7))
-    assert feed.batches(0)[0].tokens.tolist() == feed.batches(0)[0].tokens.tolist()
+    assert feed.step(0).batches[0].tokens.tolist() == feed.step(0).batches[0].tokens.tolist()
     assert feed.order.indices(1) != feed.order.indices(0)
 
 
 def test_micro_batches_keep_to_the_budget(parallel: Parallel):
-    batches = feed_of(parallel, batch_size=7).batches(0)
+    batches = feed_of(parallel, batch_size=7).step(0).batches
     lengths = [len(batch.tokens) for batch in batches]
     assert sum(lengths) == sum(LENGTHS)
     assert [n for n in lengths if n > 12] == [14]  # what is longer is alone
@@ -49,26 +49,26 @@ def test_counts_are_of_the_global_batch_whatever_the_rank(parallel: Parallel):
         rank = dataclasses.replace(parallel, dp=dp, dp_rank=dp_rank)
         feed = feed_of(rank)
         chosen = feed.order.indices(4)
-        assert feed.num_tokens(4) == sum(LENGTHS[i] for i in chosen)
-        assert feed.num_targets(4) == sum(LENGTHS[i] - 2 for i in chosen)
+        assert feed.step(4).num_tokens == sum(LENGTHS[i] for i in chosen)
+        assert feed.step(4).num_targets == sum(LENGTHS[i] - 2 for i in chosen)
 
 
 def test_targets_of_all_ranks_add_up_to_the_count(parallel: Parallel):
     num_targets = 0
     for dp_rank in range(3):
         rank = dataclasses.replace(parallel, dp=3, dp_rank=dp_rank)
-        num_targets += sum(int(b.mask.sum()) for b in feed_of(rank).batches(2))
-    assert num_targets == feed_of(parallel).num_targets(2)
+        num_targets += sum(int(b.mask.sum()) for b in feed_of(rank).step(2).batches)
+    assert num_targets == feed_of(parallel).step(2).num_targets
 
 
 def test_spread_is_of_the_rank_that_was_dealt_most(parallel: Parallel):
     # Of 5, 9, 3, 14, 8, 2, 11 the longest goes to the rank with the fewest tokens: 14 + 8 + 5 and
     # 11 + 9 + 3 + 2, 26 on average.
-    assert token_spread(examples(), list(range(7)), 2) == pytest.approx(27 / 26)
-    assert token_spread(examples(), [1, 3], 2) == pytest.approx(14 / 11.5)
-    assert token_spread(examples(), [3, 0], 1) == 1.0
-    feed = feed_of(dataclasses.replace(parallel, dp=2), batch_size=7)
-    assert feed.token_spread(3) == pytest.approx(27 / 26)
+    two = dataclasses.replace(parallel, dp=2)
+    assert step_batch(examples(), two, 100).spread == pytest.approx(27 / 26)
+    assert step_batch(examples()[1:4:2], two, 100).spread == pytest.approx(14 / 11.5)
+    assert step_batch(examples()[:2], parallel, 100).spread == 1.0
+    assert feed_of(two, batch_size=7).step(3).spread == pytest.approx(27 / 26)
 
 
 @pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(pp=2, virtual_pp=2)])
@@ -88,11 +88,10 @@ def test_rank_reads_only_the_pretraining_text_that_it_keeps(
         feed = feed_of(rank, units=text, batch_size=16, micro_batch_tokens=14)
         plain = dataclasses.replace(feed, units=whole)
         reads.clear()
-        assert feed.num_targets(5) == plain.num_targets(5) == 16 * 6
-        assert feed.num_tokens(5) == plain.num_tokens(5)
-        assert feed.token_spread(5) == plain.token_spread(5)
-        assert reads == []
-        batches, expected = feed.batches(5), plain.batches(5)
+        found, of_plain = feed.step(5), plain.step(5)
+        assert found.num_targets == of_plain.num_targets == 16 * 6
+        assert (found.num_tokens, found.spread) == (of_plain.num_tokens, of_plain.spread)
+        batches, expected = found.batches, of_plain.batches
         fillers = sum(batch.num_sequences == 0 for batch in batches)
         mine = sum(batch.num_sequences for batch in batches)
         assert mine <= len(reads) <= mine + (fillers > 0)
@@ -100,8 +99,8 @@ def test_rank_reads_only_the_pretraining_text_that_it_keeps(
         assert len(batches) == len(expected)
         for batch, other in zip(batches, expected, strict=True):
             for name, value in vars(other).items():
-                found = getattr(batch, name)
-                same = torch.equal(found, value) if torch.is_tensor(value) else found == value
+                own = getattr(batch, name)
+                same = torch.equal(own, value) if torch.is_tensor(value) else own == value
                 assert same, name
     assert sorted(kept) == sorted(feed.order.indices(5))
 
@@ -112,7 +111,7 @@ def test_rows_of_a_pipeline_are_of_about_one_length(parallel: Parallel):
 
     def rows(layout: ParallelLayout) -> list[int]:
         rank = dataclasses.replace(parallel, layout=layout)
-        return [len(batch.tokens) for batch in pack_for(units, list(range(6)), rank, 24)]
+        return [len(batch.tokens) for batch in pack_for(units, rank, 24)]
 
     assert rows(ParallelLayout()) == [24, 16]  # 9 + 8 + 7 and what is left
     assert rows(ParallelLayout(pp=2)) == [20, 20]
@@ -122,7 +121,9 @@ def test_rows_of_a_pipeline_are_of_about_one_length(parallel: Parallel):
 
 def test_comparisons_count_all_their_sequences():
     pair = [Example(tokens=np.arange(n), prompt_length=2) for n in (4, 7)]
-    assert count_targets([pair, pair], [0]) == 7
+    rank = start_parallel(ParallelLayout(), seed=1)
+    assert step_batch([pair], rank, 100).num_targets == 7
+    assert step_batch([pair, pair], rank, 100).num_tokens == 22
 
 
 @pytest.mark.parametrize(
@@ -140,17 +141,17 @@ def test_layout_asks_for_even_rows_and_counts(
     layout: ParallelLayout, multiple_of: int, count_multiple: int, parallel: Parallel
 ):
     rank = dataclasses.replace(parallel, layout=layout)
-    batches = pack_for(examples(), list(range(7)), rank, 12)
+    batches = pack_for(examples(), rank, 12)
     assert all(len(batch.tokens) % multiple_of == 0 for batch in batches)
     assert len(batches) % count_multiple == 0
-    plain = pack_for(examples(), list(range(7)), parallel, 12)
+    plain = pack_for(examples(), parallel, 12)
     assert sum(int(b.mask.sum()) for b in batches) == sum(int(b.mask.sum()) for b in plain)
     if multiple_of == layout.pp == 1:
         assert [len(b.tokens) for b in batches] == [len(b.tokens) for b in plain]
 
 
 def test_batches_go_to_the_device_whole(parallel: Parallel):
-    (batch, *_) = pack_for(examples(), [0, 1], parallel, 100)
+    (batch, *_) = pack_for(examples()[:2], parallel, 100)
     moved = batch.to("meta")
     tensors = [value for value in vars(moved).values() if hasattr(value, "device")]
     assert len(tensors) >= 6

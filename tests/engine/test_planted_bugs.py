@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine import ppo, rollout
+from engine import ppo, score
+from engine.advantage import Advantages
 from engine.data.batches import PackedBatch
 from engine.rollout import Rollout
+from engine.score import Scored
 from engine.settings.alarms import AlarmConfig
 from engine.settings.numerics import Numerics
 from engine.training.network import Network
@@ -62,7 +64,13 @@ def test_temperature_that_scoring_forgets(numerics, tiny: Path, tmp_path: Path, 
     wrap(
         monkeypatch,
         "score_rollout",
-        lambda score, rollout, **named: score(rollout, **{**named, "temperature": 1.0}),
+        lambda score, rollout, config, **roles: score(
+            rollout,
+            dataclasses.replace(
+                config, sampling=dataclasses.replace(config.sampling, temperature=1.0)
+            ),
+            **roles,
+        ),
     )
     assert "logprob_mismatch" in alarms_of(tiny, tmp_path / "bug", **settings)
 
@@ -93,13 +101,13 @@ def test_weights_of_the_iteration_before(
 
 @IN_DTYPES
 def test_positions_that_start_at_one(numerics, tiny: Path, tmp_path: Path, monkeypatch):
-    forward = rollout.forward
+    forward = score.forward
 
     def shifted(network: Network, batches: list[PackedBatch], **named: Any) -> list[torch.Tensor]:
         moved = [dataclasses.replace(b, positions=b.positions + 1) for b in batches]
         return forward(network, moved, **named)
 
-    monkeypatch.setattr(rollout, "forward", shifted)
+    monkeypatch.setattr(score, "forward", shifted)
     found = alarms_of(tiny, tmp_path, numerics=numerics)
     assert "logprob_mismatch" in found
     assert ("first_ratio" in found) == (numerics.dtype != "fp32")  # there ratios are sampling's
@@ -117,9 +125,9 @@ def test_dropout_left_on(numerics, tiny: Path, tmp_path: Path, monkeypatch):
 
 @IN_DTYPES
 def test_old_logprobs_shifted_by_one(numerics, tiny: Path, tmp_path: Path, monkeypatch):
-    def shifted(score: Callable[..., Rollout], scored: Rollout, **named: Any) -> None:
-        score(scored, **named)
-        scored.logprobs = scored.logprobs.roll(1)
+    def shifted(score: Callable[..., Scored], *arguments: Any, **roles: Any) -> Scored:
+        scored = score(*arguments, **roles)
+        return dataclasses.replace(scored, logprobs=scored.logprobs.roll(1))
 
     wrap(monkeypatch, "score_rollout", shifted)
     found = alarms_of(tiny, tmp_path, numerics=numerics)
@@ -162,10 +170,10 @@ def test_end_tokens_that_sampling_does_not_know(tiny: Path, tmp_path: Path, monk
 
 
 def test_whitening_that_moves_the_prompts(tiny: Path, tmp_path: Path, monkeypatch):
-    def whitened(estimate: Callable[..., Any], rollout: Rollout, **named: Any) -> Any:
-        result = estimate(rollout, **named)
-        rollout.advantages = (rollout.advantages - result[1].mean) * result[1].rstd
-        return result
+    def whitened(estimate: Callable[..., Advantages], *a: Any, **named: Any) -> Advantages:
+        found = estimate(*a, **named)
+        moved = (found.advantages - found.whitening.mean) * found.whitening.rstd
+        return dataclasses.replace(found, advantages=moved)
 
     wrap(monkeypatch, "estimate_advantages", whitened)
     assert "pad_leak" in alarms_of(tiny, tmp_path)

@@ -10,12 +10,12 @@ from rich.console import Console
 
 from engine import progress
 from engine.progress import SECONDS_A_LINE, LongWork
+from engine.quickstart.comparisons import write_comparisons
 from engine.quickstart.files import find_files
 from engine.quickstart.finished_stages import FinishedStages
 from engine.quickstart.judge import judge_models
-from engine.quickstart.places import fact_lists, render_prompt
+from engine.quickstart.places import fact_lists, render_facts
 from engine.quickstart.report import MODELS
-from engine.quickstart.run import write_comparisons
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from recipes.quickstart import config as recipe
@@ -123,12 +123,12 @@ def test_labeling_and_judging_say_how_far_they_are(home: Path, capsys):
     files = find_files(config)
     files.prompts_valid.parent.mkdir()
     facts = fact_lists("valid", config.num_judged, seed=1)
-    write_lines(files.prompts_valid, ({"prompt": render_prompt(f)} for f in facts))
+    write_lines(files.prompts_valid, ({"prompt": render_facts(f)} for f in facts))
     write_lines(files.pretraining_valid, ({"text": "the mill is near the river " * 90},))
     parallel = start_parallel(ParallelLayout(), seed=0)
-    sampler = FinishedStages(home, parallel, config.numerics, config.ppo, seed=0)
+    finished = FinishedStages(home, parallel, config.numerics, config.ppo, seed=0)
 
-    write_comparisons(config, files, sampler)
+    write_comparisons(config, files, finished)
     said = capsys.readouterr().out
     shares = [int(n) for n in re.findall(r"^label: 78 answers of SFT (\d+)/78 +eta", said, re.M)]
     assert len(shares) > 1
@@ -136,7 +136,7 @@ def test_labeling_and_judging_say_how_far_they_are(home: Path, capsys):
     assert shares[0] < 78
     assert "\nlabel: rank them\n" in said
 
-    summary, _ = judge_models(config, files, sampler)
+    summary, _ = judge_models(config, files, finished)
     said = capsys.readouterr().out
     for model in MODELS.values():
         assert re.search(rf"^judge: 8 prompts.*  {model} answers  (eta|after)", said, re.M), said
@@ -147,12 +147,12 @@ def test_the_same_texts_are_written_with_and_without_a_listener(home: Path):
     config = dataclasses.replace(recipe.ppo.sampling, max_new_tokens=16, num_slots=4)
     ppo = dataclasses.replace(recipe.ppo, sampling=config)
     parallel = start_parallel(ParallelLayout(), seed=0)
-    sampler = FinishedStages(home, parallel, recipe.numerics, ppo, seed=3)
-    network = sampler.load("sft", "language")
+    finished = FinishedStages(home, parallel, recipe.numerics, ppo, seed=3)
+    network = finished.load("sft", "language")
     prompts = ["the mill is", "a cheap pub near the river", "the mill is", "fish"]
     heard: list[None] = []
-    texts = sampler.answer(network, prompts, lambda: heard.append(None))[1]
-    assert texts == sampler.answer(network, prompts)[1]
+    texts = finished.answer(network, prompts, lambda: heard.append(None))[1]
+    assert texts == finished.answer(network, prompts)[1]
     assert len(heard) == 4
     assert texts[0] != texts[2]  # draws of their own
 

@@ -16,7 +16,8 @@ from engine.data.prompts import prompt_examples
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 from engine.ranks.start import start_parallel
-from engine.rollout import generate_rollout, last_readings, read_rollout
+from engine.rollout import generate_rollout
+from engine.score import last_readings, read_rollout
 from engine.selection import best_epoch
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics

@@ -140,7 +140,7 @@ def test_signal_while_a_stage_is_imported_is_noted(
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        run_stage("signalled_stage", SFTConfig(), [])
+        run_stage("signalled_stage.train", SFTConfig(), [])
     assert stopped.value.code == EXIT_STATUS
     assert handlers() == others
 

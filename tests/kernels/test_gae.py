@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import gae as gae_module
-from kernels.gae import Advantages, compose, gae, gae_reference
+from kernels.gae import GaeResult, compose, gae, gae_reference
 from kernels.moments import merge_moments
 from tests.kernels.oracle import largest_difference
 
@@ -55,7 +55,7 @@ def exact_gae(
     return out
 
 
-def assert_close(result: Advantages, exact: Tensor) -> None:
+def assert_close(result: GaeResult, exact: Tensor) -> None:
     for got, want in zip(result[:4], exact, strict=True):
         assert got.dtype == torch.float32
         largest = want.abs().max() if want.numel() else 0

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -6,7 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.data.batches import EpochOrder, deal, micro_batches, pack, split_by_tokens
+from engine.data.batches import (
+    Chosen,
+    Cut,
+    EpochOrder,
+    deal,
+    micro_batches,
+    pack,
+    split_by_tokens,
+    spread,
+)
 from engine.data.examples import Example
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
@@ -56,7 +66,7 @@ def test_an_empty_order_is_refused() -> None:
 
 @given(lengths=LENGTHS, dp=st.integers(1, 5))
 def test_dealing_takes_each_once_and_balances_tokens(lengths: list[int], dp: int) -> None:
-    dealt = [deal(lengths, dp, dp_rank) for dp_rank in range(dp)]
+    dealt = deal(lengths, dp)
     assert sorted(index for part in dealt for index in part) == list(range(len(lengths)))
     assert all(part == sorted(part) for part in dealt)
     loads = [sum(lengths[index] for index in part) for part in dealt]
@@ -65,8 +75,7 @@ def test_dealing_takes_each_once_and_balances_tokens(lengths: list[int], dp: int
 
 def test_dealing_counts_tokens_and_not_sequences() -> None:
     lengths = [10] + [1] * 10
-    assert deal(lengths, 2, 0) == [0]
-    assert deal(lengths, 2, 1) == list(range(1, 11))
+    assert deal(lengths, 2) == [[0], list(range(1, 11))]
 
 
 @given(lengths=LENGTHS, budget=st.integers(1, 100))
@@ -182,17 +191,10 @@ def test_the_ranks_share_one_global_batch(
     flat = make_all([length for unit in unit_lengths for length in unit])
     # One more unit in front: indices and sequence ids are not the same thing.
     examples = [[make(5)]] + [flat[a:b] for a, b in zip(sizes, sizes[1:], strict=False)]
-    indices = list(range(1, len(examples)))
+    chosen = Chosen(examples, range(1, len(examples)))
+    cut = Cut(dp=dp, multiple_of=multiple_of, count_multiple=count_multiple)
     ranks = [
-        micro_batches(
-            examples,
-            indices,
-            dp=dp,
-            dp_rank=dp_rank,
-            budget=budget,
-            multiple_of=multiple_of,
-            count_multiple=count_multiple,
-        )
+        micro_batches(chosen, dataclasses.replace(cut, dp_rank=dp_rank), budget)
         for dp_rank in range(dp)
     ]
     counts = {len(batches) for batches in ranks}
@@ -219,7 +221,7 @@ def test_the_ranks_share_one_global_batch(
 
 def test_a_rank_without_work_gets_masked_micro_batches() -> None:
     examples = [make(4, scores=1.0), make(8, scores=1.0)]
-    batches = micro_batches(examples, [1], dp=2, dp_rank=1, budget=16, multiple_of=4)
+    batches = micro_batches(examples[1:], Cut(dp=2, dp_rank=1, multiple_of=4), 16)
     [filler] = batches
     assert len(filler.tokens) == 4
     assert not filler.mask.any()
@@ -231,13 +233,13 @@ def test_a_rank_without_work_gets_masked_micro_batches() -> None:
 
 def test_padding_does_not_lift_a_micro_batch_over_the_budget() -> None:
     examples = make_all([5, 5])
-    batches = micro_batches(examples, [0, 1], dp=1, dp_rank=0, budget=11, multiple_of=8)
+    batches = micro_batches(examples, Cut(multiple_of=8), 11)
     assert [len(batch.tokens) for batch in batches] == [8, 8]
 
 
 def test_no_examples_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one example"):
-        micro_batches([], [], dp=1, dp_rank=0, budget=8, multiple_of=1)
+        micro_batches([], Cut(), 8)
     with pytest.raises(ValueError, match="at least one sequence"):
         pack([], multiple_of=1)
 
@@ -245,7 +247,7 @@ def test_no_examples_is_refused() -> None:
 def test_five_thousand_examples_are_packed_without_much_waste() -> None:
     lengths = np.random.default_rng(0).integers(20, 200, 5_000).tolist()
     examples = make_all(lengths)
-    batches = micro_batches(examples, range(5_000), dp=1, dp_rank=0, budget=4096, multiple_of=8)
+    batches = micro_batches(examples, Cut(multiple_of=8), 4096)
     assert len(batches) <= math.ceil(sum(lengths) / 4096 * 1.01)
 
 
@@ -253,7 +255,25 @@ def test_even_rows_stay_within_the_budget():
     # 6 + 4 and 5 + 3 + 2 fill two rows; longest first to the shorter row makes 6 + 3 + 2 of them.
     units = [Example(tokens=np.arange(n), prompt_length=1) for n in (6, 5, 4, 3, 2)]
     for is_even in (False, True):
-        batches = micro_batches(
-            units, range(5), dp=1, dp_rank=0, budget=10, multiple_of=1, is_even=is_even
-        )
+        batches = micro_batches(units, Cut(is_even=is_even), 10)
         assert [len(batch.tokens) for batch in batches] == [10, 10]
+
+
+def test_spread_is_the_most_over_the_mean():
+    assert spread([10, 30]) == 1.5
+    assert spread([7]) == 1.0
+
+
+def test_chosen_units_are_read_when_they_are_asked_for():
+    reads = []
+
+    class Noting(list):
+        def __getitem__(self, index):
+            reads.append(index)
+            return super().__getitem__(index)
+
+    chosen = Chosen(Noting(make_all([3, 5, 8])), [2, 0])
+    assert (len(chosen), reads) == (2, [])
+    assert [len(chosen[n].tokens) for n in range(2)] == [8, 3]
+    assert reads == [2, 0]
+    assert [shape[0] for n in range(2) for shape in chosen.shapes(n)] == [8, 3]

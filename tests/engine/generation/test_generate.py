@@ -9,7 +9,7 @@ from engine.data.batches import pack
 from engine.data.examples import Example
 from engine.errors import UserError
 from engine.generation.block_manager import BlockManager
-from engine.generation.generate import generate, length_spread
+from engine.generation.generate import generate
 from engine.generation.scheduler import Counts
 from engine.generation.sequence import Response
 from engine.settings.adam import AdamConfig
@@ -343,11 +343,6 @@ def test_an_optimizer_step_is_a_new_version_of_the_weights(network):
     optimizer.zero_gradients()
     optimizer.step(0)
     assert network.weights_version == before + 1
-
-
-def test_length_spread_is_the_most_tokens_over_the_mean():
-    assert length_spread([10, 30]) == 1.5
-    assert length_spread([7]) == 1.0
 
 
 def test_the_padding_of_the_vocabulary_is_never_drawn(network):

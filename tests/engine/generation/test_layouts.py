@@ -42,7 +42,7 @@ def outcome(network: Network, config: SamplingConfig) -> Outcome:
     """What this rank's replica answers to its share of the prompts."""
     prompts = random_prompts(8, 60) + random_prompts(2, 60)
     parallel = network.parallel
-    mine = deal([len(prompt) for prompt in prompts], parallel.dp, parallel.dp_rank)
+    mine = deal([len(prompt) for prompt in prompts], parallel.dp)[parallel.dp_rank]
     found: list[Response] = list(
         generate(
             network,

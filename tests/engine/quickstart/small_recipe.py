@@ -5,7 +5,7 @@ import gzip
 import json
 from pathlib import Path
 
-from engine.quickstart.places import demonstrations, fact_lists, render_prompt
+from engine.quickstart.places import demonstrations, fact_lists, render_facts
 from recipes.quickstart import config as recipe
 from tests.tiny import write_lines
 
@@ -28,7 +28,7 @@ def data_folder(folder: Path) -> Path:
         )
         facts = fact_lists("prompts" if ending == "train" else "valid", 12, seed=1)
         write_lines(
-            folder / f"prompts/e2e.{ending}.jsonl", ({"prompt": render_prompt(f)} for f in facts)
+            folder / f"prompts/e2e.{ending}.jsonl", ({"prompt": render_facts(f)} for f in facts)
         )
         text = "\n".join(json.dumps({"text": f"the river near the mill {n}"}) for n in range(400))
         (folder / f"pretrain/{ending}.jsonl.gz").write_bytes(gzip.compress(text.encode()))

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from engine.files import read_lines
-from engine.quickstart.e2e_phrases import PHRASES
+from engine.quickstart.e2e_phrases import E2E_PHRASES
 from engine.quickstart.labeler import Language, count_faults, e2e_language, score
-from engine.quickstart.places import parse_prompt
+from engine.quickstart.places import parse_facts
 
 FACTS = {
     "name": "The Wrestlers",
@@ -41,7 +41,7 @@ def real_language(data_pack: Path) -> Language:
 
 
 def test_a_phrase_says_one_level_of_its_field() -> None:
-    for field, levels in PHRASES.items():
+    for field, levels in E2E_PHRASES.items():
         said = Counter(phrase for phrases in levels.values() for phrase in set(phrases))
         assert [phrase for phrase, times in said.items() if times > 1] == [], field
 
@@ -65,7 +65,7 @@ def test_peoples_words_are_understood(language: Language) -> None:
 def test_human_references_are_mostly_faultless(data_pack: Path, real_language: Language) -> None:
     rows = records(data_pack / "sft" / "e2e.val.jsonl.gz")
     totals = [
-        count_faults(parse_prompt(row["prompt"]), row["response"], real_language).total
+        count_faults(parse_facts(row["prompt"]), row["response"], real_language).total
         for row in rows
     ]
     # Measured 0.76 and 0.94. Most of the rest truly say more or other than their facts.
@@ -76,7 +76,7 @@ def test_human_references_are_mostly_faultless(data_pack: Path, real_language: L
 def test_it_agrees_with_the_ranking_of_references(data_pack: Path, real_language: Language) -> None:
     verdicts: Counter[bool] = Counter()
     for row in records(data_pack / "comparisons" / "e2e_slots.val.jsonl.gz"):
-        facts = parse_prompt(row["prompt"])
+        facts = parse_facts(row["prompt"])
         judged = [
             (rank, score(facts, text, real_language))
             for rank, text, kind in zip(row["ranks"], row["completions"], row["kinds"], strict=True)

@@ -62,10 +62,8 @@ def test_an_answer_is_a_rollouts_response_as_text(finished: FinishedStages):
     policy = finished.load("sft", "language")
     rollout, texts = finished.answer(policy, PROMPTS, lambda: heard.append(None))
     assert len(texts) == len(heard) == len(PROMPTS)
-    bounds = rollout.cu_seqlens.tolist()
-    for n, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
-        tokens = rollout.tokens[bounds[n] : bounds[n + 1]].tolist()
-        length = rollout.prompt_lengths[n]
+    for example, prompt, text in zip(rollout.examples, PROMPTS, texts, strict=True):
+        tokens, length = example.tokens.tolist(), example.prompt_length
         assert finished.tokenizer.decode(tokens[:length]) == f"{prompt}\n"
         assert finished.tokenizer.decode(tokens[length:]) == text
     again = finished.answer(policy, PROMPTS)[1]

@@ -10,8 +10,8 @@ from engine.quickstart.places import (
     Split,
     demonstrations,
     fact_lists,
-    parse_prompt,
-    render_prompt,
+    parse_facts,
+    render_facts,
     split_of,
 )
 
@@ -38,7 +38,7 @@ def test_splits_share_no_name() -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_places_differ(split: Split) -> None:
-    prompts = [render_prompt(facts) for facts in fact_lists(split, 2000)]
+    prompts = [render_facts(facts) for facts in fact_lists(split, 2000)]
     assert len(set(prompts)) == 2000
 
 
@@ -53,15 +53,15 @@ def test_values_are_balanced() -> None:
 
 def test_prompt_round_trip() -> None:
     for facts in fact_lists("valid", 500):
-        assert parse_prompt(render_prompt(facts)) == facts
+        assert parse_facts(render_facts(facts)) == facts
         assert list(facts) == [field for field in FIELDS if field in facts]
 
 
 def test_prompt_form() -> None:
     facts = {"name": "Blue Spice", "type": "pub", "family friendly": "yes"}
     prompt = "Describe this place. name: Blue Spice | type: pub | family friendly: yes"
-    assert render_prompt(facts) == prompt
-    assert parse_prompt(f" {prompt}\n") == facts
+    assert render_facts(facts) == prompt
+    assert parse_facts(f" {prompt}\n") == facts
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_prompt_form() -> None:
 )
 def test_other_prompts_are_refused(prompt: str) -> None:
     with pytest.raises(ValueError, match="not a list of facts"):
-        parse_prompt(prompt)
+        parse_facts(prompt)
 
 
 @pytest.mark.parametrize("name", ["sft/e2e", "prompts/e2e", "comparisons/e2e_slots"])
@@ -85,4 +85,4 @@ def test_e2e_prompts_are_of_the_same_form(data_pack: Path, name: str) -> None:
     prompts = [
         json.loads(line)["prompt"] for _, line in read_lines(data_pack / f"{name}.val.jsonl.gz")
     ]
-    assert all(render_prompt(parse_prompt(prompt)) == prompt for prompt in prompts)
+    assert all(render_facts(parse_facts(prompt)) == prompt for prompt in prompts)

@@ -1,20 +1,16 @@
 """The quickstart from files, tiny: two ranks, a second start, and errors before any work."""
 
-import dataclasses
-import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from engine.data.tokenizer import load_tokenizer
 from engine.quickstart.files import find_files
-from engine.quickstart.places import render_prompt
-from engine.quickstart.run import run, write_comparisons
-from engine.ranks.parallel import Parallel
+from engine.quickstart.places import render_facts
+from engine.quickstart.run import prepare_files, run
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
-from recipes.quickstart import config as recipe
 from tests.engine.quickstart.small_recipe import data_folder, tiny_config
 from tests.ranks import run_ranks
 
@@ -27,7 +23,7 @@ def start(home: Path, data: Path, layout: ParallelLayout) -> dict:
 def test_two_ranks_run_the_recipe_and_a_second_start_only_judges(tmp_path: Path):
     data = data_folder(tmp_path / "data")
     prompts = data / "prompts/e2e.val.jsonl"
-    too_long = render_prompt({"name": "Blue Spice " * 200})  # leaves no room and is not judged
+    too_long = render_facts({"name": "Blue Spice " * 200})  # leaves no room and is not judged
     prompts.write_text(json.dumps({"prompt": too_long}) + "\n" + prompts.read_text())
     home = tmp_path / "run"
     first = run_ranks(start, 2, home, data, ParallelLayout(tp=2))
@@ -52,59 +48,17 @@ def test_two_ranks_run_the_recipe_and_a_second_start_only_judges(tmp_path: Path)
     assert second[0] == first[0]
 
 
-class FromAList:
-    """Stands for the SFT model: gives texts to prompts, and notes what it was asked."""
-
-    def __init__(self, parallel: Parallel, texts: Callable[[list[str]], list[str]]) -> None:
-        self.parallel = parallel
-        self.texts = texts
-        self.asked: list[str] = []
-
-    def load(self, stage: str, kind: str) -> None:
-        assert (stage, kind) == ("sft", "language")
-
-    def answer(self, policy: None, prompts: list[str], on_answer: Callable[[], None]) -> tuple:
-        self.asked = prompts
-        for _ in prompts:
-            on_answer()
-        return None, self.texts(prompts)
-
-
-def compared(home: Path, texts: Callable[[list[str]], list[str]]) -> tuple[list[str], list[dict]]:
-    """Return what the SFT model was asked for 30 prompts, and the comparisons made of its texts."""
-    config = dataclasses.replace(recipe, directory=home, num_compared=30)
-    files = find_files(config)
-    files.comparisons.parent.mkdir(parents=True)
-    sampler = FromAList(start_parallel(ParallelLayout(), seed=0), texts)
-    write_comparisons(config, files, sampler)  # type: ignore[arg-type]
-    paths = (files.comparisons_valid, files.comparisons)
-    rows = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
-    assert len(rows[0]) == len(rows[0] + rows[1]) // 10  # a tenth is held out
-    return sampler.asked, rows[0] + rows[1]
-
-
-def test_four_to_nine_completions_of_a_prompt_are_compared(tmp_path: Path):
-    asked, rows = compared(tmp_path, lambda prompts: [p[: 5 * n] for n, p in enumerate(prompts)])
-    repeats = [len(list(group)) for _, group in itertools.groupby(asked)]
-    assert repeats == [4, 5, 6, 7, 8, 9] * 5  # K, paper C.2
-    assert rows
-    for row in rows:
-        assert len(row["completions"]) == len(row["ranks"])
-        assert len(set(row["ranks"])) > 1
-    # Only the very first text was empty, and is not compared.
-    first = next(row for row in rows if row["prompt"] == asked[0])
-    assert len(first["completions"]) == 3
-
-
-def test_prompts_whose_completions_tie_say_nothing(tmp_path: Path):
-    _, rows = compared(tmp_path, lambda prompts: ["the same"] * len(prompts))
-    assert rows == []
-
-
-def test_comparisons_of_an_earlier_start_are_kept(tmp_path: Path):
-    compared(tmp_path / "run", lambda prompts: [p[: n % 90] for n, p in enumerate(prompts)])
-    config = dataclasses.replace(recipe, directory=tmp_path / "run", num_compared=30)
-    files = find_files(config)
-    before = files.comparisons.read_bytes()
-    write_comparisons(config, files, None)  # type: ignore[arg-type]  # nobody is asked
-    assert files.comparisons.read_bytes() == before
+def test_given_files_stay_as_they_are_and_a_tokenizer_comes_of_them(tmp_path: Path):
+    data = data_folder(tmp_path / "data")
+    before = {path: path.read_bytes() for path in data.rglob("*.jsonl*")}
+    config = tiny_config(tmp_path / "run", data)
+    parallel = start_parallel(ParallelLayout(), seed=0)
+    files = prepare_files(config, parallel)
+    assert files == find_files(config)
+    assert {path: path.read_bytes() for path in data.rglob("*.jsonl*")} == before
+    tokenizer = config.directory / "tokenizer.model"
+    assert [path.name for path in config.directory.iterdir()] == ["tokenizer.model"]
+    assert load_tokenizer(tokenizer).vocab_size == config.vocab_size
+    written = tokenizer.stat().st_mtime_ns
+    prepare_files(config, parallel)
+    assert tokenizer.stat().st_mtime_ns == written

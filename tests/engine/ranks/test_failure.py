@@ -18,8 +18,10 @@ PROGRAM = """
 import dataclasses, sys, time
 import torch
 import torch.distributed as dist
-from engine.config import UserError, run_stage
-from engine.parallel import end_parallel, said_by_first_rank, start_parallel
+from engine.errors import UserError
+from engine.ranks.first_rank import said_by_first_rank
+from engine.ranks.start import end_parallel, start_parallel
+from engine.recipe import run_stage
 from engine.settings.layout import ParallelLayout
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ run_stage(train, Config(), [], has_dry_run=False)
 # process imports it and forks the ranks; it is told which, or whose exit status is wanted.
 FORKS = """
 import json, os, sys
-import engine.ranks.parallel
+import engine.ranks.start
 for line in sys.stdin:
     order = json.loads(line)
     if "pid" in order:

@@ -6,7 +6,7 @@ from engine.ranks.heap import freed_bytes
 PROGRAM = """
 import resource, sys
 import torch
-from engine.heap import keep_freed_memory
+from engine.ranks.heap import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 x = torch.zeros(12 << 20)  # 48 MiB, above what glibc takes from its heap
@@ -36,7 +36,7 @@ def test_memory_that_was_freed_is_used_again() -> None:
 def test_what_was_freed_and_kept_is_counted() -> None:
     program = """
 import torch
-from engine.heap import freed_bytes, keep_freed_memory
+from engine.ranks.heap import freed_bytes, keep_freed_memory
 keep_freed_memory()
 x = torch.ones(64 << 20)
 before = freed_bytes()

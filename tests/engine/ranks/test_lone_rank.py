@@ -121,7 +121,7 @@ def test_a_world_of_one_opens_no_second_team_of_threads() -> None:
 import os
 import torch
 import torch.distributed as dist
-from engine.parallel import start_parallel
+from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 torch.set_num_threads(2)
 start_parallel(ParallelLayout(), seed=0)

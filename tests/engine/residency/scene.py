@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import torch
 
-from engine.ppo import Learner
 from engine.ranks.parallel import Parallel
 from engine.residency.residency import Residency
 from engine.settings.residency import ResidencyConfig
@@ -13,6 +12,7 @@ from engine.settings.sampling import SamplingConfig
 from engine.training.ema import EMA
 from engine.training.network import Network
 from engine.training.optimizer import Optimizer
+from engine.update import Learner
 from tests.tiny import (
     ADAM,
     SIZE,

@@ -5,7 +5,8 @@ from engine.data.examples import Example
 from engine.generation.generate import generate
 from engine.ranks.parallel import Parallel
 from engine.residency.expected import PHASES
-from engine.rollout import generate_rollout, read_rollout
+from engine.rollout import generate_rollout
+from engine.score import read_rollout
 from tests.engine.generation.recorded import record_steps
 from tests.engine.residency.scene import CHOICES, SAMPLING, Scene, scene
 

@@ -1,0 +1,87 @@
+"""The quickstart's stages: what each starts from, reads and writes in the quickstart's folder."""
+
+from dataclasses import replace
+from typing import Any
+
+from engine.data.demonstrations import read_demonstrations
+from engine.data.pretraining import open_token_file
+from engine.data.tokenizer import load_tokenizer
+from engine.quickstart.files import Files
+from engine.quickstart.settings import QuickstartConfig
+from engine.settings.ppo import PPOConfig
+from engine.settings.rm import RMConfig
+from engine.settings.sft import SFTConfig
+
+
+def pretraining_stage(config: QuickstartConfig, files: Files) -> SFTConfig:
+    """Return the base model's pretraining, over as many tokens as the config says."""
+    home, path = config.directory, config.directory / "tokenizer.model"
+    text = open_token_file(files.pretraining, load_tokenizer(path), home / "tokens")
+    data = replace(
+        config.pretrain.data,
+        pretraining=files.pretraining,
+        pretraining_valid=files.pretraining_valid,
+    )
+    return replace(
+        config.pretrain,
+        directory=home / "base",
+        tokenizer=path,
+        epochs=config.num_pretraining_tokens / len(text.tokens),
+        data=data,
+        **_of_all(config),
+    )
+
+
+def sft_stage(config: QuickstartConfig, files: Files) -> SFTConfig:
+    """Return the fine-tuning of the base model on demonstrations and pretraining text."""
+    data = replace(
+        config.sft.data,
+        train=files.demonstrations,
+        valid=files.demonstrations_valid,
+        pretraining=files.pretraining,
+        pretraining_valid=files.pretraining_valid,
+    )
+    return replace(
+        config.sft,
+        directory=config.directory / "sft",
+        init_from=config.directory / "base",
+        epochs=config.num_demonstrations / len(read_demonstrations(files.demonstrations)[0]),
+        data=data,
+        **_of_all(config),
+    )
+
+
+def rm_stage(config: QuickstartConfig, files: Files) -> RMConfig:
+    """Return the reward model's training on comparisons, from the SFT model."""
+    data = replace(
+        config.rm.data,
+        train=files.comparisons,
+        valid=files.comparisons_valid,
+        demonstrations=files.demonstrations,
+    )
+    return replace(
+        config.rm,
+        directory=config.directory / "rm",
+        init_from=config.directory / "sft",
+        data=data,
+        **_of_all(config),
+    )
+
+
+def ppo_stage(config: QuickstartConfig, files: Files, name: str) -> PPOConfig:
+    """Return PPO from the SFT model against the reward model; name "ppo_ptx": with pretraining
+    gradients, "ppo": without."""
+    return replace(
+        config.ppo,
+        directory=config.directory / name,
+        policy=config.directory / "sft",
+        reward_model=config.directory / "rm",
+        ptx_coef=config.ppo.ptx_coef if name == "ppo_ptx" else 0.0,
+        data=replace(config.ppo.data, prompts=files.prompts, pretraining=files.pretraining),
+        **_of_all(config),
+    )
+
+
+def _of_all(config: QuickstartConfig) -> dict[str, Any]:
+    """What all stages have in common."""
+    return {"layout": config.layout, "numerics": config.numerics, "seed": config.seed}

@@ -1,0 +1,186 @@
+"""Phase 5 of PPO, update: the optimizer steps of policy and critic on an iteration's episodes."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from engine.advantage import Advantages
+from engine.data.batches import PackedBatch
+from engine.data.examples import Example
+from engine.feed import Feed, pack_for, step_batch
+from engine.losses import ClippedPolicyLoss, NegativeLogLikelihood, clipped_value_loss
+from engine.ranks.seeds import seed_for_step
+from engine.rollout import Rollout
+from engine.score import Scored
+from engine.settings.ppo import PPOConfig
+from engine.training.ema import EMA
+from engine.training.optimizer import Optimizer
+from engine.training.passes import Objective, accumulate, forward_backward, reduce_metrics
+from engine.training.skipped import SkippedSteps
+from kernels.moments import Whitening
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What learns in PPO, and the pretraining text it must not forget."""
+
+    policy: Optimizer
+    critic: Optimizer
+    ema: EMA
+    pretraining: Feed | None
+    """None without ptx."""
+
+    @property
+    def skipped(self) -> dict[str, SkippedSteps]:
+        """The skipped steps of both networks."""
+        return {"policy": self.policy.skipped, "critic": self.critic.skipped}
+
+
+def learning_examples(rollout: Rollout, scored: Scored, advantages: Advantages) -> list[Example]:
+    """Return the responses as training examples that carry the numbers of their tokens."""
+    columns = {
+        "logprobs": scored.logprobs,
+        "values": scored.values,
+        "advantages": advantages.advantages,
+        "returns": advantages.returns,
+    }
+    arrays = {name: column.cpu().numpy() for name, column in columns.items()}  # sync
+    bounds = np.cumsum([0] + [len(e.tokens) for e in rollout.examples])
+    return [
+        replace(example, fields={name: array[start:end] for name, array in arrays.items()})
+        for example, start, end in zip(rollout.examples, bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+def run_updates(
+    learner: Learner,
+    config: PPOConfig,
+    examples: list[Example],
+    whitening: Whitening | None,
+    iteration: int,
+) -> dict[str, float]:
+    """Take an iteration's optimizer steps, and return what they say together.
+
+    A learner whose steps are skipped time and again takes no more of them: the run ends once this
+    iteration's numbers are on record.
+    """
+    updates = []
+    for step, chosen in minibatches(config, iteration):
+        minibatch = [examples[i] for i in chosen]
+        updates.append(update(learner, config, minibatch, whitening, step=step))
+        if any(skipped.is_stuck for skipped in learner.skipped.values()):
+            break
+    for optimizer in (learner.policy, learner.critic):
+        optimizer.network.settle()
+    return merge_updates(updates)
+
+
+def update(
+    learner: Learner,
+    config: PPOConfig,
+    minibatch: list[Example],
+    whitening: Whitening | None,
+    *,
+    step: int,
+) -> dict[str, float]:
+    """One optimizer step of policy and critic on a minibatch; `step` counts them over the run."""
+    policy, critic = learner.policy.network, learner.critic.network
+    parallel = policy.parallel
+    iteration = step // config.num_updates
+    seed_for_step(parallel, step)
+    batch = step_batch(minibatch, parallel, config.micro_batch_tokens)
+    num_targets = torch.tensor(float(batch.num_targets), device=parallel.device)
+    learner.policy.zero_gradients()
+    found = policy_gradient(learner, config, batch.batches, num_targets, whitening, step=step)
+    learner.critic.zero_gradients()
+    critic_found = forward_backward(
+        critic,
+        pack_for(minibatch, critic.parallel, config.micro_batch_tokens),
+        clipped_value_loss(num_targets, cliprange=config.value_cliprange),
+    )
+    policy_step = learner.policy.step(iteration)
+    critic_step = learner.critic.step(iteration)
+    if not policy_step.was_skipped:
+        learner.ema.update()
+    # Behind the steps, whose launches need none of these numbers.
+    values = reduce_metrics(found, parallel) | reduce_metrics(critic_found, critic.parallel)
+    return values | {
+        "policy_grad_norm": policy_step.grad_norm,
+        "critic_grad_norm": critic_step.grad_norm,
+        "policy_lr": policy_step.lr,
+        "critic_lr": critic_step.lr,
+        **{f"{name}_skipped_steps": float(s.total) for name, s in learner.skipped.items()},
+        "token_spread": batch.spread,
+    }
+
+
+def policy_gradient(
+    learner: Learner,
+    config: PPOConfig,
+    batches: list[PackedBatch],
+    num_targets: torch.Tensor,
+    whitening: Whitening | None,
+    *,
+    step: int,
+) -> dict[str, torch.Tensor]:
+    """Add the gradient of InstructGPT eq. 2 to the policy's buffers: PPO's, then ptx_coef x the
+    pretraining's.
+
+    Both are means over tokens; the paper does not state the reduction that makes 27.8 meaningful.
+    """
+    policy_loss = ClippedPolicyLoss(
+        num_targets=num_targets, cliprange=config.cliprange, whitening=whitening
+    )
+    objectives = [
+        Objective(batches=batches, loss=policy_loss, temperature=config.sampling.temperature)
+    ]
+    if learner.pretraining is not None:
+        text = learner.pretraining.step(step)
+        objectives.append(
+            Objective(
+                batches=text.batches,
+                loss=NegativeLogLikelihood(text.num_targets, "ptx_loss"),
+                scale=config.ptx_coef,
+            )
+        )
+    return accumulate(learner.policy.network, objectives)
+
+
+def minibatches(config: PPOConfig, iteration: int) -> list[tuple[int, list[int]]]:
+    """Return (step of the run, indices of the rollout) of an iteration's minibatches, shuffled anew
+    each epoch."""
+    chosen: list[list[int]] = []
+    for epoch in range(config.ppo_epochs):
+        shuffle = np.random.default_rng([config.seed, iteration, epoch])
+        order = shuffle.permutation(config.rollout_batch_size).tolist()
+        chosen += [
+            order[start : start + config.minibatch_size]
+            for start in range(0, len(order), config.minibatch_size)
+        ]
+    return list(enumerate(chosen, start=iteration * config.num_updates))
+
+
+def merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Return an iteration's update metrics: means over its minibatches, extremes of the ratios, the
+    last of a count of skipped steps, which runs on. One that is not finite makes the whole so."""
+    first = updates[0]
+    merged: dict[str, float] = {}
+    for name in first:
+        column = [values[name] for values in updates]
+        if name == "ratio_min":
+            merged[name] = float(np.min(column))
+        elif name == "ratio_max":
+            merged[name] = float(np.max(column))
+        elif name.endswith("_skipped_steps"):
+            merged[name] = column[-1]
+        else:
+            merged[name] = sum(column) / len(column)
+    variance = merged.pop("return_variance"), merged.pop("error_variance")
+    merged["explained_variance"] = 1.0 - variance[1] / variance[0] if variance[0] != 0 else 0.0
+    merged["first_ratio_error"] = max(first["ratio_max"] - 1.0, 1.0 - first["ratio_min"])
+    return {
+        f"update/{name}": value
+        for name, value in merged.items()
+        if name not in ("return_mean", "error_mean")
+    }
