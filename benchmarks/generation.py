@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import math
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -34,9 +33,12 @@ from rich.table import Table
 from transformers import GPT2LMHeadModel
 
 from benchmarks import decoding
+from benchmarks.command_line import check_context, command, count, mistakes_in_one_line
 from benchmarks.decoding import NO_EOS, NUM_SHORT, Decode, agreement, measure, measure_trident
 from benchmarks.random_gpt2 import random_gpt2
+from benchmarks.screen import print_whole, screen
 from benchmarks.timing import append_record, machine, records_path, time_calls, wall_clock
+from engine.errors import UserError
 from engine.generation.generate import generate
 from engine.generation.scheduler import Counts
 from engine.huggingface.convert import load_huggingface
@@ -175,6 +177,7 @@ def check_greedy(network: Network, model: GPT2LMHeadModel, workload: Workload) -
         raise RuntimeError("greedy answers differ from Hugging Face's: nothing is compared")
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Time the providers on each workload; print tables and, with --out, append records."""
     arguments = _parse()
@@ -185,8 +188,9 @@ def main() -> None:
     size = BENCHMARK_SIZES[arguments.size or ("cpu" if device.type == "cpu" else "1.3b")]
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     batch = arguments.batch
+    decode = Decode(size=size, batch=batch, context=_context(arguments, size))
     where = machine(device, dtype)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = screen()
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     parallel = start_parallel(ParallelLayout(), seed=0)
     numerics = Numerics(dtype="fp32" if device.type == "cpu" else "bf16")
@@ -204,12 +208,11 @@ def main() -> None:
     runs: dict[str, Callable[[Workload], Any]] = {}
     if "trident" in arguments.providers:
         runs["trident"] = lambda workload: run_trident(network, workload, config)
-    decode = Decode(size=size, batch=batch, context=_context(arguments, size))
     if "decode" in arguments.workload and runs:
         records = measure_trident(network, decode, bandwidth, arguments.num_samples)
         share = _fp32_agreement(parallel)
         publish([record | {"fp32_greedy_same_as_eager": share} for record in records])
-        console.print(decoding.table(decode, records))
+        print_whole(console, decoding.table(decode, records))
         if share < 1.0:
             raise RuntimeError(f"graphs change fp32 greedy answers: {share:.1%} are the same")
     with tempfile.TemporaryDirectory() as folder:
@@ -220,7 +223,7 @@ def main() -> None:
     if "decode" in arguments.workload and model is not None:
         records = decode_huggingface(model, decode, bandwidth, arguments.num_samples)
         publish(records)
-        console.print(decoding.table(decode, records))
+        print_whole(console, decoding.table(decode, records))
     for workload in workloads(size, batch):
         if workload.name in arguments.workload:
             records = run_workload(workload, runs, network, batch, arguments.num_samples)
@@ -228,7 +231,7 @@ def main() -> None:
             publish(
                 [record | {"bandwidth_share": bound / record["median_s"]} for record in records]
             )
-            console.print(_table(workload, records, bound))
+            print_whole(console, _table(workload, records, bound))
 
 
 def _fp32_agreement(parallel: Parallel) -> float:
@@ -239,7 +242,13 @@ def _fp32_agreement(parallel: Parallel) -> float:
 
 
 def _context(arguments: argparse.Namespace, size: GPTSize) -> int:
-    return arguments.context or min(1024, size.context_length // 2)
+    context = arguments.context or min(1024, size.context_length // 2)
+    decode = Decode(size=size, batch=arguments.batch, context=context)
+    if decode.prompt_tokens < 1:
+        raise UserError(f"--context {context} leaves no prompt before the tokens that are timed")
+    longest = decode.prompt_tokens + decode.num_long
+    check_context(f"--context {context} in the middle", longest, size.context_length)
+    return context
 
 
 def _rivals(
@@ -369,16 +378,18 @@ def _table(workload: Workload, records: list[dict[str, Any]], bound: float) -> T
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.generation")
+    parser = command("generation")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--size", choices=BENCHMARK_SIZES, help="default: cpu, on a GPU 1.3b")
-    parser.add_argument("--batch", type=int, default=64, help="sequences decoded together")
-    parser.add_argument("--num-samples", type=int, default=3, help="runs of each provider")
+    parser.add_argument("--batch", type=count, default=64, help="sequences decoded together")
+    parser.add_argument("--num-samples", type=count, default=3, help="runs of each provider")
     parser.add_argument(
         "--workload", nargs="+", choices=WORKLOADS, default=WORKLOADS, help="default: all"
     )
-    parser.add_argument("--context", type=int, help="of decode; default: 1024 or half the model's")
+    parser.add_argument(
+        "--context", type=count, help="of decode; default: 1024 or half the model's"
+    )
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
     return parser.parse_args()

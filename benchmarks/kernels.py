@@ -9,15 +9,14 @@ A provider is timed as a rival only when it gives the right result; see README.m
 
 import argparse
 import dataclasses
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
+from benchmarks.command_line import command, mistakes_in_one_line, seconds
 from benchmarks.kernel_suite.case import Effort, cases
 from benchmarks.kernel_suite.decode_attention import DECODE_ATTENTION
 from benchmarks.kernel_suite.full_kl import FULL_KL
@@ -26,11 +25,14 @@ from benchmarks.kernel_suite.layer_norm import LAYER_NORM
 from benchmarks.kernel_suite.linear_logprobs import LINEAR_LOGPROBS, LINEAR_LOSS
 from benchmarks.kernel_suite.logprobs import LOGPROBS, LOGPROBS_ENTROPY
 from benchmarks.kernel_suite.operation import BOTH_MODES, Operation, Size
-from benchmarks.kernel_suite.ppo_loss import PPO_LOSS
+from benchmarks.kernel_suite.policy_loss import POLICY_LOSS
 from benchmarks.kernel_suite.ranking_loss import RANKING_LOSS
 from benchmarks.kernel_suite.report import plot, table
 from benchmarks.kernel_suite.sample import SAMPLE, SAMPLE_TOP_P
+from benchmarks.kernel_suite.value_loss import VALUE_LOSS
+from benchmarks.screen import print_whole, screen
 from benchmarks.timing import append_record, free_memory, machine, records_path
+from engine.errors import UserError
 
 OPERATIONS = {
     operation.name: operation
@@ -41,7 +43,8 @@ OPERATIONS = {
         LINEAR_LOSS,
         FULL_KL,
         GAE,
-        PPO_LOSS,
+        POLICY_LOSS,
+        VALUE_LOSS,
         RANKING_LOSS,
         SAMPLE,
         SAMPLE_TOP_P,
@@ -53,6 +56,7 @@ FULL = Effort(min_samples=20, max_samples=100, seconds=3.0)
 QUICK = Effort(min_samples=5, max_samples=20, seconds=0.5, num_sizes=1)
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Run the operations of the command line: a table a case, and with --out records and plots."""
     arguments = _parse()
@@ -61,7 +65,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     effort = QUICK if arguments.quick else FULL
     effort = dataclasses.replace(effort, provider_seconds=arguments.limit)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = screen()
     where = machine(device)
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     if device.type != "cuda":
@@ -74,14 +78,14 @@ def main() -> None:
     if not any(
         chosen_sizes(OPERATIONS[name].sizes[device.type], arguments.size) for name in arguments.ops
     ):
-        raise SystemExit("error: no operation of these has the numbers that --size names")
+        raise UserError("no operation of these has the numbers that --size names")
     for name in arguments.ops:
         operation = _with_providers(OPERATIONS[name], arguments.providers)
         sizes = chosen_sizes(operation.sizes[device.type], arguments.size)[: effort.num_sizes]
         records = []
         for case in cases(operation, device, sizes, arguments.modes):
             case.run(effort, publish)
-            console.print(table(case.records, name, case.size, case.mode))
+            print_whole(console, table(case.records, name, case.size, case.mode))
             for record in case.records:
                 if record["status"] != "skipped":
                     publish(record)
@@ -129,7 +133,7 @@ def _size(text: str) -> Size:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels")
+    parser = command("kernels")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--ops", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
@@ -146,7 +150,7 @@ def _parse() -> argparse.Namespace:
     names = sorted({p.name for operation in OPERATIONS.values() for p in operation.providers})
     parser.add_argument("--providers", nargs="+", choices=names, help="default: all")
     parser.add_argument(
-        "--limit", type=float, default=60.0, help="seconds of a provider, first call and samples"
+        "--limit", type=seconds, default=60.0, help="seconds of a provider, first call and samples"
     )
     parser.add_argument("--no-plots", action="store_true", help="records alone")
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended) and plots")

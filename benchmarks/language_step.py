@@ -7,8 +7,8 @@ is how plain torch trains in bf16.
 
 Small models take turns; large ones are timed one after the other, ours first, each in the memory
 that the other gave back. At 1.3B, bf16 and 8192 tokens a pass ours has 24 GB between steps and some
-15 GB of activations, the other 21 GB, and within a step some 28 GB of activations, weights in bf16
-and logits: 88 GB together.
+15 GB of activations. The other has 21 GB, and within a step some 28 GB of activations, weights in
+bf16 and logits: 88 GB together.
 """
 
 import contextlib
@@ -294,8 +294,8 @@ def _time(
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Return the FLOP/s of the GPU's datasheet in 16 bits where it is known, else of a large matrix
-    product measured here, and which of the two it is."""
+    """Return the FLOP/s of the GPU's datasheet in 16 bits, else of a large matrix product measured
+    here; and which of the two it is."""
     names = {name for name in GPUS if name in device_name(device).lower()}
     if device.type == "cuda" and dtype != torch.float32 and names:
         return GPUS[max(names, key=len)].flops, "datasheet"

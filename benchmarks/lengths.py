@@ -5,13 +5,13 @@
 writes lengths.json, which lies beside this file and has numbers alone. Of every set it keeps the
 number of records and NUM_KEPT of them, evenly spaced when they are sorted by their tokens: a table
 of quantiles that keeps which prompt goes with which response, and with how many. It was made with
-GPT-2's byte pairs from the training files of E2E NLG (tuetschek/e2e-cleaning), FLAN's StrategyQA,
-CREAK, QASC (flan_cot) and ComVE (sensemaking), GSM8K, Open Assistant and the seeds of
-Self-Instruct; the rankings are of E2E, TruthfulQA and GSM8K answers and of Open Assistant's human
-rankings. A record is counted as engine/data/ makes examples of it: a response with its end of text.
+GPT-2's byte pairs. The demonstrations are the training files of E2E NLG (tuetschek/e2e-cleaning),
+GSM8K, Open Assistant and the seeds of Self-Instruct, and of FLAN four: StrategyQA, CREAK, QASC
+(flan_cot) and ComVE (sensemaking). The rankings are of E2E, TruthfulQA and GSM8K answers and of
+Open Assistant's human rankings. A record is counted as engine/data/ makes examples of it: a
+response with its end of text.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.command_line import command, mistakes_in_one_line
 from engine.data.comparisons import Comparison, read_comparisons
 from engine.data.demonstrations import Demonstration, read_demonstrations
 from engine.data.tokenizer import Tokenizer, load_tokenizer
@@ -119,9 +120,10 @@ def write_table(path: Path, sets: Mapping[str, Mapping[str, Lengths]]) -> None:
     path.write_text("{\n" + ",\n".join(kinds) + "\n}\n", encoding="utf-8")
 
 
+@mistakes_in_one_line()
 def main(write: Callable[[str], object] = print) -> None:
     """Measure files anew and write the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lengths")
+    parser = command("lengths")
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--demonstrations", nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--rankings", nargs="+", required=True, metavar="NAME=FILE")

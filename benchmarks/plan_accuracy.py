@@ -11,20 +11,20 @@ Weights, gradients and optimizer state must agree to the byte, padding of buffer
 import argparse
 import dataclasses
 import itertools
-import sys
 import warnings
 from pathlib import Path
 
 import psutil
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command_line import command, count, mistakes_in_one_line
 from benchmarks.language_step import Job, trident
 from benchmarks.ppo_job import Effort
 from benchmarks.ppo_job import Job as Iteration
 from benchmarks.ppo_provider import measure
 from benchmarks.ppo_trident import config_of
+from benchmarks.screen import print_whole, screen
 from benchmarks.timing import (
     append_record,
     copy_bandwidth,
@@ -111,13 +111,14 @@ def ppo_rows(job: Iteration, name: str, cluster: Cluster, device: torch.device) 
     return [(f"{phase}, seconds", planned[phase], measured[phase]) for phase in planned]
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Plan, measure, and print both; with --out, append a record."""
     arguments = _parse()
     warnings.filterwarnings("ignore")
     device = torch.device(arguments.device)
     where = machine(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = screen()
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     name = arguments.size or ("tiny" if device.type == "cpu" else "1.3b")
     size = SIZES[name]
@@ -145,7 +146,7 @@ def main() -> None:
             micro_batch_tokens=arguments.micro_batch_tokens,
         )
         rows += ppo_rows(iteration, name, cluster, device)
-    console.print(_table(name, cluster, rows))
+    print_whole(console, _table(name, cluster, rows))
     if arguments.out:
         record = {
             "benchmark": "plan_accuracy",
@@ -179,13 +180,13 @@ def _table(name: str, cluster: Cluster, rows: Rows) -> Table:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_accuracy")
+    parser = command("plan_accuracy")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--size", choices=SIZES, help="default: tiny, on a GPU 1.3b")
-    parser.add_argument("--num-sequences", type=int, default=16, help="of a step, whole contexts")
-    parser.add_argument("--num-episodes", type=int, default=64, help="of a PPO iteration")
-    parser.add_argument("--micro-batch-tokens", type=int, default=8192)
+    parser.add_argument("--num-sequences", type=count, default=16, help="of a step, whole contexts")
+    parser.add_argument("--num-episodes", type=count, default=64, help="of a PPO iteration")
+    parser.add_argument("--micro-batch-tokens", type=count, default=8192)
     parser.add_argument("--no-ppo", action="store_true", help="the training step only")
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
     return parser.parse_args()

@@ -5,7 +5,6 @@ before every iteration it says {"iterations": [...]}, the seconds by phase of th
 waits for "go" or "stop"; the last line is its record. What libraries print goes to standard error.
 """
 
-import argparse
 import dataclasses
 import gc
 import json
@@ -20,6 +19,7 @@ from typing import Any, TextIO
 
 import torch
 
+from benchmarks.command_line import command, mistakes_in_one_line
 from benchmarks.ppo_job import GoesOn, Iterations, Job, Measured, job_from
 from benchmarks.timing import free_memory
 
@@ -135,9 +135,10 @@ def _check(job: Job, done: Measured, provider: str) -> None:
         raise RuntimeError(f"{provider}'s losses are not finite: {done.losses}")
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Measure the provider that the arguments name, iteration by iteration as it is told."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ppo_provider")
+    parser = command("ppo_provider")
     parser.add_argument("provider", choices=PROVIDERS)
     parser.add_argument("--job", required=True, help="a job's fields as JSON")
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)

@@ -21,10 +21,10 @@ from engine.rollout import Rollout, generate_rollout
 from engine.score import Scored, score_rollout
 from engine.settings.ppo import PPOConfig
 from engine.training.ema import EMA
-from engine.training.network import Kind, Network, build_network
+from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.update import Learner, learning_examples, run_updates
-from models.sizes import GPTSize
+from models.sizes import GPTSize, Kind
 
 NO_EOS = -1
 PHASES = ("rollout", "score", "advantage", "update")
@@ -88,7 +88,7 @@ def build(
 
     def load(kind: Kind, into: Network | None) -> Network:
         if into is not None:
-            into.weights_version += 1  # they are in the partner's memory already
+            into.mark_changed()  # they are in the partner's memory already
             return into
         network = make(kind)
         partner = (policy, critic)[kinds.index(kind)].network

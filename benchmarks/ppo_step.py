@@ -13,7 +13,8 @@ The first iteration warms up and is not counted.
 Each provider is a process of its own. Its peak memory on a CPU is all that the process ever held,
 interpreter and libraries included; on a GPU what torch gave out there. On a CPU they take turns,
 iteration by iteration; on a GPU one ends before the next begins: at 1.3B ours takes 58 GB between
-phases and a network's activations besides, TRL 26 GB in bf16 (42 GB and 5 GB mixed) and its logits.
+phases and a network's activations besides. TRL takes 26 GB in bf16 (42 GB and 5 GB mixed) and its
+logits.
 """
 
 import argparse
@@ -30,8 +31,16 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
 
+from benchmarks.command_line import (
+    check_context,
+    check_minibatches,
+    command,
+    count,
+    count_or_none,
+    mistakes_in_one_line,
+    seconds,
+)
 from benchmarks.ppo_job import MICRO_BATCH_TOKENS, WORKLOADS, Effort, Job
 from benchmarks.ppo_provider import PROVIDERS
 from benchmarks.ppo_table import beside_ours, goal_lines, table
@@ -39,6 +48,7 @@ from benchmarks.ppo_turns import Opening, Provider, run_in_turns
 from benchmarks.ppo_weights import write_weights
 from benchmarks.provider_process import Say
 from benchmarks.rivals import missing_rivals, rivals_environment
+from benchmarks.screen import print_whole, screen
 from benchmarks.timing import append_record, free_memory, machine, records_path
 from engine.ranks.device import DTYPES
 from engine.settings.numerics import Numerics
@@ -92,6 +102,7 @@ def _openings(
         )
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Time the providers; print a table a workload and, with --out, append its records."""
     arguments = _parse()
@@ -101,7 +112,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     dtype = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
     where = machine(device, DTYPES[dtype])
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = screen()
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     effort = Effort(num_samples=arguments.num_samples, seconds=arguments.seconds)
     for workload in arguments.lengths or (WORKLOADS if device.type == "cpu" else ("fixed",)):
@@ -117,7 +128,7 @@ def main() -> None:
             records.append(record)
             if arguments.out:
                 append_record(records_path(arguments.out, device), record | where)
-        console.print(table(job, records))
+        print_whole(console, table(job, records))
         for line in goal_lines(records, device.type):
             console.print(line)
 
@@ -149,24 +160,13 @@ def _pretraining_tokens(arguments: argparse.Namespace, name: str) -> int:
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """End with one line where the options mean nothing."""
-    counts = ("num_episodes", "minibatch_size", "prompt_tokens", "response_tokens", "num_samples")
-    for name in counts:
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if arguments.num_episodes % arguments.minibatch_size:
-        parser.error(
-            f"--num-episodes {arguments.num_episodes} must be a multiple of --minibatch-size "
-            f"{arguments.minibatch_size}"
-        )
+    check_minibatches(arguments.num_episodes, arguments.minibatch_size)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU")
     name = arguments.size or ("1.3b" if arguments.device == "cuda" else "small")
     longest = arguments.prompt_tokens + 2 * arguments.response_tokens
-    if longest > SIZES[name].context_length:
-        parser.error(
-            f"--prompt-tokens and twice --response-tokens are {longest} tokens, more than the "
-            f"context of {SIZES[name].context_length}"
-        )
+    names = "--prompt-tokens and twice --response-tokens"
+    check_context(names, longest, SIZES[name].context_length)
     if arguments.out:
         try:
             arguments.out.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,7 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ppo_step")
+    parser = command("ppo_step")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--size", choices=SIZES, help="default: small, on a GPU 1.3b")
@@ -184,28 +184,28 @@ def _parse() -> argparse.Namespace:
         "--lengths", nargs="+", choices=WORKLOADS, help="default: both, on a GPU fixed"
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: fp32, on a GPU bf16")
-    parser.add_argument("--num-episodes", type=int, default=64)
-    parser.add_argument("--minibatch-size", type=int, default=16)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--num-episodes", type=count, default=64)
+    parser.add_argument("--minibatch-size", type=count, default=16)
+    parser.add_argument("--prompt-tokens", type=count, default=64)
     parser.add_argument(
         "--response-tokens",
-        type=int,
+        type=count,
         default=64,
         help="fixed: of a response; mixed: the longest has twice, the shortest a quarter as many",
     )
-    parser.add_argument("--ptx-examples-per-episode", type=int, default=1)
+    parser.add_argument("--ptx-examples-per-episode", type=count_or_none, default=1)
     parser.add_argument(
-        "--pretraining-tokens", type=int, help="default: an episode's, on a GPU the context's"
+        "--pretraining-tokens", type=count, help="default: an episode's, on a GPU the context's"
     )
     parser.add_argument(
         "--micro-batch-tokens",
-        type=int,
+        type=count,
         help="of one forward pass, of every provider; default: 1024, on a GPU 8192",
     )
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
-    parser.add_argument("--num-samples", type=int, default=3, help="iterations after the first")
+    parser.add_argument("--num-samples", type=count, default=3, help="iterations after the first")
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="of a provider; one iteration is counted"
+        "--seconds", type=seconds, default=math.inf, help="of a provider; one iteration is counted"
     )
     parser.add_argument(
         "--providers",

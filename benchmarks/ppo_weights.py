@@ -3,8 +3,8 @@
 The end of text of "mixed" lengths is drawn like any other token; nothing tells a sampler when. Its
 embedding, which is also its row of the head, is b u for a direction u of the residual stream that
 only positions write: all other embeddings and what the layers write is made orthogonal to u. So the
-last layer norm's output has u times a / s, where a is what the position wrote and s the standard
-deviation of the residual stream, and the logit of the end is b a / s. Up to the shortest response a
+last layer norm's output has u times a / s, and the logit of the end is b a / s. Here a is what the
+position wrote, and s the standard deviation of the residual stream. Up to the shortest response a
 is so negative that the end is practically never drawn; from there on it is positive, and b is
 chosen so that the mean chance is the job's hazard a token.
 """
@@ -44,8 +44,8 @@ def write_weights(job: Job, folder: Path, device: torch.device) -> None:
 
 @torch.no_grad()
 def draw_the_end(model: Any, job: Job) -> None:
-    """Make a GPT2LMHeadModel draw its last token with the job's hazard, from the state in which a
-    token can be the last of its shortest response."""
+    """Make a GPT2LMHeadModel draw its last token with the job's hazard: from the state on in which
+    the shortest response may end."""
     stack, hidden = model.transformer, job.size.hidden_size
     generator = torch.Generator().manual_seed(1)
     direction = torch.randn(hidden, generator=generator).to(model.device)

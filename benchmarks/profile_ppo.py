@@ -4,14 +4,13 @@
     python -m benchmarks.profile_ppo --device cuda --size 1.3b --ptx --out benchmarks/results
 
 The iteration is that of ppo_step.py: random weights and prompts, responses of one length. First
-come iterations that warm up, then one that is timed as it is, then the one under torch's profiler,
-which slows every operator by a microsecond or two: both sets of seconds are shown, and phases of
-many small operators look worse than they are by their difference.
+come iterations that warm up, then one that is timed as it is, then the one under torch's profiler.
+The profiler slows every operator by a microsecond or two: both sets of seconds are shown, and
+phases of many small operators look worse than they are by their difference.
 """
 
 import argparse
 import dataclasses
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.profiler import record_function
 
+from benchmarks.command_line import (
+    check_context,
+    check_minibatches,
+    command,
+    count,
+    count_or_none,
+    mistakes_in_one_line,
+)
 from benchmarks.ppo_job import MICRO_BATCH_TOKENS, Job
 from benchmarks.ppo_scene import PHASES, build, random_prompts, run_iteration
 from benchmarks.ppo_trident import config_of, feed_of
+from benchmarks.screen import print_whole, screen
 from benchmarks.step_profile import KINDS, Profile, kind_of, profile_phases
 from benchmarks.timing import append_record, machine, records_path
 from engine.ranks.device import DTYPES
@@ -100,6 +107,7 @@ def record_of(found: ProfiledIteration, job: Job) -> dict[str, Any]:
     }
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Profile an iteration; print tables and, with --out, append a record."""
     arguments = _parse()
@@ -107,10 +115,11 @@ def main() -> None:
     device = torch.device(arguments.device)
     job = _job(arguments, device)
     where = machine(device, DTYPES[job.numerics.dtype])
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = screen()
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     found = profile_iteration(job, device, arguments.num_warm_ups)
-    console.print(_shares_table(found, job), _others_table(found))
+    print_whole(console, _shares_table(found, job))
+    print_whole(console, _others_table(found))
     if arguments.out:
         append_record(records_path(arguments.out, device), record_of(found, job) | where)
 
@@ -147,8 +156,8 @@ def _others_table(found: ProfiledIteration) -> Table:
     in_phases = [{name: ms for name, ms, _ in found.profiles[p].kernels} for p in PHASES]
     phases = [f"{phase}, ms" for phase in PHASES]
     table = Table("the longest others", "kind", "ms", "share", "calls", "us a call", *phases)
-    for name, ms, count in found.others():
-        cells = [f"{ms:.1f}", f"{ms / wall:.1%}", f"{count}", f"{ms / count * 1e3:.1f}"]
+    for name, ms, calls in found.others():
+        cells = [f"{ms:.1f}", f"{ms / wall:.1%}", f"{calls}", f"{ms / calls * 1e3:.1f}"]
         cells += [f"{of_phase.get(name, 0.0):.1f}" for of_phase in in_phases]
         table.add_row(name[:100], kind_of(name), *cells)
     return table
@@ -158,6 +167,9 @@ def _job(arguments: argparse.Namespace, device: torch.device) -> Job:
     on_gpu = device.type == "cuda"
     size = SIZES[arguments.size or ("1.3b" if on_gpu else "small")]
     dtype = arguments.dtype or ("bf16" if on_gpu else "fp32")
+    check_minibatches(arguments.num_episodes, arguments.minibatch_size)
+    num_tokens = arguments.prompt_tokens + arguments.response_tokens
+    check_context("--prompt-tokens and --response-tokens", num_tokens, size.context_length)
     return Job(
         size=size,
         critic_size=size,
@@ -173,18 +185,20 @@ def _job(arguments: argparse.Namespace, device: torch.device) -> Job:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile_ppo")
+    parser = command("profile_ppo")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--size", choices=SIZES, help="default: small, on a GPU 1.3b")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32, on a GPU bf16")
     parser.add_argument("--ptx", action="store_true", help="a pretraining sequence an episode")
-    parser.add_argument("--num-episodes", type=int, default=64)
-    parser.add_argument("--minibatch-size", type=int, default=16)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--response-tokens", type=int, default=64)
-    parser.add_argument("--micro-batch-tokens", type=int)
-    parser.add_argument("--num-warm-ups", type=int, default=1, help="iterations before both")
+    parser.add_argument("--num-episodes", type=count, default=64)
+    parser.add_argument("--minibatch-size", type=count, default=16)
+    parser.add_argument("--prompt-tokens", type=count, default=64)
+    parser.add_argument("--response-tokens", type=count, default=64)
+    parser.add_argument("--micro-batch-tokens", type=count)
+    parser.add_argument(
+        "--num-warm-ups", type=count_or_none, default=1, help="iterations before both"
+    )
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
     return parser.parse_args()
 

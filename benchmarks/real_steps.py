@@ -65,8 +65,9 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Yield a record a provider; note what is found on the way.
 
-    RuntimeError where a first loss is another than transformers' GPT-2 has, later ones differ from
-    each other, or a provider read other tokens than the job has; nothing is yielded then.
+    RuntimeError, before anything is yielded, where a first loss is another than transformers' GPT-2
+    has or later ones differ from each other. So it is where a provider read other tokens than the
+    job has.
     """
     with tempfile.TemporaryDirectory() as name:
         folder, wanted = Path(name), None

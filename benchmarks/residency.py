@@ -19,17 +19,17 @@ state. At 1.3B in bf16 "resident" has 58 GB of weights, gradients, masters, mome
 import argparse
 import dataclasses
 import statistics
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command_line import command, count, mistakes_in_one_line
 from benchmarks.ppo_scene import Scene, build, random_prompts, run_iteration
+from benchmarks.screen import print_whole, screen
 from benchmarks.timing import (
     append_record,
     free_memory,
@@ -62,7 +62,7 @@ def swap_seconds(scene: Scene, num_samples: int) -> float:
     def swap() -> None:
         for owner, guest in ((policy, scene.reference), (critic, scene.reward_model)):
             with owner.present():
-                owner.weights_version += 1  # as after an update: it is copied out anew
+                owner.mark_changed()  # as after an update: it is copied out anew
             with guest.present():
                 pass
 
@@ -177,6 +177,7 @@ def _hidden(
     }
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Measure; print tables and, with --out, append each record as it is there."""
     arguments = _parse()
@@ -196,7 +197,7 @@ def main() -> None:
         sampling=SamplingConfig(max_new_tokens=length, num_slots=64, prefill_tokens=2**14),
     )
     where = machine(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = screen()
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     console.print(f"{size}, {batch} responses of {length} tokens")
     shape = {"size": dataclasses.asdict(size), "batch": batch, "response_tokens": length}
@@ -218,7 +219,7 @@ def main() -> None:
     parallel = start_parallel(ParallelLayout(), seed=0)
     num_samples = arguments.num_samples or (1 if arguments.quick else 3)
     measure(config, size, parallel, choices, num_samples, publish)
-    console.print(_table([record for record in records if record["provider"] in CHOICES]))
+    print_whole(console, _table([record for record in records if record["provider"] in CHOICES]))
 
 
 def _table(records: list[dict[str, Any]]) -> Table:
@@ -237,15 +238,19 @@ def _table(records: list[dict[str, Any]]) -> Table:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.residency")
+    parser = command("residency")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--size", choices=SIZES, help="default: tiny, on a GPU 1.3b")
     parser.add_argument("--quick", action="store_true", help="the swap, and one short iteration")
-    parser.add_argument("--batch", type=int, help="responses; default: 4, on a GPU 64")
-    parser.add_argument("--response-tokens", type=int, help="default: 16, on a GPU 512; quick half")
-    parser.add_argument("--micro-batch-tokens", type=int, default=8192)
-    parser.add_argument("--num-samples", type=int, help="iterations measured; default: 3, quick 1")
+    parser.add_argument("--batch", type=count, help="responses; default: 4, on a GPU 64")
+    parser.add_argument(
+        "--response-tokens", type=count, help="default: 16, on a GPU 512; quick half"
+    )
+    parser.add_argument("--micro-batch-tokens", type=count, default=8192)
+    parser.add_argument(
+        "--num-samples", type=count, help="iterations measured; default: 3, quick 1"
+    )
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
     return parser.parse_args()
 

@@ -2,9 +2,9 @@
 
     make rivals
 
-installs what rivals.txt pins, without dependencies, so that torch and transformers are the very
-ones that the project uses, and the project's environment stays as it is. Only a process that runs
-a rival has the folder on its path.
+installs what rivals.txt pins, without dependencies: torch and transformers are the very ones that
+the project uses, and its environment stays as it is. Only a process that runs a rival has the
+folder on its path.
 """
 
 import importlib.machinery

@@ -8,7 +8,6 @@ than cores, lets those that wait sleep, and each such operation pays for waking 
 engine's group of one rank, and gloo's.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -19,10 +18,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command_line import command, mistakes_in_one_line
 from benchmarks.rivals import ROOT
+from benchmarks.screen import print_whole, screen
 from benchmarks.timing import append_record, machine, records_path
 from engine.ranks.lone_rank import LONE
 
@@ -52,9 +52,10 @@ def measure(backend: str) -> dict[str, Any]:
     return {"before_us": before, "after_us": after}
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Measure each group in a process of its own; print a table and, with --out, append records."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.small_operations")
+    parser = command("small_operations")
     parser.add_argument("--backend", choices=(LONE, "gloo"), help="this one, as a line of JSON")
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
     arguments = parser.parse_args()
@@ -66,16 +67,16 @@ def main() -> None:
     table = Table("group of one rank", "before, us", "after a gather, us")
     table.title = f"{NUM_ELEMENTS} numbers, {torch.get_num_threads()} threads"
     for backend in (LONE, "gloo"):
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.small_operations"]
+        program = [sys.executable, "-W", "ignore", "-m", "benchmarks.small_operations"]
         done = subprocess.run(
-            [*command, "--backend", backend], capture_output=True, text=True, check=True, cwd=ROOT
+            [*program, "--backend", backend], capture_output=True, text=True, check=True, cwd=ROOT
         )
         found = json.loads(done.stdout.splitlines()[-1])
         table.add_row(backend, f"{found['before_us']:.1f}", f"{found['after_us']:.1f}")
         if arguments.out:
             record = {"benchmark": "small_operations", "provider": backend} | found | where
             append_record(records_path(arguments.out, device), record)
-    Console().print(table)
+    print_whole(screen(), table)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Where the time of a call goes: its GPU kernels by kind, the longest of them, and the idle time.
 
-On a GPU the time is that between the start of the first kernel and the end of the last, and idle is
+On a GPU the time is that between the start of the first kernel and the end of the last. Idle is
 what no kernel, copy or fill covers. On a CPU kernels are torch's operators, each with its own time
-without that of the operators it calls, and idle is what lies outside all of them: Python, and
+without that of the operators it calls. Idle is what lies outside all of them: Python, and
 autograd's engine.
 """
 

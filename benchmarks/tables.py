@@ -118,8 +118,8 @@ def _generation(records: Sequence[Record]) -> str:
 
 
 def _ppo(records: Sequence[Record]) -> str:
-    """Episodes/s and peak memory of ours beside TRL's at its fastest, a row a device, size, lengths
-    and dtype that both were measured at in one run."""
+    """Episodes/s and peak memory of ours beside TRL's at its fastest. A row is a device, size,
+    lengths and dtype that both were measured at in one run."""
 
     def case(record: Record) -> tuple:
         job, names = record["job"], ("num_episodes", "minibatch_size", "prompt_tokens")

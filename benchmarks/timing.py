@@ -110,8 +110,8 @@ def time_limit(seconds: float) -> Iterator[None]:
 def device_clock(device: torch.device) -> Clock:
     """Time on the GPU between events, its L2 cache cold; on a CPU the wall clock.
 
-    The flush of the cache is still running while the host launches the call, which hides the
-    launches of a short call as they are hidden in a training step.
+    The flush of the cache is still running while the host launches the call. That hides the
+    launches of a short call, as a training step does.
     """
     if device.type != "cuda":
         return wall_clock(device)

@@ -11,7 +11,6 @@ random. Trainer needs accelerate: `make rivals`.
 """
 
 import argparse
-import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,7 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import language_step, lengths, real_steps
+from benchmarks.command_line import command, count, mistakes_in_one_line
 from benchmarks.real_job import RealJob, make_batches
+from benchmarks.screen import print_whole, screen
 from benchmarks.timing import append_record, machine, records_path
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
@@ -55,6 +56,7 @@ class _Desk:
             append_record(records_path(self.out, self.device), record | self.where)
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Time the tasks' steps; print a table each and, with --out, append records."""
     arguments = _parse()
@@ -65,20 +67,17 @@ def main() -> None:
         recompute=arguments.recompute,
     )
     desk = _Desk(
-        console=Console(width=None if sys.stdout.isatty() else 160),
+        console=screen(),
         device=device,
         where=machine(device, DTYPES[numerics.dtype]),
         out=arguments.out,
     )
     desk.console.print(", ".join(f"{name} {value}" for name, value in desk.where.items()))
-    try:
-        for task in arguments.task:
-            if task == "language":
-                _language(arguments, numerics, desk)
-            else:
-                _on_real_lengths(task, arguments, numerics, desk)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    for task in arguments.task:
+        if task == "language":
+            _language(arguments, numerics, desk)
+        else:
+            _on_real_lengths(task, arguments, numerics, desk)
 
 
 def _language(arguments: argparse.Namespace, numerics: Numerics, desk: _Desk) -> None:
@@ -112,7 +111,7 @@ def _language(arguments: argparse.Namespace, numerics: Numerics, desk: _Desk) ->
             desk.console.print(f"{record['provider']}: {record['mfu']:.1%} of {source}")
         desk.keep(record)
     if records:
-        desk.console.print(language_step.table(job, records))
+        print_whole(desk.console, language_step.table(job, records))
 
 
 def _on_real_lengths(
@@ -132,7 +131,7 @@ def _on_real_lengths(
     for record in real_steps.measure(job, desk.device, providers, desk.console.print):
         records.append(record | {"lengths": source})
         desk.keep(records[-1])
-    desk.console.print(table(task, records))
+    print_whole(desk.console, table(task, records))
 
 
 def real_job(
@@ -192,7 +191,7 @@ def table(task: str, records: list[dict[str, Any]]) -> Table:
 
 
 def _parse(words: Iterable[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step")
+    parser = command("train_step")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default=default)
@@ -200,19 +199,19 @@ def _parse(words: Iterable[str] | None = None) -> argparse.Namespace:
     add("--size", choices=SIZES, help="default: 1.3b; on a CPU small, of language tiny")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16, on a CPU fp32")
     add("--recompute", choices=("none", "selective", "full"), default="none")
-    add("--num-samples", type=int, help=f"steps of each provider ({NUM_SAMPLES}); of sft and rm"
+    add("--num-samples", type=count, help=f"steps of each provider ({NUM_SAMPLES}); of sft and rm"
         f" times that each batch is timed ({ROUNDS})")  # fmt: skip
     add("--providers", nargs="+", choices=PROVIDERS, help="default: all of the task")
     add("--out", type=Path, help="folder for JSON lines (appended)")
     language = parser.add_argument_group("language")
     add = language.add_argument
-    add("--num-sequences", type=int, default=16, help="of a step, whole contexts")
-    add("--micro-batch-tokens", type=int, default=8192)
+    add("--num-sequences", type=count, default=16, help="of a step, whole contexts")
+    add("--micro-batch-tokens", type=count, default=8192)
     add("--profile", type=Path, help="file for tables of kernels (appended)")
     real = parser.add_argument_group("sft and rm")
     add = real.add_argument
-    add("--batch-size", type=int, help="demonstrations (32) or prompts (8) of a step")
-    add("--num-batches", type=int, default=3, help="different batches that are timed")
+    add("--batch-size", type=count, help="demonstrations (32) or prompts (8) of a step")
+    add("--num-batches", type=count, default=3, help="different batches that are timed")
     add("--sets", nargs="+", help="of lengths.json; default: all")
     add("--data", type=Path, help="JSON lines whose lengths are taken; one task then")
     add("--tokenizer", type=Path, help="file or folder that counts the tokens of --data")

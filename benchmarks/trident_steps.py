@@ -18,7 +18,8 @@ from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
-from engine.training.passes import LanguageLoss, ScalarLoss, forward_backward, reduce_metrics
+from engine.training.passes import LanguageLoss, ScalarLoss, forward_backward
+from engine.training.reduce import reduce_metrics
 
 
 def run(turns: Turns, folder: Path, passes: int) -> None:

@@ -3,7 +3,7 @@
 GPT-2 of transformers with the weights of ppo_weights.py, its attention through torch's SDPA, its
 GELU in torch's one kernel. TRL is set for speed: no gradient checkpointing, all episodes generated
 and scored in one batch, fused AdamW, nothing saved or reported. In bf16 all four models and Adam's
-moments are bf16, which is the fastest and smallest that TRL has, and less exact than what stands
+moments are bf16, which is the fastest and smallest that TRL has. It is less exact than what stands
 beside it: this engine keeps fp32 masters, fp32 gradient sums and fp32 moments. "mixed" has fp32
 policy and value weights, trained under autocast as `accelerate launch --mixed_precision` asks for
 it (bf16 in PPOConfig alone changes nothing); it generates from them in fp32, as PPOTrainer does.

@@ -3,12 +3,13 @@
     python -m benchmarks.tune_kernels --device cuda --out benchmarks/results
     python -m benchmarks.tune_kernels --device cpu        # that it works, in seconds
 
-Every candidate is first checked against fp64 on a few rows, then timed on [rows, vocab], with the
-launches back to back so that the host is not in the way. The share is that of a copy's bandwidth in
-the same process. What wins goes by hand into the table of kernels/launch.py.
+Every candidate is first checked against fp64 on a few rows, then timed on [rows, vocab]. Its
+launches go back to back, so that the host is not in the way. The share is that of a copy's
+bandwidth in the same process. What wins goes by hand into the table of kernels/launch.py.
 """
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.command_line import command, count, mistakes_in_one_line, seconds
+from benchmarks.screen import print_whole, screen
 from benchmarks.timing import append_record, copy_bandwidth, machine, records_path
 from kernels.full_kl import full_kl
-from kernels.launch import LaunchConfig, config_for, interpreting, use_config
+from kernels.launch import LAUNCHES, LaunchConfig, architecture, config_for, interpreting
 from kernels.logprobs import logprobs
 from kernels.row_gradient import row_gradient
 from kernels.row_pass import row_pass
@@ -217,9 +219,23 @@ def _milliseconds(run: Callable[[], object], device: torch.device, *, repeats: i
     return best
 
 
+@contextlib.contextmanager
+def _configured(kernel: str, config: LaunchConfig, device: torch.device) -> Iterator[None]:
+    """Within it a kernel runs in this configuration on the device's architecture."""
+    entries = LAUNCHES.setdefault(architecture(device), {})
+    before = entries.get(kernel)
+    entries[kernel] = config
+    try:
+        yield
+    finally:
+        del entries[kernel]
+        if before is not None:
+            entries[kernel] = before
+
+
 def _measure(case: Case, config: LaunchConfig, device: torch.device) -> dict[str, Any]:
     """The record of one candidate."""
-    with use_config(case.kernel, config, device):
+    with _configured(case.kernel, config, device):
         try:
             error = case.error()
             is_right = error <= case.tolerance
@@ -234,6 +250,7 @@ def _measure(case: Case, config: LaunchConfig, device: torch.device) -> dict[str
     }
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Measure the candidates of the command line's kernels: a table, and with --out records."""
     arguments = _parse()
@@ -241,7 +258,7 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     shape = (arguments.rows, arguments.vocab) if on_gpu else (16, 300)
     where = machine(device)
-    console = Console(width=120)
+    console = screen()
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     if not on_gpu:
         path = "Triton's interpreter" if interpreting() else "the torch reference"
@@ -266,7 +283,7 @@ def main() -> None:
                     records_path(arguments.out, device),
                     fields | asdict(config) | record | sizes | where,
                 )
-    console.print(table)
+    print_whole(console, table)
     if time.monotonic() > deadline:
         console.print(f"Out of its {arguments.seconds} s: the candidates not listed did not run.")
 
@@ -284,13 +301,15 @@ def _cells(
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_kernels")
+    parser = command("tune_kernels")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--kernels", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
-    parser.add_argument("--rows", type=int, default=16384)
-    parser.add_argument("--vocab", type=int, default=50304)
-    parser.add_argument("--seconds", type=float, default=60.0, help="begins no candidate after it")
+    parser.add_argument("--rows", type=count, default=16384)
+    parser.add_argument("--vocab", type=count, default=50304)
+    parser.add_argument(
+        "--seconds", type=seconds, default=60.0, help="begins no candidate after it"
+    )
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended)")
     return parser.parse_args()
 

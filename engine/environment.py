@@ -4,9 +4,12 @@ CUDA, Triton and Inductor read theirs when they are imported or first used, so a
 before (engine/recipe.py). Imports neither torch nor megatron.
 """
 
+import contextlib
 import getpass
+import json
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,10 +37,22 @@ def world_size_of_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
 
 
+def tell_torchrun(message: str) -> None:
+    """Have torchrun end its report with why this rank failed; elsewhere do nothing.
+
+    It prints a traceback of its own, and below it what the first rank to fail has written into the
+    file TORCHELASTIC_ERROR_FILE: in torch.distributed.elastic's form, which has no field for less.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        said = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):  # the run's own words have been printed
+            Path(path).write_text(json.dumps({"message": said}))
+
+
 def prepare_libraries(tp: int) -> None:
     """Set what CUDA, Triton and Inductor read for a run that trains with that much tensor
-    parallelism, where the site has not set it, and silence what megatron and torch say of
-    themselves."""
+    parallelism, where the site has not. Silence what megatron and torch say of themselves."""
     quiet_libraries()
     os.environ.update(
         library_settings(

@@ -16,13 +16,14 @@ from torch import Tensor
 from engine.data.batches import PackedBatch, Units
 from engine.feed import pack_for, step_batch
 from engine.training.network import Network
-from engine.training.passes import Metrics, ScalarLoss, forward
-from kernels.clipped_loss import policy_token_losses
+from engine.training.passes import ScalarLoss, forward
+from engine.training.reduce import StepMetrics
 from kernels.linear_logprobs import ProportionalLoss, TokenLoss
 from kernels.moments import Whitening
-from kernels.ppo_loss import policy_loss, value_loss
+from kernels.policy_loss import policy_metrics, policy_token_losses
 from kernels.ranking_loss import ranking_loss
-from models.gpt import shift_right
+from kernels.value_loss import value_loss
+from models.readouts import shift_right
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class NegativeLogLikelihood:
         """Return the losses of tokens from their log-probs, and the derivative they share."""
         return ProportionalLoss(torch.full((), -1 / self.num_targets, device=batch.mask.device))
 
-    def metrics(self, batch: PackedBatch, logprobs: Tensor) -> Metrics:
+    def metrics(self, batch: PackedBatch, logprobs: Tensor) -> StepMetrics:
         """Return the micro-batch's share of the loss."""
         return {self.name: -logprobs.masked_fill(~batch.mask, 0.0).sum() / self.num_targets}
 
@@ -46,7 +47,7 @@ class NegativeLogLikelihood:
 def comparison_loss(num_prompts: int) -> ScalarLoss:
     """Return the ranking loss (InstructGPT eq. 1), mean over the global batch's prompts."""
 
-    def loss_function(batch: PackedBatch, readings: Tensor) -> tuple[Tensor, Metrics]:
+    def loss_function(batch: PackedBatch, readings: Tensor) -> tuple[Tensor, StepMetrics]:
         scores = last_token_readings(batch, readings)[: batch.num_sequences]
         result = ranking_loss(scores, batch.fields["ranks"][: batch.num_sequences], batch.cu_units)
         # A filler micro-batch has no prompt: an empty sum keeps its (zero) gradient path.
@@ -74,8 +75,8 @@ class ClippedPolicyLoss:
     whitening: Whitening | None
 
     def token_loss(self, batch: PackedBatch) -> TokenLoss:
-        """Return max(-A ratio, -A clip(ratio)) / num_targets of tokens from their log-probs, and
-        its derivatives."""
+        """Return max(-A ratio, -A clip(ratio)) / num_targets of tokens from their log-probs, its
+        derivatives, and the terms [3, n] of which the metrics are made."""
         old_logprobs, advantages = batch.fields["logprobs"], batch.fields["advantages"]
 
         return lambda logprobs, positions: policy_token_losses(
@@ -86,17 +87,12 @@ class ClippedPolicyLoss:
             whitening=self.whitening,
         )
 
-    def metrics(self, batch: PackedBatch, logprobs: Tensor) -> Metrics:
-        """Return loss, clip fraction, KL from the old policy and the extremes of the ratio."""
-        result = policy_loss(
-            logprobs,
-            batch.fields["logprobs"],
-            batch.fields["advantages"],
-            batch.mask,
-            self.num_targets,
-            cliprange=self.cliprange,
-            whitening=self.whitening,
-        )
+    def metrics(self, batch: PackedBatch, terms: Tensor) -> StepMetrics:
+        """Return loss, clip fraction, KL from the old policy and the extremes of the ratio.
+
+        terms: [3, T], those of the token loss at all tokens of the micro-batch.
+        """
+        result = policy_metrics(terms, batch.mask, self.num_targets)
         return {
             "policy_loss": result.loss,
             "clip_fraction": result.clip_fraction,
@@ -110,7 +106,7 @@ def clipped_value_loss(num_targets: Tensor, *, cliprange: float | None) -> Scala
     """Return 0.5 x the clipped squared error of the values, mean over the minibatch's response
     tokens."""
 
-    def loss_function(batch: PackedBatch, readings: Tensor) -> tuple[Tensor, Metrics]:
+    def loss_function(batch: PackedBatch, readings: Tensor) -> tuple[Tensor, StepMetrics]:
         result = value_loss(
             shift_right(readings),
             batch.fields["values"],
@@ -138,14 +134,14 @@ def last_token_readings(batch: PackedBatch, readings: Tensor) -> Tensor:
 def mean_language_loss(network: Network, units: Units, micro_batch_tokens: int) -> float:
     """Return the mean loss a predicted token over held-out units, dropout off, the same on every
     rank."""
-    network.train(False)
     parallel = network.parallel
     held_out = step_batch(units, parallel, micro_batch_tokens)
     total = torch.zeros((), device=parallel.device, dtype=torch.float64)
-    for batch, logprobs in zip(held_out.batches, forward(network, held_out.batches), strict=True):
+    with network.evaluating():
+        outputs = forward(network, held_out.batches)
+    for batch, logprobs in zip(held_out.batches, outputs, strict=True):
         total -= logprobs[batch.mask].double().sum()
     dist.all_reduce(total, group=parallel.dp_group)
-    network.train(True)
     return float(total) / held_out.num_targets
 
 
@@ -154,16 +150,15 @@ def pair_accuracy(
 ) -> tuple[float, float]:
     """Return (ranking loss, share of pairs in the right order) of held-out comparisons; equal
     scores count half."""
-    network.train(False)
     parallel = network.parallel
     batches = pack_for(units, parallel, micro_batch_tokens)
     loss_function = comparison_loss(len(units))
     totals = torch.zeros(3, device=parallel.device, dtype=torch.float64)
-    for batch, readings in zip(batches, forward(network, batches), strict=True):
-        if batch.num_sequences:
-            _, found = loss_function(batch, readings)
-            totals += torch.stack([found["loss"], found["num_correct"], found["num_pairs"]])
+    with network.evaluating():
+        for batch, readings in zip(batches, forward(network, batches), strict=True):
+            if batch.num_sequences:
+                _, found = loss_function(batch, readings)
+                totals += torch.stack([found["loss"], found["num_correct"], found["num_pairs"]])
     dist.all_reduce(totals, group=parallel.dp_group)
-    network.train(True)
     loss, num_correct, num_pairs = totals.tolist()
     return loss, num_correct / max(num_pairs, 1.0)

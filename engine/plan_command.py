@@ -94,10 +94,7 @@ def _lines(options: PlanOptions, config: StageConfig) -> list[str]:
         assumptions=options.assumptions,
     )
     if options.search:
-        found = search_layouts(
-            config, cluster, lambda tried: plan(tried, cluster, options.workload)
-        )
-        return proposal_lines(found, config)
+        return proposal_lines(search_layouts(config, cluster, options.workload), config)
     return plan(config, cluster, options.workload).lines()
 
 

@@ -22,10 +22,11 @@ from engine.score import score_rollout
 from engine.settings.ppo import PPOConfig
 from engine.stop import noting_signals
 from engine.training.ema import EMA
-from engine.training.network import Kind, Network, build_network
+from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.skipped import end_if_stuck
 from engine.update import Learner, learning_examples, run_updates
+from models.sizes import Kind
 
 
 @noting_signals()

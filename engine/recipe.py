@@ -11,7 +11,12 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from engine.environment import prepare_libraries, rank_of_environment
+from engine.environment import (
+    prepare_libraries,
+    quiet_libraries,
+    rank_of_environment,
+    tell_torchrun,
+)
 from engine.errors import UserError
 from engine.settings.command_line import parse_config
 from engine.settings.saved import load_config
@@ -25,6 +30,7 @@ def run_stage(
     default: _Config,
     arguments: Sequence[str] | None = None,
     *,
+    num_gpus: int | None = None,
     has_dry_run: bool = True,
 ) -> None:
     """Parse the command line over `default` and call `train(config)`: the whole body of a recipe.
@@ -37,7 +43,8 @@ def run_stage(
     option is one, prints `error: ...` on stderr without a traceback and exits with status 2. Where
     one rank fails, all end (engine/ranks/failure.py).
     `arguments` replaces sys.argv[1:]. `--config` reads a saved config and lays the other options
-    over it; `--dry-run GPUS` checks the stage (engine/dry_run/dry_run.py) instead of running it.
+    over it. `--dry-run` checks the stage (engine/dry_run/dry_run.py) instead of running it: on as
+    many GPUs as it names, or on `num_gpus`, those of the recipe's launch.
     """
     try:
         if not has_dry_run:
@@ -52,14 +59,19 @@ def run_stage(
             with noting_signals():
                 _prepared(train, job.stage)(job.stage)
         elif rank_of_environment() == 0:
-            importlib.import_module("engine.dry_run.dry_run").dry_run(job.stage, job.dry_run)
+            quiet_libraries()
+            dry_run = importlib.import_module("engine.dry_run.dry_run").dry_run
+            dry_run(job.stage, _named_gpus(job.dry_run), usual=num_gpus)
     except UserError as error:
         _print_once(f"error: {error}")
+        tell_torchrun(f"error: {error}")
         _tell_others(f"error: {error}", 2)
         sys.exit(2)
     except Exception as error:
         text = "".join(traceback.format_exception(error)).rstrip()
-        _tell_others(text.rpartition("\n")[2], 1, text)
+        last_line = text.rpartition("\n")[2]
+        tell_torchrun(last_line)
+        _tell_others(last_line, 1, text)
         raise
 
 
@@ -94,16 +106,27 @@ def _stage_job(default: Any) -> Any:
             "config.json, instead of the recipe's.",
         ),
     ]
-    num_gpus = Annotated[
-        int | None,
+    dry_run = Annotated[
+        tuple[str, ...] | None,  # words: none, a number, or a mistake
         tyro.conf.arg(
-            metavar="GPUS",
+            metavar="[GPUS]",
             help="Check this run on so many GPUs, print its plan and leave: layouts, shapes, "
-            "batches, checkpoints; takes no GPU, file or tokenizer.",
+            "batches, checkpoints; takes no GPU, file or tokenizer. Without a number: on those of "
+            "the recipe's launch, or the fewest that its layouts take.",
         ),
     ]
-    fields = [("stage", stage), ("config", saved), ("dry_run", num_gpus)]
+    fields = [("stage", stage), ("config", saved), ("dry_run", dry_run)]
     return dataclasses.make_dataclass("StageJob", fields)(default, None, None)
+
+
+def _named_gpus(words: Sequence[str]) -> int | None:
+    """Return the number of GPUs that --dry-run names, None without one; raises UserError."""
+    if not words:
+        return None
+    if len(words) > 1 or not words[0].isdecimal() or int(words[0]) < 1:
+        named = " ".join(words)
+        raise UserError(f"--dry-run takes a number of GPUs, at least 1, or none; got {named!r}")
+    return int(words[0])
 
 
 def _print_once(message: str) -> None:

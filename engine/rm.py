@@ -23,7 +23,8 @@ from engine.settings.rm import RMConfig
 from engine.stop import noting_signals
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
-from engine.training.passes import forward, forward_backward, reduce_metrics
+from engine.training.passes import forward, forward_backward
+from engine.training.reduce import reduce_metrics
 from engine.training.skipped import end_if_stuck
 
 
@@ -117,7 +118,7 @@ def shift_bias(network: Network, optimizer: Optimizer, shift: float) -> None:
         for bias in biases:
             bias += shift
     optimizer.adopt_weights(only=biases)
-    network.weights_version += 1
+    network.mark_changed()
 
 
 def _train_step(step: int, network: Network, optimizer: Optimizer, feed: Feed) -> dict[str, float]:
@@ -145,12 +146,12 @@ def _train_step(step: int, network: Network, optimizer: Optimizer, feed: Feed) -
 
 def _mean_score(network: Network, examples: list[Example], budget: int) -> float:
     """Return the mean score of the examples, the same on every rank."""
-    network.train(False)
     parallel = network.parallel
     batches = pack_for(examples, parallel, budget)
     total = torch.zeros((), device=parallel.device, dtype=torch.float64)
-    for batch, readings in zip(batches, forward(network, batches), strict=True):
-        total += last_token_readings(batch, readings)[: batch.num_sequences].double().sum()
+    with network.evaluating():
+        for batch, readings in zip(batches, forward(network, batches), strict=True):
+            total += last_token_readings(batch, readings)[: batch.num_sequences].double().sum()
     dist.all_reduce(total, group=parallel.dp_group)
     return float(total) / len(examples)
 

@@ -13,7 +13,7 @@ from engine.rollout import Rollout
 from engine.settings.ppo import EosRule, PPOConfig
 from engine.training.network import Network
 from engine.training.passes import forward
-from models.gpt import shift_right
+from models.readouts import shift_right
 
 CHECKED_SHARE = 16
 """One response in so many is read again where the sampler's log-probs are taken: our choice, by

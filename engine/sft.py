@@ -25,7 +25,8 @@ from engine.settings.sft import SFTConfig
 from engine.stop import noting_signals
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
-from engine.training.passes import Objective, accumulate, reduce_metrics
+from engine.training.passes import Objective, accumulate
+from engine.training.reduce import reduce_metrics
 from engine.training.skipped import end_if_stuck
 
 

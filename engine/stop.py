@@ -13,7 +13,7 @@
             if is_asked:
                 run.leave(step + 1)
 
-A rank that a signal ended at once would leave the others waiting for it, so a signal is noted, and
+A rank that a signal ended at once would leave the others waiting for it. So a signal is noted, and
 all ranks leave together at the next boundary (engine/run.py). Slurm sends SIGUSR1 before a job's
 time limit (recipes/slurm/*.sbatch ask for it) and SIGTERM when it preempts or cancels a job;
 torchrun passes SIGTERM on.

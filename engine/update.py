@@ -16,7 +16,8 @@ from engine.score import Scored
 from engine.settings.ppo import PPOConfig
 from engine.training.ema import EMA
 from engine.training.optimizer import Optimizer
-from engine.training.passes import Objective, accumulate, forward_backward, reduce_metrics
+from engine.training.passes import Objective, accumulate, forward_backward
+from engine.training.reduce import reduce_metrics
 from engine.training.skipped import SkippedSteps
 from kernels.moments import Whitening
 

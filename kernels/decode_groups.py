@@ -1,7 +1,7 @@
 """Decode attention on the CPU: a batch in few calls of torch's attention, read where it lies.
 
 Sequences whose blocks are runs, one like the other at equal distances, are a strided view of the
-cache, and one call attends to all of them without a copy. Any other sequence is gathered first.
+cache. One call attends to all of them without a copy. Any other sequence is gathered first.
 """
 
 from typing import NamedTuple
@@ -116,10 +116,10 @@ def _views(
 ) -> list[View | Gather]:
     """Cut runs at slots [n], ascending, of lengths [n] into views.
 
-    The next run joins a view where the tokens attended to in vain, its own or those that its length
-    adds to the others, cost less than a call. A view over a gap would attend to a whole sequence in
-    vain, so that gaps part views. No view reaches into the next run or beyond the cache: what is
-    masked is read too, and a NaN there would not stay in its sequence.
+    The next run joins a view where the tokens attended to in vain cost less than a call. They are
+    its own, or those that its length adds to the others. A view over a gap would attend to a whole
+    sequence in vain, so that gaps part views. No view reaches into the next run or beyond the
+    cache: what is masked is read too, and a NaN there would not stay in its sequence.
     """
     num_tokens = lengths.tolist()
     first_slots = [*starts.tolist(), num_slots]

@@ -1,4 +1,7 @@
-"""KL(policy || reference) of every row, exact over the vocabulary, from two sets of logits.
+"""Library only: KL(policy || reference) of every row, exact over the vocabulary, from two logits.
+
+PPO's penalty is the estimate from the sampled tokens (kl_estimate.py), as in the paper. This is
+kept for whoever distils a model or wants the penalty without the noise of the sample.
 
 With p = softmax(z), q = softmax(z'), each with its own maximum m and sum s, and
 
@@ -7,14 +10,13 @@ With p = softmax(z), q = softmax(z'), each with its own maximum m and sum s, and
     KL = t / s_p - log s_p + log s_q
     d KL / d z_i = p_i ((log p_i - log q_i) - KL)        d KL / d z'_i = q_i - p_i
 
-A row's state is (m_p, s_p, m_q, s_q, t). Shards of a vocabulary merge by
+A row's state is (m_p, s_p, m_q, s_q, t). Parts of a row merge by
 
     S = sum w s        T = sum w_p (t + s_p [(m_p - M_p) - (m_q - M_q)])        w = e^(m - M)
 
 The kernels keep one state a lane of 16 bytes and count in powers of two, as in row_state.py.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,16 +26,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.launch import config_for, uses_triton
-from kernels.row_blocks import accumulation_dtype
+from kernels.precision import accumulation_dtype, triton_dtype
 from kernels.row_state import (
     LN_2,
     LOG2_E,
     LOWEST,
     NO_POWER,
     RowSpec,
-    itself,
     lane_columns,
-    triton_dtype,
 )
 from kernels.traced import traced
 
@@ -67,8 +67,8 @@ def _add_block(
 
 @triton.jit
 def _kl_state_kernel(
-    logits,  # [T, V_local]
-    ref_logits,  # [T, V_local]
+    logits,  # [T, V]
+    ref_logits,  # [T, V]
     states,  # [T, 5] out
     row_stride,
     column_stride,
@@ -138,11 +138,11 @@ def _logit_gradient(
 
 @triton.jit
 def _kl_gradient_kernel(
-    logits,  # [T, V_local]
-    ref_logits,  # [T, V_local]
-    states,  # [T, 5] merged
+    logits,  # [T, V]
+    ref_logits,  # [T, V]
+    states,  # [T, 5]
     grads,  # [T]
-    out,  # [T, V_local], contiguous
+    out,  # [T, V], contiguous
     row_stride,
     column_stride,
     ref_row_stride,
@@ -193,12 +193,9 @@ def _kl_state(
     logits: Tensor,
     ref_logits: Tensor,
     num_valid_vocab: int,
-    first_column: int,
     temperature: float,
 ) -> Tensor:
-    spec = RowSpec(
-        num_valid_vocab=num_valid_vocab, first_column=first_column, temperature=temperature
-    )
+    spec = RowSpec(num_valid_vocab=num_valid_vocab, temperature=temperature)
     if not uses_triton(logits):
         return _kl_state_reference(logits, ref_logits, spec)
     num_rows, num_columns = logits.shape
@@ -236,13 +233,10 @@ def _kl_gradient(
     state: Tensor,
     grads: Tensor,
     num_valid_vocab: int,
-    first_column: int,
     temperature: float,
     of_ref: bool,
 ) -> Tensor:
-    spec = RowSpec(
-        num_valid_vocab=num_valid_vocab, first_column=first_column, temperature=temperature
-    )
+    spec = RowSpec(num_valid_vocab=num_valid_vocab, temperature=temperature)
     num_rows, num_columns = logits.shape
     out = (ref_logits if of_ref else logits).new_empty(num_rows, num_columns)
     if not uses_triton(logits):
@@ -278,24 +272,8 @@ def _(logits: Tensor, ref_logits: Tensor, *rest: object) -> Tensor:
     return (ref_logits if of_ref else logits).new_empty(logits.shape)
 
 
-def _spec_arguments(spec: RowSpec) -> tuple[int, int, float]:
-    return spec.num_valid_vocab, spec.first_column, spec.temperature
-
-
-def kl_state(logits: Tensor, ref_logits: Tensor, spec: RowSpec) -> Tensor:
-    """State [T, 5] (m_p, s_p, m_q, s_q, t) fp32 of one shard's logits [T, V_local]."""
-    return _kl_state(logits, ref_logits, *_spec_arguments(spec))
-
-
-def merge_kl_states(states: Tensor) -> Tensor:
-    """State [T, 5] of the whole vocabulary from those of its shards [shards, T, 5], in order."""
-    m_p, s_p, m_q, s_q, t = states.unbind(-1)
-    top_p, top_q = m_p.amax(0), m_q.amax(0)
-    shift_p = torch.where(m_p == -torch.inf, 0.0, m_p - top_p)
-    shift_q = torch.where(m_q == -torch.inf, 0.0, m_q - top_q)
-    w_p, w_q = shift_p.exp(), shift_q.exp()
-    t = torch.where(w_p > 0, w_p * (t + s_p * (shift_p - shift_q)), 0.0)
-    return torch.stack((top_p, (w_p * s_p).sum(0), top_q, (w_q * s_q).sum(0), t.sum(0)), dim=-1)
+def _spec_arguments(spec: RowSpec) -> tuple[int, float]:
+    return spec.num_valid_vocab, spec.temperature
 
 
 class _FullKL(torch.autograd.Function):
@@ -307,9 +285,8 @@ class _FullKL(torch.autograd.Function):
         logits: Tensor,
         ref_logits: Tensor,
         spec: RowSpec,
-        merge_states: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        state = merge_states(kl_state(logits, ref_logits, spec))
+        state = _kl_state(logits, ref_logits, *_spec_arguments(spec))
         ctx.save_for_backward(logits, ref_logits, state)
         ctx.spec = spec
         _, s_p, _, s_q, t = state.unbind(-1)
@@ -322,17 +299,13 @@ class _FullKL(torch.autograd.Function):
         needs = ctx.needs_input_grad
         logits = _kl_gradient(*tensors, grads, *spec, False) if needs[0] else None
         ref_logits = _kl_gradient(*tensors, grads, *spec, True) if needs[1] else None
-        return logits, ref_logits, None, None
+        return logits, ref_logits, None
 
 
 def _kl_state_reference(logits: Tensor, ref_logits: Tensor, spec: RowSpec) -> Tensor:
-    """`kl_state` in plain torch."""
+    """State [T, 5] (m_p, s_p, m_q, s_q, t) in plain torch."""
     num_valid = spec.num_valid_columns(logits.shape[1])
     dtype = accumulation_dtype(logits.dtype)
-    if num_valid == 0:
-        empty = logits.new_zeros(len(logits), 5, dtype=dtype)
-        empty[:, (0, 2)] = -torch.inf
-        return empty
     z, ref_z = (x[:, :num_valid].to(dtype) / spec.temperature for x in (logits, ref_logits))
     m_p, m_q = z.amax(1, keepdim=True), ref_z.amax(1, keepdim=True)
     e_p, e_q = (z - m_p).exp(), (ref_z - m_q).exp()
@@ -370,25 +343,15 @@ def full_kl(
     """KL(softmax(logits / temperature) || softmax(ref_logits / temperature)) [T] fp32, in nats.
 
     logits, ref_logits: [T, V]; columns from num_valid_vocab on are padding and take no part.
-    Differentiable in both.
+    Differentiable in both. Raises ValueError unless both are two-dimensional and alike.
     """
-    spec = RowSpec(
-        num_valid_vocab=logits.shape[1] if num_valid_vocab is None else num_valid_vocab,
-        temperature=temperature,
-    )
-    return shard_full_kl(logits, ref_logits, spec)
-
-
-def shard_full_kl(
-    logits: Tensor,
-    ref_logits: Tensor,
-    spec: RowSpec,
-    merge_states: Callable[[Tensor], Tensor] = itself,
-) -> Tensor:
-    """`full_kl` [T] from one shard [T, V_local] of both; merge_states: [T, 5] to the merged."""
     if logits.dim() != 2 or logits.shape != ref_logits.shape:
         raise ValueError(
             f"logits and ref_logits must be [T, V] alike, got {tuple(logits.shape)} "
             f"and {tuple(ref_logits.shape)}"
         )
-    return _FullKL.apply(logits, ref_logits, spec, merge_states)
+    spec = RowSpec(
+        num_valid_vocab=logits.shape[1] if num_valid_vocab is None else num_valid_vocab,
+        temperature=temperature,
+    )
+    return _FullKL.apply(logits, ref_logits, spec)

@@ -9,22 +9,21 @@ Position t of every tensor belongs to the token at t; values[t] is V of the stat
 token was chosen. (Schulman et al. 2015 eq. 16; InstructGPT eq. 2 for the reward.)
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.kl_estimate import KlEstimator, kl_estimate, token_kl
 from kernels.launch import next_power_of_2, num_warps_for, uses_triton
-from kernels.logprobs import kl_estimate
 from kernels.moments import block_moments, masked_moments
+from kernels.precision import accumulation_dtype, triton_dtype
 from kernels.traced import traced
 
 # Tokens a program scans at a time; longer sequences go in blocks, right to left, with a carry.
 _MAX_BLOCK = 1024
-
-KlEstimator = Literal["k1", "k2", "k3"]
 
 
 class GaeResult(NamedTuple):
@@ -40,26 +39,6 @@ class GaeResult(NamedTuple):
     """[T] estimate of log(policy / reference) at each response token, nats."""
     stats: Tensor
     """[B, 3] moments of each sequence's advantages, for `kernels.moments`."""
-
-
-@triton.jit
-def exp_remainder(x):
-    """e^x - 1 - x, never negative: the series where the difference would cancel."""
-    series = 1 / 120 + x * (1 / 720 + x * (1 / 5040))
-    series = x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * series)))
-    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1 - x)
-
-
-@triton.jit
-def token_kl(log_ratio, KIND: tl.constexpr):
-    """The k1, k2 or k3 estimate from logprob - ref_logprob."""
-    if KIND == "k1":
-        kl = log_ratio
-    elif KIND == "k2":
-        kl = 0.5 * log_ratio * log_ratio
-    else:
-        kl = exp_remainder(-log_ratio)
-    return kl
 
 
 @triton.jit
@@ -206,7 +185,7 @@ def _gae(
     kl_estimator: str,
 ) -> tuple[Tensor, Tensor]:
     """([4, T] rewards, advantages, returns and kl; [B, 3] stats)."""
-    dtype = torch.promote_types(values.dtype, torch.float32)
+    dtype = accumulation_dtype(values.dtype)
     num_tokens, num_sequences = len(values), len(scores)
     out = torch.empty(4, num_tokens, dtype=dtype, device=values.device)
     stats = torch.empty(num_sequences, 3, dtype=dtype, device=values.device)
@@ -228,7 +207,7 @@ def _gae(
                 lam,
                 num_tokens,
                 KIND=kl_estimator,
-                ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+                ACC=triton_dtype(dtype),
                 BLOCK=block,
                 num_warps=num_warps_for(2 * block),  # a scan holds twice the values of a map
             )
@@ -243,7 +222,7 @@ def _(
     scores: Tensor,
     *_: object,
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(values.dtype, torch.float32)
+    dtype = accumulation_dtype(values.dtype)
     return values.new_empty(4, len(values), dtype=dtype), values.new_empty(
         len(scores), 3, dtype=dtype
     )
@@ -263,7 +242,7 @@ def gae_reference(
     kl_estimator: KlEstimator = "k1",
 ) -> GaeResult:
     """`gae` in plain torch: the specification and the CPU path."""
-    dtype = torch.promote_types(values.dtype, torch.float32)
+    dtype = accumulation_dtype(values.dtype)
     lengths = cu_seqlens.diff()
     longest = int(lengths.max()) if lengths.numel() else 0
     column = torch.arange(longest, device=values.device)

@@ -1,15 +1,13 @@
 """Can Triton run on this tensor, and with which block size and how many warps.
 
-A CUDA tensor runs compiled kernels. A CPU tensor runs the plain torch reference, or, where
-`TRITON_INTERPRET=1` was set before `kernels` was imported and still is, the same kernels in
-Triton's interpreter. Triton decides at decoration, so setting the variable later does nothing;
-clearing it later returns CPU tensors to the reference.
+A CUDA tensor runs compiled kernels. A CPU tensor runs the plain torch reference. Where
+`TRITON_INTERPRET=1` was set before `kernels` was imported and still is, a CPU tensor runs the same
+kernels in Triton's interpreter. Triton decides at decoration, so setting the variable later does
+nothing; clearing it later returns CPU tensors to the reference.
 """
 
-import contextlib
 import functools
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,9 +28,7 @@ class LaunchConfig:
     """Blocks of a row on their way at a time: from 2 on they are copied to shared memory ahead."""
 
 
-# By architecture; "default" serves those without an entry. `benchmarks.tune_kernels` measures them.
-# Rows of a vocabulary are read in blocks of 2048 to 4096: whole rows spill above 32K columns.
-_TABLE: dict[str, dict[str, LaunchConfig]] = {
+LAUNCHES: dict[str, dict[str, LaunchConfig]] = {
     "default": {
         "row_state": LaunchConfig(4096, 8),
         "row_gradient": LaunchConfig(4096, 8),
@@ -53,7 +49,9 @@ _TABLE: dict[str, dict[str, LaunchConfig]] = {
         "kl_gradient": LaunchConfig(64, 1),
     },
 }
-_forced: dict[str, dict[str, LaunchConfig]] = {}
+"""By architecture and kernel; "default" serves those without an entry. `benchmarks.tune_kernels`
+measures them. Rows of a vocabulary are read in blocks of 2048 to 4096: whole rows spill above 32K
+columns."""
 
 
 def interpreting() -> bool:
@@ -92,25 +90,10 @@ def _cuda_architecture(device: torch.device) -> str:
 def config_for(kernel: str, columns: int, device: torch.device) -> LaunchConfig:
     """The configuration of a kernel, its block capped at the row length.
 
-    It depends on the architecture and the row length alone, never on the number of tokens, so
-    every tensor-parallel rank and every micro-batch runs the same sum order.
+    It depends on the architecture and the row length alone, never on the number of tokens. So every
+    tensor-parallel rank and every micro-batch adds up in the same order.
     """
     name = architecture(device)
-    config = _forced.get(name, {}).get(kernel) or _TABLE.get(name, {}).get(kernel)
-    config = config or _TABLE["default"][kernel]
+    config = LAUNCHES.get(name, {}).get(kernel) or LAUNCHES["default"][kernel]
     block = next_power_of_2(columns)
     return config if block >= config.block else LaunchConfig(block, num_warps_for(block))
-
-
-@contextlib.contextmanager
-def use_config(kernel: str, config: LaunchConfig, device: torch.device) -> Iterator[None]:
-    """Within it a kernel runs in this configuration on the device's architecture; for a tuner."""
-    entries = _forced.setdefault(architecture(device), {})
-    before = entries.get(kernel)
-    entries[kernel] = config
-    try:
-        yield
-    finally:
-        del entries[kernel]
-        if before is not None:
-            entries[kernel] = before

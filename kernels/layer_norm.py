@@ -1,20 +1,19 @@
-"""Layer norm with optional residual add: fp32 statistics, deterministic weight gradients.
+"""Layer norm: fp32 statistics, deterministic weight gradients.
 
-    h = x + residual                      (rounded to x's dtype: the new residual stream)
-    n = (h - mean(h)) / sqrt(var(h) + eps)
+    n = (x - mean(x)) / sqrt(var(x) + eps)
     y = n * weight + bias
 
 Backward, with g = dy * weight and means over the row:
 
-    dh = (g - mean(g) - n mean(g n)) / sqrt(var + eps)  [+ gradient of h from elsewhere]
+    dx = (g - mean(g) - n mean(g n)) / sqrt(var + eps)
     dweight = sum over rows of dy n,   dbias = sum over rows of dy
 
 The two sums are taken by a fixed number of programs over fixed rows, then over the programs. A
-program holds them in its registers, which reaches to rows of 8192 columns: dy and h are read once
-and dh is written, 6 bytes an element in bf16. Of wider rows a program has a part of the columns,
-and the two means of a row are taken beforehand by a kernel that reads dy and h as well: 10 bytes.
-At a width of 12288 the layer's matrix products should take over a hundred times as long as either,
-by 72 H^2 operations a token at 790 TFLOP/s against 10 H bytes at 3 TB/s.
+program holds them in its registers, which reaches to rows of 8192 columns: dy and x are read once
+and dx is written, 6 bytes an element in bf16. Of wider rows a program has a part of the columns.
+The two means of such a row are taken beforehand by a kernel that reads dy and x as well: 10 bytes.
+At a width of 12288 the layer's matrix products should take over a hundred times as long as either:
+72 H^2 operations a token at 790 TFLOP/s against 10 H bytes at 3 TB/s.
 """
 
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.launch import next_power_of_2, num_warps_for, uses_triton
+from kernels.precision import accumulation_dtype, triton_dtype
 from kernels.traced import traced
 
 _WHOLE_ROW = 8192  # columns whose two sums fit the registers of a multiprocessor, beside the row
@@ -37,10 +37,8 @@ _WARPS = 16  # on a multiprocessor in the backward pass; more of them leave more
 @triton.jit
 def _forward_kernel(
     y,  # [rows, H]
-    hidden,  # [rows, H]: x + residual, or None
     statistics,  # [2, rows] mean, 1 / standard deviation
     x,
-    residual,  # or None
     weight,
     bias,  # [H]
     eps,
@@ -52,15 +50,9 @@ def _forward_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < row_length
     at = row * row_length + column
-    h = tl.load(x + at, mask=inside, other=0.0).to(ACC)
-    if residual is not None:
-        h += tl.load(residual + at, mask=inside, other=0.0).to(ACC)
-        # Normalise what the next layer will read, not the unrounded sum.
-        h = h.to(hidden.dtype.element_ty)
-        tl.store(hidden + at, h, mask=inside)
-        h = h.to(ACC)
-    mean = tl.sum(h) / row_length
-    centered = tl.where(inside, h - mean, 0.0)
+    row_x = tl.load(x + at, mask=inside, other=0.0).to(ACC)
+    mean = tl.sum(row_x) / row_length
+    centered = tl.where(inside, row_x - mean, 0.0)
     variance = tl.sum(centered * centered) / row_length
     rstd = 1.0 / tl.sqrt(variance + tl.cast(eps, ACC))
     w = tl.load(weight + column, mask=inside, other=0.0).to(ACC)
@@ -80,7 +72,7 @@ def _row_means(g, normed, row_length):
 def _means_kernel(
     means,  # [2, rows]
     dy,  # [rows, H]
-    h,
+    x,
     statistics,  # [2, rows]
     weight,
     row_length,
@@ -96,7 +88,7 @@ def _means_kernel(
     rstd = tl.load(statistics + num_rows + row)
     g = tl.load(dy + at, mask=inside, other=0.0).to(ACC)
     g *= tl.load(weight + column, mask=inside, other=0.0).to(ACC)
-    normed = (tl.load(h + at, mask=inside, other=0.0).to(ACC) - mean) * rstd
+    normed = (tl.load(x + at, mask=inside, other=0.0).to(ACC) - mean) * rstd
     g_mean, slope = _row_means(g, normed, row_length)
     tl.store(means + row, g_mean)
     tl.store(means + num_rows + row, slope)
@@ -104,12 +96,11 @@ def _means_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dh,  # [rows, H]
+    dx,  # [rows, H]
     dweight,  # [programs, H]
     dbias,  # [programs, H]
     dy,
-    dhidden,  # [rows, H] gradient that reaches x + residual directly, or None
-    h,
+    x,
     statistics,  # [2, rows]
     means,  # [2, rows], or None where a block holds a whole row
     weight,
@@ -130,7 +121,7 @@ def _backward_kernel(
         mean = tl.load(statistics + row)
         rstd = tl.load(statistics + num_rows + row)
         upstream = tl.load(dy + at, mask=inside, other=0.0).to(ACC)
-        normed = (tl.load(h + at, mask=inside, other=0.0).to(ACC) - mean) * rstd
+        normed = (tl.load(x + at, mask=inside, other=0.0).to(ACC) - mean) * rstd
         normed = tl.where(inside, normed, 0.0)
         weight_sum += upstream * normed
         bias_sum += upstream
@@ -141,10 +132,7 @@ def _backward_kernel(
         else:
             g_mean = tl.load(means + row)
             slope = tl.load(means + num_rows + row)
-        grad = rstd * (g - g_mean - normed * slope)
-        if dhidden is not None:
-            grad += tl.load(dhidden + at, mask=inside, other=0.0).to(ACC)
-        tl.store(dh + at, grad, mask=inside)
+        tl.store(dx + at, rstd * (g - g_mean - normed * slope), mask=inside)
     tl.store(dweight + program * row_length + column, weight_sum, mask=inside)
     tl.store(dbias + program * row_length + column, bias_sum, mask=inside)
 
@@ -170,69 +158,56 @@ def _num_programs(rows: Tensor) -> int:
     return max(1, programs // triton.cdiv(rows.shape[1], block))
 
 
-def _acc(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 @traced("trident::layer_norm")
-def _layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, x + residual or nothing, statistics [2, rows]) of x [rows, H]."""
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(y, statistics [2, rows]) of x [rows, H]."""
     num_rows, row_length = x.shape
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = accumulation_dtype(x.dtype)
     y = torch.empty_like(x)
-    hidden = x.new_empty(0) if residual is None else torch.empty_like(x)
     statistics = torch.empty(2, num_rows, dtype=dtype, device=x.device)
     block = next_power_of_2(row_length)
     if num_rows > 0:
         with torch.cuda.device_of(x):
             _forward_kernel[(num_rows,)](
                 y,
-                None if residual is None else hidden,
                 statistics,
                 x,
-                residual,
                 weight,
                 bias,
                 eps,
                 row_length,
-                ACC=_acc(dtype),
+                ACC=triton_dtype(dtype),
                 BLOCK=block,
                 num_warps=_num_warps(block),
             )
-    return y, hidden, statistics
+    return y, statistics
 
 
 @_layer_norm.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = x.new_empty(2, len(x), dtype=torch.promote_types(x.dtype, torch.float32))
-    hidden = x.new_empty(0) if residual is None else torch.empty_like(x)
-    return torch.empty_like(x), hidden, statistics
+def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(2, len(x), dtype=accumulation_dtype(x.dtype))
 
 
 @traced("trident::layer_norm_backward")
 def _layer_norm_backward(
-    dy: Tensor, dhidden: Tensor | None, h: Tensor, statistics: Tensor, weight: Tensor
+    dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dh [rows, H], dweight [programs, H], dbias [programs, H])."""
-    num_rows, row_length = h.shape
-    programs = _num_programs(h)
-    dh = torch.empty_like(h)
-    dweight = torch.empty(programs, row_length, dtype=statistics.dtype, device=h.device)
+    """(dx [rows, H], dweight [programs, H], dbias [programs, H])."""
+    num_rows, row_length = x.shape
+    programs = _num_programs(x)
+    dx = torch.empty_like(x)
+    dweight = torch.empty(programs, row_length, dtype=statistics.dtype, device=x.device)
     dbias = torch.empty_like(dweight)
-    acc, block = _acc(statistics.dtype), _backward_block(row_length)
+    acc, block = triton_dtype(statistics.dtype), _backward_block(row_length)
     num_parts = triton.cdiv(row_length, block)
     means = None if num_parts == 1 else torch.empty_like(statistics)
-    with torch.cuda.device_of(h):
+    with torch.cuda.device_of(x):
         if means is not None and num_rows > 0:
             whole = next_power_of_2(row_length)
             _means_kernel[(num_rows,)](
                 means,
                 dy,
-                h,
+                x,
                 statistics,
                 weight,
                 row_length,
@@ -241,12 +216,11 @@ def _layer_norm_backward(
                 num_warps=_num_warps(whole),
             )
         _backward_kernel[(programs * num_parts,)](
-            dh,
+            dx,
             dweight,
             dbias,
             dy,
-            dhidden,
-            h,
+            x,
             statistics,
             means,
             weight,
@@ -257,74 +231,49 @@ def _layer_norm_backward(
             BLOCK=block,
             num_warps=_num_warps(block),
         )
-    return dh, dweight, dbias
+    return dx, dweight, dbias
 
 
 @_layer_norm_backward.register_fake
-def _(
-    dy: Tensor, dhidden: Tensor | None, h: Tensor, statistics: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    partial = torch.empty(_num_programs(h), h.shape[1], dtype=statistics.dtype, device=h.device)
-    return torch.empty_like(h), partial, torch.empty_like(partial)
+def _(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    partial = torch.empty(_num_programs(x), x.shape[1], dtype=statistics.dtype, device=x.device)
+    return torch.empty_like(x), partial, torch.empty_like(partial)
 
 
 class _LayerNorm(torch.autograd.Function):
-    """(x, weight, bias, residual or None) to y, or to (y, x + residual)."""
+    """(x, weight, bias) to y."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
-        eps: float,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        if residual is not None:
-            residual = residual.reshape(rows.shape).contiguous()
-        y, hidden, statistics = _layer_norm(rows, weight, bias, residual, eps)
-        ctx.save_for_backward(rows if residual is None else hidden, statistics, weight)
+        y, statistics = _layer_norm(rows, weight, bias, eps)
+        ctx.save_for_backward(rows, statistics, weight)
         ctx.bias_dtype = bias.dtype
-        ctx.set_materialize_grads(False)
-        return y.view(x.shape), None if residual is None else hidden.view(x.shape)
+        return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dhidden: Tensor | None) -> tuple[Tensor | None, ...]:
-        h, statistics, weight = ctx.saved_tensors
-        if dy is None:
-            return dhidden, None, None, dhidden, None
-        if dhidden is not None:
-            dhidden = dhidden.reshape(h.shape).contiguous()
-        rows = dy.reshape(h.shape).contiguous()
-        dh, dweight, dbias = _layer_norm_backward(rows, dhidden, h, statistics, weight)
-        dh = dh.view(dy.shape)
-        dresidual = dh if ctx.needs_input_grad[3] else None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, statistics, weight = ctx.saved_tensors
+        rows = dy.reshape(x.shape).contiguous()
+        dx, dweight, dbias = _layer_norm_backward(rows, x, statistics, weight)
         dweight, dbias = dweight.sum(0).to(weight.dtype), dbias.sum(0).to(ctx.bias_dtype)
-        return dh, dweight, dbias, dresidual, None
+        return dx.view(dy.shape), dweight, dbias, None
 
 
-def layer_norm_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
     """`layer_norm` in plain torch: the specification and the CPU path."""
-    hidden = x if residual is None else x + residual
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = accumulation_dtype(x.dtype)
     row = (x.shape[-1],)
-    normed = F.layer_norm(hidden.to(dtype), row, weight.to(dtype), bias.to(dtype), eps)
-    return normed.to(x.dtype) if residual is None else (normed.to(x.dtype), hidden)
+    return F.layer_norm(x.to(dtype), row, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Normalised rows of x in x's dtype; with a residual, (normalised, x + residual).
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+    """Normalised rows of x in x's dtype.
 
-    x, residual [..., H] of one dtype; weight, bias [H] of that dtype or fp32. Differentiable in all
-    four; the weights' gradients are summed over rows in a fixed order.
+    x [..., H]; weight, bias [H] of x's dtype or fp32. Differentiable in all three; the weights'
+    gradients are summed over rows in a fixed order.
     """
     if not uses_triton(x):
-        return layer_norm_reference(x, weight, bias, eps=eps, residual=residual)
-    y, hidden = _LayerNorm.apply(x, weight, bias, residual, eps)
-    return y if residual is None else (y, hidden)
+        return layer_norm_reference(x, weight, bias, eps=eps)
+    return _LayerNorm.apply(x, weight, bias, eps)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.logprobs import ONE_SHARD, Joins
-from kernels.row_blocks import accumulation_dtype
+from kernels.joins import ONE_SHARD, Joins
+from kernels.precision import accumulation_dtype
 from kernels.row_gradient import row_gradient
 from kernels.row_state import RowSpec
 from kernels.workspace import logit_workspace

@@ -1,15 +1,15 @@
 """Log-probabilities from hidden states and the LM head, without ever holding the logits.
 
-    z = hidden W^T / temperature        log p_y and H as in logprobs.py
+    z = hidden W^T / temperature        log p_y and H as in row_state.py
 
 Rows go through in chunks whose fp32 logits fit a workspace: a matrix product, then the row kernel.
 Backward computes a chunk's logits again, turns them into dz in the same memory, and adds
 
     d hidden = dz W        d W += dz^T hidden   (fp32)
 
-Forward and backward take four products, 8 T H V operations. Where the loss of a token depends on
-its own log-prob alone (SFT, pretraining, PPO's clipped loss), its derivative is known as soon as
-the log-prob is, and `linear_logprobs_loss` does it all in one pass: three products, 6 T H V.
+Forward and backward take four products, 8 T H V operations. The loss of a token may depend on its
+own log-prob alone, as in SFT, pretraining and PPO's clipped loss. Its derivative is then known as
+soon as the log-prob is. `linear_logprobs_loss` does it all in one pass: three products, 6 T H V.
 
 Products of bf16 numbers are exact in fp32, so the fp32 logits are those of an fp32 head. Logits
 rounded to bf16 would move log-probs by 2e-2 nats, which PPO would take for a change of policy.
@@ -17,14 +17,14 @@ rounded to bf16 would move log-probs by 2e-2 nats, which PPO would take for a ch
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.joins import write_joined_results
 from kernels.linear_chunks import Chunks, Gradients, LinearSpec, deliver
-from kernels.logprobs import write_joined_results
 from kernels.row_merge import write_merged_results
 from kernels.row_pass import row_pass
 from kernels.row_state import (
@@ -35,9 +35,11 @@ from kernels.row_state import (
     write_row_results,
 )
 
-TokenLoss = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
-"""(log-probs [n], their rows [n] int64) to the loss of each of these tokens [n], which torch
-differentiates, or to (losses [n], their derivatives by the log-probs [n]), which spares it that."""
+TokenLoss = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]]
+"""(log-probs [n], their rows [n] int64) to the loss of each of these tokens [n].
+
+torch differentiates it, unless it gives (losses [n], their derivatives by the log-probs [n]). A
+third tensor, terms [k, n], is what its owner wants to know of each token besides."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +103,21 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _spread(chunks: Chunks, values: Tensor) -> Tensor:
-    """Values [R] of the computed rows as [T], zero elsewhere."""
-    if chunks.spec.row_index is None:
+    """Values [..., R] of the computed rows as [..., T], zero elsewhere."""
+    index = chunks.spec.row_index
+    if index is None:
         return values
-    return values.new_zeros(len(chunks.hidden)).index_copy(0, chunks.spec.row_index, values)
+    spread = values.new_zeros(*values.shape[:-1], len(chunks.hidden))
+    return spread.index_copy_(-1, index, values)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The chunks' values [..., n] as [..., R]; those of a single chunk as they are."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 class _LinearLogprobsLoss(torch.autograd.Function):
-    """Loss and log-probs in one pass; keeps the gradients and scales them in backward."""
+    """Loss and terms in one pass; keeps the gradients and scales them in backward."""
 
     @staticmethod
     def forward(
@@ -127,7 +136,7 @@ class _LinearLogprobsLoss(torch.autograd.Function):
         rows = spec.row_index
         if rows is None:
             rows = torch.arange(chunks.num_rows, device=hidden.device)
-        losses = [chunks.workspace.new_empty(0)]
+        found: list[_TokenValues] = []
         is_whole = spec.joins.gather_states is None
         for chunk, hidden_rows in chunks:
             logits, part = chunks.logits(hidden_rows), results.part(chunk)
@@ -137,17 +146,21 @@ class _LinearLogprobsLoss(torch.autograd.Function):
                 row_pass(logits, chunk_labels, token_loss.slope, part.logprobs, spec.rows, out=dz)
             else:
                 write_joined_results(part, logits, chunk_labels, spec.rows, spec.joins)
-            chunk_losses, derivatives = _losses(token_loss, part.logprobs, rows[chunk])
-            losses.append(chunk_losses)
+            values = _token_values(token_loss, part.logprobs, rows[chunk])
+            found.append(values)
             if any(needs):
                 if dz is None:
-                    dz = chunks.logit_gradient(logits, chunk, part.state, (derivatives, None))
+                    grads = values.derivatives, None
+                    dz = chunks.logit_gradient(logits, chunk, part.state, grads)
                 gradients.add(dz, chunk, hidden_rows)
+        if not found:  # no rows: what the caller gets has a shape all the same
+            found.append(_token_values(token_loss, results.logprobs, rows))
         counts = chunks.labels != spec.rows.ignore_index
-        loss = torch.where(counts, torch.cat(losses), 0.0).sum(dtype=chunks.workspace.dtype)
+        losses = _joined([values.losses for values in found])
+        loss = torch.where(counts, losses, 0.0).sum(dtype=chunks.workspace.dtype)
         ctx.save_for_backward(weight, gradients.hidden_result(), gradients.weight_result())
         ctx.spec = spec
-        spread = _spread(chunks, results.logprobs)
+        spread = _spread(chunks, _joined([values.terms for values in found]))
         ctx.mark_non_differentiable(spread)
         return loss, spread
 
@@ -161,20 +174,27 @@ class _LinearLogprobsLoss(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def _losses(token_loss: TokenLoss, logprobs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses [n] of tokens and their derivatives by the log-probs [n].
+class _TokenValues(NamedTuple):
+    """What a token loss says of n tokens; what it says of ignored rows counts for nothing."""
 
-    What they say of ignored rows counts for nothing.
-    """
+    losses: Tensor
+    """[n]."""
+    derivatives: Tensor
+    """[n], by the log-probs."""
+    terms: Tensor
+    """[k, n], or the log-probs [n] where it has no terms."""
+
+
+def _token_values(token_loss: TokenLoss, logprobs: Tensor, rows: Tensor) -> _TokenValues:
+    """What the token loss says of the log-probs [n] of `rows` [n], without gradient."""
     with torch.enable_grad():
         leaf = logprobs.detach().requires_grad_()
         result = token_loss(leaf, rows)
-        if isinstance(result, tuple):
-            losses, derivatives = result
-        else:
-            losses = result
-            (derivatives,) = torch.autograd.grad(losses, leaf, torch.ones_like(losses))
-    return losses.detach(), derivatives.detach()
+        if not isinstance(result, tuple):
+            (derivatives,) = torch.autograd.grad(result, leaf, torch.ones_like(result))
+            result = result, derivatives
+    losses, derivatives, *terms = (x.detach() for x in result)
+    return _TokenValues(losses, derivatives, terms[0] if terms else logprobs.detach())
 
 
 class _KnownDerivatives(torch.autograd.Function):
@@ -200,9 +220,11 @@ def _loss_in_two_passes(
     if rows is None:
         rows = torch.arange(len(labels), device=labels.device)
     picked = logprob[rows]
-    losses = _KnownDerivatives.apply(picked, *_losses(token_loss, picked, rows))
+    values = _token_values(token_loss, picked, rows)
+    losses = _KnownDerivatives.apply(picked, values.losses, values.derivatives)
     loss = torch.where(labels[rows] != spec.rows.ignore_index, losses, 0.0).sum()
-    return loss, logprob.detach()
+    spread = values.terms.new_zeros(*values.terms.shape[:-1], len(labels))
+    return loss, spread.index_copy_(-1, rows, values.terms)
 
 
 def linear_logprobs(
@@ -220,10 +242,12 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(hidden @ weight.T / temperature) at the labels, and the entropy, [T] fp32 each.
 
-    hidden: [T, H]; weight: [V, H]; labels: [T] int. row_index [R] int64 names the rows to compute,
-    zeros come back for the others; without it CPU tensors skip rows labelled ignore_index, while on
-    a GPU, where finding them would wait for the device, all rows are computed. main_grad [V, H]
-    takes the weight's gradient by addition, in its own precision, and autograd gets none.
+    Library only: of a whole vocabulary; networks call models/vocab_parallel.py.
+
+    hidden: [T, H]; weight: [V, H]; labels: [T] int. row_index [R] int64 names the rows to compute;
+    zeros come back for the others. Without it CPU tensors skip rows labelled ignore_index. On a GPU
+    finding them would wait for the device, so all rows are computed. main_grad [V, H] takes the
+    weight's gradient by addition, in its own precision, and autograd gets none.
     """
     rows = RowSpec(
         num_valid_vocab=len(weight) if num_valid_vocab is None else num_valid_vocab,
@@ -252,12 +276,15 @@ def linear_logprobs_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss [] and log-probs [T] (without gradient), the gradients computed in the same pass.
 
+    Library only: of a whole vocabulary; networks call models/vocab_parallel.py.
+
     token_loss(logprobs [n], rows [n]) gives the loss [n] of tokens from their own log-probs alone,
-    for example `lambda logprobs, rows: -(weights[rows] * logprobs)`; torch differentiates it, or it
-    gives the pair of losses and derivatives: `(-weights[rows] * logprobs, -weights[rows])`. It is
-    called once a chunk and summed, so its normalisers are known beforehand. The weight's fp32
-    gradient [V, H] is held until backward. fp16 takes two passes, for the sake of its loss scale.
-    Other arguments as `linear_logprobs`.
+    for example `lambda logprobs, rows: -(weights[rows] * logprobs)`, which torch differentiates. Or
+    it gives losses and derivatives: `(-weights[rows] * logprobs, -weights[rows])`. Where it gives
+    terms [k, n] besides, those of all rows, [k, T], come back in place of the log-probs. It is
+    called once a chunk and its losses are summed, so it knows its normalisers beforehand. The
+    weight's fp32 gradient [V, H] is held until backward. fp16 takes two passes, for the sake of its
+    loss scale. Other arguments as `linear_logprobs`.
     """
     rows = RowSpec(
         num_valid_vocab=len(weight) if num_valid_vocab is None else num_valid_vocab,

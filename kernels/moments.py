@@ -62,8 +62,3 @@ def whitening(moments: Tensor) -> Whitening:
     count, mean, squares = moments.unbind(-1)
     rstd = torch.rsqrt(squares / (count - 1).clamp(min=1) + 1e-8)
     return Whitening(torch.where(count >= 2, mean, 0), torch.where(count >= 2, rstd, 1))
-
-
-def explained_variance(targets: Tensor, errors: Tensor) -> Tensor:
-    """1 - var(target - prediction) / var(target), 0-d, from [3] moments; 0 for constant targets."""
-    return torch.where(targets[2] > 0, 1 - errors[2] / targets[2].clamp(min=1e-30), 0)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.launch import uses_triton
+from kernels.precision import accumulation_dtype, triton_dtype
 from kernels.traced import traced
 
 _BLOCK = 16  # completions on a side of a tile of pairs; InstructGPT has at most 9
@@ -86,7 +87,7 @@ def _ranking_kernel(
 @traced("trident::ranking_loss")
 def _ranking_loss(scores: Tensor, ranks: Tensor, cu_prompts: Tensor) -> tuple[Tensor, Tensor]:
     """([3, P] losses, correct pairs, pairs; [N] derivative of the own prompt's loss)."""
-    dtype = torch.promote_types(scores.dtype, torch.float32)
+    dtype = accumulation_dtype(scores.dtype)
     num_prompts = len(cu_prompts) - 1
     results = torch.empty(3, num_prompts, dtype=dtype, device=scores.device)
     derivative = torch.empty(len(scores), dtype=dtype, device=scores.device)
@@ -98,7 +99,7 @@ def _ranking_loss(scores: Tensor, ranks: Tensor, cu_prompts: Tensor) -> tuple[Te
                 scores.contiguous(),
                 ranks.contiguous(),
                 cu_prompts.contiguous(),
-                ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+                ACC=triton_dtype(dtype),
                 BLOCK=_BLOCK,
                 num_warps=1,
             )
@@ -107,7 +108,7 @@ def _ranking_loss(scores: Tensor, ranks: Tensor, cu_prompts: Tensor) -> tuple[Te
 
 @_ranking_loss.register_fake
 def _(scores: Tensor, ranks: Tensor, cu_prompts: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(scores.dtype, torch.float32)
+    dtype = accumulation_dtype(scores.dtype)
     results = scores.new_empty(3, len(cu_prompts) - 1, dtype=dtype)
     return results, torch.empty_like(scores, dtype=dtype)
 
@@ -137,7 +138,7 @@ class _RankingLoss(torch.autograd.Function):
 
 def ranking_loss_reference(scores: Tensor, ranks: Tensor, cu_prompts: Tensor) -> RankingLoss:
     """`ranking_loss` in plain torch: the specification and the CPU path."""
-    dtype = torch.promote_types(scores.dtype, torch.float32)
+    dtype = accumulation_dtype(scores.dtype)
     num_completions = cu_prompts.diff()  # [P]
     most = int(num_completions.max()) if num_completions.numel() else 0
     column = torch.arange(most, device=scores.device)

@@ -5,13 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.precision import accumulation_dtype
+
 BLOCK_WORDS = 1 << 18
 """Numbers of a block of rows on one core of a CPU: 1 MiB in fp32, half of a second-level cache."""
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64 inputs (gradient checks), fp32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:

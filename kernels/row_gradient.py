@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import config_for, uses_triton
+from kernels.precision import triton_dtype
 from kernels.row_blocks import row_blocks, scaled
 from kernels.row_state import (
     LN_2,
     LOG2_E,
     NO_POWER,
     RowSpec,
-    triton_dtype,
 )
 from kernels.traced import traced
 

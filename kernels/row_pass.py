@@ -4,8 +4,8 @@
 
 The two kernels of row_state.py and row_gradient.py read the logits from memory twice. Here a
 program reads its row a second time right after the first, while the row is still in the cache of
-the second level: an H100's 50 MB hold one fp32 row of GPT-2's vocabulary, 0.2 MB, for each of its
-132 multiprocessors, so a program takes a whole one of them.
+the second level. An H100's 50 MB hold one fp32 row of GPT-2's vocabulary, 0.2 MB, for each of its
+132 multiprocessors. So a program takes a whole one of them.
 """
 
 import torch
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import config_for, uses_triton
+from kernels.precision import triton_dtype
 from kernels.row_blocks import row_blocks
 from kernels.row_gradient import label_gradient, write_row_gradient
 from kernels.row_state import (
@@ -26,7 +27,6 @@ from kernels.row_state import (
     logprobs_and_entropy,
     read_row,
     row_outputs,
-    triton_dtype,
 )
 
 

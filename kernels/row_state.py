@@ -30,7 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import config_for, uses_triton
-from kernels.row_blocks import accumulation_dtype, row_blocks, scaled
+from kernels.precision import accumulation_dtype, triton_dtype
+from kernels.row_blocks import row_blocks, scaled
 from kernels.traced import traced
 
 IGNORE_INDEX = -100
@@ -90,11 +91,6 @@ def empty_results(num_rows: int, like: Tensor, with_entropy: bool) -> RowResults
         like.new_empty(num_rows, dtype=dtype),
         like.new_empty(num_rows, dtype=dtype) if with_entropy else None,
     )
-
-
-def itself(tensor: Tensor) -> Tensor:
-    """The tensor: what joining the shards of a whole vocabulary comes to."""
-    return tensor
 
 
 @triton.jit
@@ -229,11 +225,6 @@ def lane_columns(block: int, *matrices: Tensor) -> int:
         if column != 1 or row % size or matrix.shape[1] % size or matrix.data_ptr() % 16:
             return 1
     return min(block, size)
-
-
-def triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Triton's name of an accumulation dtype."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _launch(

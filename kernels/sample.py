@@ -1,8 +1,9 @@
 """Sampling by Gumbel-max: one read of the logits gives the token, its log-prob and logsumexp.
 
-A token is drawn from softmax(z), z = logits / temperature, as `sample_state.py` says: from the
-logits of its row and (seed, sample index, position) alone, not from the batch around it, the
-vocabulary shards or the order of the work. Here the states of a row's parts become its sample.
+A token is drawn from softmax(z), z = logits / temperature, as `sample_state.py` says. It depends on
+the logits of its row and (seed, sample index, position) alone. The batch around it, the vocabulary
+shards and the order of the work are all the same to it. Here the states of a row's parts become its
+sample.
 """
 
 from typing import NamedTuple
@@ -158,6 +159,8 @@ def sample(
     num_valid_vocab: int | None = None,
 ) -> Sample:
     """One token a row of logits [B, V], its log-prob and the row's logsumexp.
+
+    Library only: of a whole vocabulary; generation calls models/vocab_parallel.py.
 
     sample_index, position [B] and seed as in `SampleKey`. temperature 0 is greedy, the lowest
     column of equals. top_k 0 and top_p 1 keep every column. A row with NaN gives some valid column

@@ -8,7 +8,7 @@ columns are cut into groups of 8, from global column 0 on, and drawn in two step
     group  = argmax over groups of            log(mass_G) + g_G    P(G) = mass_G / sum of all masses
     token  = argmax over the group's columns of       z_c + g_c    P(c | G) = e^(z_c) / mass_G
 
-Each step is Gumbel-max, and the noises of groups and columns are independent, so the chain rule
+Each step is Gumbel-max, and the noises of groups and columns are independent. So the chain rule
 gives P(c) = P(G) P(c | G) = e^(z_c) / sum of all masses: softmax exactly, from V / 8 + 8 noises a
 row instead of V. Columns that top-k or top-p cut away, or beyond the vocabulary, have no mass.
 

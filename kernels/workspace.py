@@ -13,8 +13,8 @@ forward and backward should thus run at this share of their bare products:
 
 These are estimates. At H = 2048, before the row kernels were fused, an H100 gave 77% for one pass
 over 32768 rows with 448 MiB (benchmarks/results); nothing has been measured at 4096. A second
-workspace, to run the row kernels of one chunk beside the products of the next, would halve C and
-lose most of what it wins.
+workspace would let the row kernels of one chunk run beside the products of the next. It would halve
+C and lose most of what it wins.
 """
 
 import torch

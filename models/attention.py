@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.context_parallel import ContextShare, gather_row
+from models.context_parallel import ContextShare, gather_row, join_readings
 
 _FLASH_ATTENTION = {"flash-attn 4": "flash_attn.cute", "flash-attn 2": "flash_attn"}
 
@@ -26,8 +26,8 @@ _FLASH_ATTENTION = {"flash-attn 4": "flash_attn.cute", "flash-attn 2": "flash_at
 def _find_flash_attention() -> tuple[str, Callable[..., Any] | None]:
     """Return what computes attention on a GPU and its function, None for torch's own.
 
-    A package whose parts do not fit one another raises errors of any kind while it is imported, as
-    flash-attn 4 does with another CUTLASS DSL than its own. The name then says so.
+    A package whose parts do not fit one another raises errors of any kind while it is imported:
+    flash-attn 4 does so with another CUTLASS DSL than its own. The name then says it.
     """
     broken = ""
     for name, module in _FLASH_ATTENTION.items():
@@ -50,8 +50,10 @@ _CUDNN_LENGTHS = 128  # tokens: a tile of its kernels
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the name of what computes attention on that device in that dtype, and why it is not
-    the flash-attn that is installed, where that does not import."""
+    """Return the name of what computes attention on that device in that dtype.
+
+    Where flash-attn is installed but does not import, the name says why.
+    """
     return _flash_attention if _takes_flash(device.type, dtype) else "torch SDPA"
 
 
@@ -82,6 +84,25 @@ class PackedSequences(PackedSeqParams):
             share=share,
         )
 
+    def held(self, values: Tensor) -> Tensor:
+        """Return those of values [T, ...] whose tokens this rank holds: [T / cp, ...], in the order
+        in which it holds them."""
+        return values if self.share is None else values[self._held]
+
+    def in_row(self, numbers: Tensor) -> Tensor:
+        """Return the indices in the row of the tokens that are numbers [n] of those held."""
+        return numbers if self.share is None else self._held[numbers]
+
+    def join(self, readings: Tensor) -> Tensor:
+        """Return all ranks' readings [T / cp] in the order of the row [T]; the reverse of held."""
+        return readings if self.share is None else join_readings(readings, self.share)
+
+    @functools.cached_property
+    def _held(self) -> Tensor:
+        """[T / cp] int64, on the device of the sequences."""
+        assert self.share is not None
+        return self.share.held(self.cu_seqlens_q.device)
+
     @functools.cached_property
     def pieces(self) -> list[tuple[int, "PackedSequences"]]:
         """(end of a piece in the row, the sequences as its queries see them), for what this rank
@@ -105,20 +126,22 @@ class PackedSequences(PackedSeqParams):
         ]
 
     @functools.cached_property
-    def padded_rows(self) -> tuple[Tensor, Tensor]:
-        """Gather [B, L] (packed index of row b, column l) and scatter [T] (flat padded index of
-        token t).
+    def padding(self) -> tuple[Tensor, Tensor]:
+        """Gather [B, L] and scatter [T] between the row and its sequences padded to length L.
 
-        Columns beyond a sequence repeat some valid token: causal attention never reads them for a
-        real one.
+        gather[b, l] is the index in the row of token l of sequence b; scatter[t] that of the row's
+        token t in [B x L].
+
+        What lies beyond a sequence's end repeats some valid token: causal attention never reads it
+        for a real one.
         """
         starts, lengths = self.cu_seqlens_q[:-1].long(), self.cu_seqlens_q.diff().long()
         num_tokens = int(self.cu_seqlens_q[-1])
         columns = torch.arange(self.max_seqlen_q, device=starts.device)
         gather = (starts[:, None] + columns).clamp(max=num_tokens - 1)  # [B, L]
-        rows = torch.repeat_interleave(torch.arange(len(lengths), device=starts.device), lengths)
+        owner = torch.repeat_interleave(torch.arange(len(lengths), device=starts.device), lengths)
         tokens = torch.arange(num_tokens, device=starts.device)
-        scatter = rows * self.max_seqlen_q + tokens - starts[rows]  # [T]
+        scatter = owner * self.max_seqlen_q + tokens - starts[owner]  # [T]
         return gather, scatter
 
 
@@ -192,7 +215,7 @@ def packed_attention(
         return _padded_attention(query, key, value, sequences, scale)
     query_lengths = sequences.cu_seqlens_q.diff().tolist()
     key_lengths = sequences.cu_seqlens_kv.diff().tolist()
-    pieces = [
+    outputs = [
         _attention_of_one(q, k, v, scale)
         for q, k, v in zip(
             query.split(query_lengths),
@@ -202,7 +225,7 @@ def packed_attention(
         )
         if len(q)
     ]
-    return torch.cat(pieces)
+    return torch.cat(outputs)
 
 
 def _attention_of_one(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -277,11 +300,11 @@ def _padded_attention(
     query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences, scale: float
 ) -> Tensor:
     num_sequences, longest = len(sequences.cu_seqlens_q) - 1, sequences.max_seqlen_q
-    if len(query) == num_sequences * longest:  # all of one length: rows as they are
+    if len(query) == num_sequences * longest:  # all of one length: as they lie
         q, k, v = (x.unflatten(0, (-1, longest)).transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         return out.transpose(1, 2).flatten(0, 1)
-    gather, scatter = sequences.padded_rows
+    gather, scatter = sequences.padding
     # [T, heads, dim] -> [B, heads, L, dim]
     q, k, v = (x[gather].transpose(1, 2) for x in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)

@@ -1,6 +1,6 @@
 """Context parallelism: the tokens of one packed row on several ranks.
 
-A row of T tokens is cut into 2 cp pieces of one length, and rank r of cp holds the pieces r and
+A row of T tokens is cut into 2 cp pieces of one length. Rank r of cp holds the pieces r and
 2 cp - 1 - r: late tokens of a long sequence see more keys than early ones, and so every rank has
 as much to do. All that is done token by token, each rank does for its own. Attention gathers the
 keys and values of the row, one layer at a time; the head's readings are gathered at the end.
@@ -25,7 +25,7 @@ class ContextShare:
 
     @property
     def pieces(self) -> tuple[range, range]:
-        """The positions in the row that this rank holds, in the order in which it holds them."""
+        """The tokens that this rank holds by their index in the row, in the order it holds them."""
         cp, rank = self.group.size(), self.group.rank()
         length = self.num_tokens // (2 * cp)
         starts = rank * length, (2 * cp - 1 - rank) * length
@@ -45,12 +45,12 @@ def gather_row(x: Tensor, share: ContextShare) -> Tensor:
 
 
 def join_readings(x: Tensor, share: ContextShare) -> Tensor:
-    """Return all ranks' x [T / cp] in the order of the row [T].
+    """Return all ranks' x [..., T / cp] in the order of the row [..., T].
 
     For what every rank puts to the same use, such as values that go into a loss: each rank's own
     gradient is complete.
     """
-    return _GatherRow.apply(x, share.group, False)
+    return _GatherRow.apply(x.movedim(-1, 0), share.group, False).movedim(0, -1)
 
 
 class _GatherRow(torch.autograd.Function):

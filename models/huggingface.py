@@ -3,8 +3,8 @@
 "Theirs" is a tensor of GPT2LMHeadModel, whole; "ours" is a parameter of models.gpt.GPT as
 megatron-core lays it out, of which a tensor-parallel rank holds a shard. Besides the names, three
 things differ. Their matrices are Conv1D's: [in, out] where a linear layer has [out, in]. Their
-query, key and value follow one another as [3, heads, dim] where megatron-core has [heads, 3, dim],
-so that a block of rows is whole heads (SelfAttention.get_query_key_value_tensors). Our vocabulary
+query, key and value follow one another as [3, heads, dim] where megatron-core has [heads, 3, dim].
+So a block of rows is whole heads (SelfAttention.get_query_key_value_tensors). Our vocabulary
 is padded, with rows of zeros that are masked everywhere.
 """
 

@@ -1,8 +1,9 @@
 """What a transformer layer is made of: megatron's linear layers, our norm and our attention,
 GPT-3's GELU."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,45 +34,57 @@ from models.sizes import GPTSize
 
 Recompute = Literal["none", "selective", "full"]
 
+_RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+
 # Variants of an operation that torch compiles before it runs what is new in eager mode, for good. A
-# PPO run with a critic of another width takes 10 of bias + dropout + addition (by width, by which
-# tensors have gradients, with gradients on, off or inference, for one length and for any). Stages
-# that follow in the same process add theirs: 15 were seen. torch's own limit is 8.
+# PPO run with a critic of another width takes 10 of bias + dropout + addition. They differ in
+# width, in which tensors have gradients, in gradients on, off or inference, and in one length or
+# any. Stages that follow in the same process add theirs: 15 were seen. torch's own limit is 8.
 COMPILED_VARIANTS = 64
 
 
-def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
-    size: GPTSize,
-    *,
-    tp: int,
-    pp: int,
-    virtual_pp: int,
-    sequence_parallel: bool,
-    dtype: torch.dtype,
-    dropout: float,
-    recompute: Recompute,
-    fuses_elementwise: bool = False,
-    fuses_gradient_accumulation: bool = False,
-    deterministic: bool = False,
+@dataclass(frozen=True, kw_only=True)
+class Degrees:
+    """How many ranks the layers of a network are spread over, and how."""
+
+    tp: int = 1
+    pp: int = 1
+    virtual_pp: int = 1
+    sequence_parallel: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """How the layers of a network are computed; a fusion changes rounding, nothing else."""
+
+    dtype: torch.dtype = torch.float32
+    recompute: Recompute = "none"
+    fuses_elementwise: bool = False
+    fuses_gradient_accumulation: bool = False
+    deterministic: bool = False
+
+
+def transformer_config(
+    size: GPTSize, degrees: Degrees, arithmetic: Arithmetic, *, dropout: float
 ) -> TransformerConfig:
     """Return megatron's configuration of a GPT-3 of that size.
 
     Initialisation is GPT-2's, which GPT-3 keeps: normal with std 0.02, and 0.02 / sqrt(2 x layers)
     for the matrices that write to the residual stream (Radford et al. 2019, section 2.3).
     """
+    fuses_elementwise, dtype = arithmetic.fuses_elementwise, arithmetic.dtype
     if fuses_elementwise:
         _allow_variants()
-    if fuses_gradient_accumulation:
+    if arithmetic.fuses_gradient_accumulation:
         _provide_gradient_fusion()
-    # GPT's GELU is the tanh approximation. megatron's fused bias + GELU computes that one when it
-    # is handed F.gelu; without the fusion the approximation has to be asked for.
-    activation = F.gelu if fuses_elementwise else gelu
-    recompute_arguments: dict[str, Any] = {}
-    if recompute == "full":
-        recompute_arguments = {"recompute_granularity": "full", "recompute_method": "uniform"}
-        recompute_arguments["recompute_num_layers"] = 1
-    elif recompute == "selective":
-        recompute_arguments = {"recompute_granularity": "selective"}
     return TransformerConfig(
         num_layers=size.num_layers,
         hidden_size=size.hidden_size,
@@ -80,28 +93,30 @@ def transformer_config(  # noqa: PLR0913 - what shapes a network, each named
         hidden_dropout=dropout,
         attention_dropout=0.0,
         layernorm_epsilon=1e-5,
-        activation_func=activation,
+        # GPT's GELU is the tanh approximation. megatron's fused bias + GELU computes that one when
+        # it is handed F.gelu; without the fusion the approximation has to be asked for.
+        activation_func=F.gelu if fuses_elementwise else gelu,
         bias_activation_fusion=fuses_elementwise,
         bias_dropout_fusion=fuses_elementwise,
         masked_softmax_fusion=False,
         init_method_std=0.02,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=virtual_pp if virtual_pp > 1 else None,
-        sequence_parallel=sequence_parallel,
+        tensor_model_parallel_size=degrees.tp,
+        pipeline_model_parallel_size=degrees.pp,
+        virtual_pipeline_model_parallel_size=degrees.virtual_pp if degrees.virtual_pp > 1 else None,
+        sequence_parallel=degrees.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         fp16=dtype is torch.float16,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,  # losses are sums over global counts: nothing to average
         deallocate_pipeline_outputs=True,
-        gradient_accumulation_fusion=fuses_gradient_accumulation,
-        deterministic_mode=deterministic,
+        gradient_accumulation_fusion=arithmetic.fuses_gradient_accumulation,
+        deterministic_mode=arithmetic.deterministic,
         # Each message by itself. In a batch those of two stages with virtual ones match in another
         # order than they are meant in, activations for gradients: each stage is both neighbours of
         # the other. And megatron waits for the whole device after every batch.
         batch_p2p_comm=False,
-        **recompute_arguments,
+        **_RECOMPUTE[arithmetic.recompute],
     )
 
 
@@ -146,7 +161,7 @@ class LayerNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x, shape [..., hidden]."""
-        return cast(Tensor, layer_norm(x, self.weight, self.bias, eps=self.eps))
+        return layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
 class _OrderedEmbedding(torch.nn.Embedding):

@@ -1,6 +1,6 @@
 """Attention of generation: keys and values of earlier tokens come from a cache of blocks.
 
-A packed row of T tokens begins with the sequences that decode, one token each; chunks of prompts
+A packed row of T tokens begins with the sequences that decode, one token each; parts of prompts
 follow.
 """
 
@@ -60,16 +60,16 @@ class PagedSequences(PackedSequences):
     block_tables: Tensor
     """[D, blocks_per_sequence] int32: the blocks of the D decoding sequences."""
     context_lengths: Tensor
-    """[D] int32: their tokens, the new one included; 0 for an idle row."""
-    chunks: PackedSequences | None
-    """The chunks of prompts in the rest of the row; their keys are those of all tokens so far."""
-    chunk_slots: Tensor | None
-    """[cu_seqlens_kv[-1]] int64: where the chunks' keys lie; None if all start at 0."""
+    """[D] int32: their tokens, the new one included; 0 for an idle one."""
+    prompts: PackedSequences | None
+    """The parts of prompts in the rest of the row; their keys are those of all tokens so far."""
+    prompt_slots: Tensor | None
+    """[cu_seqlens_kv[-1]] int64: where these keys lie; None if all parts start at 0."""
 
     copies: Sequence[tuple[int, int, int]] = ()
     """(first block read, first written, how many): what every layer copies, in this order, between
     writing the new tokens and reading."""
-    groups: DecodeGroups | None = field(default=None, init=False)
+    decode_groups: DecodeGroups | None = field(default=None, init=False)
     """On the CPU, made by the first layer for all; whoever changes a length puts it to None."""
 
     def attend(
@@ -81,22 +81,22 @@ class PagedSequences(PackedSequences):
         for source, target, count in self.copies:
             for lane in (keys, values):
                 lane[target : target + count] = lane[source : source + count]
-        if self.chunks is None:
+        if self.prompts is None:
             return self._decode(query, keys, values, scale)
         num_decodes = len(self.context_lengths)
-        if self.chunk_slots is None:
+        if self.prompt_slots is None:
             key, value = key[num_decodes:], value[num_decodes:]
         else:
-            key = keys.flatten(0, 1)[self.chunk_slots]
-            value = values.flatten(0, 1)[self.chunk_slots]
-        out = packed_attention(query[num_decodes:], key, value, self.chunks, scale)
+            key = keys.flatten(0, 1)[self.prompt_slots]
+            value = values.flatten(0, 1)[self.prompt_slots]
+        out = packed_attention(query[num_decodes:], key, value, self.prompts, scale)
         if num_decodes == 0:
             return out
         return torch.cat([self._decode(query[:num_decodes], keys, values, scale), out])
 
     def _decode(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        if self.groups is None and not query.is_cuda:
-            self.groups = decode_groups(keys, self.block_tables, self.context_lengths)
+        if self.decode_groups is None and not query.is_cuda:
+            self.decode_groups = decode_groups(keys, self.block_tables, self.context_lengths)
         return decode_attention(
             query,
             keys,
@@ -104,5 +104,5 @@ class PagedSequences(PackedSequences):
             self.block_tables,
             self.context_lengths,
             scale=scale,
-            groups=self.groups,
+            groups=self.decode_groups,
         )

@@ -1,7 +1,7 @@
 """The forward pass of generation through megatron's layers, without what training needs around it.
 
-A decoding step is a few dozen small operations, and megatron's modules wrap each in autograd
-functions, hooks and checks that cost more than the operation. This reads the same weights through
+A decoding step is a few dozen small operations. megatron's modules wrap each in autograd functions,
+hooks and checks that cost more than the operation. This reads the same weights through
 the same norm and attention kernels, in the order of `models/layers.py`: embeddings, pre-norm
 attention, pre-norm MLP with the tanh approximation of GELU, and the final norm.
 
@@ -31,9 +31,9 @@ def paged_embedding(
     if group.size() == 1:
         hidden = F.embedding(tokens, words.weight)
     else:
-        row = tokens - words.vocab_start_index
-        is_elsewhere = (row < 0) | (row >= len(words.weight))
-        hidden = F.embedding(row.masked_fill_(is_elsewhere, 0), words.weight)
+        number = tokens - words.vocab_start_index
+        is_elsewhere = (number < 0) | (number >= len(words.weight))
+        hidden = F.embedding(number.masked_fill_(is_elsewhere, 0), words.weight)
         hidden.masked_fill_(is_elsewhere[:, None], 0.0)
         dist.all_reduce(hidden, group=group)
     return hidden.add_(F.embedding(positions, embedding.position_embeddings.weight))[:, None]
@@ -50,25 +50,25 @@ def paged_forward(
     hidden = (decoder.input_tensor if hidden is None else hidden)[:, 0]
     for layer in decoder.layers:
         attention, mlp = layer.self_attention, layer.mlp
-        qkv = _column(layer.input_layernorm(hidden), attention.linear_qkv)
+        qkv = _column_parallel(layer.input_layernorm(hidden), attention.linear_qkv)
         heads = attention.num_attention_heads_per_partition
         query, key, value = qkv.unflatten(1, (heads, -1)).chunk(3, dim=2)  # [T, heads / tp, dim]
         scale = attention.core_attention.softmax_scale
         out = sequences.attend(layer.layer_number, query, key, value, scale).flatten(1)
-        hidden = _row(out, attention.linear_proj, group).add_(hidden)
-        inner = _column(layer.pre_mlp_layernorm(hidden), mlp.linear_fc1)
-        hidden = _row(gelu(inner), mlp.linear_fc2, group).add_(hidden)
+        hidden = _row_parallel(out, attention.linear_proj, group).add_(hidden)
+        inner = _column_parallel(layer.pre_mlp_layernorm(hidden), mlp.linear_fc1)
+        hidden = _row_parallel(gelu(inner), mlp.linear_fc2, group).add_(hidden)
     if decoder.final_layernorm is not None:
         hidden = decoder.final_layernorm(hidden)
     return hidden[:, None]
 
 
-def _column(x: Tensor, linear: Any) -> Tensor:
+def _column_parallel(x: Tensor, linear: Any) -> Tensor:
     """[T, out / tp] this rank's columns of a linear layer of x [T, in]."""
     return F.linear(x, linear.weight, linear.bias)
 
 
-def _row(x: Tensor, linear: Any, group: ProcessGroup) -> Tensor:
+def _row_parallel(x: Tensor, linear: Any, group: ProcessGroup) -> Tensor:
     """[T, out] from this rank's [T, in / tp], summed over the ranks."""
     if group.size() == 1:
         return F.linear(x, linear.weight, linear.bias)

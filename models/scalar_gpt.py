@@ -1,20 +1,22 @@
 """The same trunk with a head of one number, reward model and critic."""
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from models.attention import PackedSequences
-from models.context_parallel import join_readings
 from models.layers import block_spec, order_positions
+from models.readouts import Readings
 from models.sizes import GPTSize
+from models.trunk import run_trunk
 
 
 class ScalarHead(MegatronModule):
@@ -24,8 +26,10 @@ class ScalarHead(MegatronModule):
     which scores, values and the shift of a reward model would take over.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, group: ProcessGroup) -> None:
+        """group: the tensor-parallel ranks."""
         super().__init__(config=config)
+        self._group = group
         device = torch.cuda.current_device()
         hidden = config.hidden_size
         self.weight = torch.nn.Parameter(torch.empty(1, hidden, device=device, dtype=torch.float32))
@@ -42,8 +46,14 @@ class ScalarHead(MegatronModule):
         torch.nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return fp32 readings [T] of hidden [T, 1, H]."""
-        return (hidden[:, 0].float() @ self.weight.T + self.bias)[:, 0]
+        """Return fp32 readings [T] of hidden [T, H], or of each rank's [T / tp, H] under sequence
+        parallelism."""
+        readings = (hidden.float() @ self.weight.T + self.bias)[:, 0]
+        if not self.config.sequence_parallel:
+            return readings
+        return gather_from_sequence_parallel_region(
+            readings, tensor_parallel_output_grad=False, group=self._group
+        )
 
 
 class ScalarGPT(LanguageModule):
@@ -82,37 +92,25 @@ class ScalarGPT(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            self.scalar_head = ScalarHead(config)
+            self.scalar_head = ScalarHead(config, self.pg_collection.tp)
 
     def set_input_tensor(self, input_tensor: list[Tensor]) -> None:
         """Take the hidden states of the previous stage (megatron's schedules call this)."""
         self.decoder.set_input_tensor(input_tensor[0])
 
-    def forward(self, tokens: Tensor, positions: Tensor, sequences: PackedSequences) -> Tensor:
-        """Run this chunk over a packed row; the last stage returns fp32 readings [T], reading t
-        after token t.
+    def forward(
+        self, tokens: Tensor, positions: Tensor, sequences: PackedSequences, readout: Readings
+    ) -> Tensor:
+        """Run this chunk over a packed row of T tokens: the last stage returns fp32 readings [T],
+        an earlier one its hidden states.
 
-        A reward model's score is the reading at the last response token; a critic's value of token
-        t is the reading at t-1 (models.gpt.shift_right).
+        tokens, positions: [T] int64. A reward model's score is the reading at the last response
+        token. A critic's value of token t is the reading at t-1 (models.readouts.shift_right).
         """
-        share = sequences.share
-        hidden = None
-        if self.pre_process:
-            if share is not None:
-                held = share.held(tokens.device)
-                tokens, positions = tokens[held], positions[held]
-            hidden = self.embedding(tokens[None], positions[None])
-        hidden = self.decoder(
-            hidden_states=hidden, attention_mask=None, packed_seq_params=sequences
-        )
+        hidden = run_trunk(self, tokens, positions, sequences)
         if not self.post_process:
             return hidden
-        readings = self.scalar_head(hidden)
-        if self.config.sequence_parallel:
-            readings = tensor_parallel.gather_from_sequence_parallel_region(
-                readings, tensor_parallel_output_grad=False, group=self.pg_collection.tp
-            )
-        return readings if share is None else join_readings(readings, share)
+        return readout.read(self.scalar_head, hidden[:, 0], tokens, sequences)
 
     def sharded_state_dict(
         self,

@@ -2,11 +2,15 @@
 torch nor megatron."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 GPT3_VOCAB_SIZE = 50257  # GPT-2's byte-pair vocabulary, which GPT-3 keeps
 GPT3_CONTEXT_LENGTH = 2048
 VOCAB_MULTIPLE = 128  # padding of the vocabulary: any tp that divides 128 then splits it evenly
 VOCAB_GROUP = 8  # columns that sampling draws together (kernels/philox.py): shards hold whole ones
+
+Kind = Literal["language", "scalar"]
+"""What a network says of a token: its distribution over the next one, or one number."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,19 +6,19 @@ and the sum of the hidden states' gradient.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from kernels.full_kl import merge_kl_states, shard_full_kl
+from kernels.joins import Joins
 from kernels.linear_chunks import LinearSpec
 from kernels.linear_logprobs import (
     TokenLoss,
     shard_linear_logprobs,
     shard_linear_logprobs_loss,
 )
-from kernels.logprobs import Joins, check_rows, shard_logprobs
 from kernels.philox import GROUP, SampleKey
 from kernels.row_state import IGNORE_INDEX, RowSpec
 from kernels.sample import Sample, check_sampling, merge_samples, merge_states
@@ -32,6 +32,12 @@ def _gather_states(state: Tensor, group: ProcessGroup) -> Tensor:
     states = state.new_empty(group.size() * len(state), *state.shape[1:])
     dist.all_gather_into_tensor(states, state.contiguous(), group=group)
     return states.view(group.size(), *state.shape)
+
+
+def _waited(work: dist.Work, result: Tensor) -> Tensor:
+    """The result of a collective, once it is there."""
+    work.wait()
+    return result
 
 
 def _joins(group: ProcessGroup | None, *, sequence_parallel: bool = False) -> Joins:
@@ -50,12 +56,12 @@ def _joins(group: ProcessGroup | None, *, sequence_parallel: bool = False) -> Jo
 
     def start_all_reduce(gradient: Tensor) -> Callable[[], Tensor]:
         work = dist.all_reduce(gradient, group=group, async_op=True)
-        return lambda: (work.wait(), gradient)[1]
+        return partial(_waited, work, gradient)
 
     def start_reduce_scatter(gradient: Tensor) -> Callable[[], Tensor]:
         mine = gradient.new_empty(len(gradient) // tp, gradient.shape[1])
         work = dist.reduce_scatter_tensor(mine, gradient, group=group, async_op=True)
-        return lambda: (work.wait(), mine)[1]
+        return partial(_waited, work, mine)
 
     if sequence_parallel:
         return Joins(
@@ -86,61 +92,6 @@ def _row_spec(
     )
 
 
-def vocab_parallel_logprobs(  # noqa: PLR0913
-    logits_shard: Tensor,
-    labels: Tensor,
-    *,
-    group: ProcessGroup | None,
-    temperature: float = 1.0,
-    num_valid_vocab: int | None = None,
-    with_entropy: bool = False,
-    ignore_index: int = IGNORE_INDEX,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs [T] fp32 and entropy [T] (or None) of the whole vocabulary, on every rank.
-
-    logits_shard: this rank's columns [T, V / tp]; labels: [T], global numbers, the same on all
-    ranks. num_valid_vocab counts the real columns of the whole vocabulary. Differentiable.
-    """
-    check_rows(logits_shard, labels)
-    spec = _row_spec(
-        logits_shard.shape[1],
-        group,
-        temperature=temperature,
-        num_valid_vocab=num_valid_vocab,
-        ignore_index=ignore_index,
-        with_entropy=with_entropy,
-    )
-    return shard_logprobs(logits_shard, labels, spec, _joins(group))
-
-
-def vocab_parallel_full_kl(
-    logits_shard: Tensor,
-    ref_logits_shard: Tensor,
-    *,
-    group: ProcessGroup | None,
-    temperature: float = 1.0,
-    num_valid_vocab: int | None = None,
-) -> Tensor:
-    """`kernels.full_kl.full_kl` [T] over the whole vocabulary, on every rank.
-
-    logits_shard, ref_logits_shard: this rank's columns [T, V / tp]. Differentiable in both.
-    """
-    spec = _row_spec(
-        logits_shard.shape[1],
-        group,
-        temperature=temperature,
-        num_valid_vocab=num_valid_vocab,
-    )
-    if group is None or group.size() == 1:
-        return shard_full_kl(logits_shard, ref_logits_shard, spec)
-    return shard_full_kl(
-        logits_shard,
-        ref_logits_shard,
-        spec,
-        lambda state: merge_kl_states(_gather_states(state, group)),
-    )
-
-
 def _linear_spec(
     weight: Tensor,
     group: ProcessGroup | None,
@@ -155,7 +106,7 @@ def _linear_spec(
     megatron's DistributedDataParallel reads `weight.grad` in a hook on the weight's autograd node
     and adds it to `weight.main_grad`. The head's gradient goes to main_grad directly, in fp32, and
     never through weight.grad. `grad_added_to_main_grad` stays False: the hook then still adds what
-    other users of the weight send through autograd, tied embeddings above all, and a gradient that
+    other users of the weight send through autograd, tied embeddings above all. So a gradient that
     took another path is never dropped. With overlapped reduction the hook insists on finding a
     gradient: zeros, unless the embeddings of this stage provide one (`zero_out_wgrad`).
     """
@@ -223,10 +174,10 @@ def vocab_parallel_linear_logprobs_loss(  # noqa: PLR0913
     row_index: Tensor | None = None,
     workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss [] and log-probs [T] (without gradient) in one pass, on every rank.
+    """Loss [] and log-probs [T], or the token loss's terms [k, T], in one pass, on every rank.
 
-    token_loss as in `kernels.linear_logprobs.linear_logprobs_loss`, the same on all ranks; other
-    arguments as `vocab_parallel_linear_logprobs`.
+    Only the loss has a gradient. token_loss as in `kernels.linear_logprobs.linear_logprobs_loss`,
+    the same on all ranks; other arguments as `vocab_parallel_linear_logprobs`.
     """
     rows = _row_spec(
         len(weight),

@@ -44,4 +44,4 @@ config = SFTConfig(
 )
 
 if __name__ == "__main__":
-    run_stage("engine.sft.train", config)
+    run_stage("engine.sft.train", config, num_gpus=8)

@@ -50,4 +50,4 @@ config = PPOConfig(
 )
 
 if __name__ == "__main__":
-    run_stage("engine.ppo.train", config)
+    run_stage("engine.ppo.train", config, num_gpus=8)

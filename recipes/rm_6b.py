@@ -44,4 +44,4 @@ config = RMConfig(
 )
 
 if __name__ == "__main__":
-    run_stage("engine.rm.train", config)
+    run_stage("engine.rm.train", config, num_gpus=8)

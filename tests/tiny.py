@@ -31,8 +31,8 @@ from engine.settings.ppo import PPOConfig, PPOData
 from engine.settings.rm import RMConfig, RMData
 from engine.settings.sampling import SamplingConfig
 from engine.settings.sft import SFTConfig, SFTData
-from engine.training.network import Kind, Network, build_network
-from models.sizes import GPTSize
+from engine.training.network import Network, build_network
+from models.sizes import GPTSize, Kind
 
 SIZE = GPTSize(num_layers=4, hidden_size=32, num_heads=4, vocab_size=100, context_length=64)
 WORDS = ["the", "mill", "is", "a", "cheap", "pub", "near", "the", "river", "and", "serves", "fish"]
@@ -204,9 +204,12 @@ def train(config: SFTConfig | RMConfig | PPOConfig) -> None:
     """Run the stage of a config without drawing its curves, which takes longer than training."""
     stages = {SFTConfig: sft.train, RMConfig: rm.train, PPOConfig: ppo.train}
     gc.freeze()  # megatron collects garbage on every save, and most objects here are the libraries'
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.metrics.plot_curves", lambda run_dir: None)
-        stages[type(config)](config)  # type: ignore[operator]
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("engine.metrics.plot_curves", lambda run_dir: None)
+            stages[type(config)](config)  # type: ignore[operator]
+    finally:
+        gc.unfreeze()  # what is still frozen when Python ends, nanobind's libraries report as leaks
 
 
 class Killed(Exception):

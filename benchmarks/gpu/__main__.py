@@ -13,7 +13,6 @@ The table of a run that was killed:
 import argparse
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -21,26 +20,30 @@ from types import FrameType
 import torch
 from rich.console import Console
 
+from benchmarks.command_line import command, count_or_none, mistakes_in_one_line
 from benchmarks.gpu.spend import Spending
 from benchmarks.gpu.steps import all_steps
 from benchmarks.gpu.summary import read_outcomes, summary
 from benchmarks.records import read_records
+from benchmarks.screen import FILE_WIDTH, print_whole, screen
+from engine.errors import UserError
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Run the steps within the budget and print what they found."""
     arguments = _parse()
     if arguments.device == "cuda" and arguments.budget > 0 and not torch.cuda.is_available():
-        raise SystemExit("error: no GPU here; --device cpu --quick shows whether all steps run")
+        raise UserError("no GPU here; --device cpu --quick shows whether all steps run")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     known = all_steps(arguments.device, arguments.out, is_quick=arguments.quick)
     steps = [step for step in known if any(part in step.name for part in arguments.only)]
     if not steps:
         names = ", ".join(step.name for step in known)
-        raise SystemExit(f"error: --only {' '.join(arguments.only)} names none of: {names}")
+        raise UserError(f"--only {' '.join(arguments.only)} names none of: {names}")
     _check_folder(arguments.out, has_run=arguments.budget <= 0)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = screen()
     start = time.monotonic()
 
     def say(line: str) -> None:
@@ -61,20 +64,22 @@ def main() -> None:
             # The targets are a GPU's, at their own sizes.
             judges_speed=any(p.name != "cpu.jsonl" for p in files) and not arguments.quick,
         )
-        console.print(tables)
+        for table in tables:
+            print_whole(console, table)
         with (arguments.out / "table.txt").open("w", encoding="utf-8") as file:
-            Console(file=file, width=160).print(tables)
+            for table in tables:
+                print_whole(Console(file=file, width=FILE_WIDTH), table)
 
 
 def _check_folder(folder: Path, *, has_run: bool) -> None:
     """End with an error where the folder cannot be written, or has no run where one is wanted."""
     if has_run and not (folder / "steps.jsonl").exists():
-        raise SystemExit(f"error: --budget 0 prints the table of a run, and {folder} has none")
+        raise UserError(f"--budget 0 prints the table of a run, and {folder} has none")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "table.txt").touch()
     except OSError as error:
-        raise SystemExit(f"error: --out {folder} cannot be written: {error}") from None
+        raise UserError(f"--out {folder} cannot be written: {error}") from None
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
@@ -82,9 +87,9 @@ def _leave(signum: int, frame: FrameType | None) -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
+    parser = command("gpu")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--budget", type=int, default=480, help="seconds for all steps")
+    parser.add_argument("--budget", type=count_or_none, default=480, help="seconds for all steps")
     parser.add_argument("--quick", action="store_true", help="small sizes: do all steps run")
     parser.add_argument("--only", nargs="+", default=[""], help="steps whose names contain these")
     parser.add_argument("--out", type=Path, required=True, help="folder; records are appended")

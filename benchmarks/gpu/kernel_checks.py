@@ -7,7 +7,6 @@ allocator hands out memory full of NaN. Every record is on disk before the next 
 before the kernel runs, so that an illegal access is seen at its case.
 """
 
-import argparse
 import time
 import traceback
 import warnings
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from benchmarks.command_line import command, mistakes_in_one_line
 from benchmarks.kernel_suite.case import make_inputs
 from benchmarks.kernel_suite.operation import Mode, Operation, Size, bind, errors, passes
 from benchmarks.kernels import OPERATIONS
@@ -28,7 +28,8 @@ ODD: dict[str, Size] = {
     "linear_loss": {"tokens": 1037, "hidden": 776, "vocab": 50257},
     "full_kl": {"tokens": 77, "vocab": 50257},
     "gae": {"sequences": 7, "length": 333},
-    "ppo_loss": {"tokens": 1037},
+    "policy_loss": {"tokens": 1037},
+    "value_loss": {"tokens": 1037},
     "ranking_loss": {"prompts": 7, "completions": 5},
     "sample": {"rows": 7, "vocab": 50257},
     "sample_top_p": {"rows": 7, "vocab": 50257},
@@ -86,9 +87,10 @@ def _is_of_compiler(error: BaseException | None) -> bool:
     return False
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Check one operation; append a record a case, and exit with 1 where one is not right."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.kernel_checks")
+    parser = command("gpu.kernel_checks")
     parser.add_argument("--operation", choices=OPERATIONS, required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--out", type=Path, required=True)

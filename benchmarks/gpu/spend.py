@@ -2,8 +2,8 @@
 once.
 
 A step that hangs, dies or is killed by an illegal access costs itself alone. What a step prints
-goes line by line into log.txt, what became of it into steps.jsonl as soon as it ends, so that
-whoever kills this process finds all that was known until then.
+goes line by line into log.txt, what became of it into steps.jsonl as soon as it ends. So whoever
+kills this process finds all that was known until then.
 """
 
 import contextlib

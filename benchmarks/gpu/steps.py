@@ -27,10 +27,10 @@ FULL: tuple[tuple[str, float, str], ...] = (
         "kernels --ops linear_loss --size tokens=131072,hidden=4096 --limit 5 --no-plots",
     ),
     (
-        "time gae, ppo_loss",
+        "time gae, policy_loss",
         60,
-        "kernels --ops gae ppo_loss --size sequences=512,length=1024 tokens=131072 --limit 5"
-        " --no-plots",
+        "kernels --ops gae policy_loss value_loss --size sequences=512,length=1024 tokens=131072"
+        " --limit 5 --no-plots",
     ),
     ("decode", 90, "generation --size 1.3b --workload decode --num-samples 2"),
     (
@@ -59,7 +59,11 @@ FULL: tuple[tuple[str, float, str], ...] = (
 QUICK: tuple[tuple[str, float, str], ...] = (
     ("time logprobs", 60, "kernels --ops logprobs --quick --limit 5 --no-plots"),
     ("time linear_loss", 60, "kernels --ops linear_loss --quick --limit 5 --no-plots"),
-    ("time gae, ppo_loss", 60, "kernels --ops gae ppo_loss --quick --limit 5 --no-plots"),
+    (
+        "time gae, policy_loss",
+        60,
+        "kernels --ops gae policy_loss value_loss --quick --limit 5 --no-plots",
+    ),
     ("decode", 90, "generation --workload decode --num-samples 1 --batch 4 --context 160"),
     ("train_step", 90, "train_step --size tiny --num-samples 2 --num-sequences 4"),
     (

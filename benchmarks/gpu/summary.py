@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -144,7 +143,7 @@ def step_lines(outcomes: dict[str, Outcome]) -> list[Line]:
 
 def summary(
     records: Sequence[Record], outcomes: dict[str, Outcome], *, judges_speed: bool
-) -> Group:
+) -> list[Table | Text]:
     """Return the tables: kernels, the steps that are not done, and last the targets."""
     parts = []
     if kernels := kernel_lines(records, outcomes):
@@ -159,7 +158,7 @@ def summary(
         for line in kernels
         if line.verdict in ("does not compile", "fails")
     ]
-    return Group(*whole[:1], *parts)
+    return [*whole[:1], *parts]
 
 
 def _table(

@@ -1,4 +1,4 @@
-"""Residual addition and layer normalisation of x [T, H] in bf16."""
+"""Layer normalisation of x [T, H] in bf16."""
 
 from typing import Any
 
@@ -39,80 +39,59 @@ def _inputs(size: Size, device: torch.device) -> Inputs:
     options: Any = {"dtype": torch.bfloat16, "device": device}
     return {
         "x": torch.randn(shape, **options),
-        "residual": torch.randn(shape, **options),
         "weight": 1 + 0.1 * torch.randn(width, **options),
         "bias": 0.1 * torch.randn(width, **options),
-        "upstream": {
-            "normed": torch.randn(shape, **options),
-            "hidden": torch.randn(shape, **options),
-        },
+        "upstream": {"normed": torch.randn(shape, **options)},
     }
 
 
 def _exact(inputs: Inputs) -> dict[str, Expected]:
-    names = LAYER_NORM.arguments
-    # The sum x + residual is rounded to bf16 before it is normalised, by everybody.
-    rounded = (inputs["x"] + inputs["residual"]).detach().double().requires_grad_()
-    weight, bias = (inputs[name].detach().double().requires_grad_() for name in names[2:])
-    normed = F.layer_norm(rounded, weight.shape, weight, bias, _EPS)
-    total = weighted_sum({"normed": normed, "hidden": rounded}, inputs["upstream"])
-    gradients = torch.autograd.grad(total, (rounded, weight, bias))
-    tensors = {
-        "normed": normed.detach(),
-        "hidden": rounded.detach(),
-        **dict(zip(("x_grad", "weight_grad", "bias_grad"), gradients, strict=True)),
-    }
-    return {name: Expected(x, 0.05, is_relative=True) for name, x in tensors.items()}
+    leaves = [inputs[name].detach().double().requires_grad_() for name in LAYER_NORM.arguments]
+    x, weight, bias = leaves
+    normed = F.layer_norm(x, weight.shape, weight, bias, _EPS)
+    gradients = torch.autograd.grad(weighted_sum({"normed": normed}, inputs["upstream"]), leaves)
+    names = ("normed", *(f"{name}_grad" for name in LAYER_NORM.gradients))
+    tensors = zip(names, (normed.detach(), *gradients), strict=True)
+    return {name: Expected(tensor, 0.05, is_relative=True) for name, tensor in tensors}
 
 
 def _cost(inputs: Inputs, mode: Mode) -> Cost:
-    # Forward reads two and writes two; backward reads the sum and two gradients, writes one.
-    return Cost(num_bytes=inputs["x"].nbytes * (4 if mode == "forward" else 8))
+    # Forward reads one and writes one; backward reads the input and a gradient, writes one.
+    return Cost(num_bytes=inputs["x"].nbytes * (2 if mode == "forward" else 5))
 
 
-def _ours(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    return layer_norm(x, weight, bias, eps=_EPS, residual=residual)
+def _ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return layer_norm(x, weight, bias, eps=_EPS)
 
 
-def _torch(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    hidden = x + residual
-    return F.layer_norm(hidden, weight.shape, weight, bias, _EPS), hidden
+def _torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, _EPS)
 
 
 def _liger() -> Any:
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
-    def normed_and_sum(x: Tensor, residual: Tensor, *affine: Tensor) -> tuple[Tensor, ...]:
-        hidden = x + residual
-        return LigerLayerNormFunction.apply(hidden, *affine, _EPS), hidden
-
-    return normed_and_sum
+    return lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, _EPS)
 
 
 def _flash_attn() -> Any:
     from flash_attn.ops.triton.layer_norm import layer_norm_fn
 
-    return lambda x, residual, weight, bias: layer_norm_fn(
-        x, weight, bias, residual=residual, eps=_EPS, prenorm=True
-    )
+    return lambda x, weight, bias: layer_norm_fn(x, weight, bias, eps=_EPS)
 
 
 def _apex() -> Any:
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine
 
-    def normed_and_sum(x: Tensor, residual: Tensor, *affine: Tensor) -> tuple[Tensor, ...]:
-        hidden = x + residual
-        return fused_layer_norm_affine(hidden, *affine, affine[0].shape, _EPS), hidden
-
-    return normed_and_sum
+    return lambda x, weight, bias: fused_layer_norm_affine(x, weight, bias, weight.shape, _EPS)
 
 
 LAYER_NORM = Operation(
     name="layer_norm",
     sizes=_SIZES,
     inputs=_inputs,
-    arguments=("x", "residual", "weight", "bias"),
-    outputs=("normed", "hidden"),
+    arguments=("x", "weight", "bias"),
+    outputs=("normed",),
     gradients=("x", "weight", "bias"),
     exact=_exact,
     cost=_cost,

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import gc
 import math
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command_line import command, mistakes_in_one_line
 from benchmarks.scaling import host, one_rank, rank, ranks
 from benchmarks.scaling.curve import Curve
+from benchmarks.screen import print_whole, screen
 from benchmarks.timing import append_record, machine, records_path
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
@@ -41,6 +41,7 @@ def curves_of(section: str, *, is_quick: bool) -> Iterator[Curve]:
         yield question.ask(is_quick=is_quick)
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Measure, print each curve as it is there and a table; write records and plots with --out."""
     arguments = _parse()
@@ -49,7 +50,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # else a size that makes the collector look at the libraries' objects seems dear
     where = machine(torch.device("cpu"), torch.float32)
-    console = Console(width=None if sys.stdout.isatty() else 180)
+    console = screen()
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     found: list[Curve] = []
     for section in arguments.only:
@@ -63,7 +64,7 @@ def main() -> None:
         found += curves
         if arguments.out:
             plot(curves, arguments.out / "cpu" / f"scaling_{section}.png")
-    console.print(_table(found))
+    print_whole(console, _table(found))
     if "ranks" in arguments.only:
         alone = rank.measure(start_parallel(ParallelLayout(), seed=0), 8)
         counts = ", ".join(f"{values['alone']:.0f} a {job}" for job, values in alone.items())
@@ -144,7 +145,7 @@ def _table(curves: Sequence[Curve]) -> Table:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling")
+    parser = command("scaling")
     parser.add_argument("--quick", action="store_true", help="small sizes, two ranks: a minute")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--out", type=Path, help="folder for JSON lines (appended) and plots")

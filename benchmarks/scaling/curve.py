@@ -19,8 +19,8 @@ import numpy as np
 SECONDS = "CPU s"
 TIME_TOLERANCE = 0.15
 """Of exponents of seconds. Our choice: the least of a few runs is off by some 5% on a machine that
-others share, which is 0.03 over a factor of eight, and arrays that outgrow a cache cost up to 0.1;
-so a square is seen once it takes a seventh of the cost."""
+others share, which is 0.03 over a factor of eight. Arrays that outgrow a cache cost up to 0.1; so a
+square is seen once it takes a seventh of the cost."""
 COUNT_TOLERANCE = 0.05
 """Of exponents of bytes and messages, which are counted: roundings and headers."""
 MOST_OVER_FORMULA = 1.05

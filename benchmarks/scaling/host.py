@@ -224,11 +224,11 @@ def _scheduling_seconds(num_sequences: int, num_slots: int, response_tokens: int
                 for index, prompt in enumerate(prompts)
             ),
             blocks=BlockManager(num_blocks, 16),
-            slots_per_group=num_slots,
+            slots_per_cohort=num_slots,
             prefill_tokens=16 * num_slots,  # all that come in come at once: the slots are full
             steps_per_sync=1,
             stop_ids=frozenset(),
-            num_groups=1,
+            num_cohorts=1,
             counts=Counts(),
         )
         while scheduler.has_work:

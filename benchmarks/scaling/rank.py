@@ -6,7 +6,6 @@ Writes one JSON line for each degree of parallelism that takes all ranks (dp, tp
 mean over the ranks; ranks.py starts it.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from benchmarks.command_line import command, count, mistakes_in_one_line
 from benchmarks.ppo_scene import NO_EOS, random_prompts
 from benchmarks.real_job import ADAM
 from benchmarks.scaling.traffic import Traffic
@@ -29,7 +29,8 @@ from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
 from engine.training.network import build_network
 from engine.training.optimizer import Optimizer
-from engine.training.passes import forward_backward, reduce_metrics
+from engine.training.passes import forward_backward
+from engine.training.reduce import reduce_metrics
 from models.sizes import GPTSize
 
 SIZE = GPTSize(num_layers=4, hidden_size=64, num_heads=4, vocab_size=512, context_length=64)
@@ -99,11 +100,12 @@ def measure(parallel: Parallel, num_sequences: int) -> dict[str, dict[str, Any]]
     return found
 
 
+@mistakes_in_one_line()
 def main() -> None:
     """Measure all layouts and sizes; the first rank writes them."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling.rank")
+    parser = command("scaling.rank")
     parser.add_argument("file", type=Path)
-    parser.add_argument("--sequences", type=int, nargs="+", required=True)
+    parser.add_argument("--sequences", type=count, nargs="+", required=True)
     arguments = parser.parse_args()
     lines = []
     num_ranks = start_parallel(ParallelLayout(), seed=0).world_size

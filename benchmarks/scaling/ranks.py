@@ -1,9 +1,9 @@
 """What is asked of several ranks: how the bytes and messages of one grow with the batch, and with
-the ranks, which share one batch (strong scaling) or have each as much as before (weak).
+the ranks. These share one batch (strong scaling) or have each as much as before (weak).
 
-Nothing is timed: the ranks share the cores of one machine. Formulas, for n ranks, T tokens of the
-whole batch in m micro-batches, P parameters, L layers of width h, a vocabulary of V, 4 bytes a
-number:
+Nothing is timed: the ranks share the cores of one machine. Below, n is the number of ranks, T the
+tokens of the whole batch in m micro-batches. P is the number of parameters, in L layers of width h
+with a vocabulary of V, 4 bytes a number:
 
     dp   2 x 4 P (n-1)/n                     gradients to their owners, weights back
     tp   (4 L + 2) 4 T h x 2 (n-1)/n         all-reduces: two a layer and pass, embedding, head;
@@ -56,8 +56,8 @@ def rows_of(num_ranks: int) -> list[Row]:
 
 
 def curves(degrees: tuple[int, ...]) -> Iterator[Curve]:
-    """Yield the curves of worlds of so many ranks each, the largest one's against the batch and,
-    where there are several, all of them against the ranks."""
+    """Yield the curves of worlds of so many ranks each. The largest one's are against the batch;
+    where there are several, all of them are against the ranks too."""
     rows = {degree: rows_of(degree) for degree in degrees}
     largest = max(degrees)
     for kind in layouts(largest):

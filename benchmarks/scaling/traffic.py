@@ -1,6 +1,6 @@
 """What ranks send one another: every collective and message that torch hands to a backend.
 
-A collective is counted as the fewest bytes that a rank has to send for it, which a ring reaches
+A collective is counted as the fewest bytes that a rank has to send for it. A ring reaches that,
 with n ranks that hold S bytes: all-reduce 2 S (n - 1) / n; reduce-scatter (of S), all-gather (to S)
 and all-to-all S (n - 1) / n; a broadcast, gather or scatter S (n - 1) / n, the whole shared among
 the ranks. A message counts at its sender. Groups of one rank send nothing.

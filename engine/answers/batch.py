@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from engine.answers.kept import Answers, Origin, digest_of_prompts
-from engine.answers.load import _weights
+from engine.answers.load import find_weights
 from engine.data.batches import deal
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.data.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ def answer_file(
         prompt_suffix=config.prompt_suffix,
     )
     origin = Origin(
-        weights=str(_weights(config)[0].resolve()),
+        weights=str(find_weights(config)[0].resolve()),
         prompts=digest_of_prompts([e.tokens for e in examples], tokenizer.fingerprint()),
         num_samples=config.num_samples,
         sampling=config.sampling,
@@ -44,7 +44,7 @@ def answer_file(
     open_prompts = sorted({number // config.num_samples for number in missing})
     lengths = [len(examples[index].tokens) for index in open_prompts]
     dealt = deal(lengths, parallel.num_replicas)[parallel.replica_rank]
-    mine = {open_prompts[place] for place in dealt}
+    mine = {open_prompts[n] for n in dealt}
     numbers = [number for number in missing if number // config.num_samples in mine]
     for response in generate(
         network,

@@ -82,13 +82,13 @@ class Answers:
     def _read(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield every (number, answer) of the parts; raises UserError for a damaged line."""
         for path in sorted(self.folder.glob("*.jsonl")):
-            for place, line in read_lines(path):
+            for line_number, line in read_lines(path):
                 if not line.endswith(b"\n"):
                     break  # cut off, where a run was killed
                 try:
                     answer = json.loads(line)
                 except ValueError:
-                    raise UserError(f"{path}:{place}: damaged; remove the line") from None
+                    raise UserError(f"{path}:{line_number}: damaged; remove the line") from None
                 yield answer.pop("number"), answer
 
     def _write(self, num_answers: int) -> str:

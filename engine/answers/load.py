@@ -17,7 +17,7 @@ from engine.training.network import Network, build_network
 def load_model(config: GenerateConfig) -> tuple[Network, Tokenizer]:
     """Return the language model at the source, on the ranks of the layout, and its tokenizer."""
     parallel = start_parallel(config.layout, config.seed)
-    weights, is_huggingface = _weights(config)
+    weights, is_huggingface = find_weights(config)
     if is_huggingface:
         size, beside = read_size(weights), weights
     else:
@@ -33,7 +33,7 @@ def load_model(config: GenerateConfig) -> tuple[Network, Tokenizer]:
     return network, tokenizer
 
 
-def _weights(config: GenerateConfig) -> tuple[Path, bool]:
+def find_weights(config: GenerateConfig) -> tuple[Path, bool]:
     """Return the folder of the network at the source, and whether it is Hugging Face's."""
     source = require_path(config.source, "source")
 

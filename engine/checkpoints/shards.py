@@ -143,4 +143,4 @@ def adopt(network: Network, loaded: dict[str, Any], *, strict: bool = True) -> N
     """Take over the weights that read_state returned; strict: there must be all of them."""
     for stage, module in enumerate(network.modules):
         module.load_state_dict(loaded[f"chunk{stage}"], strict=strict)
-    network.weights_version += 1
+    network.mark_changed()

@@ -35,10 +35,10 @@ def read_comparisons(
     """Read rankings and pairs from .jsonl or .jsonl.gz, also mixed in one file; raises UserError.
 
     A ranking is {"prompt", "completions", "ranks"}. A pair is {"prompt", "chosen", "rejected"}, or
-    has the prompt inside: chosen and rejected are two chats alike up to the last message, two
-    HH-RLHF dialogues alike up to the last "Assistant:", or two texts whose common beginning, to the
-    last whole word, is the prompt. A prompt may be text or messages; a completion text or a list of
-    one message.
+    has the prompt inside. Then chosen and rejected are two chats alike up to the last message, or
+    two HH-RLHF dialogues alike up to the last "Assistant:". Else the prompt is what two texts have
+    in common at their beginning, to the last whole word. A prompt may be text or messages; a
+    completion text or a list of one message.
     """
     return read_records(path, _parse, skip_bad_lines=skip_bad_lines)
 

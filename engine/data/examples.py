@@ -95,8 +95,8 @@ def drop_long(
 def join_pair(prompt: np.ndarray, response: list[int], tokenizer: Tokenizer) -> np.ndarray:
     """Return [n] int64: the prompt's tokens, the response's, and the end of text.
 
-    Prompt and response are encoded apart, so that a prompt has the same tokens here as in a
-    rollout, where its response does not exist yet.
+    Prompt and response are encoded apart: a prompt has the same tokens here as in a rollout, where
+    its response does not exist yet.
     """
     return np.concatenate([prompt, [*response, tokenizer.eos_id]], dtype=np.int64)
 

@@ -1,6 +1,6 @@
 """Pretraining text, tokenised once into a memory-mapped file of token ids.
 
-Documents follow one another with an end of text after each, and sequences are cut from that stream
+Documents follow one another with an end of text after each. Sequences are cut from that stream
 without regard to documents (GPT-3, arXiv 2005.14165, appendix B).
 """
 

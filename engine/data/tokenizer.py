@@ -1,11 +1,12 @@
 """Text to token ids and back: sentencepiece, GPT-2's two files, Hugging Face's tokenizer.json.
 
-What holds for all of them: encode adds no token of its own, the text of a control token
-("<|endoftext|>") is ordinary text, and there is no pad token because batches are packed.
+What holds for all of them: encode adds no token of its own, and the text of a control token
+("<|endoftext|>") is ordinary text. There is no pad token, because batches are packed.
 """
 
 import hashlib
 import io
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -175,14 +176,15 @@ def _load_sentencepiece(model: bytes, path: Path) -> Tokenizer:
 
     def encode(texts: list[str]) -> list[list[int]]:
         # A space mark in the text itself would come back as a space; spelled in bytes it does not.
-        split = [text.split(_SPACE_MARK) if has_bytes else [text] for text in texts]
-        parts = [part for parts in split for part in parts]
-        encoded = iter(processor.encode(parts, num_threads=os.cpu_count() if len(parts) > 1 else 1))
+        parts_of_texts = [text.split(_SPACE_MARK) if has_bytes else [text] for text in texts]
+        parts = list(itertools.chain.from_iterable(parts_of_texts))
+        num_threads = os.cpu_count() if len(parts) > 1 else 1
+        ids_of_parts = iter(processor.encode(parts, num_threads=num_threads))
         found = []
-        for _, *rest in split:
-            ids = next(encoded)
-            for _ in rest:
-                ids += mark_ids + next(encoded)
+        for parts_of_text in parts_of_texts:
+            ids = next(ids_of_parts)
+            for _ in parts_of_text[1:]:
+                ids += mark_ids + next(ids_of_parts)
             found.append(ids)
         return found
 

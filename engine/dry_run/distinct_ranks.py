@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 
 from engine.checkpoints.shards import Shard, shards_of
 from engine.errors import UserError
-from engine.planning.plan import network_parameters, optimizer_bytes
+from engine.planning.parameters import PipelineStage, network_parameters, optimizer_bytes
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import pretended_rank
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
-from engine.training.network import Kind, build_network
+from engine.training.network import build_network
 from engine.training.optimizer import Optimizer
-from models.sizes import GPTSize
+from models.sizes import GPTSize, Kind
 
 STATE_BYTES = 12  # an element: the fp32 master and Adam's two moments
 
@@ -112,22 +112,23 @@ def check_rank(model: Model, rank: Rank) -> None:
                 f"{model}: {rank} holds {shard.shape} of {shard.name} {shard.global_shape}; "
                 f"the layout gives {tuple(part)} of {shape}"
             )
-    planned = network_parameters(model.kind, model.size, model.layout, pp_rank=rank.pp_rank)
+    # Replicas are counted where something is trained; the parameters do not depend on them.
+    stage = PipelineStage(
+        kind=model.kind,
+        size=model.size,
+        layout=model.layout,
+        pp_rank=rank.pp_rank,
+        dp=max(1, len(rank.num_owned) // model.layout.cp),
+        dtype=model.numerics.dtype,
+    )
+    planned = network_parameters(stage)
     if planned != rank.num_parameters:
         raise UserError(
             f"{model}: {rank} holds {rank.num_parameters} parameters; the plan has {planned}"
         )
     if model.adam is None:
         return
-    dp = len(rank.num_owned) // model.layout.cp
-    planned = optimizer_bytes(
-        model.kind,
-        model.size,
-        model.layout,
-        pp_rank=rank.pp_rank,
-        dp=dp,
-        dtype=model.numerics.dtype,
-    )
+    planned = optimizer_bytes(stage)
     held = STATE_BYTES * max(rank.num_owned)
     if planned != held:
         raise UserError(

@@ -1,12 +1,14 @@
 """A job checked before it is launched: layouts, shapes, batches, checkpoints and the plan, on one
 process and without a GPU, a file or a tokenizer.
 
-`recipes/ppo_175b.py --dry-run 1024` builds every distinct rank that 1,024 GPUs would have
-(engine/dry_run/distinct_ranks.py). It ends with the plan of the run, or with the first thing that
-is wrong; where that is the layout, with those that fit.
+`recipes/ppo_175b.py --dry-run 512` builds every distinct rank that 512 GPUs would have
+(engine/dry_run/distinct_ranks.py); without a number, those of the recipe's launch. It ends with
+the plan of the run, or with the first thing that is wrong; where that is the layout, with those
+that fit.
 """
 
 import dataclasses
+import math
 import time
 
 from rich.console import Console
@@ -21,17 +23,23 @@ from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
 from engine.settings.sft import SFTConfig
 from engine.settings.size import named_size
-from engine.training.network import Kind
-from models.sizes import GPTSize
+from models.sizes import GPTSize, Kind
 
-GPU = "h100"  # what the plan is made for; recipes/plan.py makes it for others
+GPU_NAME = "h100"  # what the plan is made for; recipes/plan.py makes it for others
 
 
-def dry_run(config: StageConfig, num_gpus: int) -> None:
-    """Check a stage on `num_gpus` GPUs and print its plan; raises UserError for what is wrong."""
+def dry_run(config: StageConfig, num_gpus: int | None = None, *, usual: int | None = None) -> None:
+    """Check a stage on `num_gpus` GPUs and print its plan; raises UserError for what is wrong.
+
+    Without a number it says which it takes: `usual`, the GPUs of the recipe's launch, where the
+    layouts divide them, else the fewest.
+    """
     start = time.monotonic()
     console = Console(highlight=False, soft_wrap=True)
-    models, cluster = models_of(config), named_cluster(GPU, num_gpus)
+    if num_gpus is None:
+        num_gpus, reason = chosen_gpus(config, usual)
+        console.print(f"checked on {num_gpus} GPUs, {reason}", "", sep="\n")
+    models, cluster = models_of(config), named_cluster(GPU_NAME, num_gpus)
     for model in models:
         try:
             model.layout.dp(num_gpus)
@@ -51,9 +59,20 @@ def dry_run(config: StageConfig, num_gpus: int) -> None:
     console.print(*planned.lines(), sep="\n", markup=False)
     if not planned.fits:
         raise UserError(
-            f"the run does not fit {num_gpus} x {GPU}; recipes/plan.py plans for other GPUs\n"
+            f"the run does not fit {num_gpus} x {GPU_NAME}; recipes/plan.py plans for other GPUs\n"
             f"{_proposals(config, cluster)}"
         )
+
+
+def chosen_gpus(config: StageConfig, usual: int | None) -> tuple[int, str]:
+    """Return the GPUs that a dry run without a number checks on, and why, in words."""
+    layouts = [config.layout]
+    if isinstance(config, PPOConfig):
+        layouts += [x for x in (config.critic_layout, config.generation_layout) if x is not None]
+    fewest = math.lcm(*(layout.num_model_ranks for layout in layouts))
+    if usual is not None and usual % fewest == 0:
+        return usual, "as the recipe is launched; --dry-run N for another number"
+    return fewest, "the fewest that its layouts take; --dry-run N for more"
 
 
 def models_of(config: StageConfig) -> list[Model]:
@@ -104,7 +123,7 @@ def check_batches(config: StageConfig, size: GPTSize, num_gpus: int) -> list[str
 
 def _proposals(config: StageConfig, cluster: Cluster) -> str:
     """Return the layouts that fit, as options of the recipe."""
-    found = search_layouts(config, cluster, lambda tried: plan(tried, cluster))
+    found = search_layouts(config, cluster)
     head = f"what fits {cluster.num_gpus} x {cluster.gpu_name} by the plan, fastest first:"
     return "\n".join(
         [head, *proposal_lines(found, config)] if found else proposal_lines([], config)
@@ -122,19 +141,13 @@ def _check_ppo_batches(config: PPOConfig, size: GPTSize, num_gpus: int) -> list[
             f"{config.sampling.max_new_tokens} = {longest} exceed the context of {context} tokens: "
             "lower one of them"
         )
-    if config.rollout_batch_size % config.minibatch_size:
-        raise UserError(
-            f"rollout_batch_size {config.rollout_batch_size} must be a multiple of "
-            f"minibatch_size {config.minibatch_size}"
-        )
     _check_shares("minibatch_size", config.minibatch_size, dp)
     if config.critic_layout is not None:
         critic_dp = config.critic_layout.dp(num_gpus)
         _check_shares("minibatch_size", config.minibatch_size, critic_dp, "the critic's dp")
-    num_updates = config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
     lines = [
-        f"batch: {config.rollout_batch_size} episodes an iteration in {num_updates} updates of "
-        f"{config.minibatch_size}, {config.minibatch_size // dp} a rank (dp {dp})"
+        f"batch: {config.rollout_batch_size} episodes an iteration in {config.num_updates} updates "
+        f"of {config.minibatch_size}, {config.minibatch_size // dp} a rank (dp {dp})"
     ]
     if config.ptx_coef > 0:
         _check_fits("data.pretraining_tokens", config.data.pretraining_tokens, size)

@@ -7,11 +7,13 @@ written again, so nothing is ever copied. (extents.py is the other way, for a CP
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from engine.generation.sequence import LiveSequence
 
 
 class BlockCopy(NamedTuple):
@@ -25,14 +27,49 @@ class BlockCopy(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where a sequence lies that is admitted."""
+class Allotment:
+    """The blocks that a sequence is admitted with."""
 
     blocks: list[int]
     num_shared: int
     """Blocks at the beginning whose keys and values are computed already."""
     copy: BlockCopy | None = None
     """What the sequence's first step copies into its blocks."""
+
+
+class Blocks(Protocol):
+    """Who holds which block of one rank's cache: all that the scheduler asks for and tells.
+
+    Every rank of a replica keeps the same books.
+    """
+
+    block_size: int
+    """Tokens."""
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds."""
+
+    def allot(
+        self, num_tokens: int, digests: Sequence[bytes], num_reserved: int
+    ) -> Allotment | None:
+        """Return blocks for a sequence of num_tokens, what the digests know among them; None where
+        fewer than num_reserved would stay free."""
+
+    def num_missing(self, sequences: Iterable[LiveSequence], num_steps: int) -> int:
+        """Return the blocks that sequences lack to decode so many steps, all together."""
+
+    def allocate(self, count: int) -> list[int]:
+        """Return `count` free blocks, for a sequence that lacks them."""
+
+    def name(self, block: int, digest: bytes) -> None:
+        """Make a full block findable; of two with the same tokens the first stays known."""
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Take a sequence's blocks back."""
+
+    def in_row_order(self, decodes: list[LiveSequence]) -> list[LiveSequence]:
+        """Return decoding sequences in the order of their rows; they come as they were admitted."""
 
 
 class PrefixNames:
@@ -67,7 +104,7 @@ class PrefixNames:
 
 
 class BlockManager:
-    """The blocks of one rank's cache; every rank of a replica keeps the same books."""
+    """Blocks that sequences take one by one, as they grow (`Blocks`)."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
@@ -82,21 +119,28 @@ class BlockManager:
         """Blocks that nobody holds."""
         return len(self._free)
 
-    def num_blocks_for(self, num_tokens: int) -> int:
-        """Return the blocks that hold num_tokens."""
-        return -(-num_tokens // self.block_size)
-
-    def place(
+    def allot(
         self, num_tokens: int, digests: Sequence[bytes], num_reserved: int
-    ) -> Placement | None:
+    ) -> Allotment | None:
         """Return blocks for a sequence of num_tokens, those known by the digests shared; None where
         fewer than num_reserved would stay free."""
         shared = self.find(digests)
-        num_new = self.num_blocks_for(num_tokens) - len(shared)
+        num_new = blocks_for(num_tokens, self.block_size) - len(shared)
         if num_new + self.num_unused(shared) + num_reserved > self.num_free:
             return None
         self.take(shared)
-        return Placement(blocks=shared + self.allocate(num_new), num_shared=len(shared))
+        return Allotment(blocks=shared + self.allocate(num_new), num_shared=len(shared))
+
+    def num_missing(self, sequences: Iterable[LiveSequence], num_steps: int) -> int:
+        """Return the blocks that sequences lack to decode so many steps, all together; a prompt
+        that is not all computed lacks none."""
+        missing = 0
+        for sequence in sequences:
+            if sequence.num_pending == 1:
+                length = min(sequence.num_cached + num_steps, sequence.max_length)
+                num_blocks = blocks_for(length, self.block_size)
+                missing += max(0, num_blocks - len(sequence.blocks))
+        return missing
 
     def allocate(self, count: int) -> list[int]:
         """Return `count` free blocks, now with one user each; KeyError when there are too few."""
@@ -133,6 +177,15 @@ class BlockManager:
             self._num_users[block] -= 1
             if self._num_users[block] == 0:
                 self._free[block] = None
+
+    def in_row_order(self, decodes: list[LiveSequence]) -> list[LiveSequence]:
+        """Return decoding sequences as they were admitted."""
+        return decodes
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Return the blocks that hold num_tokens."""
+    return -(-num_tokens // block_size)
 
 
 def prefix_digests(tokens: Sequence[int], block_size: int) -> list[bytes]:

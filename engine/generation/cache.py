@@ -3,13 +3,12 @@
 import math
 from dataclasses import dataclass
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.ranks.heap import freed_bytes
+from engine.ranks.device import free_bytes
 from engine.settings.sampling import SamplingConfig
 from engine.training.network import Network
 from kernels.decode_attention import SPLIT_TOKENS
@@ -111,11 +110,3 @@ def table_width(max_length: int, block_size: int) -> int:
     """
     num_splits = math.ceil(max_length / SPLIT_TOKENS)
     return math.ceil(2 ** (num_splits - 1).bit_length() * SPLIT_TOKENS / block_size)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the memory that a cache could take on this device now."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available + freed_bytes()

@@ -4,6 +4,8 @@ A graph holds raw pointers to weights, cache and its own tensors, and the number
 launched with. It is replayed only while all of them are what they were.
 """
 
+import contextlib
+
 from engine.generation.cache import CacheShape, num_lanes
 from engine.generation.cache_memory import CacheMemory, PassingMemory, cache_memory
 from engine.generation.draws import Draws, DrawSettings
@@ -28,7 +30,7 @@ class Decoding:
         self._block_size = 0
         self._addresses: tuple[int, ...] = ()
         self._num_readers = 0
-        self._was_training = False
+        self._mode = contextlib.ExitStack()
 
     def open(
         self, network: Network, shape: CacheShape, settings: DrawSettings, seed: int
@@ -67,15 +69,14 @@ class Decoding:
     def enter(self, network: Network) -> None:
         """Put the network into eval mode, for the first of the iterators that now read it."""
         if self._num_readers == 0:
-            self._was_training = network.chunks[0].training
-            network.train(False)
+            self._mode.enter_context(network.evaluating())
         self._num_readers += 1
 
-    def leave(self, network: Network) -> None:
+    def leave(self) -> None:
         """Put the network's mode back, behind the last of them."""
         self._num_readers -= 1
         if self._num_readers == 0:
-            network.train(self._was_training)
+            self._mode.close()
 
 
 def decoding_of(network: Network) -> Decoding:
@@ -93,7 +94,7 @@ def lasting_decoding(network: Network) -> Decoding:
     if network.decoding is None:
         device = network.parallel.device
         memory = cache_memory(device, num_lanes=num_lanes(network))
-        network.decoding = Decoding(memory, CudaGraph if device.type == "cuda" else None)
+        network.keep(Decoding(memory, CudaGraph if device.type == "cuda" else None))
     return network.decoding
 
 

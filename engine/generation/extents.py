@@ -1,19 +1,20 @@
 """Who holds which run of blocks, where the cache has room for every slot's longest sequence.
 
-On the CPU, attention reads keys and values in half the time where they lie one after the other and
+On the CPU, attention reads keys and values in half the time where they lie one after the other:
 nothing has to be gathered first (kernels/decode_groups.py). So a sequence gets an extent when it is
 admitted: consecutive blocks for the longest there is, and nobody is ever preempted. A prompt that
 begins as one in another extent copies those blocks, once, and is not computed again.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from engine.generation.block_manager import BlockCopy, Placement, PrefixNames
+from engine.generation.block_manager import Allotment, BlockCopy, PrefixNames, blocks_for
+from engine.generation.sequence import LiveSequence
 
 
 class ExtentManager:
-    """The extents of one rank's cache, one a sequence; to the scheduler what BlockManager is."""
+    """Blocks that sequences hold by the extent, all of them from admission on (`Blocks`)."""
 
     def __init__(self, num_extents: int, extent_blocks: int, block_size: int) -> None:
         self.block_size = block_size
@@ -27,16 +28,12 @@ class ExtentManager:
         """Blocks that nobody holds."""
         return len(self._free) * self.extent_blocks
 
-    def num_blocks_for(self, num_tokens: int) -> int:
-        """Return the blocks that hold num_tokens."""
-        return -(-num_tokens // self.block_size)
-
-    def place(
+    def allot(
         self, num_tokens: int, digests: Sequence[bytes], num_reserved: int
-    ) -> Placement | None:
+    ) -> Allotment | None:
         """Return an extent for a sequence of num_tokens, with what the digests know copied into it;
         None where none is free. num_reserved: nothing to an extent, which grows into itself."""
-        if self.num_blocks_for(num_tokens) > self.extent_blocks:
+        if blocks_for(num_tokens, self.block_size) > self.extent_blocks:
             raise ValueError(f"{num_tokens} tokens exceed {self.extent_blocks} blocks")
         if not self._free:
             return None
@@ -48,20 +45,30 @@ class ExtentManager:
         extent = source if source in self._free else next(iter(self._free))
         del self._free[extent]
         blocks = self._blocks(extent)
-        if extent == source:  # the beginning is in its place
+        if extent == source:  # the beginning lies where it belongs
             for block in blocks[count:]:
                 self._names.forget(block)
-            return Placement(blocks=blocks, num_shared=count)
+            return Allotment(blocks=blocks, num_shared=count)
         for block in blocks:
             self._names.forget(block)
         if not known:
-            return Placement(blocks=blocks, num_shared=0)
+            return Allotment(blocks=blocks, num_shared=0)
         # The names go along: the last to come is likely the last to leave.
         for block, old, digest in zip(blocks, known, digests, strict=False):
             self._names.forget(old)
             self._names.add(block, digest)
         copy = BlockCopy(source * self.extent_blocks, blocks[0], count)
-        return Placement(blocks=blocks, num_shared=count, copy=copy)
+        return Allotment(blocks=blocks, num_shared=count, copy=copy)
+
+    def num_missing(self, sequences: Iterable[LiveSequence], num_steps: int) -> int:
+        """Return 0: every sequence has the blocks of its longest length."""
+        return 0
+
+    def allocate(self, count: int) -> list[int]:
+        """Return nothing, as nothing is missing; ValueError where something is."""
+        if count:
+            raise ValueError(f"an extent does not grow, {count} blocks were asked for")
+        return []
 
     def name(self, block: int, digest: bytes) -> None:
         """Make a full block findable; of two with the same tokens the first stays known."""
@@ -73,6 +80,10 @@ class ExtentManager:
         if extent in self._free or list(blocks) != self._blocks(extent):
             raise ValueError(f"blocks {list(blocks)} are no extent in use")
         self._free[extent] = None
+
+    def in_row_order(self, decodes: list[LiveSequence]) -> list[LiveSequence]:
+        """Return decoding sequences as they lie in the cache, which is read from end to end."""
+        return sorted(decodes, key=lambda sequence: sequence.blocks[0])
 
     def _blocks(self, extent: int) -> list[int]:
         start = extent * self.extent_blocks

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from engine.errors import UserError
-from engine.generation.block_manager import BlockManager
+from engine.generation.block_manager import BlockManager, Blocks
 from engine.generation.cache import CacheShape, choose_cache
 from engine.generation.decoding import decoding_of, lasting_decoding
 from engine.generation.extents import ExtentManager
@@ -22,7 +22,7 @@ from kernels.sample import check_sampling
 TokenListener = Callable[[int, list[int]], None]
 
 
-def generate(  # noqa: PLR0913
+def generate(  # noqa: PLR0913 - the options of a call, each named
     network: Network,
     prompts: Sequence[np.ndarray],
     config: SamplingConfig,
@@ -39,13 +39,13 @@ def generate(  # noqa: PLR0913
     The ranks of a replica (tp x pp) make the same call, take every response and get the same ones;
     each data-parallel replica has prompts of its own. Repeat a prompt to sample it several times:
     it is computed once. A draw is keyed by (seed, sample index, position of the token in prompt and
-    response), so neither batch nor layout changes a response, up to rounding.
+    response): neither batch nor layout changes a response, up to rounding.
 
     sample_indices: unique in the run, 0 onwards by default. max_new_tokens: each prompt's own
     limit, in place of the config's. on_tokens(sample index, tokens) hears of tokens as they are
     drawn. counts is added to. The network is in eval mode until the iterator ends.
-    Raises UserError for a prompt that is empty or leaves no room in the context, RuntimeError for
-    stale weights, FloatingPointError for logits that are not finite.
+    Raises UserError for a prompt that is empty or leaves no room in the context; RuntimeError for
+    stale weights; FloatingPointError for logits that are not finite.
     """
     config.check()
     check_sampling(config.temperature, config.top_k, config.top_p, seed)
@@ -53,46 +53,37 @@ def generate(  # noqa: PLR0913
         raise ValueError(f"a {network.kind} network generates nothing; it takes a language model")
     network.check_fresh()
     network.settle()
-    indices = range(len(prompts)) if sample_indices is None else sample_indices
-    if len(set(indices)) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts need as many different sample indices")
     limits = [config.max_new_tokens] * len(prompts) if max_new_tokens is None else max_new_tokens
-    sequences = [
-        _live_sequence(index, prompt, limit, network.size.context_length)
-        for index, prompt, limit in zip(indices, prompts, limits, strict=True)
-    ]
+    indices = range(len(prompts)) if sample_indices is None else sample_indices
+    sequences = _live_sequences(prompts, indices, limits, network.size.context_length)
     if not sequences:
         return iter(())
-    # Long prompts first, for a short tail; equal ones side by side, to share their blocks.
-    sequences.sort(key=lambda s: (-len(s.tokens), s.tokens, s.sample_index))
-    pp = network.parallel.layout.pp
-    # As many groups in flight as there are stages, and none empty while there are sequences.
-    slots_per_group = math.ceil(min(config.num_slots, len(sequences)) / pp)
+    # As many cohorts in flight as there are stages, and none empty while there are sequences.
+    num_cohorts = network.parallel.layout.pp
+    slots_per_cohort = math.ceil(min(config.num_slots, len(sequences)) / num_cohorts)
     shape = choose_cache(
         network,
         config,
-        num_sequences=slots_per_group * pp,
+        num_sequences=slots_per_cohort * num_cohorts,
         max_length=max(sequence.max_length for sequence in sequences),
         granularity=decoding_of(network).memory.granularity,
     )
     stop_ids = frozenset((eos_id, *config.stop_token_ids))
-    runner = Runner(network, config, shape, stop_ids=stop_ids, seed=seed)
-    steps_per_sync = config.steps_per_sync or choices_for(network.parallel.device).steps_per_sync
     scheduler = Scheduler(
         waiting=deque(sequences),
         blocks=_blocks_of(shape),
-        slots_per_group=slots_per_group,
+        slots_per_cohort=slots_per_cohort,
         prefill_tokens=config.prefill_tokens,
-        # In a pipeline a step's tokens travel between ranks before the next.
-        steps_per_sync=steps_per_sync if pp == 1 else 1,
+        steps_per_sync=_steps_per_sync(network, config),
         stop_ids=stop_ids,
-        num_groups=pp,
+        num_cohorts=num_cohorts,
         counts=counts or Counts(),
     )
+    runner = Runner(network, config, shape, stop_ids=stop_ids, seed=seed)
     return _run(runner, scheduler, on_tokens or _nobody)
 
 
-def _blocks_of(shape: CacheShape) -> BlockManager | ExtentManager:
+def _blocks_of(shape: CacheShape) -> Blocks:
     """Return who gives out a cache's blocks."""
     if shape.extent_blocks:
         num_extents = shape.num_blocks // shape.extent_blocks
@@ -100,8 +91,33 @@ def _blocks_of(shape: CacheShape) -> BlockManager | ExtentManager:
     return BlockManager(shape.num_blocks, shape.block_size)
 
 
+def _steps_per_sync(network: Network, config: SamplingConfig) -> int:
+    """Return how many decoding steps run before the host looks at what they drew."""
+    if network.parallel.layout.pp > 1:  # a step's tokens travel between ranks before the next
+        return 1
+    return config.steps_per_sync or choices_for(network.parallel.device).steps_per_sync
+
+
 def _nobody(sample_index: int, tokens: list[int]) -> None:
     """Hear of tokens where the caller did not ask to."""
+
+
+def _live_sequences(
+    prompts: Sequence[np.ndarray],
+    sample_indices: Sequence[int],
+    limits: Sequence[int],
+    context_length: int,
+) -> list[LiveSequence]:
+    """Return the sequences in the order in which they are admitted."""
+    if len(set(sample_indices)) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts need as many different sample indices")
+    sequences = [
+        _live_sequence(index, prompt, limit, context_length)
+        for index, prompt, limit in zip(sample_indices, prompts, limits, strict=True)
+    ]
+    # Long prompts first, for a short tail; equal ones side by side, to share their blocks.
+    sequences.sort(key=lambda s: (-len(s.tokens), s.tokens, s.sample_index))
+    return sequences
 
 
 def _live_sequence(
@@ -127,27 +143,27 @@ def _live_sequence(
 def _run(runner: Runner, scheduler: Scheduler, on_tokens: TokenListener) -> Iterator[Response]:
     """Run rounds until every sequence has finished.
 
-    A round takes one step of every group through all virtual stages. With as many groups as stages,
-    a group's tokens are back at the first stage just when its turn comes again.
+    A round takes one step of every cohort through all virtual stages. With as many cohorts as
+    stages, a cohort's tokens are back at the first stage just when its turn comes again.
     """
     network = runner.network
-    flights: list[Flight | None] = [None] * scheduler.num_groups
+    flights: list[Flight | None] = [None] * scheduler.num_cohorts
     kept = lasting_decoding(network)
     kept.enter(network)
     try:
         runner.open()
         while scheduler.has_work:
-            for group, flight in enumerate(flights):
+            for cohort, flight in enumerate(flights):
                 if flight is not None:
                     try:
-                        yield from _finish(flight, group, runner, scheduler, on_tokens)
+                        yield from _finish(flight, cohort, runner, scheduler, on_tokens)
                     except BaseException:  # the reader leaves, or logits were not finite
                         # What this round has launched goes its way to the end: the next stage has
                         # been sent its hidden states, and would find them in its next messages.
-                        _proceed(flights[:group], runner)
+                        _proceed(flights[:cohort], runner)
                         raise
-                step = scheduler.next_step(group)
-                flights[group] = None if step is None else runner.launch(step)
+                step = scheduler.next_step(cohort)
+                flights[cohort] = None if step is None else runner.launch(step)
             _proceed(flights, runner)
     finally:
         try:
@@ -155,7 +171,7 @@ def _run(runner: Runner, scheduler: Scheduler, on_tokens: TokenListener) -> Iter
         finally:
             flights.clear()
             runner.close()
-            kept.leave(network)
+            kept.leave()
 
 
 def _proceed(flights: Sequence[Flight | None], runner: Runner) -> None:
@@ -168,7 +184,7 @@ def _proceed(flights: Sequence[Flight | None], runner: Runner) -> None:
 
 def _finish(
     flight: Flight,
-    group: int,
+    cohort: int,
     runner: Runner,
     scheduler: Scheduler,
     on_tokens: TokenListener,
@@ -177,5 +193,5 @@ def _finish(
     sampled = runner.collect(flight)
     for sequence, (tokens, _) in zip(flight.step.sampled, sampled, strict=True):
         on_tokens(sequence.sample_index, tokens)
-    for sequence in scheduler.finish_step(group, flight.step, sampled):
+    for sequence in scheduler.finish_step(cohort, flight.step, sampled):
         yield sequence.response(scheduler.stop_ids)

@@ -22,6 +22,7 @@ from engine.generation.step_tensors import IDLE_TOKEN, StepTensors, upload
 from engine.settings.sampling import SamplingConfig
 from engine.training.network import Network
 from models.paged_attention import PagedCache
+from models.readouts import Logits
 
 
 @dataclass(kw_only=True)
@@ -89,7 +90,7 @@ class Runner:
             )
         assert self._decoding is not None and self._cache is not None  # open() came first
         num_rows = len(step.decodes)
-        is_replayed = self._record is not None and not step.chunks and not step.copies
+        is_replayed = self._record is not None and not step.prefills and not step.copies
         if is_replayed:
             self._decoding.check(self.network, self._cache)
             num_rows = graph_rows(num_rows)
@@ -180,7 +181,9 @@ class Runner:
         module = self.network.modules[virtual_stage]
         if hidden is not None:
             module.set_input_tensor([hidden])
-        output = module(tensors.tokens, tensors.positions, tensors.paged, rows=tensors.rows)
+        output = module.forward_paged(
+            tensors.tokens, tensors.positions, tensors.paged, Logits(tensors.rows)
+        )
         if not module.post_process:
             return output
         if len(tensors.rows):  # none where a part of a long prompt is the whole step
@@ -225,7 +228,7 @@ class Runner:
         sampled = torch.empty((2, num_rows), dtype=torch.int32, device=self.device)
 
         def work() -> None:
-            mine.paged.groups = None  # the lengths are another step's now
+            mine.paged.decode_groups = None  # the lengths are another step's now
             made = self._compute(virtual_stage, mine, taken, sampled)
             if made is not None and output is not None:
                 output.copy_(made)

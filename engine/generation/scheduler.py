@@ -4,14 +4,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.generation.block_manager import BlockCopy, BlockManager, prefix_digests
-from engine.generation.extents import ExtentManager
+from engine.generation.block_manager import BlockCopy, Blocks, prefix_digests
 from engine.generation.sequence import LiveSequence
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """Tokens [start, stop) of a sequence whose keys and values a step computes."""
+class Prefill:
+    """A part of a prompt, whose keys and values a step computes: tokens [start, stop)."""
 
     sequence: LiveSequence
     start: int
@@ -19,7 +18,7 @@ class Chunk:
 
     @property
     def is_last(self) -> bool:
-        """Whether the chunk reaches the sequence's end, so that its next token is sampled."""
+        """Whether it reaches the sequence's end, so that the next token is sampled."""
         return self.stop == len(self.sequence.tokens)
 
 
@@ -29,7 +28,7 @@ class Step:
 
     decodes: list[LiveSequence]
     """Sequences that feed their last token and sample the next, num_steps times."""
-    chunks: list[Chunk]
+    prefills: list[Prefill]
     """Parts of prompts, several tokens each; where there are any, num_steps is 1."""
     num_steps: int
     copies: list[BlockCopy] = field(default_factory=list)
@@ -39,7 +38,7 @@ class Step:
     @property
     def sampled(self) -> list[LiveSequence]:
         """The sequences that get tokens, in the order of the step's sampled rows."""
-        return self.decodes + [chunk.sequence for chunk in self.chunks if chunk.is_last]
+        return self.decodes + [part.sequence for part in self.prefills if part.is_last]
 
 
 @dataclass(kw_only=True)
@@ -62,71 +61,76 @@ class Counts:
 
 @dataclass(kw_only=True)
 class Scheduler:
-    """Continuous batching over one block cache, for one or more groups of sequences in flight.
+    """Continuous batching over one block cache, for one or more cohorts: sequences that are stepped
+    together.
 
-    In a pipeline every stage works on another group's step, and a group is scheduled again when its
-    last step is in. A block that one group gives back may be another's at once: every stage runs
-    the steps in the same order.
+    In a pipeline every stage works on another cohort's step, and a cohort is scheduled again when
+    its last step is in. A block that one cohort gives back may be another's at once: every stage
+    runs the steps in the same order.
     """
 
     waiting: deque[LiveSequence]
-    blocks: BlockManager | ExtentManager
-    slots_per_group: int
+    blocks: Blocks
+    slots_per_cohort: int
     prefill_tokens: int
     steps_per_sync: int
     stop_ids: frozenset[int]
-    num_groups: int
+    num_cohorts: int
     counts: Counts
     running: list[list[LiveSequence]] = field(init=False)
-    """By group, in the order of admission."""
+    """By cohort, in the order of admission."""
 
     def __post_init__(self) -> None:
-        self.running = [[] for _ in range(self.num_groups)]
+        self.running = [[] for _ in range(self.num_cohorts)]
 
     @property
     def has_work(self) -> bool:
         """Whether some sequence is unfinished."""
         return bool(self.waiting) or any(self.running)
 
-    def next_step(self, group: int) -> Step | None:
-        """Return the group's next step, with blocks for all it writes; None if it has none."""
-        running = self.running[group]
+    def next_step(self, cohort: int) -> Step | None:
+        """Return the cohort's next step, with blocks for all it writes; None if it has none."""
+        running = self.running[cohort]
         num_steps = self._reserve_decodes(running)
-        chunks: list[Chunk] = []
+        prefills: list[Prefill] = []
         copies: list[BlockCopy] = []
         left = self.prefill_tokens
         for sequence in running:
-            left -= self._add_chunk(chunks, sequence, left)
+            left -= self._add_prefill(prefills, sequence, left)
         # A block for everyone who runs and may need one, or the admission would soon be undone.
-        num_reserved = sum(self._may_grow(s) for group in self.running for s in group)
-        while left > 0 and len(running) < self.slots_per_group:
-            if not self._admit_next(running, copies, num_reserved):
+        num_reserved = sum(self._may_grow(s) for each in self.running for s in each)
+        while left > 0 and len(running) < self.slots_per_cohort:
+            admitted = self._admit_next(copies, num_reserved)
+            if admitted is None:
                 break
-            num_reserved += self._may_grow(running[-1])
+            running.append(admitted)
+            num_reserved += self._may_grow(admitted)
             num_steps = 1  # it may decode at once, with room for one token
-            left -= self._add_chunk(chunks, running[-1], left)
-        in_chunks = {id(chunk.sequence) for chunk in chunks}
-        decodes = [s for s in running if s.num_pending == 1 and id(s) not in in_chunks]
-        if not decodes and not chunks:
+            left -= self._add_prefill(prefills, admitted, left)
+        in_prefills = {id(part.sequence) for part in prefills}
+        decodes = [s for s in running if s.num_pending == 1 and id(s) not in in_prefills]
+        if not decodes and not prefills:
             return None
-        if isinstance(self.blocks, ExtentManager):
-            decodes.sort(key=lambda s: s.blocks[0])  # rows as they lie in the cache
-        num_steps = 1 if chunks else num_steps
-        step = Step(decodes=decodes, chunks=chunks, num_steps=num_steps, copies=copies)
+        step = Step(
+            decodes=self.blocks.in_row_order(decodes),
+            prefills=prefills,
+            num_steps=1 if prefills else num_steps,
+            copies=copies,
+        )
         self.counts.num_steps += step.num_steps
-        self.counts.num_slot_steps += step.num_steps * self.slots_per_group
-        self.counts.num_prefilled += sum(chunk.stop - chunk.start for chunk in chunks)
+        self.counts.num_slot_steps += step.num_steps * self.slots_per_cohort
+        self.counts.num_prefilled += sum(part.stop - part.start for part in prefills)
         return step
 
     def finish_step(
-        self, group: int, step: Step, sampled: Sequence[tuple[list[int], list[float]]]
+        self, cohort: int, step: Step, sampled: Sequence[tuple[list[int], list[float]]]
     ) -> list[LiveSequence]:
         """Take in what a step sampled, (tokens, logprobs) for each of step.sampled.
 
         Returns the sequences that have finished.
         """
-        for chunk in step.chunks:
-            chunk.sequence.num_cached = chunk.stop
+        for part in step.prefills:
+            part.sequence.num_cached = part.stop
         finished = []
         for sequence, (tokens, logprobs) in zip(step.sampled, sampled, strict=True):
             sequence.extend(tokens, logprobs, self.stop_ids)
@@ -136,7 +140,7 @@ class Scheduler:
                 self._give_back(sequence)
                 finished.append(sequence)
         if finished:
-            self.running[group] = [s for s in self.running[group] if not s.is_finished]
+            self.running[cohort] = [s for s in self.running[cohort] if not s.is_finished]
         return finished
 
     def _reserve_decodes(self, running: list[LiveSequence]) -> int:
@@ -146,27 +150,21 @@ class Scheduler:
         """
         room = [s.max_length - len(s.tokens) for s in running if s.num_pending == 1]
         num_steps = min(self.steps_per_sync, max(room, default=1))
-        if isinstance(self.blocks, ExtentManager):
-            return num_steps  # everyone has all blocks
-        if sum(self._num_missing(s, num_steps) for s in running) > self.blocks.num_free:
+        missing = self.blocks.num_missing(running, num_steps)
+        if missing == 0:
+            return num_steps
+        if missing > self.blocks.num_free:
             num_steps = 1
         index = 0
         while index < len(running):
             sequence = running[index]
-            missing = self._num_missing(sequence, num_steps)
+            missing = self.blocks.num_missing([sequence], num_steps)
             if missing > self.blocks.num_free:
                 self._preempt(running.pop())  # perhaps the sequence itself
                 continue
             sequence.blocks += self.blocks.allocate(missing)
             index += 1
         return num_steps
-
-    def _num_missing(self, sequence: LiveSequence, num_steps: int) -> int:
-        """Return the blocks that a sequence lacks for num_steps tokens; a prompt lacks none."""
-        if sequence.num_pending > 1:
-            return 0
-        length = min(sequence.num_cached + num_steps, sequence.max_length)
-        return max(0, self.blocks.num_blocks_for(length) - len(sequence.blocks))
 
     def _preempt(self, sequence: LiveSequence) -> None:
         """Take a sequence's blocks; when its turn comes again it is fed as a longer prompt."""
@@ -182,38 +180,35 @@ class Scheduler:
     def _may_grow(self, sequence: LiveSequence) -> bool:
         return len(sequence.blocks) * self.blocks.block_size < sequence.max_length
 
-    def _admit_next(
-        self, running: list[LiveSequence], copies: list[BlockCopy], num_reserved: int
-    ) -> bool:
-        """Admit the first waiting sequence if the blocks of its prompt are free, and num_reserved
-        more; return whether."""
+    def _admit_next(self, copies: list[BlockCopy], num_reserved: int) -> LiveSequence | None:
+        """Return the first waiting sequence, now with blocks; None where its prompt's blocks and
+        num_reserved more are not free. What the blocks are copied from goes into `copies`."""
         if not self.waiting:
-            return False
+            return None
         sequence, size = self.waiting[0], self.blocks.block_size
         if not sequence.digests:
             sequence.digests = prefix_digests(sequence.tokens, size)
         # At least the last token is computed: the next one is sampled from it.
         num_shareable = (len(sequence.tokens) - 1) // size
         digests = sequence.digests[:num_shareable]
-        placement = self.blocks.place(len(sequence.tokens), digests, num_reserved)
-        if placement is None:
-            return False
+        allotment = self.blocks.allot(len(sequence.tokens), digests, num_reserved)
+        if allotment is None:
+            return None
         self.waiting.popleft()
-        sequence.blocks = placement.blocks
-        sequence.num_cached = placement.num_shared * size
-        if placement.copy is not None:
-            copies.append(placement.copy)
+        sequence.blocks = allotment.blocks
+        sequence.num_cached = allotment.num_shared * size
+        if allotment.copy is not None:
+            copies.append(allotment.copy)
         self.counts.num_shared += sequence.num_cached
-        running.append(sequence)
-        return True
+        return sequence
 
-    def _add_chunk(self, chunks: list[Chunk], sequence: LiveSequence, left: int) -> int:
-        """Add the next chunk, of at most `left` tokens, if it is a prompt; return its size."""
+    def _add_prefill(self, prefills: list[Prefill], sequence: LiveSequence, left: int) -> int:
+        """Add a prompt's next part, of at most `left` tokens; return its tokens, 0 for others."""
         if sequence.num_pending == 1 or left <= 0:
             return 0
         start = sequence.num_cached
         stop = min(len(sequence.tokens), start + left)
-        chunks.append(Chunk(sequence=sequence, start=start, stop=stop))
+        prefills.append(Prefill(sequence=sequence, start=start, stop=stop))
         # Whoever is scheduled after this may share the blocks: the step that fills them runs first,
         # and within a step every layer writes the cache before it reads it.
         size = self.blocks.block_size

@@ -49,10 +49,10 @@ class StepTensors:
         self.positions += ~self.is_idle
         column = self.positions // block_size
         block = paged.block_tables.gather(1, column[:, None])[:, 0]
-        slots = block * block_size + self.positions % block_size
-        paged.slots.copy_(slots.masked_fill_(self.is_idle, -1))
+        cache_slots = block * block_size + self.positions % block_size
+        paged.slots.copy_(cache_slots.masked_fill_(self.is_idle, -1))
         paged.context_lengths.copy_((self.positions + 1).masked_fill_(self.is_idle, 0))
-        paged.groups = None
+        paged.decode_groups = None
 
     def clone(self) -> "StepTensors":
         """Return a decoding step of the same contents that shares no tensor with this one."""
@@ -81,12 +81,12 @@ def upload(
     min_new_tokens: int,
     device: torch.device,
 ) -> StepTensors:
-    """Return a step's tensors: decoding sequences, idle rows up to num_decode_rows, chunks."""
+    """Return a step's tensors: decoding sequences, idle rows up to num_decode_rows, prefills."""
     sampled = step.sampled
-    num_tokens = num_decode_rows + sum(chunk.stop - chunk.start for chunk in step.chunks)
+    num_tokens = num_decode_rows + sum(part.stop - part.start for part in step.prefills)
     tokens = np.zeros(num_tokens, dtype=np.int64)
     positions = np.zeros(num_tokens, dtype=np.int64)
-    slots = np.full(num_tokens, -1, dtype=np.int64)
+    cache_slots = np.full(num_tokens, -1, dtype=np.int64)
     context_lengths = np.zeros(num_decode_rows, dtype=np.int32)
     num_decodes = len(step.decodes)
     tokens[:num_decodes] = [sequence.tokens[-1] for sequence in step.decodes]
@@ -94,32 +94,33 @@ def upload(
     context_lengths[:num_decodes] = [len(sequence.tokens) for sequence in step.decodes]
     block_tables = _block_tables(step, num_decode_rows, cache.blocks_per_sequence)
     block, offset = np.divmod(positions[:num_decodes], cache.block_size)
-    slots[:num_decodes] = block_tables[np.arange(num_decodes), block] * cache.block_size + offset
-    rows = list(range(num_decodes if step.chunks else num_decode_rows))
+    first_slots = block_tables[np.arange(num_decodes), block] * cache.block_size
+    cache_slots[:num_decodes] = first_slots + offset
+    rows = list(range(num_decodes if step.prefills else num_decode_rows))
     end = num_decode_rows
-    for chunk in step.chunks:
-        start, end = end, end + chunk.stop - chunk.start
-        tokens[start:end] = chunk.sequence.tokens[chunk.start : chunk.stop]
-        positions[start:end] = np.arange(chunk.start, chunk.stop)
-        slots[start:end] = _slots(chunk.sequence, chunk.stop, cache)[chunk.start :]
-        if chunk.is_last:
+    for part in step.prefills:
+        start, end = end, end + part.stop - part.start
+        tokens[start:end] = part.sequence.tokens[part.start : part.stop]
+        positions[start:end] = np.arange(part.start, part.stop)
+        cache_slots[start:end] = _cache_slots(part.sequence, part.stop, cache)[part.start :]
+        if part.is_last:
             rows.append(end - 1)
     per_row = np.zeros((3, len(rows)), dtype=np.int64)
     per_row[0, : len(sampled)] = [s.sample_index for s in sampled]
     per_row[1, : len(sampled)] = [s.prompt_length + min_new_tokens for s in sampled]
     per_row[2, : len(sampled)] = [s.max_length - 1 for s in sampled]
     sample_index, first_stop, last_position = _to(device, per_row)
-    chunks, chunk_slots = _chunk_keys(step, cache, device)
+    prompts, prompt_slots = _prefill_keys(step, cache, device)
     return StepTensors(
         tokens=_to(device, tokens),
         positions=_to(device, positions),
         paged=PagedSequences(
             cache=cache,
-            slots=_to(device, slots),
+            slots=_to(device, cache_slots),
             block_tables=_to(device, block_tables),
             context_lengths=_to(device, context_lengths),
-            chunks=chunks,
-            chunk_slots=chunk_slots,
+            prompts=prompts,
+            prompt_slots=prompt_slots,
             copies=step.copies,
         ),
         rows=_to(device, np.array(rows, dtype=np.int64)),
@@ -140,25 +141,26 @@ def _block_tables(step: Step, num_rows: int, width: int) -> np.ndarray:
     return tables
 
 
-def _chunk_keys(
+def _prefill_keys(
     step: Step, cache: PagedCache, device: torch.device
 ) -> tuple[PackedSequences | None, Tensor | None]:
-    """Return where the chunks and their keys begin and end, and the keys' slots if any is older."""
-    if not step.chunks:
+    """Return where the prefills and their keys begin and end, and the keys' cache slots if any key
+    is older than the step."""
+    if not step.prefills:
         return None, None
-    lengths = [chunk.stop - chunk.start for chunk in step.chunks]
+    lengths = [part.stop - part.start for part in step.prefills]
     bounds = _to(device, np.cumsum([0, *lengths], dtype=np.int32))
     sequences = PackedSequences.of(bounds, max(lengths))
-    if all(chunk.start == 0 for chunk in step.chunks):
+    if all(part.start == 0 for part in step.prefills):
         return sequences, None
-    key_lengths = [chunk.stop for chunk in step.chunks]
+    key_lengths = [part.stop for part in step.prefills]
     sequences.cu_seqlens_kv = _to(device, np.cumsum([0, *key_lengths], dtype=np.int32))
     sequences.max_seqlen_kv = max(key_lengths)
-    slots = [_slots(chunk.sequence, chunk.stop, cache) for chunk in step.chunks]
+    slots = [_cache_slots(part.sequence, part.stop, cache) for part in step.prefills]
     return sequences, _to(device, np.concatenate(slots))
 
 
-def _slots(sequence: LiveSequence, length: int, cache: PagedCache) -> np.ndarray:
+def _cache_slots(sequence: LiveSequence, length: int, cache: PagedCache) -> np.ndarray:
     """Return the cache slots of a sequence's first `length` tokens."""
     size = cache.block_size
     blocks = np.array(sequence.blocks[: math.ceil(length / size)], dtype=np.int64)

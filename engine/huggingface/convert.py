@@ -137,6 +137,7 @@ def load_huggingface(network: Network, folder: Path) -> None:
                     f"{found[TIED_HEAD].path}: {TIED_HEAD} differs from {WORD_EMBEDDING}; "
                     "here the head is always the embedding"
                 )
+    network.mark_changed()
 
 
 def save_huggingface(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from engine.planning.parameters import (
     MASTER_BYTES,
     MOMENTS_BYTES,
-    Kind,
+    PipelineStage,
     buffer_elements,
     head_parameters,
     largest_parameter,
@@ -20,7 +20,7 @@ from engine.planning.parameters import (
 )
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
-from models.sizes import GPTSize
+from models.sizes import GPTSize, Kind
 
 GRADIENT_BYTES = 4  # an element: gradients add up and are reduced in fp32
 HEAD_WORKSPACE = 448 * 2**20  # kernels/workspace.py: a chunk of logits in fp32,
@@ -69,9 +69,9 @@ class PlannedNetwork:
 
     def weight_bytes(self, pp_rank: int) -> int:
         """Return the bytes of the weights on a stage, the padding of buffers (kilobytes) aside."""
-        where = (self.kind, self.size, self.layout)
-        head = head_parameters(*where, pp_rank=pp_rank)
-        trunk = network_parameters(*where, pp_rank=pp_rank) - head
+        stage = self._stage(pp_rank)
+        head = head_parameters(stage)
+        trunk = network_parameters(stage) - head
         return self.element_bytes * trunk + 4 * head
 
     def gradient_bytes(self, pp_rank: int) -> int:
@@ -105,18 +105,26 @@ class PlannedNetwork:
         either: nothing is gathered.
         """
         saving = STAGING * self.saved_bytes(pp_rank, has_average=has_average)
-        piece = largest_parameter(self.kind, self.size, self.layout, pp_rank=pp_rank)
+        piece = largest_parameter(self._stage(pp_rank))
         return max(saving, MASTER_BYTES * piece)
 
     def buffer_elements(self, pp_rank: int) -> int:
         """Return the elements of a trained network's buffers on a stage."""
-        where = (self.kind, self.size, self.layout)
-        return buffer_elements(*where, pp_rank=pp_rank, dp=self.dp, dtype=self.numerics.dtype)
+        return buffer_elements(self._stage(pp_rank))
 
     def owned_parameters(self, pp_rank: int) -> int:
         """Return the parameters whose optimizer state the fullest rank of a stage keeps."""
-        where = (self.kind, self.size, self.layout)
-        return owned_parameters(*where, pp_rank=pp_rank, dp=self.dp, dtype=self.numerics.dtype)
+        return owned_parameters(self._stage(pp_rank))
+
+    def _stage(self, pp_rank: int) -> PipelineStage:
+        return PipelineStage(
+            kind=self.kind,
+            size=self.size,
+            layout=self.layout,
+            pp_rank=pp_rank,
+            dp=self.dp,
+            dtype=self.numerics.dtype,
+        )
 
     def activation_bytes(self, pp_rank: int, rows: int, row_tokens: float) -> int:
         """Return the bytes kept for the backward pass of `rows` rows in the pipeline, at the most
@@ -146,9 +154,8 @@ class PlannedNetwork:
             # The row's keys and values as they arrive and in their order; the gradients of both.
             total += width * hidden * 4 / tp * (2 if trains else 1) * row_tokens
         if trains and self.numerics.gradient_accumulation_fusion is False:
-            total += (
-                4 * hidden * hidden / tp * width
-            )  # the widest matrix's gradient, before it adds
+            # The widest matrix's gradient, before it adds.
+            total += 4 * hidden * hidden / tp * width
         columns = size.padded_vocab_size / tp
         if pp_rank == self.layout.pp - 1 and self.kind == "language":
             logits = min(HEAD_WORKSPACE, 4 * min(HEAD_ROWS, held_tokens) * columns)
@@ -159,10 +166,12 @@ class PlannedNetwork:
         return round(total)
 
     def _head_gradient_bytes(self) -> float:
-        """The weight's fp32 gradient that the head makes in one pass and holds from the forward to
-        the backward pass (kernels/linear_logprobs.py); fp16 takes two passes, which add to the
-        buffer. Beside it the zeros that megatron's hook wants of a last stage whose weight is not
-        the embedding itself (models/vocab_parallel.py)."""
+        """What the head holds of its weight's gradient from the forward to the backward pass.
+
+        It makes the gradient in fp32 in one pass (kernels/linear_logprobs.py). In fp16 it takes
+        two passes, which add to the buffer at once. A last stage whose weight is a copy of the
+        embedding holds zeros besides: megatron's hook wants them (models/vocab_parallel.py).
+        """
         elements = self.size.hidden_size * self.size.padded_vocab_size / self.layout.tp
         one_pass = 0 if self.numerics.dtype == "fp16" else 4 * elements
         return one_pass + (self.element_bytes * elements if self.layout.pp > 1 else 0)
@@ -191,9 +200,11 @@ class PlannedNetwork:
         return self._sequence_share(outside) + 12 * width * hidden / self.layout.tp
 
     def _shared_bytes_a_token(self) -> float:
-        """What a layer keeps besides, of each token that a rank holds, where ranks share rows: the
-        keys and values of all of them, and the attention's output, which it has in two pieces and
-        the projection after it in one."""
+        """What a layer keeps besides of each token that a rank holds, where ranks share rows.
+
+        The keys and values of all these ranks, and the attention's output once more: attention
+        keeps it in two pieces, the projection after it in one.
+        """
         cp = self.layout.cp
         hidden_sized = 2 * cp + 1 if cp > 1 else 0
         return hidden_sized * self.element_bytes * self.size.hidden_size / self.layout.tp

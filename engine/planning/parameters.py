@@ -6,78 +6,93 @@ distributed optimizer; tests compare both with the real thing. Imports neither t
 
 import functools
 import math
-from typing import Literal
+from dataclasses import dataclass
 
 from engine.settings.layout import ParallelLayout
-from models.sizes import GPTSize
+from models.sizes import GPTSize, Kind
 
-Kind = Literal["language", "scalar"]
 Buckets = list[tuple[int, list[tuple[int, int]]]]
 """A bucket each: (its elements with padding, (start, end) of every parameter in it)."""
 
 PARAMETER_ALIGNMENT = 64  # elements: where megatron starts a parameter in a buffer
 BUCKET_ALIGNMENT = 128  # elements: what a bucket's end is rounded up to, together with dp x cp
-BUCKET_ELEMENTS: int | None = None
-"""Elements after which a bucket is full, where the reduction of gradients overlaps; None for
-megatron's choice, 40 M or 1 M a data-parallel rank, whichever is more."""
 MASTER_BYTES = 4  # an element: fp32 masters
 MOMENTS_BYTES = 8  # an element: Adam's two moments in fp32
 
 
+@dataclass(frozen=True, kw_only=True)
+class PipelineStage:
+    """The ranks of one pipeline stage of a network; every tp rank holds as much."""
+
+    kind: Kind
+    size: GPTSize
+    layout: ParallelLayout
+    pp_rank: int = 0
+    dp: int = 1
+    dtype: str = "bf16"
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks that share the optimizer's state: dp x cp."""
+        return self.dp * self.layout.cp
+
+    def is_first(self, chunk: int) -> bool:
+        """Return whether one of its model chunks begins the network."""
+        return self.pp_rank == 0 and chunk == 0
+
+    def is_last(self, chunk: int) -> bool:
+        """Return whether one of its model chunks ends the network."""
+        return self.pp_rank == self.layout.pp - 1 and chunk == self.layout.virtual_pp - 1
+
+
 @functools.lru_cache(maxsize=4096)
-def network_parameters(kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int) -> int:
-    """Return the parameters that a rank of pipeline stage pp_rank holds, every tp rank as many.
+def network_parameters(stage: PipelineStage) -> int:
+    """Return the parameters that a rank of a stage holds.
 
     The last stage holds a copy of the tied embedding. Raises UserError where the layout cannot
     hold the size.
     """
-    layout.check(size)
-    return head_parameters(kind, size, layout, pp_rank=pp_rank) + sum(
+    stage.layout.check(stage.size)
+    return head_parameters(stage) + sum(
         elements
-        for chunk in range(layout.virtual_pp)
-        for elements, _ in _chunk_parameters(kind, size, layout, pp_rank, chunk)
+        for chunk in range(stage.layout.virtual_pp)
+        for elements, _ in _chunk_parameters(stage, chunk)
     )
 
 
-def largest_parameter(kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int) -> int:
+def largest_parameter(stage: PipelineStage) -> int:
     """Return the elements of the largest parameter that a rank of a stage holds."""
     return max(
         elements
-        for chunk in range(layout.virtual_pp)
-        for elements, _ in _chunk_parameters(kind, size, layout, pp_rank, chunk)
+        for chunk in range(stage.layout.virtual_pp)
+        for elements, _ in _chunk_parameters(stage, chunk)
     )
 
 
-def optimizer_bytes(  # noqa: PLR0913 - one rank, each coordinate named
-    kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int, dtype: str = "bf16"
-) -> int:
-    """Return the bytes of fp32 masters and Adam's two moments, on the replica's rank that holds
-    most; fp32 weights, which are their own masters, are among them.
-
-    dp x cp replicas own equal ranges of the padded buffers, and allocate state for the parameters
-    in theirs.
-    """
-    return (MASTER_BYTES + MOMENTS_BYTES) * owned_parameters(
-        kind, size, layout, pp_rank=pp_rank, dp=dp, dtype=dtype
-    )
+def optimizer_bytes(stage: PipelineStage) -> int:
+    """Return the bytes of fp32 masters and Adam's two moments on the replica's rank that holds
+    most; weights that are fp32 themselves are their own masters, and counted among them."""
+    return (MASTER_BYTES + MOMENTS_BYTES) * owned_parameters(stage)
 
 
-def head_parameters(kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int) -> int:
+def head_parameters(stage: PipelineStage) -> int:
     """Return the parameters of a scalar network's head on a stage: fp32 whatever the dtype."""
-    return size.hidden_size + 1 if kind == "scalar" and pp_rank == layout.pp - 1 else 0
+    is_last = stage.pp_rank == stage.layout.pp - 1
+    return stage.size.hidden_size + 1 if stage.kind == "scalar" and is_last else 0
 
 
 @functools.lru_cache(maxsize=4096)
-def owned_parameters(  # noqa: PLR0913
-    kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int, dtype: str = "bf16"
-) -> int:
-    """Return the parameters whose optimizer state the fullest of a stage's replicas keeps."""
-    layout.check(size)
-    num_replicas = dp * layout.cp
-    owned = [0] * num_replicas
-    for chunk in range(layout.virtual_pp):
-        for num_elements, spans in _buckets(kind, size, layout, pp_rank, chunk, dp=dp, dtype=dtype):
-            share = num_elements // num_replicas
+def owned_parameters(stage: PipelineStage) -> int:
+    """Return the parameters whose optimizer state the fullest of a stage's replicas keeps.
+
+    Replicas own equal ranges of the padded buffers. Each allocates state for the parameters in
+    its range.
+    """
+    stage.layout.check(stage.size)
+    owned = [0] * stage.num_replicas
+    for chunk in range(stage.layout.virtual_pp):
+        for num_elements, spans in _buckets(stage, chunk):
+            share = num_elements // stage.num_replicas
             for start, end in spans:
                 for rank in range(start // share, (end - 1) // share + 1):
                     owned[rank] += min(end, (rank + 1) * share) - max(start, rank * share)
@@ -85,31 +100,26 @@ def owned_parameters(  # noqa: PLR0913
 
 
 @functools.lru_cache(maxsize=4096)
-def buffer_elements(  # noqa: PLR0913
-    kind: Kind, size: GPTSize, layout: ParallelLayout, *, pp_rank: int, dp: int, dtype: str = "bf16"
-) -> int:
+def buffer_elements(stage: PipelineStage) -> int:
     """Return the elements of a trainable network's weight buffers, and of its gradient buffers:
     its parameters and their padding."""
-    layout.check(size)
+    stage.layout.check(stage.size)
     return sum(
         num_elements
-        for chunk in range(layout.virtual_pp)
-        for num_elements, _ in _buckets(kind, size, layout, pp_rank, chunk, dp=dp, dtype=dtype)
+        for chunk in range(stage.layout.virtual_pp)
+        for num_elements, _ in _buckets(stage, chunk)
     )
 
 
-def _chunk_parameters(
-    kind: Kind, size: GPTSize, layout: ParallelLayout, pp_rank: int, chunk: int
-) -> list[tuple[int, bool]]:
+def _chunk_parameters(stage: PipelineStage, chunk: int) -> list[tuple[int, bool]]:
     """Return (elements, has a bucket of its own) of one model chunk's trunk, in the order of its
     modules."""
+    size, layout = stage.size, stage.layout
     hidden, tp = size.hidden_size, layout.tp
-    is_first = pp_rank == 0 and chunk == 0
-    is_last = pp_rank == layout.pp - 1 and chunk == layout.virtual_pp - 1
     # Both ends of a pipeline hold the tied embedding, and split its state over replicas alike.
-    is_shared = kind == "language" and layout.pp > 1
+    is_shared = stage.kind == "language" and layout.pp > 1
     found: list[tuple[int, bool]] = []
-    if is_first:
+    if stage.is_first(chunk):
         found.append((size.padded_vocab_size // tp * hidden, is_shared))
         found.append((size.context_length * hidden, False))
     norm = [hidden, hidden]
@@ -123,36 +133,26 @@ def _chunk_parameters(
         *(hidden * 4 * hidden // tp, hidden),
     ]
     num_layers = size.num_layers // (layout.pp * layout.virtual_pp)
-    found += [(elements, False) for elements in layer * num_layers]
-    if is_last:
+    for _ in range(num_layers):
+        found += [(elements, False) for elements in layer]
+    if stage.is_last(chunk):
         found += [(elements, False) for elements in norm]
-        if kind == "language" and layout.pp > 1:
+        if is_shared:
             found.append((size.padded_vocab_size // tp * hidden, is_shared))
     return found
 
 
-def _buckets(  # noqa: PLR0913 - one chunk of one rank, each coordinate named
-    kind: Kind,
-    size: GPTSize,
-    layout: ParallelLayout,
-    pp_rank: int,
-    chunk: int,
-    *,
-    dp: int,
-    dtype: str,
-) -> Buckets:
-    """Return the buckets of a chunk's buffer: parameters in reverse order, aligned and padded as
-    megatron's _ParamAndGradBuffer does on GPUs: several buckets on the first chunk of the first
-    stage where their reduction overlaps, one elsewhere, one for a shared embedding, and one for a
-    scalar head, which is fp32 and so has a buffer of its own beside 16-bit weights."""
+def _buckets(stage: PipelineStage, chunk: int) -> Buckets:
+    """Return the buckets of a chunk's buffer, as megatron's _ParamAndGradBuffer cuts them on GPUs.
+
+    Parameters come in reverse order, aligned and padded. The first chunk of the first stage has
+    several buckets where their reduction overlaps; other chunks have one. A shared embedding has
+    its own. So has a scalar head beside 16-bit weights: it is fp32, and has a buffer of its own.
+    """
+    multiple = math.lcm(stage.num_replicas, BUCKET_ALIGNMENT)
+    full = _full_bucket(stage, chunk)
     buckets: Buckets = []
     spans: list[tuple[int, int]] = []
-    num_replicas = dp * layout.cp
-    multiple = math.lcm(num_replicas, BUCKET_ALIGNMENT)
-    overlaps, _ = layout.overlaps(gains=num_replicas > 1)
-    full = math.inf
-    if overlaps and pp_rank == 0 and chunk == 0:
-        full = BUCKET_ELEMENTS or max(40_000_000, 1_000_000 * dp)  # megatron's: without cp
 
     def close() -> None:
         nonlocal spans
@@ -160,25 +160,35 @@ def _buckets(  # noqa: PLR0913 - one chunk of one rank, each coordinate named
             buckets.append((_round_up(spans[-1][1], multiple), spans))
         spans = []
 
-    parameters = _chunk_parameters(kind, size, layout, pp_rank, chunk)
-    is_last = chunk == layout.virtual_pp - 1
-    has_head = is_last and head_parameters(kind, size, layout, pp_rank=pp_rank) > 0
-    head = [(size.hidden_size, False), (1, False)] if has_head else []
-    if dtype == "fp32":
-        parameters, head = [*parameters, *head], []
-    for elements, is_alone in reversed(parameters):
-        if is_alone:
-            close()
+    def add(elements: int) -> None:
         start = _round_up(spans[-1][1], PARAMETER_ALIGNMENT) if spans else 0
         spans.append((start, start + elements))
+
+    trunk, head = _chunk_parameters(stage, chunk), []
+    if stage.is_last(chunk) and stage.kind == "scalar":
+        head = [(stage.size.hidden_size, False), (1, False)]
+    if stage.dtype == "fp32":
+        trunk, head = [*trunk, *head], []
+    for elements, is_alone in reversed(trunk):
+        if is_alone:
+            close()
+        add(elements)
         if is_alone or spans[-1][1] >= full:
             close()
     close()
     for elements, _ in reversed(head):
-        start = _round_up(spans[-1][1], PARAMETER_ALIGNMENT) if spans else 0
-        spans.append((start, start + elements))
+        add(elements)
     close()
     return buckets
+
+
+def _full_bucket(stage: PipelineStage, chunk: int) -> float:
+    """The elements after which a bucket of a chunk is closed."""
+    overlaps, _ = stage.layout.overlaps(gains=stage.num_replicas > 1)
+    if not overlaps or not stage.is_first(chunk):
+        return math.inf
+    # megatron's own choice looks at dp, without cp.
+    return stage.layout.bucket_elements or max(40_000_000, 1_000_000 * stage.dp)
 
 
 def _round_up(number: int, multiple: int) -> int:

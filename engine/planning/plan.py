@@ -11,16 +11,14 @@ at the most it can be. Imports neither torch nor megatron.
 from dataclasses import dataclass
 
 from engine.planning.hardware import GIGA, Cluster
-from engine.planning.memory import PlannedNetwork
-from engine.planning.parameters import network_parameters, optimizer_bytes
+from engine.planning.memory import STAGING, PlannedNetwork
+from engine.planning.misfits import Misfit, misfits
 from engine.planning.ranks import RankMemory
 from engine.planning.stages import Estimate, Phase, estimate_ppo, estimate_rm, estimate_sft
 from engine.planning.workload import Workload
 from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
 from engine.settings.sft import SFTConfig
-
-__all__ = ["Cluster", "Plan", "network_parameters", "optimizer_bytes", "plan"]
 
 StageConfig = SFTConfig | RMConfig | PPOConfig
 PF_DAY = 1e15 * 86_400  # FLOPs
@@ -37,12 +35,12 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether every rank has room in every phase, on the GPU and on the host."""
-        host = self.cluster.gpu.host_memory_bytes
-        return (
-            self.fullest.peak_bytes <= self.cluster.free_bytes
-            and all(rank.host_bytes <= host for rank in self.ranks)
-            and not any(note.startswith("does not fit") for note in self.estimate.notes)
-        )
+        return not self.misfits
+
+    @property
+    def misfits(self) -> list[Misfit]:
+        """What a rank has too little of; none where the plan fits."""
+        return misfits(self.ranks, self.estimate.cache, self.cluster)
 
     @property
     def ranks(self) -> list[RankMemory]:
@@ -143,7 +141,28 @@ class Plan:
         if rank.host:
             parts = ", ".join(f"{row} {_gb(size)}" for row, size in rank.host.items())
             lines.append(f"  in pinned host memory: {_gb(rank.host_bytes)} ({parts})")
-        return lines + [f"  {note}" for note in self.estimate.notes]
+        return lines + [f"  {note}" for note in self._notes()]
+
+    def _notes(self) -> list[str]:
+        estimate, notes = self.estimate, []
+        if estimate.selected_by:
+            notes.append(f"the reward model is taken to be a {estimate.selected_by}")
+        if estimate.cache is not None:
+            notes.append(
+                f"key-value cache: room for {estimate.cache.tokens:,} tokens a replica, its slots "
+                f"can use {estimate.cache.wanted_tokens:,}"
+            )
+        for resource in ("key-value cache", "host memory"):  # the table shows the GPU's
+            short = [misfit for misfit in self.misfits if misfit.resource == resource]
+            if short:
+                worst = max(short, key=lambda misfit: misfit.missing)
+                notes.append(f"does not fit: {_in_words(worst)}")
+        notes.append(
+            f"a checkpoint: a rank writes or reads {estimate.saved_bytes / GIGA:.2f} GB at most; "
+            f"its copies in host memory are taken to be rounded up {STAGING}-fold, which is the "
+            "most; none on the GPU"
+        )
+        return notes
 
     def _time_lines(self) -> list[str]:
         lines = [f"seconds of one {self.estimate.step_name}"]
@@ -180,6 +199,15 @@ def plan(config: StageConfig, cluster: Cluster, workload: Workload | None = None
     else:
         estimate = estimate_ppo(config, cluster, workload)
     return Plan(config=config, cluster=cluster, estimate=estimate)
+
+
+def _in_words(misfit: Misfit) -> str:
+    if misfit.resource == "key-value cache":
+        return f"one sequence may need {misfit.needed:,} tokens of cache"
+    return (
+        f"a rank of stage {misfit.stage} needs {misfit.needed / GIGA:.2f} GB of {misfit.resource}, "
+        f"there are {misfit.available / GIGA:.2f}"
+    )
 
 
 def _describe(network: PlannedNetwork) -> str:

@@ -14,8 +14,8 @@ from engine.residency.expected import PHASES, ExpectedBytes, ModelBytes, expecte
 from engine.settings.residency import ResidencyConfig
 from engine.settings.sampling import SamplingConfig
 
-Rows = dict[str, int]
-"""What the bytes are for, to bytes."""
+BytesByUse = dict[str, int]
+"""What the bytes are for, to bytes: the rows of a plan's table."""
 
 CHECKPOINT = "checkpoint"  # the row of host memory
 
@@ -26,9 +26,9 @@ class RankMemory:
 
     stage: int
     """Of the run's layout, the policy's in PPO."""
-    phases: dict[str, Rows]
+    phases: dict[str, BytesByUse]
     """Phase to what its bytes on the GPU are for."""
-    host: Rows
+    host: BytesByUse
     """Pinned host memory, that of checkpoints at the most it can be."""
 
     @property
@@ -51,10 +51,12 @@ def training_ranks(
     network: PlannedNetwork,
     batches: Sequence[Batch],
     budget: int,
-    judge: PlannedNetwork | None = None,
+    reward_model: PlannedNetwork | None = None,
 ) -> list[RankMemory]:
-    """Return the ranks of SFT, RM or pretraining by stage: one network, and perhaps the reward
-    model that judges its epochs, always resident."""
+    """Return the ranks of SFT, RM or pretraining by stage.
+
+    They hold one network, and the reward model by which its epoch is selected, where there is one.
+    """
     found = []
     for stage in range(network.layout.pp):
         rows = {
@@ -63,8 +65,8 @@ def training_ranks(
             "fp32 masters": network.master_bytes(stage),
             "Adam moments": network.moment_bytes(stage),
         }
-        if judge is not None:
-            rows["reward model"] = judge.weight_bytes(stage)
+        if reward_model is not None:
+            rows["reward model"] = reward_model.weight_bytes(stage)
         rows |= _working_bytes(network, stage, batches, budget)
         host = {CHECKPOINT: network.checkpoint_host_bytes(stage)}
         found.append(RankMemory(stage=stage, phases={"train": rows}, host=host))
@@ -72,7 +74,7 @@ def training_ranks(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Four:
+class PPONetworks:
     """PPO's networks and what they work on."""
 
     policy: PlannedNetwork
@@ -95,16 +97,18 @@ class Four:
     """Of a prompt with its response."""
 
 
-def ppo_ranks(four: Four, cluster: Cluster) -> list[RankMemory]:
-    """Return what the ranks of every stage of the policy hold at the most. The critic's stages may
-    be cut otherwise, so that one rank is the fullest in one phase or on the host, another in
-    another."""
-    policy_pp, critic_pp = four.policy.layout.pp, four.critic.layout.pp
+def ppo_ranks(ppo: PPONetworks, cluster: Cluster) -> list[RankMemory]:
+    """Return what the ranks of every stage of the policy hold at the most.
+
+    The critic's stages may be cut otherwise. One rank is then the fullest in one phase, another in
+    another or on the host.
+    """
+    policy_pp, critic_pp = ppo.policy.layout.pp, ppo.critic.layout.pp
     cuts = math.lcm(policy_pp, critic_pp)
     by_stage: dict[int, list[RankMemory]] = {}
     for cut in range(cuts):
         stage, critic_stage = cut * policy_pp // cuts, cut * critic_pp // cuts
-        by_stage.setdefault(stage, []).append(_ppo_rank(four, cluster, stage, critic_stage))
+        by_stage.setdefault(stage, []).append(_ppo_rank(ppo, cluster, stage, critic_stage))
     return [_most(ranks) for ranks in by_stage.values()]
 
 
@@ -118,12 +122,33 @@ def _most(ranks: list[RankMemory]) -> RankMemory:
     return RankMemory(stage=ranks[0].stage, phases=phases, host=host)
 
 
-def cache_tokens(rank: RankMemory, generator: PlannedNetwork) -> int:
-    """Return the tokens that a rank's key-value cache holds."""
-    return rank.phases["rollout"]["key-value cache"] // generator.cache_bytes_a_token()
+@dataclass(frozen=True, kw_only=True)
+class CacheRoom:
+    """The key-value cache of the rank that has least room for it."""
+
+    stage: int
+    tokens: int
+    """That it holds."""
+    wanted_tokens: int
+    """That its slots can use."""
+    sequence_tokens: int
+    """Of the longest sequence, which it must hold."""
 
 
-def model_bytes(
+def cache_room(ppo: PPONetworks, ranks: Sequence[RankMemory]) -> CacheRoom:
+    """Return the room that the ranks of a replica have for keys and values."""
+    a_token = ppo.generator.cache_bytes_a_token()
+    held = {rank.stage: rank.phases["rollout"]["key-value cache"] // a_token for rank in ranks}
+    stage = min(held, key=lambda stage: held[stage])
+    return CacheRoom(
+        stage=stage,
+        tokens=held[stage],
+        wanted_tokens=num_slots(ppo) * ppo.most_tokens,
+        sequence_tokens=ppo.most_tokens,
+    )
+
+
+def _model_bytes(
     network: PlannedNetwork, stage: int, *, is_trained: bool, average: bool = False
 ) -> ModelBytes:
     """Return what one of PPO's models takes on a rank."""
@@ -140,44 +165,44 @@ def model_bytes(
     )
 
 
-def _ppo_rank(four: Four, cluster: Cluster, stage: int, critic_stage: int) -> RankMemory:
+def _ppo_rank(ppo: PPONetworks, cluster: Cluster, stage: int, critic_stage: int) -> RankMemory:
     models = {
-        "policy": model_bytes(four.policy, stage, is_trained=True, average=True),
-        "reference": model_bytes(four.policy, stage, is_trained=False),
-        "critic": model_bytes(four.critic, critic_stage, is_trained=True),
-        "reward_model": model_bytes(four.critic, critic_stage, is_trained=False),
+        "policy": _model_bytes(ppo.policy, stage, is_trained=True, average=True),
+        "reference": _model_bytes(ppo.policy, stage, is_trained=False),
+        "critic": _model_bytes(ppo.critic, critic_stage, is_trained=True),
+        "reward_model": _model_bytes(ppo.critic, critic_stage, is_trained=False),
     }
-    if four.is_refitted:
-        models["generation"] = model_bytes(four.generator, 0, is_trained=False)
-    expected = expected_bytes(four.residency, models)
-    phases = {phase: _held(expected, four, stage, phase) for phase in PHASES}
-    phases["rollout"] |= _generation_bytes(four, cluster, stage, sum(phases["rollout"].values()))
-    pairs = ((four.policy, stage), (four.critic, critic_stage))
-    tokens = [four.episodes.rows(network.dp, four.budget)[1] for network, _ in pairs]
+    if ppo.is_refitted:
+        models["generation"] = _model_bytes(ppo.generator, 0, is_trained=False)
+    expected = expected_bytes(ppo.residency, models)
+    phases = {phase: _held(expected, ppo, stage, phase) for phase in PHASES}
+    phases["rollout"] |= _generation_bytes(ppo, cluster, stage, sum(phases["rollout"].values()))
+    pairs = ((ppo.policy, stage), (ppo.critic, critic_stage))
+    tokens = [ppo.episodes.rows(network.dp, ppo.budget)[1] for network, _ in pairs]
     phases["score"]["workspace"] = max(
         network.workspace_bytes(at, row, trains=False)
         for (network, at), row in zip(pairs, tokens, strict=True)
     )
     work = [
-        _working_bytes(network, at, batches, four.budget)
+        _working_bytes(network, at, batches, ppo.budget)
         for (network, at), batches in zip(
-            pairs, (four.policy_batches, four.critic_batches), strict=True
+            pairs, (ppo.policy_batches, ppo.critic_batches), strict=True
         )
     ]
-    largest: Rows = max(work, key=lambda rows: sum(rows.values()))  # one after the other
+    largest: BytesByUse = max(work, key=lambda rows: sum(rows.values()))  # one after the other
     phases["update"] |= largest
     host = {row: size for row, size in expected.host.items() if size}
     # One network is saved after the other, and pinned memory is kept.
-    host[CHECKPOINT] = four.policy.checkpoint_host_bytes(stage, has_average=True)
-    host[CHECKPOINT] += four.critic.checkpoint_host_bytes(critic_stage)
+    host[CHECKPOINT] = ppo.policy.checkpoint_host_bytes(stage, has_average=True)
+    host[CHECKPOINT] += ppo.critic.checkpoint_host_bytes(critic_stage)
     return RankMemory(stage=stage, phases=phases, host=host)
 
 
-def _held(expected: ExpectedBytes, four: Four, stage: int, phase: str) -> Rows:
+def _held(expected: ExpectedBytes, ppo: PPONetworks, stage: int, phase: str) -> BytesByUse:
     """The rows of what a phase holds; the policy's optimizer and its average apart."""
     rows = {row: sizes[phase] for row, sizes in expected.device.items() if sizes[phase]}
     if "policy optimizer" in rows:
-        average = four.policy.average_bytes(stage)
+        average = ppo.policy.average_bytes(stage)
         rows["policy optimizer"] -= average
         rows["policy average"] = average
     return rows
@@ -185,7 +210,7 @@ def _held(expected: ExpectedBytes, four: Four, stage: int, phase: str) -> Rows:
 
 def _working_bytes(
     network: PlannedNetwork, stage: int, batches: Sequence[Batch], budget: int
-) -> Rows:
+) -> BytesByUse:
     """Activations and workspace of forward and backward passes over rows of these batches."""
     # The most there can be: examples of the greatest length, and no row longer than the budget, or
     # than a single example that is over it.
@@ -199,25 +224,25 @@ def _working_bytes(
     }
 
 
-def _generation_bytes(four: Four, cluster: Cluster, stage: int, held: int) -> Rows:
+def _generation_bytes(ppo: PPONetworks, cluster: Cluster, stage: int, held: int) -> BytesByUse:
     """The key-value cache and the workspace of decoding; see engine/generation/cache.py."""
-    network, sampling = four.generator, four.sampling
+    network, sampling = ppo.generator, ppo.sampling
     width, hidden, tp = network.element_bytes, network.size.hidden_size, network.layout.tp
-    slots = num_slots(four)
+    slots = num_slots(ppo)
     # Inputs, queries, the MLP's wide tensors and the output of a step's tokens; fp32 logits and
     # their copy for sampling.
     tokens = slots / network.layout.pp + sampling.prefill_tokens
     workspace = tokens * width * hidden * (4 + 12 / tp)
-    if four.is_refitted or stage == network.layout.pp - 1:
+    if ppo.is_refitted or stage == network.layout.pp - 1:
         workspace += 2 * 4 * slots / network.layout.pp * network.size.padded_vocab_size / tp
     free = max(0, cluster.free_bytes - held - round(workspace))
-    wanted = slots * four.most_tokens * network.cache_bytes_a_token()
+    wanted = slots * ppo.most_tokens * network.cache_bytes_a_token()
     limit = sampling.cache_gib * 2**30 if sampling.cache_gib else sampling.cache_fraction * free
     return {"key-value cache": round(min(limit, wanted)), "workspace": round(workspace)}
 
 
-def num_slots(four: Four) -> int:
+def num_slots(ppo: PPONetworks) -> int:
     """Return the sequences that a replica decodes together, its stages' groups in all."""
-    pp, dp = four.generator.layout.pp, four.generator.dp
-    sequences = min(four.sampling.num_slots, math.ceil(four.episodes.count / dp))
+    pp, dp = ppo.generator.layout.pp, ppo.generator.dp
+    sequences = min(ppo.sampling.num_slots, math.ceil(ppo.episodes.count / dp))
     return math.ceil(sequences / pp) * pp

@@ -2,77 +2,105 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, TypeVar
 
 from engine.errors import UserError
 from engine.planning.hardware import GIGA, Cluster
+from engine.planning.plan import Plan, StageConfig, plan
+from engine.planning.workload import Workload
 from engine.settings.layout import ParallelLayout
 from engine.settings.ppo import PPOConfig
 from engine.settings.size import named_size
 from models.sizes import GPTSize
 
+AnyStage = TypeVar("AnyStage", bound=StageConfig)
+
 MOST_TP = 8  # within one NVLink domain, and a head for everyone
 VIRTUAL = (1, 2, 3, 4, 6)
 BUDGETS = (1, 2, 4)  # micro_batch_tokens that are tried, in contexts
+RECOMPUTE: tuple[Literal["none", "full"], ...] = ("none", "full")
 NUM_FINALISTS = 4  # layouts of the policy for which the critic's are searched
 
-MakePlan = Callable[[Any], Any]
-"""A config to its plan (engine/planning/plan.py)."""
+
+def search_layouts(
+    config: StageConfig, cluster: Cluster, workload: Workload | None = None
+) -> list[Plan]:
+    """Return the plans that fit, fastest first.
+
+    Tried are tp, pp, virtual stages, recomputation and micro_batch_tokens; the critic's layout
+    too, where the config gives it one of its own. Context parallelism stays as the config has it.
+    """
+    if not isinstance(config, PPOConfig) or config.critic_layout is None:
+        return _fitting(_variants(config, cluster), cluster, workload)
+    critic_layouts = _critic_layouts(config, config.critic_layout.cp, cluster)
+    if not critic_layouts:
+        return _fitting(_variants(config, cluster), cluster, workload)
+    return _search_both(config, critic_layouts, cluster, workload)
 
 
-def search_layouts(config: Any, cluster: Cluster, make_plan: MakePlan) -> list[Any]:
-    """Return the plans that fit, fastest first: over tp, pp, virtual stages, recomputation and
-    micro_batch_tokens, and over the critic's layout where the config gives it one of its own.
-    Context parallelism stays as the config has it."""
+def _search_both(
+    config: PPOConfig,
+    critic_layouts: list[ParallelLayout],
+    cluster: Cluster,
+    workload: Workload | None,
+) -> list[Plan]:
+    """Return the best plans of the policy's best layouts, each with the critic's best beside it."""
+    # The policy's are searched beside a fast critic, and beside the one that takes least room.
+    fast = min(critic_layouts, key=lambda layout: (layout.pp, -layout.tp))
+    small = max(critic_layouts, key=lambda layout: (layout.tp * layout.pp, layout.tp))
+    tried: list[PPOConfig] = []
+    for critic_layout in (fast, small):
+        beside = dataclasses.replace(config, critic_layout=critic_layout)
+        tried += _variants(beside, cluster)
+    policies: dict[PPOConfig, None] = {}  # each once, fastest first
+    for found in _fitting(tried, cluster, workload):
+        assert isinstance(found.config, PPOConfig)
+        policies[dataclasses.replace(found.config, critic_layout=None)] = None
+    best: list[Plan] = []
+    for policy in list(policies)[:NUM_FINALISTS]:
+        pairs = [dataclasses.replace(policy, critic_layout=layout) for layout in critic_layouts]
+        best += _fitting(pairs, cluster, workload)[:1]
+    return sorted(best, key=_seconds_and_bytes)
+
+
+def _variants(config: AnyStage, cluster: Cluster) -> list[AnyStage]:
+    """Return the config with every layout, budget and recomputation that is tried."""
     size = named_size(config.size)
-    starts, critic_layouts = [config], []
-    if isinstance(config, PPOConfig) and config.critic_layout is not None:
-        critic_size = named_size(config.reward_model_size)
-        critic_layouts = [
-            layout
-            for layout in _layouts(critic_size, cluster, config.critic_layout.cp)
-            if layout.virtual_pp == 1 and config.minibatch_size % layout.dp(cluster.num_gpus) == 0
-        ]
-    if critic_layouts:
-        # The policy's are searched beside a fast critic, and beside the one that takes least room.
-        fast = min(critic_layouts, key=lambda x: (x.pp, -x.tp))
-        small = max(critic_layouts, key=lambda x: (x.tp * x.pp, x.tp))
-        starts = [dataclasses.replace(config, critic_layout=x) for x in (fast, small)]
-    tried = [
+    return [
         dataclasses.replace(
-            start,
+            config,
             layout=layout,
             micro_batch_tokens=contexts * size.context_length,
             numerics=dataclasses.replace(config.numerics, recompute=recompute),
         )
-        for start, layout, contexts, recompute in itertools.product(
-            starts, _layouts(size, cluster, config.layout.cp), BUDGETS, ("none", "full")
+        for layout, contexts, recompute in itertools.product(
+            _layouts(size, cluster, config.layout.cp), BUDGETS, RECOMPUTE
         )
     ]
-    found = _fitting(tried, cluster, make_plan)
-    if not critic_layouts:
-        return found
-    best = []
-    policies = dict.fromkeys(dataclasses.replace(p.config, critic_layout=None) for p in found)
-    for finalist in list(policies)[:NUM_FINALISTS]:
-        tried = [dataclasses.replace(finalist, critic_layout=x) for x in critic_layouts]
-        best += _fitting(tried, cluster, make_plan)[:1]
-    return sorted(best, key=_rank)
 
 
-def proposal_lines(plans: list[Any], default: Any, count: int = 8) -> list[str]:
+def _critic_layouts(config: PPOConfig, cp: int, cluster: Cluster) -> list[ParallelLayout]:
+    """Return the layouts without virtual stages that hold the critic and share minibatches."""
+    return [
+        layout
+        for layout in _layouts(named_size(config.reward_model_size), cluster, cp)
+        if layout.virtual_pp == 1 and config.minibatch_size % layout.dp(cluster.num_gpus) == 0
+    ]
+
+
+def proposal_lines(plans: list[Plan], default: StageConfig, count: int = 8) -> list[str]:
     """Return the first plans as a table: seconds of a step, memory, and the options that turn the
     recipe `default` into them."""
     if not plans:
         return ["no layout fits: take more or larger GPUs, or let --residency park more"]
     step = plans[0].estimate.step_name
     lines = [f"{'s/' + step:>12}{'GB':>8}{'MFU':>6}{'dollars':>12}   options"]
-    for plan in plans[:count]:
-        options = " ".join(_options(plan.config, default)) or "(as the recipe has it)"
+    for found in plans[:count]:
+        options = " ".join(_options(found.config, default)) or "(as the recipe has it)"
         lines.append(
-            f"{plan.step_seconds:12.3g}{plan.fullest.peak_bytes / GIGA:8.1f}{plan.mfu:6.0%}"
-            f"{plan.dollars:12,.0f}   {options}"
+            f"{found.step_seconds:12.3g}{found.fullest.peak_bytes / GIGA:8.1f}{found.mfu:6.0%}"
+            f"{found.dollars:12,.0f}   {options}"
         )
     return lines
 
@@ -107,27 +135,31 @@ def _layouts(size: GPTSize, cluster: Cluster, cp: int) -> Iterator[ParallelLayou
         yield layout
 
 
-def _fitting(configs: Iterable[Any], cluster: Cluster, make_plan: MakePlan) -> list[Any]:
-    plans = []
+def _fitting(
+    configs: Iterable[StageConfig], cluster: Cluster, workload: Workload | None
+) -> list[Plan]:
+    """Return the plans of the configs that fit, fastest first."""
+    found = []
     for config in configs:
         if not _deals_evenly(config, cluster):
             continue
         try:
-            plan = make_plan(config)
+            planned = plan(config, cluster, workload)
         except UserError:
             continue
-        if plan.fits:
-            plans.append(plan)
-    return sorted(plans, key=_rank)
+        if planned.fits:
+            found.append(planned)
+    return sorted(found, key=_seconds_and_bytes)
 
 
-def _rank(plan: Any) -> tuple[float, int]:
-    return plan.step_seconds, plan.fullest.peak_bytes
+def _seconds_and_bytes(planned: Plan) -> tuple[float, int]:
+    return planned.step_seconds, planned.fullest.peak_bytes
 
 
-def _deals_evenly(config: Any, cluster: Cluster) -> bool:
+def _deals_evenly(config: StageConfig, cluster: Cluster) -> bool:
     """Whether every data-parallel rank has as many examples of a batch as the others."""
-    is_ppo = isinstance(config, PPOConfig)
-    batch = config.minibatch_size if is_ppo else config.batch_size
-    layouts = [config.layout, config.critic_layout if is_ppo else None]
-    return all(batch % layout.dp(cluster.num_gpus) == 0 for layout in layouts if layout)
+    num_gpus = cluster.num_gpus
+    if not isinstance(config, PPOConfig):
+        return config.batch_size % config.layout.dp(num_gpus) == 0
+    layouts = [config.layout, config.critic_layout or config.layout]
+    return all(config.minibatch_size % layout.dp(num_gpus) == 0 for layout in layouts)

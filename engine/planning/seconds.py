@@ -23,7 +23,7 @@ Seconds = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slot:
+class RowCost:
     """What one row costs the busiest stage."""
 
     compute: float
@@ -40,8 +40,10 @@ class Slot:
 def train_seconds(
     network: PlannedNetwork, cluster: Cluster, batches: Sequence[Batch], budget: int
 ) -> Seconds:
-    """Return the seconds of the forward and backward passes of a step's objectives; in a pipeline
-    in one pass or in several, whichever engine/training/passes.py takes."""
+    """Return the seconds of the forward and backward passes of a step's objectives.
+
+    A pipeline takes them in one pass or in several, whichever engine/training/passes.py takes.
+    """
     rows = [_rows(network, batch, budget) for batch in batches]
     apart = add_seconds(
         [
@@ -72,9 +74,11 @@ def step_seconds(
     *,
     with_average: bool = False,
 ) -> Seconds:
-    """Return the seconds of the optimizer step after train_seconds of these batches, on the fullest
-    stage: the reduction of gradients and the gathering of weights, where they are not hidden under
-    the last row's backward and the next one's forward pass, and the update."""
+    """Return the seconds of the optimizer step that follows train_seconds of these batches.
+
+    Gradients are reduced and weights gathered, which may hide under the last row's backward and
+    the next one's forward pass: what does not hide counts. The update is that of the fullest stage.
+    """
     layout, replicas = network.layout, network.num_replicas
     stages = range(layout.pp)
     elements = max(network.buffer_elements(stage) for stage in stages)
@@ -82,7 +86,7 @@ def step_seconds(
     exposed = 0.0
     if replicas > 1:
         _, tokens = _rows(network, batches[-1], budget)
-        row = _slot(network, cluster, batches[-1], tokens, trains=True).total
+        a_row = _row_cost(network, cluster, batches[-1], tokens, trains=True).total
         bandwidth = cluster.link_bandwidth(layout.tp * replicas)
         overlaps_reduce, overlaps_gather = layout.overlaps(gains=True)
         for num_bytes, overlaps, share in (
@@ -90,7 +94,7 @@ def step_seconds(
             (network.element_bytes, overlaps_gather, 1 / 3),  # an all-gather
         ):
             seconds = num_bytes * elements * (replicas - 1) / replicas / bandwidth
-            hidden = share * row if overlaps else 0.0
+            hidden = share * a_row if overlaps else 0.0
             exposed += max(cluster.latency * math.log2(replicas), seconds - hidden)
     # Read the gradient, read and write master and moments, write the weight; the average besides.
     # Buffers are cleared once.
@@ -177,12 +181,12 @@ def decode_seconds(network: PlannedNetwork, cluster: Cluster, work: Generation) 
         span=work.prompt_tokens,
         target_share=1 / work.prompt_tokens,
     )
-    slot = _slot(network, cluster, prompts, prefill, trains=False)
+    taking_in = _row_cost(network, cluster, prompts, prefill, trains=False)
     return {
         "memory": steps * step,
-        "tp": steps * links + slot.tp,
+        "tp": steps * links + taking_in.tp,
         "pipeline": steps * hop + prefill_hops,
-        "compute": slot.compute,
+        "compute": taking_in.compute,
         "host": _host_seconds(network, cluster, work, step + links + hop),
     }
 
@@ -258,20 +262,20 @@ def _pipelined(
 ) -> Seconds:
     """Rows of one length through the pipeline: m rows keep p stages with v chunks each busy, or
     idle, for the time of m + (p - 1) / v rows."""
-    slot = _slot(network, cluster, batch, row_tokens, trains=trains)
+    row = _row_cost(network, cluster, batch, row_tokens, trains=trains)
     idle = (network.layout.pp - 1) / network.layout.virtual_pp
     return {
-        "compute": rows * slot.compute,
-        "tp": rows * slot.tp,
-        "cp": rows * slot.cp,
-        "pipeline": rows * slot.pipeline,
-        "bubble": idle * slot.total,
+        "compute": rows * row.compute,
+        "tp": rows * row.tp,
+        "cp": rows * row.cp,
+        "pipeline": rows * row.pipeline,
+        "bubble": idle * row.total,
     }
 
 
-def _slot(
+def _row_cost(
     network: PlannedNetwork, cluster: Cluster, batch: Batch, tokens: float, *, trains: bool
-) -> Slot:
+) -> RowCost:
     layout, size = network.layout, network.size
     layers = size.num_layers // layout.pp
     held_tokens = tokens / layout.cp
@@ -306,7 +310,7 @@ def _slot(
         hops = layout.virtual_pp * (2 if trains else 1)
         between = cluster.link_bandwidth(cluster.num_gpus)
         pipeline = hops * (message / between + cluster.latency)
-    return Slot(
+    return RowCost(
         compute=held_tokens * flops / layout.tp / cluster.flops,
         tp=tp_seconds,
         cp=cp_seconds,

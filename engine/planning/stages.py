@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass
 
 from engine.errors import UserError
-from engine.planning.hardware import GIGA, Cluster
-from engine.planning.memory import STAGING, PlannedNetwork
-from engine.planning.parameters import Kind
+from engine.planning.hardware import Cluster
+from engine.planning.memory import PlannedNetwork
 from engine.planning.ranks import (
-    Four,
+    CacheRoom,
+    PPONetworks,
     RankMemory,
-    cache_tokens,
+    cache_room,
     num_slots,
     ppo_ranks,
     training_ranks,
@@ -37,6 +37,7 @@ from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
 from engine.settings.sft import SFTConfig
 from engine.settings.size import named_size
+from models.sizes import Kind
 
 REWARD_MODEL = "6b"  # what selects SFT's epoch: its setting names a run, and the paper's is this
 
@@ -69,7 +70,12 @@ class Estimate:
     step_name: str
     tokens: float
     """Tokens that a step trains on."""
-    notes: list[str]
+    saved_bytes: int
+    """What a rank writes of a checkpoint at the most, or reads."""
+    selected_by: str = ""
+    """Named size that the reward model which selects SFT's epoch is taken to have; "": none."""
+    cache: CacheRoom | None = None
+    """Of a rollout."""
 
 
 def estimate_sft(config: SFTConfig, cluster: Cluster, workload: Workload) -> Estimate:
@@ -96,10 +102,10 @@ def estimate_sft(config: SFTConfig, cluster: Cluster, workload: Workload) -> Est
         if num_pretraining:
             batches.append(_whole(num_pretraining, length))
         steps = config.epochs * workload.demonstrations / demonstrations.count
-    judge = None
+    reward_model = None
     if config.selection.reward_model is not None:
-        judge = _network("scalar", REWARD_MODEL, config, cluster)
-    return _training(network, cluster, batches, config.micro_batch_tokens, steps, judge)
+        reward_model = _network("scalar", REWARD_MODEL, config, cluster)
+    return _training(network, cluster, batches, config.micro_batch_tokens, steps, reward_model)
 
 
 def estimate_rm(config: RMConfig, cluster: Cluster, workload: Workload) -> Estimate:
@@ -119,77 +125,85 @@ def estimate_rm(config: RMConfig, cluster: Cluster, workload: Workload) -> Estim
 
 def estimate_ppo(config: PPOConfig, cluster: Cluster, workload: Workload) -> Estimate:
     """Estimate PPO or PPO-ptx: rollout, scoring and the updates of an iteration."""
-    four = _four(config, cluster, workload)
-    policy, critic, episodes = four.policy, four.critic, four.episodes
-    generator = four.generator
-    ranks = ppo_ranks(four, cluster)
-    num_updates = config.ppo_epochs * config.rollout_batch_size // config.minibatch_size
-    cached = min(cache_tokens(rank, generator) for rank in ranks)
-    rollout = decode_seconds(
-        generator,
-        cluster,
-        Generation(
-            sequences=math.ceil(episodes.count / generator.dp),
-            slots=max(
-                generator.layout.pp, min(num_slots(four), int(cached / episodes.mean_tokens))
-            ),
-            prompt_tokens=workload.prompt_tokens,
-            response_tokens=min(workload.response_tokens, config.sampling.max_new_tokens),
-            most_new_tokens=config.sampling.max_new_tokens,
-            prefill_tokens=config.sampling.prefill_tokens,
-            steps_per_sync=config.sampling.steps_per_sync or 8,
-            uses_graphs=config.sampling.cuda_graphs,
-        ),
-    )
-    networks = {"policy": policy, "critic": critic}
-    if four.is_refitted:
-        rollout["refit"] = refit_seconds(generator, cluster)
-        networks["generation"] = generator
-    budget = config.micro_batch_tokens
-    readers = [policy, critic, policy, critic]
-    readers = readers if config.scores_policy else readers[1:]
-    score = add_seconds(
-        [forward_seconds(network, cluster, episodes, budget) for network in readers]
-    )
-    step = [
-        train_seconds(policy, cluster, four.policy_batches, budget),
-        step_seconds(policy, cluster, four.policy_batches, budget, with_average=True),
-        train_seconds(critic, cluster, four.critic_batches, budget),
-        step_seconds(critic, cluster, four.critic_batches, budget),
-    ]
-    moves = _moves(four, ranks, cluster)
-    reads = [(policy, episodes), (critic, episodes)]
-    trains = [(policy, batch) for batch in four.policy_batches]
-    trains += [(critic, batch) for batch in four.critic_batches]
+    ppo = _ppo_networks(config, cluster, workload)
+    networks = {"policy": ppo.policy, "critic": ppo.critic}
+    if ppo.is_refitted:
+        networks["generation"] = ppo.generator
+    ranks = ppo_ranks(ppo, cluster)
+    cache = cache_room(ppo, ranks)
+    moves = _moves(ppo, ranks, cluster)
+    rollout = _generation(ppo, config, workload, cache.tokens)
     return Estimate(
         networks=networks,
         ranks=ranks,
         phases=[
-            _phase("rollout", rollout | moves["rollout"], reads[:1], trains=False),
-            _phase(
-                "score",
-                score | moves["score"],
-                [(network, episodes) for network in readers],
-                trains=False,
-            ),
-            _phase(
-                "update",
-                add_seconds(step * num_updates) | moves["update"],
-                trains * num_updates,
-                trains=True,
-            ),
+            _rollout_phase(ppo, cluster, rollout, moves["rollout"]),
+            _score_phase(ppo, cluster, moves["score"], scores_policy=config.scores_policy),
+            _update_phase(ppo, cluster, moves["update"], config.num_updates),
         ],
         num_steps=config.iterations,
         step_name="iteration",
-        tokens=num_updates * sum(batch.tokens for batch in four.policy_batches),
-        notes=[
-            *_cache_notes(four, cached),
-            _saving_note(
-                [policy.saved_bytes(stage, has_average=True) for stage in range(policy.layout.pp)],
-                [critic.saved_bytes(stage) for stage in range(critic.layout.pp)],
-            ),
-        ],
+        tokens=config.num_updates * sum(batch.tokens for batch in ppo.policy_batches),
+        saved_bytes=_most_saved(ppo.policy, has_average=True) + _most_saved(ppo.critic),
+        cache=cache,
     )
+
+
+def _generation(
+    ppo: PPONetworks, config: PPOConfig, workload: Workload, cached_tokens: int
+) -> Generation:
+    """What a replica generates in an iteration, with a cache of so many tokens."""
+    sampling, generator, episodes = config.sampling, ppo.generator, ppo.episodes
+    slots = min(num_slots(ppo), int(cached_tokens / episodes.mean_tokens))
+    return Generation(
+        sequences=math.ceil(episodes.count / generator.dp),
+        slots=max(generator.layout.pp, slots),
+        prompt_tokens=workload.prompt_tokens,
+        response_tokens=min(workload.response_tokens, sampling.max_new_tokens),
+        most_new_tokens=sampling.max_new_tokens,
+        prefill_tokens=sampling.prefill_tokens,
+        steps_per_sync=sampling.steps_per_sync or 8,
+        uses_graphs=sampling.cuda_graphs,
+    )
+
+
+def _rollout_phase(ppo: PPONetworks, cluster: Cluster, work: Generation, moves: Seconds) -> Phase:
+    seconds = decode_seconds(ppo.generator, cluster, work)
+    if ppo.is_refitted:
+        seconds["refit"] = refit_seconds(ppo.generator, cluster)
+    return _phase("rollout", seconds | moves, [(ppo.policy, ppo.episodes)], trains=False)
+
+
+def _score_phase(
+    ppo: PPONetworks, cluster: Cluster, moves: Seconds, *, scores_policy: bool
+) -> Phase:
+    # The policy's log-probs where they are wanted, values, the reference's log-probs, scores. The
+    # reference is the policy's like, the reward model the critic's.
+    readers = [ppo.critic, ppo.policy, ppo.critic]
+    if scores_policy:
+        readers = [ppo.policy, *readers]
+    seconds = add_seconds(
+        [forward_seconds(network, cluster, ppo.episodes, ppo.budget) for network in readers]
+    )
+    reads = [(network, ppo.episodes) for network in readers]
+    return _phase("score", seconds | moves, reads, trains=False)
+
+
+def _update_phase(ppo: PPONetworks, cluster: Cluster, moves: Seconds, num_updates: int) -> Phase:
+    policy, critic, budget = ppo.policy, ppo.critic, ppo.budget
+    one_update = [
+        train_seconds(policy, cluster, ppo.policy_batches, budget),
+        step_seconds(policy, cluster, ppo.policy_batches, budget, with_average=True),
+        train_seconds(critic, cluster, ppo.critic_batches, budget),
+        step_seconds(critic, cluster, ppo.critic_batches, budget),
+    ]
+    one_work = [(policy, batch) for batch in ppo.policy_batches]
+    one_work += [(critic, batch) for batch in ppo.critic_batches]
+    seconds, work = [], []
+    for _ in range(num_updates):
+        seconds += one_update
+        work += one_work
+    return _phase("update", add_seconds(seconds) | moves, work, trains=True)
 
 
 def _training(
@@ -198,7 +212,7 @@ def _training(
     batches: list[Batch],
     budget: int,
     steps: float,
-    judge: PlannedNetwork | None = None,
+    reward_model: PlannedNetwork | None = None,
 ) -> Estimate:
     """Estimate a stage that trains one network."""
     seconds = train_seconds(network, cluster, batches, budget)
@@ -206,15 +220,13 @@ def _training(
     work = [(network, batch) for batch in batches]
     return Estimate(
         networks={"policy" if network.kind == "language" else "reward model": network},
-        ranks=training_ranks(network, batches, budget, judge),
+        ranks=training_ranks(network, batches, budget, reward_model),
         phases=[_phase("train", seconds, work, trains=True)],
         num_steps=math.ceil(steps),
         step_name="step",
         tokens=sum(batch.tokens for batch in batches),
-        notes=[
-            *([f"the reward model is taken to be a {REWARD_MODEL}"] if judge else []),
-            _saving_note([network.saved_bytes(stage) for stage in range(network.layout.pp)]),
-        ],
+        saved_bytes=_most_saved(network),
+        selected_by=REWARD_MODEL if reward_model else "",
     )
 
 
@@ -239,14 +251,9 @@ def _phase(
     )
 
 
-def _four(config: PPOConfig, cluster: Cluster, workload: Workload) -> Four:
+def _ppo_networks(config: PPOConfig, cluster: Cluster, workload: Workload) -> PPONetworks:
     if not config.size or not config.reward_model_size:
         raise UserError("a plan of PPO needs --size and --reward-model-size, named sizes")
-    if config.rollout_batch_size % config.minibatch_size:
-        raise UserError(
-            f"rollout_batch_size {config.rollout_batch_size} must be a multiple of "
-            f"minibatch_size {config.minibatch_size}"
-        )
     policy = _network("language", config.size, config, cluster)
     critic = _network(
         "scalar", config.reward_model_size, config, cluster, layout=config.critic_layout
@@ -276,7 +283,7 @@ def _four(config: PPOConfig, cluster: Cluster, workload: Workload) -> Four:
     if config.ptx_coef > 0:
         count = config.ptx_examples_per_episode * config.minibatch_size
         policy_batches.append(_whole(count, min(config.data.pretraining_tokens, context)))
-    return Four(
+    return PPONetworks(
         policy=policy,
         critic=critic,
         generator=generator,
@@ -291,17 +298,21 @@ def _four(config: PPOConfig, cluster: Cluster, workload: Workload) -> Four:
     )
 
 
-def _moves(four: Four, ranks: list[RankMemory], cluster: Cluster) -> dict[str, Seconds]:
-    """Seconds of an iteration's moves by phase, none of them hidden: what the host holds comes in
-    and leaves again; two models that trade places use both directions of the link at once."""
-    host = {row: max(rank.host.get(row, 0) for rank in ranks) for row in _rows(ranks)}
+def _moves(ppo: PPONetworks, ranks: list[RankMemory], cluster: Cluster) -> dict[str, Seconds]:
+    """Seconds of an iteration's moves by phase, none of them hidden.
+
+    What the host holds comes in and leaves again. Two models that trade places use both directions
+    of the link at once.
+    """
+    uses = {use for rank in ranks for use in rank.host}
+    host = {use: max(rank.host.get(use, 0) for rank in ranks) for use in uses}
     score = gathered = 0.0
-    for role, network in (("reference", four.policy), ("reward_model", four.critic)):
-        if getattr(four.residency, role) == "sharded":
+    for role, network in (("reference", ppo.policy), ("reward_model", ppo.critic)):
+        if getattr(ppo.residency, role) == "sharded":
             gathered += gather_seconds(network, cluster)
         score += 2 * move_seconds(host.get(f"{role} weights", 0), cluster)
     parked = sum(host.get(f"{role} optimizer", 0) for role in ("policy", "critic"))
-    away = four.residency.critic == "host"
+    away = ppo.residency.critic == "host"
     critic = host.get("critic weights", 0) if away else 0
     return {
         "rollout": {"swap": move_seconds(parked + critic, cluster)},
@@ -310,25 +321,10 @@ def _moves(four: Four, ranks: list[RankMemory], cluster: Cluster) -> dict[str, S
     }
 
 
-def _rows(ranks: list[RankMemory]) -> set[str]:
-    return {row for rank in ranks for row in rank.host}
-
-
-def _cache_notes(four: Four, cached: int) -> list[str]:
-    wanted = num_slots(four) * four.most_tokens
-    notes = [f"key-value cache: room for {cached:,} tokens a replica, its slots can use {wanted:,}"]
-    if cached < four.most_tokens:
-        notes.append(f"does not fit: one sequence may need {four.most_tokens:,} tokens of cache")
-    return notes
-
-
-def _saving_note(*by_stage: list[int]) -> str:
-    """by_stage: what a rank writes of each network."""
-    most = sum(max(saved) for saved in by_stage)
-    return (
-        f"a checkpoint: a rank writes or reads {most / GIGA:.2f} GB at most; its copies in host "
-        f"memory are taken to be rounded up {STAGING}-fold, which is the most; none on the GPU"
-    )
+def _most_saved(network: PlannedNetwork, *, has_average: bool = False) -> int:
+    """What a rank writes of a network to a checkpoint, on the stage where that is most."""
+    stages = range(network.layout.pp)
+    return max(network.saved_bytes(stage, has_average=has_average) for stage in stages)
 
 
 def _network(

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from engine.preflight.facts import (
     free_memory,
     versions,
 )
-from engine.preflight.judge import Fault, judge, named_ranks, report
+from engine.preflight.faults import Fault, find_faults, named_ranks, report
 from engine.preflight.links import measure_links
 from engine.ranks.device import start_device
 from engine.ranks.start import open_store
@@ -59,7 +60,8 @@ def check_nodes(
         host = _node_of(rank, world_size, config.nodes)
     try:
         store = store or open_store(timeout)
-        nodes = exchange(store, "nodes", rank, world_size, host, timeout)
+        meeting = Meeting(store=store, rank=rank, world_size=world_size)
+        nodes = exchange(meeting, "nodes", host, timeout)
         clock = time.time()  # what was exchanged reaches all at once
         if len(nodes) < world_size:
             return [], _silent_faults(nodes, world_size, config)
@@ -74,28 +76,34 @@ def check_nodes(
             gb_s=measure_links(config, store, [nodes[r] for r in range(world_size)], rank, device),
         )
         text = json.dumps(dataclasses.asdict(facts))
-        texts = exchange(store, "facts", rank, world_size, text, 2 * timeout)
+        texts = exchange(meeting, "facts", text, 2 * timeout)
     except dist.DistError:  # the store is rank 0's
         name = _node_of(0, world_size, config.nodes)
         return [], [Fault(name, f"rank 0 did not answer in {config.timeout_s:g} s")]
     if len(texts) < world_size:
         return [], _silent_faults(texts, world_size, config)
     gathered = [Facts(**json.loads(texts[r])) for r in range(world_size)]
-    return gathered, judge(gathered, config)
+    return gathered, find_faults(gathered, config)
 
 
-def exchange(  # noqa: PLR0913 - a collective over a store, which knows neither rank nor size
-    store: dist.Store,
-    name: str,
-    rank: int,
-    world_size: int,
-    value: str,
-    timeout: datetime.timedelta,
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """Where ranks meet, and who comes there."""
+
+    store: dist.Store
+    """Of rank 0's process; it knows neither the rank nor how many there are."""
+    rank: int
+    world_size: int
+
+
+def exchange(
+    meeting: Meeting, name: str, value: str, timeout: datetime.timedelta
 ) -> dict[int, str]:
     """Return the values of the ranks that gave one before rank 0 had waited for `timeout`.
 
     Raises dist.DistError where rank 0 falls silent.
     """
+    store, rank, world_size = meeting.store, meeting.rank, meeting.world_size
     store.set(f"{name}/{rank}", value)
     if rank == 0:
         keys = {r: f"{name}/{r}" for r in range(world_size)}

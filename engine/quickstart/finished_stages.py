@@ -15,7 +15,8 @@ from engine.rollout import Rollout, generate_rollout
 from engine.score import read_rollout
 from engine.settings.numerics import Numerics
 from engine.settings.ppo import PPOConfig
-from engine.training.network import Kind, Network, build_network
+from engine.training.network import Network, build_network
+from models.sizes import Kind
 
 
 class FinishedStages:

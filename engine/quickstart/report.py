@@ -14,6 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from rich import box
 from rich.table import Table
 
 from engine.files import replacing
@@ -84,13 +85,22 @@ def write_report(
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
-    """Return the table of the models for the screen."""
-    table = Table("model", title=f"reward model: {_accuracy(summary)} of held-out pairs right")
-    for heading, _ in COLUMNS.values():
-        table.add_column(heading, justify="right")
-    for model, name in MODELS.items():
-        if model in summary:
-            table.add_row(name, *_cells(summary[model]))
+    """Return the table of the models for the screen, 76 columns wide: rich takes a screen that it
+    cannot ask for one of 80, and cuts words that find no room."""
+    rows = [(name, *_cells(summary[model])) for model, name in MODELS.items() if model in summary]
+    table = Table(
+        title=f"reward model: {_accuracy(summary)} of held-out pairs right",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    headings = ["model", *(heading for heading, _ in COLUMNS.values())]
+    for i, heading in enumerate(headings):
+        # As wide as its cells and the words of its heading, which takes several lines.
+        width = max(map(len, [*heading.split(), *(row[i] for row in rows)]))
+        table.add_column(heading, justify="right" if i else "left", width=width)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from engine.errors import UserError
-from engine.ranks.heap import keep_freed_memory
+from engine.ranks.heap import freed_bytes, keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -135,6 +136,14 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device to finish; nothing on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that this process could take on the device now."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available + freed_bytes()
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from engine.environment import tell_torchrun
+
 _KEY = "failure/said"
 _PAUSE = 1.0  # seconds between two looks for it; our choice: 1,024 ranks look as often a second
 _HEARD = datetime.timedelta(seconds=10)  # for all ranks to hear of something; our choice
@@ -119,8 +121,10 @@ def _hear(world: _World, store: Any) -> None:
     except dist.DistError:  # rank 0 was killed
         return
     if "status" in words and not world.has_parted.is_set():
+        message = f"rank {words['rank']} failed: {words['message']}"
         if world.rank == 0:  # whose output is read first: under srun each rank has a file
-            print(f"rank {words['rank']} failed: {words['message']}", file=sys.stderr)
+            print(message, file=sys.stderr)
+        tell_torchrun(message)
         _end(words["status"])
 
 

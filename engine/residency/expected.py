@@ -55,8 +55,10 @@ class ExpectedBytes:
 
 
 def expected_bytes(config: ResidencyConfig, models: Mapping[str, ModelBytes]) -> ExpectedBytes:
-    """Return what the phases take, from the bytes of the four models by role, and of "generation",
-    the policy's copy in another layout, where there is one."""
+    """Return what the phases take, from the bytes of the four models by role.
+
+    "generation" is the policy's copy in another layout, where there is one.
+    """
     device: dict[str, dict[str, int]] = {}
     host: dict[str, int] = {}
     passing: dict[str, int] = {}

@@ -83,8 +83,8 @@ class HostCopy:
         stream = self.link.outward
         with self.link.behind_computation(stream):
             for bucket in self._buckets:
-                for host, device in _pairs(bucket, storages):
-                    host.copy_(device, non_blocking=True)
+                for pinned, device in _pairs(bucket, storages):
+                    pinned.copy_(device, non_blocking=True)
                 bucket.saved = stream.record_event() if stream else None
 
     def load(self, storages: Sequence[UntypedStorage], *, after: "HostCopy | None" = None) -> None:
@@ -100,8 +100,8 @@ class HostCopy:
                         saved = copy._buckets[n].saved
                         if saved is not None:
                             stream.wait_event(saved)
-                for host, device in _pairs(bucket, storages):
-                    device.copy_(host, non_blocking=True)
+                for pinned, device in _pairs(bucket, storages):
+                    device.copy_(pinned, non_blocking=True)
             self._loaded = stream.record_event() if stream else None
 
     def wait_saved(self) -> None:
@@ -127,12 +127,12 @@ class Parked:
         self._link = link
         self._storages: list[UntypedStorage] = []
         self._is_parked = False
-        self._host: HostCopy | None = None
+        self._copy: HostCopy | None = None
 
     @property
     def host_bytes(self) -> int:
         """Host memory taken."""
-        return self._host.num_bytes if self._host else 0
+        return self._copy.num_bytes if self._copy else 0
 
     def park(self) -> None:
         """Copy the tensors to the host and give up their device memory."""
@@ -141,10 +141,10 @@ class Parked:
         self.wait()
         self._storages = self._find()
         sizes = tuple(storage.nbytes() for storage in self._storages)
-        if self._host is None or self._host.sizes != sizes:
-            self._host = HostCopy(self._link, sizes)
-        self._host.save(self._storages)
-        self._host.wait_saved()
+        if self._copy is None or self._copy.sizes != sizes:
+            self._copy = HostCopy(self._link, sizes)
+        self._copy.save(self._storages)
+        self._copy.wait_saved()
         release(self._storages)
         self._is_parked = True
 
@@ -152,9 +152,9 @@ class Parked:
         """Take device memory again and start filling it; wait() before it is read."""
         if not self._is_parked:
             return
-        assert self._host is not None
-        allocate(self._storages, self._host.sizes)
-        self._host.load(self._storages)
+        assert self._copy is not None
+        allocate(self._storages, self._copy.sizes)
+        self._copy.load(self._storages)
         self._is_parked = False
 
     def wait(self) -> None:
@@ -163,8 +163,8 @@ class Parked:
             raise RuntimeError(
                 "the optimizer's state is in host memory: use it inside residency.update()"
             )
-        if self._host is not None:
-            self._host.wait_loaded()
+        if self._copy is not None:
+            self._copy.wait_loaded()
 
 
 def distinct_storages(tensors: Iterable[Tensor]) -> list[UntypedStorage]:
@@ -207,7 +207,7 @@ def _deal(sizes: Sequence[int], bucket_bytes: int) -> list[tuple[int, list[_Piec
 
 
 def _pairs(bucket: _Bucket, storages: Sequence[UntypedStorage]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (host bytes, device bytes) of every piece of a bucket."""
+    """Yield (pinned bytes, device bytes) of every piece of a bucket."""
     for piece in bucket.pieces:
         storage = storages[piece.storage]
         device = torch.empty(0, dtype=torch.uint8, device=storage.device)

@@ -10,34 +10,38 @@ from engine.files import replacing
 from engine.residency.expected import PHASES, ExpectedBytes
 
 Count = Callable[[], int]
-"""Returns the bytes that a row holds at the moment."""
+"""Returns the bytes that an entry holds at the moment."""
 
 _REST = "cache, activations"
 
 
 class Ledger:
-    """The bytes of this rank. A row is "role part"; rows are counted from the tensors themselves,
-    whenever something has moved, and the most in a phase is kept."""
+    """The bytes of this rank. An entry is "role part".
+
+    Entries are counted from the tensors themselves whenever something has moved, and the most in a
+    phase is kept.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device_rows: dict[str, Count] = {}
-        self.host_rows: dict[str, Count] = {}
+        self.on_device: dict[str, Count] = {}
+        """Entries whose bytes are device memory, in the order in which they are listed."""
+        self.on_host: dict[str, Count] = {}
+        """Entries whose bytes are host memory."""
         self.expected: ExpectedBytes | None = None
         self.peaks: dict[str, int] = {}
-        """The most bytes of all device rows at once, by phase."""
+        """The most bytes of all device entries at once, by phase."""
         self.measured: dict[str, int] = {}
-        """The most bytes that torch's allocator gave out, and outside_bytes, by phase; on a GPU
-        only."""
+        """The most bytes that torch's allocator gave out, and outside_bytes, by phase: on a GPU."""
         self.outside_bytes = 0
         """The most bytes of this phase beside torch's allocator: a lasting key-value cache."""
         self._device = device
-        self._held: dict[str, dict[str, int]] = {}  # the most of each device row, by phase
+        self._held: dict[str, dict[str, int]] = {}  # the most of each device entry, by phase
         self._phase: str | None = None
 
     def begin(self, phase: str) -> None:
         """Start counting a phase."""
         self._phase = phase
-        self._held[phase] = dict.fromkeys(self.device_rows, 0)
+        self._held[phase] = dict.fromkeys(self.on_device, 0)
         self.peaks[phase] = self.outside_bytes = 0
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -47,9 +51,9 @@ class Ledger:
         """Count what is held now."""
         if self._phase is None:
             return
-        now = {row: count() for row, count in self.device_rows.items()}
+        now = _counted(self.on_device)
         held = self._held[self._phase]
-        self._held[self._phase] = {row: max(held[row], num_bytes) for row, num_bytes in now.items()}
+        self._held[self._phase] = {name: max(held[name], count) for name, count in now.items()}
         self.peaks[self._phase] = max(self.peaks[self._phase], sum(now.values()))
 
     def end(self, phase: str) -> None:
@@ -70,20 +74,20 @@ class Ledger:
             for role, num_bytes in _by_role(held).items():
                 values[f"memory/{phase}_{role}_bytes"] = num_bytes
             values[f"memory/{phase}_peak_bytes"] = self.measured.get(phase, self.peaks[phase])
-        host = self._host()
+        host = _counted(self.on_host)
         for role, num_bytes in _by_role(host).items():
             values[f"memory/host_{role}_bytes"] = num_bytes
         values["memory/host_bytes"] = sum(host.values())
         return {key: float(value) for key, value in values.items()}
 
     def table(self) -> str:
-        """Return the ledger as text: a row a model's part, a column a phase, and the host."""
-        host = self._host()
+        """Return the ledger as text: a line an entry, a column a phase, and the host."""
+        host = _counted(self.on_host)
         lines = {
-            row: [*(self._held.get(phase, {}).get(row, 0) for phase in PHASES), host.get(row, 0)]
-            for row in dict.fromkeys([*self.device_rows, *host])
+            name: [*(self._held.get(phase, {}).get(name, 0) for phase in PHASES), host.get(name, 0)]
+            for name in dict.fromkeys([*self.on_device, *host])
         }
-        lines = {row: line for row, line in lines.items() if any(line)}
+        lines = {name: line for name, line in lines.items() if any(line)}
         peaks = [self.peaks.get(phase, 0) for phase in PHASES]
         if self.measured:
             measured = [self.measured.get(phase, 0) for phase in PHASES]
@@ -94,14 +98,13 @@ class Ledger:
         if self.expected is not None:
             totals = [self.expected.device_total(phase) for phase in PHASES]
             lines[f"expected, without {_REST}"] = [*totals, self.expected.host_total]
-        unit, divisor = _unit(max(max(line) for line in lines.values()))
+        scale, divisor = _scale(max(max(line) for line in lines.values()))
         width = max(map(len, lines))
-        head = " ".join(f"{name:>9}" for name in (*PHASES, "host"))
-        rows = (
-            f"{row:<{width}} " + " ".join(f"{_cell(value, divisor):>9}" for value in line)
-            for row, line in lines.items()
-        )
-        return "\n".join((f"{unit:<{width}} {head}", *rows))
+        table = [f"{scale:<{width}} " + " ".join(f"{name:>9}" for name in (*PHASES, "host"))]
+        for name, line in lines.items():
+            cells = " ".join(f"{_cell(num_bytes, divisor):>9}" for num_bytes in line)
+            table.append(f"{name:<{width}} {cells}")
+        return "\n".join(table)
 
     def write(self, path: Path, *, rank: int) -> None:
         """Write the table to a file, in place of an earlier one."""
@@ -115,20 +118,21 @@ class Ledger:
         size = properties.total_memory / 2**30
         return f"Memory of rank {rank}, {properties.name} of {size:.1f} GiB"
 
-    def _host(self) -> dict[str, int]:
-        return {row: count() for row, count in self.host_rows.items()}
+
+def _counted(entries: Mapping[str, Count]) -> dict[str, int]:
+    return {name: count() for name, count in entries.items()}
 
 
-def _by_role(rows: Mapping[str, int]) -> dict[str, int]:
-    """Sum the rows "role part" of each role."""
+def _by_role(entries: Mapping[str, int]) -> dict[str, int]:
+    """Sum the entries "role part" of each role."""
     totals: dict[str, int] = {}
-    for row, num_bytes in rows.items():
-        role = row.split()[0]
+    for name, num_bytes in entries.items():
+        role = name.split()[0]
         totals[role] = totals.get(role, 0) + num_bytes
     return totals
 
 
-def _unit(most: int) -> tuple[str, int]:
+def _scale(most: int) -> tuple[str, int]:
     return ("GiB", 2**30) if most >= 2**30 else ("MiB", 2**20)
 
 

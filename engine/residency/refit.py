@@ -25,7 +25,6 @@ from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.training.network import Network, build_network
 
-_NEVER_FILLED = -1  # a version that no weights have
 _ROUND_BYTES = 2**28
 _LAYERS = "decoder.layers."
 
@@ -51,7 +50,7 @@ class Refit:
         self.source = source
         parallel = rearranged(source.parallel, layout)
         self.network = build_network("language", source.size, parallel, numerics=numerics)
-        self.network.source = source
+        self.network.become_copy(source)
         self.report: RefitReport | None = None
         """Of the last refit."""
         resharding = Resharding(
@@ -92,7 +91,7 @@ class Refit:
         targets = by_model_name(self.network.modules)
         num_received = sum(_exchange(round_, sources, targets) for round_ in self._rounds)
         synchronize(device)
-        self.network.weights_version = self.source.weights_version
+        self.network.mark_copied()
         seconds = time.perf_counter() - started
         cost = torch.tensor([seconds, num_received], dtype=torch.float64, device=device)
         dist.all_reduce(cost, op=dist.ReduceOp.MAX)
@@ -102,7 +101,7 @@ class Refit:
     def release(self) -> None:
         """Give up the copy's memory; it is stale until the next refit."""
         release(self._storages)
-        self.network.weights_version = _NEVER_FILLED
+        self.network.mark_emptied()
 
 
 def by_model_name(modules: Iterable[Any]) -> dict[str, Tensor]:

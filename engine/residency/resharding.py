@@ -109,10 +109,10 @@ class Resharding:
         tp_rank, stage = rank % self.source.tp, self._stage(rank)
         senders: dict[tuple[int, int | None], dict[int, int]] = {}
         for piece in pieces[rank % self.target.tp]:
-            place = (piece.tensor.stage, piece.source_tp)
-            if place not in senders:
-                senders[place] = self._senders(*place, tp_rank)
-            round_of(piece, rank).receives.append(_message(piece, senders[place][rank]))
+            holders = (piece.tensor.stage, piece.source_tp)
+            if holders not in senders:
+                senders[holders] = self._senders(*holders, tp_rank)
+            round_of(piece, rank).receives.append(_message(piece, senders[holders][rank]))
         asked = {held: self._senders(stage, held, tp_rank) for held in (tp_rank, None)}
         mine = [
             [p for p in each if p.tensor.stage == stage and p.source_tp in asked] for each in pieces
@@ -169,8 +169,8 @@ class Resharding:
         return found
 
     def _cuts(self, tensor: WholeTensor, target_tp: int) -> list[tuple[int | None, slice, slice]]:
-        """Return, for each part of the source that meets a rank's share in the target, who has it
-        and where along the cut it lies in both."""
+        """Return the parts of the source that meet a rank's share in the target: for each who has
+        it, and where along the cut it lies in both."""
         if tensor.cut is None:
             return [(None, slice(None), slice(None))]
         size = tensor.shape[tensor.cut]

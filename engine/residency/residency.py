@@ -14,6 +14,7 @@ that trains is on the GPU, for checkpoints.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +37,7 @@ from engine.training.network import Network
 from engine.training.optimizer import Optimizer
 from models.sizes import GPTSize
 
+_TRAINED = ("policy", "critic")
 FrozenRole = Literal["reference", "reward_model"]
 Load = Callable[[Network | None], Network]
 """Loads a model's weights into the network it is given, or into one that it builds."""
@@ -45,6 +47,43 @@ _ADVICE = {
     "score": "lower micro_batch_tokens",
     "update": "lower micro_batch_tokens, or recompute activations (numerics.recompute full)",
 }
+
+
+def _no_state() -> list[UntypedStorage]:
+    """Return where the state of a frozen model lies: it has none."""
+    return []
+
+
+@dataclass(kw_only=True, eq=False)
+class _Model:
+    """The model of one role, and where its parts rest."""
+
+    network: Network
+    expected: ModelBytes
+    """What it takes on this rank."""
+    seat: Seat | None = None
+    """The memory that its weights come into and leave; none: they stay where they are."""
+    find_state: Callable[[], list[UntypedStorage]] = _no_state
+    """Returns where a trained model's optimizer state and averaged weights lie now."""
+    state: list[UntypedStorage] = field(default_factory=list)
+    """What find_state returned at the start of this phase."""
+    parked: Parked | None = None
+    """The state, where it waits on the host for updates."""
+
+    def release_gradients(self) -> None:
+        """Give up what only updates need: the memory of a trained model's gradients."""
+        for chunk in self.network.chunks:
+            chunk.offload_grad_buffers(synchronize=False, empty_cache=False)
+
+    def restore_gradients(self) -> None:
+        """Take their memory again."""
+        for chunk in self.network.chunks:
+            chunk.restore_grad_buffers(synchronize=False)
+
+    def restore_weights(self) -> None:
+        """Have the weights in their memory, to be read and changed."""
+        if self.seat is not None:
+            self.seat.restore()
 
 
 class Residency:
@@ -59,43 +98,40 @@ class Residency:
         self.config = config
         self.ledger = Ledger(device)
         self._link = Link(device, bucket_bytes=config.bucket_mib * 2**20)
-        self._trained = {"policy": policy, "critic": critic}
-        self._seats: dict[str, Seat] = {}  # by the role of the owner
-        self._parked: list[Parked] = []
-        self._find_state: dict[str, Callable[[], list[UntypedStorage]]] = {}
-        self._state: dict[str, list[UntypedStorage]] = {}  # looked up at the start of a phase
-        self._models: dict[str, ModelBytes] = {}
+        self._models: dict[str, _Model] = {}
+        """By role; the policy's copy is "generation"."""
         self._refit: Refit | None = None
         self._is_connected = False
-        for role, optimizer in self._trained.items():
+        for role, optimizer in zip(_TRAINED, (policy, critic), strict=True):
             self._take_over(role, optimizer, ema if ema.optimizer is optimizer else None)
         if config.critic == "host":
-            self._seat("critic", critic.network)
+            self._seat("critic")
         self._release_gradients()
 
     def frozen(self, role: FrozenRole, size: GPTSize, load: Load) -> Network:
         """Load a frozen model of that size to where the settings want it; return its network.
 
-        Called before the run's checkpoint is resumed. On the host, a model as large as its partner
-        is loaded and read in the partner's memory, another in memory that it has for the time.
+        Called before the run's checkpoint is resumed. Of those that rest on the host, a model as
+        large as its partner is loaded and read in the partner's memory; another has memory of its
+        own for the time.
         """
-        placement, partner = getattr(self.config, role), PARTNERS[role]
-        rows, row = self.ledger.device_rows, f"{role} weights"
-        if placement == "host" and size == self._trained[partner].network.size:
-            seat = self._seat(partner, self._trained[partner].network)
+        choice, partner = getattr(self.config, role), PARTNERS[role]
+        entry = f"{role} weights"
+        if choice == "host" and size == self._models[partner].network.size:
+            seat = self._seat(partner)
             network = seat.admit(load)
-            self.ledger.host_rows[row] = lambda: seat.host_bytes["guest"]
-            self._models[role] = model_bytes(network)
+            self._models[role] = _Model(network=network, expected=model_bytes(network))
+            self.ledger.on_host[entry] = lambda: seat.host_bytes["guest"]
             return network
         network = load(None)
-        self._models[role] = model_bytes(network)
-        if placement == "sharded":
+        self._models[role] = _Model(network=network, expected=model_bytes(network))
+        if choice == "sharded":
             shards = ShardedWeights(network, self.ledger.observe)
-            rows[row] = lambda: shards.num_bytes
+            self.ledger.on_device[entry] = lambda: shards.num_bytes
             return network
-        rows[row] = _count(distinct_storages(weights_of(network)))
-        if placement == "host":
-            own_seat = self._seat(role, network)
+        self.ledger.on_device[entry] = _count(distinct_storages(weights_of(network)))
+        if choice == "host":
+            own_seat = self._seat(role)
             own_seat.rests_on_host = True
             own_seat.vacate()
         return network
@@ -105,12 +141,14 @@ class Residency:
         in every rollout, and has memory there only. Raises UserError for a layout that does not
         fit."""
         try:
-            refit = Refit(self._trained["policy"].network, layout, numerics=numerics)
+            refit = Refit(self._models["policy"].network, layout, numerics=numerics)
         except UserError as error:
             raise UserError(f"generation_layout: {error}") from None
         self._refit = refit
-        self._models["generation"] = model_bytes(refit.network)
-        self.ledger.device_rows["generation weights"] = lambda: refit.num_bytes
+        self._models["generation"] = _Model(
+            network=refit.network, expected=model_bytes(refit.network)
+        )
+        self.ledger.on_device["generation weights"] = lambda: refit.num_bytes
 
     @contextlib.contextmanager
     def rollout(self) -> Iterator[Network]:
@@ -118,12 +156,12 @@ class Residency:
         besides; gives the network that generates, the policy or its copy, which is made anew."""
         with self._phase("rollout"):
             self._rest()
-            self._restore("policy")
+            self._models["policy"].restore_weights()
             if self.config.critic == "host":
-                self._seats["critic"].vacate()
+                self._seat("critic").vacate()
             self._connect()
             self.ledger.begin("rollout")
-            policy = self._trained["policy"].network
+            policy = self._models["policy"].network
             copied = contextlib.nullcontext(policy) if self._refit is None else self._refit.filled()
             with copied as network:
                 self.ledger.observe()
@@ -145,14 +183,14 @@ class Residency:
         with self._phase("score"):
             self._rest()
             self.ledger.begin("score")
-            trained = [self._seats[role] for role in self._trained if role in self._seats]
-            for seat in trained:
+            seats = [model.seat for model in self._trained() if model.seat is not None]
+            for seat in seats:
                 seat.awaits_guest = seat.guest is not None
                 if seat.awaits_guest:
                     seat.begin_saving()
                 seat.start(seat.owner)
             yield
-            for seat in trained:
+            for seat in seats:
                 seat.awaits_guest = False
                 seat.start(seat.owner)
 
@@ -161,12 +199,12 @@ class Residency:
         """Run phase 5 with what trains on the device: weights, gradients, optimizer state. It stays
         there after the block."""
         with self._phase("update"):
-            for role, optimizer in self._trained.items():
-                self._restore(role)
-                for chunk in optimizer.network.chunks:
-                    chunk.restore_grad_buffers(synchronize=False)
-            for parked in self._parked:  # arrives during the first forward and backward passes
-                parked.fetch()
+            for model in self._trained():
+                model.restore_weights()
+                model.restore_gradients()
+            for model in self._trained():  # arrives during the first forward and backward passes
+                if model.parked is not None:
+                    model.parked.fetch()
             self.ledger.begin("update")
             yield
 
@@ -185,9 +223,11 @@ class Residency:
     def _phase(self, name: str) -> Iterator[None]:
         """Run a block that begins the phase in the ledger; UserError where the device's memory does
         not suffice."""
-        self._state = {role: find() for role, find in self._find_state.items()}
+        for model in self._models.values():
+            model.state = model.find_state()
         if PARTNERS.keys() <= self._models.keys():  # the frozen models are there too
-            self.ledger.expected = expected_bytes(self.config, self._models)
+            expected = {role: model.expected for role, model in self._models.items()}
+            self.ledger.expected = expected_bytes(self.config, expected)
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -203,38 +243,38 @@ class Residency:
         """Before the first rollout, open what the run's ranks will talk through."""
         if self._is_connected:
             return
-        parallels = [optimizer.network.parallel for optimizer in self._trained.values()]
+        parallels = [model.network.parallel for model in self._trained()]
         if self._refit is not None:
             parallels.append(self._refit.network.parallel)
         open_connections(parallels)
         self._is_connected = True
 
+    def _trained(self) -> list[_Model]:
+        return [self._models[role] for role in _TRAINED]
+
     def _rest(self) -> None:
         """Give up what only updates need."""
         self._release_gradients()
-        for parked in self._parked:
-            parked.park()
+        for model in self._trained():
+            if model.parked is not None:
+                model.parked.park()
 
     def _release_gradients(self) -> None:
-        for optimizer in self._trained.values():
-            for chunk in optimizer.network.chunks:
-                chunk.offload_grad_buffers(synchronize=False, empty_cache=False)
+        for model in self._trained():
+            model.release_gradients()
 
-    def _restore(self, role: str) -> None:
-        """Have a trained network's weights in its memory, to be read and changed."""
-        if role in self._seats:
-            self._seats[role].restore()
-
-    def _seat(self, role: str, network: Network) -> Seat:
-        if role not in self._seats:
-            seat = self._seats[role] = Seat(network, self._link, self.ledger.observe)
-            self.ledger.host_rows[f"{role} weights"] = lambda: seat.host_bytes["owner"]
-        return self._seats[role]
+    def _seat(self, role: str) -> Seat:
+        """Return a role's seat, made when it is first asked for."""
+        model = self._models[role]
+        if model.seat is None:
+            seat = model.seat = Seat(model.network, self._link, self.ledger.observe)
+            self.ledger.on_host[f"{role} weights"] = lambda: seat.host_bytes["owner"]
+        return model.seat
 
     def _take_over(self, role: str, optimizer: Optimizer, ema: EMA | None) -> None:
         """Enter a trained model's parts in the ledger, and arrange for its state to be parked."""
-        network, rows = optimizer.network, self.ledger.device_rows
-        self._models[role] = model_bytes(network, optimizer, ema)
+        network, ledger = optimizer.network, self.ledger
+        expected = model_bytes(network, optimizer, ema)
         optimizer.prepare_state()  # what the run will need is taken at its start
         weights = distinct_storages(weights_of(network))
         gradients = distinct_storages(
@@ -247,15 +287,15 @@ class Residency:
             found = distinct_storages([*optimizer.state_tensors(), *shadows])
             return [storage for storage in found if storage._cdata not in known]
 
-        self._find_state[role] = find_state
-        rows[f"{role} weights"] = _count(weights)
-        rows[f"{role} gradients"] = _count(gradients)
-        rows[f"{role} optimizer"] = lambda: sum(s.nbytes() for s in self._state.get(role, ()))
+        model = _Model(network=network, expected=expected, find_state=find_state)
+        self._models[role] = model
+        ledger.on_device[f"{role} weights"] = _count(weights)
+        ledger.on_device[f"{role} gradients"] = _count(gradients)
+        ledger.on_device[f"{role} optimizer"] = lambda: _num_bytes(model.state)
         if self.config.optimizer == "host":
-            parked = Parked(find_state, self._link)
-            self._parked.append(parked)
-            optimizer.await_state = parked.wait
-            self.ledger.host_rows[f"{role} optimizer"] = lambda: parked.host_bytes
+            parked = model.parked = Parked(find_state, self._link)
+            optimizer.await_state_by(parked.wait)
+            ledger.on_host[f"{role} optimizer"] = lambda: parked.host_bytes
 
 
 def model_bytes(
@@ -293,7 +333,11 @@ def _size(parameters: Iterable[torch.Tensor]) -> int:
 
 
 def _count(storages: list[UntypedStorage]) -> Callable[[], int]:
-    return lambda: sum(storage.nbytes() for storage in storages)
+    return lambda: _num_bytes(storages)
+
+
+def _num_bytes(storages: list[UntypedStorage]) -> int:
+    return sum(storage.nbytes() for storage in storages)
 
 
 def _advice(config: ResidencyConfig, phase: str) -> str:

@@ -1,7 +1,6 @@
 """Device memory that the weights of one network at a time lie in: its owner's, or a guest's."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
@@ -34,7 +33,7 @@ class Seat:
         self._versions: dict[int, int] = {}  # of the weights in the copies
         self._occupant: Network | None = owner
         self._is_ready = True
-        owner.place = self
+        owner.move_into(self)
 
     @property
     def host_bytes(self) -> dict[str, int]:
@@ -45,9 +44,7 @@ class Seat:
 
     def admit(self, load: Callable[[Network], object]) -> Network:
         """Return a guest, its weights brought into the owner's memory by `load` and copied out."""
-        guest = dataclasses.replace(
-            self.owner, modules=self.owner.modules, chunks=self.owner.modules, weights_version=0
-        )
+        guest = self.owner.guest()
         self._save(self.owner)
         self._copies[id(self.owner)].wait_saved()
         self.guest = self._occupant = guest

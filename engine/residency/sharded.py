@@ -16,13 +16,13 @@ class ShardedWeights:
     """Keeps 1 / dp of a network's weights on this rank.
 
     A chunk's forward pass gathers what lies outside of its layers (embeddings, final norm, head)
-    for as long as it runs, and of the layers two at a time: while one computes, the next arrives.
-    All data-parallel ranks make the same passes.
+    for as long as it runs. Of the layers it gathers two at a time: while one computes, the next
+    arrives. All data-parallel ranks make the same passes.
     """
 
     def __init__(self, network: Network, observe: Callable[[], None]) -> None:
         """observe: called whenever device memory was taken."""
-        self._units: list[_Unit] = []
+        self._bundles: list[_Bundle] = []
         self._observe = observe
         for chunk in network.modules:
             self._shard(chunk, network.parallel)
@@ -30,40 +30,40 @@ class ShardedWeights:
     @property
     def num_bytes(self) -> int:
         """Device memory taken: this rank's shards, and what is gathered."""
-        return sum(unit.num_bytes for unit in self._units)
+        return sum(bundle.num_bytes for bundle in self._bundles)
 
     def _shard(self, chunk: Any, parallel: Parallel) -> None:
         layers = list(chunk.decoder.layers)
         inside = {p for layer in layers for p in layer.parameters()}
         outside = [p for p in chunk.parameters() if p not in inside]  # none within a pipeline
-        ends = [_Unit(part, parallel) for part in _by_dtype(outside)]
-        units = [_Unit(list(layer.parameters()), parallel) for layer in layers]
-        self._units += ends + units
+        ends = [_Bundle(part, parallel) for part in _by_dtype(outside)]
+        bundles = [_Bundle(list(layer.parameters()), parallel) for layer in layers]
+        self._bundles += ends + bundles
 
         def begin_chunk(*_: Any) -> None:
-            for unit in (*ends, units[0]):
-                unit.start_gather()
-            for unit in ends:
-                unit.wait()
+            for bundle in (*ends, bundles[0]):
+                bundle.start_gather()
+            for bundle in ends:
+                bundle.wait()
 
         def end_chunk(*_: Any) -> None:
-            for unit in ends:
-                unit.drop()
+            for bundle in ends:
+                bundle.drop()
 
         chunk.register_forward_pre_hook(begin_chunk)
         chunk.register_forward_hook(end_chunk)
         for n, layer in enumerate(layers):
-            following = units[n + 1] if n + 1 < len(units) else None
+            following = bundles[n + 1] if n + 1 < len(bundles) else None
 
-            def begin_layer(*_: Any, unit: _Unit = units[n], after: Any = following) -> None:
-                unit.wait()
+            def begin_layer(*_: Any, bundle: _Bundle = bundles[n], after: Any = following) -> None:
+                bundle.wait()
                 if after is not None:  # its memory comes from the layer before this one
                     after.start_gather()
-                if unit is units[0]:  # two layers and the ends: the most at once
+                if bundle is bundles[0]:  # two layers and the ends: the most at once
                     self._observe()
 
-            def end_layer(*_: Any, unit: _Unit = units[n]) -> None:
-                unit.drop()
+            def end_layer(*_: Any, bundle: _Bundle = bundles[n]) -> None:
+                bundle.drop()
 
             layer.register_forward_pre_hook(begin_layer)
             layer.register_forward_hook(end_layer)
@@ -75,7 +75,7 @@ def _by_dtype(parameters: list[torch.nn.Parameter]) -> list[list[torch.nn.Parame
     return [[p for p in parameters if p.dtype is dtype] for dtype in dtypes]
 
 
-class _Unit:
+class _Bundle:
     """Parameters of one dtype that are gathered together."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], parallel: Parallel) -> None:

@@ -30,6 +30,10 @@ class ParallelLayout:
     """Gather the weights that data-parallel ranks have updated while the next forward pass starts;
     none: where the gradients' sum overlaps, on GPUs. It needs that, which cuts the buffers into the
     buckets that are gathered one by one. Changes speed, nothing else."""
+    bucket_elements: int | None = None
+    """Elements of a bucket of gradients and weights that one message carries, where they overlap;
+    none: megatron's 40 M, or 1 M a data-parallel rank where that is more. Changes speed and
+    padding, nothing else."""
 
     def overlaps(self, *, gains: bool) -> tuple[bool, bool]:
         """Return whether the sum of gradients and the gathering of weights overlap, where `gains`
@@ -39,16 +43,21 @@ class ParallelLayout:
             reduce = gains or bool(gather)
         return reduce, gains and reduce if gather is None else gather
 
+    @property
+    def num_model_ranks(self) -> int:
+        """Ranks that hold a model together: tp x pp x cp; raises UserError for a bad degree."""
+        self._check_degrees()
+        return self.tp * self.pp * self.cp
+
     def dp(self, world_size: int) -> int:
         """Return the data-parallel degree that world_size ranks leave, or raise UserError."""
-        self._check_degrees()
-        model_ranks = self.tp * self.pp * self.cp
-        if world_size % model_ranks:
+        if world_size % self.num_model_ranks:
             raise UserError(
                 f"{world_size} ranks cannot be split: layout tp {self.tp} x pp {self.pp} "
-                f"x cp {self.cp} = {model_ranks} must divide them; change --layout or the launch"
+                f"x cp {self.cp} = {self.num_model_ranks} must divide them; change --layout or the "
+                "launch"
             )
-        return world_size // model_ranks
+        return world_size // self.num_model_ranks
 
     def described(self, dp: int) -> str:
         """Return the degrees in words, dp among them; cp where there is context parallelism."""
@@ -95,7 +104,7 @@ class ParallelLayout:
             )
 
     def _check_degrees(self) -> None:
-        check_numbers(self, "layout.", counts="tp pp virtual_pp cp")
+        check_numbers(self, "layout.", counts="tp pp virtual_pp cp bucket_elements")
         if self.virtual_pp > 1 and self.pp == 1:
             raise UserError("layout.virtual_pp needs layout.pp > 1")
         if self.sequence_parallel and self.tp == 1:

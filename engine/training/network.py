@@ -1,10 +1,11 @@
 """A model on this rank: its pipeline chunks, built for a role, frozen or trainable."""
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -14,11 +15,9 @@ from engine.ranks.seeds import seed_for_head, seed_for_initialisation
 from engine.settings.numerics import Numerics
 from models.attention import attention_backend
 from models.gpt import GPT
-from models.layers import transformer_config
+from models.layers import Arithmetic, Degrees, transformer_config
 from models.scalar_gpt import ScalarGPT
-from models.sizes import GPTSize
-
-Kind = Literal["language", "scalar"]
+from models.sizes import GPTSize, Kind
 
 
 class Place(Protocol):
@@ -31,9 +30,28 @@ class Place(Protocol):
         """Run a block with the network's weights there."""
 
 
+_NEVER_FILLED = -1  # a version that no weights have
+
+
 @dataclass(kw_only=True)
 class Network:
-    """One model's share on this rank."""
+    """One model's share on this rank.
+
+    No other file assigns its fields. They change by these methods, which are called by:
+
+    - become_trainable: engine/training/optimizer.py, once, before the first pass with gradients.
+    - scale_losses: engine/training/optimizer.py, once, as the optimizer is made.
+    - mark_changed: whoever has changed the weights, at once. These are the optimizer, a checkpoint
+      or model that was read, and the shift of a reward model's bias.
+    - reducing: engine/training/passes.py, around each run through the pipeline.
+    - train, evaluating: whoever reads a network that trains; generation, while it samples.
+    - move_into, guest: engine/residency/seat.py, before the first iteration.
+    - become_copy, mark_copied, mark_emptied: the refit, as it makes, fills and releases the copy.
+    - keep: engine/generation/decoding.py, at the first rollout.
+
+    The memory of the weights is not a field. engine/residency frees it and fills it again. It
+    hooks into the modules of networks whose weights it gathers layer by layer.
+    """
 
     kind: Kind
     size: GPTSize
@@ -44,7 +62,7 @@ class Network:
     weights_version: int = 0
     """Counts the changes of the weights: what was made from older ones is known as stale."""
     source: "Network | None" = None
-    """The network in another layout that this one copies (engine/residency/refit.py)."""
+    """The network in another layout that this one copies."""
     place: Place | None = None
     """Where the weights come and go; none: they stay."""
     decoding: Any = field(default=None, repr=False, compare=False)
@@ -100,6 +118,85 @@ class Network:
         for chunk in self.chunks:
             chunk.train(mode)
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run a block without dropout, and put the mode back that was found."""
+        was_training = self.chunks[0].training
+        self.train(False)
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
+    def become_trainable(self, wrap: Callable[[int, Any], Any]) -> None:
+        """Give the weights gradients and switch dropout on; the chunks are what `wrap` makes of
+        (virtual stage, module)."""
+        for module in self.modules:
+            module.requires_grad_(True)
+        self.chunks = [wrap(stage, module) for stage, module in enumerate(self.modules)]
+        self.train(True)
+
+    def scale_losses(self, scale: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+        """Have backward passes begin with what `scale` makes of a loss (fp16); none: with the
+        loss."""
+        self.config.grad_scale_func = scale
+
+    def mark_changed(self) -> None:
+        """Count a change of the weights."""
+        self.weights_version += 1
+
+    @contextlib.contextmanager
+    def reducing(self, *, starts: bool) -> Iterator[None]:
+        """Run a block whose backward passes start the overlapped reduction of a bucket with its
+        last micro-batch, or not at all."""
+        with contextlib.ExitStack() as stack:
+            if not any(self.overlapping_groups):
+                pass
+            elif starts:
+                no_syncs = [chunk.no_sync for chunk in self.chunks]  # kept by all but the last
+                self.config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+                stack.callback(setattr, self.config, "no_sync_func", None)
+            else:
+                for chunk in self.chunks:
+                    stack.enter_context(chunk.no_sync())
+            yield
+
+    @property
+    def overlapping_groups(self) -> list[Any]:
+        """megatron's groups of buckets whose reduction overlaps with backward passes."""
+        return [
+            group
+            for chunk in self.chunks
+            for group in getattr(chunk, "bucket_groups", [])
+            if group.ddp_config.overlap_grad_reduce
+        ]
+
+    def move_into(self, place: Place) -> None:
+        """Have the weights come and go as `place` says."""
+        self.place = place
+
+    def guest(self) -> "Network":
+        """Return a frozen network of the same modules, whose weights take turns with this one's."""
+        return dataclasses.replace(self, chunks=self.modules, weights_version=0)
+
+    def become_copy(self, source: "Network") -> None:
+        """Be a copy of a network in another layout, not yet filled."""
+        self.source = source
+        self.mark_emptied()
+
+    def mark_copied(self) -> None:
+        """Say that the weights are those of the source."""
+        assert self.source is not None
+        self.weights_version = self.source.weights_version
+
+    def mark_emptied(self) -> None:
+        """Say that a copy's weights are gone: it is stale until the next mark_copied."""
+        self.weights_version = _NEVER_FILLED
+
+    def keep(self, decoding: Any) -> None:
+        """Keep what generation wants to find again in the next rollout."""
+        self.decoding = decoding
+
 
 def build_network(
     kind: Kind,
@@ -123,19 +220,20 @@ def build_network(
     fuses_gradients = numerics.gradient_accumulation_fusion
     if fuses_gradients is None:
         fuses_gradients = choices.fuses_gradient_accumulation
-    config = transformer_config(
-        size,
+    degrees = Degrees(
         tp=layout.tp,
         pp=layout.pp,
         virtual_pp=layout.virtual_pp,
         sequence_parallel=layout.sequence_parallel,
+    )
+    arithmetic = Arithmetic(
         dtype=DTYPES[numerics.dtype],
-        dropout=dropout,
         recompute=numerics.recompute,
         fuses_elementwise=choices.fuses_elementwise,
         fuses_gradient_accumulation=fuses_gradients,
         deterministic=numerics.deterministic,
     )
+    config = transformer_config(size, degrees, arithmetic, dropout=dropout)
     seed_for_initialisation(parallel)
     with parallel.active():
         modules = [_build_chunk(kind, size, parallel, config, n) for n in range(layout.virtual_pp)]

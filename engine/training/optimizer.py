@@ -21,11 +21,6 @@ from engine.training.network import Network
 from engine.training.passes import finish_gradients
 from engine.training.skipped import SkippedSteps
 
-# Elements of a bucket that is reduced and gathered at once where that overlaps; None for megatron's
-# choice, 40 M or 1 M a data-parallel rank, whichever is more.
-BUCKET_ELEMENTS: int | None = None
-
-
 Owned = tuple[torch.nn.Parameter, slice, torch.Tensor]
 """(parameter, range of its flattened elements, what this rank keeps in fp32 for that range)."""
 
@@ -43,7 +38,7 @@ class StepResult:
 
 
 class Optimizer:
-    """The optimizer of one network; its steps are counted in the schedule's unit by the caller."""
+    """The optimizer of one network; where in the schedule a step lies is the caller's to say."""
 
     def __init__(self, network: Network, config: AdamConfig, *, total_steps: int) -> None:
         self.network = network
@@ -54,10 +49,9 @@ class Optimizer:
         self.skipped = SkippedSteps(limit=config.max_skipped_steps)
         self._use_fused_kernel()
         self._is_counted = self._counted_masters()
-        self.await_state: Callable[[], None] = _at_hand
-        network.config.grad_scale_func = (
-            self.megatron.scale_loss if network.dtype is torch.float16 else None
-        )
+        self._await_state: Callable[[], None] = _at_hand
+        is_scaled = network.dtype is torch.float16
+        network.scale_losses(self.megatron.scale_loss if is_scaled else None)
         is_cosine = config.schedule == "cosine"
         self.schedule = OptimizerParamScheduler(
             self.megatron,
@@ -73,6 +67,10 @@ class Optimizer:
             wd_incr_style="constant",
         )
 
+    def await_state_by(self, wait: Callable[[], None]) -> None:
+        """Call `wait` before masters and moments are read: they may be elsewhere."""
+        self._await_state = wait
+
     def zero_gradients(self) -> None:
         """Clear the gradient buffers before the first forward_backward of a step."""
         for chunk in self.network.chunks:
@@ -86,7 +84,7 @@ class Optimizer:
         A skipped step changes nothing but fp16's loss scale; its position is not taken again.
         """
         finish_gradients(self.network)
-        self.await_state()
+        self._await_state()
         self.schedule.num_steps = position
         self.schedule.step(0)  # writes the learning rate of num_steps into the parameter groups
         with self.network.parallel.active():
@@ -99,7 +97,7 @@ class Optimizer:
                 clip = min(1.0, self.config.clip_norm / (norm + 1e-6))
                 scale_gradients(self._gradients(), clip / loss_scale)
                 self.megatron.step_with_ready_grads()
-                self.network.weights_version += 1
+                self.network.mark_changed()
         can_fall = loss_scale > self.megatron.config.min_loss_scale
         self.skipped.count(
             was_skipped=not is_finite,
@@ -115,7 +113,7 @@ class Optimizer:
             optimizer._copy_main_params_to_model_params()
         for chunk in self.network.chunks:
             chunk.start_param_sync(force_sync=True)
-        self.network.weights_version += 1
+        self.network.mark_changed()
 
     def adopt_weights(self, only: Sequence[torch.nn.Parameter] | None = None) -> None:
         """Make the fp32 masters follow the network's weights, after those were loaded from a
@@ -184,12 +182,12 @@ class Optimizer:
     def prepare_state(self) -> None:
         """Allocate Adam's moments as zeros where no step has done so yet; checkpoints need them to
         exist."""
-        self.await_state()
+        self._await_state()
         for optimizer in self._distributed():
             if optimizer.optimizer.state:
                 continue
-            for group in optimizer.optimizer.param_groups:
-                for master in group["params"]:
+            for param_group in optimizer.optimizer.param_groups:
+                for master in param_group["params"]:
                     optimizer.optimizer.state[master] = {
                         "step": torch.zeros((), device=master.device),
                         "exp_avg": torch.zeros_like(master),
@@ -232,8 +230,8 @@ class Optimizer:
         return [
             master
             for optimizer in self._distributed()
-            for group in optimizer.optimizer.param_groups
-            for master in group["params"]
+            for param_group in optimizer.optimizer.param_groups
+            for master in param_group["params"]
         ]
 
     def _gradients(self) -> list[torch.Tensor]:
@@ -254,8 +252,8 @@ class Optimizer:
         on the device. apex's and Transformer Engine's Adam do so by themselves."""
         for optimizer in self._distributed():
             if isinstance(optimizer.optimizer, torch.optim.AdamW):
-                for group in optimizer.optimizer.param_groups:
-                    group["fused"] = True
+                for param_group in optimizer.optimizer.param_groups:
+                    param_group["fused"] = True
 
     def _distributed(self) -> list:
         return getattr(self.megatron, "chained_optimizers", [self.megatron])
@@ -292,8 +290,6 @@ def make_trainable(network: Network) -> None:
     """Give a network gradients: dropout on, and megatron's data-parallel wrapper around every
     chunk."""
     parallel = network.parallel
-    for module in network.modules:
-        module.requires_grad_(True)
     # Without other replicas there is nothing to overlap.
     gains = parallel.num_replicas > 1 and choices_for(parallel.device).overlaps_replicas
     overlaps_reduce, overlaps_gather = parallel.layout.overlaps(gains=gains)
@@ -302,27 +298,23 @@ def make_trainable(network: Network) -> None:
         use_distributed_optimizer=True,
         overlap_grad_reduce=overlaps_reduce,
         overlap_param_gather=overlaps_gather,
-        bucket_size=BUCKET_ELEMENTS,
+        bucket_size=parallel.layout.bucket_elements,
         average_in_collective=False,
         check_for_nan_in_grad=False,  # alarms and loss scaling look at the norm instead
     )
-    with parallel.active():
+
+    def wrap(stage: int, module: Any) -> DistributedDataParallel:
         # On the first pipeline chunk buckets are reduced and gathered one by one; megatron makes
         # one of the others, whose communication falls into bubbles. An fp32 head has a bucket of
         # its own all the same: not every backend gathers two dtypes in one message.
-        network.chunks = [
-            DistributedDataParallel(
-                network.config,
-                config,
-                module,
-                disable_bucketing=stage > 0 and len({p.dtype for p in module.parameters()}) == 1,
-            )
-            for stage, module in enumerate(network.modules)
-        ]
-    for chunk in network.chunks:
+        is_one = stage > 0 and len({p.dtype for p in module.parameters()}) == 1
+        chunk = DistributedDataParallel(network.config, config, module, disable_bucketing=is_one)
         _await_head(chunk)
         _gather_scalar_head_last(chunk)
-    network.train(True)
+        return chunk
+
+    with parallel.active():
+        network.become_trainable(wrap)
 
 
 def _gather_scalar_head_last(chunk: DistributedDataParallel) -> None:

@@ -180,7 +180,7 @@ def test_sizes_are_chosen_by_some_of_their_numbers():
 def test_the_targets_sizes_are_among_those_of_a_gpu():
     targets = {
         "gae": {"sequences": 512, "length": 1024},
-        "ppo_loss": {"tokens": 131072},
+        "policy_loss": {"tokens": 131072},
         "linear_logprobs": {"tokens": 131072, "hidden": 4096},
         "logprobs": {"tokens": 8192, "vocab": 50304},
         "decode_attention": {"sequences": 64, "context": 1024, "heads": 16},
@@ -191,15 +191,15 @@ def test_the_targets_sizes_are_among_those_of_a_gpu():
 
 
 def test_program_runs_what_it_is_asked_for(tmp_path, monkeypatch):
-    options = "--device cpu --ops ppo_loss gae --size tokens=256 --quick --limit 9 --providers"
+    options = "--device cpu --ops policy_loss gae --size tokens=256 --quick --limit 9 --providers"
     options = ["kernels", *options.split(), "trident", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", options)
     kernels.main()
     records = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
     assert [(r["operation"], r["tokens"], r["provider"], r["status"]) for r in records] == [
-        ("ppo_loss", 256, "trident", "alone"),
-        ("ppo_loss", 256, "copy of as many bytes", "timed"),
-        ("ppo_loss", 256, "trident", "timed"),
+        ("policy_loss", 256, "trident", "alone"),
+        ("policy_loss", 256, "copy of as many bytes", "timed"),
+        ("policy_loss", 256, "trident", "timed"),
     ]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import tune_kernels
-from kernels.launch import LaunchConfig
+from kernels.launch import LaunchConfig, config_for
 
 
 def test_every_candidate_is_checked_timed_and_recorded(
@@ -38,3 +38,14 @@ def test_a_wrong_candidate_and_one_that_fails_are_not_timed() -> None:
         record = tune_kernels._measure(case, LaunchConfig(64, 1), torch.device("cpu"))
         assert record["status"] == status
         assert record.get("milliseconds") is None
+
+
+def test_a_forced_configuration_comes_first_and_goes_again() -> None:
+    cpu = torch.device("cpu")
+    before = config_for("row_state", 999, cpu)
+    with tune_kernels._configured("row_state", LaunchConfig(32, 2, 3), cpu):
+        assert config_for("row_state", 999, cpu) == LaunchConfig(32, 2, 3)
+        with tune_kernels._configured("row_state", LaunchConfig(16, 1), cpu):
+            assert config_for("row_state", 999, cpu) == LaunchConfig(16, 1)
+        assert config_for("row_state", 999, cpu) == LaunchConfig(32, 2, 3)
+    assert config_for("row_state", 999, cpu) == before

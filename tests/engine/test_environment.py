@@ -3,15 +3,18 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from engine.environment import (
     cache_folders,
     library_settings,
     rank_of_environment,
     shared_file_system,
+    tell_torchrun,
 )
 
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
@@ -141,3 +144,20 @@ run_stage(train, SFTConfig(layout=ParallelLayout(tp=2)), [])
         check=False,
     )
     assert done.stdout.split() == ["1", "1"], done.stderr
+
+
+def test_torchruns_report_ends_with_the_ranks_own_line(monkeypatch, tmp_path):
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    tell_torchrun("error: nowhere.jsonl does not exist")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(path))
+    report = str(ChildFailedError("recipes/sft_tiny.py", {0: failure}))
+    assert report.splitlines()[-2] == "  traceback : error: nowhere.jsonl does not exist"
+    assert abs(failure.timestamp - time.time()) < 60
+
+
+def test_a_rank_without_torchrun_writes_nothing(monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    tell_torchrun("error: nowhere.jsonl does not exist")
+    assert not list(tmp_path.iterdir())

@@ -54,8 +54,17 @@ def losses_of(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[R] token losses as the head asks for them, of the predicted tokens; derivatives [T]."""
     positions = batch.mask.nonzero()[:, 0]
-    losses, derivatives = loss.token_loss(batch)(logprobs[positions], positions)
+    losses, derivatives, *_ = loss.token_loss(batch)(logprobs[positions], positions)
     return losses, torch.zeros(len(logprobs)).index_copy(0, positions, derivatives)
+
+
+def policy_metrics_of(
+    loss: ClippedPolicyLoss, batch: PackedBatch, logprobs: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The metrics as the head has them made: of the terms of the predicted tokens."""
+    positions = batch.mask.nonzero()[:, 0]
+    _, _, terms = loss.token_loss(batch)(logprobs[positions], positions)
+    return loss.metrics(batch, torch.zeros(3, len(logprobs)).index_copy(1, positions, terms))
 
 
 def test_language_loss_is_the_mean_over_global_targets():
@@ -78,7 +87,7 @@ def test_policy_loss_by_hand():
     # max(-A r, -A clip(r)): an advantage is cut above 1.2, a disadvantage below 0.8
     expected = torch.tensor([-1.2, 1.5, -0.5, 0.8]) / 10
     torch.testing.assert_close(losses_of(loss, batch, ratios.log())[0], expected)
-    found = loss.metrics(batch, ratios.log())
+    found = policy_metrics_of(loss, batch, ratios.log())
     assert found["policy_loss"].item() == pytest.approx(expected.sum().item())
     assert found["clip_fraction"].item() == pytest.approx(2 / 10)
     assert found["ratio_min"].item() == pytest.approx(0.5)
@@ -105,7 +114,7 @@ def test_gradients_come_from_the_loss_that_is_reported(whitening: Whitening | No
     logprobs = torch.cat([batch.fields["logprobs"][:7], torch.zeros(1)])
     logprobs = logprobs + 0.3 * torch.randn(8, generator=torch.Generator().manual_seed(0))
     loss = ClippedPolicyLoss(num_targets=torch.tensor(4.0), cliprange=0.2, whitening=whitening)
-    reported = loss.metrics(batch, logprobs)["policy_loss"]
+    reported = policy_metrics_of(loss, batch, logprobs)["policy_loss"]
     torch.testing.assert_close(losses_of(loss, batch, logprobs)[0].sum(), reported)
 
 
@@ -201,12 +210,21 @@ def test_held_out_accuracy_is_that_of_the_whole(parallel: Parallel):
         assert pair == pytest.approx(expected, rel=1e-5)
 
 
-def test_evaluation_switches_dropout_off(parallel: Parallel, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("mode", [False, True])
+def test_evaluation_is_without_dropout_and_puts_the_mode_back(
+    mode: bool, parallel: Parallel, monkeypatch: pytest.MonkeyPatch
+):
     modes = []
-    train = Network.train
-    monkeypatch.setattr(
-        Network, "train", lambda self, mode=True: (modes.append(mode), train(self, mode))
-    )
-    units = [Example(tokens=np.arange(9), prompt_length=2)]
-    mean_language_loss(random_network("language", parallel), units, 100)
-    assert modes[-2:] == [False, True]
+
+    def forward_and_look(network: Network, batches: list[PackedBatch]) -> list[torch.Tensor]:
+        modes.append(network.modules[0].training)
+        return forward(network, batches)
+
+    monkeypatch.setattr("engine.losses.forward", forward_and_look)
+    language, scalar = (random_network(kind, parallel) for kind in ("language", "scalar"))
+    for network in (language, scalar):
+        network.train(mode)
+    mean_language_loss(language, [Example(tokens=np.arange(9), prompt_length=2)], 100)
+    pair_accuracy(scalar, comparisons(), 100)
+    assert modes == [False, False]
+    assert language.modules[0].training is scalar.modules[0].training is mode

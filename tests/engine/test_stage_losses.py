@@ -21,6 +21,7 @@ from engine.training.optimizer import make_trainable
 from engine.training.passes import forward_backward
 from kernels.moments import Whitening
 from models.attention import PackedSequences
+from models.readouts import Logits, Readings, Readout
 from tests.tiny import random_network
 
 LENGTHS, PROMPT = (9, 5, 12), 2
@@ -54,14 +55,14 @@ def batch() -> PackedBatch:
     return pack([unit], multiple_of=8)
 
 
-def module_of(network: Network, batch: PackedBatch, **heads: object) -> Tensor:
+def module_of(network: Network, batch: PackedBatch, readout: Readout) -> Tensor:
     sequences = PackedSequences.of(batch.cu_seqlens, batch.max_seqlen)
-    return network.modules[0](batch.tokens, batch.positions, sequences, **heads)
+    return network.modules[0](batch.tokens, batch.positions, sequences, readout)
 
 
 def plain_logprobs(network: Network, batch: PackedBatch) -> Tensor:
     """[R] of the predicted tokens."""
-    logits = module_of(network, batch, rows=torch.arange(len(batch.tokens)))
+    logits = module_of(network, batch, Logits(torch.arange(len(batch.tokens))))
     log_p = logits[:, : network.size.vocab_size].double().log_softmax(-1)
     return log_p[batch.targets - 1].gather(1, batch.tokens[batch.targets, None])[:, 0]
 
@@ -78,7 +79,7 @@ def plain_policy(network: Network, batch: PackedBatch) -> Tensor:
 
 
 def plain_value(network: Network, batch: PackedBatch) -> Tensor:
-    values = module_of(network, batch)[batch.targets - 1].double()
+    values = module_of(network, batch, Readings())[batch.targets - 1].double()
     old, returns = (batch.fields[name][batch.targets] for name in ("values", "returns"))
     near = old + (values - old).clamp(-0.2, 0.2)
     return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2).mean()
@@ -86,7 +87,7 @@ def plain_value(network: Network, batch: PackedBatch) -> Tensor:
 
 def plain_ranking(network: Network, batch: PackedBatch) -> Tensor:
     ends = batch.cu_seqlens[1 : 1 + len(LENGTHS)].long() - 1
-    first, second, third = module_of(network, batch)[ends].double()
+    first, second, third = module_of(network, batch, Readings())[ends].double()
     margins = torch.stack([first - second, first - third, second - third])
     return -F.logsigmoid(margins).mean()
 

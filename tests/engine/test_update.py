@@ -29,6 +29,7 @@ from engine.update import (
 )
 from kernels.moments import Whitening
 from models.attention import PackedSequences
+from models.readouts import Logits
 from tests.tiny import (
     ADAM,
     random_network,
@@ -132,7 +133,7 @@ def plain_logprobs(network: Network, batch: PackedBatch, temperature: float) -> 
     (module,) = network.modules
     sequences = PackedSequences.of(batch.cu_seqlens, batch.max_seqlen)
     rows = torch.arange(len(batch.tokens))
-    logits = module(batch.tokens, batch.positions, sequences, rows=rows)
+    logits = module(batch.tokens, batch.positions, sequences, Logits(rows))
     logits = logits[:, : network.size.vocab_size] / temperature
     chosen = logits.log_softmax(-1)[:-1].gather(1, batch.tokens[1:, None])[:, 0]
     return torch.cat([chosen.new_zeros(1), chosen])
@@ -171,7 +172,7 @@ def test_gradient_is_ppos_and_ptx_coef_times_the_pretrainings(scene: Scene, para
     found = policy_gradient(scene.learner, *arguments, step=5)
     joint = {name: ppo[name] + 1.5 * ptx[name] for name in ppo}
     assert_close(gradient_buffers(policy), joint)
-    assert math.isclose(found["ptx_loss"], -logprobs[batch.mask].mean(), rel_tol=1e-5)
+    assert math.isclose(found["ptx_loss"], -logprobs[batch.mask].mean().item(), rel_tol=1e-5)
 
     without = dataclasses.replace(scene.learner, pretraining=None)
     scene.learner.policy.zero_gradients()

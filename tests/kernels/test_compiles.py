@@ -63,19 +63,17 @@ def gae_launches() -> None:
 
 
 def ppo_launches() -> None:
-    from kernels.clipped_loss import policy_token_losses
     from kernels.moments import Whitening
-    from kernels.ppo_loss import policy_loss, ppo_loss, value_loss
+    from kernels.policy_loss import policy_metrics, policy_token_losses
+    from kernels.value_loss import value_loss
 
     tokens = [leaf(32, dtype=torch.float32), torch.randn(32), torch.randn(32)]
-    mask = tokens[1] > 0
-    policy_loss(*tokens, mask, COUNT, whitening=Whitening(torch.zeros(()), torch.ones(())))
+    mask, rows = tokens[1] > 0, torch.arange(32)
     value_loss(*tokens, mask, COUNT)
     value_loss(*tokens, mask, COUNT, cliprange=1)
-    ppo_loss(tokens, tokens, mask, COUNT)
-    rows = torch.arange(32)
     for whitening in (None, Whitening(torch.zeros(()), torch.ones(()))):
-        policy_token_losses(tuple(tokens), rows, COUNT, whitening=whitening)
+        *_, terms = policy_token_losses(tuple(tokens), rows, COUNT, whitening=whitening)
+        policy_metrics(terms, mask, COUNT)
 
 
 def ranking_launches() -> None:
@@ -91,8 +89,6 @@ def layer_norm_launches() -> None:
     for width in (80, 768, 2048, 4096, 5120, 12288):
         weight, bias = leaf(width), leaf(width)
         layer_norm(leaf(4, width), weight, bias, eps=1e-5).sum().backward()
-        y, hidden = layer_norm(leaf(4, width), weight, bias, eps=1e-5, residual=leaf(4, width))
-        (y + hidden).sum().backward()
     half, affine = leaf(4, 768, dtype=torch.float16), [leaf(768, dtype=torch.float32)] * 2
     layer_norm(half, *affine, eps=1e-5).sum().backward()
 

@@ -8,17 +8,19 @@ import kernels.decode_attention
 import kernels.full_kl
 import kernels.gae
 import kernels.layer_norm
-import kernels.ppo_loss
+import kernels.policy_loss
 import kernels.ranking_loss
 import kernels.row_gradient
 import kernels.row_merge
 import kernels.row_state
-import kernels.sample  # noqa: F401  they register their operators
+import kernels.sample
+import kernels.value_loss  # noqa: F401  they register their operators
 from kernels.gae import gae
-from kernels.logprobs import kl_estimate, logprobs
-from kernels.moments import merge_moments, whitening
-from kernels.ppo_loss import ppo_loss
+from kernels.kl_estimate import kl_estimate
+from kernels.logprobs import logprobs
+from kernels.moments import merge_moments
 from kernels.sample import sample
+from kernels.value_loss import value_loss
 
 SPEC = (19, 0, 0.7)  # num_valid_vocab, first_column, temperature
 CU_SEQLENS = torch.tensor([0, 2, 6], dtype=torch.int32)
@@ -44,18 +46,19 @@ def arguments() -> dict[str, tuple]:
                              -100),
         "row_gradient_into": (floats(3, 20), logits, labels, torch.rand(3, 4), floats(3), None,
                               *SPEC, -100),
-        "kl_state": (logits, ref_logits, *SPEC),
-        "kl_gradient": (logits, ref_logits, torch.rand(3, 5), floats(3), *SPEC, True),
+        "kl_state": (logits, ref_logits, 19, 0.7),
+        "kl_gradient": (logits, ref_logits, torch.rand(3, 5), floats(3), 19, 0.7, True),
         "gae": (*policy, floats(2), CU_SEQLENS, MASK, None, 0.1, 1.0, 0.95, "k1"),
-        "ppo_loss": (policy, value, MASK, torch.tensor(4), [floats(), floats()], 0.2, 0.2),
+        "policy_metrics": (floats(3, 6), MASK, torch.tensor(4)),
+        "value_loss": (*value, MASK, torch.tensor(4), 0.2),
         "ranking_loss": (floats(6), torch.arange(6), CU_SEQLENS),
         "sample_state": (logits, *key, None, 0.7, None, 3, 0, 19),
         "merge_sample_states": (torch.zeros(2, 3, 4, dtype=torch.int32),),
         "merge_samples": (torch.zeros(2, 3, 4, dtype=torch.int32),),
         "append_kv": (query, query, cache[0].clone(), cache[1].clone(), torch.tensor([0, -1, 9])),
         "decode_attention": (query, cache[0].clone(), cache[1].clone(), tables, lengths, 0.5),
-        "layer_norm": (logits, weight, weight, ref_logits, 1e-5),
-        "layer_norm_backward": (logits, None, ref_logits, statistics, weight),
+        "layer_norm": (logits, weight, weight, 1e-5),
+        "layer_norm_backward": (logits, ref_logits, statistics, weight),
     }  # fmt: skip
 
 
@@ -81,15 +84,10 @@ def ppo_step(logits: Tensor, labels: Tensor, values: Tensor, scores: Tensor) -> 
     new, entropy = logprobs(logits, labels, temperature=0.7, with_entropy=True)
     old, ref = new.detach() + 0.1, new.detach() - 0.1
     result = gae(old, ref, values, scores, CU_SEQLENS, MASK, kl_coef=0.1)
-    policy, value = ppo_loss(
-        (new, old, result.advantages),
-        (values, values.detach() - 0.1, result.returns),
-        MASK,
-        MASK.sum(),
-        whitening=whitening(merge_moments(result.stats)),
-    )
+    policy = -((new - old).exp() * (result.advantages - merge_moments(result.stats)[1]))[MASK]
+    value = value_loss(values, values.detach() - 0.1, result.returns, MASK, MASK.sum())
     drawn = sample(logits.detach(), temperature=1.0, seed=1, sample_index=labels, position=labels)
-    loss = policy.loss + value.loss - 0.01 * entropy.sum() + kl_estimate(new, ref, "k3").sum()
+    loss = policy.mean() + value.loss - 0.01 * entropy.sum() + kl_estimate(new, ref, "k3").sum()
     return loss, drawn.tokens, drawn.logprobs
 
 

@@ -1,12 +1,11 @@
-"""The exact KL over the vocabulary, its gradients, and its merge over shards."""
+"""The exact KL over the vocabulary and its gradients."""
 
 import math
 
 import pytest
 import torch
 
-from kernels.full_kl import full_kl, kl_state, merge_kl_states, shard_full_kl
-from kernels.row_state import RowSpec
+from kernels.full_kl import full_kl
 from tests.kernels.oracle import largest_difference, random_rows
 
 
@@ -55,24 +54,18 @@ def test_shifting_all_logits_changes_nothing(backend: str, shift: float) -> None
     assert largest_difference(kl, exact_kl(logits, ref_logits)) < 5e-6 * math.log(100)
 
 
-@pytest.mark.parametrize("widths", [[120], [61, 59], [40, 1, 79], [50, 50, 20], [15] * 8])
-def test_shards_merge_to_the_whole_vocabulary(backend: str, widths: list[int]) -> None:
+def test_padding_columns_take_no_part(backend: str) -> None:
     leaves = [x.requires_grad_() for x in two_policies(120)]
-    num_valid = 100  # leaves [50, 50, 20] a last shard without a valid column
-    exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
-    exact = exact_kl(*(x[:, :num_valid] for x in exact_leaves))
+    with torch.no_grad():
+        for x in leaves:
+            x[:, 100:] = torch.nan
+    exact_leaves = [x.detach()[:, :100].double().requires_grad_() for x in leaves]
+    kl, exact = full_kl(*leaves, num_valid_vocab=100), exact_kl(*exact_leaves)
+    assert largest_difference(kl, exact) < 5e-6 * math.log(100)
     want = torch.autograd.grad(exact.sum(), exact_leaves)
-
-    starts = [sum(widths[:i]) for i in range(len(widths))]
-    specs = [RowSpec(num_valid_vocab=num_valid, first_column=start) for start in starts]
-    shards = list(zip(*(x.split(widths, dim=1) for x in leaves), strict=True))
-    states = [kl_state(*pair, spec) for pair, spec in zip(shards, specs, strict=True)]
-    merged = merge_kl_states(torch.stack(states))
-    for (x, y), spec, start in zip(shards, specs, starts, strict=True):
-        kl = shard_full_kl(x, y, spec, lambda state: merged)
-        assert largest_difference(kl, exact) < 5e-6 * math.log(120)
-        for got, whole in zip(torch.autograd.grad(kl.sum(), (x, y)), want, strict=True):
-            assert largest_difference(got, whole[:, start : start + x.shape[1]]) < 5e-6
+    for got, whole in zip(torch.autograd.grad(kl.sum(), leaves), want, strict=True):
+        assert largest_difference(got[:, :100], whole) < 5e-6
+        assert got[:, 100:].eq(0).all()
 
 
 def test_a_token_the_reference_forbids_costs_infinitely_much(backend: str) -> None:

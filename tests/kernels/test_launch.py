@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from kernels import launch
-from kernels.launch import LaunchConfig
 
 
 def test_cpu_tensors_take_the_reference_unless_interpreting(
@@ -43,18 +42,7 @@ def test_a_block_is_no_longer_than_the_row(monkeypatch: pytest.MonkeyPatch) -> N
     device = torch.device("cpu")
     assert launch.config_for("row_state", 100, device).block == 128
     long_row = launch.config_for("row_state", 50304, device)
-    assert long_row == launch._TABLE["default"]["row_state"]
-
-
-def test_a_forced_configuration_comes_first_and_goes_again() -> None:
-    cpu = torch.device("cpu")
-    before = launch.config_for("row_state", 999, cpu)
-    with launch.use_config("row_state", LaunchConfig(32, 2, 3), cpu):
-        assert launch.config_for("row_state", 999, cpu) == LaunchConfig(32, 2, 3)
-        with launch.use_config("row_state", LaunchConfig(16, 1), cpu):
-            assert launch.config_for("row_state", 999, cpu) == LaunchConfig(16, 1)
-        assert launch.config_for("row_state", 999, cpu) == LaunchConfig(32, 2, 3)
-    assert launch.config_for("row_state", 999, cpu) == before
+    assert long_row == launch.LAUNCHES["default"]["row_state"]
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import clipped_loss, row_gradient, row_merge, row_state, sample_state
 from kernels import gae as gae_module
-from kernels import ppo_loss as ppo_module
+from kernels import policy_loss, row_gradient, row_merge, row_state, sample_state, value_loss
 from kernels import sample as sample_module
-from kernels.clipped_loss import policy_token_losses
 from kernels.gae import gae
+from kernels.joins import Joins, write_joined_results
 from kernels.linear_logprobs import linear_logprobs_loss
-from kernels.logprobs import Joins, logprobs, shard_logprobs
+from kernels.logprobs import logprobs
 from kernels.moments import Whitening
-from kernels.ppo_loss import ppo_loss
-from kernels.row_state import RowSpec
+from kernels.policy_loss import policy_metrics, policy_token_losses
+from kernels.row_state import RowSpec, empty_results
 from kernels.sample import sample
 
 MASK = torch.arange(12) % 3 > 0
@@ -58,8 +57,8 @@ class TorchWork(TorchDispatchMode):
 def counts(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> Counter:
     """Launches and torch's operations, by name; no kernel runs."""
     counts: Counter = Counter()
-    modules = (clipped_loss, gae_module, ppo_module, row_gradient, row_merge, row_state,
-               sample_module, sample_state)  # fmt: skip
+    modules = (gae_module, policy_loss, row_gradient, row_merge, row_state, sample_module,
+               sample_state, value_loss)  # fmt: skip
     for module in modules:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Launches(name, counts))
@@ -78,17 +77,28 @@ def test_gae_is_one_launch(counts: Counter, kl_coef: float | Tensor) -> None:
     assert counts == {"_gae_kernel": 1}
 
 
-def test_both_ppo_losses_are_one_launch_and_one_reduction(counts: Counter) -> None:
-    policy, value = tokens(with_gradient=True), tokens(with_gradient=True)
+def test_the_policy_loss_is_one_launch_and_its_metrics_two(counts: Counter) -> None:
     count, whitening = torch.tensor(8), Whitening(torch.zeros(()), torch.ones(()))
+    policy, rows = tuple(tokens()), torch.arange(12)
     with TorchWork(counts):
-        results = ppo_loss(policy, value, MASK, count, whitening=whitening)
-    assert counts == {"_ppo_kernel": 1, "_reduce_kernel": 1}
+        *_, terms = policy_token_losses(policy, rows, count, whitening=whitening)
+    assert counts == {"_token_losses_kernel": 1}
     counts.clear()
-    grads = torch.ones(()), torch.ones(())
     with TorchWork(counts):
-        torch.autograd.grad([r.loss for r in results], (policy[0], value[0]), grads)
-    assert counts == {"mul": 2}  # by what comes from above
+        policy_metrics(terms, MASK, count)
+    assert counts == {"_metrics_kernel": 1, "_reduce_kernel": 1}
+
+
+def test_the_value_loss_is_one_launch_and_one_reduction(counts: Counter) -> None:
+    value, count = tokens(with_gradient=True), torch.tensor(8)
+    with TorchWork(counts):
+        result = value_loss.value_loss(*value, MASK, count)
+    assert counts == {"_loss_kernel": 1, "_reduce_kernel": 1}
+    counts.clear()
+    one = torch.ones(())
+    with TorchWork(counts):
+        torch.autograd.grad(result.loss, value[0], one)
+    assert counts == {"mul": 1}  # by what comes from above
 
 
 @pytest.mark.parametrize("seed", [1, torch.tensor(1)])
@@ -118,8 +128,9 @@ def test_logprobs_are_one_launch_each_way(counts: Counter, with_entropy: bool) -
 def test_shards_are_merged_in_one_launch(counts: Counter) -> None:
     joins = Joins(gather_states=lambda state: state.new_empty(2, *state.shape))
     logits, labels, spec = torch.randn(12, 100), torch.arange(12), RowSpec(num_valid_vocab=200)
+    results = empty_results(12, logits, with_entropy=True)
     with TorchWork(counts):
-        shard_logprobs(logits, labels, spec, joins)
+        write_joined_results(results, logits, labels, spec, joins)
     assert counts == {"_row_state_kernel": 1, "_merge_kernel": 1}
 
 
@@ -149,7 +160,7 @@ def test_a_chunk_of_the_head_is_three_products_and_the_row_kernels(
         return counts.copy()
 
     per_chunk = counted(4) - counted(3)
-    small = {"mul"} if loss == "likelihood" else {"_policy_tokens_kernel"}
+    small = {"mul"} if loss == "likelihood" else {"_token_losses_kernel"}
     # index_select and index_copy_ are of the rows picked here.
     rows_picked = {"index_select", "index_copy_"}
     assert set(per_chunk) == {"_row_state_kernel", "_row_gradient_kernel"} | small | rows_picked | {

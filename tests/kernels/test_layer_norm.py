@@ -1,4 +1,4 @@
-"""Layer norm with residual add: outputs, gradients, fixed order of the weights' sums."""
+"""Layer norm: outputs, gradients, fixed order of the weights' sums."""
 
 import pytest
 import torch
@@ -9,45 +9,33 @@ from kernels.layer_norm import layer_norm
 from tests.kernels.oracle import largest_difference, relative_difference
 
 
-def random_layer(
-    shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32, with_residual: bool
-) -> list[Tensor]:
-    """Leaves x, weight, bias and, where wanted, residual."""
+def random_layer(shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Leaves x, weight and bias."""
     row = shape[-1:]
     tensors = [torch.randn(shape) + 0.5, 1 + 0.1 * torch.randn(row), torch.randn(row)]
-    tensors += [torch.randn(shape)] if with_residual else []
     return [x.to(dtype).requires_grad_() for x in tensors]
 
 
-def exact_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
-    """fp64 layer norm of x or of the hidden state that stands for it."""
-    centered = hidden - hidden.mean(-1, keepdim=True)
+def exact_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """fp64 layer norm of fp64 inputs."""
+    centered = x - x.mean(-1, keepdim=True)
     return centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
 
 
-def outputs_and_gradients(leaves: list[Tensor], upstream: list[Tensor], *, exact: bool) -> tuple:
-    """Outputs (y and, with a residual, the new one) and the gradients of all leaves."""
-    x, weight, bias, *residual = leaves
-    if exact:
-        hidden = x + residual[0] if residual else x
-        outputs = (exact_layer_norm(x, weight, bias, hidden), hidden)[: 1 + len(residual)]
-    elif residual:
-        outputs = layer_norm(x, weight, bias, eps=1e-5, residual=residual[0])
-    else:
-        outputs = (layer_norm(x, weight, bias, eps=1e-5),)
-    upstream = [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
-    return outputs, torch.autograd.grad(outputs, leaves, upstream)
+def output_and_gradients(leaves: list[Tensor], upstream: Tensor, *, exact: bool) -> tuple:
+    """The output and the gradients of all leaves."""
+    y = exact_layer_norm(*leaves) if exact else layer_norm(*leaves, eps=1e-5)
+    return y, *torch.autograd.grad(y, leaves, upstream.to(y.dtype))
 
 
 @pytest.mark.parametrize("shape", [(5, 64), (3, 4, 100), (1, 3), (9, 257), (2, 768)])
-@pytest.mark.parametrize("with_residual", [False, True])
-def test_matches_fp64(backend: str, shape: tuple[int, ...], with_residual: bool) -> None:
-    leaves = random_layer(shape, with_residual=with_residual)
+def test_matches_fp64(backend: str, shape: tuple[int, ...]) -> None:
+    leaves = random_layer(shape)
     exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
-    upstream = [torch.randn(shape) for _ in range(1 + with_residual)]
-    got = outputs_and_gradients(leaves, upstream, exact=False)
-    want = outputs_and_gradients(exact_leaves, upstream, exact=True)
-    for a, b in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+    upstream = torch.randn(shape)
+    got = output_and_gradients(leaves, upstream, exact=False)
+    want = output_and_gradients(exact_leaves, upstream, exact=True)
+    for a, b in zip(got, want, strict=True):
         assert a.shape == b.shape
         assert largest_difference(a, b) < 5e-6 * (1 + b.abs().max())
 
@@ -60,9 +48,8 @@ def narrow_parts(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("width", [64, 65, 96, 100])
-@pytest.mark.parametrize("with_residual", [False, True])
-def test_rows_in_parts_match_fp64(narrow_parts: None, width: int, with_residual: bool) -> None:
-    test_matches_fp64("triton", (9, width), with_residual)
+def test_rows_in_parts_match_fp64(narrow_parts: None, width: int) -> None:
+    test_matches_fp64("triton", (9, width))
 
 
 def test_a_nan_stays_in_its_row_of_several_parts(narrow_parts: None) -> None:
@@ -70,32 +57,25 @@ def test_a_nan_stays_in_its_row_of_several_parts(narrow_parts: None) -> None:
 
 
 def test_no_rows_of_several_parts(narrow_parts: None) -> None:
-    x, weight, bias = random_layer((0, 100), with_residual=False)
+    x, weight, bias = random_layer((0, 100))
     layer_norm(x, weight, bias, eps=1e-5).sum().backward()
     assert (weight.grad == 0).all()
     assert (bias.grad == 0).all()
 
 
-@pytest.mark.parametrize("with_residual", [False, True])
-def test_bf16_is_fp32_rounded_once(backend: str, with_residual: bool) -> None:
-    leaves = random_layer((7, 200), dtype=torch.bfloat16, with_residual=with_residual)
+def test_bf16_is_fp32_rounded_once(backend: str) -> None:
+    leaves = random_layer((7, 200), dtype=torch.bfloat16)
     exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
-    if with_residual:  # the statistics are of the residual stream as it is stored
-        rounded = (leaves[0] + leaves[3]).detach().double()
-        exact_leaves[3].data = rounded - exact_leaves[0].detach()
-    upstream = [torch.randn(7, 200).bfloat16() for _ in range(1 + with_residual)]
-    got = outputs_and_gradients(leaves, upstream, exact=False)
-    want = outputs_and_gradients(exact_leaves, upstream, exact=True)
-    assert {x.dtype for x in (*got[0], *got[1])} == {torch.bfloat16}
-    for a, b in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+    upstream = torch.randn(7, 200).bfloat16()
+    got = output_and_gradients(leaves, upstream, exact=False)
+    want = output_and_gradients(exact_leaves, upstream, exact=True)
+    assert {x.dtype for x in got} == {torch.bfloat16}
+    for a, b in zip(got, want, strict=True):
         assert relative_difference(a, b) < 4e-3
-    if with_residual:
-        # The interpreter truncates where the device rounds to nearest: one unit in the last place.
-        assert largest_difference(got[0][1], rounded) <= 2**-7 * rounded.abs().max()
 
 
 def test_fp32_weights_of_a_bf16_network(backend: str) -> None:
-    x, weight, bias = random_layer((6, 64), with_residual=False)
+    x, weight, bias = random_layer((6, 64))
     x = x.detach().bfloat16().requires_grad_()
     y = layer_norm(x, weight, bias, eps=1e-5)
     y.sum().backward()
@@ -104,15 +84,14 @@ def test_fp32_weights_of_a_bf16_network(backend: str) -> None:
 
 
 def test_a_large_mean_costs_no_digits(backend: str) -> None:
-    x, weight, bias = random_layer((4, 128), with_residual=False)
+    x, weight, bias = random_layer((4, 128))
     shifted = (x.detach() + 1000).requires_grad_()
-    exact = exact_layer_norm(*(t.detach().double() for t in (shifted, weight, bias)),
-                             shifted.detach().double())  # fmt: skip
+    exact = exact_layer_norm(*(t.detach().double() for t in (shifted, weight, bias)))
     assert largest_difference(layer_norm(shifted, weight, bias, eps=1e-5), exact) < 1e-3
 
 
 def test_a_nan_stays_in_its_row(backend: str, width: int = 40) -> None:
-    x, weight, bias = random_layer((5, width), with_residual=False)
+    x, weight, bias = random_layer((5, width))
     with torch.no_grad():
         x[2, 7] = torch.nan
     y = layer_norm(x, weight, bias, eps=1e-5)
@@ -121,16 +100,8 @@ def test_a_nan_stays_in_its_row(backend: str, width: int = 40) -> None:
         assert result.isnan().any(1).tolist() == [False, False, True, False, False]
 
 
-def test_the_new_residual_alone_passes_its_gradient_on(backend: str) -> None:
-    leaves = random_layer((3, 32), with_residual=True)
-    _, hidden = layer_norm(*leaves[:3], eps=1e-5, residual=leaves[3])
-    hidden.backward(torch.full((3, 32), 2.0))
-    assert (leaves[0].grad == 2).all()
-    assert (leaves[3].grad == 2).all()
-
-
 def test_strided_rows_and_no_rows(backend: str) -> None:
-    x, weight, bias = random_layer((6, 32), with_residual=False)
+    x, weight, bias = random_layer((6, 32))
     wide = torch.randn(6, 64, requires_grad=True)
     half = wide[:, ::2]
     assert torch.equal(
@@ -144,30 +115,21 @@ def test_strided_rows_and_no_rows(backend: str) -> None:
 
 
 def test_gradcheck(backend: str) -> None:
-    leaves = [
-        x.detach().double().requires_grad_() for x in random_layer((2, 3), with_residual=True)
-    ]
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return layer_norm(x, weight, bias, eps=1e-5, residual=residual)
-
-    assert torch.autograd.gradcheck(run, leaves)
+    leaves = [x.detach().double().requires_grad_() for x in random_layer((2, 3))]
+    assert torch.autograd.gradcheck(lambda *x: layer_norm(*x, eps=1e-5), leaves)
 
 
 def test_repeats_bit_for_bit(backend: str) -> None:
-    leaves = random_layer((12, 64), with_residual=True)
-    upstream = [torch.randn(12, 64) for _ in range(2)]
-    runs = [outputs_and_gradients(leaves, upstream, exact=False) for _ in range(2)]
-    for a, b in zip((*runs[0][0], *runs[0][1]), (*runs[1][0], *runs[1][1]), strict=True):
-        assert torch.equal(a, b)
+    leaves, upstream = random_layer((12, 64)), torch.randn(12, 64)
+    runs = [output_and_gradients(leaves, upstream, exact=False) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_compiles_without_a_graph_break(interpreter: None) -> None:
-    leaves = random_layer((4, 32), with_residual=True)
+    leaves = random_layer((4, 32))
 
-    def loss(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        y, hidden = layer_norm(x, weight, bias, eps=1e-5, residual=residual)
-        return (y * hidden).sum()
+    def loss(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return layer_norm(x, weight, bias, eps=1e-5).square().sum()
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     got = torch.autograd.grad(compiled(*leaves), leaves)
@@ -179,17 +141,15 @@ def test_compiles_without_a_graph_break(interpreter: None) -> None:
 @pytest.mark.parametrize("shape", [(8192, 2048), (70000, 768), (3, 12288), (5000, 12288), (1, 80)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    leaves = [x.detach().cuda().requires_grad_() for x in
-              random_layer(shape, dtype=dtype, with_residual=False)]  # fmt: skip
+    leaves = [x.detach().cuda().requires_grad_() for x in random_layer(shape, dtype=dtype)]
     exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
-    upstream = [torch.randn(shape, device="cuda").to(dtype)]
-    outputs_and_gradients(leaves, upstream, exact=False)
+    upstream = torch.randn(shape, device="cuda").to(dtype)
+    output_and_gradients(leaves, upstream, exact=False)
     torch.cuda.set_sync_debug_mode("error")
-    runs = [outputs_and_gradients(leaves, upstream, exact=False) for _ in range(3)]
+    runs = [output_and_gradients(leaves, upstream, exact=False) for _ in range(3)]
     torch.cuda.set_sync_debug_mode("default")
-    want = outputs_and_gradients(exact_leaves, upstream, exact=True)
+    want = output_and_gradients(exact_leaves, upstream, exact=True)
     for run in runs:
-        for a, b, c in zip((*run[0], *run[1]), (*runs[0][0], *runs[0][1]), (*want[0], *want[1]),
-                           strict=True):  # fmt: skip
+        for a, b, c in zip(run, runs[0], want, strict=True):
             assert torch.equal(a, b)
             assert relative_difference(a, c) < (1e-5 if dtype == torch.float32 else 4e-3)

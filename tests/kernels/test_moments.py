@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.moments import explained_variance, masked_moments, merge_moments, whitening
+from kernels.moments import masked_moments, merge_moments, whitening
 
 
 def test_parts_merge_to_the_whole() -> None:
@@ -35,13 +35,3 @@ def test_whitening_gives_mean_0_and_variance_1() -> None:
 def test_fewer_than_two_values_stay_as_they_are(count: int) -> None:
     x = torch.full((count,), 5.0)
     assert whitening(masked_moments(x, x > 0)) == (0, 1)
-
-
-def test_explained_variance() -> None:
-    targets = torch.randn(100)
-    mask = torch.ones(100) > 0
-    moments = masked_moments(targets, mask)
-    assert explained_variance(moments, masked_moments(0.5 * targets, mask)) == pytest.approx(0.75)
-    assert explained_variance(moments, masked_moments(targets - targets, mask)) == 1
-    constant = masked_moments(torch.ones(100), mask)
-    assert explained_variance(constant, moments) == 0

@@ -1,48 +1,12 @@
-"""The four numbers of a row, and their merge over vocabulary shards."""
+"""The four numbers of a row of one vocabulary shard."""
 
 import math
 
 import pytest
 import torch
 
-from kernels.row_merge import merge_row_states
-from kernels.row_state import RowSpec, logprobs_and_entropy, row_state
-from tests.kernels.oracle import exact_logprobs, largest_difference, random_rows
-
-
-def merged_shards(
-    logits: torch.Tensor, labels: torch.Tensor, widths: list[int], num_valid: int
-) -> torch.Tensor:
-    """The state merged from shards of the given widths."""
-    states, first_column = [], 0
-    for shard in logits.split(widths, dim=1):
-        spec = RowSpec(num_valid_vocab=num_valid, first_column=first_column, temperature=0.7)
-        states.append(row_state(shard, labels, spec))
-        first_column += shard.shape[1]
-    return merge_row_states(torch.stack(states))
-
-
-@pytest.mark.parametrize(
-    "widths",
-    [
-        [145],
-        [73, 72],
-        [50, 1, 94],
-        [37, 37, 37, 34],
-        [20, 20, 20, 20, 20, 20, 20, 5],
-        [100, 20, 25],  # the last shard has no valid column
-        [100, 25, 20],  # nor has most of the last two
-    ],
-)
-def test_shards_merge_to_the_whole_vocabulary(backend: str, widths: list[int]) -> None:
-    logits, labels = random_rows(6, 145)
-    labels = labels.clamp(max=119)
-    labels[2] = -100
-    state = merged_shards(logits, labels, widths, num_valid=120)
-    got = logprobs_and_entropy(state, labels, RowSpec(num_valid_vocab=120))
-    want = exact_logprobs(logits, labels, temperature=0.7, num_valid_vocab=120)
-    assert largest_difference(got[0], want[0]) < 2e-6 * logits.abs().max() / 0.7
-    assert largest_difference(got[1], want[1]) < 5e-6 * math.log(145)
+from kernels.row_state import RowSpec, row_state
+from tests.kernels.oracle import largest_difference, random_rows
 
 
 def test_a_shard_of_padding_has_an_empty_state(backend: str) -> None:
@@ -66,13 +30,6 @@ def test_both_sides_hold_the_same_four_numbers(interpreter: None) -> None:
     assert torch.allclose(s, e.sum(1), rtol=2e-6)
     assert torch.allclose(t, (e * e.log()).nan_to_num().sum(1), rtol=1e-5)
     assert largest_difference(label_logit, z.gather(1, labels.clamp(max=139)[:, None])[:, 0]) < 5e-6
-
-
-def test_ranks_agree_bitwise_because_the_merge_has_an_order() -> None:
-    states = torch.rand(4, 100, 4)
-    merged = merge_row_states(states)
-    assert merged.equal(merge_row_states(states.clone()))
-    assert largest_difference(merged, merge_row_states(states.flip(0))) < 1e-6
 
 
 def test_a_temperature_that_is_not_positive_is_refused() -> None:

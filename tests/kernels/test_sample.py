@@ -11,7 +11,6 @@ from kernels import sample_state as state_module
 from kernels.philox import SampleKey, group_log_survival
 from kernels.sample import Sample, merge_samples, merge_states, sample
 from kernels.sample_state import sample_state
-from kernels.truncation import truncation_thresholds
 from tests.kernels.oracle import largest_difference
 
 # Sample indices beyond 32 bits, and positions up to the largest.
@@ -294,28 +293,8 @@ def test_rows_of_nan_and_infinities_give_a_valid_column(backend: str) -> None:
         assert result.logprobs[3:].isfinite().all()
 
 
-@pytest.mark.parametrize("logit", [torch.nan, -torch.inf])
-def test_a_shard_without_mass_names_a_column_of_its_own(backend: str, logit: float) -> None:
-    key = SampleKey(3, INDEX, POSITION)
-    for num_valid_vocab, column in ((90, 48), (48, 2**31 - 1)):  # the second holds padding alone
-        states = sample_state(
-            torch.full((4, 100), logit),
-            key,
-            temperature=1.0,
-            first_column=48,
-            num_valid_vocab=num_valid_vocab,
-        )
-        assert merge_states(states)[:, 3].tolist() == [column] * 4
-
-
-def test_top_k_and_top_p_keep_whom_they_should(backend: str) -> None:
+def test_the_only_column_that_top_k_keeps_is_drawn(backend: str) -> None:
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    cut = {"temperature": 1.0}
-    assert truncation_thresholds(logits, top_k=2, **cut) == logits[0, 1]
-    assert truncation_thresholds(logits, top_p=0.39, **cut) == logits[0, 0]
-    assert truncation_thresholds(logits, top_p=0.6, **cut) == logits[0, 1]
-    assert truncation_thresholds(logits, top_k=3, top_p=0.5, **cut) == logits[0, 1]
-    assert truncation_thresholds(logits, top_k=9, **cut) == logits[0, 3]
     assert draw(logits.expand(4, -1), top_k=1).tokens.tolist() == [0] * 4
 
 
@@ -325,13 +304,6 @@ def test_top_k_and_top_p_keep_whom_they_should(backend: str) -> None:
 def test_values_out_of_range_are_named(options: dict) -> None:
     with pytest.raises(ValueError, match="must"):
         draw(torch.randn(4, 10), **options)
-
-
-def test_a_shard_that_begins_within_a_group_is_refused(backend: str) -> None:
-    with pytest.raises(ValueError, match="columns 20 to 60 must begin at a multiple of 8"):
-        sample_state(
-            torch.randn(4, 40), SampleKey(3, INDEX, POSITION), temperature=1.0, first_column=20
-        )
 
 
 def test_no_rows_and_strided_rows(backend: str) -> None:

@@ -65,7 +65,7 @@ def test_more_than_2_to_the_31_elements() -> None:
         assert largest_difference(logprob[few], exact[0]) < 5e-5
         assert largest_difference(entropy[few], exact[1]) < 5e-5
     leaf = logits.requires_grad_()
-    logprob, _ = logprobs(leaf, labels, num_valid_vocab=NUM_VALID, overwrite_logits=True)
+    logprob, _ = logprobs(leaf, labels, num_valid_vocab=NUM_VALID)
     (gradient,) = torch.autograd.grad(logprob.sum(), leaf)
     assert gradient[-1].sum().abs() < 0.05
     assert gradient[-1, labels[-1]] > 0.5

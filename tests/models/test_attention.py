@@ -64,7 +64,7 @@ def test_attention_is_the_naive_one(lengths: tuple[int, ...]):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_padded_rows_match_sequences_one_by_one():
+def test_padded_attention_matches_sequences_one_by_one():
     inputs = draw(sum(EVEN))
     padded = attention._padded_attention(*inputs, packed(EVEN), SCALE)
     torch.testing.assert_close(

@@ -55,11 +55,14 @@ def test_queries_of_a_piece_see_the_keys_of_their_sequences(cp: int):
 
 
 def gather_on_a_rank() -> list[torch.Tensor]:
-    """Rows of (position, 10 x position) gathered, and the gradients of both ways to use them."""
+    """Rows of (position, 10 x position) gathered, and the gradients of both ways to use them.
+
+    Readings have the tokens in their last dimension.
+    """
     share = ContextShare(group=torch.distributed.group.WORLD, num_tokens=8)
     held = share.held(torch.device("cpu")).double()
     found = []
-    for gather in (gather_row, join_readings):
+    for gather in (gather_row, lambda x, share: join_readings(x.T, share).T):
         mine = torch.stack([held, 10 * held], 1).requires_grad_()
         row = gather(mine, share)
         weights = torch.arange(16.0, dtype=torch.float64).view(8, 2) * (share.group.rank() + 1)

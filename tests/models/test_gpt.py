@@ -15,8 +15,9 @@ from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.training.network import Network, build_network
 from engine.training.optimizer import make_trainable
+from kernels.linear_logprobs import TokenLoss
 from models.attention import PackedSequences
-from models.gpt import shift_right
+from models.readouts import Logits, Logprobs, Readout, TokenLosses
 from models.sizes import GPTSize
 from tests.tiny import SIZE, random_network
 
@@ -43,13 +44,17 @@ def batch_of(tokens: list[np.ndarray], multiple_of: int = 1) -> PackedBatch:
     return pack(examples, multiple_of=multiple_of)
 
 
-def call(network: Network, batch: PackedBatch, **heads):
+def call(network: Network, batch: PackedBatch, readout: Readout):
     packed = PackedSequences.of(batch.cu_seqlens, batch.max_seqlen)
-    return network.modules[0](batch.tokens, batch.positions, packed, **heads)
+    return network.modules[0](batch.tokens, batch.positions, packed, readout)
 
 
-def logprobs_of(network: Network, batch: PackedBatch, **heads) -> Tensor:
-    return call(network, batch, mask=batch.mask, **heads)
+def logprobs_of(network: Network, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
+    return call(network, batch, Logprobs(batch.mask, temperature=temperature))
+
+
+def losses_of(network: Network, batch: PackedBatch, token_loss: TokenLoss) -> tuple[Tensor, Tensor]:
+    return call(network, batch, TokenLosses(Logprobs(batch.mask), token_loss))
 
 
 def plain_gpt2_logits(weights: dict[str, Tensor], size: GPTSize, tokens: Tensor) -> Tensor:
@@ -97,7 +102,7 @@ def plain_logprobs(network: Network, tokens: np.ndarray, temperature: float = 1.
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_are_those_of_gpt2(temperature: float, network: Network):
-    found = logprobs_of(network, batch_of(sequences()), temperature=temperature)
+    found = logprobs_of(network, batch_of(sequences()), temperature)
     expected = torch.cat([plain_logprobs(network, t, temperature) for t in sequences()])
     assert found.dtype is torch.float32
     assert expected.std() > 0.5
@@ -116,11 +121,11 @@ def test_masked_tokens_have_no_logprob_and_change_none(network: Network):
     batch = batch_of(sequences())
     everything = logprobs_of(network, batch)
     mask = batch.mask & (torch.arange(len(batch.tokens)) % 3 == 0)
-    some = call(network, batch, mask=mask)
+    some = call(network, batch, Logprobs(mask))
     torch.testing.assert_close(some[mask], everything[mask])
     assert (some[~mask] == 0).all()
     targets = mask.nonzero()[:, 0]  # the same, with the other tokens spared
-    torch.testing.assert_close(call(network, batch, mask=mask, targets=targets), some)
+    torch.testing.assert_close(call(network, batch, Logprobs(mask, targets)), some)
 
 
 def test_fused_loss_is_the_loss_of_the_logprobs(network: Network):
@@ -135,7 +140,7 @@ def test_fused_loss_is_the_loss_of_the_logprobs(network: Network):
     for fused in (False, True):
         network.chunks[0].zero_grad_buffer()
         if fused:
-            loss, logprobs = logprobs_of(network, batch, token_loss=token_loss)
+            loss, logprobs = losses_of(network, batch, token_loss)
             assert not logprobs.requires_grad
         else:
             logprobs = logprobs_of(network, batch)
@@ -154,7 +159,7 @@ def test_gradients_are_those_of_gpt2(network: Network):
     make_trainable(network)
     tokens = sequences()[2]
     batch = batch_of([tokens])
-    loss, _ = logprobs_of(network, batch, token_loss=lambda logprobs, positions: -logprobs)
+    loss, _ = losses_of(network, batch, lambda logprobs, positions: -logprobs)
     loss.backward()
     weights = dict(network.modules[0].named_parameters())
     plain = {name: w.detach().double().requires_grad_() for name, w in weights.items()}
@@ -169,7 +174,7 @@ def test_gradients_are_those_of_gpt2(network: Network):
 def test_logits_of_rows(network: Network):
     batch = batch_of(sequences())
     ends = batch.cu_seqlens[1:].long() - 1
-    logits = call(network, batch, rows=ends)
+    logits = call(network, batch, Logits(ends))
     assert logits.shape == (len(LENGTHS), SIZE.padded_vocab_size)
     weights = dict(network.modules[0].named_parameters())
     for row, tokens in zip(logits, sequences(), strict=True):
@@ -186,15 +191,10 @@ def test_padding_of_the_vocabulary_takes_no_part(network: Network):
         embedding[SIZE.vocab_size :] = 1e3
     assert torch.equal(logprobs_of(network, batch), before)
     make_trainable(network)
-    loss, _ = logprobs_of(network, batch, token_loss=lambda logprobs, positions: -logprobs)
+    loss, _ = losses_of(network, batch, lambda logprobs, positions: -logprobs)
     loss.backward()
     assert (embedding.main_grad[SIZE.vocab_size :] == 0).all()
     assert (embedding.main_grad[: SIZE.vocab_size] != 0).any(1).all()
-
-
-def test_last_stage_needs_to_be_asked_for_something(network: Network):
-    with pytest.raises(ValueError, match="needs mask"):
-        call(network, batch_of(sequences()))
 
 
 def test_initialisation_is_gpt3s(parallel: Parallel):
@@ -215,8 +215,3 @@ def test_parameters_are_counted_right(network: Network):
     padding = (SIZE.padded_vocab_size - SIZE.vocab_size) * SIZE.hidden_size
     found = sum(p.numel() for p in network.modules[0].parameters())
     assert found == SIZE.num_parameters + padding
-
-
-def test_readings_move_to_the_token_they_are_about():
-    assert shift_right(torch.tensor([1.0, 2.0, 3.0])).tolist() == [0.0, 1.0, 2.0]
-    assert shift_right(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist() == [[0, 1], [0, 3]]

@@ -8,25 +8,17 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
-from models.layers import LayerNorm, transformer_config
+from models.layers import Arithmetic, Degrees, LayerNorm, transformer_config
 from models.sizes import GPTSize
 from tests.gpu_choices import choices_of_a_gpu
 
 SIZE = GPTSize(num_layers=4, hidden_size=16, num_heads=2, vocab_size=50, context_length=32)
+ALONE = Degrees()
 
 
-def config_of(**changes: Any):
+def config_of(degrees: Degrees = ALONE, *, dropout: float = 0.0, **arithmetic: Any):
     start_parallel(ParallelLayout(), seed=1)
-    arguments = {
-        "tp": 1,
-        "pp": 1,
-        "virtual_pp": 1,
-        "sequence_parallel": False,
-        "dtype": torch.float32,
-        "dropout": 0.0,
-        "recompute": "none",
-    }
-    return transformer_config(SIZE, **(arguments | changes))
+    return transformer_config(SIZE, degrees, Arithmetic(**arithmetic), dropout=dropout)
 
 
 def test_gelu_is_the_tanh_approximation():
@@ -52,8 +44,8 @@ def test_recomputation_is_passed_on(recompute: str, granularity: str | None):
 
 @pytest.mark.parametrize("fuses", [False, True])
 def test_messages_of_a_pipeline_go_one_by_one_whatever_else_is_chosen(fuses: bool):
-    layout = {"pp": 2, "virtual_pp": 2, "fuses_elementwise": fuses}
-    assert not config_of(**layout, fuses_gradient_accumulation=fuses).batch_p2p_comm
+    fusions = {"fuses_elementwise": fuses, "fuses_gradient_accumulation": fuses}
+    assert not config_of(Degrees(pp=2, virtual_pp=2), **fusions).batch_p2p_comm
 
 
 def add_in_every_way(*, training: bool) -> None:

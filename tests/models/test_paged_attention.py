@@ -63,8 +63,8 @@ def test_a_step_of_decoding_rows_and_chunks_attends_to_all_tokens_so_far():
         tokens = range(start, old[name] + new[name])
         return [blocks[name][t // BLOCK] * BLOCK + t % BLOCK for t in tokens]
 
-    chunks = PackedSequences.of(torch.tensor([0, 4, 7], dtype=torch.int32), 4)
-    chunks.cu_seqlens_kv, chunks.max_seqlen_kv = torch.tensor([0, 10, 13], dtype=torch.int32), 10
+    prompts = PackedSequences.of(torch.tensor([0, 4, 7], dtype=torch.int32), 4)
+    prompts.cu_seqlens_kv, prompts.max_seqlen_kv = torch.tensor([0, 10, 13], dtype=torch.int32), 10
     order = ("decoding", "continued", "new")
     paged = PagedSequences(
         cache=cache,
@@ -72,8 +72,8 @@ def test_a_step_of_decoding_rows_and_chunks_attends_to_all_tokens_so_far():
         slots=torch.tensor([*slots("decoding", 5), -1, *slots("continued", 6), *slots("new", 0)]),
         block_tables=torch.tensor([[6, 1, 0], [0, 0, 0]], dtype=torch.int32),
         context_lengths=torch.tensor([6, 0], dtype=torch.int32),
-        chunks=chunks,
-        chunk_slots=torch.tensor(slots("continued", 0) + slots("new", 0)),
+        prompts=prompts,
+        prompt_slots=torch.tensor(slots("continued", 0) + slots("new", 0)),
     )
     fresh = [every[name][:, old[name] :] for name in order]
     idle = torch.randn(3, 1, HEADS, DIM)

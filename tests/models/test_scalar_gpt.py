@@ -12,6 +12,7 @@ from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.training.network import Network, build_network
 from models.attention import PackedSequences
+from models.readouts import Logits, Readings
 from tests.tiny import SIZE, random_network
 
 LENGTHS = (64, 1, 23, 2)
@@ -30,7 +31,7 @@ def sequences() -> list[np.ndarray]:
 def read(network: Network, tokens: list[np.ndarray]) -> torch.Tensor:
     batch = pack([Example(tokens=t, prompt_length=1) for t in tokens], multiple_of=1)
     packed = PackedSequences.of(batch.cu_seqlens, batch.max_seqlen)
-    return network.modules[0](batch.tokens, batch.positions, packed)
+    return network.modules[0](batch.tokens, batch.positions, packed, Readings())
 
 
 def test_head_is_drawn_with_std_one_over_root_d_plus_one(parallel: Parallel):
@@ -67,7 +68,7 @@ def test_readings_are_the_trunk_times_the_head(parallel: Parallel):
         )
         batch = pack([Example(tokens=t, prompt_length=1) for t in sequences()], multiple_of=1)
         packed = PackedSequences.of(batch.cu_seqlens, batch.max_seqlen)
-        trunk(batch.tokens, batch.positions, packed, rows=torch.arange(3))
+        trunk(batch.tokens, batch.positions, packed, Logits(torch.arange(3)))
     head = module.scalar_head
     expected = hidden[0] @ head.weight[0] + head.bias
     assert found.shape == (sum(LENGTHS),)

@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.vocab_parallel import (
-    vocab_parallel_full_kl,
     vocab_parallel_linear_logprobs,
     vocab_parallel_linear_logprobs_loss,
-    vocab_parallel_logprobs,
 )
 from tests.ranks import run_ranks
 
@@ -33,7 +31,6 @@ def problem() -> dict[str, Tensor]:
     return {
         "hidden": normal(T, H),
         "weight": normal(V, H),
-        "ref_weight": normal(V, H),
         "labels": labels,
         "upstream": normal(2, T),
         "row_index": torch.tensor([0, 2, 5, 7]),
@@ -43,6 +40,11 @@ def problem() -> dict[str, Tensor]:
 def token_loss(logprobs: Tensor, rows: Tensor) -> Tensor:
     """A loss that is not linear in the log-prob."""
     return (rows + 1) * logprobs.exp()
+
+
+def terms_of_tokens(logprobs: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    """Losses and derivatives of no interest, and two terms."""
+    return logprobs, torch.ones_like(logprobs), torch.stack((logprobs, rows.to(logprobs.dtype)))
 
 
 def outputs_and_gradients(
@@ -57,20 +59,8 @@ def run_cases(rank: int, tp: int, group: dist.ProcessGroup) -> dict[str, list[Te
     """Every case on one rank of a tensor-parallel group."""
     p = problem()
     labels, upstream = p["labels"], p["upstream"]
-    weight, ref_weight = (p[name].chunk(tp)[rank] for name in ("weight", "ref_weight"))
-    logits, ref_logits = ((p["hidden"] @ w.t()).requires_grad_() for w in (weight, ref_weight))
-    results = {
-        "logits": outputs_and_gradients(
-            vocab_parallel_logprobs(logits, labels, group=group, with_entropy=True, **OPTIONS),
-            (logits,),
-            upstream,
-        ),
-        "full_kl": outputs_and_gradients(
-            (vocab_parallel_full_kl(logits, ref_logits, group=group, **OPTIONS),),
-            (logits, ref_logits),
-            upstream[:1],
-        ),
-    }
+    weight = p["weight"].chunk(tp)[rank]
+    results = {}
     for sequence_parallel in (False, True):
         hidden = p["hidden"].chunk(tp)[rank] if sequence_parallel else p["hidden"]
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -85,6 +75,8 @@ def run_cases(rank: int, tp: int, group: dist.ProcessGroup) -> dict[str, list[Te
         loss, logprob = vocab_parallel_linear_logprobs_loss(*leaves, labels, token_loss, **common)
         case = outputs_and_gradients((loss,), leaves, torch.tensor([3.0]))
         results[f"{name} one pass"] = [*case, logprob]
+        _, terms = vocab_parallel_linear_logprobs_loss(*leaves, labels, terms_of_tokens, **common)
+        results[f"{name} terms"] = [terms]
         no_row = vocab_parallel_linear_logprobs(
             *leaves, torch.full_like(labels, -100), with_entropy=True, **common
         )
@@ -113,9 +105,7 @@ def exact(rows: Tensor | None = None) -> dict[str, Tensor]:
     """fp64 results of the whole vocabulary."""
     p = {k: x.double() if x.is_floating_point() else x for k, x in problem().items()}
     hidden, weight = p["hidden"].requires_grad_(), p["weight"].requires_grad_()
-    logits = hidden @ weight.t()
-    logits.retain_grad()
-    log_p = (logits[:, :NUM_VALID] / 0.7).log_softmax(-1)
+    log_p = ((hidden @ weight.t())[:, :NUM_VALID] / 0.7).log_softmax(-1)
     counts = p["labels"] != -100
     if rows is not None:
         counts = counts & torch.zeros(T, dtype=torch.bool).index_fill(0, rows, True)
@@ -123,22 +113,12 @@ def exact(rows: Tensor | None = None) -> dict[str, Tensor]:
     logprob = torch.where(counts, picked, 0.0)
     entropy = torch.where(counts, -(log_p.exp() * log_p).sum(-1), 0.0)
     (p["upstream"][0] * logprob + p["upstream"][1] * entropy).sum().backward()
-    grads = {"logits": logits.grad, "hidden": hidden.grad, "weight": weight.grad}
+    grads = {"hidden": hidden.grad, "weight": weight.grad}
     return {"logprob": logprob.detach(), "entropy": entropy.detach(), **grads}
 
 
 def close(got: Tensor, want: Tensor) -> bool:
     return torch.allclose(got.double(), want, rtol=1e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize("tp", [2, 4])
-def test_logits_shards(results: dict, tp: int) -> None:
-    want = exact()
-    for rank, result in enumerate(results[tp]):
-        logprob, entropy, gradient = result["logits"]
-        assert close(logprob, want["logprob"])
-        assert close(entropy, want["entropy"])
-        assert close(gradient, want["logits"].chunk(tp, dim=1)[rank])
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -174,16 +154,14 @@ def test_one_pass_over_shards(results: dict, tp: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-def test_full_kl_over_shards(results: dict, tp: int) -> None:
-    p = {k: x.double() if x.is_floating_point() else x for k, x in problem().items()}
-    leaves = [(p["hidden"] @ p[w].t()).requires_grad_() for w in ("weight", "ref_weight")]
-    log_p, log_q = ((x[:, :NUM_VALID] / 0.7).log_softmax(-1) for x in leaves)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    grads = torch.autograd.grad(kl, leaves, p["upstream"][0])
-    for rank, result in enumerate(results[tp]):
-        assert close(result["full_kl"][0], kl)
-        for got, want in zip(result["full_kl"][1:], grads, strict=True):
-            assert close(got, want.chunk(tp, dim=1)[rank])
+@pytest.mark.parametrize("name", ["replicated", "sp"])
+def test_terms_over_shards_are_of_all_rows_on_every_rank(results: dict, tp: int, name: str) -> None:
+    labels = problem()["labels"]
+    rows = torch.where(labels == -100, 0, torch.arange(T))
+    for result in results[tp]:
+        (terms,) = result[f"{name} terms"]
+        assert close(terms[0], exact()["logprob"])
+        assert terms[1].equal(rows.float())
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -197,7 +175,7 @@ def test_ranks_without_a_row_to_compute_still_meet(results: dict, tp: int) -> No
 def test_every_rank_holds_the_same_bits(results: dict, tp: int) -> None:
     first, *others = results[tp]
     for other in others:
-        for case in ("logits", "replicated", "sp"):
+        for case in ("replicated", "sp"):
             assert other[case][0].equal(first[case][0])
             assert other[case][1].equal(first[case][1])
         assert other["replicated"][2].equal(first["replicated"][2]), "the hidden gradient"
@@ -205,14 +183,12 @@ def test_every_rank_holds_the_same_bits(results: dict, tp: int) -> None:
 
 def test_entropy_comes_only_when_asked_for() -> None:
     p = problem()
-    logits = p["hidden"] @ p["weight"].t()
     for with_entropy in (False, True):
         options = {"group": None, "with_entropy": with_entropy, **OPTIONS}
-        _, of_logits = vocab_parallel_logprobs(logits, p["labels"], **options)
-        _, of_hidden = vocab_parallel_linear_logprobs(
+        _, entropy = vocab_parallel_linear_logprobs(
             p["hidden"], p["weight"], p["labels"], **options
         )
-        assert (of_logits is not None) == (of_hidden is not None) == with_entropy
+        assert (entropy is not None) == with_entropy
 
 
 class Head(torch.nn.Module):

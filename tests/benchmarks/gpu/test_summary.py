@@ -96,11 +96,11 @@ def test_a_check_that_was_interrupted_is_no_verdict():
 
 def test_a_target_without_a_measurement_says_what_became_of_its_step():
     assert line_of(GAE, []).detail == "its step has not run"
-    outcome = Outcome(step="time gae, ppo_loss", status="hung", seconds=60, tail=["compiling"])
+    outcome = Outcome(step="time gae, policy_loss", status="hung", seconds=60, tail=["compiling"])
     line = line_of(GAE, [], {outcome.step: outcome})
     assert (line.verdict, line.detail) == (
         "not measured",
-        "time gae, ppo_loss hung after 60 s: compiling",
+        "time gae, policy_loss hung after 60 s: compiling",
     )
     assert [found.name for found in step_lines({outcome.step: outcome})] == [outcome.step]
 

@@ -43,10 +43,10 @@ def test_resumed_training_goes_on_to_the_last_bit(dtype: str, parallel: Parallel
 
 
 def test_state_behind_a_padded_bucket_is_saved_in_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ):
-    monkeypatch.setattr("engine.training.optimizer.BUCKET_ELEMENTS", 5_000)
-    parallel = start_parallel(ParallelLayout(overlap_grad_reduce=True), seed=1)
+    layout = ParallelLayout(overlap_grad_reduce=True, bucket_elements=5_000)
+    parallel = start_parallel(layout, seed=1)
     first = training(tmp_path, parallel)
     (buffer,) = first.optimizer.network.chunks[0].buffers
     ends = [max(buffer.param_index_map[p][1] for p in bucket.params) for bucket in buffer.buckets]

@@ -12,7 +12,6 @@ import torch
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import FileSystemReader
 
-import engine.training.optimizer
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.weights import load_weights
 from engine.data.batches import pack
@@ -38,7 +37,7 @@ NARROW = GPTSize(num_layers=1, hidden_size=2, num_heads=1, vocab_size=100, conte
 LAYOUTS = [  # of two ranks; of four, each has two replicas
     ParallelLayout(),
     ParallelLayout(tp=2, sequence_parallel=True),
-    ParallelLayout(overlap_grad_reduce=True),
+    ParallelLayout(overlap_grad_reduce=True, bucket_elements=100_000),  # several buckets
     ParallelLayout(pp=2, virtual_pp=2),
     ParallelLayout(cp=2),
     ParallelLayout(pp=2),
@@ -187,7 +186,6 @@ def test_rank_that_owns_nothing_but_padding_saves_and_resumes(tmp_path: Path):
 
 def hand_on(folder: Path) -> None:
     """Save in the first layout as 0; resume in each of the others, and save what came of it."""
-    engine.training.optimizer.BUCKET_ELEMENTS = 100_000  # several, where reductions overlap
     first = training(folder, start_parallel(LAYOUTS[0], seed=1), seed=9)
     first.checkpointer.save(0, {})
     for step, layout in enumerate(LAYOUTS[1:]):

@@ -8,14 +8,13 @@ import torch
 from engine.dry_run import distinct_ranks
 from engine.dry_run.distinct_ranks import Model, Rank, build_ranks, check_checkpoint, check_rank
 from engine.errors import UserError
-from engine.planning import parameters
 from engine.ranks.start import end_parallel, pretended_rank, start_parallel
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
-from engine.training import optimizer
-from engine.training.network import Kind, build_network
+from engine.training.network import build_network
 from engine.training.optimizer import Optimizer
+from models.sizes import Kind
 from tests.tiny import SIZE
 
 LAYOUT = ParallelLayout(tp=4, pp=2, sequence_parallel=True)
@@ -85,11 +84,10 @@ def test_buckets_of_many_replicas_are_as_large_as_megatrons():
     check_rank(one, rank)
 
 
-def test_ranks_that_share_rows_alone_reduce_gradients_in_buckets(monkeypatch):
-    for module in (optimizer, parameters):
-        monkeypatch.setattr(module, "BUCKET_ELEMENTS", 5000)
+def test_ranks_that_share_rows_alone_reduce_gradients_in_buckets():
     size = dataclasses.replace(SIZE, hidden_size=36)  # that each bucket is padded
-    one = dataclasses.replace(model(layout=ParallelLayout(cp=2)), size=size)
+    layout = ParallelLayout(cp=2, bucket_elements=5000)
+    one = dataclasses.replace(model(layout=layout), size=size)
     (rank,) = [rank for _, rank in build_ranks([one], 2)]
     check_rank(one, rank)
 

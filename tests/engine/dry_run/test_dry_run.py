@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.dry_run.dry_run import check_batches, dry_run, models_of
+from engine.dry_run.dry_run import check_batches, chosen_gpus, dry_run, models_of
 from engine.errors import UserError
 from engine.ranks.start import end_parallel
 from engine.recipe import run_stage
@@ -68,6 +68,57 @@ def test_dry_run_is_an_option_of_every_stage(capsys):
     assert "layout tp 3 x pp 1 x cp 1 = 3 must divide" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "gpus", "layout"),
+    [
+        # The recipe says that 8 GPUs run it, and its layout is tp 2.
+        (["--dry-run"], "checked on 8 GPUs, as the recipe is launched", "tp 2 x pp 1 x dp 4"),
+        (["--dry-run", "--layout.tp", "4"], "checked on 8 GPUs, as the rec", "tp 4 x pp 1 x dp 2"),
+        (["--layout.pp=8", "--dry-run"], "checked on 16 GPUs, the fewest", "tp 2 x pp 8 x dp 1"),
+        (["--dry-run", "64"], None, "tp 2 x pp 1 x dp 32"),
+        (["--dry-run=64"], None, "tp 2 x pp 1 x dp 32"),
+    ],
+)
+def test_without_a_number_a_recipe_is_checked_as_it_is_launched(options, gpus, layout):
+    done = subprocess.run(
+        [sys.executable, "recipes/init_1_3b.py", *options],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(gpus or "batch: ")
+    assert any(layout in line for line in lines)
+    assert "every check passed" in done.stdout
+
+
+def test_fewest_gpus_are_those_that_all_layouts_divide():
+    config = dataclasses.replace(
+        config_of("ppo_tiny"),
+        layout=ParallelLayout(tp=2, pp=3),
+        critic_layout=ParallelLayout(pp=4),
+        generation_layout=ParallelLayout(tp=8),
+    )
+    assert chosen_gpus(config, None)[0] == 24
+    assert chosen_gpus(config, 48)[0] == 48
+    assert chosen_gpus(config, 32)[0] == 24
+    assert chosen_gpus(config_of("sft_tiny"), None)[0] == 1
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x", "1.5", "", "4 8"])
+def test_bad_number_of_gpus_is_an_error_in_a_line(capsys, number: str):
+    with pytest.raises(SystemExit) as stop:
+        run_stage(pytest.fail, config_of("sft_tiny"), ["--dry-run", *number.split(" ")])
+    assert stop.value.code == 2
+    assert capsys.readouterr() == (
+        "",
+        f"error: --dry-run takes a number of GPUs, at least 1, or none; got {number!r}\n",
+    )
+
+
 def test_other_recipes_have_no_dry_run(capsys):
     with pytest.raises(SystemExit):
         run_stage(pytest.fail, config_of("sft_tiny"), ["--dry-run", "4"], has_dry_run=False)
@@ -117,7 +168,6 @@ def test_run_that_needs_more_memory_is_refused_after_its_plan(capsys):
 @pytest.mark.parametrize(
     ("stage", "changes", "data", "message"),
     [
-        ("ppo", {"minibatch_size": 24}, {}, "rollout_batch_size 64 must be a multiple of minib"),
         ("ppo", {"rollout_batch_size": 36, "minibatch_size": 12}, {}, "multiple of dp 8"),
         ("ppo", {"minibatch_size": 4} | CRITIC_DP8, {}, "of the critic's dp 8"),
         ("ppo", {"micro_batch_tokens": 200}, {}, "micro_batch_tokens 200 must be at least 224"),

@@ -46,5 +46,5 @@ class DoneAgain:
 
 def record_steps(network: Network) -> Decoding:
     """Have a network on the CPU generate as one on a GPU does; return what it keeps."""
-    network.decoding = Decoding(LastingLanes(num_lanes(network)), DoneAgain)
+    network.keep(Decoding(LastingLanes(num_lanes(network)), DoneAgain))
     return network.decoding

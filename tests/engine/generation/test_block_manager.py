@@ -1,6 +1,7 @@
 import pytest
 
 from engine.generation.block_manager import BlockManager, prefix_digests
+from engine.generation.sequence import LiveSequence
 
 
 def test_released_blocks_are_given_out_again_oldest_first():
@@ -17,6 +18,17 @@ def test_released_blocks_are_given_out_again_oldest_first():
 def test_too_few_free_blocks_are_an_error():
     with pytest.raises(KeyError):
         BlockManager(2, 16).allocate(3)
+
+
+def test_sequences_that_decode_lack_blocks_up_to_their_limit_and_prompts_lack_none():
+    manager = BlockManager(9, 2)
+    prompt = LiveSequence(sample_index=0, tokens=[7, 8, 9], prompt_length=3, max_length=9)
+    decoding = LiveSequence(
+        sample_index=1, tokens=[7, 8, 9], prompt_length=2, max_length=6, blocks=[4], num_cached=2
+    )
+    lacks = [manager.num_missing([prompt, decoding], num_steps) for num_steps in (0, 1, 3, 99)]
+    assert lacks == [0, 1, 2, 2]
+    assert manager.num_missing([decoding] * 2, 3) == 4
 
 
 def test_a_named_block_is_found_while_it_lives_and_until_it_is_reused():

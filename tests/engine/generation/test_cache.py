@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from engine.errors import UserError
-from engine.generation.cache import choose_cache, free_bytes, num_lanes, table_width
+from engine.generation.cache import choose_cache, num_lanes, table_width
 from engine.settings.sampling import SamplingConfig
 
 BLOCK_BYTES = 4 * 2 * 16 * 64 * 4  # layers x (keys, values) x tokens x width x fp32
@@ -45,7 +45,3 @@ def test_what_lanes_are_rounded_up_to_is_left_free(network, monkeypatch):
 )
 def test_block_tables_have_few_widths(max_length, block_size, width):
     assert table_width(max_length, block_size) == width
-
-
-def test_free_memory_is_that_of_the_machine():
-    assert 2**20 < free_bytes(torch.device("cpu")) < 2**50

@@ -141,7 +141,7 @@ def test_weights_that_move_meanwhile_are_an_error(network, decoding):
 
 def test_graphs_end_with_memory_that_does(network, plain):
     memory = PassingMemory(torch.device("cpu"), num_lanes=num_lanes(network))
-    network.decoding = Decoding(memory, DoneAgain)
+    network.keep(Decoding(memory, DoneAgain))
     for seed in (3, 4):
         assert_same(answers(network, seed=seed), answers(plain, seed=seed))
         assert not network.decoding.graphs

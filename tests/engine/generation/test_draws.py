@@ -36,7 +36,7 @@ def step(lengths: list[int], *, num_rows: int, min_new_tokens: int = 0) -> StepT
     lanes = [torch.empty(2048, dtype=torch.uint8) for _ in range(2)]
     cache = PagedCache([1], (8, 16, 1, 2), blocks_per_sequence=1, dtype=torch.float32, lanes=lanes)
     return upload(
-        Step(decodes=sequences, chunks=[], num_steps=1),
+        Step(decodes=sequences, prefills=[], num_steps=1),
         cache,
         num_decode_rows=num_rows,
         min_new_tokens=min_new_tokens,

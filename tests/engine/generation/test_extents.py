@@ -18,11 +18,11 @@ def manager(num_extents: int = 3) -> ExtentManager:
 def place(extents: ExtentManager, tokens: list[int], reserved: int = 0):
     """Admit a prompt of full blocks, and name them as the step that computes them does."""
     digests = prefix_digests(tokens, SIZE)
-    placement = extents.place(len(tokens), digests, reserved)
-    if placement is not None:
-        for block, digest in zip(placement.blocks, digests, strict=False):
+    allotment = extents.allot(len(tokens), digests, reserved)
+    if allotment is not None:
+        for block, digest in zip(allotment.blocks, digests, strict=False):
             extents.name(block, digest)
-    return placement
+    return allotment
 
 
 def test_every_sequence_gets_a_run_as_long_as_the_longest():
@@ -58,7 +58,13 @@ def test_only_an_extent_in_use_comes_back():
 
 def test_a_prompt_that_exceeds_an_extent_is_an_error():
     with pytest.raises(ValueError, match="9 tokens exceed 4 blocks"):
-        manager().place(9, [], 0)
+        manager().allot(9, [], 0)
+
+
+def test_an_extent_does_not_grow():
+    assert manager().allocate(0) == []
+    with pytest.raises(ValueError, match="does not grow, 1 blocks"):
+        manager().allocate(1)
 
 
 def test_a_prompt_in_another_extent_is_copied_once_and_known_by_the_copy():
@@ -108,11 +114,11 @@ def test_what_a_step_shares_is_what_the_cache_holds():
     s = Scheduler(
         waiting=deque(sequences),
         blocks=ExtentManager(4, 7, SIZE),
-        slots_per_group=4,
+        slots_per_cohort=4,
         prefill_tokens=7,
         steps_per_sync=1,
         stop_ids=frozenset(),
-        num_groups=1,
+        num_cohorts=1,
         counts=Counts(),
     )
     cache: dict[int, int] = {}  # slot -> token
@@ -121,7 +127,7 @@ def test_what_a_step_shares_is_what_the_cache_holds():
         step = s.next_step(0)
         assert step.decodes == sorted(step.decodes, key=lambda live: live.blocks[0])
         fed = [(live, live.num_cached, live.num_cached + 1) for live in step.decodes]
-        fed += [(chunk.sequence, chunk.start, chunk.stop) for chunk in step.chunks]
+        fed += [(part.sequence, part.start, part.stop) for part in step.prefills]
         for live, start, stop in fed:
             for position in range(start, stop):
                 slot = live.blocks[position // SIZE] * SIZE + position % SIZE

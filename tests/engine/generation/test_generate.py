@@ -19,6 +19,7 @@ from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward
 from models.attention import PackedSequences
+from models.readouts import Logits
 from tests.engine.generation.random_gpt2 import CONTEXT, VOCAB, load_gpt2, random_prompts
 
 
@@ -52,7 +53,7 @@ def logits_after(network: Network, tokens: np.ndarray) -> torch.Tensor:
     rows = torch.arange(len(row))
     (module,) = network.modules
     with torch.no_grad():
-        return module(row, rows, sequences, rows=rows)[:, :VOCAB]
+        return module(row, rows, sequences, Logits(rows))[:, :VOCAB]
 
 
 def assert_same(actual: dict[int, Response], expected: dict[int, Response]) -> None:
@@ -332,7 +333,7 @@ def test_nan_in_the_weights_is_an_error_that_names_the_sample(network):
 def test_weights_that_change_under_way_are_an_error(network):
     stream = generate(network, random_prompts(9, 5), CONFIG, eos_id=0, seed=5)
     next(stream)
-    network.weights_version += 1
+    network.mark_changed()
     with pytest.raises(RuntimeError, match="weights changed"):
         list(stream)
 

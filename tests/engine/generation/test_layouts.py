@@ -64,7 +64,7 @@ def outcomes_in_layouts(folder: Path) -> dict[str, dict[str, Outcome]]:
         decoding = record_steps(network)  # graphs, wherever a layout has collectives or messages
         found[name]["recorded"] = outcome(network, SAMPLED)
         assert decoding.graphs
-        network.decoding = None
+        network.keep(None)
         if name in ("tp2", "pp2"):
             prompts = random_prompts(64, 200)
             responses = generate(network, prompts, GREEDY, eos_id=0, seed=3)
@@ -95,7 +95,7 @@ def assert_bad_input_ends_every_rank(network: Network) -> None:
     for parameter, value in zip(weights, kept, strict=True):
         parameter.data.copy_(value)
     outcome(network, dataclasses.replace(SAMPLED, max_new_tokens=1))
-    # Of two groups in flight the second alone is broken, when the first is on its way again.
+    # Of two cohorts in flight the second alone is broken, when the first is on its way again.
     first = network.modules[0]
     if first.pre_process:
         first.embedding.word_embeddings.weight.data[5, 0] = torch.inf
@@ -129,7 +129,7 @@ def outcomes_after_refit(folder: Path) -> dict[str, Outcome | str | int]:
         found[name] = outcome(refit.network, SAMPLED)
         found[f"{name}_bytes"] = report.received_bytes
     found["source"] = outcome(source, SAMPLED)  # its own groups are still the ones in use
-    source.weights_version += 1
+    source.mark_changed()
     with pytest.raises(RuntimeError, match="stale weights"):
         outcome(refit.network, SAMPLED)
     for parameter in source.modules[0].parameters():

@@ -32,7 +32,7 @@ def test_cuda_graphs_change_nothing_and_serve_the_next_rollouts(dtype):
     found: dict[type, list[list]] = {DoneAgain: [], CudaGraph: []}
     for record, answers in found.items():
         memory = cache_memory(parallel.device, num_lanes=num_lanes(network))
-        network.decoding = Decoding(memory, record)
+        network.keep(Decoding(memory, record))
         kept: dict = {}
         for seed in (1, 2, 1):
             responses = list(generate(network, prompts, config, eos_id=0, seed=seed))

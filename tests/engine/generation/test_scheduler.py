@@ -22,11 +22,11 @@ def sequence(index: int, prompt: list[int], num_new: int = 8) -> LiveSequence:
 def scheduler(sequences: list[LiveSequence], **changes) -> Scheduler:
     settings = {
         "blocks": BlockManager(64, 4),
-        "slots_per_group": 8,
+        "slots_per_cohort": 8,
         "prefill_tokens": 64,
         "steps_per_sync": 1,
         "stop_ids": frozenset([STOP]),
-        "num_groups": 1,
+        "num_cohorts": 1,
         "counts": Counts(),
     }
     return Scheduler(waiting=deque(sequences), **(settings | changes))
@@ -51,18 +51,18 @@ def outcome(step) -> list[tuple[list[int], list[float]]]:
 
 def check_blocks(s: Scheduler) -> None:
     """Every block is free or has as many users as sequences hold it; what is written has room."""
-    users = Counter(block for group in s.running for live in group for block in live.blocks)
+    users = Counter(block for cohort in s.running for live in cohort for block in live.blocks)
     assert s.blocks.num_free + len(users) == len(s.blocks._num_users)
     assert all(s.blocks._num_users[block] == n for block, n in users.items())
-    for group in s.running:
-        for live in group:
+    for cohort in s.running:
+        for live in cohort:
             assert len(live.blocks) * s.blocks.block_size >= live.num_cached
 
 
-@pytest.mark.parametrize("num_groups", [1, 3])
+@pytest.mark.parametrize("num_cohorts", [1, 3])
 @pytest.mark.parametrize("steps_per_sync", [1, 5])
 @pytest.mark.parametrize("num_blocks", [12, 20, 200])
-def test_every_sequence_finishes_alike_whatever_the_room(num_groups, steps_per_sync, num_blocks):
+def test_every_sequence_finishes_alike_whatever_the_room(num_cohorts, steps_per_sync, num_blocks):
     rng = random.Random(0)
     prompts = [[rng.randrange(1, 50) for _ in range(rng.randrange(1, 30))] for _ in range(12)]
     prompts += prompts[:6]
@@ -70,20 +70,20 @@ def test_every_sequence_finishes_alike_whatever_the_room(num_groups, steps_per_s
     s = scheduler(
         sequences,
         blocks=BlockManager(num_blocks, 4),
-        slots_per_group=3,
+        slots_per_cohort=3,
         prefill_tokens=10,
         steps_per_sync=steps_per_sync,
-        num_groups=num_groups,
+        num_cohorts=num_cohorts,
     )
-    flights = [None] * num_groups
+    flights = [None] * num_cohorts
     finished = []
     for _ in range(2000):
         if not s.has_work:
             break
-        for group in range(num_groups):
-            if flights[group] is not None:
-                finished += s.finish_step(group, flights[group], outcome(flights[group]))
-            flights[group] = s.next_step(group)
+        for cohort in range(num_cohorts):
+            if flights[cohort] is not None:
+                finished += s.finish_step(cohort, flights[cohort], outcome(flights[cohort]))
+            flights[cohort] = s.next_step(cohort)
             check_blocks(s)
     assert len(finished) == len(sequences)
     assert s.blocks.num_free == num_blocks
@@ -99,10 +99,10 @@ def test_every_sequence_finishes_alike_whatever_the_room(num_groups, steps_per_s
         assert s.counts.num_preempted == 0
 
 
-def test_a_long_prompt_is_fed_in_chunks_next_to_decoding_sequences():
+def test_a_long_prompt_is_fed_in_parts_next_to_decoding_sequences():
     s = scheduler([sequence(0, [1, 2]), sequence(1, list(range(1, 31)))], prefill_tokens=10)
     step = s.next_step(0)
-    assert [(c.sequence.sample_index, c.start, c.stop) for c in step.chunks] == [
+    assert [(c.sequence.sample_index, c.start, c.stop) for c in step.prefills] == [
         (0, 0, 2),
         (1, 0, 8),
     ]
@@ -110,12 +110,12 @@ def test_a_long_prompt_is_fed_in_chunks_next_to_decoding_sequences():
     s.finish_step(0, step, [([5], [0.0])])
     step = s.next_step(0)
     assert [live.sample_index for live in step.decodes] == [0]
-    assert [(c.start, c.stop) for c in step.chunks] == [(8, 18)]
+    assert [(c.start, c.stop) for c in step.prefills] == [(8, 18)]
     assert step.num_steps == 1
 
 
 def test_a_finished_slot_is_refilled_at_once():
-    s = scheduler([sequence(index, [1, 2, 3]) for index in range(3)], slots_per_group=2)
+    s = scheduler([sequence(index, [1, 2, 3]) for index in range(3)], slots_per_cohort=2)
     step = s.next_step(0)
     assert [live.sample_index for live in step.sampled] == [0, 1]
     s.finish_step(0, step, [([STOP], [0.0]), ([7], [0.0])])
@@ -127,7 +127,7 @@ def test_equal_prompts_share_full_blocks_and_compute_only_the_rest():
     prompt = list(range(1, 12))  # two full blocks and three tokens
     s = scheduler([sequence(index, prompt) for index in range(3)])
     step = s.next_step(0)
-    assert [(c.start, c.stop) for c in step.chunks] == [(0, 11), (8, 11), (8, 11)]
+    assert [(c.start, c.stop) for c in step.prefills] == [(0, 11), (8, 11), (8, 11)]
     first, second, third = s.running[0]
     assert first.blocks[:2] == second.blocks[:2] == third.blocks[:2]
     assert len({live.blocks[2] for live in s.running[0]}) == 3
@@ -137,7 +137,7 @@ def test_equal_prompts_share_full_blocks_and_compute_only_the_rest():
 def test_the_last_token_of_a_shared_prompt_is_always_computed():
     s = scheduler([sequence(index, [1, 2, 3, 4]) for index in range(2)])
     step = s.next_step(0)
-    assert [(c.start, c.stop) for c in step.chunks] == [(0, 4), (0, 4)]
+    assert [(c.start, c.stop) for c in step.prefills] == [(0, 4), (0, 4)]
 
 
 def test_several_steps_run_between_syncs_only_without_prompts_and_with_blocks():

@@ -1,6 +1,6 @@
 import torch
 
-from engine.generation.scheduler import Chunk, Step
+from engine.generation.scheduler import Prefill, Step
 from engine.generation.sequence import LiveSequence
 from engine.generation.step_tensors import upload
 from models.paged_attention import PagedCache
@@ -27,7 +27,7 @@ def decoding(index: int, length: int, blocks: list[int], max_length: int = 16) -
 
 
 def decode_step(*sequences: LiveSequence) -> Step:
-    return Step(decodes=list(sequences), chunks=[], num_steps=1)
+    return Step(decodes=list(sequences), prefills=[], num_steps=1)
 
 
 def tensors_of(step: Step, num_rows: int):
@@ -64,25 +64,28 @@ def test_a_clone_shares_nothing():
 def test_chunks_follow_the_decoding_rows_and_sample_at_their_ends():
     whole = decoding(1, 3, [1])
     part = decoding(2, 9, [4, 2, 6])
-    chunks = [Chunk(sequence=whole, start=0, stop=3), Chunk(sequence=part, start=4, stop=7)]
-    step = Step(decodes=[decoding(0, 2, [9])], chunks=chunks, num_steps=1)
+    prefills = [
+        Prefill(sequence=whole, start=0, stop=3),
+        Prefill(sequence=part, start=4, stop=7),
+    ]
+    step = Step(decodes=[decoding(0, 2, [9])], prefills=prefills, num_steps=1)
     tensors = tensors_of(step, 2)
     assert tensors.tokens.tolist() == [101, 0, 100, 101, 102, 104, 105, 106]
     assert tensors.positions.tolist() == [1, 0, 0, 1, 2, 4, 5, 6]
     assert tensors.paged.slots.tolist() == [37, -1, 4, 5, 6, 8, 9, 10]
     assert tensors.rows.tolist() == [0, 4]  # the second chunk does not reach its sequence's end
     paged = tensors.paged
-    assert paged.chunks.cu_seqlens_q.tolist() == [0, 3, 6]
-    assert paged.chunks.cu_seqlens_kv.tolist() == [0, 3, 10]
-    assert (paged.chunks.max_seqlen_q, paged.chunks.max_seqlen_kv) == (3, 7)
-    assert paged.chunk_slots.tolist() == [4, 5, 6, 16, 17, 18, 19, 8, 9, 10]
+    assert paged.prompts.cu_seqlens_q.tolist() == [0, 3, 6]
+    assert paged.prompts.cu_seqlens_kv.tolist() == [0, 3, 10]
+    assert (paged.prompts.max_seqlen_q, paged.prompts.max_seqlen_kv) == (3, 7)
+    assert paged.prompt_slots.tolist() == [4, 5, 6, 16, 17, 18, 19, 8, 9, 10]
 
 
 def test_whole_prompts_need_no_keys_from_the_cache():
-    chunk = Chunk(sequence=decoding(1, 3, [1]), start=0, stop=3)
-    paged = tensors_of(Step(decodes=[], chunks=[chunk], num_steps=1), 0).paged
-    assert paged.chunk_slots is None
-    assert paged.chunks.cu_seqlens_kv is paged.chunks.cu_seqlens_q
+    prefill = Prefill(sequence=decoding(1, 3, [1]), start=0, stop=3)
+    paged = tensors_of(Step(decodes=[], prefills=[prefill], num_steps=1), 0).paged
+    assert paged.prompt_slots is None
+    assert paged.prompts.cu_seqlens_kv is paged.prompts.cu_seqlens_q
 
 
 def test_advancing_on_the_device_equals_uploading_the_next_step():

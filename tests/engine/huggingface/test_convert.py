@@ -30,6 +30,7 @@ from engine.settings.numerics import Numerics
 from engine.training.network import Network, build_network
 from engine.training.passes import forward
 from models.attention import PackedSequences
+from models.readouts import Logits
 from tests.ranks import run_ranks
 
 LENGTHS = (1, 33, 2, 64, 17, 5)  # tokens of the packed sequences; 64 is the whole context
@@ -139,6 +140,7 @@ def test_logprobs_are_those_of_transformers(gpt2, parallel):
     network = build(gpt2, parallel)
     load_huggingface(network, gpt2)
     torch.testing.assert_close(our_logprobs(network), their_logprobs(gpt2), atol=1e-5, rtol=0)
+    assert network.weights_version == 1
 
 
 def test_logits_are_those_of_transformers(gpt2, parallel):
@@ -151,7 +153,7 @@ def test_logits_are_those_of_transformers(gpt2, parallel):
         batch.tokens,
         batch.positions,
         PackedSequences.of(batch.cu_seqlens, batch.max_seqlen),
-        rows=torch.arange(len(tokens)),
+        Logits(torch.arange(len(tokens))),
     )
     with torch.no_grad():
         theirs = GPT2LMHeadModel.from_pretrained(gpt2).eval()(batch.tokens[None]).logits[0]

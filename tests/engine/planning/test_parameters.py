@@ -1,15 +1,14 @@
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import engine.training.optimizer
-from engine.planning import parameters
 from engine.planning.parameters import (
-    Kind,
+    PipelineStage,
     buffer_elements,
     largest_parameter,
     network_parameters,
@@ -35,28 +34,31 @@ LAYOUTS = [
     ParallelLayout(cp=2, overlap_grad_reduce=True),
     ParallelLayout(tp=2, pp=2, cp=2),
 ]
-Case = tuple[Kind, ParallelLayout, int, int, str]
 BUCKET = 5000  # elements, so that the first chunk has several where their reduction overlaps
 
 
-def build_and_count(
-    kind: Kind, layout: ParallelLayout, pp_rank: int, dp: int, dtype: str
-) -> list[int]:
+def stage_of(layout: ParallelLayout, pp_rank: int = 0, **changes: Any) -> PipelineStage:
+    """A stage of 175B, or of what the changes name."""
+    stage = PipelineStage(kind="language", size=SIZES["175b"], layout=layout, pp_rank=pp_rank)
+    return replace(stage, **changes)
+
+
+def build_and_count(stage: PipelineStage) -> list[int]:
     """Return (parameters, buffer elements, optimizer bytes) of the real thing, the bytes of the
     replica's rank that holds most; a rank at a time, over collectives that do nothing."""
-    num_replicas = dp * layout.cp
+    layout, num_replicas = stage.layout, stage.num_replicas
     world = layout.tp * layout.pp * num_replicas
     optimizer_bytes_by_rank = []
     for replica_rank in range(num_replicas):
-        rank = (pp_rank * num_replicas + replica_rank) * layout.tp
+        rank = (stage.pp_rank * num_replicas + replica_rank) * layout.tp
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
         parallel_state.destroy_model_parallel()
         parallel._built = None
         dist.destroy_process_group()
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
         place = parallel.start_parallel(layout, seed=0)
-        assert (place.pp_rank, place.replica_rank) == (pp_rank, replica_rank)
-        network = build_network(kind, SIZE, place, numerics=Numerics(dtype=dtype))
+        assert (place.pp_rank, place.replica_rank) == (stage.pp_rank, replica_rank)
+        network = build_network(stage.kind, SIZE, place, numerics=Numerics(dtype=stage.dtype))
         num_parameters = sum(p.numel() for module in network.modules for p in module.parameters())
         optimizer = Optimizer(network, AdamConfig(), total_steps=1)
         optimizer.prepare_state()
@@ -72,62 +74,79 @@ def build_and_count(
     return [num_parameters, buffers, max(optimizer_bytes_by_rank)]
 
 
-def build_all(cases: list[Case]) -> list[list[int]]:
-    engine.training.optimizer.BUCKET_ELEMENTS = BUCKET
-    return [build_and_count(*case) for case in cases]
+def build_all(cases: list[PipelineStage]) -> list[list[int]]:
+    return [build_and_count(case) for case in cases]
 
 
 @pytest.mark.slow
-def test_parameters_and_optimizer_state_are_those_of_the_real_network(monkeypatch):
-    monkeypatch.setattr(parameters, "BUCKET_ELEMENTS", BUCKET)
-    cases: list[Case] = [
-        (kind, layout, pp_rank, 3, dtype)
+def test_parameters_and_optimizer_state_are_those_of_the_real_network():
+    cases = [
+        # Without a choice reductions overlap on GPUs alone, and a plan is for those.
+        stage_of(
+            replace(
+                layout,
+                overlap_grad_reduce=bool(layout.overlap_grad_reduce),
+                bucket_elements=BUCKET,
+            ),
+            pp_rank,
+            kind=kind,
+            size=SIZE,
+            dp=3,
+            dtype=dtype,
+        )
         for kind, layouts, dtype in (
             ("language", LAYOUTS, "bf16"),
             ("scalar", LAYOUTS[1:4] + LAYOUTS[-1:], "bf16"),
             ("scalar", LAYOUTS[1:4], "fp32"),
         )
-        for plain in layouts
-        # Without a choice reductions overlap on GPUs alone, and a plan is for those.
-        for layout in [replace(plain, overlap_grad_reduce=bool(plain.overlap_grad_reduce))]
+        for layout in layouts
         for pp_rank in {0, layout.pp // 2, layout.pp - 1}
     ]
     (found,) = run_ranks(build_all, 1, cases)
-    for (kind, layout, pp_rank, dp, dtype), real in zip(cases, found, strict=True):
-        planned = [
-            network_parameters(kind, SIZE, layout, pp_rank=pp_rank),
-            buffer_elements(kind, SIZE, layout, pp_rank=pp_rank, dp=dp, dtype=dtype),
-            optimizer_bytes(kind, SIZE, layout, pp_rank=pp_rank, dp=dp, dtype=dtype),
-        ]
-        assert planned == real, (kind, layout, pp_rank, dp, dtype)
+    for stage, real in zip(cases, found, strict=True):
+        planned = [network_parameters(stage), buffer_elements(stage), optimizer_bytes(stage)]
+        assert planned == real, stage
 
 
 def test_one_rank_holds_the_parameters_of_the_size_and_the_padding_of_its_vocabulary():
     size = SIZES["175b"]
     padding = (size.padded_vocab_size - size.vocab_size) * size.hidden_size
-    counted = network_parameters("language", size, ParallelLayout(), pp_rank=0)
+    counted = network_parameters(stage_of(ParallelLayout()))
     assert counted == size.num_parameters + padding
     # The scalar network has a head of hidden + 1 besides.
-    scalar = network_parameters("scalar", size, ParallelLayout(), pp_rank=0)
+    scalar = network_parameters(stage_of(ParallelLayout(), kind="scalar"))
     assert scalar == counted + size.hidden_size + 1
 
 
 def test_stages_of_175b_hold_what_megatron_was_seen_to_build():
     layout = ParallelLayout(tp=8, pp=16)
-    held = [network_parameters("language", SIZES["175b"], layout, pp_rank=r) for r in (0, 15)]
+    held = [network_parameters(stage_of(layout, pp_rank)) for pp_rank in (0, 15)]
     assert [round(n / 1e9, 3) for n in held] == [1.462, 1.437]
 
 
 def test_largest_parameter_is_the_embedding_or_a_matrix_of_the_mlp():
     layout, size = ParallelLayout(tp=8, pp=16), SIZES["175b"]
-    largest = [largest_parameter("language", size, layout, pp_rank=stage) for stage in (0, 3)]
+    largest = [largest_parameter(stage_of(layout, pp_rank)) for pp_rank in (0, 3)]
     assert largest == [size.padded_vocab_size // 8 * 12288, 4 * 12288 // 8 * 12288]
 
 
 def test_optimizer_state_is_split_over_data_parallel_ranks():
     layout = ParallelLayout(tp=8, pp=16)
-    size = SIZES["175b"]
-    whole = optimizer_bytes("language", size, layout, pp_rank=3, dp=1)
-    assert whole == 12 * network_parameters("language", size, layout, pp_rank=3)
-    share = optimizer_bytes("language", size, layout, pp_rank=3, dp=8)
+    whole = optimizer_bytes(stage_of(layout, 3))
+    assert whole == 12 * network_parameters(stage_of(layout, 3))
+    share = optimizer_bytes(stage_of(layout, 3, dp=8))
     assert whole / 8 <= share < whole / 8 * 1.0001
+
+
+def test_small_buckets_pad_more():
+    # Only where reductions overlap, and there on the first chunk of the first stage.
+    layout = ParallelLayout(pp=2, overlap_grad_reduce=True)
+    small = replace(layout, bucket_elements=BUCKET)
+    waits = replace(small, overlap_grad_reduce=False)
+    first, last = (
+        [buffer_elements(stage_of(each, pp_rank, size=SIZE, dp=3)) for each in (layout, small)]
+        for pp_rank in (0, 1)
+    )
+    assert first[0] < first[1]
+    assert last[0] == last[1]
+    assert buffer_elements(stage_of(waits, 0, size=SIZE, dp=3)) == first[0]

@@ -5,15 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import UserError
 from engine.plan_command import load_recipe, plan_command
-from engine.planning.hardware import Assumptions, named_cluster
+from engine.planning.hardware import named_cluster
 from engine.planning.plan import Plan, plan
 from engine.planning.search import search_layouts
-from engine.planning.workload import Batch, Workload, harmonic
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
-from engine.settings.residency import ResidencyConfig
 from engine.settings.sft import SFTConfig, SFTData
 
 ROOT = Path(__file__).parents[3]
@@ -142,42 +139,6 @@ def test_recipes_fit_the_gpus_that_they_name(name: str, num_gpus: int, changes: 
     assert found.step_seconds > 0 and 0 < found.mfu < NODE.assumptions.compute + 0.05
 
 
-def test_plan_follows_where_models_rest():
-    resident = recipe_plan("ppo_6b", 8, residency=ResidencyConfig())
-    parked = recipe_plan("ppo_6b", 8)
-    weights = resident.fullest.phases["update"]["reference weights"]
-    assert weights == resident.fullest.phases["update"]["policy weights"]
-    assert "reference weights" not in parked.fullest.phases["update"]
-    assert parked.fullest.host["reference weights"] == weights
-    assert resident.fullest.host.keys() == {"checkpoint"}
-    assert parked.phases[1].seconds["swap"] > 0 == resident.phases[1].seconds["swap"]
-    taken = [sum(found.fullest.phases["update"].values()) for found in (resident, parked)]
-    assert taken[0] - taken[1] == 2 * weights + 4 * 4097  # the reward model's fp32 head besides
-
-
-def test_critic_may_be_cut_otherwise_than_the_policy():
-    config = load_recipe(RECIPES, "ppo_1_3b")
-    whole = plan(dataclasses.replace(config, critic_layout=ParallelLayout()), NODE)
-    halved = plan(dataclasses.replace(config, critic_layout=ParallelLayout(pp=2)), NODE)
-    key = "critic gradients"
-    assert halved.fullest.phases["update"][key] < 0.55 * whole.fullest.phases["update"][key]
-    assert len(halved.ranks) == 1  # stages are the policy's
-
-
-def test_generation_without_pipeline_takes_a_copy_and_less_time():
-    pipeline = recipe_plan("ppo_175b", 512)
-    copied = recipe_plan("ppo_175b", 512, generation_layout=ParallelLayout(tp=16))
-    rows = copied.fullest.phases
-    # 174.6 B parameters in bf16 on 16 ranks, in rollouts only.
-    assert rows["rollout"]["generation weights"] == pytest.approx(2 * 174.6e9 / 16, rel=0.01)
-    assert "generation weights" not in rows["score"] | rows["update"]
-    assert rows["update"] == pipeline.fullest.phases["update"]
-    before, after = (p.phases[0].seconds for p in (pipeline, copied))
-    assert after["refit"] > 0
-    assert sum(after.values()) < 0.9 * sum(before.values())
-    assert not recipe_plan("ppo_175b", 512, generation_layout=ParallelLayout(tp=4)).fits
-
-
 def test_faster_memory_hastens_rollouts_and_faster_tensor_cores_updates():
     a100, h100, h200 = (recipe_plan("ppo_175b", 512, gpu) for gpu in ("a100", "h100", "h200"))
     assert a100.phases[2].seconds["compute"] / h100.phases[2].seconds["compute"] == pytest.approx(
@@ -187,48 +148,6 @@ def test_faster_memory_hastens_rollouts_and_faster_tensor_cores_updates():
         4.8 / 3.35, rel=0.05
     )
     assert h200.phases[2].seconds["compute"] == h100.phases[2].seconds["compute"]
-
-
-def test_price_is_hours_times_gpus():
-    cluster = named_cluster("h100", 8, dollars_per_hour=2.5)
-    found = plan(load_recipe(RECIPES, "rm_6b"), cluster)
-    assert found.dollars == pytest.approx(found.total_seconds / 3600 * 8 * 2.5)
-
-
-def test_number_of_steps_is_the_papers():
-    assert recipe_plan("sft_1_3b", 8).estimate.num_steps == 6363  # 16 x 12,725 / 32
-    assert recipe_plan("rm_6b", 8).estimate.num_steps == 519  # 33,207 / 64
-    assert recipe_plan("ppo_175b", 512).estimate.num_steps == 500
-    # A tenth of 32 is 3 pretraining sequences a step.
-    assert recipe_plan("init_6b", 8).estimate.num_steps == 878  # 2 x 12,725 / 29
-
-
-def test_batches_fall_on_ranks_as_the_engine_deals_them():
-    fixed = Batch(count=512, mean_tokens=2048, limit=2048, span=2048)
-    assert fixed.rows(8, 8192) == (16, 8192)
-    assert fixed.rows(8, 3000) == (64, 2048)
-    assert fixed.rows(64, 8192, 8) == (8, 8192)  # filled up for an interleaved schedule
-    varied = Batch(count=64, mean_tokens=100, limit=2048, span=100)
-    assert varied.rows(1, 2048) == (4, 2048)
-    # One rank has one of 64, perhaps the longest: 100 x (1 + 1/2 + ... + 1/64).
-    assert varied.rows(64, 2048) == (1, pytest.approx(474.4, abs=0.5))
-    assert harmonic(31) == pytest.approx(harmonic(33), rel=0.02)
-
-
-def test_search_proposes_what_fits_and_says_how_to_have_it(capsys):
-    cluster = named_cluster("h100", 64)
-    config = load_recipe(RECIPES, "ppo_175b")
-    found = search_layouts(config, cluster, lambda tried: plan(tried, cluster))
-    assert found and all(each.fits for each in found)
-    seconds = [each.step_seconds for each in found]
-    assert seconds == sorted(seconds)
-    # Only beside a critic that is split as far does the policy fit without recomputation.
-    pp8 = dataclasses.replace(config, layout=dataclasses.replace(config.layout, pp=8))
-    assert seconds[0] <= plan(pp8, cluster).step_seconds < 0.9 * seconds[1]
-    plan_command(RECIPES, ["ppo_175b", "--gpus", "64", "--search"])
-    options = capsys.readouterr().out.splitlines()[1].split("   ")[-1].split()
-    plan_command(RECIPES, ["ppo_175b", "--gpus", "64", *options])
-    assert capsys.readouterr().out.splitlines() == found[0].lines()
 
 
 def test_plan_says_what_a_checkpoint_takes():
@@ -242,22 +161,13 @@ def test_plan_says_what_a_checkpoint_takes():
     assert found.ranks[0].host["checkpoint"] == 2 * saved
 
 
-def test_run_whose_checkpoint_the_host_cannot_hold_does_not_fit():
-    found = recipe_plan("rm_6b", 8)
-    needed = 2 * found.estimate.networks["reward model"].saved_bytes(0)
-    for host_bytes, fits in ((needed, True), (needed - 1, False)):
-        gpu = dataclasses.replace(NODE.gpu, host_memory_bytes=host_bytes)
-        cluster = dataclasses.replace(NODE, gpu=gpu)
-        assert dataclasses.replace(found, cluster=cluster).fits == fits
-
-
 def test_plan_says_when_it_does_not_fit():
     found = recipe_plan("ppo_6b", 8, layout=ParallelLayout())
     assert not found.fits
     assert any("DOES NOT FIT" in line for line in found.lines())
     cluster = named_cluster("h100", 1)
     config = load_recipe(RECIPES, "sft_6b")
-    assert search_layouts(config, cluster, lambda tried: plan(tried, cluster)) == []
+    assert search_layouts(config, cluster) == []
 
 
 def test_plan_needs_no_torch_and_is_printed():
@@ -307,22 +217,3 @@ def test_mistakes_are_told_in_a_line(arguments: list[str], cause: str, capsys):
     told = capsys.readouterr().err
     assert stop.value.code == 2
     assert cause in told and len(told.splitlines()) <= 2
-
-
-def test_longer_responses_take_longer():
-    config = load_recipe(RECIPES, "ppo_6b")
-    short, long = (plan(config, NODE, Workload(response_tokens=n)) for n in (64, 512))
-    assert long.phases[0].seconds["memory"] > 4 * short.phases[0].seconds["memory"]
-    assert long.pf_days > short.pf_days
-
-
-def test_assumptions_change_the_seconds():
-    config = load_recipe(RECIPES, "sft_6b")
-    slow = named_cluster("h100", 8, assumptions=Assumptions(compute=0.31))
-    seconds = [plan(config, cluster).phases[0].seconds["compute"] for cluster in (NODE, slow)]
-    assert seconds[1] == pytest.approx(2 * seconds[0])
-
-
-def test_unknown_gpu_is_an_error():
-    with pytest.raises(UserError, match="no GPU is named"):
-        named_cluster("tpu", 8)

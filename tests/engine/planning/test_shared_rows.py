@@ -8,7 +8,6 @@ import pytest
 from engine.plan_command import load_recipe
 from engine.planning.hardware import named_cluster
 from engine.planning.plan import Plan, plan
-from engine.planning.search import proposal_lines, search_layouts
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sft import SFTConfig, SFTData
@@ -84,37 +83,3 @@ def test_head_of_shared_rows_computes_all_tokens():
     head = 3 * 2 * 4096 * 50_304 / 4 * tokens / (989e12 * 0.62)
     more = found[1].seconds["compute"] - found[0].seconds["compute"]
     assert more == pytest.approx(head * (1 - 43 / 451), rel=0.01)
-
-
-def test_ranks_that_share_rows_generate_apart():
-    shared, apart = (recipe_plan("ppo_6b", 16, ParallelLayout(cp=cp)) for cp in (2, 1))
-    assert shared.phases[0].seconds == apart.phases[0].seconds
-    assert shared.fullest.phases["rollout"] == apart.fullest.phases["rollout"]
-    assert shared.phases[1].seconds["cp"] > 0
-
-
-def test_every_phase_and_the_host_have_the_fullest_of_a_stages_ranks():
-    config = dataclasses.replace(
-        load_recipe(RECIPES, "ppo_1_3b"),
-        layout=ParallelLayout(pp=2),
-        critic_layout=ParallelLayout(pp=4),
-    )
-    found = plan(config, NODE)
-    policy, critic = (found.estimate.networks[role] for role in ("policy", "critic"))
-    saved = [critic.checkpoint_host_bytes(stage) for stage in (2, 3)]
-    assert saved[0] < saved[1]  # the head
-    rest = policy.checkpoint_host_bytes(1, has_average=True)
-    assert found.ranks[1].host["checkpoint"] == rest + saved[1]
-    phases = found.ranks[1].phases
-    assert phases["rollout"]["critic weights"] == critic.weight_bytes(3)
-    # Updates take most where two rows are in flight.
-    assert phases["update"]["critic weights"] == critic.weight_bytes(2) < critic.weight_bytes(3)
-
-
-@pytest.mark.parametrize("name", ["sft_6b", "ppo_1_3b"])
-def test_search_leaves_context_parallelism_as_it_is(name: str):
-    config = load_recipe(RECIPES, name)
-    config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, cp=2))
-    found = search_layouts(config, NODE, lambda tried: plan(tried, NODE))
-    assert found and {each.config.layout.cp for each in found} == {2}
-    assert all("--layout.cp" not in line for line in proposal_lines(found, config))

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from engine.preflight import links
-from engine.preflight.check import check_nodes, exchange
+from engine.preflight.check import Meeting, check_nodes, exchange
 from engine.preflight.facts import ROOT, PreflightConfig, code_version
-from engine.preflight.judge import Fault
+from engine.preflight.faults import Fault
 
 SECOND = datetime.timedelta(seconds=1)
 
@@ -69,7 +69,8 @@ def test_exchange_hears_who_answers_in_time():
     store, heard = dist.HashStore(), {}
 
     def answer(rank: int) -> None:
-        heard[rank] = exchange(store, "nodes", rank, 4, f"node{rank // 2}", SECOND)
+        meeting = Meeting(store=store, rank=rank, world_size=4)
+        heard[rank] = exchange(meeting, "nodes", f"node{rank // 2}", SECOND)
 
     ranks = [threading.Thread(target=answer, args=(rank,)) for rank in (0, 1, 3)]
     for thread in ranks:
@@ -128,17 +129,3 @@ def test_kernels_kept_on_a_shared_file_system_or_nowhere_are_a_fault(tmp_path: P
     monkeypatch.setattr("engine.preflight.facts.shared_file_system", lambda path: "nfs4")
     (fault,) = check_nodes(config, dist.HashStore())[1]
     assert f"TRITON_CACHE_DIR {tmp_path / 'file'}: lies on nfs4, which nodes share" in fault.message
-
-
-def test_code_version_sees_contents_and_names(tmp_path: Path):
-    (tmp_path / "engine").mkdir()
-    source = tmp_path / "engine" / "a.py"
-    source.write_text("x = 1")
-    seen = [code_version(tmp_path), code_version(tmp_path)]
-    source.write_text("x = 2")
-    seen.append(code_version(tmp_path))
-    source.rename(source.with_name("b.py"))
-    seen.append(code_version(tmp_path))
-    assert len(seen) == 4
-    assert len(set(seen)) == 3
-    assert seen[0] == seen[1]

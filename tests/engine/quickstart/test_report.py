@@ -3,7 +3,7 @@ import re
 
 from rich.console import Console
 
-from engine.quickstart.report import summary_table, write_report
+from engine.quickstart.report import COLUMNS, MODELS, summary_table, write_report
 
 SUMMARY = {
     "rm_pair_accuracy": 0.8125,
@@ -108,11 +108,39 @@ def test_a_stage_with_values_that_are_not_finite_is_drawn(tmp_path):
     assert "SFT: loss" in written(tmp_path, {}, {"sft": rows}, [])
 
 
+def screen(summary: dict, width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(summary_table(summary))
+    return console.export_text()
+
+
 def test_screen_table_has_a_row_a_model():
-    console = Console(width=140, record=True, file=io.StringIO())
-    console.print(summary_table(SUMMARY))
-    text = console.export_text()
+    text = screen(SUMMARY, 140)
     assert "81.2% of held-out pairs right" in text
-    rows = [line for line in text.splitlines() if line.startswith("│")]
-    assert [row.split()[1] for row in rows] == ["base", "SFT", "PPO-ptx"]
+    rows = text.splitlines()[-3:]
+    assert [row.split()[0] for row in rows] == ["base", "SFT", "PPO-ptx"]
     assert "68% (62% to 73%)" in rows[2]
+
+
+def test_screen_table_is_whole_at_80_columns():
+    longest = {
+        "labeler_score": -10.125,
+        "win_rate_vs_sft": 1.0,
+        "win_rate_interval": [0.99, 1.0],
+        "kl_from_init": 123.45,
+        "pretrain_loss": 10.825,
+        "response_tokens": 100.5,
+        "eos_rate": 1.0,
+    }
+    text = screen(dict.fromkeys(MODELS, longest), 80)
+    assert "…" not in text
+    cells = ["-10.125", "100% (99% to 100%)", "123.45", "10.825", "100.5", "100%"]
+    for name, row in zip(MODELS.values(), text.splitlines()[-len(MODELS) :], strict=True):
+        assert re.split(" {2,}", row.strip()) == [name, *cells]
+    words = " ".join(heading for heading, _ in COLUMNS.values()).split()
+    assert set(words) <= set(text.split())
+
+
+def test_screen_table_is_cut_and_not_refused_on_a_narrow_screen():
+    assert "…" in screen(SUMMARY, 50)
+    assert screen(SUMMARY, 10)

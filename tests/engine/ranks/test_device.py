@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from engine.ranks.device import DTYPES, communication_backend, start_device, synchronize
+from engine.ranks.device import (
+    DTYPES,
+    communication_backend,
+    free_bytes,
+    start_device,
+    synchronize,
+)
 
 if torch.cuda.is_available():
     pytest.skip("the stand-ins are for machines without a GPU", allow_module_level=True)
@@ -17,6 +23,10 @@ def test_device_is_the_cpu_over_gloo(device: torch.device):
     assert communication_backend(device) == "gloo"
     assert communication_backend(torch.device("cuda", 0)) == "nccl"
     synchronize(device)
+
+
+def test_free_memory_is_that_of_the_machine(device: torch.device):
+    assert 2**20 < free_bytes(device) < 2**50
 
 
 def test_dtypes_are_named_as_in_the_options():

@@ -53,7 +53,7 @@ def loader(source: Network) -> Callable[[Network | None], Network]:
         pairs = zip(into.modules, source.modules, strict=True)
         for module, other in pairs:
             module.load_state_dict(other.state_dict())
-        into.weights_version += 1
+        into.mark_changed()
         return into
 
     return load

@@ -13,7 +13,7 @@ import torch
 from engine.data.examples import Example
 from engine.errors import UserError
 from engine.ranks.parallel import Parallel
-from engine.residency.expected import PHASES, ModelBytes, expected_bytes
+from engine.residency.expected import PHASES
 from engine.residency.residency import Residency
 from engine.rollout import generate_rollout
 from engine.settings.layout import ParallelLayout
@@ -139,23 +139,6 @@ def test_cache_is_given_back_when_the_responses_are_there(parallel: Parallel, mo
 
 
 # The ledger
-
-
-def test_host_choices_leave_the_device_to_what_works():
-    size = ModelBytes(weights=100, gradients=200, optimizer=600, layer=8, ends=20, dp=4)
-    frozen = ModelBytes(weights=100, layer=8, ends=20, dp=4)
-    models = {"policy": size, "critic": size, "reference": frozen, "reward_model": frozen}
-    everything = expected_bytes(CHOICES["resident"], models)
-    assert [everything.device_total(phase) for phase in PHASES] == [1600, 1600, 2000]
-    least = expected_bytes(CHOICES["host"], models)
-    assert [least.device_total(phase) for phase in PHASES] == [100, 200, 1800]
-    assert least.host_total == 4 * 100 + 2 * 600
-    spread = expected_bytes(CHOICES["sharded"], models)
-    assert [spread.device_total(phase) for phase in PHASES] == [250, 250 + 36, 1850]
-    larger = {"reference": dataclasses.replace(frozen, weights=150)}
-    own = expected_bytes(CHOICES["host"], models | larger)
-    assert [own.device_total(phase) for phase in PHASES] == [100, 350, 1800]
-    assert own.host_total == 150 + 2 * 100 + 2 * 600  # the policy lends its memory to nobody
 
 
 def test_out_of_memory_is_told_with_the_ledger_and_what_to_change(parallel: Parallel):

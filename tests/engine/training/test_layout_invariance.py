@@ -5,11 +5,11 @@ One checkpoint is written by one rank and loaded under each layout. The weights 
 with are loaded on one rank again, so that saving and loading across layouts is part of the claim.
 """
 
-import dataclasses
 import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from engine.metrics import read_metrics
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.residency import ResidencyConfig
-from engine.training import optimizer
 from tests.gpu_choices import choices_of_a_gpu
 from tests.ranks import run_ranks
 from tests.tiny import ppo_config, rm_config, rows_of, sft_config, train, weights_of
@@ -30,11 +29,11 @@ from tests.tiny import ppo_config, rm_config, rows_of, sft_config, train, weight
 SELECTIVE, FULL = Numerics(recompute="selective"), Numerics(recompute="full")
 FUSED = Numerics(gradient_accumulation_fusion=True)
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
-DP, PP2, TP2 = ParallelLayout(), ParallelLayout(pp=2), ParallelLayout(tp=2)
-CP2 = ParallelLayout(cp=2)
-TP2_SEQUENCE = ParallelLayout(tp=2, sequence_parallel=True)
-PP2_VIRTUAL = ParallelLayout(pp=2, virtual_pp=2)
-TP2_PP2 = ParallelLayout(tp=2, pp=2, sequence_parallel=True)
+DP = ParallelLayout(bucket_elements=5_000)  # several buckets, where there is anything to overlap
+PP2, TP2, CP2 = replace(DP, pp=2), replace(DP, tp=2), replace(DP, cp=2)
+TP2_SEQUENCE = replace(TP2, sequence_parallel=True)
+PP2_VIRTUAL = replace(PP2, virtual_pp=2)
+TP2_PP2 = replace(TP2_SEQUENCE, pp=2)
 # What each run's config has that the one of a single rank has not.
 ONE: dict[str, dict] = {"one": {}}
 TWO = {
@@ -49,36 +48,36 @@ FOUR = {
     "tp2_pp2_sequence": {"layout": TP2_PP2},
     "tp2_dp2_fused": {"layout": TP2, "numerics": FUSED},
     "pp2_dp2": {"layout": PP2},
-    "cp2_tp2_sequence": {"layout": dataclasses.replace(TP2_SEQUENCE, cp=2)},
+    "cp2_tp2_sequence": {"layout": replace(TP2_SEQUENCE, cp=2)},
     "cp2_pp2_virtual_full": {
-        "layout": dataclasses.replace(PP2_VIRTUAL, cp=2),
+        "layout": replace(PP2_VIRTUAL, cp=2),
         "numerics": FULL,
     },
     "cp2_dp2_overlap_selective": {
-        "layout": dataclasses.replace(CP2, **OVERLAP),
+        "layout": replace(CP2, **OVERLAP),
         "numerics": SELECTIVE,
     },
-    "pp2_dp2_virtual_overlap": {"layout": dataclasses.replace(PP2_VIRTUAL, **OVERLAP)},
+    "pp2_dp2_virtual_overlap": {"layout": replace(PP2_VIRTUAL, **OVERLAP)},
 }
 # PPO alone: policy, critic and generation in layouts of their own on the same ranks.
 PPO_TWO = {
     "tp2_critic_pp2": {"layout": TP2_SEQUENCE, "critic_layout": PP2},
     "pp2_critic_dp2": {"layout": PP2, "critic_layout": DP},
-    "dp2_overlap_fused": {"layout": ParallelLayout(**OVERLAP), "numerics": FUSED},
+    "dp2_overlap_fused": {"layout": replace(DP, **OVERLAP), "numerics": FUSED},
     "pp2_generates_in_dp2": {"layout": PP2, "generation_layout": DP},
     "pp2_overlap_generates_in_tp2": {
-        "layout": dataclasses.replace(PP2, **OVERLAP),
+        "layout": replace(PP2, **OVERLAP),
         "generation_layout": TP2_SEQUENCE,
     },
 }
 PPO_FOUR = {
-    "cp4_critic_dp4": {"layout": ParallelLayout(cp=4), "critic_layout": DP},
+    "cp4_critic_dp4": {"layout": replace(DP, cp=4), "critic_layout": DP},
     "tp2_pp2_critic_dp4": {"layout": TP2_PP2, "critic_layout": DP},
     "pp2_dp2_virtual_overlap_critic_tp2_dp2": {
-        "layout": dataclasses.replace(PP2_VIRTUAL, **OVERLAP),
-        "critic_layout": dataclasses.replace(TP2_SEQUENCE, **OVERLAP),
+        "layout": replace(PP2_VIRTUAL, **OVERLAP),
+        "critic_layout": replace(TP2_SEQUENCE, **OVERLAP),
     },
-    "tp2_pp2_generates_in_tp4": {"layout": TP2_PP2, "generation_layout": ParallelLayout(tp=4)},
+    "tp2_pp2_generates_in_tp4": {"layout": TP2_PP2, "generation_layout": replace(DP, tp=4)},
     "tp2_pp2_critic_dp4_generates_in_dp4": {
         "layout": TP2_PP2,
         "critic_layout": DP,
@@ -86,7 +85,7 @@ PPO_FOUR = {
         "residency": ResidencyConfig(reference="host", critic="host", optimizer="host"),
     },
     "pp2_dp2_virtual_overlap_generates_in_tp2_dp2": {
-        "layout": dataclasses.replace(PP2_VIRTUAL, **OVERLAP),
+        "layout": replace(PP2_VIRTUAL, **OVERLAP),
         "generation_layout": TP2,
     },
 }
@@ -113,21 +112,18 @@ UPDATES = 1e-3  # relative, Frobenius; what the run has added to the weights
 
 def train_stages(files: Path, folder: Path, cases: dict[str, dict], ppo: dict[str, dict]) -> None:
     """Run every stage in every way, and PPO in some more: folder/CASE/STAGE."""
-    with pytest.MonkeyPatch.context() as patch:
-        # Several buckets, where there is anything to overlap.
-        patch.setattr(optimizer, "BUCKET_ELEMENTS", 5_000)
-        for name, changes in cases.items():
-            for stage, (config, _) in STAGES.items():
-                train(config(files, folder / name / stage, **changes))
-        for name, changes in ppo.items():
-            config = ppo_config(files, folder / name / "ppo", save_every=1, **changes)
-            train(config)
-            if name in RESUMED:
-                resumed = dataclasses.replace(config, directory=folder / name / "resumed")
-                if rank_of_environment() == 0:
-                    copy_without_last_checkpoint(config.directory, resumed.directory)
-                dist.barrier()
-                train(resumed)
+    for name, changes in cases.items():
+        for stage, (config, _) in STAGES.items():
+            train(config(files, folder / name / stage, **changes))
+    for name, changes in ppo.items():
+        config = ppo_config(files, folder / name / "ppo", save_every=1, **changes)
+        train(config)
+        if name in RESUMED:
+            resumed = replace(config, directory=folder / name / "resumed")
+            if rank_of_environment() == 0:
+                copy_without_last_checkpoint(config.directory, resumed.directory)
+            dist.barrier()
+            train(resumed)
 
 
 def train_stages_as_on_gpus(*args: Any) -> None:
@@ -287,6 +283,6 @@ def test_micro_batch_size_changes_nothing(
     budget: int, stage: str, tiny: Path, one_rank: Path, tmp_path: Path
 ):
     config, _ = STAGES[stage]
-    changed = dataclasses.replace(config(tiny, tmp_path), micro_batch_tokens=budget)
+    changed = replace(config(tiny, tmp_path), micro_batch_tokens=budget)
     train(changed)
     assert_same_training(tiny, stage, tmp_path, one_rank / stage)

@@ -1,5 +1,8 @@
+import ast
 import dataclasses
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +15,17 @@ from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
-from engine.training.network import build_network
+from engine.training.network import Network, build_network
 from engine.training.optimizer import make_trainable
 from engine.training.passes import forward_backward
 from tests.gpu_choices import choices_of_a_gpu
 from tests.tiny import SIZE
+
+ROOT = Path(__file__).parents[3]
+FLOORS = ("kernels", "models", "engine", "recipes", "benchmarks", "tests")
+# Those whose names say that they are a network's.
+FIELDS = {field.name for field in dataclasses.fields(Network)} - {"size", "config"}
+NAMES = {"network", "policy", "critic", "reference", "reward_model", "guest"}
 
 
 @pytest.fixture
@@ -35,6 +44,45 @@ def test_new_network_is_frozen_and_without_dropout(kind: str, parallel: Parallel
     assert all(part.training for part in module.modules())
     network.train(False)
     assert not any(part.training for part in module.modules())
+
+
+@pytest.mark.parametrize("mode", [False, True])
+def test_evaluating_puts_back_the_mode_it_found(mode: bool, parallel: Parallel):
+    network = build_network("language", SIZE, parallel, numerics=Numerics(), dropout=0.1)
+    network.train(mode)
+    parts = list(network.modules[0].modules())
+    with network.evaluating():
+        assert not any(part.training for part in parts)
+    assert all(part.training is mode for part in parts)
+    with pytest.raises(KeyError), network.evaluating():
+        raise KeyError
+    assert all(part.training is mode for part in parts)
+
+
+def test_a_copy_is_fresh_between_its_filling_and_the_sources_next_change(parallel: Parallel):
+    source, copy = (
+        build_network("language", SIZE, parallel, numerics=Numerics()) for _ in range(2)
+    )
+    copy.become_copy(source)
+    changes: list[Callable[[], None]] = [lambda: None, source.mark_changed, copy.mark_emptied]
+    for change in changes:
+        change()
+        with pytest.raises(RuntimeError, match="stale weights"):
+            copy.check_fresh()
+        copy.mark_copied()
+        copy.check_fresh()
+
+
+def test_a_guest_has_the_modules_and_versions_of_its_own(parallel: Parallel):
+    network = build_network("language", SIZE, parallel, numerics=Numerics())
+    make_trainable(network)
+    network.mark_changed()
+    guest = network.guest()
+    assert guest.modules is guest.chunks is network.modules
+    assert network.chunks is not network.modules
+    guest.mark_changed()
+    guest.mark_changed()
+    assert (network.weights_version, guest.weights_version) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -145,3 +193,79 @@ def test_deterministic_networks_have_torch_and_megatron_add_up_in_order(
     finally:
         torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
+def changes_of_networks(tree: ast.AST) -> Iterator[int]:
+    """Yield the lines that assign a network's field, or anything to what is called a network.
+
+    A class's own `self.source = ...` is none, whatever other classes call their fields.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.Delete):
+            targets = node.targets
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+            targets = [node.target]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+            owner, name, *_ = node.args
+            name = name.value if isinstance(name, ast.Constant) else ""
+            targets = [ast.Attribute(owner, name)]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            is_list = node.func.attr in {"append", "extend", "insert", "pop", "clear", "remove"}
+            targets = [node.func.value] if is_list else []
+        else:
+            continue
+        for target in targets:
+            parts = target.elts if isinstance(target, ast.Tuple | ast.List) else [target]
+            if any(is_of_a_network(part) for part in parts):
+                yield node.lineno
+
+
+def is_of_a_network(target: ast.AST) -> bool:
+    while isinstance(target, ast.Subscript):
+        target = target.value
+    if not isinstance(target, ast.Attribute):
+        return False
+    *owners, attribute = ast.unparse(target).split(".")
+    if attribute.endswith("_func"):  # megatron's hooks in a config, which may have been taken out
+        return True
+    if owners[-1] == "config" and owners not in (["config"], ["self", "config"]):
+        return True
+    return owners[-1] in NAMES or attribute in FIELDS and owners not in (["self"], ["sys"])
+
+
+def test_only_network_py_changes_a_network():
+    files = [path for floor in FLOORS for path in (ROOT / floor).rglob("*.py")]
+    files.remove(ROOT / "engine/training/network.py")
+    found = {
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in files
+        for line in changes_of_networks(ast.parse(path.read_text()))
+    }
+    assert not found, "a network changes by its methods: see Network's docstring"
+
+
+def test_the_check_sees_changes_however_they_are_written():
+    changes = """
+network.weights_version += 1
+self.network.source = source
+into.weights_version = 3
+network.config.grad_scale_func = None
+config.no_sync_func = None
+network.chunks[0] = network.modules[0]
+network.chunks.append(chunk)
+a, policy.place = b, seat
+setattr(critic, name, value)
+guest.whatever: int = 2
+del learner.policy.decoding
+"""
+    others = """
+self.source, self.config = source, config
+self.weights_version = network.weights_version
+network = build()
+network.modules[0].decoder.bias[3] = 0.0
+module.weight.data = shard
+answers.append(network.size)
+config.recompile_limit += 1
+"""
+    assert len(list(changes_of_networks(ast.parse(changes)))) == changes.count("\n") - 1
+    assert list(changes_of_networks(ast.parse(others))) == []

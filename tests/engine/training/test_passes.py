@@ -20,10 +20,10 @@ from engine.training.passes import (
     accumulate,
     forward,
     forward_backward,
-    reduce_metrics,
 )
+from engine.training.reduce import reduce_metrics
 from models.attention import PackedSequences
-from tests.ranks import run_ranks
+from models.readouts import Readings
 from tests.tiny import random_network
 
 LENGTHS = (7, 30, 1, 12, 5)
@@ -209,7 +209,7 @@ def test_forward_returns_the_output_of_every_batch(parallel: Parallel):
     for batch, output in zip(batches, outputs, strict=True):
         sequences = PackedSequences.of(batch.cu_seqlens, batch.max_seqlen)
         with torch.no_grad():
-            expected = network.modules[0](batch.tokens, batch.positions, sequences)
+            expected = network.modules[0](batch.tokens, batch.positions, sequences, Readings())
         assert torch.equal(output, expected)
         assert not output.requires_grad
 
@@ -227,7 +227,7 @@ def test_temperature_divides_the_logits(parallel: Parallel):
     assert cold.min() < -2
 
 
-def test_extremes_and_moments_merge_as_what_they_are(parallel: Parallel):
+def test_extremes_of_the_micro_batches_are_those_of_the_step(parallel: Parallel):
     network = random_network("scalar", parallel)
     make_trainable(network)
     batches = several_batches()
@@ -235,58 +235,6 @@ def test_extremes_and_moments_merge_as_what_they_are(parallel: Parallel):
     metrics = forward_backward(network, batches, weighted_square)
     assert metrics["reading_max"] == pytest.approx(outputs.max().item())
     assert metrics["reading_min"] == pytest.approx(outputs.min().item())
-
-    def moments(values: list[float]) -> torch.Tensor:
-        x = torch.tensor(values)
-        return torch.stack([torch.tensor(float(len(x))), x.mean(), (x - x.mean()).square().sum()])
-
-    parts = iter([moments([1.0, 2.0]), moments([6.0]), torch.zeros(3)])
-
-    def loss(batch: PackedBatch, readings: torch.Tensor):
-        return 0.0 * readings.sum(), {"x_moments": next(parts)}
-
-    merged = reduce_metrics(forward_backward(network, batches, loss), parallel)
-    assert merged == {"x_mean": pytest.approx(3.0), "x_variance": pytest.approx(14 / 3)}
-
-
-def test_all_metrics_of_a_step_are_asked_for_at_once(
-    parallel: Parallel, monkeypatch: pytest.MonkeyPatch
-):
-    gather, asked = torch.distributed.all_gather_into_tensor, []
-
-    def counted(into: torch.Tensor, tensor: torch.Tensor, **named: object) -> None:
-        asked.append(len(tensor))
-        gather(into, tensor, **named)
-
-    monkeypatch.setattr("torch.distributed.all_gather_into_tensor", counted)
-    third = torch.tensor(1.0) / 3.0
-    metrics = {"loss": third, "x_moments": torch.stack([third, -third, third]), "num": third.int()}
-    value = third.item()  # fp32's: not one bit more or less
-    assert reduce_metrics(metrics, parallel) == {
-        "loss": value,
-        "x_mean": -value,
-        "x_variance": value,
-        "num": 0.0,
-    }
-    assert asked == [5]
-
-
-def numbers_of_rank() -> dict[str, float]:
-    """What all ranks' metrics come to, where rank r has 1 + r and r."""
-    parallel = start_parallel(ParallelLayout(), seed=0)
-    rank = float(parallel.rank)
-    metrics = {
-        "x_moments": torch.tensor([1.0, rank, 0.0]),
-        "loss": torch.tensor(1.0 + rank),
-        "x_max": torch.tensor(rank),
-        "x_min": torch.tensor(rank),
-    }
-    return reduce_metrics(metrics, parallel)
-
-
-def test_metrics_of_all_ranks_merge_each_in_its_way():
-    expected = {"x_mean": 0.5, "x_variance": 0.25, "loss": 3.0, "x_max": 1.0, "x_min": 0.0}
-    assert run_ranks(numbers_of_rank, 2) == [expected] * 2
 
 
 def test_rows_padded_for_a_pipeline_say_the_same(parallel: Parallel):
@@ -321,9 +269,3 @@ def test_loss_sees_the_batch_that_made_the_output(parallel: Parallel):
     for (_, output), expected in zip(seen, forward(network, batches), strict=True):
         torch.testing.assert_close(output, expected)
     assert [id(batch) for batch, _ in seen] == [id(batch) for batch in batches]
-
-
-def test_metrics_of_a_rank_without_the_last_stage_count_for_nothing(parallel: Parallel):
-    layout = ParallelLayout(pp=2)
-    first_stage = dataclasses.replace(parallel, layout=layout)
-    assert reduce_metrics({"loss": torch.tensor(3.0)}, first_stage) == {}

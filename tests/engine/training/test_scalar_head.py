@@ -19,7 +19,8 @@ from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.training.network import Network
 from engine.training.optimizer import Optimizer
-from engine.training.passes import Metrics, forward, forward_backward
+from engine.training.passes import forward, forward_backward
+from engine.training.reduce import StepMetrics
 from tests.ranks import run_ranks
 from tests.tiny import random_network
 
@@ -29,7 +30,7 @@ def batch(length: int = 40) -> PackedBatch:
     return pack([Example(tokens=tokens, prompt_length=1)], multiple_of=1)
 
 
-def mean_square(batch: PackedBatch, readings: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+def mean_square(batch: PackedBatch, readings: torch.Tensor) -> tuple[torch.Tensor, StepMetrics]:
     return (readings - 3.0).square().mean(), {}
 
 
@@ -53,7 +54,7 @@ def trained(
 
 
 def _read_16_bits(head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    return (hidden[:, 0].float() @ head.weight.float().T + head.bias.float())[:, 0]
+    return (hidden.float() @ head.weight.float().T + head.bias.float())[:, 0]
 
 
 def heads(network: Network) -> list[torch.nn.Module]:

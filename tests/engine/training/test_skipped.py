@@ -10,9 +10,9 @@ import torch
 
 from engine.errors import UserError
 from engine.settings.numerics import Numerics
-from engine.training.network import Kind
 from engine.training.optimizer import Optimizer, StepResult
 from engine.training.skipped import SkippedSteps
+from models.sizes import Kind
 from tests.tiny import (
     ADAM,
     ppo_config,

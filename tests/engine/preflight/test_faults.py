@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.preflight.facts import Facts, PreflightConfig
-from engine.preflight.judge import judge, report
+from engine.preflight.faults import find_faults, report
 
 CONFIG = PreflightConfig(
     directory=Path("runs"), min_free_gib=10.0, min_disk_gib=100.0, min_link_gb_s=5.0, timeout_s=9.0
@@ -37,7 +37,7 @@ def planted(*ranks: int, **changes: object) -> list[Facts]:
 
 
 def test_healthy_nodes_have_no_fault():
-    assert judge(healthy(), CONFIG) == []
+    assert find_faults(healthy(), CONFIG) == []
 
 
 @pytest.mark.parametrize(
@@ -84,17 +84,17 @@ def test_healthy_nodes_have_no_fault():
     ],
 )
 def test_fault_is_named_with_its_node(facts: list[Facts], node: str, message: str):
-    assert judge(facts, CONFIG) == [(node, message)]
+    assert find_faults(facts, CONFIG) == [(node, message)]
 
 
 def test_of_two_versions_as_frequent_the_first_ranks_is_right():
     facts = planted(4, 5, 6, 7, versions={"code": "bbb", "torch": "2.13"})
-    assert [fault.node for fault in judge(facts, CONFIG)] == ["node2", "node3"]
+    assert [fault.node for fault in find_faults(facts, CONFIG)] == ["node2", "node3"]
 
 
 def test_all_reduce_that_ends_nowhere_is_nobodys_fault():
     facts = [dataclasses.replace(f, gb_s=f.gb_s | {"all": 0.0}) for f in healthy()]
-    assert judge(facts, CONFIG) == [
+    assert find_faults(facts, CONFIG) == [
         ("all nodes", "the all-reduce over all ranks did not end in 9 s")
     ]
 
@@ -102,7 +102,7 @@ def test_all_reduce_that_ends_nowhere_is_nobodys_fault():
 def test_no_limits_ask_for_nothing_but_a_disk_and_like_versions():
     facts = planted(3, free_gib=0.0, disk_gib=0.0, clock=1001.0)
     facts[5] = dataclasses.replace(facts[5], gb_s={"node": 1.0, "link": 1.0, "all": 1.0})
-    assert judge(facts, PreflightConfig(slow_share=0.0)) == []
+    assert find_faults(facts, PreflightConfig(slow_share=0.0)) == []
 
 
 def test_report_has_a_line_a_node_with_its_worst_figures():

@@ -15,9 +15,9 @@ class Fault(NamedTuple):
     message: str
 
 
-def judge(facts: Sequence[Facts], config: PreflightConfig) -> list[Fault]:
+def find_faults(facts: Sequence[Facts], config: PreflightConfig) -> list[Fault]:
     """Return the faults in what the ranks found, one a node and cause."""
-    found = _judge_versions(facts)
+    found = _version_faults(facts)
     median_clock = statistics.median(f.clock for f in facts)
     for f in facts:
         skew = f.clock - median_clock
@@ -36,8 +36,8 @@ def judge(facts: Sequence[Facts], config: PreflightConfig) -> list[Fault]:
         ):
             if is_bad:
                 found.append((f, message))
-    found += _judge_links(facts, "node", config.min_node_gb_s, config)
-    found += _judge_links(facts, "link", config.min_link_gb_s, config)
+    found += _link_faults(facts, "node", config.min_node_gb_s, config)
+    found += _link_faults(facts, "link", config.min_link_gb_s, config)
     faults = _by_node(found)
     if not faults and any(f.gb_s.get("all") == 0.0 for f in facts):
         message = f"the all-reduce over all ranks did not end in {config.timeout_s:g} s"
@@ -66,7 +66,7 @@ def report(facts: Sequence[Facts]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _judge_versions(facts: Sequence[Facts]) -> list[tuple[Facts, str]]:
+def _version_faults(facts: Sequence[Facts]) -> list[tuple[Facts, str]]:
     """Return whoever has another version than most have; of as many, the lower ranks are right."""
     found = []
     for name in dict.fromkeys(name for f in facts for name in f.versions):
@@ -79,7 +79,7 @@ def _judge_versions(facts: Sequence[Facts]) -> list[tuple[Facts, str]]:
     return found
 
 
-def _judge_links(
+def _link_faults(
     facts: Sequence[Facts], scope: Scope, limit: float, config: PreflightConfig
 ) -> list[tuple[Facts, str]]:
     """Return the worst rank of a node whose bandwidth lies under the limit, or far under that of
