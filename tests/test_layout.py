@@ -1,11 +1,11 @@
 """The rules of ARCHITECTURE.md and CONTRIBUTING.md that a program can check: who imports what, how
-long a function is, where a name is defined, what its docstring says."""
+long a function is, where a name is defined, what its docstring says, where a file's tests are."""
 
 import ast
 import graphlib
 import inspect
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -99,6 +99,15 @@ def undocumented(tree: ast.Module) -> Iterator[str]:
 
     # A triton kernel says in comments what its pointers hold; its function has the docstring.
     yield from visit([node for node in tree.body if not is_triton_kernel(node)], "")
+
+
+def own_tests(name: str, tests: list[str]) -> list[str]:
+    """Return which of the tests are a library file's own: tests/ROOM/test_STEM.py, or, as basenames
+    are unique, tests/ROOM/test_LASTROOM_STEM.py."""
+    path = Path(name)
+    stems = (path.stem, f"{path.parent.name}_{path.stem}")
+    own = {str(Path("tests") / path.parent / f"test_{stem}.py") for stem in stems}
+    return [test for test in tests if test in own]
 
 
 def is_triton_kernel(node: ast.AST) -> bool:
@@ -237,6 +246,28 @@ def test_files_are_short(name):
 @pytest.mark.parametrize("name", [n for n in FILES if in_library(n)])
 def test_public_names_have_docstrings(name):
     assert list(undocumented(TREES[name])) == []
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if in_library(n)])
+def test_library_files_have_a_test_file_of_their_own(name):
+    if not name.endswith("__init__.py"):
+        assert own_tests(name, FILES), f"no file of tests/{Path(name).parent} is named for it"
+
+
+def test_names_of_test_files_are_unique():
+    """pytest imports a test file by its basename alone, as there is no __init__.py beside it."""
+    tests = [Path(name) for name in FILES if name.startswith("tests/")]
+    names = Counter(path.name for path in tests if path.name.startswith("test_"))
+    assert [name for name, count in names.items() if count > 1] == []
+    assert "__init__.py" not in {path.name for path in tests}
+
+
+def test_a_file_of_another_room_is_no_test_of_its_own():
+    tests = ["tests/engine/test_ppo.py", "tests/engine/settings/test_settings_ppo.py"]
+    assert own_tests("engine/ppo.py", tests) == tests[:1]
+    assert own_tests("engine/settings/ppo.py", tests) == tests[1:]
+    assert own_tests("engine/settings/ppo.py", tests[:1]) == []
+    assert own_tests("models/ppo.py", tests) == []
 
 
 def test_no_import_goes_in_a_circle():

@@ -10,7 +10,6 @@ from engine.checkpoints.weights import load_weights
 from engine.data.examples import Example, LengthReport
 from engine.data.prompts import prompt_examples
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import UserError
 from engine.ranks.parallel import Parallel
 from engine.rollout import Rollout, generate_rollout
 from engine.score import read_rollout
@@ -43,13 +42,7 @@ class FinishedStages:
 
     def fitting(self, prompts: Sequence[str]) -> list[str]:
         """Return the prompts that leave room for a whole answer; UserError when none does."""
-        _, report = self._encode(prompts)
-        if not report.kept:
-            raise UserError(
-                f"none of {len(prompts)} prompts leaves room for {self.ppo.sampling.max_new_tokens}"
-                f" new tokens in the context of {self.context_length}"
-            )
-        return [prompts[n] for n in report.kept]
+        return [prompts[n] for n in self._encode(prompts)[1].kept]
 
     def answer(
         self, network: Network, prompts: Sequence[str], on_answer: Callable[[], None] | None = None

@@ -26,6 +26,6 @@ class ConvertConfig:
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Of the weights that are written; fp32 holds the others exactly."""
     file_gigabytes: float = 5.0
-    """export: largest file of weights, in 10^9 bytes (Hugging Face's own choice)."""
+    """export: largest file of weights, in 10^9 bytes (huggingface_hub's own choice)."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     """Ranks that share the model while it is converted; the result is the same under any."""

@@ -1,11 +1,20 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
+from engine.answers.answer import generate_text
 from engine.answers.kept import Answers, Origin, digest_of_prompts
 from engine.errors import UserError
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.sampling import SamplingConfig
+from tests.engine.answers.answering import (
+    Killed,
+    answers,
+    config,
+    kill_after,
+)
 
 ORIGIN = Origin(
     weights="w", prompts="p", num_samples=1, sampling=SamplingConfig(), dtype="fp32", seed=1
@@ -38,3 +47,48 @@ def test_prompts_are_told_apart_by_where_they_end():
         for fingerprint in ("a", "b")
     }
     assert len(digests) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"seed": 2}, "seed 1, not 2"),
+        ({"num_samples": 3}, "num_samples 2, not 3"),
+        (
+            {"sampling": SamplingConfig(max_new_tokens=6, top_p=0.9)},
+            "sampling.top_p 1.0, not 0.9; give another --out, or remove the folder",
+        ),
+        ({"prompt_suffix": " "}, "prompts [0-9a-f]{16}, not"),
+        ({"source": "reference"}, "weights .*policy/checkpoints.*, not .*reference/checkpoints"),
+    ],
+)
+def test_answers_of_other_settings_are_not_continued(run, tmp_path, monkeypatch, change, match):
+    settings = config(run / "policy", tmp_path, num_samples=2)
+    change = {name: run / x if name == "source" else x for name, x in change.items()}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(1, patch)
+        generate_text(settings)
+    with pytest.raises(UserError, match=match):
+        generate_text(dataclasses.replace(settings, **change))
+    # How fast answers are drawn may change.
+    faster = dataclasses.replace(settings.sampling, num_slots=1)
+    generate_text(dataclasses.replace(settings, sampling=faster))
+    assert len(answers(settings.out)) == 4
+
+
+def test_a_folder_without_answers_stands_in_nobodys_way(run, tmp_path, monkeypatch):
+    settings = config(run / "policy", tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(0, patch)
+        generate_text(settings)
+    generate_text(dataclasses.replace(settings, seed=2))
+    assert len(answers(settings.out)) == 2
+
+
+def test_a_damaged_line_is_named(run, tmp_path):
+    settings = config(run / "policy", tmp_path)
+    part = tmp_path / "out.jsonl.partial" / "0.jsonl"
+    part.parent.mkdir()
+    part.write_text("\0\0\n")
+    with pytest.raises(UserError, match="0.jsonl:1: damaged; remove the line"):
+        generate_text(settings)

@@ -4,6 +4,7 @@ import pytest
 
 from engine.residency.expected import PHASES, ExpectedBytes, ModelBytes, expected_bytes
 from engine.settings.residency import ResidencyConfig
+from tests.engine.residency.scene import CHOICES
 
 TRAINED = ModelBytes(weights=100, gradients=200, optimizer=600, layer=8, ends=20, dp=4)
 FROZEN = ModelBytes(weights=100, layer=8, ends=20, dp=4)
@@ -84,3 +85,20 @@ def test_what_leaves_the_device_makes_room_in_every_phase_but_updates(phase: str
     optimizers = 0 if phase == "update" else 600 + 60
     critic = 10 if phase == "rollout" else 0
     assert spared == frozen + optimizers + critic
+
+
+def test_host_choices_leave_the_device_to_what_works():
+    size = ModelBytes(weights=100, gradients=200, optimizer=600, layer=8, ends=20, dp=4)
+    frozen = ModelBytes(weights=100, layer=8, ends=20, dp=4)
+    models = {"policy": size, "critic": size, "reference": frozen, "reward_model": frozen}
+    everything = expected_bytes(CHOICES["resident"], models)
+    assert [everything.device_total(phase) for phase in PHASES] == [1600, 1600, 2000]
+    least = expected_bytes(CHOICES["host"], models)
+    assert [least.device_total(phase) for phase in PHASES] == [100, 200, 1800]
+    assert least.host_total == 4 * 100 + 2 * 600
+    spread = expected_bytes(CHOICES["sharded"], models)
+    assert [spread.device_total(phase) for phase in PHASES] == [250, 250 + 36, 1850]
+    larger = {"reference": dataclasses.replace(frozen, weights=150)}
+    own = expected_bytes(CHOICES["host"], models | larger)
+    assert [own.device_total(phase) for phase in PHASES] == [100, 350, 1800]
+    assert own.host_total == 150 + 2 * 100 + 2 * 600  # the policy lends its memory to nobody

@@ -1,0 +1,67 @@
+import pytest
+
+from engine.answers.answer import generate_text
+from engine.answers.dialogue import NEXT_TURN, _Screen, _TurnEnded
+from tests.engine.answers.answering import SAMPLING, config
+
+
+def test_a_dialogue_answers_until_the_end_of_input(run, tmp_path, monkeypatch, capsys):
+    lines = iter(["the mill", "", "fish " * 60, "/new", "river"])
+
+    def typed(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    generate_text(config(run / "policy", tmp_path, prompts=None))
+    out = capsys.readouterr().out
+    assert "too long" in out
+    assert len(out.splitlines()) >= 4
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_dialogue(run, tmp_path, monkeypatch, capsys):
+    lines = iter(["the mill", "river"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or cut_off())
+    add, num_tokens = _Screen.add, []
+
+    def add_and_interrupt(screen: _Screen, index: int, tokens: list[int]) -> None:
+        add(screen, index, tokens)
+        num_tokens.append(len(tokens))
+        if len(num_tokens) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Screen, "add", add_and_interrupt)
+    generate_text(config(run / "policy", tmp_path, prompts=None))
+    assert 3 < len(num_tokens) <= 3 + SAMPLING.max_new_tokens  # the second answer was given
+
+
+def cut_off() -> str:
+    raise EOFError
+
+
+class Letters:
+    """A tokenizer of single characters; id 0 is half of a character."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(i) if i else "\ufffd" for i in ids)
+
+
+def test_the_screen_holds_back_what_may_change_and_stops_at_the_next_turn():
+    shown: list[str] = []
+    screen = _Screen(Letters(), shown.append)
+    for letter in "Hi.":
+        screen.add(0, [ord(letter)])
+    assert "".join(shown) == "Hi."
+    screen.add(0, [0])
+    screen.add(0, [])
+    assert "".join(shown) == "Hi."
+    screen = _Screen(Letters(), shown.append)
+    shown.clear()
+    with pytest.raises(_TurnEnded):
+        for letter in f"Yes.\nNo.{NEXT_TURN} and so on":
+            screen.add(0, [ord(letter)])
+    screen.finish()
+    assert screen.text == "Yes.\nNo."
+    assert "".join(shown) == "Yes.\nNo.\n"

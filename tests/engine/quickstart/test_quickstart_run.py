@@ -1,0 +1,64 @@
+"""The quickstart from files, tiny: two ranks, a second start, and errors before any work."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.data.tokenizer import load_tokenizer
+from engine.quickstart.files import find_files
+from engine.quickstart.places import render_facts
+from engine.quickstart.run import prepare_files, run
+from engine.ranks.start import start_parallel
+from engine.settings.layout import ParallelLayout
+from tests.engine.quickstart.small_recipe import data_folder, tiny_config
+from tests.ranks import run_ranks
+
+
+def start(home: Path, data: Path, layout: ParallelLayout) -> dict:
+    return run(tiny_config(home, data, layout=layout))
+
+
+@pytest.mark.slow  # every stage, twice
+def test_two_ranks_run_the_recipe_and_a_second_start_only_judges(tmp_path: Path):
+    data = data_folder(tmp_path / "data")
+    prompts = data / "prompts/e2e.val.jsonl"
+    too_long = render_facts({"name": "Blue Spice " * 200})  # leaves no room and is not judged
+    prompts.write_text(json.dumps({"prompt": too_long}) + "\n" + prompts.read_text())
+    home = tmp_path / "run"
+    first = run_ranks(start, 2, home, data, ParallelLayout(tp=2))
+    summary = first[0]
+    assert json.loads((home / "summary.json").read_text())["ppo"] == json.loads(
+        json.dumps(summary["ppo"])
+    )
+    assert summary["judge"] == "labeler"
+    report = (home / "report.html").read_text()
+    assert "PPO-ptx" in report
+    assert "Blue Spice Blue Spice" not in report
+    assert summary["sft"]["win_rate_vs_sft"] == 0.5  # against itself every prompt ties
+    assert summary["sft"]["kl_from_init"] == pytest.approx(0.0, abs=1e-4)
+    assert summary["ppo"]["pretrain_loss"] > 0
+
+    written = {path: path.stat().st_mtime_ns for path in home.glob("*/checkpoints/latest")}
+    assert len(written) == 5
+    second = run_ranks(start, 2, home, data, ParallelLayout(tp=2))
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    for summary in (first[0], second[0]):
+        summary.pop("seconds")
+    assert second[0] == first[0]
+
+
+def test_given_files_stay_as_they_are_and_a_tokenizer_comes_of_them(tmp_path: Path):
+    data = data_folder(tmp_path / "data")
+    before = {path: path.read_bytes() for path in data.rglob("*.jsonl*")}
+    config = tiny_config(tmp_path / "run", data)
+    parallel = start_parallel(ParallelLayout(), seed=0)
+    files = prepare_files(config, parallel)
+    assert files == find_files(config)
+    assert {path: path.read_bytes() for path in data.rglob("*.jsonl*")} == before
+    tokenizer = config.directory / "tokenizer.model"
+    assert [path.name for path in config.directory.iterdir()] == ["tokenizer.model"]
+    assert load_tokenizer(tokenizer).vocab_size == config.vocab_size
+    written = tokenizer.stat().st_mtime_ns
+    prepare_files(config, parallel)
+    assert tokenizer.stat().st_mtime_ns == written

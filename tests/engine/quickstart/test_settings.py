@@ -1,0 +1,32 @@
+"""The recipe's own config: what a stage of it needs of the others."""
+
+import dataclasses
+from pathlib import Path
+
+from engine.quickstart.settings import QuickstartConfig
+from engine.settings.command_line import parse_config
+from engine.settings.layout import ParallelLayout
+from engine.settings.saved import load_config, save_config
+from recipes.quickstart import config as recipe
+
+
+def test_options_reach_the_stages_and_what_they_share():
+    options = ["--data", "folder", "--ppo.kl.coef", "0.3", "--rm.epochs", "2", "--layout.tp", "2"]
+    found = parse_config(recipe, options)
+    assert (found.data, found.layout) == (Path("folder"), ParallelLayout(tp=2))
+    assert found.ppo == dataclasses.replace(
+        recipe.ppo, kl=dataclasses.replace(recipe.ppo.kl, coef=0.3)
+    )
+    assert found.rm == dataclasses.replace(recipe.rm, epochs=2.0)
+    assert (found.sft, found.pretrain) == (recipe.sft, recipe.pretrain)
+
+
+def test_a_saved_quickstart_reads_back_equal(tmp_path: Path):
+    save_config(recipe, tmp_path / "config.json")
+    assert load_config(QuickstartConfig, tmp_path / "config.json") == recipe
+
+
+def test_prompts_end_alike_in_all_stages():
+    """What SFT has learned to answer is what is compared and sampled."""
+    suffixes = {stage.data.prompt_suffix for stage in (recipe.sft, recipe.rm, recipe.ppo)}
+    assert len(suffixes) == 1

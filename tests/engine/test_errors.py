@@ -1,0 +1,24 @@
+"""Code that tries values and gives up those that do not fit lets a user's mistake through."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from engine.errors import UserError
+from engine.settings.adam import AdamConfig
+from engine.settings.saved import load_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    adam: AdamConfig | None = None
+    """None is tried where a saved value is no Adam's, and an Adam's ValueErrors are given up."""
+
+
+def test_a_mistake_in_an_optional_part_is_told_as_it_is(tmp_path: Path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"adam": {"lr": -1.0}}))
+    with pytest.raises(UserError, match=r"^optimizer lr must be positive, got -1\.0$"):
+        load_config(Config, path)

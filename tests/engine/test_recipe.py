@@ -1,0 +1,60 @@
+import subprocess
+import sys
+
+import pytest
+
+from engine.errors import UserError
+from engine.recipe import run_stage
+from engine.settings.saved import save_config
+from tests.engine.settings.small_stage import DataConfig, StageConfig, fails_with
+
+
+def test_user_error_of_the_run_is_printed_without_a_traceback(capsys):
+    def train(config: StageConfig) -> None:
+        raise UserError("data.jsonl:3: no field 'prompt'")
+
+    assert fails_with(capsys, [], train) == "error: data.jsonl:3: no field 'prompt'\n"
+
+
+def test_other_errors_keep_their_traceback():
+    def train(config: StageConfig) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_stage(train, StageConfig(), [])
+
+
+def test_ranks_above_zero_wait_for_rank_zero_to_speak(capsys, monkeypatch):
+    waits = []
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr("engine.recipe.time.sleep", waits.append)
+
+    def train(config: StageConfig) -> None:
+        raise UserError("no such file")
+
+    with pytest.raises(SystemExit):
+        run_stage(train, StageConfig(), [])
+    assert waits == [5.0]
+    assert capsys.readouterr().err == "[rank 3] error: no such file\n"
+
+
+@pytest.mark.parametrize("name", ["", "config.json"])
+def test_options_lie_over_a_saved_config(tmp_path, name):
+    save_config(StageConfig(steps=7, lr=2.0), tmp_path / "config.json")
+    seen = []
+    arguments = ["--lr", "3", "--config", str(tmp_path / name)]
+    run_stage(seen.append, StageConfig(mode="adaptive"), arguments)
+    assert seen == [StageConfig(steps=7, lr=3.0)]
+
+
+def test_saved_config_of_another_stage_is_an_error(capsys, tmp_path):
+    save_config(DataConfig(), tmp_path / "config.json")
+    message = fails_with(capsys, ["--config", str(tmp_path)])
+    assert f"{tmp_path / 'config.json'}: unknown field path" in message
+    assert "no such file" in fails_with(capsys, ["--config", str(tmp_path / "nowhere")])
+
+
+def test_config_imports_neither_torch_nor_megatron():
+    code = "import sys, engine.recipe; print({'torch', 'megatron'} & sys.modules.keys())"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.stdout == "set()\n", answer.stderr
