@@ -125,12 +125,12 @@ def shared_file_system(path: Path, mounts: Path = _MOUNTS) -> str | None:
         lines = mounts.read_text().splitlines()
     except OSError:  # not Linux
         return None
-    place, found = path.absolute().resolve(), (-1, "")
+    where, found = path.absolute().resolve(), (-1, "")
     for line in lines:
         # Of ID PARENT DEVICE ROOT POINT OPTIONS ... - TYPE SOURCE OPTIONS, proc(5).
         fields, _, rest = line.partition(" - ")
         point = fields.split(" ")[4].encode().decode("unicode_escape")  # a space is \040
-        if place.is_relative_to(point) and len(point) >= found[0]:  # the last one covers others
+        if where.is_relative_to(point) and len(point) >= found[0]:  # the last one covers others
             found = (len(point), rest.split(" ")[0])
     kind = found[1]
     is_shared = kind in _SHARED or (kind.startswith("fuse.") and kind != "fuse.fuse-overlayfs")

@@ -124,7 +124,7 @@ def _sample_kernel(
         if seed_ptr is not None:
             seed = tl.load(seed_ptr)
         seed = tl.cast(seed, tl.int64)
-        index, place = tl.load(sample_index + row).to(tl.int64), tl.load(position + row)
+        index, token = tl.load(sample_index + row).to(tl.int64), tl.load(position + row)
         least = None
         if thresholds is not None:
             least = tl.load(thresholds + row)
@@ -133,7 +133,7 @@ def _sample_kernel(
         first = group * GROUP - first_column
         is_held = (first >= 0) & (first < num_columns)
         best, best_group = _best_of(
-            mass + group_noise(seed, index, place, quads),
+            mass + group_noise(seed, index, token, quads),
             is_held,
             group,
             first_quad * 4 + BLOCK // GROUP - 1,
@@ -143,7 +143,7 @@ def _sample_kernel(
             row_logits, eight - first_column, num_columns, inverse_temperature
         )
         noise = column_noise(
-            seed, index, place, best_group * (GROUP // 4) + tl.arange(0, GROUP // 4)
+            seed, index, token, best_group * (GROUP // 4) + tl.arange(0, GROUP // 4)
         )
         if least is not None:
             noise = tl.where(z8 >= least, noise, float("-inf"))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_UNITS = 2**53
+_WHOLE = 2**53
 
 
 def truncation_thresholds(
@@ -25,7 +25,7 @@ def truncation_thresholds(
         return z.amin(1)
     # Masses are summed as whole numbers of 2^-53, which are exact in any order: a scan of floats
     # gives other bits from run to run on a GPU.
-    mass = z.softmax(1).double().mul(_UNITS).long()
+    mass = z.softmax(1).double().mul(_WHOLE).long()
     # The likeliest column has no mass before it, so at least one column is kept.
-    is_kept = mass.cumsum(1) - mass < int(top_p * _UNITS)
+    is_kept = mass.cumsum(1) - mass < int(top_p * _WHOLE)
     return z.masked_fill(~is_kept, torch.inf).amin(1)

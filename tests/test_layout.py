@@ -318,6 +318,42 @@ def test_sentences_are_short(name):
     assert list(long_sentences(TREES[name])) == []
 
 
+def words_with_one_sense() -> dict[str, set[str]]:
+    """Return {word: where names may carry it}, of the table in CONTRIBUTING.md."""
+    allowed: dict[str, set[str]] = defaultdict(set)
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## Words with one sense")[2]
+    for line in table.splitlines():
+        if line.startswith("| ") and "`" in line:
+            words, _, where = line.strip("| ").split(" | ")
+            for word in words.split(", "):
+                allowed[word] |= set(re.findall(r"`([^`]+)`", where))
+    return allowed
+
+
+def words_of(tree: ast.AST) -> set[str]:
+    """Return the words, in the singular too, that a file's names are made of."""
+    names = set()
+    for node in ast.walk(tree):
+        for attribute in ("id", "arg", "attr", "name"):
+            name = getattr(node, attribute, None)
+            if isinstance(name, str):
+                names.add(name)
+    split = re.sub(r"([a-z])([A-Z])", r"\1_\2", " ".join(names)).lower()
+    words = set(re.split(r"[\W_]+", split))
+    return words | {word.removesuffix("s") for word in words}
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if in_library(n)])
+def test_words_have_one_sense_on_a_floor(name):
+    allowed = words_with_one_sense()
+    stray = {
+        word
+        for word in words_of(TREES[name]) & allowed.keys()
+        if not any(name.startswith(where) for where in allowed[word])
+    }
+    assert stray == set(), "this word has another sense: CONTRIBUTING.md, Words with one sense"
+
+
 def test_the_checks_see_what_they_look_for():
     source = """
 import os
@@ -354,3 +390,7 @@ def load(path):
     assert room("engine/data/jsonl.py") == "engine/data"
     assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
     assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == {"a", "b", "c"}
+    assert words_of(tree) >= {"limit", "hidden", "load", "path", "stop", "import", "module"}
+    assert words_of(ast.parse("NumSlots = host_bytes")) >= {"num", "slot", "slots", "host", "byte"}
+    assert words_with_one_sense()["slot"] >= {"engine/generation/", "kernels/"}
+    assert len(words_with_one_sense()) >= 14

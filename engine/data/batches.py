@@ -138,9 +138,9 @@ class EpochOrder:
     def indices(self, step: int) -> list[int]:
         """Return the `batch_size` examples of this step, counted from 0."""
         taken = range(step * self.batch_size, (step + 1) * self.batch_size)
-        places = (divmod(position, self.num_examples) for position in taken)
+        read = (divmod(position, self.num_examples) for position in taken)
         return [
-            int(_permutation(self.num_examples, self.seed, epoch)[place]) for epoch, place in places
+            int(_permutation(self.num_examples, self.seed, epoch)[index]) for epoch, index in read
         ]
 
 
@@ -191,12 +191,12 @@ def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
     groups: list[list[int]] = []
     open_groups: list[tuple[int, int]] = []  # (tokens of room, group), fullest first
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        place = bisect.bisect_left(open_groups, (lengths[index], -1))
-        if place == len(open_groups):
+        fitting = bisect.bisect_left(open_groups, (lengths[index], -1))
+        if fitting == len(open_groups):
             room, group = budget, len(groups)
             groups.append([])
         else:
-            room, group = open_groups.pop(place)
+            room, group = open_groups.pop(fitting)
         groups[group].append(index)
         if room > lengths[index]:
             bisect.insort(open_groups, (room - lengths[index], group))
@@ -235,7 +235,7 @@ def micro_batches(units: Units, cut: Cut, budget: int) -> list[PackedBatch]:
     splits = []
     for dealt in deal(lengths, cut.dp):
         groups = split_by_tokens([lengths[index] for index in dealt], budget)
-        splits.append([[dealt[place] for place in group] for group in groups])
+        splits.append([[dealt[number] for number in group] for group in groups])
     most = max(len(split) for split in splits)
     count = math.ceil(most / cut.count_multiple) * cut.count_multiple
 
@@ -258,7 +258,7 @@ def _evened(groups: list[list[int]], lengths: Sequence[int], count: int) -> list
     than the largest has now; groups without any are left out."""
     indices = sorted(index for group in groups for index in group)
     dealt = deal([lengths[index] for index in indices], count)
-    evened = [[indices[place] for place in places] for places in dealt if places]
+    evened = [[indices[number] for number in numbers] for numbers in dealt if numbers]
 
     def largest(groups: list[list[int]]) -> int:
         return max((sum(lengths[index] for index in group) for group in groups), default=0)

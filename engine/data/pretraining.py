@@ -21,7 +21,7 @@ from engine.data.tokenizer import Tokenizer, in_batches
 from engine.errors import UserError
 from engine.files import open_file, read_lines, replacing
 
-_CHUNK_CHARACTERS = 1 << 16  # a .txt file may not fit in memory
+_PIECE_CHARACTERS = 1 << 16  # a .txt file may not fit in memory
 _SECONDS_A_LINE = 15.0
 
 
@@ -196,7 +196,7 @@ class _TextFile:
         self.share_read = 0.0  # of the file's bytes
 
     def __iter__(self) -> Iterator[Iterable[str]]:
-        yield self._chunks()
+        yield self._pieces()
 
     def report(self) -> ReadReport:
         return ReadReport(num_read=1, num_bad=0, first_errors=())
@@ -204,7 +204,7 @@ class _TextFile:
     def _reached(self, share: float) -> None:
         self.share_read = share
 
-    def _chunks(self) -> Iterator[str]:
+    def _pieces(self) -> Iterator[str]:
         """Yield the text in parts that end before whitespace, where tokenizers cut anyway."""
         pending = ""
         is_empty = True
@@ -216,7 +216,7 @@ class _TextFile:
                     f"{self._path}:{number}: not UTF-8: byte {error.start + 1} of the line"
                 ) from None
             is_empty = is_empty and not pending.strip()
-            if len(pending) > _CHUNK_CHARACTERS:
+            if len(pending) > _PIECE_CHARACTERS:
                 cut = len(pending.rstrip()) or len(pending)
                 yield pending[:cut]
                 pending = pending[cut:]

@@ -117,8 +117,10 @@ def check_batches(config: StageConfig, size: GPTSize, num_gpus: int) -> list[str
         )
     _check_shares("batch_size", config.batch_size, dp)
     _check_budget(config.micro_batch_tokens, data.max_tokens)
-    unit = "prompts with all their answers" if isinstance(config, RMConfig) else "sequences"
-    return [f"batch: {config.batch_size} {unit} a step, {config.batch_size // dp} a rank (dp {dp})"]
+    items = "prompts with all their answers" if isinstance(config, RMConfig) else "sequences"
+    return [
+        f"batch: {config.batch_size} {items} a step, {config.batch_size // dp} a rank (dp {dp})"
+    ]
 
 
 def _proposals(config: StageConfig, cluster: Cluster) -> str:

@@ -269,8 +269,8 @@ def _plan_files(
 
 def _index(files: dict[str, tuple[int, list[str]]], network: Network) -> dict:
     total = sum(_tensor_bytes(network).values())
-    places = {name: file for file, (_, names) in files.items() for name in names}
-    return {"metadata": {"total_size": total}, "weight_map": places}
+    file_of = {name: file for file, (_, names) in files.items() for name in names}
+    return {"metadata": {"total_size": total}, "weight_map": file_of}
 
 
 def _tensor_bytes(network: Network) -> dict[str, int]:

@@ -63,12 +63,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _open_parts(index: Path) -> dict[str, StoredTensor]:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict):
+    file_of = read_json(index).get("weight_map")
+    if not isinstance(file_of, dict):
         raise UserError(f"{index} has no weight_map")
     parts: dict[str, dict[str, Tensor]] = {}
     found = {}
-    for name, part in places.items():
+    for name, part in file_of.items():
         if not isinstance(part, str) or not _PART_NAME.fullmatch(part):
             raise UserError(f"{index}: {name} is in {part!r}, which is no file of this folder")
         path = index.with_name(part)

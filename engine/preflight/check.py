@@ -55,19 +55,19 @@ def check_nodes(
     device = start_device()
     rank, world_size = rank_of_environment(), world_size_of_environment()
     timeout = datetime.timedelta(seconds=config.timeout_s)
-    host = socket.gethostname()
-    if config.nodes and host not in config.nodes:  # the scheduler may call it by another name
-        host = _node_of(rank, world_size, config.nodes)
+    node = socket.gethostname()
+    if config.nodes and node not in config.nodes:  # the scheduler may call it by another name
+        node = _node_of(rank, world_size, config.nodes)
     try:
         store = store or open_store(timeout)
         meeting = Meeting(store=store, rank=rank, world_size=world_size)
-        nodes = exchange(meeting, "nodes", host, timeout)
+        nodes = exchange(meeting, "nodes", node, timeout)
         clock = time.time()  # what was exchanged reaches all at once
         if len(nodes) < world_size:
             return [], _silent_faults(nodes, world_size, config)
         facts = Facts(
             rank=rank,
-            node=host,
+            node=node,
             versions=versions(),
             free_gib=free_memory(device) / GIB,
             clock=clock,

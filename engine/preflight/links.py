@@ -29,7 +29,7 @@ def groups_of(rank: int, nodes: Sequence[str]) -> list[tuple[Scope, list[int]]]:
     for r, name in enumerate(nodes):
         by_node.setdefault(name, []).append(r)
     members, index = list(by_node.values()), list(by_node).index(nodes[rank])
-    place = members[index].index(rank)
+    number = members[index].index(rank)
     num_nodes = len(members)
     # A link is named by its first node. The even ones share no node, nor do the odd ones; in an odd
     # ring the last stands alone.
@@ -39,8 +39,8 @@ def groups_of(rank: int, nodes: Sequence[str]) -> list[tuple[Scope, list[int]]]:
     groups: list[tuple[Scope, list[int]]] = [("node", members[index])]
     for first in rounds:
         ends = (first, (first + 1) % num_nodes)
-        if index in ends and all(place < len(members[end]) for end in ends):
-            groups.append(("link", sorted(members[end][place] for end in ends)))
+        if index in ends and all(number < len(members[end]) for end in ends):
+            groups.append(("link", sorted(members[end][number] for end in ends)))
     groups.append(("all", list(range(len(nodes)))))
     return [(scope, ranks) for scope, ranks in groups if len(ranks) > 1]
 

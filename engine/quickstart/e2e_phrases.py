@@ -1,6 +1,6 @@
 """How the writers of the E2E data (Novikova et al. 2017) say a fact, for the labeler.
 
-The same form as `phrasings.PHRASES`: slot -> level -> phrases; collected from its training part.
+The same form as `phrasings.PHRASES`: blank -> level -> phrases; collected from its training part.
 Prices in pounds and ratings in stars stand for levels, as the writers change freely between them.
 """
 

@@ -20,7 +20,7 @@ from engine.quickstart.places import LANDMARK_WORDS, NAME_WORDS, parse_facts
 
 Words = tuple[str, ...]
 
-_OTHER_PLACE = "<other place>"  # the slot of a name that is not in the fact list
+_OTHER_PLACE = "<other place>"  # the blank of a name that is not in the fact list
 _FIRST, _LATER, _UNFINISHED = "<first>", "<later>", "<unfinished>"  # around a sentence's words
 _TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)?|£\d+|[^\s-]")  # hyphens part words
 _FULL_STOPS = frozenset(".!?")
@@ -52,16 +52,16 @@ class Language:
     """What the labeler can read, and takes for fluent."""
 
     phrases: dict[Words, tuple[str, str]]
-    """The words of a phrase to the slot that it fills and the level that it says."""
+    """The words of a phrase to the blank that it fills and the level that it says."""
     order: int
     """Length of `runs`; 1 accepts any order of known words."""
     runs: frozenset[Words]
-    """Runs of words and slots that occur in fluent descriptions."""
+    """Runs of words and blanks that occur in fluent descriptions."""
 
     @cached_property
     def sayable(self) -> frozenset[tuple[str, str]]:
         """(field, level) of everything that some phrase says."""
-        return frozenset((field_of(slot), level) for slot, level in self.phrases.values())
+        return frozenset((field_of(blank), level) for blank, level in self.phrases.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class _Reading:
     """A description as the labeler reads it."""
 
     sentences: list[Words]
-    """Each a run of words and `{slot}`s."""
+    """Each a run of words and `{blank}`s."""
     said: Counter[tuple[str, str]]
     """How often each (field, level) is said."""
     other_places: set[Words]
@@ -166,8 +166,8 @@ def _phrase_table(
     phrases: Mapping[str, Mapping[str, Sequence[str]]],
 ) -> dict[Words, tuple[str, str]]:
     return {
-        tuple(_words(phrase)): (slot, level)
-        for slot, levels in phrases.items()
+        tuple(_words(phrase)): (blank, level)
+        for blank, levels in phrases.items()
         for level, wordings in levels.items()
         for phrase in wordings
     }
@@ -205,15 +205,15 @@ def _read(facts: Mapping[str, str], text: str, language: Language) -> _Reading:
         for end in range(min(position + longest, len(words)), position, -1):
             phrase = tuple(words[position:end])
             if phrase in phrases:
-                slot, level = phrases[phrase]
+                blank, level = phrases[phrase]
                 break
         else:
             items.append(words[position])
             position += 1
             continue
-        if slot != _OTHER_PLACE:
-            said[field_of(slot), level] += 1
-            items.append("{" + slot + "}")
+        if blank != _OTHER_PLACE:
+            said[field_of(blank), level] += 1
+            items.append("{" + blank + "}")
         elif items[-1:] == [_OTHER_PLACE] and len(other_places[-1]) == 1:
             other_places[-1] += phrase  # the generator's names are two words long
         else:
@@ -243,8 +243,8 @@ def _count_garbled(sentences: list[Words], language: Language) -> int:
         if sentence[-1] not in _FULL_STOPS:
             items += (_UNFINISHED,)
         broken = [not _is_fluent(run, language) for run in _runs(items, order=language.order)]
-        spans = (len(list(span)) for is_broken, span in groupby(broken) if is_broken)
-        garbled += sum(math.ceil(length / language.order) for length in spans)
+        stretches = (len(list(words)) for is_broken, words in groupby(broken) if is_broken)
+        garbled += sum(math.ceil(length / language.order) for length in stretches)
     return garbled
 
 

@@ -1,6 +1,6 @@
 """How the facts of a place are said in English: the phrases, the sentences, and their mixing.
 
-A sentence is written once as a pattern: `{slot}` stands for a phrase that says a fact, `[...]` may
+A sentence is written once as a pattern: `{blank}` stands for a phrase that says a fact, `[...]` may
 be left out, `(a|b)` is a choice. Every pattern is spelled out into all its forms when first used,
 so that the labeler knows exactly which words may follow which.
 """
@@ -14,8 +14,8 @@ from random import Random
 
 MAX_SENTENCES = 3
 
-# slot -> level -> phrases. A phrase says one level of one field and belongs to one slot only.
-# The field of a slot is the part before the dot; `name` and `near` are said word by word.
+# blank -> level -> phrases. A phrase says one level of one field and belongs to one blank only.
+# The field of a blank is the part before the dot; `name` and `near` are said word by word.
 PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
     "type": {
         "pub": ("pub", "public house"),
@@ -150,7 +150,7 @@ _FOLLOWERS = (
 
 @dataclass(frozen=True)
 class SentenceForm:
-    """One spelled-out pattern: words, commas and `{slot}`s, without the final full stop."""
+    """One spelled-out pattern: words, commas and `{blank}`s, without the final full stop."""
 
     parts: tuple[str, ...]
     is_opening: bool
@@ -161,9 +161,9 @@ class SentenceForm:
         return frozenset(field_of(part[1:-1]) for part in self.parts if part.startswith("{"))
 
 
-def field_of(slot: str) -> str:
-    """The field that a slot says: "price" for "price.adjective"."""
-    return slot.partition(".")[0]
+def field_of(blank: str) -> str:
+    """The field that a blank says: "price" for "price.adjective"."""
+    return blank.partition(".")[0]
 
 
 def level_of(field: str, value: str) -> str:
@@ -231,10 +231,10 @@ def _sentence(form: SentenceForm, facts: Mapping[str, str], rng: Random) -> str:
     words = []
     for part in form.parts:
         if part.startswith("{"):
-            slot = part[1:-1]
-            value = facts[field_of(slot)]
-            table = PHRASES.get(slot)
-            words.append(rng.choice(table[level_of(field_of(slot), value)]) if table else value)
+            blank = part[1:-1]
+            value = facts[field_of(blank)]
+            table = PHRASES.get(blank)
+            words.append(rng.choice(table[level_of(field_of(blank), value)]) if table else value)
         else:
             words.append(part)
     text = " ".join(words).replace(" ,", ",") + "."

@@ -106,9 +106,9 @@ def _texts(folder: Path) -> Iterator[str]:
 
 
 def _sources(folder: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
         folders[:] = (name for name in folders if name not in _SKIPPED_FOLDERS)
-        yield from (Path(place, name) for name in names if name.endswith(".py"))
+        yield from (Path(parent, name) for name in names if name.endswith(".py"))
 
 
 def _docstrings(path: Path) -> Iterator[str]:

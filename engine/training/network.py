@@ -20,7 +20,7 @@ from models.scalar_gpt import ScalarGPT
 from models.sizes import GPTSize, Kind
 
 
-class Place(Protocol):
+class WeightMemory(Protocol):
     """Device memory that a network's weights come into to be read (engine/residency/seat.py)."""
 
     def holds(self, network: "Network") -> bool:
@@ -63,7 +63,7 @@ class Network:
     """Counts the changes of the weights: what was made from older ones is known as stale."""
     source: "Network | None" = None
     """The network in another layout that this one copies."""
-    place: Place | None = None
+    memory: WeightMemory | None = None
     """Where the weights come and go; none: they stay."""
     decoding: Any = field(default=None, repr=False, compare=False)
     """What generation keeps between rollouts (engine/generation/decoding.py)."""
@@ -88,7 +88,7 @@ class Network:
 
     def check_present(self) -> None:
         """Raise RuntimeError when other weights than this network's, or none, are in its memory."""
-        if self.place is not None and not self.place.holds(self):
+        if self.memory is not None and not self.memory.holds(self):
             raise RuntimeError(
                 f"absent weights: this {self.kind} network was swapped out; read it inside "
                 "network.present(), train it inside residency.update()"
@@ -97,7 +97,7 @@ class Network:
     @contextlib.contextmanager
     def present(self) -> Iterator[None]:
         """Run a block with the weights on the device, wherever they rest."""
-        with self.place.present(self) if self.place else contextlib.nullcontext():
+        with self.memory.present(self) if self.memory else contextlib.nullcontext():
             yield
 
     def settle(self) -> None:
@@ -171,9 +171,9 @@ class Network:
             if group.ddp_config.overlap_grad_reduce
         ]
 
-    def move_into(self, place: Place) -> None:
-        """Have the weights come and go as `place` says."""
-        self.place = place
+    def move_into(self, memory: WeightMemory) -> None:
+        """Have the weights come and go as `memory` says."""
+        self.memory = memory
 
     def guest(self) -> "Network":
         """Return a frozen network of the same modules, whose weights take turns with this one's."""

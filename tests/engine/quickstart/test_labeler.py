@@ -35,8 +35,8 @@ def phrases(field: str, level: str) -> list[str]:
     """Everything that says a level."""
     return [
         phrase
-        for slot, levels in PHRASES.items()
-        if field_of(slot) == field
+        for blank, levels in PHRASES.items()
+        if field_of(blank) == field
         for phrase in levels[level]
     ]
 
@@ -75,8 +75,8 @@ def test_another_value_is_wrong(facts: dict[str, str], seed: int) -> None:
 @given(places, seeds)
 def test_a_contradiction_is_wrong(facts: dict[str, str], seed: int) -> None:
     rng = Random(seed)
-    field = rng.choice([f for f in facts if any(field_of(slot) == f for slot in PHRASES)])
-    levels = next(levels for slot, levels in PHRASES.items() if field_of(slot) == field)
+    field = rng.choice([f for f in facts if any(field_of(blank) == f for blank in PHRASES)])
+    levels = next(levels for blank, levels in PHRASES.items() if field_of(blank) == field)
     others = [level for level in levels if level != level_of(field, facts[field])]
     text = describe(facts, rng)
     for number, level in enumerate(others, start=1):

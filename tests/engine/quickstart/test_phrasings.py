@@ -34,10 +34,10 @@ def test_a_phrase_says_one_thing() -> None:
     assert [phrase for phrase, times in said.items() if times > 1] == []
 
 
-def test_every_slot_says_every_level_of_its_field() -> None:
+def test_every_blank_says_every_level_of_its_field() -> None:
     levels: dict[str, set[str]] = {}
-    for slot, table in PHRASES.items():
-        assert levels.setdefault(field_of(slot), set(table)) == set(table), slot
+    for blank, table in PHRASES.items():
+        assert levels.setdefault(field_of(blank), set(table)) == set(table), blank
 
 
 @pytest.mark.parametrize("num_facts", range(1, len(FIELDS) + 1))
@@ -63,8 +63,8 @@ def test_forms_are_spelled_out() -> None:
     words = {part for form in forms for part in form.parts if not part.startswith("{")}
     assert all(re.fullmatch(r"[A-Za-z-]+|,", word) for word in words)
     assert all(form.is_opening == ("name" in form.fields) for form in forms)
-    slots = {part[1:-1] for form in forms for part in form.parts if part.startswith("{")}
-    assert slots == {*PHRASES, "name", "near"}
+    blanks = {part[1:-1] for form in forms for part in form.parts if part.startswith("{")}
+    assert blanks == {*PHRASES, "name", "near"}
 
 
 def test_article_agrees() -> None:

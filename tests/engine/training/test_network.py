@@ -253,7 +253,7 @@ network.config.grad_scale_func = None
 config.no_sync_func = None
 network.chunks[0] = network.modules[0]
 network.chunks.append(chunk)
-a, policy.place = b, seat
+a, policy.memory = b, seat
 setattr(critic, name, value)
 guest.whatever: int = 2
 del learner.policy.decoding
