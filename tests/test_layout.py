@@ -285,6 +285,19 @@ def test_no_import_goes_in_a_circle_of_rooms():
     assert circle(graph) == []
 
 
+def test_rooms_import_from_those_on_their_left():
+    block = (
+        (ROOT / "ARCHITECTURE.md").read_text().partition("of files or of rooms:")[2].split("```")[1]
+    )
+    groups = [group.split() for group in block.split("|")]
+    level = {name: number for number, group in enumerate(groups) for name in group}
+    for name in (n for n in FILES if n.startswith("engine/") and not n.endswith("__init__.py")):
+        for other in reached(name, TREES[name]):
+            mine, theirs = Path(room(name)).stem, Path(room(other)).stem
+            if other.startswith("engine/") and mine != theirs:
+                assert level[theirs] < level[mine], f"{name} imports {other}"
+
+
 def test_engines_root_is_read_at_a_glance():
     root = [name for name in FILES if Path(name).parent == Path("engine")]
     assert len(root) - 1 <= 22, "a room is missing, or a file is in none"
@@ -316,6 +329,20 @@ def test_few_functions_take_more_than_six_arguments():
 @pytest.mark.parametrize("name", [n for n in FILES if in_library(n)])
 def test_sentences_are_short(name):
     assert list(long_sentences(TREES[name])) == []
+
+
+def test_readme_maps_every_file():
+    tree = (ROOT / "README.md").read_text().partition("## Where things are")[2].split("```")[1]
+    floors = re.split(r"\n(?=\w+/)", tree)  # a floor each
+    missing = []
+    for name in (n for n in FILES if in_library(n) and not n.endswith("__init__.py")):
+        path = Path(name)
+        (floor,) = (text for text in floors if text.startswith(f"{path.parts[0]}/"))
+        if len(path.parts) > 2:  # a room: its line and those indented below it
+            floor = re.split(r"\n  (?=\w)", floor.partition(f"\n  {path.parts[1]}/")[2])[0]
+        if not re.search(rf"\b{path.stem}\b", floor):
+            missing.append(name)
+    assert missing == []
 
 
 def words_with_one_sense() -> dict[str, set[str]]:
