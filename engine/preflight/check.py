@@ -21,7 +21,6 @@ from engine.environment import rank_of_environment, world_size_of_environment
 from engine.preflight.facts import (
     GIB,
     Facts,
-    PreflightConfig,
     cache_error,
     disk_facts,
     free_memory,
@@ -31,6 +30,7 @@ from engine.preflight.faults import Fault, find_faults, named_ranks, report
 from engine.preflight.links import measure_links
 from engine.ranks.device import start_device
 from engine.ranks.start import open_store
+from engine.settings.preflight import PreflightConfig
 
 
 def preflight(config: PreflightConfig) -> NoReturn:

@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from engine.preflight.facts import Facts, PreflightConfig, Scope
+from engine.preflight.facts import Facts, Scope
+from engine.settings.preflight import PreflightConfig
 
 
 class Fault(NamedTuple):

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.preflight.facts import PreflightConfig, Scope
+from engine.preflight.facts import Scope
 from engine.ranks.device import synchronize
+from engine.settings.preflight import PreflightConfig
 
 # A group that is gone closes the connections of those that still measure: all stay to the end.
 _kept: list[dist.Backend] = []

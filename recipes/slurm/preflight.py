@@ -5,9 +5,8 @@ torchrun --standalone --nproc-per-node=8 recipes/slurm/preflight.py --min-free-g
 recipes/slurm/launch.sh runs it before each stage.
 """
 
-from engine.preflight.check import preflight
-from engine.preflight.facts import PreflightConfig
 from engine.recipe import run_stage
+from engine.settings.preflight import PreflightConfig
 
 if __name__ == "__main__":
-    run_stage(preflight, PreflightConfig(), has_dry_run=False)
+    run_stage("engine.preflight.check.preflight", PreflightConfig(), has_dry_run=False)

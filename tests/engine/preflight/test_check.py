@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from engine.preflight import links
 from engine.preflight.check import Meeting, check_nodes, exchange
-from engine.preflight.facts import ROOT, PreflightConfig, code_version
+from engine.preflight.facts import ROOT, code_version
 from engine.preflight.faults import Fault
+from engine.settings.preflight import PreflightConfig
 
 SECOND = datetime.timedelta(seconds=1)
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.preflight.facts import Facts, PreflightConfig
+from engine.preflight.facts import Facts
 from engine.preflight.faults import find_faults, report
+from engine.settings.preflight import PreflightConfig
 
 CONFIG = PreflightConfig(
     directory=Path("runs"), min_free_gib=10.0, min_disk_gib=100.0, min_link_gb_s=5.0, timeout_s=9.0

@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 
 from engine.preflight import links
-from engine.preflight.facts import PreflightConfig
 from engine.preflight.links import groups_of
+from engine.settings.preflight import PreflightConfig
 
 
 def test_rank_measures_its_node_both_neighbours_and_all():
