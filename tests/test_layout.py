@@ -303,6 +303,10 @@ def test_engines_root_is_read_at_a_glance():
     assert len(root) - 1 <= 22, "a room is missing, or a file is in none"
 
 
+def test_the_longest_stage_knows_few_names():
+    assert len(list(imports(TREES["engine/ppo.py"]))) <= 36, "a phase wants a function of its own"
+
+
 @pytest.mark.parametrize("name", [n for n in FILES if in_library(n) and "kernels" not in n])
 def test_functions_are_short(name):
     stages = ("engine/sft.py", "engine/rm.py", "engine/ppo.py")
