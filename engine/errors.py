@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """A mistake of the user's: a file, a line, a field or an option, said in one or two lines."""
+    """A mistake of the user's: a file, a line, a field or an option, said in a line or a few."""

@@ -9,6 +9,7 @@ from engine.data.batches import (
     PackedBatch,
     Units,
     deal,
+    lengths_of,
     micro_batches,
     shapes_of,
     spread,
@@ -27,7 +28,7 @@ class StepBatch:
     num_tokens: int
     """All its tokens, predicted or not: what the network processes."""
     spread: float
-    """How evenly data-parallel ranks share them: the most over the mean."""
+    """How unevenly data-parallel ranks share them: the most over the mean; 1 is even."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Feed:
 def step_batch(units: Units, parallel: Parallel, micro_batch_tokens: int) -> StepBatch:
     """Return the global batch of these units, all of them."""
     shapes = [shapes_of(units, index) for index in range(len(units))]
-    lengths = [sum(num_tokens for num_tokens, _ in unit) for unit in shapes]
+    lengths = lengths_of(shapes)
     num_prompt_tokens = sum(prompt_length for unit in shapes for _, prompt_length in unit)
     dealt = deal(lengths, parallel.dp)
     return StepBatch(

@@ -48,7 +48,7 @@ def comparison_loss(num_prompts: int) -> ScalarLoss:
     """Return the ranking loss (InstructGPT eq. 1), mean over the global batch's prompts."""
 
     def loss_function(batch: PackedBatch, readings: Tensor) -> tuple[Tensor, StepMetrics]:
-        scores = last_token_readings(batch, readings)[: batch.num_sequences]
+        scores = last_readings(readings, batch.cu_seqlens)[: batch.num_sequences]
         result = ranking_loss(scores, batch.fields["ranks"][: batch.num_sequences], batch.cu_units)
         # A filler micro-batch has no prompt: an empty sum keeps its (zero) gradient path.
         loss = result.losses.sum() / num_prompts + 0.0 * readings.sum()
@@ -125,9 +125,12 @@ def clipped_value_loss(num_targets: Tensor, *, cliprange: float | None) -> Scala
     return loss_function
 
 
-def last_token_readings(batch: PackedBatch, readings: Tensor) -> Tensor:
-    """Return the reading [B] at every sequence's last token: a reward model's scores."""
-    return readings[batch.cu_seqlens[1:].long() - 1]
+def last_readings(readings: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Return the reading [B] at the last token of every sequence: a reward model's scores.
+
+    readings: [T]; cu_seqlens: [B+1].
+    """
+    return readings[cu_seqlens[1:].long() - 1]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from engine.data.examples import Example
 from engine.data.prompts import hold_out
 from engine.errors import UserError
 from engine.feed import Feed, pack_for
-from engine.losses import comparison_loss, last_token_readings, pair_accuracy
+from engine.losses import comparison_loss, last_readings, pair_accuracy
 from engine.metrics import RM_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
 from engine.run import Run, join_ranks, require_path, size_named, start_run, tokenizer_path
@@ -95,7 +95,7 @@ def train(config: RMConfig) -> dict[str, float]:
             values["train/epoch"] = feed.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
-            end_if_stuck(step, run.checkpoints, reward_model=optimizer.skipped)
+            end_if_stuck(f"step {step}", run.checkpoints, reward_model=optimizer.skipped)
             is_asked = run.is_asked_to_stop()
             if is_last or is_asked or (config.save_every and (step + 1) % config.save_every == 0):
                 checkpointer.save(step + 1, {"metrics": values})
@@ -151,7 +151,7 @@ def _mean_score(network: Network, examples: list[Example], budget: int) -> float
     total = torch.zeros((), device=parallel.device, dtype=torch.float64)
     with network.evaluating():
         for batch, readings in zip(batches, forward(network, batches), strict=True):
-            total += last_token_readings(batch, readings)[: batch.num_sequences].double().sum()
+            total += last_readings(readings, batch.cu_seqlens)[: batch.num_sequences].double().sum()
     dist.all_reduce(total, group=parallel.dp_group)
     return float(total) / len(examples)
 

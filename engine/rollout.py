@@ -43,7 +43,7 @@ class Rollout:
     has_eos: Tensor
     """[B] bool: the response ended by itself and not at the length limit."""
     spread: float = 1.0
-    """How evenly the replicas shared the generated tokens: the most over the mean."""
+    """How unevenly the replicas shared the generated tokens: the most over the mean; 1 is even."""
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -9,6 +9,7 @@ from torch import Tensor
 from engine.data.batches import PackedBatch
 from engine.data.tokenizer import Tokenizer
 from engine.feed import pack_for
+from engine.losses import last_readings
 from engine.rollout import Rollout
 from engine.settings.ppo import EosRule, PPOConfig
 from engine.training.network import Network
@@ -101,7 +102,7 @@ def score_rollout(
     values = shift_right(readings).masked_fill(~rollout.response_mask, 0.0)
     ref_logprobs = _read(reference, batches, rollout, temperature=temperature)
     readings = _read(reward_model, scalar_batches, rollout)
-    raw_scores = last_readings(rollout, readings)
+    raw_scores = last_readings(readings, rollout.cu_seqlens)
     return Scored(
         logprobs=checked if config.scores_policy else rollout.sampled_logprobs,
         checked_logprobs=None if config.scores_policy else checked,
@@ -131,11 +132,6 @@ def read_rollout(
     scalar one."""
     batches = pack_for(rollout.examples, network.parallel, micro_batch_tokens)
     return _read(network, batches, rollout, temperature=temperature)
-
-
-def last_readings(rollout: Rollout, readings: Tensor) -> Tensor:
-    """Return the reading [B] at the last token of every response: a reward model's score."""
-    return readings[rollout.cu_seqlens[1:].long() - 1]
 
 
 def _read(

@@ -16,9 +16,10 @@ from engine.data.examples import Example
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.errors import UserError
 from engine.files import replacing
+from engine.losses import last_readings
 from engine.rollout import generate_rollout
 from engine.run import Run, require_path
-from engine.score import last_readings, read_rollout
+from engine.score import read_rollout
 from engine.settings.sft import SFTConfig
 from engine.training.network import Network, build_network
 
@@ -48,7 +49,7 @@ class EpochSelection:
             first_sample_index=0,
         )
         readings = read_rollout(self.reward_model, rollout, self.config.micro_batch_tokens)
-        reward = float(last_readings(rollout, readings).double().mean())
+        reward = float(last_readings(readings, rollout.cu_seqlens).double().mean())
         self.epochs.append({"epoch": epoch, "step": step, "reward": reward})
         return {
             "valid/reward": reward,

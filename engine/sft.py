@@ -99,7 +99,7 @@ def train(config: SFTConfig) -> dict[str, float]:
             values["train/epoch"] = lead.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
-            end_if_stuck(step, run.checkpoints, policy=optimizer.skipped)
+            end_if_stuck(f"step {step}", run.checkpoints, policy=optimizer.skipped)
             if epoch and (config.save_every_epoch or selection is not None):
                 checkpointer.save_weights(epoch_name(epoch))
                 if selection is not None:
@@ -156,11 +156,10 @@ def _validate(network: Network, units: dict[str, Units], budget: int) -> dict[st
 
 
 def _feeds(config: SFTConfig, units: dict[str, Units], run: Run) -> dict[str, Feed]:
-    """Return the feed of each source; the fraction of the batch's sequences is rounded, at least
-    one each."""
+    """Return the feed of each source, with its part of the batch's sequences: at least one each."""
     num_pretraining = config.batch_size
     if "loss" in units:
-        num_pretraining = max(1, round(config.data.pretraining_fraction * config.batch_size))
+        num_pretraining = config.num_pretraining_sequences
     sizes = {"loss": config.batch_size - num_pretraining, "pretrain_loss": num_pretraining}
     if "pretrain_loss" not in units:
         sizes["loss"] = config.batch_size

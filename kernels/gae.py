@@ -9,7 +9,7 @@ Position t of every tensor belongs to the token at t; values[t] is V of the stat
 token was chosen. (Schulman et al. 2015 eq. 16; InstructGPT eq. 2 for the reward.)
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import triton
@@ -300,8 +300,9 @@ def gae(
     scores [B]; cu_seqlens [B+1] int32 with cu_seqlens[B] == T; response_mask [T] bool, holes
     allowed; kl_coef a number or a 0-d tensor. Nothing outside the mask is read into a result.
     """
-    if kl_estimator not in ("k1", "k2", "k3"):
-        raise ValueError(f"kl_estimator {kl_estimator!r} is none of k1, k2, k3")
+    if kl_estimator not in get_args(KlEstimator):
+        known = ", ".join(get_args(KlEstimator))
+        raise ValueError(f"kl_estimator {kl_estimator!r} is none of {known}")
     inputs = (logprobs, ref_logprobs, values, scores, cu_seqlens, response_mask)
     if not uses_triton(values):
         detached = [x.detach() for x in inputs]

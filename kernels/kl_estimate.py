@@ -8,7 +8,7 @@ With r = logprob - ref_logprob of a token that the policy chose:
     k3 = e^-r - 1 + r    unbiased, never negative
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import triton
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 KlEstimator = Literal["k1", "k2", "k3"]
+"""Also the choices of engine/settings/kl.py, which cannot import this file: it is free of torch."""
 
 
 @triton.jit
@@ -34,6 +35,7 @@ def token_kl(log_ratio, KIND: tl.constexpr):
     elif KIND == "k2":
         kl = 0.5 * log_ratio * log_ratio
     else:
+        tl.static_assert(KIND == "k3")
         kl = exp_remainder(-log_ratio)
     return kl
 
@@ -52,4 +54,4 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KlEstimator = "k1"
         # In fp64, because near r = 0 the sum cancels down to r^2 / 2, below the rounding of r.
         exact = log_ratio.double()
         return (torch.expm1(-exact) + exact).to(log_ratio.dtype)
-    raise ValueError(f"kind {kind!r} is none of k1, k2, k3")
+    raise ValueError(f"kind {kind!r} is none of {', '.join(get_args(KlEstimator))}")

@@ -66,8 +66,8 @@ def sharded_weights(network: Network) -> dict[str, Any]:
     network.settle()
     with network.parallel.active():
         return {
-            f"chunk{stage}": module.sharded_state_dict()
-            for stage, module in enumerate(network.modules)
+            f"chunk{number}": module.sharded_state_dict()
+            for number, module in enumerate(network.modules)
         }
 
 
@@ -141,6 +141,6 @@ def without_tensors(state: dict[str, Any]) -> dict[str, Any]:
 
 def adopt(network: Network, loaded: dict[str, Any], *, strict: bool = True) -> None:
     """Take over the weights that read_state returned; strict: there must be all of them."""
-    for stage, module in enumerate(network.modules):
-        module.load_state_dict(loaded[f"chunk{stage}"], strict=strict)
+    for number, module in enumerate(network.modules):
+        module.load_state_dict(loaded[f"chunk{number}"], strict=strict)
     network.mark_changed()

@@ -87,6 +87,11 @@ def shapes_of(units: Units, index: int) -> list[Shape]:
     return [(len(each.tokens), each.prompt_length) for each in sequences_of(units[index])]
 
 
+def lengths_of(shapes: Sequence[Sequence[Shape]]) -> list[int]:
+    """Return the tokens of each unit, from the shapes of its sequences."""
+    return [sum(num_tokens for num_tokens, _ in unit) for unit in shapes]
+
+
 @dataclass(frozen=True)
 class Chosen:
     """Some of the units, in the order of their indices; each is read when it is asked for."""
@@ -228,7 +233,7 @@ def micro_batches(units: Units, cut: Cut, budget: int) -> list[PackedBatch]:
     if not len(units):
         raise ValueError("a step's global batch needs at least one example")
     shapes = [shapes_of(units, index) for index in range(len(units))]
-    lengths = [sum(num_tokens for num_tokens, _ in unit) for unit in shapes]
+    lengths = lengths_of(shapes)
     first_ids = np.cumsum([0] + [len(unit) for unit in shapes])
     # Rounded down, so that the padding does not lift a micro-batch over the budget.
     budget = max(budget // cut.multiple_of, 1) * cut.multiple_of

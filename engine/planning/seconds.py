@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from engine.planning.hardware import Cluster
 from engine.planning.memory import GRADIENT_BYTES, PlannedNetwork
 from engine.planning.workload import Batch, harmonic
+from engine.settings.sampling import GPU_STEPS_PER_SYNC
 
 Seconds = dict[str, float]
 """Cause to seconds."""
@@ -121,7 +122,7 @@ class Generation:
     """Longest response."""
     prefill_tokens: int = 1024
     """Prompt tokens that a step takes in."""
-    steps_per_sync: int = 8
+    steps_per_sync: int = GPU_STEPS_PER_SYNC
     """Decoding steps between two looks of the host, without pipeline."""
     uses_graphs: bool = True
     """Whether decoding is launched as CUDA graphs; steps that take prompts in never are."""

@@ -35,6 +35,7 @@ from engine.planning.workload import Batch, Workload
 from engine.settings.layout import ParallelLayout
 from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
+from engine.settings.sampling import GPU_STEPS_PER_SYNC
 from engine.settings.sft import SFTConfig
 from engine.settings.size import named_size
 from models.sizes import Kind
@@ -83,13 +84,11 @@ def estimate_sft(config: SFTConfig, cluster: Cluster, workload: Workload) -> Est
     network = _network("language", config.size, config, cluster, has_dropout=config.dropout > 0)
     context, data = network.size.context_length, config.data
     length = min(data.pretraining_tokens, context)
-    fraction = data.pretraining_fraction
     if data.train is None and data.pretraining is not None:
         batches = [_whole(config.batch_size, length)]
         steps = config.epochs * workload.pretraining_tokens / length / config.batch_size
     else:
-        # The pretraining's share of the sequences is rounded, and at least one (engine/sft.py).
-        num_pretraining = max(1, round(fraction * config.batch_size)) if fraction else 0
+        num_pretraining = config.num_pretraining_sequences
         tokens = workload.demonstration_prompt_tokens + workload.demonstration_tokens
         demonstrations = Batch(
             count=config.batch_size - num_pretraining,
@@ -162,7 +161,7 @@ def _generation(
         response_tokens=min(workload.response_tokens, sampling.max_new_tokens),
         most_new_tokens=sampling.max_new_tokens,
         prefill_tokens=sampling.prefill_tokens,
-        steps_per_sync=sampling.steps_per_sync or 8,
+        steps_per_sync=sampling.steps_per_sync or GPU_STEPS_PER_SYNC,
         uses_graphs=sampling.cuda_graphs,
     )
 

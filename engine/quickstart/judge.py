@@ -6,7 +6,7 @@ from typing import Any
 from engine.data.demonstrations import read_demonstrations
 from engine.data.pretraining import open_token_file
 from engine.data.prompts import read_prompts
-from engine.losses import mean_language_loss
+from engine.losses import last_readings, mean_language_loss
 from engine.progress import LongWork
 from engine.quickstart.files import Files
 from engine.quickstart.finished_stages import FinishedStages
@@ -15,7 +15,6 @@ from engine.quickstart.places import parse_facts
 from engine.quickstart.report import MODELS
 from engine.quickstart.settings import QuickstartConfig
 from engine.quickstart.win_rate import win_rate
-from engine.score import last_readings
 
 
 def judge_models(
@@ -42,7 +41,8 @@ def judge_models(
             network = init if name == "sft" else finished.load(name, "language")
             rollout, texts[name] = finished.answer(network, prompts)
             work.tell(f"{shown} is read")
-            rewards = last_readings(rollout, finished.read(reward_model, rollout)).tolist()
+            readings = finished.read(reward_model, rollout)
+            rewards = last_readings(readings, rollout.cu_seqlens).tolist()
             scores[name] = label(texts[name]) if label else rewards
             init_logprobs = finished.read(init, rollout)
             logprobs = init_logprobs if name == "sft" else finished.read(network, rollout)

@@ -19,6 +19,7 @@ import torch
 
 from engine.errors import UserError
 from engine.ranks.heap import freed_bytes, keep_freed_memory
+from engine.settings.sampling import GPU_STEPS_PER_SYNC
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -50,7 +51,7 @@ CHOICES = {
         fuses_elementwise=True,
         fuses_gradient_accumulation=True,
         overlaps_replicas=True,
-        steps_per_sync=8,
+        steps_per_sync=GPU_STEPS_PER_SYNC,
     ),
     "cpu": Choices(
         fuses_elementwise=False,

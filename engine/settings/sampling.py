@@ -5,6 +5,10 @@ from dataclasses import dataclass
 
 from engine.errors import UserError
 
+GPU_STEPS_PER_SYNC = 8
+"""steps_per_sync where it is left open on a GPU, where a look waits for all it was given: our
+choice."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:

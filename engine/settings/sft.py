@@ -120,3 +120,10 @@ class SFTConfig:
             not_negative="seed eval_every save_every",
             shares="dropout",
         )
+
+    @property
+    def num_pretraining_sequences(self) -> int:
+        """A batch's sequences of pretraining text, where it is mixed in: rounded, and at least one;
+        0 where the fraction is."""
+        fraction = self.data.pretraining_fraction
+        return max(1, round(fraction * self.batch_size)) if fraction else 0

@@ -72,7 +72,7 @@ class Optimizer:
         self._await_state = wait
 
     def zero_gradients(self) -> None:
-        """Clear the gradient buffers before the first forward_backward of a step."""
+        """Clear the gradient buffers before the first backward pass of a step."""
         for chunk in self.network.chunks:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()
@@ -303,11 +303,11 @@ def make_trainable(network: Network) -> None:
         check_for_nan_in_grad=False,  # alarms and loss scaling look at the norm instead
     )
 
-    def wrap(stage: int, module: Any) -> DistributedDataParallel:
+    def wrap(number: int, module: Any) -> DistributedDataParallel:
         # On the first pipeline chunk buckets are reduced and gathered one by one; megatron makes
         # one of the others, whose communication falls into bubbles. An fp32 head has a bucket of
         # its own all the same: not every backend gathers two dtypes in one message.
-        is_one = stage > 0 and len({p.dtype for p in module.parameters()}) == 1
+        is_one = number > 0 and len({p.dtype for p in module.parameters()}) == 1
         chunk = DistributedDataParallel(network.config, config, module, disable_bucketing=is_one)
         _await_head(chunk)
         _gather_scalar_head_last(chunk)

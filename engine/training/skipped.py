@@ -44,15 +44,18 @@ class SkippedSteps:
         self.total, self.in_a_row = state.get("total", 0), state.get("in_a_row", 0)
 
 
-def end_if_stuck(step: int, checkpoints: Path, **networks: SkippedSteps) -> None:
-    """Raise UserError where the steps of one of the networks, up to `step`, were skipped too often
-    in a row: on all ranks alike, since they count the same."""
+def end_if_stuck(where: str, checkpoints: Path, **networks: SkippedSteps) -> None:
+    """Raise UserError where optimizer steps of one of the networks were skipped too often in a row:
+    on all ranks alike, since they count the same.
+
+    where: how far the run is, such as "step 7".
+    """
     for name, skipped in networks.items():
         if skipped.is_stuck:
             kept = said_by_first_rank(lambda: _last_checkpoint(checkpoints))
             raise UserError(
-                f"step {step}: the gradient of the {name} was not finite in {skipped.in_a_row} "
-                "steps in a row, which were skipped and left the weights as they were. "
+                f"{where}: the gradient of the {name} was not finite in {skipped.in_a_row} "
+                "optimizer steps in a row, which were skipped and left the weights as they were. "
                 f"{kept}\nFind out what was not finite first (metrics.jsonl has null for it); then "
                 "lower the learning rate, use bf16 or fp32 in place of fp16, or take bad records "
                 "out of the data. To pass over more steps, raise the optimizer's max_skipped_steps"

@@ -13,7 +13,7 @@ from engine.losses import (
     NegativeLogLikelihood,
     clipped_value_loss,
     comparison_loss,
-    last_token_readings,
+    last_readings,
     mean_language_loss,
     pair_accuracy,
 )
@@ -183,7 +183,7 @@ def test_comparison_loss_of_a_filler_is_nothing(parallel: Parallel):
 def test_score_is_the_reading_at_the_last_token():
     batch = pack(comparisons(), multiple_of=1)
     readings = torch.arange(float(len(batch.tokens)))
-    assert last_token_readings(batch, readings).tolist() == [3.0, 8.0, 13.0, 18.0, 22.0]
+    assert last_readings(readings, batch.cu_seqlens).tolist() == [3.0, 8.0, 13.0, 18.0, 22.0]
 
 
 def test_held_out_losses_are_those_of_the_whole_and_leave_dropout_on(parallel: Parallel):

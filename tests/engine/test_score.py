@@ -9,7 +9,7 @@ from engine.data.examples import Example
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
 from engine.rollout import Rollout, generate_rollout
-from engine.score import Scored, apply_eos_rule, last_readings, read_rollout, score_rollout
+from engine.score import Scored, apply_eos_rule, read_rollout, score_rollout
 from engine.settings.layout import ParallelLayout
 from engine.settings.ppo import PPOConfig
 from engine.settings.sampling import SamplingConfig
@@ -92,7 +92,6 @@ def test_values_are_read_before_their_tokens_and_scores_at_the_last(policy: Netw
     assert (scored.values[~rollout.response_mask] == 0).all()
     last = rollout.cu_seqlens[1:].long() - 1
     torch.testing.assert_close(scored.raw_scores, readings[last])
-    assert torch.equal(last_readings(rollout, readings), readings[last])
 
 
 def test_budget_of_micro_batches_changes_no_reading(policy: Network):

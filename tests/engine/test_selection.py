@@ -15,9 +15,10 @@ from engine.checkpoints.weights import load_weights
 from engine.data.prompts import prompt_examples
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
+from engine.losses import last_readings
 from engine.ranks.start import start_parallel
 from engine.rollout import generate_rollout
-from engine.score import last_readings, read_rollout
+from engine.score import read_rollout
 from engine.selection import best_epoch
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
@@ -116,7 +117,7 @@ def test_run_is_known_by_the_epoch_of_the_highest_reward(judged: SFTConfig, chos
     rollout = generate_rollout(
         policy, prompts, SAMPLING, eos_id=tokenizer.eos_id, seed=0, first_sample_index=0
     )
-    scores = last_readings(rollout, read_rollout(judge, rollout, 96))
+    scores = last_readings(read_rollout(judge, rollout, 96), rollout.cu_seqlens)
     assert float(scores.double().mean()) == pytest.approx(chosen["reward"], rel=1e-6)
 
 

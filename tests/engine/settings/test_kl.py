@@ -1,9 +1,11 @@
 import dataclasses
+import typing
 
 import pytest
 
 from engine.errors import UserError
 from engine.settings.kl import KLConfig
+from kernels.kl_estimate import KlEstimator
 
 
 @pytest.mark.parametrize(
@@ -27,3 +29,8 @@ def test_what_is_not_said_is_the_papers():
     found = KLConfig()
     assert (found.coef, found.control, found.estimator) == (0.02, "fixed", "k1")  # C.4, eq. 2
     assert (found.target, found.horizon) == (6.0, 10_000)  # Ziegler et al. 2019
+
+
+def test_estimators_are_those_of_the_kernel():
+    hint = typing.get_type_hints(KLConfig)["estimator"]
+    assert typing.get_args(hint) == typing.get_args(KlEstimator)

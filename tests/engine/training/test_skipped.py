@@ -146,7 +146,9 @@ def test_a_few_in_a_row_end_the_run_and_save_nothing(
     names = ("adam", "critic_adam") if stage.startswith("ppo") else ("adam",)
     config = config_of(stage, tiny, tmp_path, **dict.fromkeys(names, adam))
     seen = spoil(monkeypatch, kind, [2, 3, 4, 5])
-    with pytest.raises(UserError, match=f"gradient of the {role} was not finite in 2 steps"):
+    with pytest.raises(
+        UserError, match=f"gradient of the {role} was not finite in 2 optimizer steps"
+    ):
         train(config)
     assert [result.was_skipped for result in seen.results] == [False, False, True, True]
     row = rows_of(tmp_path)[-1]  # the last step is on record
@@ -176,7 +178,7 @@ def test_a_resumed_run_ends_at_the_step_where_an_unbroken_one_does(
         spoil(patch, "scalar", [1, 2, 3])
         train_until(config, 2)  # two steps are saved, the second of which was skipped
     seen = spoil(monkeypatch, "scalar", [0, 1, 2])
-    with pytest.raises(UserError, match="step 3: .* in 3 steps in a row"):
+    with pytest.raises(UserError, match="step 3: .* in 3 optimizer steps in a row"):
         train(config)
     assert len(seen.results) == 2
     assert [row["train/skipped_steps"] for row in rows_of(tmp_path)] == [0, 1, 2, 3]
