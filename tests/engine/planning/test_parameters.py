@@ -14,7 +14,8 @@ from engine.planning.parameters import (
     network_parameters,
     optimizer_bytes,
 )
-from engine.ranks import parallel
+from engine.ranks.groups import forget_groups
+from engine.ranks.start import start_parallel
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
@@ -53,10 +54,10 @@ def build_and_count(stage: PipelineStage) -> list[int]:
         rank = (stage.pp_rank * num_replicas + replica_rank) * layout.tp
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
         parallel_state.destroy_model_parallel()
-        parallel._built = None
+        forget_groups()
         dist.destroy_process_group()
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-        place = parallel.start_parallel(layout, seed=0)
+        place = start_parallel(layout, seed=0)
         assert (place.pp_rank, place.replica_rank) == (stage.pp_rank, replica_rank)
         network = build_network(stage.kind, SIZE, place, numerics=Numerics(dtype=stage.dtype))
         num_parameters = sum(p.numel() for module in network.modules for p in module.parameters())

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.weights import load_weights
@@ -54,7 +55,12 @@ def trained(
 
 
 def _read_16_bits(head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    return (hidden.float() @ head.weight.float().T + head.bias.float())[:, 0]
+    readings = (hidden.float() @ head.weight.float().T + head.bias.float())[:, 0]
+    if not head.config.sequence_parallel:
+        return readings
+    return gather_from_sequence_parallel_region(
+        readings, tensor_parallel_output_grad=False, group=head._group
+    )
 
 
 def heads(network: Network) -> list[torch.nn.Module]:
