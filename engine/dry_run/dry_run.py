@@ -23,7 +23,7 @@ from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
 from engine.settings.sft import SFTConfig
 from engine.settings.size import named_size
-from models.sizes import GPTSize, Kind
+from models.sizes import SIZES, GPTSize, Kind
 
 GPU_NAME = "h100"  # what the plan is made for; recipes/plan.py makes it for others
 
@@ -36,10 +36,12 @@ def dry_run(config: StageConfig, num_gpus: int | None = None, *, usual: int | No
     """
     start = time.monotonic()
     console = Console(highlight=False, soft_wrap=True)
+    models = models_of(config)
     if num_gpus is None:
         num_gpus, reason = chosen_gpus(config, usual)
-        console.print(f"checked on {num_gpus} GPUs, {reason}", "", sep="\n")
-    models, cluster = models_of(config), named_cluster(GPU_NAME, num_gpus)
+        name = "GPU" if num_gpus == 1 else "GPUs"
+        console.print(f"checked on {num_gpus} {name}, {reason}", "", sep="\n")
+    cluster = named_cluster(GPU_NAME, num_gpus)
     for model in models:
         try:
             model.layout.dp(num_gpus)
@@ -71,7 +73,10 @@ def chosen_gpus(config: StageConfig, usual: int | None) -> tuple[int, str]:
         layouts += [x for x in (config.critic_layout, config.generation_layout) if x is not None]
     fewest = math.lcm(*(layout.num_model_ranks for layout in layouts))
     if usual is not None and usual % fewest == 0:
-        return usual, "as the recipe is launched; --dry-run N for another number"
+        return (
+            usual,
+            "those of the launch in the recipe's first lines; --dry-run N for another number",
+        )
     return fewest, "the fewest that its layouts take; --dry-run N for more"
 
 
@@ -82,7 +87,10 @@ def models_of(config: StageConfig) -> list[Model]:
     if isinstance(config, RMConfig):
         return [_model(config, "scalar", ("reward model",), named_size(config.size), config.adam)]
     if not config.size or not config.reward_model_size:
-        raise UserError("a dry run of PPO needs --size and --reward-model-size, named sizes")
+        raise UserError(
+            "a dry run of PPO needs --size and --reward-model-size, since it opens no checkpoint: "
+            + ", ".join(SIZES)
+        )
     policy, critic = named_size(config.size), named_size(config.reward_model_size)
     models = [
         _model(config, "language", ("policy", "reference"), policy, config.adam),

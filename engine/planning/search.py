@@ -162,4 +162,7 @@ def _deals_evenly(config: StageConfig, cluster: Cluster) -> bool:
     if not isinstance(config, PPOConfig):
         return config.batch_size % config.layout.dp(num_gpus) == 0
     layouts = [config.layout, config.critic_layout or config.layout]
-    return all(config.minibatch_size % layout.dp(num_gpus) == 0 for layout in layouts)
+    return all(
+        num_gpus % layout.num_model_ranks == 0 and config.minibatch_size % layout.dp(num_gpus) == 0
+        for layout in layouts
+    )

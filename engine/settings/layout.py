@@ -54,8 +54,8 @@ class ParallelLayout:
         if world_size % self.num_model_ranks:
             raise UserError(
                 f"{world_size} ranks cannot be split: layout tp {self.tp} x pp {self.pp} "
-                f"x cp {self.cp} = {self.num_model_ranks} must divide them; change --layout or the "
-                "launch"
+                f"x cp {self.cp} = {self.num_model_ranks} must divide them; change the layout or "
+                "the launch"
             )
         return world_size // self.num_model_ranks
 

@@ -72,8 +72,12 @@ def test_dry_run_is_an_option_of_every_stage(capsys):
     ("options", "gpus", "layout"),
     [
         # The recipe says that 8 GPUs run it, and its layout is tp 2.
-        (["--dry-run"], "checked on 8 GPUs, as the recipe is launched", "tp 2 x pp 1 x dp 4"),
-        (["--dry-run", "--layout.tp", "4"], "checked on 8 GPUs, as the rec", "tp 4 x pp 1 x dp 2"),
+        (["--dry-run"], "checked on 8 GPUs, those of the launch", "tp 2 x pp 1 x dp 4"),
+        (
+            ["--dry-run", "--layout.tp", "4"],
+            "checked on 8 GPUs, those of the",
+            "tp 4 x pp 1 x dp 2",
+        ),
         (["--layout.pp=8", "--dry-run"], "checked on 16 GPUs, the fewest", "tp 2 x pp 8 x dp 1"),
         (["--dry-run", "64"], None, "tp 2 x pp 1 x dp 32"),
         (["--dry-run=64"], None, "tp 2 x pp 1 x dp 32"),
@@ -217,3 +221,9 @@ def test_roles_of_one_shape_are_built_once():
     assert str(policy) == "policy and reference"
     assert (policy.kind, policy.size) == ("language", SIZES["tiny"])
     assert (critic.kind, critic.size) == ("scalar", SIZES["small"])
+
+
+def test_critics_layout_that_does_not_divide_the_gpus_is_named():
+    config = dataclasses.replace(config_of("ppo_1_3b"), critic_layout=ParallelLayout(tp=2))
+    with pytest.raises(UserError, match="^critic and reward model: 3 ranks cannot be split"):
+        dry_run(config, 3)
