@@ -8,7 +8,7 @@ import torch
 from engine.checkpoints.found import size_of
 from engine.errors import UserError
 from engine.ppo import train as train_ppo
-from engine.rollout import Rollout
+from engine.rollout import Rollout, generate_rollout
 from engine.score import Scored, read_rollout, score_rollout
 from engine.settings.layout import ParallelLayout
 from engine.settings.ppo import PPOConfig
@@ -56,6 +56,28 @@ def test_critic_may_be_of_another_size_than_the_policy(tiny: Path, tmp_path: Pat
     run = tmp_path / "run"
     train(ppo_config(tiny, run, iterations=1, reward_model=tmp_path / "reward_model"))
     assert (size_of(run, "policy"), size_of(run, "critic")) == (SIZE, small)
+
+
+def test_draws_of_an_iteration_are_no_other_iterations(tiny: Path, tmp_path: Path, monkeypatch):
+    first = []
+
+    def note(*arguments: object, first_sample_index: int, **named: object) -> Rollout:
+        first.append(first_sample_index)
+        return generate_rollout(*arguments, first_sample_index=first_sample_index, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("engine.ppo.generate_rollout", note)
+    config = ppo_config(tiny, tmp_path, iterations=3)
+    train(config)
+    assert first == [0, config.rollout_batch_size, 2 * config.rollout_batch_size]
+
+
+def test_generation_layout_that_cannot_be_filled_is_refused_before_loading(
+    tiny: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr("engine.ppo.load_weights", pytest.fail)
+    config = ppo_config(tiny, tmp_path, generation_layout=ParallelLayout(pp=2))
+    with pytest.raises(UserError, match="^generation_layout: "):
+        train(config)
 
 
 def test_dropout_is_off_everywhere(tiny: Path, tmp_path: Path, monkeypatch):

@@ -6,6 +6,7 @@ import torch
 
 from engine.advantage import Advantages
 from engine.data.examples import Example
+from engine.feed import pack_for
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
 from engine.rollout import Rollout, generate_rollout
@@ -78,8 +79,25 @@ def test_sampled_log_probs_are_taken_and_some_are_checked(policy: Network):
 def test_sampling_temperature_divides_the_trainers_logits(policy: Network):
     warm = dataclasses.replace(SAMPLING, temperature=1.7)
     rollout = generate_rollout(policy, prompts(), warm, eos_id=EOS, seed=3, first_sample_index=0)
-    scored = score(rollout, policy, sampling=warm)
+    scored = score(rollout, policy, sampling=warm, reference=policy)
     torch.testing.assert_close(scored.logprobs, rollout.sampled_logprobs, rtol=0, atol=1e-5)
+    assert torch.equal(scored.ref_logprobs, scored.logprobs)  # the KL to itself is 0
+
+
+def test_every_network_reads_batches_of_its_own_layout(policy: Network, monkeypatch):
+    """The critic's layout may be another than the policy's; here its ranks are told apart."""
+    asked = []
+    critic = random_network("scalar", policy.parallel, seed=2)
+    critic.parallel = dataclasses.replace(policy.parallel, seed=99)
+
+    def note(examples, parallel, budget):
+        asked.append((len(examples), parallel.seed))
+        return pack_for(examples, parallel, budget)
+
+    monkeypatch.setattr("engine.score.pack_for", note)
+    rollout = sample(policy)
+    score(rollout, policy, critic=critic, policy_logprobs="sampled")
+    assert asked == [(8, 1), (8, 99), (1, 1)]
 
 
 def test_values_are_read_before_their_tokens_and_scores_at_the_last(policy: Network):

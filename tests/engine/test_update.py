@@ -18,13 +18,14 @@ from engine.settings.ppo import PPOConfig
 from engine.settings.sampling import SamplingConfig
 from engine.training.ema import EMA
 from engine.training.network import Network
-from engine.training.optimizer import Optimizer
+from engine.training.optimizer import Optimizer, StepResult
 from engine.update import (
     Learner,
     learning_examples,
     merge_updates,
     minibatches,
     policy_gradient,
+    run_updates,
     update,
 )
 from kernels.moments import Whitening
@@ -231,6 +232,29 @@ def test_schedule_counts_iterations(scene: Scene):
         for step in (0, 1, 2)  # two optimizer steps an iteration
     ]
     assert rates == pytest.approx([1e-4, 1e-4, 1.9e-4])
+
+
+def test_weights_are_settled_once_an_iterations_steps_are_taken(scene: Scene, monkeypatch):
+    settled = []
+    monkeypatch.setattr(Network, "settle", lambda network: settled.append(network.kind))
+    run_updates(scene.learner, CONFIG, scene.examples, scene.whitening, iteration=0)
+    assert settled[-2:] == ["language", "scalar"]
+
+
+def test_a_learner_that_is_stuck_takes_no_more_steps(scene: Scene, monkeypatch):
+    taken = []
+
+    def stuck(learner: Learner, *arguments: object, step: int, **named: object) -> dict[str, float]:
+        taken.append(step)
+        for _ in range(learner.critic.skipped.limit):
+            learner.critic.skipped.count(was_skipped=True, is_explained=False)
+        return update(learner, *arguments, step=step, **named)  # type: ignore[arg-type]
+
+    skipped = StepResult(grad_norm=math.nan, lr=0.0, was_skipped=True)
+    monkeypatch.setattr(Optimizer, "step", lambda *_: skipped)
+    monkeypatch.setattr("engine.update.update", stuck)
+    run_updates(scene.learner, CONFIG, scene.examples, scene.whitening, iteration=3)
+    assert taken == [6]  # of 6 and 7
 
 
 def test_minibatches_take_every_response_once_an_epoch():
