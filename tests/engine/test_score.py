@@ -7,39 +7,19 @@ import torch
 from engine.advantage import Advantages
 from engine.data.examples import Example
 from engine.feed import pack_for
-from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
 from engine.rollout import Rollout, generate_rollout
 from engine.score import Scored, apply_eos_rule, read_rollout, score_rollout
 from engine.settings.layout import ParallelLayout
 from engine.settings.ppo import PPOConfig
-from engine.settings.sampling import SamplingConfig
 from engine.training.network import Network
+from tests.engine.sampled import EOS, SAMPLING, prompts, sample
 from tests.tiny import random_network
 
-EOS = 0
-SAMPLING = SamplingConfig(max_new_tokens=12, num_slots=3, cache_gib=0.01)
-
 
 @pytest.fixture
-def parallel() -> Parallel:
-    return start_parallel(ParallelLayout(), seed=1)
-
-
-@pytest.fixture
-def policy(parallel: Parallel) -> Network:
-    return random_network("language", parallel)
-
-
-def prompts() -> list[Example]:
-    draw = np.random.default_rng(0)
-    lengths = (3, 11, 1, 7, 4, 20, 2, 9)
-    return [Example(tokens=draw.integers(1, 100, n), prompt_length=n) for n in lengths]
-
-
-def sample(policy: Network, **changes: object) -> Rollout:
-    arguments = {"eos_id": EOS, "seed": 3, "first_sample_index": 40}
-    return generate_rollout(policy, prompts(), SAMPLING, **(arguments | changes))
+def policy() -> Network:
+    return random_network("language", start_parallel(ParallelLayout(), seed=1))
 
 
 def score(rollout: Rollout, policy: Network, **changes: object) -> Scored:
