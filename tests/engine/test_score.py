@@ -67,8 +67,8 @@ def test_sampling_temperature_divides_the_trainers_logits(policy: Network):
 def test_every_network_reads_batches_of_its_own_layout(policy: Network, monkeypatch):
     """The critic's layout may be another than the policy's; here its ranks are told apart."""
     asked = []
-    critic = random_network("scalar", policy.parallel, seed=2)
-    critic.parallel = dataclasses.replace(policy.parallel, seed=99)
+    elsewhere = dataclasses.replace(policy.parallel, seed=99)
+    critic = dataclasses.replace(random_network("scalar", policy.parallel), parallel=elsewhere)
 
     def note(examples, parallel, budget):
         asked.append((len(examples), parallel.seed))

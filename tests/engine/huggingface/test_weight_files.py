@@ -60,6 +60,7 @@ def test_safetensors_goes_before_a_torch_file(tmp_path):
     assert_opens(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # of the file that is refused
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
     class Hostile:
         def __reduce__(self):
