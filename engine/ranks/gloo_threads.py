@@ -12,8 +12,9 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
-_MESSAGES = 4  # at once: the first keeps one of the two threads waiting, the next wakes the other
-_ELEMENTS = 1 << 17  # torch shares copies of more than 2^15
+_MESSAGES = 8  # at once: the first keeps one of the two threads waiting, the next wakes the other
+# Bytes: torch shares copies of more than 2^15, and in this long the other thread has woken up.
+_ELEMENTS = 1 << 20
 
 
 def keep_out_of_openmp(groups: Iterable[dist.ProcessGroup]) -> None:
