@@ -139,6 +139,7 @@ def run_iteration(
     a response."""
     learner, residency = scene.learner, scene.residency
     policy, critic = learner.policy.network, learner.critic.network
+    version = policy.weights_version
     clock = wall_clock(policy.parallel.device)
     made: list[Rollout] = []
     scored: list[Scored] = []
@@ -192,5 +193,5 @@ def run_iteration(
         scored=scored[0],
         seconds=seconds,
         values=values,
-        num_updates=config.num_updates,
+        num_updates=policy.weights_version - version,
     )

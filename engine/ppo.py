@@ -118,7 +118,7 @@ def train(config: PPOConfig) -> dict[str, float]:
             seconds = metrics.phase_seconds
             values = rollout.metrics(seconds["rollout"]) | scored.metrics(rollout)
             values |= advantages.metrics(rollout, scored)
-            values["update/tokens_per_s"] = len(rollout.tokens) / seconds["update"]
+            values["update/tokens_per_s"] = rollout.num_tokens / seconds["update"]
             values["time/step_seconds"] = sum(seconds.values())
             values |= updated | residency.record(config.directory)
             values["kl/coef"] = kl.coef

@@ -25,15 +25,14 @@ class Rollout:
     """One iteration's responses of all data-parallel ranks, in prompt order, the same on every
     rank.
 
-    B responses, T tokens of prompts and responses together, packed; tensors are on the rank's
-    device. Tokens and numbers of a whole iteration are a few megabytes, so every rank holds all of
-    them. Global statistics so need no further collective, and any rank can train on any response.
+    B responses, T tokens of prompts and responses together, packed. Tokens are on the host, where
+    batches are packed from them; tensors are on the rank's device. All of an iteration is a few
+    megabytes, so every rank holds it: global statistics need no further collective, and any rank
+    can train on any response.
     """
 
     examples: list[Example]
     """[B] on the host: prompt and response, what batches are packed from."""
-    tokens: Tensor
-    """[T] int64: those of the examples."""
     cu_seqlens: Tensor
     """[B+1] int32."""
     response_mask: Tensor
@@ -47,6 +46,11 @@ class Rollout:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.response_mask)
 
     @property
     def response_lengths(self) -> list[int]:
@@ -144,7 +148,6 @@ def join_responses(
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return Rollout(
         examples=examples,
-        tokens=torch.from_numpy(np.concatenate([e.tokens for e in examples])).to(device),
         cu_seqlens=torch.from_numpy(cu_seqlens).to(device),
         response_mask=torch.from_numpy(response_mask).to(device),
         sampled_logprobs=torch.from_numpy(sampled).to(device),

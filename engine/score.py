@@ -139,7 +139,7 @@ def _read(
 ) -> Tensor:
     """Return the network's output [T] in the rollout's order: each rank reads its part, and all
     sum up."""
-    full = torch.zeros(len(rollout.tokens), device=rollout.tokens.device)
+    full = torch.zeros(rollout.num_tokens, device=rollout.response_mask.device)
     starts = rollout.cu_seqlens[:-1].long()
     with network.present():
         outputs = forward(network, batches, temperature=temperature)

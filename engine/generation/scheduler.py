@@ -97,8 +97,7 @@ class Scheduler:
         left = self.prefill_tokens
         for sequence in running:
             left -= self._add_prefill(prefills, sequence, left)
-        # A block for everyone who runs and may need one, or the admission would soon be undone.
-        num_reserved = sum(self._may_grow(s) for each in self.running for s in each)
+        num_reserved = self._num_growing() if self.waiting else 0
         while left > 0 and len(running) < self.slots_per_cohort:
             admitted = self._admit_next(copies, num_reserved)
             if admitted is None:
@@ -176,6 +175,11 @@ class Scheduler:
         self.blocks.release(sequence.blocks)
         sequence.blocks = []
         sequence.num_cached = 0
+
+    def _num_growing(self) -> int:
+        """Return the sequences that run and may need one more block: so many stay free, or an
+        admission would soon be undone."""
+        return sum(self._may_grow(s) for running in self.running for s in running)
 
     def _may_grow(self, sequence: LiveSequence) -> bool:
         return len(sequence.blocks) * self.blocks.block_size < sequence.max_length

@@ -1,6 +1,7 @@
 """Responses of a random policy to a few prompts of unlike length."""
 
 import numpy as np
+import torch
 
 from engine.data.examples import Example
 from engine.rollout import Rollout, generate_rollout
@@ -20,3 +21,8 @@ def prompts() -> list[Example]:
 def sample(policy: Network, **changes: object) -> Rollout:
     arguments = {"eos_id": EOS, "seed": 3, "first_sample_index": 40}
     return generate_rollout(policy, prompts(), SAMPLING, **(arguments | changes))
+
+
+def tokens_of(rollout: Rollout) -> torch.Tensor:
+    """Return the tokens of a rollout, [T]."""
+    return torch.from_numpy(np.concatenate([e.tokens for e in rollout.examples]))

@@ -134,7 +134,6 @@ def test_metrics_by_hand():
     columns = {name: torch.tensor(values) for name, values in numbers.items()}
     rollout = Rollout(
         examples=[Example(tokens=np.arange(3), prompt_length=n) for n in (1, 2)],
-        tokens=torch.zeros(6, dtype=torch.int64),
         cu_seqlens=torch.tensor([0, 3, 6], dtype=torch.int32),
         response_mask=mask,
         has_eos=torch.tensor([True, False]),

@@ -105,7 +105,7 @@ def scene(parallel: Parallel) -> Scene:
 
 def move_away(scene: Scene) -> None:
     """Shift the old log-probs, so that ratios leave 1 and some of them the clip range."""
-    noise = torch.randn(len(scene.rollout.tokens), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(scene.rollout.num_tokens, generator=torch.Generator().manual_seed(0))
     noise *= 0.3 * scene.rollout.response_mask
     parts = noise.split([len(e.tokens) for e in scene.examples])
     for example, part in zip(scene.examples, parts, strict=True):

@@ -76,6 +76,6 @@ def test_what_a_network_makes_of_answers_does_not_hang_on_the_budget(finished: F
     rollout, _ = finished.answer(finished.load("sft", "language"), PROMPTS)
     reward_model = finished.load("rm", "scalar")
     readings = finished.read(reward_model, rollout)
-    assert readings.shape == rollout.tokens.shape
+    assert readings.shape == rollout.response_mask.shape
     finished.ppo = dataclasses.replace(PPO, micro_batch_tokens=4096)
     assert torch.allclose(finished.read(reward_model, rollout), readings, atol=1e-5)
