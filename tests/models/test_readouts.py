@@ -10,6 +10,7 @@ from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.training.network import Network
 from kernels.linear_logprobs import ProportionalLoss
+from kernels.row_state import IGNORE_INDEX
 from models.attention import PackedSequences
 from models.context_parallel import ContextShare
 from models.readouts import Logits, Logprobs, Readings, Readout, TokenLosses, shift_right
@@ -33,6 +34,13 @@ def read(
 @pytest.fixture
 def parallel() -> Parallel:
     return start_parallel(ParallelLayout(), seed=1)
+
+
+def test_the_last_state_predicts_nothing():
+    sequences = PackedSequences.of(torch.tensor([0, 4], dtype=torch.int32), 4)
+    mask = torch.tensor([True, False, True, True])
+    labels = Logprobs(mask).labels(torch.tensor([5, 6, 7, 8]), sequences)
+    assert labels.tolist() == [IGNORE_INDEX, 7, 8, IGNORE_INDEX]
 
 
 def test_readings_move_to_the_token_they_are_about():

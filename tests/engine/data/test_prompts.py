@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.data.prompts import prompt_examples, read_prompts, split_by_prompt
+from engine.data.demonstrations import Demonstration
+from engine.data.prompts import hold_out, prompt_examples, read_prompts, split_by_prompt
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
 
@@ -57,6 +58,16 @@ def test_the_fraction_is_about_right_and_the_seed_matters() -> None:
     assert split_by_prompt(prompts, 0.1, 1)[1] != valid
     assert split_by_prompt(prompts, 0.0, 0)[1] == []
     assert split_by_prompt(prompts, 1.0, 0)[0] == []
+
+
+def test_held_out_records_are_the_others_and_some_must_be_left() -> None:
+    records = [Demonstration(prompt=f"prompt {n}", response="") for n in range(50)]
+    kept, held_out = hold_out(records, 0.3, 0)
+    train, valid = split_by_prompt([record.prompt for record in records], 0.3, 0)
+    assert (kept, held_out) == ([records[n] for n in train], [records[n] for n in valid])
+    assert kept and held_out
+    with pytest.raises(UserError, match="^--data.valid-fraction 1.0 holds out all prompts"):
+        hold_out(records, 1.0, 0)
 
 
 def test_real_prompts_are_read(data_pack: Path) -> None:

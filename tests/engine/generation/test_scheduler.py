@@ -59,6 +59,17 @@ def check_blocks(s: Scheduler) -> None:
             assert len(live.blocks) * s.blocks.block_size >= live.num_cached
 
 
+def test_a_block_stays_free_for_each_that_runs_and_may_grow():
+    first, second = sequence(0, [1, 2, 3, 4]), sequence(1, [5, 6, 7, 8])
+    s = scheduler([first], blocks=BlockManager(3, 4))
+    s.finish_step(0, s.next_step(0), [([9], [0.0])])
+    s.waiting.append(second)  # one block is free when the first has its second, and may want it
+    step = s.next_step(0)
+    assert (step.decodes, step.prefills) == ([first], [])
+    assert list(s.waiting) == [second]
+    assert s.blocks.num_free == 1
+
+
 @pytest.mark.parametrize("num_cohorts", [1, 3])
 @pytest.mark.parametrize("steps_per_sync", [1, 5])
 @pytest.mark.parametrize("num_blocks", [12, 20, 200])
