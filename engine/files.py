@@ -3,30 +3,40 @@
 import contextlib
 import difflib
 import gzip
+import json
 import os
+import stat
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from engine.errors import UserError
 
 # The content says whether a file is gzip, not the name: a .gz may have been unpacked in place.
 _GZIP_MAGIC = b"\x1f\x8b"
+_MAX_JSON_BYTES = 64 << 20  # of a file that is read as one value; our choice: ours are a few MB
 
 
 def open_file(path: Path) -> BufferedReader:
-    """Open `path` for reading; raises UserError, with near names when the file is missing."""
+    """Open a regular file for reading; raises UserError, with near names when it is missing.
+
+    A pipe may never end, and a device does not: neither is read.
+    """
     try:
-        return path.open("rb")
+        # Without waiting: to open a pipe would take until somebody writes into it.
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if stat.S_ISREG(os.fstat(number).st_mode):
+            return os.fdopen(number, "rb")
+        os.close(number)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {_near_names(path)}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name one file in it") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    kind = "a folder; name one file in it" if path.is_dir() else "no regular file, and is not read"
+    raise UserError(f"{path} is {kind}")
 
 
 def read_lines(
@@ -55,6 +65,22 @@ def read_lines(
             ) from None
 
 
+def read_object(path: Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
+    """Return the object in a JSON file; raises UserError, for a file of more bytes too."""
+    with open_file(path) as stream:
+        num_bytes = os.fstat(stream.fileno()).st_size
+        if num_bytes > max_bytes:
+            raise UserError(f"{path} has {num_bytes} bytes; {max_bytes} are the most that is read")
+        content = stream.read(max_bytes)
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a {type(value).__name__} where an object should be")
+    return value
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a stream whose bytes become `path` in one step when the block ends, or never.
@@ -67,12 +93,29 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("xb") as stream:
             yield stream
+            sync(stream)
         partial.replace(path)
+        sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
         with contextlib.suppress(OSError):  # it was never made, or has become `path`
             partial.unlink()
+
+
+def sync(stream: BinaryIO) -> None:
+    """Have the disk hold what was written to a stream."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk hold which names a folder has: a file that was synced may else lack its own."""
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _near_names(path: Path) -> str:

@@ -23,6 +23,31 @@ if not torch.cuda.is_available():
             importlib.import_module(f"kernels.{module.name}")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Have hypothesis draw as many inputs as are asked for, the same ones in every run."""
+    from hypothesis import HealthCheck, Phase, settings
+
+    settings.register_profile(
+        "fuzz",
+        max_examples=config.getoption("--fuzz-inputs"),
+        deadline=None,  # a busy machine would miss one
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],
+        print_blob=False,
+    )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz-inputs",
+        type=int,
+        default=300,
+        help="inputs that each test marked fuzz generates (a long run: 100000)",
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of tests/tiny.py: a tokenizer, training files and checkpoints to start from."""

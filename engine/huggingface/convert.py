@@ -24,8 +24,8 @@ from engine.checkpoints.found import find_network, run_of, size_of
 from engine.checkpoints.weights import load_weights
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import UserError
-from engine.files import open_file, replacing
-from engine.huggingface.weight_files import StoredTensor, open_weights, read_json
+from engine.files import open_file, read_object, replacing
+from engine.huggingface.weight_files import StoredTensor, open_weights
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
 from engine.run import require_path
@@ -104,7 +104,7 @@ def read_size(folder: Path) -> GPTSize:
     """Return the size of the GPT-2 in a Hugging Face folder; raises UserError if it is not ours."""
     path = folder / "config.json"
     try:
-        return size_of_config(read_json(path))
+        return size_of_config(read_object(path))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 

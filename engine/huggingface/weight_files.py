@@ -4,13 +4,11 @@ safetensors, or a torch file loaded with weights_only=True, each whole or in par
 Nothing but tensors is unpickled, and every failure is a UserError that names the file.
 """
 
-import json
 import pickle
 import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.files import open_file
+from engine.files import open_file, read_object
 
 # In the order in which Hugging Face looks for them.
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -49,21 +47,8 @@ def open_weights(folder: Path) -> dict[str, StoredTensor]:
     raise UserError(f"{folder} holds no {' or '.join(_SINGLE_FILES)}, nor an index of their parts")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; raises UserError."""
-    with open_file(path) as stream:
-        content = stream.read()
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__} where an object should be")
-    return value
-
-
 def _open_parts(index: Path) -> dict[str, StoredTensor]:
-    file_of = read_json(index).get("weight_map")
+    file_of = read_object(index).get("weight_map")
     if not isinstance(file_of, dict):
         raise UserError(f"{index} has no weight_map")
     parts: dict[str, dict[str, Tensor]] = {}

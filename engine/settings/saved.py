@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from engine.errors import UserError
+from engine.files import read_object, replacing
 
 _Config = TypeVar("_Config")
 
 
 def save_config(config: Any, path: Path) -> None:
     """Write a config dataclass as JSON, whole or not at all; makes its folder."""
-    from engine.files import replacing  # files.py takes UserError from here
-
     text = json.dumps(_encode(config), indent=2) + "\n"
     with replacing(path) as stream:
         stream.write(text.encode())
@@ -35,7 +34,7 @@ def changed_fields(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
             found |= flat(value, f"{prefix}.{name}" if prefix else name)
         return found
 
-    now, saved = flat(_encode(config), ""), flat(_read_json(path), "")
+    now, saved = flat(_encode(config), ""), flat(read_object(path), "")
     return {
         name: (saved[name], value)
         for name, value in now.items()
@@ -49,19 +48,8 @@ def load_config(cls: type[_Config], path: Path) -> _Config:
     Raises UserError for a missing or malformed file, an unknown field, a value of another type.
     """
     try:
-        return _decode(cls, _read_json(path), "")
+        return _decode(cls, read_object(path), "")
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def _read_json(path: Path) -> Any:
-    from engine.files import open_file
-
-    with open_file(path) as stream:
-        text = stream.read()
-    try:
-        return json.loads(text)
-    except ValueError as error:  # json.JSONDecodeError is one, and says the line
         raise UserError(f"{path}: {error}") from None
 
 

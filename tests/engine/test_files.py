@@ -1,10 +1,11 @@
 import gzip
+import os
 from pathlib import Path
 
 import pytest
 
 from engine.errors import UserError
-from engine.files import open_file, read_lines, replacing
+from engine.files import open_file, read_lines, read_object, replacing
 
 
 def test_a_missing_file_is_answered_with_near_names(tmp_path: Path) -> None:
@@ -20,6 +21,29 @@ def test_a_missing_file_is_answered_with_near_names(tmp_path: Path) -> None:
 def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder"):
         open_file(tmp_path)
+
+
+def test_a_pipe_and_a_device_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # which nobody writes into: to open it for reading would wait
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match="is no regular file, and is not read"):
+            open_file(path)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": ', "[" * 100_000, "\xff"])
+def test_an_object_is_wanted(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match="config.json"):
+        read_object(path)
+
+
+def test_an_object_of_too_many_bytes_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1}')
+    assert read_object(path, max_bytes=8) == {"a": 1}
+    with pytest.raises(UserError, match=r"config\.json has 8 bytes; 7 are the most that is read"):
+        read_object(path, max_bytes=7)
 
 
 def test_gzip_is_recognised_by_content(tmp_path: Path) -> None:

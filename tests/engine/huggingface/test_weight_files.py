@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.errors import UserError
-from engine.huggingface.weight_files import open_weights, read_json
+from engine.huggingface.weight_files import open_weights
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1.5], dtype=torch.bfloat16)}
 
@@ -120,11 +120,3 @@ def test_a_torch_file_of_something_else_is_refused(tmp_path):
     torch.save([TENSORS["a"]], tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="not a model's state dict"):
         open_weights(tmp_path)
-
-
-@pytest.mark.parametrize("content", ["", "[1]", '{"a": ', "[" * 100_000, "\xff"])
-def test_read_json_wants_an_object(tmp_path, content):
-    path = tmp_path / "config.json"
-    path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(UserError, match="config.json"):
-        read_json(path)

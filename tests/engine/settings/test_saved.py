@@ -46,7 +46,7 @@ def test_missing_field_takes_its_default_and_an_integer_serves_as_a_float(tmp_pa
         ('{"rule": "none"}', "rule cannot be 'none'"),
         ('{"betas": [0.9]}', "betas wants 2 values, not 1"),
         ('{"seeds": [1, "a"]}', "seeds.1 cannot be 'a'"),
-        ("[1]", "the file cannot be [1]"),
+        ("[1]", "a list where an object should be"),
     ],
 )
 def test_bad_config_file_names_the_file_and_the_field(tmp_path, text, cause):
