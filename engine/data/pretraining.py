@@ -20,6 +20,7 @@ from engine.data.jsonl import ReadReport, RecordReader, check_text, required
 from engine.data.tokenizer import Tokenizer, in_batches
 from engine.errors import UserError
 from engine.files import open_file, read_lines, replacing
+from engine.printable import say
 
 _PIECE_CHARACTERS = 1 << 16  # a .txt file may not fit in memory
 _SECONDS_A_LINE = 15.0
@@ -156,10 +157,9 @@ class _Progress:
             return
         self._last, seconds = now, now - self._start
         minutes, rest = divmod(int(seconds / max(share, 1e-9) - seconds), 60)
-        print(
+        say(
             f"{self._source}: {share:.0%} read, {num_tokens / 1e6:,.1f} million tokens, "
-            f"{num_tokens / seconds / 1e6:.2f} million a second, eta {minutes}:{rest:02d}",
-            flush=True,
+            f"{num_tokens / seconds / 1e6:.2f} million a second, eta {minutes}:{rest:02d}"
         )
 
 
