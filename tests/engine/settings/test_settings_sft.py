@@ -26,7 +26,6 @@ def test_defaults_are_the_papers():
         ({"epochs": -1.0}, "epochs must be positive, got -1.0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"eval_every": -1}, "eval_every must be at least 0, got -1"),
-        ({"save_every": -1}, "save_every must be at least 0, got -1"),
         ({"dropout": 1.5}, "dropout must be from 0 to 1, got 1.5"),
     ],
 )
