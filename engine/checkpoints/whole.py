@@ -23,6 +23,7 @@ _RANK_IN_NAME = re.compile(r"-(\d+)\.safetensors$")
 _matters = itertools.count()  # asked so far, the same number on every rank
 _seen: set[tuple] = set()
 """What this process has found as written: files by place, size and time of change."""
+_said: set[str] = set()
 
 
 def pointed_checkpoint(pointer: Path) -> Path:
@@ -73,8 +74,9 @@ def newest_whole(
 
 
 def warn(message: str) -> None:
-    """Say something loudly: on the first rank's stderr."""
-    if rank_of_environment() == 0:
+    """Say something loudly, and once: on the first rank's stderr."""
+    if rank_of_environment() == 0 and message not in _said:
+        _said.add(message)
         print(f"WARNING: {message}", file=sys.stderr, flush=True)
 
 
