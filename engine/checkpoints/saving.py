@@ -19,14 +19,14 @@ from torch import Tensor
 
 from engine.checkpoints.background import Background
 from engine.checkpoints.draft import Draft
-from engine.checkpoints.index import Index, IndexedTensor, Piece, index_text
+from engine.checkpoints.index import Index, IndexedTensor, TensorPiece, index_text
 from engine.checkpoints.manifest import (
     FileDigest,
     Manifest,
     digest_of_text,
     write_manifest,
 )
-from engine.checkpoints.tensor_file import DTYPES, TensorFile, write_tensors
+from engine.checkpoints.tensor_file import STORED_DTYPES, TensorFile, write_tensors
 from engine.errors import UserError
 from engine.files import sync, sync_folder
 from engine.ranks.decision import Council
@@ -139,7 +139,7 @@ def _write(draft: Draft, staged: Sequence[_Staged]) -> dict[str, Any]:
                 {
                     "role": role,
                     "name": part.shard.name,
-                    "dtype": DTYPES[part.tensor.dtype],
+                    "dtype": STORED_DTYPES[part.tensor.dtype],
                     "whole": part.shard.global_shape,
                     "piece": {"file": name, "offset": part.shard.offset, "shape": part.shard.shape},
                 }
@@ -176,7 +176,7 @@ def _complete(draft: Draft, told: Sequence[dict[str, Any]]) -> None:
     for report in told:
         files |= {name: FileDigest(**digest) for name, digest in report["digests"].items()}
         for entry in report["tensors"]:
-            piece = Piece(**{key: _as_tuple(value) for key, value in entry["piece"].items()})
+            piece = TensorPiece(**{key: _as_tuple(value) for key, value in entry["piece"].items()})
             tensors = indices[entry["role"]].tensors
             before = tensors.get(entry["name"])
             pieces = (*before.pieces, piece) if before else (piece,)
@@ -194,11 +194,11 @@ def _complete(draft: Draft, told: Sequence[dict[str, Any]]) -> None:
     for role in indices:
         sync_folder(draft.partial / role)
     write_manifest(draft.partial, Manifest(step=draft.step, files=files))
-    _put_in_place(draft.partial, draft.folder)
+    _move_in(draft.partial, draft.folder)
     draft.published()
 
 
-def _put_in_place(partial: Path, final: Path) -> None:
+def _move_in(partial: Path, final: Path) -> None:
     replaced = final.with_name(f"{final.name}.replaced")
     if os.path.lexists(final):
         remove(replaced)

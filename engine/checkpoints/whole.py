@@ -22,7 +22,7 @@ _CHECKPOINT = re.compile(r"(step|epoch)_\d{4,12}", re.ASCII)
 _RANK_IN_NAME = re.compile(r"-(\d+)\.safetensors$")
 _matters = itertools.count()  # asked so far, the same number on every rank
 _seen: set[tuple] = set()
-"""What this process has found as written: files by place, size and time of change."""
+"""What this process has found as written: files by path, size and time of change."""
 _said: set[str] = set()
 
 
@@ -104,8 +104,8 @@ def _is_mine(name: str) -> bool:
 
 def _state(folder: Path, manifest: Manifest, name: str) -> tuple:
     status = os.stat(folder / name)
-    place = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return (str(folder.resolve()), name, manifest.files[name], *place)
+    found = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return (str(folder.resolve()), name, manifest.files[name], *found)
 
 
 def _newest_first(item: tuple[int | None, Path]) -> int:
