@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 
@@ -22,6 +23,46 @@ def test_other_errors_keep_their_traceback():
 
     with pytest.raises(ZeroDivisionError):
         run_stage(train, StageConfig(), [])
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b: No space left on device"),
+        (OSError(errno.EMFILE, "Too many open files"), "the system: Too many open files"),
+        (OSError(errno.EFBIG, "File too large", "b"), "b: File too large"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "/a"), "/a: Read-only file system"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "/nowhere/at/all"),
+            "/nowhere/at/all: No such file or directory; its folder was moved or removed meanwhile",
+        ),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_wherever_it_is_met(error, line, capsys):
+    def train(config: StageConfig) -> None:
+        raise error
+
+    assert fails_with(capsys, [], train) == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/a-wrong-name-of-ours"),
+        PermissionError(errno.EPERM, "Operation not permitted"),  # of no file
+        OSError(errno.EINVAL, "Invalid argument", "/a"),
+        OSError("no number"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+    ],
+)
+def test_other_errors_of_the_system_keep_their_traceback(error):
+    def train(config: StageConfig) -> None:
+        raise error
+
+    with pytest.raises(OSError) as kept:
+        run_stage(train, StageConfig(), [])
+    assert kept.value is error
 
 
 def test_ranks_above_zero_wait_for_rank_zero_to_speak(capsys, monkeypatch):
