@@ -100,9 +100,9 @@ class Checkpointer:
         """Return whether to save now that so many steps are done, and whether to leave for a
         signal: the same on all ranks, who call together.
 
-        One all-reduce of three numbers: signals reach the ranks at different steps, only the first
-        rank looks at the clock, and a thread of each learns when a save has failed. Raises
-        UserError where one has.
+        One all-reduce of three numbers. Signals reach the ranks at different steps, only the first
+        rank looks at the clock, and each learns by itself when a save has failed. Raises UserError
+        where one has.
         """
         minutes = (time.monotonic() - self._saved_at) / 60
         is_time = 0 < self.saving.save_every_minutes <= minutes and self.parallel.is_writer

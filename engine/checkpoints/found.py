@@ -46,8 +46,8 @@ def network_at(path: Path, role: str, *, strict: bool = False) -> FoundNetwork:
     folders, damage = [Path(folder) for folder in looked["folders"]], looked["damage"]
 
     def is_needed(name: str) -> bool:
-        place, _, file = name.partition("/")
-        return place == looked["role"] and not file.startswith("optimizer-")
+        folder, _, file = name.partition("/")
+        return folder == looked["role"] and not file.startswith("optimizer-")
 
     whole, damage = newest_whole(folders, is_needed, damage)
     if whole is None or (damage and strict):
@@ -125,8 +125,8 @@ def check_named_size(name: str, path: Path, role: str) -> None:
 
 
 def _look(path: Path, role: str) -> dict[str, Any]:
-    """Return the checkpoints that may hold the network, the best first, its folder's name in them,
-    and what is wrong with the pointer to the first."""
+    """Return the checkpoints that may hold the network, the best first, and its folder's name in
+    them; and what is wrong with the pointer to the first."""
     if (path / "network.json").exists():
         path = path.resolve()
         return {"folders": [str(path.parent)], "role": path.name, "damage": ""}

@@ -30,7 +30,7 @@ _MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """A box of a tensor, and the file that has it."""
 
     file: str
@@ -44,7 +44,7 @@ class IndexedTensor:
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorPiece, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def _tensor(value: Any) -> IndexedTensor:
     return IndexedTensor(dtype, shape, pieces)
 
 
-def _piece(value: Any, whole: tuple[int, ...]) -> Piece:
+def _piece(value: Any, whole: tuple[int, ...]) -> TensorPiece:
     file, offset, shape = value["file"], _numbers(value["offset"]), _numbers(value["shape"])
     if not isinstance(file, str) or not _FILE.fullmatch(file):
         raise ValueError(f"a piece in {str(file)[:40]!r}")
@@ -115,7 +115,7 @@ def _piece(value: Any, whole: tuple[int, ...]) -> Piece:
         at + size > extent for at, size, extent in zip(offset, shape, whole, strict=True)
     ):
         raise ValueError("a piece outside of its tensor")
-    return Piece(file, offset, shape)
+    return TensorPiece(file, offset, shape)
 
 
 def _numbers(value: Any) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from engine.checkpoints.boxes import overlap, within
-from engine.checkpoints.index import Index, IndexedTensor, Piece, piece_name
+from engine.checkpoints.index import Index, IndexedTensor, TensorPiece, piece_name
 from engine.checkpoints.manifest import Damage
 from engine.checkpoints.shards import Part, dealt
 from engine.errors import UserError
@@ -59,7 +59,7 @@ class _Fill:
     """What a piece has of a part."""
 
     part: Part
-    piece: Piece
+    piece: TensorPiece
     into: tuple[slice, ...]
     """Of the part."""
     cut: tuple[slice, ...]

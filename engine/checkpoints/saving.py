@@ -5,6 +5,7 @@ writes its files with their checksums. When all have, the first rank's writes wh
 the manifest last, and gives the folder its name: so a checkpoint is there whole, or not at all.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -18,19 +19,23 @@ from torch import Tensor
 
 from engine.checkpoints.background import Background
 from engine.checkpoints.draft import Draft
-from engine.checkpoints.index import Index, IndexedTensor, Piece, index_text
+from engine.checkpoints.index import Index, IndexedTensor, TensorPiece, index_text
 from engine.checkpoints.manifest import (
     FileDigest,
     Manifest,
     digest_of_text,
     write_manifest,
 )
-from engine.checkpoints.tensor_file import DTYPES, TensorFile, write_tensors
+from engine.checkpoints.tensor_file import STORED_DTYPES, TensorFile, write_tensors
 from engine.errors import UserError
 from engine.files import sync, sync_folder
 from engine.ranks.decision import Council
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
+
+_Staged = tuple[TensorFile, bytes, Tensor]
+"""A file, its header, and the bytes of its tensors on the host."""
+_ALIGNMENT = 64  # bytes: where a file begins in a snapshot's memory
 
 
 class Saver:
@@ -52,11 +57,7 @@ class Saver:
         the one before has failed, or this one's folder cannot be made."""
         self.finish()
         said_by_first_rank(lambda: _make_room(draft))
-        memory, start = self._snapshot(draft.files), 0
-        staged = []
-        for file in draft.files:
-            staged.append((file, file.header(), memory[start : start + file.num_bytes]))
-            start += file.num_bytes
+        staged = self._snapshot(draft.files)
         if self._council is None:
             self._council = Council(f"checkpoints of {draft.folder.parent}")
         council = self._council
@@ -72,20 +73,23 @@ class Saver:
         whether it is. Raises UserError, on all ranks alike, where it could not be written."""
         return self._background.wait(seconds)
 
-    def _snapshot(self, files: Sequence[TensorFile]) -> Tensor:
-        """Return the bytes of all tensors, on the host; what was copied may change afterwards."""
-        num_bytes = sum(file.num_bytes for file in files)
+    def _snapshot(self, files: Sequence[TensorFile]) -> list[_Staged]:
+        """Return each file with its header and the bytes of its tensors, on the host: what was
+        copied may change afterwards."""
+        ends = list(itertools.accumulate(-(-f.num_bytes // _ALIGNMENT) for f in files))
+        num_bytes = _ALIGNMENT * (ends[-1] if ends else 0)
         is_cuda = self._parallel.device.type == "cuda"
         if self._memory.numel() < num_bytes:
             self._memory = torch.empty(0, dtype=torch.uint8)  # before there are two
             self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_cuda)
-        start = 0
-        for file in files:
-            file.stage(self._memory[start : start + file.num_bytes])
-            start += file.num_bytes
+        staged = []
+        for file, start in zip(files, [0, *ends[:-1]], strict=True):
+            memory = self._memory[_ALIGNMENT * start :][: file.num_bytes]
+            file.stage(memory)
+            staged.append((file, file.header(), memory))
         if is_cuda:
             torch.cuda.current_stream().synchronize()  # sync: once a save
-        return self._memory
+        return staged
 
 
 def remove(path: Path) -> None:
@@ -120,7 +124,7 @@ def clear_leftovers(directory: Path) -> None:
             replaced.rename(final)
 
 
-def _write(draft: Draft, staged: Sequence[tuple[TensorFile, bytes, Tensor]]) -> dict[str, Any]:
+def _write(draft: Draft, staged: Sequence[_Staged]) -> dict[str, Any]:
     """Write this rank's files; return their digests and what is in them, or what went wrong."""
     digests: dict[str, dict[str, Any]] = {}
     tensors: list[dict[str, Any]] = []
@@ -135,7 +139,7 @@ def _write(draft: Draft, staged: Sequence[tuple[TensorFile, bytes, Tensor]]) -> 
                 {
                     "role": role,
                     "name": part.shard.name,
-                    "dtype": DTYPES[part.tensor.dtype],
+                    "dtype": STORED_DTYPES[part.tensor.dtype],
                     "whole": part.shard.global_shape,
                     "piece": {"file": name, "offset": part.shard.offset, "shape": part.shard.shape},
                 }
@@ -172,7 +176,7 @@ def _complete(draft: Draft, told: Sequence[dict[str, Any]]) -> None:
     for report in told:
         files |= {name: FileDigest(**digest) for name, digest in report["digests"].items()}
         for entry in report["tensors"]:
-            piece = Piece(**{key: _as_tuple(value) for key, value in entry["piece"].items()})
+            piece = TensorPiece(**{key: _as_tuple(value) for key, value in entry["piece"].items()})
             tensors = indices[entry["role"]].tensors
             before = tensors.get(entry["name"])
             pieces = (*before.pieces, piece) if before else (piece,)
@@ -190,11 +194,11 @@ def _complete(draft: Draft, told: Sequence[dict[str, Any]]) -> None:
     for role in indices:
         sync_folder(draft.partial / role)
     write_manifest(draft.partial, Manifest(step=draft.step, files=files))
-    _put_in_place(draft.partial, draft.folder)
+    _move_in(draft.partial, draft.folder)
     draft.published()
 
 
-def _put_in_place(partial: Path, final: Path) -> None:
+def _move_in(partial: Path, final: Path) -> None:
     replaced = final.with_name(f"{final.name}.replaced")
     if os.path.lexists(final):
         remove(replaced)

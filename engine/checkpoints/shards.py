@@ -1,5 +1,5 @@
-"""Which parts of a network's tensors, of its optimizer's state and of an average a rank holds, and
-where they lie in the whole tensors that a checkpoint has.
+"""Which parts of weights, optimizer state and averages a rank holds, and where they lie in the
+whole tensors that a checkpoint has.
 
 Every rank writes and reads its own part of optimizer state and averages, in boxes of the whole
 tensors: nothing is gathered. Replicas share the weights: one writes a tensor, one reads it for all.

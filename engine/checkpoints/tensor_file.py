@@ -1,12 +1,13 @@
 """A rank's file of tensors, in the safetensors format, first in host memory and then on the disk.
 
-The bytes of the file's tensors lie in memory as they will in the file, so that one copy of each
-tensor frees the GPU, and writing is one pass over that memory, with the checksum.
+The bytes of the file's tensors lie in memory as they will in the file. So one copy of each tensor
+lets training go on, and writing is one pass over that memory.
 """
 
 import json
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +20,14 @@ from engine.checkpoints.manifest import FileDigest
 from engine.checkpoints.shards import Part
 from engine.files import sync
 
-DTYPES = {
+STORED_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
 """safetensors' names of dtypes."""
-_CHUNK_BYTES = 8 << 20  # hashed, then written; our choice
+_CHUNK_BYTES = 8 << 20  # written, or read for the checksum, in one call; our choice
 _ALIGNMENT = 8  # bytes: the header's, and so the first tensor's
 
 
@@ -51,7 +52,7 @@ class TensorFile:
         for part in self.parts:
             stop = start + part.tensor.nbytes
             entries[piece_name(part.shard.name, part.shard.offset)] = {
-                "dtype": DTYPES[part.tensor.dtype],
+                "dtype": STORED_DTYPES[part.tensor.dtype],
                 "shape": part.shard.shape,
                 "data_offsets": [start, stop],
             }
@@ -77,14 +78,20 @@ def tensor_file(name: str, parts: Iterable[Part]) -> TensorFile:
 
 def write_tensors(path: Path, header: bytes, memory: Tensor) -> FileDigest:
     """Write a file's header and tensors, and have the disk hold them; return its digest."""
-    state = xxhash.xxh3_128()
     content = memoryview(memory.numpy())  # type: ignore[arg-type]
-    with path.open("xb", buffering=0) as stream:
+    # Beside the writing, which waits for the disk: one after the other they would take longer.
+    with ThreadPoolExecutor(max_workers=1) as beside, path.open("xb", buffering=0) as stream:
+        checksum = beside.submit(_checksum, header, content)
         for piece in (memoryview(header), content):
-            for start in range(0, len(piece), _CHUNK_BYTES):
-                chunk = piece[start : start + _CHUNK_BYTES]
-                state.update(chunk)
-                while chunk:
-                    chunk = chunk[os.write(stream.fileno(), chunk) :]
+            while piece:
+                piece = piece[os.write(stream.fileno(), piece[:_CHUNK_BYTES]) :]
         sync(stream)
-    return FileDigest(bytes=len(header) + len(content), xxh3_128=state.hexdigest())
+    return FileDigest(bytes=len(header) + len(content), xxh3_128=checksum.result())
+
+
+def _checksum(*pieces: bytes | memoryview) -> str:
+    state = xxhash.xxh3_128()
+    for piece in pieces:
+        for start in range(0, len(piece), _CHUNK_BYTES):  # not all at once: it can be interrupted
+            state.update(piece[start : start + _CHUNK_BYTES])
+    return state.hexdigest()

@@ -22,7 +22,8 @@ _CHECKPOINT = re.compile(r"(step|epoch)_\d{4,12}", re.ASCII)
 _RANK_IN_NAME = re.compile(r"-(\d+)\.safetensors$")
 _matters = itertools.count()  # asked so far, the same number on every rank
 _seen: set[tuple] = set()
-"""What this process has found as written: files by place, size and time of change."""
+"""What this process has found as written: files by path, size and time of change."""
+_said: set[str] = set()
 
 
 def pointed_checkpoint(pointer: Path) -> Path:
@@ -73,8 +74,9 @@ def newest_whole(
 
 
 def warn(message: str) -> None:
-    """Say something loudly: on the first rank's stderr."""
-    if rank_of_environment() == 0:
+    """Say something loudly, and once: on the first rank's stderr."""
+    if rank_of_environment() == 0 and message not in _said:
+        _said.add(message)
         print(f"WARNING: {message}", file=sys.stderr, flush=True)
 
 
@@ -102,8 +104,8 @@ def _is_mine(name: str) -> bool:
 
 def _state(folder: Path, manifest: Manifest, name: str) -> tuple:
     status = os.stat(folder / name)
-    place = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return (str(folder.resolve()), name, manifest.files[name], *place)
+    found = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return (str(folder.resolve()), name, manifest.files[name], *found)
 
 
 def _newest_first(item: tuple[int | None, Path]) -> int:

@@ -1,7 +1,7 @@
 """What the first rank decides on from what every rank tells it, through the store.
 
-No collective: a thread of each rank may take part while the ranks compute, and a rank that comes
-late is waited for as long as it lives.
+It is no collective: a thread of each rank may take part while the ranks compute. A rank that comes
+late is waited for, however long it takes.
 """
 
 import json

@@ -1,6 +1,7 @@
 """A run that was stopped and started again continues bit for bit, whatever stopped it."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -10,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
 
+from engine.checkpoints import saving
 from engine.errors import UserError
 from engine.generation.scheduler import Scheduler
 from engine.metrics import Metrics
@@ -22,7 +23,6 @@ from engine.stop import EXIT_STATUS
 from tests.ranks import START_METHOD, run_ranks
 from tests.tiny import (
     EVERY_STEP,
-    Killed,
     ppo_config,
     rm_config,
     rows_of,
@@ -124,27 +124,27 @@ def test_bf16_run_continues_bit_for_bit(tiny: Path, tmp_path: Path):
     assert (average != average.bfloat16().float()).float().mean() > 0.5
 
 
-def test_run_killed_while_saving_continues_from_the_checkpoint_before(
+def test_run_whose_disk_was_full_continues_from_the_checkpoint_before(
     tiny: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     make_config, changes, roles = STAGES["ppo"]
     config = make_config(tiny, tmp_path, **changes)
-    save = dist_checkpointing.save
-    calls = []
+    write = saving.write_tensors
+    files = []
 
-    def save_and_die(state: dict, folder: str, **arguments: object) -> None:
-        calls.append(folder)
-        if len(calls) == 5:  # the first checkpoint has three networks; of the second, the critic
-            (Path(folder) / "__0_0.distcp").write_bytes(b"the beginning of a sh")
-            raise Killed
-        save(state, folder, **arguments)
+    def write_while_there_is_room(path: Path, *content: object) -> object:
+        files.append(path)
+        if len(files) == 9:  # the first has five; of the second, the critic's state
+            path.write_bytes(b"the beginning of a sh")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, *content)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(dist_checkpointing, "save", save_and_die)
+    full = r"00002\.partial/critic/optimizer-00000\.safetensors: cannot be written: No space left"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=full):
+        patch.setattr(saving, "write_tensors", write_while_there_is_room)
         train(config)
     checkpoints = tmp_path / "checkpoints"
-    names = {path.name for path in checkpoints.iterdir()}
-    assert names == {"latest", "step_00000001", "step_00000002.partial"}
+    assert {path.name for path in checkpoints.iterdir()} == {"latest", "step_00000001"}
     assert (checkpoints / "latest").read_text() == "step_00000001"
 
     train(config)
