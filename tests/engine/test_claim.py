@@ -12,6 +12,9 @@ import pytest
 from engine import claim as module
 from engine.claim import check_claim, claim, holding_claims
 from engine.errors import UserError
+from engine.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
 
 # Claims the folder it is given, says so, and waits for its end.
 HOLDER = """
@@ -228,3 +231,33 @@ def test_of_many_at_once_one_holds(tmp_path: Path) -> None:
     assert [out for out, _ in said if out] == ["held\n"]
     refused = [error.splitlines()[-1] for out, error in said if not out]
     assert all("another run writes into this folder" in line for line in refused)
+
+
+@pytest.mark.slow  # starts a recipe three times
+def test_of_two_real_runs_one_is_refused_and_a_killed_one_is_continued(
+    tiny: Path, tmp_path: Path
+) -> None:
+    command = [
+        *(sys.executable, str(ROOT / "recipes" / "sft_tiny.py"), "--epochs", "40"),
+        *("--directory", str(tmp_path / "run"), "--init-from", str(tiny / "policy")),
+        *("--data.train", str(tiny / "demonstrations.jsonl"), "--save-every", "5"),
+    ]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert first.stdout is not None
+    try:
+        while " 7/" not in first.stdout.readline():
+            assert first.poll() is None
+        first.send_signal(signal.SIGSTOP)  # it would be through before the second begins
+        second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert second.returncode == 2
+        [line] = second.stderr.splitlines()
+        assert f"another run writes into this folder: process {first.pid} on" in line
+    finally:
+        first.kill()
+        first.wait()
+    third = subprocess.run([*command, "--epochs", "6"], capture_output=True, text=True, cwd=ROOT)
+    assert third.returncode == 0, third.stderr
+    steps = [row["step"] for row in read_metrics(tmp_path / "run")]
+    assert steps == list(range(len(steps))) and len(steps) > 7
+    assert not list((tmp_path / "run").rglob("*.partial"))
+    assert not (tmp_path / "run" / ".lock").exists()
