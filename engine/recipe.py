@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import importlib
+import os
+import resource
 import sys
 import time
 import traceback
@@ -82,15 +84,25 @@ def run_stage(
 def _said_by_system(error: Exception) -> str | None:
     """Return in a line what the system refused: room, files, or a place to write. None for any
     other error, which may be ours, and keeps its traceback."""
-    if not isinstance(error, OSError):
+    if isinstance(error, RuntimeError):  # torch's libraries, gloo among them, put it into the text
+        found = [number for number in _NO_MORE if os.strerror(number) in str(error)]
+        return f"{_refused(found[0])} ({str(error).splitlines()[0]:.200})" if found else None
+    if not isinstance(error, OSError) or error.errno is None:
         return None
     path = error.filename if isinstance(error.filename, str) else None
     if error.errno in _NO_MORE or (path is not None and error.errno in _NOT_THERE):
-        return f"{path or 'the system'}: {error.strerror}"
+        return f"{path or 'the system'}: {_refused(error.errno)}"
     is_lost = error.errno in (errno.ENOENT, errno.ESTALE) and path is not None
     if is_lost and not Path(path or "").parent.exists():  # the folder of it was there before
         return f"{path}: {error.strerror}; its folder was moved or removed meanwhile"
     return None
+
+
+def _refused(number: int) -> str:
+    if number != errno.EMFILE:
+        return os.strerror(number)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return f"{os.strerror(number)}: this process may have {limit} (ulimit -n); raise that"
 
 
 def _tell_others(message: str, status: int, text: str = "") -> None:
