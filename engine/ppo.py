@@ -17,10 +17,9 @@ from engine.ranks.parallel import Parallel
 from engine.ranks.start import rearranged
 from engine.residency.residency import Residency
 from engine.rollout import generate_rollout
-from engine.run import Run, join_ranks, require_path, start_run
+from engine.run import Run, join_ranks, require_path, stage, start_run
 from engine.score import score_rollout
 from engine.settings.ppo import PPOConfig
-from engine.stop import noting_signals
 from engine.training.ema import EMA
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
@@ -29,7 +28,7 @@ from engine.update import Learner, learning_examples, run_updates
 from models.sizes import Kind
 
 
-@noting_signals()
+@stage()
 def train(config: PPOConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.

@@ -18,9 +18,8 @@ from engine.feed import Feed, pack_for
 from engine.losses import comparison_loss, last_readings, pair_accuracy
 from engine.metrics import RM_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
-from engine.run import Run, join_ranks, require_path, size_named, start_run, tokenizer_path
+from engine.run import Run, join_ranks, require_path, size_named, stage, start_run, tokenizer_path
 from engine.settings.rm import RMConfig
-from engine.stop import noting_signals
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward, forward_backward
@@ -28,7 +27,7 @@ from engine.training.reduce import reduce_metrics
 from engine.training.skipped import end_if_stuck
 
 
-@noting_signals()
+@stage()
 def train(config: RMConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.

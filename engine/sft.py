@@ -19,10 +19,9 @@ from engine.feed import Feed
 from engine.losses import NegativeLogLikelihood, mean_language_loss
 from engine.metrics import SFT_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
-from engine.run import Run, join_ranks, require_path, size_named, start_run, tokenizer_path
+from engine.run import Run, join_ranks, require_path, size_named, stage, start_run, tokenizer_path
 from engine.selection import epoch_name, load_selection
 from engine.settings.sft import SFTConfig
-from engine.stop import noting_signals
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import Objective, accumulate
@@ -30,7 +29,7 @@ from engine.training.reduce import reduce_metrics
 from engine.training.skipped import end_if_stuck
 
 
-@noting_signals()
+@stage()
 def train(config: SFTConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.

@@ -1,6 +1,6 @@
 """Whether a signal has asked this process to stop. Imports neither torch nor megatron.
 
-    @noting_signals()
+    @stage()  # engine/run.py: noting_signals() and more
     def train(config):
         run = start_run(...)  # leaves here where a signal came meanwhile
         ...
