@@ -18,7 +18,8 @@ class Background:
     def start(self, work: Callable[[], None], name: str) -> None:
         """Wait for the work before, and begin this."""
         self.wait()
-        self._thread = threading.Thread(target=self._run, args=(work,), name=name)
+        # A daemon: where another rank is gone it may wait for ever, and must not hold the process.
+        self._thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
         self._thread.start()
 
     @property

@@ -27,6 +27,7 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 """Bytes of an element by safetensors' names of dtypes, of those that a checkpoint may hold."""
 _FILE = re.compile(r"(weights|optimizer)-\d{5,}\.safetensors", re.ASCII)
 _MAX_DIMENSIONS = 8
+_MAX_BYTES = 256 << 20  # of an index; our choice: that of 175B on 1,024 ranks has some 6 MB
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def read_index(folder: Path, manifest: Manifest) -> Index:
     """
     path = folder / INDEX
     try:
-        content = read_object(path)
+        content = read_object(path, max_bytes=_MAX_BYTES)
         tensors, counts = content["tensors"], content["counts"]
         found = {name: _tensor(value) for name, value in tensors.items()}
         if not isinstance(counts, dict):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from engine.environment import attempt_of_environment
 from engine.errors import UserError
 
 _PAUSES = (0.001, 0.1)  # seconds between two looks, at first and at last; our choice
@@ -21,7 +22,7 @@ class Council:
 
     def __init__(self, matter: str) -> None:
         """matter: a name that no other council has. A process that has joined no ranks is alone."""
-        self._matter = matter
+        self._matter = f"{attempt_of_environment()}/{matter}"
         self._num_decided = 0
         is_alone = not dist.is_initialized() or dist.get_world_size() == 1
         # A connection of its own, for a thread of its own.
