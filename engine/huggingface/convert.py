@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,13 +22,13 @@ from torch import Tensor
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.found import find_network, run_of, size_of
 from engine.checkpoints.weights import load_weights
-from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
-from engine.files import open_file, read_object, replacing
+from engine.files import read_object, replacing
 from engine.huggingface.weight_files import StoredTensor, open_weights
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
-from engine.run import require_path
+from engine.run import load_shared_tokenizer, require_path
 from engine.settings.convert import ConvertConfig
 from engine.settings.numerics import Numerics
 from engine.settings.saved import save_config
@@ -291,16 +290,9 @@ def _tensor_bytes(network: Network) -> dict[str, int]:
 
 
 def _load_tokenizer(path: Path, size: GPTSize) -> Tokenizer:
-    """Return the tokenizer, also from Hugging Face's two files of GPT-2; it must fit the model."""
+    """Return the tokenizer, which must fit the model."""
     require_path(path, "tokenizer")
-    if (path / "vocab.json").exists() and not (path / "tokenizer.json").exists():
-        with tempfile.TemporaryDirectory() as folder:
-            for theirs, ours in _BPE_FILES.items():
-                with open_file(path / theirs) as stream:
-                    (Path(folder) / ours).write_bytes(stream.read())
-            tokenizer = load_tokenizer(folder)
-    else:
-        tokenizer = load_tokenizer(path)
+    tokenizer = load_shared_tokenizer(lambda: path)
     if tokenizer.vocab_size > size.vocab_size:
         raise UserError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {size.vocab_size}"
