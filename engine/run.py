@@ -31,7 +31,7 @@ from models.sizes import GPTSize
 # other change would make it neither the old run nor the new one.
 _MAY_CHANGE = (
     *("directory", "layout", "critic_layout", "generation_layout", "residency", "alarms"),
-    *("epochs", "iterations", "eval_every", "save_every", "keep", "num_shown", "show_every"),
+    *("epochs", "iterations", "eval_every", "saving", "num_shown", "show_every"),
     *("num_slots", "prefill_tokens", "block_size", "cache_fraction", "cache_gib", "steps_per_sync"),
     *("cuda_graphs", "micro_batch_tokens", "recompute", "gradient_accumulation_fusion"),
     "deterministic",

@@ -41,7 +41,7 @@ def train(config: SFTConfig) -> dict[str, float]:
         tokenizer=tokenizer_path(config.tokenizer, config.init_from),
     )
     if config.init_from:
-        size = size_of(config.init_from, "policy")
+        size = size_of(config.init_from, "policy", strict=config.saving.strict)
     else:
         size = size_named(config.size, run.tokenizer)
     network = build_network(
@@ -53,6 +53,7 @@ def train(config: SFTConfig) -> dict[str, float]:
             config.init_from,
             role="policy",
             tokenizer_fingerprint=run.tokenizer.fingerprint(),
+            strict=config.saving.strict,
         )
     data = _load_data(config, run, size.context_length)
     selection = load_selection(config, run, network, data.held_out_prompts)
@@ -66,7 +67,7 @@ def train(config: SFTConfig) -> dict[str, float]:
         parallel=parallel,
         networks={"policy": network},
         optimizers={"policy": optimizer},
-        keep=config.keep,
+        saving=config.saving,
         tokenizer_fingerprint=run.tokenizer.fingerprint(),
     )
     progress = checkpointer.resume() or {"step": 0}
@@ -76,13 +77,14 @@ def train(config: SFTConfig) -> dict[str, float]:
     run.leave_if_asked()
 
     values: dict[str, float] = progress.get("metrics", {})
-    with Metrics(
+    metrics = Metrics(
         config.directory,
         is_writer=parallel.is_writer,
         num_steps=num_steps,
         first_step=progress["step"],
         headline=SFT_HEADLINE,
-    ) as metrics:
+    )
+    with metrics, checkpointer:
         metrics.note(*data.notes, network.attention)
         for step in range(progress["step"], num_steps):
             with metrics.phase("train"):
@@ -104,11 +106,12 @@ def train(config: SFTConfig) -> dict[str, float]:
                 checkpointer.save_weights(epoch_name(epoch))
                 if selection is not None:
                     selection.write(checkpointer)
-            is_asked = run.is_asked_to_stop()
-            if is_last or is_asked or (config.save_every and (step + 1) % config.save_every == 0):
+            boundary = checkpointer.boundary(step + 1, is_last=is_last)
+            if boundary.saves:
                 epochs = selection.epochs if selection is not None else []
                 checkpointer.save(step + 1, {"metrics": values, "epochs": epochs})
-            if is_asked and not is_last:
+            if boundary.leaves:
+                checkpointer.finish()
                 run.leave(step + 1)
     return values
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from engine import ppo, rm, sft
+from engine.checkpoints.manifest import digest_of_file, read_manifest, write_manifest
 from engine.recipe import run_stage
 from tests.tiny import (
     ppo_config,
@@ -216,6 +217,11 @@ def other_vocabulary(tiny: Path, folder: Path, role: str) -> Path:
         description["size"]["vocab_size"] = 99
         description["tokenizer"] = "another"
         path.write_text(json.dumps(description))
+        checkpoint = path.parents[1]
+        manifest = read_manifest(checkpoint)
+        digest = digest_of_file(path)
+        files = manifest.files | {f"{path.parent.name}/network.json": digest}
+        write_manifest(checkpoint, dataclasses.replace(manifest, files=files))
     return run
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.checkpoints.checkpointer import Checkpointer
-from engine.checkpoints.found import find_network, run_of, size_of
+from engine.checkpoints.found import network_at, run_of
 from engine.checkpoints.weights import load_weights
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
@@ -79,13 +79,15 @@ def import_huggingface(config: ConvertConfig) -> Path:
     if parallel.is_writer:
         tokenizer.save(out / "tokenizer")
         save_config(config, out / "config.json")
-    Checkpointer(
+    checkpointer = Checkpointer(
         directory=out / "checkpoints",
         parallel=parallel,
         networks={config.role: network},
         optimizers={},
         tokenizer_fingerprint=tokenizer.fingerprint(),
-    ).save(0, {})
+    )
+    with checkpointer:
+        checkpointer.save(0, {})
     return out
 
 
@@ -93,11 +95,12 @@ def export_huggingface(config: ConvertConfig) -> Path:
     """Write a checkpoint's language model as a Hugging Face folder; return it. Raises UserError."""
     parallel = start_parallel(config.layout, seed=0)
     source, out = require_path(config.source, "source"), _require_out(config)
-    size = size_of(source, config.role)
-    beside = run_of(find_network(source, config.role)) / "tokenizer"
+    found = network_at(source, config.role, strict=config.strict)
+    size, beside = found.size, run_of(found.folder) / "tokenizer"
     tokenizer = _load_tokenizer(config.tokenizer or beside, size)
     network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))
-    load_weights(network, source, role=config.role, tokenizer_fingerprint=tokenizer.fingerprint())
+    fingerprint = tokenizer.fingerprint()
+    load_weights(network, found.folder, role=config.role, tokenizer_fingerprint=fingerprint)
     save_huggingface(network, out, tokenizer, file_bytes=int(config.file_gigabytes * 1e9))
     return out
 

@@ -16,7 +16,7 @@ from engine.settings.saved import load_config
 from engine.settings.sft import SFTConfig, SFTData
 from models.sizes import SIZES
 from tests.ranks import run_ranks
-from tests.tiny import write_lines
+from tests.tiny import EVERY_STEP, write_lines
 
 
 def start(tokenizer: Path, directory: Path) -> Run:
@@ -51,7 +51,7 @@ def test_run_with_checkpoints_keeps_what_makes_it_the_run_it_is(tiny: Path, tmp_
     run.write_settings(config)  # nothing is trained yet
     run.checkpoints.mkdir()
     (run.checkpoints / "latest").write_text("step_00000001")
-    faster = dataclasses.replace(config, micro_batch_tokens=64, epochs=2.0, save_every=3)
+    faster = dataclasses.replace(config, micro_batch_tokens=64, epochs=2.0, saving=EVERY_STEP)
     run.write_settings(faster)
     for change, cause in (
         ({"batch_size": 8}, "batch_size 4, not 8"),

@@ -29,6 +29,7 @@ from engine.ranks.start import start_parallel
 from engine.settings.convert import ConvertConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.saving import SaveConfig
 from engine.training.network import Network, build_network
 from engine.training.passes import forward
 from models.attention import PackedSequences
@@ -467,6 +468,7 @@ def test_a_network_of_another_size_or_kind_is_refused(gpt2, parallel, tmp_path):
     Checkpointer(
         directory=tmp_path / "run" / "checkpoints",
         parallel=parallel,
+        saving=SaveConfig(save_in_background=False),
         networks={"reward_model": scalar},
         optimizers={},
     ).save(0, {})
