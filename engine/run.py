@@ -16,7 +16,9 @@ import torch.distributed as dist
 from engine import stop
 from engine.claim import claim, holding_claims
 from engine.data.pretraining import TokenFile, make_token_file, read_token_file
-from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.data.tokenizer import Tokenizer, make_tokenizer
+from engine.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from engine.data.tokenizer_trial import try_tokenizer
 from engine.errors import UserError
 from engine.files import check_writable, clear_partials
 from engine.ranks.device import make_deterministic
@@ -178,19 +180,20 @@ def claim_for_all(directory: Path, *inner: str) -> None:
 
 def load_shared_tokenizer(find: Callable[[], Path]) -> Tokenizer:
     """Return the tokenizer at the path that `find` returns on the first rank, the same on all, who
-    call together. Raises UserError."""
-    loaded: list[Tokenizer] = []
+    call together; the first rank alone tries it. Raises UserError."""
+    tried: list[TokenizerFiles] = []
 
     def load() -> str:
-        path = find()
-        loaded.append(load_tokenizer(path))
-        return json.dumps([str(path), loaded[0].fingerprint()])
+        files = read_tokenizer_files(find())
+        try_tokenizer(files)
+        tried.append(files)
+        return json.dumps([str(files.path), files.digest()])
 
-    path, fingerprint = json.loads(said_by_first_rank(load))
-    tokenizer = loaded[0] if loaded else load_tokenizer(path)
-    if tokenizer.fingerprint() != fingerprint:
+    path, digest = json.loads(said_by_first_rank(load))
+    files = tried[0] if tried else read_tokenizer_files(Path(path))
+    if files.digest() != digest:
         raise UserError(f"{path}: not the tokenizer here that it is on the first rank")
-    return tokenizer
+    return make_tokenizer(files)
 
 
 def size_named(name: str, tokenizer: Tokenizer, context_length: int | None = None) -> GPTSize:

@@ -10,9 +10,9 @@ through tp x pp ranks.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,14 +26,14 @@ from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.found import network_at, run_of
 from engine.checkpoints.weights import load_weights
 from engine.claim import claim, holding_claims
-from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
-from engine.files import open_file, read_object, replacing, sync, sync_folder, writing
+from engine.files import read_object, replacing, sync, sync_folder, writing
 from engine.huggingface.weight_files import StoredTensor, open_weights
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
-from engine.run import require_path
+from engine.run import load_shared_tokenizer, require_path
 from engine.settings.convert import ConvertConfig
 from engine.settings.numerics import Numerics
 from engine.settings.saved import save_config
@@ -52,6 +52,8 @@ from models.huggingface import (
 from models.sizes import GPTSize
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_CONFIG_BYTES = 1 << 20  # of config.json, which has a few hundred; our choice
+_MOST_SHOWN = 80  # characters of a text from a file in an error; our choice
 # Hugging Face's names of GPT-2's two tokenizer files, which have the same content.
 _BPE_FILES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
 
@@ -114,7 +116,7 @@ def read_size(folder: Path) -> GPTSize:
     """Return the size of the GPT-2 in a Hugging Face folder; raises UserError if it is not ours."""
     path = folder / "config.json"
     try:
-        return size_of_config(read_object(path))
+        return size_of_config(read_object(path, max_bytes=_MAX_CONFIG_BYTES))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -136,12 +138,12 @@ def load_huggingface(network: Network, folder: Path) -> None:
     for name, parameter in _parameters(network):
         theirs = huggingface_name(name)
         stored = found[theirs]
-        shard = to_shard(name, stored.tensor, size, tp=layout.tp, tp_rank=tp_rank)
+        shard = to_shard(name, stored.read(), size, tp=layout.tp, tp_rank=tp_rank)
         parameter.data.copy_(shard)
         if not parameter.data.isfinite().all():  # sync
             raise UserError(f"{stored.path}: {theirs} is not finite in {parameter.dtype}")
         if theirs == WORD_EMBEDDING and TIED_HEAD in found:
-            head = to_shard(name, found[TIED_HEAD].tensor, size, tp=layout.tp, tp_rank=tp_rank)
+            head = to_shard(name, found[TIED_HEAD].read(), size, tp=layout.tp, tp_rank=tp_rank)
             if not (head == shard).all():
                 raise UserError(
                     f"{found[TIED_HEAD].path}: {TIED_HEAD} differs from {WORD_EMBEDDING}; "
@@ -242,32 +244,40 @@ def _find_tensors(folder: Path, size: GPTSize) -> dict[str, StoredTensor]:
     """Return the tensors of that model by GPT2LMHeadModel's names, after checking all of them."""
     stored_tensors = open_weights(folder)
     paths = {stored.path for stored in stored_tensors.values()}
-    where = paths.pop() if len(paths) == 1 else folder
-    names = {canonical_name(stored_name): stored_name for stored_name in stored_tensors}
-    found = {name: stored_tensors[stored_name] for name, stored_name in names.items() if name}
-    expected = {TIED_HEAD}
-    for name, shape in tensor_shapes(size):
+    where = next(iter(paths)) if len(paths) == 1 else folder
+    found: dict[str, StoredTensor] = {}
+    for stored_name, stored in stored_tensors.items():
+        name = canonical_name(stored_name)
+        if name in found:
+            raise UserError(f"{stored.path}: {name!r:.{_MOST_SHOWN}} is there twice")
+        if name is not None:
+            found[name] = stored
+    expected, num_bytes = {TIED_HEAD}, 0
+    for name, shape in tensor_shapes(size):  # however many layers: it ends with the first missing
         if name not in found:
             raise UserError(f"{where}: tensor {name} is missing")
         _check_tensor(name, found[name], shape)
         expected.add(name)
+        num_bytes += math.prod(shape) * found[name].dtype.itemsize
     if TIED_HEAD in found:
         _check_tensor(TIED_HEAD, found[TIED_HEAD], (size.vocab_size, size.hidden_size))
     for name in found.keys() - expected:
-        raise UserError(f"{found[name].path}: {name} is no tensor of a GPT-2 of {size}")
+        shown = f"{name!r:.{_MOST_SHOWN}}"
+        raise UserError(f"{found[name].path}: {shown} is no tensor of a GPT-2 of {size}")
+    # Tensors of a torch file may share their numbers: a small file, and a model of any size.
+    if num_bytes > sum(path.stat().st_size for path in paths):
+        raise UserError(f"{where}: tensors of {num_bytes} bytes in fewer bytes: some are the same")
     return found
 
 
 def _check_tensor(name: str, stored: StoredTensor, shape: tuple[int, ...]) -> None:
-    if tuple(stored.tensor.shape) != shape:
+    if stored.shape != shape:
         raise UserError(
-            f"{stored.path}: {name} has shape {list(stored.tensor.shape)}, "
+            f"{stored.path}: {name} has shape {list(stored.shape)!s:.{_MOST_SHOWN}}, "
             f"config.json asks for {list(shape)}"
         )
-    if stored.tensor.dtype not in _FLOATS:
-        raise UserError(
-            f"{stored.path}: {name} is {stored.tensor.dtype}, not a float of 16 bits or more"
-        )
+    if stored.dtype not in _FLOATS:
+        raise UserError(f"{stored.path}: {name} is {stored.dtype}, not a float of 16 bits or more")
 
 
 def _parameters(network: Network) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -328,16 +338,9 @@ def _tensor_bytes(network: Network) -> dict[str, int]:
 
 
 def _load_tokenizer(path: Path, size: GPTSize) -> Tokenizer:
-    """Return the tokenizer, also from Hugging Face's two files of GPT-2; it must fit the model."""
+    """Return the tokenizer, which must fit the model."""
     require_path(path, "tokenizer")
-    if (path / "vocab.json").exists() and not (path / "tokenizer.json").exists():
-        with tempfile.TemporaryDirectory() as folder:
-            for theirs, ours in _BPE_FILES.items():
-                with open_file(path / theirs) as stream:
-                    (Path(folder) / ours).write_bytes(stream.read())
-            tokenizer = load_tokenizer(folder)
-    else:
-        tokenizer = load_tokenizer(path)
+    tokenizer = load_shared_tokenizer(lambda: path)
     if tokenizer.vocab_size > size.vocab_size:
         raise UserError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {size.vocab_size}"

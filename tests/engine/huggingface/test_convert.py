@@ -2,8 +2,10 @@ import errno
 import fcntl
 import json
 import os
+import pickle
 import resource
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,7 @@ from engine.training.passes import forward
 from models.attention import PackedSequences
 from models.readouts import Logits
 from tests.ranks import run_ranks
+from tests.special_files import KINDS, make_special
 
 LENGTHS = (1, 33, 2, 64, 17, 5)  # tokens of the packed sequences; 64 is the whole context
 LAYOUTS = {
@@ -371,8 +374,8 @@ def test_a_foreign_config_is_named_by_file_and_field(copy, field, value):
             {"transformer.h.0.attn.c_attn.weight": torch.zeros(192, 64)},
             "h.0.attn.c_attn.weight has shape [192, 64], config.json asks for [64, 192]",
         ),
-        ({"transformer.h.4.ln_1.weight": torch.zeros(64)}, "h.4.ln_1.weight is no tensor of"),
-        ({"score.weight": torch.zeros(2, 64)}, "score.weight is no tensor of"),
+        ({"transformer.h.4.ln_1.weight": torch.zeros(64)}, "h.4.ln_1.weight' is no tensor of"),
+        ({"score.weight": torch.zeros(2, 64)}, "score.weight' is no tensor of"),
         ({"transformer.ln_f.bias": torch.zeros(64).byte()}, "ln_f.bias is torch.uint8"),
         ({"transformer.ln_f.bias": torch.full((64,), torch.nan)}, "ln_f.bias is not finite"),
         ({"lm_head.weight": torch.zeros(300, 64)}, "lm_head.weight differs from"),
@@ -385,6 +388,93 @@ def test_foreign_tensors_are_named_by_file_and_tensor(copy, change, expected):
     message = refusal(copy)
     assert message.startswith(str(path))
     assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"n_layer": 10**7}, "transformer.h.4.ln_1.weight is missing"),
+        ({"n_embd": 10**7, "n_head": 1}, "config.json asks for [300, 10000000]"),
+        ({"vocab_size": 10**7}, "config.json asks for [10000000, 64]"),
+        ({"n_layer": 10**9}, "n_layer is 1000000000 and must be"),
+        ({"n_head": 7}, "hidden_size 64 must be a multiple of num_heads 7"),
+    ],
+)
+def test_sizes_beyond_the_files_are_refused_before_a_model_is_built(copy, changes, expected):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    start = time.process_time()
+    assert expected in refusal(copy)
+    assert time.process_time() - start < 5
+
+
+def test_tensors_that_share_their_numbers_are_refused(copy):
+    numbers = torch.zeros(300 * 64)  # the largest: all others are views of it
+    shared = {
+        name: numbers[: tensor.numel()].view(tensor.shape) for name, tensor in weights(copy).items()
+    }
+    (copy / "model.safetensors").unlink()
+    torch.save(shared, copy / "pytorch_model.bin")
+    assert "in fewer bytes: some are the same" in refusal(copy)
+
+
+def test_a_name_that_is_there_with_and_without_its_prefix_is_refused(copy):
+    changed = weights(copy)
+    changed["wpe.weight"] = torch.zeros(64, 64)
+    save_file(changed, copy / "model.safetensors")
+    assert "'transformer.wpe.weight' is there twice" in refusal(copy)
+
+
+def test_names_of_a_megabyte_are_cut(copy):
+    save_file(weights(copy) | {"x" * 10**6: torch.zeros(1)}, copy / "model.safetensors")
+    assert len(refusal(copy)) < 500
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_that_is_no_regular_file_is_not_read(copy, kind):
+    make_special(copy / "config.json", kind)
+    assert "config.json" in refusal(copy)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "null", "[]", "[" * 100_000, '{"a":' * 100_000, '"x"', "\xff", "{}", "NaN"]
+)
+def test_a_config_of_anything_is_one_line(copy, content):
+    (copy / "config.json").write_text(content, encoding="latin-1")
+    assert str(copy / "config.json") in refusal(copy)
+
+
+def test_code_beside_a_model_is_not_run(gpt2, copy, tmp_path):
+    mark = tmp_path / "was_run"
+    code = f"open({str(mark)!r}, 'w')\n"
+    for name in ("modeling_gpt2.py", "tokenization_gpt2.py", "__init__.py", "conftest.py"):
+        (copy / name).write_text(code)
+    auto_map = {"AutoModelForCausalLM": "modeling_gpt2.A", "AutoTokenizer": "tokenization_gpt2.A"}
+    for name in ("config.json", "tokenizer_config.json"):
+        path = copy / name
+        fields = json.loads(path.read_text()) if path.exists() else {}
+        fields |= {"auto_map": auto_map, "trust_remote_code": True, "_name_or_path": "./"}
+        path.write_text(json.dumps(fields))
+    for name in ("training_args.bin", "optimizer.pt", "special_tokens_map.json"):
+        (copy / name).write_bytes(pickle.dumps(Touching(mark)))
+    convert(ConvertConfig(direction="import", source=copy, out=tmp_path / "run"))
+    assert not mark.exists()
+    # What the folder says of its code goes no further.
+    assert "auto_map" not in (tmp_path / "run" / "tokenizer" / "tokenizer_config.json").read_text()
+    out = tmp_path / "hf"
+    convert(ConvertConfig(direction="export", source=tmp_path / "run", out=out))
+    assert_same_weights(out, gpt2)
+    assert "auto_map" not in (out / "config.json").read_text()
+
+
+class Touching:
+    """What a pickle makes of it: a call that leaves a file behind."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
 
 
 def test_weights_that_overflow_fp16_are_named(copy):
