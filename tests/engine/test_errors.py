@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import UserError
+from engine.errors import UserError, cut, quoted
 from engine.settings.adam import AdamConfig
 from engine.settings.saved import load_config
 
@@ -22,3 +22,15 @@ def test_a_mistake_in_an_optional_part_is_told_as_it_is(tmp_path: Path):
     path.write_text(json.dumps({"adam": {"lr": -1.0}}))
     with pytest.raises(UserError, match=r"^optimizer lr must be positive, got -1\.0$"):
         load_config(Config, path)
+
+
+def test_a_quoted_value_is_cut_without_being_written_whole() -> None:
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in ("x" * 10**7, {"k" * 10**6: 1}, list(range(10**6)), deep, 10**4000, 10**9000):
+        assert len(quoted(value)) < 200
+    assert quoted("fast") == "'fast'"
+    assert quoted({"a": [1, None]}) == "{'a': [1, None]}"
+    assert cut("abc", 3) == "abc"
+    assert cut("a" * 100 + "b" * 100, 6) == "aaaa[... 200 characters ...]bb"
