@@ -247,8 +247,10 @@ class _TextFile:
             decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             # The decoder held back the first bytes of a character that a part had cut.
-            place = num_bytes - len(decoder.getstate()[0]) + error.start + 1
-            raise UserError(f"{self._name}:{number}: not UTF-8: byte {place} of the line") from None
+            number_of_byte = num_bytes - len(decoder.getstate()[0]) + error.start + 1
+            raise UserError(
+                f"{self._name}:{number}: not UTF-8: byte {number_of_byte} of the line"
+            ) from None
 
 
 def _end_of_piece(text: str, is_line_end: bool) -> int:
