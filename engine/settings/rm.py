@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.settings.adam import AdamConfig
-from engine.settings.checks import check_numbers
+from engine.settings.checks import check_epochs, check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 
@@ -81,3 +81,4 @@ class RMConfig:
             positive="epochs",
             not_negative="seed eval_every save_every",
         )
+        check_epochs(self.epochs)

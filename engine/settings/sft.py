@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.settings.adam import AdamConfig
-from engine.settings.checks import check_numbers
+from engine.settings.checks import check_epochs, check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
@@ -120,6 +120,7 @@ class SFTConfig:
             not_negative="seed eval_every save_every",
             shares="dropout",
         )
+        check_epochs(self.epochs)
 
     @property
     def num_pretraining_sequences(self) -> int:

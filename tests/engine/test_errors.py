@@ -20,7 +20,9 @@ class Config:
 def test_a_mistake_in_an_optional_part_is_told_as_it_is(tmp_path: Path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"adam": {"lr": -1.0}}))
-    with pytest.raises(UserError, match=r"^optimizer lr must be positive, got -1\.0$"):
+    with pytest.raises(
+        UserError, match=r"/config\.json: optimizer lr must be positive, got -1\.0$"
+    ):
         load_config(Config, path)
 
 
