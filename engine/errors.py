@@ -15,6 +15,13 @@ def cut(text: str, limit: int = 80) -> str:
     return f"{text[:first]}[... {len(text)} characters ...]{text[len(text) - last :]}"
 
 
+def named(name: object, limit: int = 80) -> str:
+    """Return a key, a path or another name as an error has it: cut, on one line, and as repr()
+    writes it where it holds what does not print."""
+    text = cut(str(name), limit)
+    return text if text.isprintable() else repr(text)
+
+
 def quoted(value: object, limit: int = 80) -> str:
     """Return a value as an error quotes it: its repr, cut, and made of no more than is shown.
 

@@ -14,7 +14,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from engine.errors import UserError, cut
+from engine.errors import UserError, named
 
 # The content says whether a file is gzip, not the name: a .gz may have been unpacked in place.
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -40,7 +40,7 @@ def open_file(path: Path) -> BufferedReader:
 
     A pipe may never end, and a device does not: neither is read.
     """
-    name = cut(str(path), MAX_SHOWN_PATH)
+    name = named(path, MAX_SHOWN_PATH)
     try:
         # Without waiting: to open a pipe would take until somebody writes into it.
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -52,7 +52,7 @@ def open_file(path: Path) -> BufferedReader:
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}") from None
     except ValueError as error:  # a NUL, half of a surrogate pair
-        raise UserError(f"{name!r} cannot be a path: {error}") from None
+        raise UserError(f"{name} cannot be a path: {error}") from None
     kind = "a folder; name one file in it" if path.is_dir() else "no regular file, and is not read"
     raise UserError(f"{name} is {kind}")
 
@@ -70,7 +70,7 @@ def read_lines(
     line's number. Errors are also what only takes time: empty lines that outweigh the others by
     megabytes, and gzip data that expand as no text does.
     """
-    name = cut(str(path), MAX_SHOWN_PATH)
+    name = named(path, MAX_SHOWN_PATH)
     number, num_empty, num_other = 0, 0, 0
     limit = part_bytes or MAX_LINE_BYTES + 1
     with open_file(path) as raw:
@@ -168,7 +168,7 @@ class _Unpacked(io.RawIOBase):
 
 def read_object(path: Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     """Return the object in a JSON file; raises UserError, for a file of more bytes too."""
-    name = cut(str(path), MAX_SHOWN_PATH)
+    name = named(path, MAX_SHOWN_PATH)
     with open_file(path) as stream:
         num_bytes = os.fstat(stream.fileno()).st_size
         if num_bytes > max_bytes:
@@ -224,7 +224,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _near_names(path: Path) -> str:
-    folder = cut(str(path.parent), MAX_SHOWN_PATH)
+    folder = named(path.parent, MAX_SHOWN_PATH)
     try:
         names = [entry.name for entry in itertools.islice(os.scandir(path.parent), _MAX_NAMES)]
     except (FileNotFoundError, NotADirectoryError):
@@ -233,5 +233,5 @@ def _near_names(path: Path) -> str:
         return f"the folder {folder} cannot be looked into: {error.strerror}"
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     if near:
-        return f"{folder} has {', '.join(near)}"
+        return f"{folder} has {', '.join(map(named, near))}"
     return f"{folder} has nothing of a similar name"

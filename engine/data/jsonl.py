@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from engine.errors import UserError, cut
+from engine.errors import UserError, named
 from engine.files import MAX_SHOWN_PATH, read_lines, replacing
 
 _Record = TypeVar("_Record")
@@ -53,7 +53,7 @@ class RecordReader(Generic[_Record]):
         self, path: Path | str, parse: Callable[[dict[str, Any]], _Record], *, skip_bad_lines: bool
     ) -> None:
         self.path = Path(path)
-        self._name = cut(str(path), MAX_SHOWN_PATH)
+        self._name = named(path, MAX_SHOWN_PATH)
         self.share_read = 0.0  # of the file's bytes
         self._parse = parse
         self._skip_bad_lines = skip_bad_lines
@@ -121,7 +121,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def required(record: dict[str, Any], key: str, *, within: str = "") -> Any:
     """Return record[key]; BadRecord when it is missing. `within` is the path to a nested object."""
     if key not in record:
-        names = [cut(name) for name in itertools.islice(record, _NUM_SHOWN_KEYS)]
+        names = [named(name) for name in itertools.islice(record, _NUM_SHOWN_KEYS)]
         if len(record) > len(names):
             names[-1] += f" and {len(record) - len(names)} more"
         keys = ", ".join(names) or "nothing"

@@ -20,7 +20,7 @@ from engine import stop
 from engine.data.examples import Example, Shape
 from engine.data.jsonl import ReadReport, RecordReader, check_text, required
 from engine.data.tokenizer import Tokenizer, in_batches
-from engine.errors import UserError, cut
+from engine.errors import UserError, named
 from engine.files import MAX_SHOWN_PATH, open_file, read_lines, read_object, replacing
 
 _PIECE_CHARACTERS = 1 << 16  # a .txt file may not fit in memory
@@ -203,7 +203,7 @@ class _TextFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._name = cut(str(path), MAX_SHOWN_PATH)
+        self._name = named(path, MAX_SHOWN_PATH)
         self.share_read = 0.0  # of the file's bytes
 
     def __iter__(self) -> Iterator[Iterable[str]]:

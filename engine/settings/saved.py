@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from engine.errors import UserError, cut, quoted
+from engine.errors import UserError, named, quoted
 from engine.files import MAX_SHOWN_PATH, read_object, replacing
 
 _Config = TypeVar("_Config")
@@ -46,7 +46,7 @@ def load_config(cls: type[_Config], path: Path) -> _Config:
     try:
         return _decode(cls, values, "")
     except (UserError, ValueError) as error:
-        raise UserError(f"{cut(str(path), MAX_SHOWN_PATH)}: {error}") from None
+        raise UserError(f"{named(path, MAX_SHOWN_PATH)}: {error}") from None
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     if origin in (list, tuple) and isinstance(value, list):
         return _decode_sequence(hint, value, where)
     if origin is dict and isinstance(value, dict):
-        return {k: _decode(arguments[1], v, f"{where}.{cut(k)}") for k, v in value.items()}
+        return {k: _decode(arguments[1], v, f"{where}.{named(k)}") for k, v in value.items()}
     if origin is Literal and value in arguments:
         return value
     if hint is float and type(value) is int:  # JSON has one kind of number
@@ -121,7 +121,7 @@ def _decode_dataclass(cls: Any, values: dict[str, Any], where: str) -> Any:
     prefix = f"{where}." if where else ""
     unknown = sorted(values.keys() - {f.name for f in dataclasses.fields(cls)})
     if unknown:
-        raise ValueError(f"unknown field {prefix}{cut(unknown[0])}")
+        raise ValueError(f"unknown field {prefix}{named(unknown[0])}")
     return cls(**{name: _decode(hints[name], v, f"{prefix}{name}") for name, v in values.items()})
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import UserError, cut, quoted
+from engine.errors import UserError, cut, named, quoted
 from engine.settings.adam import AdamConfig
 from engine.settings.saved import load_config
 
@@ -36,3 +36,10 @@ def test_a_quoted_value_is_cut_without_being_written_whole() -> None:
     assert quoted({"a": [1, None]}) == "{'a': [1, None]}"
     assert cut("abc", 3) == "abc"
     assert cut("a" * 100 + "b" * 100, 6) == "aaaa[... 200 characters ...]bb"
+
+
+def test_a_name_is_on_one_line_and_shows_what_it_holds() -> None:
+    assert named(Path("/a b/caf\u00e9.txt")) == "/a b/caf\u00e9.txt"
+    assert named("a\nb") == "'a\\nb'"
+    assert named("\x1b]52;c\x07\u202e\udcff") == "'\\x1b]52;c\\x07\\u202e\\udcff'"
+    assert len(named("\x1b" * 10**6)) < 400
