@@ -107,9 +107,14 @@ class RecordReader(Generic[_Record]):
 def read_records(
     path: Path | str, parse: Callable[[dict[str, Any]], _Record], *, skip_bad_lines: bool
 ) -> tuple[list[_Record], ReadReport]:
-    """Return all records of a file and the report."""
+    """Return all records of a file and the report; UserError where memory does not hold them."""
     reader = RecordReader(path, parse, skip_bad_lines=skip_bad_lines)
-    return list(reader), reader.report()
+    try:
+        records = list(reader)
+    except MemoryError:
+        name, num_read = named(path, MAX_SHOWN_PATH), reader.report().num_read
+        raise UserError(f"{name}: {num_read} records of it fill the memory there is") from None
+    return records, reader.report()
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

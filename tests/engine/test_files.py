@@ -178,9 +178,13 @@ def test_gzip_expands_as_far_as_text_does(tmp_path: Path, monkeypatch: pytest.Mo
     path.write_bytes(gzip.compress(line * 100_000))
     with pytest.raises(UserError, match=r"packed\.gz: \d+ bytes of gzip data are \d+ unpacked"):
         list(read_lines(path))
-    varied = b"".join(b"%d %s" % (number, line) for number in range(100_000))
-    path.write_bytes(gzip.compress(varied))
-    assert sum(1 for _ in read_lines(path)) == 100_000
+    for level in (1, 9):
+        path.write_bytes(gzip.compress(line * 100_000, level))
+        with pytest.raises(UserError, match="bytes of gzip data are"):
+            list(read_lines(path))
+        varied = b"".join(b"%d %s" % (number, line) for number in range(100_000))
+        path.write_bytes(gzip.compress(varied, level))
+        assert sum(1 for _ in read_lines(path)) == 100_000
 
 
 def test_empty_members_do_not_go_on_for_ever(tmp_path: Path) -> None:

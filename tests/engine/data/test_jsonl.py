@@ -85,6 +85,18 @@ def test_an_error_quotes_little_of_a_record(tmp_path: Path) -> None:
     assert "key 7 and 99992 more" in str(e.value)
 
 
+def test_records_that_fill_the_memory_are_a_user_error(tmp_path: Path) -> None:
+    def parse(record: dict) -> int:
+        if record["text"] == 2:
+            raise MemoryError
+        return record["text"]
+
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"text": number}) + "\n" for number in range(4)))
+    with pytest.raises(UserError, match=r"long\.jsonl: 2 records of it fill the memory"):
+        read_records(path, parse, skip_bad_lines=True)
+
+
 def test_a_line_that_takes_all_memory_is_bad(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
