@@ -23,8 +23,8 @@ MAX_LINE_BYTES = 16 << 20
 """Of a line that is read whole. Our choice: several times the longest book, and what a tokenizer
 makes of it (150 bytes a byte, measured) fits a small machine."""
 _MAX_EMPTY_BYTES = 4 << 20  # by which empty lines may outweigh all others; our choice: seconds
-# gzip expands at most 1,030 times, at its fastest 230 times, and text of any use 3 to 30 times: data
-# repeats itself, but less within the 32 KiB that gzip sees. Our choice: from 128 MiB on, what
+# gzip expands at most 1,030 times, at its fastest 230 times, and text of any use 3 to 30 times:
+# data repeats itself, but less within the 32 KiB that gzip sees. Our choice: from 128 MiB on, what
 # expands 100 times is a bomb.
 _MAX_EXPANSION = 100
 _MIN_BOMB_BYTES = 128 << 20
