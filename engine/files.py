@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import stat
 import uuid
 import zlib
@@ -18,6 +19,7 @@ from engine.errors import UserError, named
 
 # The content says whether a file is gzip, not the name: a .gz may have been unpacked in place.
 _GZIP_MAGIC = b"\x1f\x8b"
+_PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial", re.DOTALL)
 _MAX_JSON_BYTES = 64 << 20  # of a file that is read as one value; our choice: ours are a few MB
 MAX_LINE_BYTES = 16 << 20
 """Of a line that is read whole. Our choice: several times the longest book, and what a tokenizer
@@ -196,17 +198,47 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("xb") as stream:
-            yield stream
-            sync(stream)
-        partial.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("xb") as stream:
+                yield stream
+                sync(stream)
+            partial.replace(path)
+            sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):  # it was never made, or has become `path`
             partial.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise what the system has against a block that writes `path` as a UserError that names it: a
+    full disk, a folder that is read-only or gone, no more file descriptors."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError where nothing can be written into a folder that is there."""
+    probe = folder / f".probe.{uuid.uuid4().hex}.partial"
+    with writing(folder):
+        try:
+            with probe.open("xb") as stream:
+                stream.write(b"?")
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def clear_partials(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes were writing into a folder by `replacing`: all of it, or what
+    would have become `name`. Only for who knows that nobody is writing there now."""
+    with contextlib.suppress(OSError):  # there is no such folder
+        for path in list(folder.iterdir()):
+            found = _PARTIAL.fullmatch(path.name)
+            if found and name in (None, found[1]) and not path.is_dir():
+                path.unlink(missing_ok=True)
 
 
 def sync(stream: BinaryIO) -> None:

@@ -1,8 +1,10 @@
 """From a command line to a stage: the whole body of a recipe."""
 
 import dataclasses
+import errno
 import importlib
-import os.path
+import os
+import resource
 import sys
 import time
 import traceback
@@ -24,6 +26,8 @@ from engine.settings.saved import load_config
 from engine.stop import noting_signals
 
 _Config = TypeVar("_Config")
+_NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE)
+_NOT_THERE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 _MAX_DIGITS = 9  # of a number of GPUs
 
@@ -65,17 +69,42 @@ def run_stage(
             quiet_libraries()
             dry_run = importlib.import_module("engine.dry_run.dry_run").dry_run
             dry_run(job.stage, _named_gpus(job.dry_run), usual=num_gpus)
-    except UserError as error:
-        _print_once(f"error: {error}")
-        tell_torchrun(f"error: {error}")
-        _tell_others(f"error: {error}", 2)
-        sys.exit(2)
     except Exception as error:
+        said = str(error) if isinstance(error, UserError) else _said_by_system(error)
+        if said is not None:
+            _print_once(f"error: {said}")
+            tell_torchrun(f"error: {said}")
+            _tell_others(f"error: {said}", 2)
+            sys.exit(2)
         text = "".join(traceback.format_exception(error)).rstrip()
         last_line = text.rpartition("\n")[2]
         tell_torchrun(last_line)
         _tell_others(last_line, 1, text)
         raise
+
+
+def _said_by_system(error: Exception) -> str | None:
+    """Return in a line what the system refused: room, files, or a place to write. None for any
+    other error, which may be ours, and keeps its traceback."""
+    if isinstance(error, RuntimeError):  # torch's libraries, gloo among them, put it into the text
+        found = [number for number in _NO_MORE if os.strerror(number) in str(error)]
+        return f"{_refused(found[0])} ({str(error).splitlines()[0]:.200})" if found else None
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    path = error.filename if isinstance(error.filename, str) else None
+    if error.errno in _NO_MORE or (path is not None and error.errno in _NOT_THERE):
+        return f"{path or 'the system'}: {_refused(error.errno)}"
+    is_lost = error.errno in (errno.ENOENT, errno.ESTALE) and path is not None
+    if is_lost and not Path(path or "").parent.exists():  # the folder of it was there before
+        return f"{path}: {error.strerror}; its folder was moved or removed meanwhile"
+    return None
+
+
+def _refused(number: int) -> str:
+    if number != errno.EMFILE:
+        return os.strerror(number)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return f"{os.strerror(number)}: this process may have {limit} (ulimit -n); raise that"
 
 
 def _tell_others(message: str, status: int, text: str = "") -> None:

@@ -8,6 +8,7 @@ import codecs
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from engine import stop
 from engine.data.examples import Example, Shape
@@ -26,6 +28,7 @@ from engine.files import MAX_SHOWN_PATH, open_file, read_lines, read_object, rep
 _PIECE_CHARACTERS = 1 << 16  # a .txt file may not fit in memory
 _PART_BYTES = 1 << 20  # of a line of a .txt file, which may have no other line; our choice
 _SECONDS_A_LINE = 15.0
+_CHECKED_BYTES = 1 << 22  # at a time, which caches hold; our choice
 
 
 class TokenSequences:
@@ -91,7 +94,8 @@ def make_token_file(
 
     The source may be gzip. It is encoded on all cores; a long one says now and then how far it is,
     and a signal that asks the run to stop leaves nothing of it. Its tokens are kept in `cache_dir`
-    under the source's content and the tokenizer's fingerprint. Several processes may make them at
+    under the source's content and the tokenizer's fingerprint, with a checksum: where they are
+    damaged they are made again. Several processes may make them at
     once: all write the same bytes, each whole; the ranks of a run save the work (engine/run.py).
     Raises UserError.
     """
@@ -106,18 +110,27 @@ def make_token_file(
     stem = f"{source.name.split('.')[0]}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:20]}"
     tokens_path = cache_dir / f"{stem}.{dtype.name}"
 
-    if not _is_complete(tokens_path):
-        progress = _Progress(source)
+    if not _is_whole(tokens_path, tokenizer.vocab_size):
+        if os.path.lexists(tokens_path) and os.path.lexists(_report_path(tokens_path)):
+            print(
+                f"WARNING: {tokens_path}: damaged, or of an earlier version; it is made again",
+                file=sys.stderr,
+                flush=True,
+            )
+        progress, digest, num_bytes = _Progress(source), xxhash.xxh3_128(), 0
         with replacing(tokens_path) as stream:
             for batch in in_batches(_pieces(documents)):
-                stream.write(np.asarray(_ids_of(batch, tokenizer), dtype=dtype).tobytes())
-                num_bytes = stream.tell()
+                encoded = np.asarray(_ids_of(batch, tokenizer), dtype=dtype).tobytes()
+                stream.write(encoded)
+                digest.update(encoded)
+                num_bytes += len(encoded)
                 progress.show(documents.share_read, num_bytes // dtype.itemsize)
                 if stop.is_noted():
                     stop.leave(f"while {source} was read")
+        summary = asdict(documents.report()) | {"num_bytes": num_bytes}
+        digest.update(json.dumps(summary).encode())
         with replacing(_report_path(tokens_path)) as stream:  # last: where it is, all are there
-            summary = asdict(documents.report()) | {"num_bytes": num_bytes}
-            stream.write(json.dumps(summary).encode())
+            stream.write(json.dumps(summary | {"checksum": digest.hexdigest()}).encode())
     return tokens_path
 
 
@@ -129,7 +142,8 @@ def read_token_file(path: Path, source: Path | str) -> TokenFile:
         num_bad=summary["num_bad"],
         first_errors=tuple(summary["first_errors"]),
     )
-    tokens = np.memmap(path, dtype=np.dtype(path.suffix[1:]), mode="r")
+    with open_file(path) as stream:
+        tokens = np.memmap(stream, dtype=np.dtype(path.suffix[1:]), mode="r")
     return TokenFile(tokens=tokens, report=report, source=Path(source))
 
 
@@ -172,16 +186,25 @@ def _report_path(tokens_path: Path) -> Path:
     return tokens_path.with_suffix(".json")
 
 
-def _is_complete(tokens_path: Path) -> bool:
-    report_path = _report_path(tokens_path)
+def _is_whole(tokens_path: Path, vocab_size: int) -> bool:
+    """Return whether tokens and their report are there as they were written, and all ids are below
+    vocab_size: reads all of both."""
+    report_path, dtype = _report_path(tokens_path), np.dtype(tokens_path.suffix[1:])
     if not report_path.exists() or not tokens_path.exists():
         return False
     try:
         summary = read_object(report_path)
-    except UserError:  # damaged: all is made again
+    except UserError:  # damaged
         return False
-    is_report = {"num_read", "num_bad", "first_errors"} <= summary.keys()
-    return is_report and summary.get("num_bytes") == tokens_path.stat().st_size
+    digest = xxhash.xxh3_128()
+    with open_file(tokens_path) as stream:
+        while content := stream.read(_CHECKED_BYTES):
+            if len(content) % dtype.itemsize or np.frombuffer(content, dtype).max() >= vocab_size:
+                return False
+            digest.update(content)
+    said = summary.pop("checksum", None)
+    digest.update(json.dumps(summary).encode())
+    return said == digest.hexdigest()
 
 
 def _open_documents(source: Path, skip_bad_lines: bool) -> "RecordReader[list[str]] | _TextFile":

@@ -7,8 +7,10 @@ Every rank reads or writes what it holds, tensor by tensor: a model too large fo
 through tp x pp ranks.
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,16 +18,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.checkpoints.checkpointer import Checkpointer
-from engine.checkpoints.found import find_network, run_of, size_of
+from engine.checkpoints.found import network_at, run_of
 from engine.checkpoints.weights import load_weights
+from engine.claim import claim, holding_claims
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import UserError
-from engine.files import open_file, read_object, replacing
+from engine.files import open_file, read_object, replacing, sync, sync_folder, writing
 from engine.huggingface.weight_files import StoredTensor, open_weights
+from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
 from engine.run import require_path
@@ -61,6 +66,7 @@ def convert(config: ConvertConfig) -> None:
         export_huggingface(config)
 
 
+@holding_claims()
 def import_huggingface(config: ConvertConfig) -> Path:
     """Write a run whose one checkpoint holds the weights of a Hugging Face folder; return the run.
 
@@ -74,16 +80,19 @@ def import_huggingface(config: ConvertConfig) -> Path:
     tokenizer = _load_tokenizer(config.tokenizer or source, size)
     network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))
     load_huggingface(network, source)
-    if parallel.is_writer:
-        tokenizer.save(out / "tokenizer")
-        save_config(config, out / "config.json")
-    Checkpointer(
-        directory=out / "checkpoints",
-        parallel=parallel,
-        networks={config.role: network},
-        optimizers={},
-        tokenizer_fingerprint=tokenizer.fingerprint(),
-    ).save(0, {})
+    with _becoming(out, parallel) as partial:
+        if parallel.is_writer:
+            tokenizer.save(partial / "tokenizer")
+            save_config(config, partial / "config.json")
+        checkpointer = Checkpointer(
+            directory=partial / "checkpoints",
+            parallel=parallel,
+            networks={config.role: network},
+            optimizers={},
+            tokenizer_fingerprint=tokenizer.fingerprint(),
+        )
+        with checkpointer:
+            checkpointer.save(0, {})
     return out
 
 
@@ -91,11 +100,12 @@ def export_huggingface(config: ConvertConfig) -> Path:
     """Write a checkpoint's language model as a Hugging Face folder; return it. Raises UserError."""
     parallel = start_parallel(config.layout, seed=0)
     source, out = require_path(config.source, "source"), _require_out(config)
-    size = size_of(source, config.role)
-    beside = run_of(find_network(source, config.role)) / "tokenizer"
+    found = network_at(source, config.role, strict=config.strict)
+    size, beside = found.size, run_of(found.folder) / "tokenizer"
     tokenizer = _load_tokenizer(config.tokenizer or beside, size)
     network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))
-    load_weights(network, source, role=config.role, tokenizer_fingerprint=tokenizer.fingerprint())
+    fingerprint = tokenizer.fingerprint()
+    load_weights(network, found.folder, role=config.role, tokenizer_fingerprint=fingerprint)
     save_huggingface(network, out, tokenizer, file_bytes=int(config.file_gigabytes * 1e9))
     return out
 
@@ -140,6 +150,7 @@ def load_huggingface(network: Network, folder: Path) -> None:
     network.mark_changed()
 
 
+@holding_claims()
 def save_huggingface(
     network: Network, folder: Path, tokenizer: Tokenizer, *, file_bytes: int = 5 * 10**9
 ) -> None:
@@ -151,37 +162,74 @@ def save_huggingface(
     if network.kind != "language":
         raise ValueError("only a language model is a Hugging Face GPT-2")
     parallel, size = network.parallel, network.size
-    partial = folder.with_name(f"{folder.name}.partial")
-    if parallel.is_writer:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
     parameters = {
         huggingface_name(name): (name, parameter)
         for name, parameter in _parameters(network)
         if name != "output_layer.weight"  # the first stage holds it as the embedding
     }
     files = _plan_files(network, list(parameters), file_bytes)
-    for file_name, (stage, names) in files.items():
-        if stage != parallel.pp_rank or parallel.dp_rank > 0:
-            continue
-        tensors = {}
-        for theirs in names:
-            name, parameter = parameters[theirs]
-            shards = _gather(parameter.data, parallel)
-            if shards:
-                tensors[theirs] = from_shards(name, shards, size)
-        if tensors:
-            save_file(tensors, partial / file_name, metadata={"format": "pt"})
-    dist.barrier()
-    if parallel.is_writer:
-        if len(files) > 1:
-            _write_json(partial / "model.safetensors.index.json", _index(files, network))
-        config = config_of_size(size, dtype=network.dtype, eos_id=tokenizer.eos_id)
-        _write_json(partial / "config.json", config)
-        _save_tokenizer(tokenizer, partial, size.context_length)
-        partial.rename(folder)
-    dist.barrier()
+    with _becoming(folder, parallel) as partial:
+        for file_name, (stage, names) in files.items():
+            if stage != parallel.pp_rank or parallel.dp_rank > 0:
+                continue
+            tensors = {}
+            for theirs in names:
+                name, parameter = parameters[theirs]
+                shards = _gather(parameter.data, parallel)
+                if shards:
+                    tensors[theirs] = from_shards(name, shards, size)
+            if tensors:
+                _write_tensors(partial / file_name, tensors)
+        dist.barrier()
+        if parallel.is_writer:
+            if len(files) > 1:
+                _write_json(partial / "model.safetensors.index.json", _index(files, network))
+            config = config_of_size(size, dtype=network.dtype, eos_id=tokenizer.eos_id)
+            _write_json(partial / "config.json", config)
+            _save_tokenizer(tokenizer, partial, size.context_length)
+
+
+@contextlib.contextmanager
+def _becoming(folder: Path, parallel: Parallel) -> Iterator[Path]:
+    """Yield a new folder that all ranks write into, and that becomes `folder` when they are
+    through, or goes. UserError, on all, where `folder` is there or another process makes it."""
+    partial = folder.with_name(f"{folder.name}.partial")
+
+    def begin() -> str:
+        claim(folder, folder.with_name(f".{folder.name}.lock"))
+        if os.path.lexists(folder):
+            raise UserError(f"--out {folder} exists already; name a new folder")
+        with writing(partial):
+            if os.path.lexists(partial):
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+        return ""
+
+    def end() -> str:
+        with writing(folder):
+            partial.rename(folder)
+            sync_folder(folder.parent)
+        return ""
+
+    said_by_first_rank(begin)
+    try:
+        yield partial
+        dist.barrier()
+        said_by_first_rank(end)
+    except BaseException:
+        if parallel.is_writer:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    with writing(path):
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # whatever the system has against it
+            raise UserError(f"{path}: cannot be written: {error}") from None
+        with path.open("rb+") as stream:
+            sync(stream)
 
 
 def _require_out(config: ConvertConfig) -> Path:

@@ -16,7 +16,9 @@ class GenerateConfig:
     source: Path | None = None
     """A run, one of its checkpoints, a network in one, or a Hugging Face GPT-2 folder."""
     role: str = "policy"
-    """Which network of a checkpoint: policy, reference or ema."""
+    """Which network of a checkpoint: policy or ema."""
+    strict: bool = False
+    """Refuse a run whose newest checkpoint is damaged, instead of taking the newest whole one."""
     tokenizer: Path | None = None
     """Tokenizer file or folder; none: the one that lies with the source."""
     prompts: Path | None = None

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import os
 import socket
@@ -9,7 +10,16 @@ import pytest
 
 from engine import files
 from engine.errors import UserError
-from engine.files import MAX_LINE_BYTES, open_file, read_lines, read_object, replacing
+from engine.files import (
+    MAX_LINE_BYTES,
+    check_writable,
+    clear_partials,
+    open_file,
+    read_lines,
+    read_object,
+    replacing,
+    writing,
+)
 
 
 def test_a_missing_file_is_answered_with_near_names(tmp_path: Path) -> None:
@@ -220,3 +230,59 @@ def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"), replacing(tmp_path / "file" / "x"):
         pass
+
+
+def test_what_the_system_refuses_is_one_line_with_the_path(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for number in (
+        errno.ENOSPC,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EMFILE,
+        errno.EDQUOT,
+        errno.EFBIG,
+    ):
+        with pytest.raises(UserError) as refused, writing(path):
+            raise OSError(number, os.strerror(number))
+        assert str(refused.value) == f"{path}: cannot be written: {os.strerror(number)}"
+    with pytest.raises(UserError, match="cannot be written: encoder error -2"), writing(path):
+        raise OSError("encoder error -2")  # pillow's, without a number
+    with pytest.raises(ZeroDivisionError), writing(path):
+        raise ZeroDivisionError  # a bug
+
+
+def test_a_full_device_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "full").symlink_to("/dev/full")
+    path = tmp_path / "full"
+    full = "full: cannot be written: No space left on device"
+    with pytest.raises(UserError, match=full), writing(path), path.open("a") as stream:
+        stream.write("x")
+
+
+def test_a_folder_that_can_be_written_is_as_it_was(tmp_path: Path) -> None:
+    check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+    for folder in (tmp_path / "nowhere", tmp_path / "file"):
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match=f"{folder}: cannot be written"):
+            check_writable(folder)
+
+
+def test_partial_files_are_cleared_of_one_name_or_of_all(tmp_path: Path) -> None:
+    ending = f"{'0f' * 16}.partial"
+    killed = [f".a.json.{ending}", f".b.json.{ending}", f".a.json.partial.{ending}"]
+    others = [f"a.json.{ending}", ".a.json.partial", f".a.json.0{ending[1:].upper()}", ".a.json"]
+    for name in (*killed, *others):
+        (tmp_path / name).touch()
+    clear_partials(tmp_path / "nowhere")
+    clear_partials(tmp_path, "a.json")
+    assert {path.name for path in tmp_path.iterdir()} == {*killed[1:], *others}
+    clear_partials(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(others)
+
+
+def test_the_name_that_is_cleared_is_the_one_that_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written"), replacing(tmp_path / "a") as stream:
+        stream.write(b"half")
+        clear_partials(tmp_path)
+        assert not list(tmp_path.iterdir())

@@ -3,10 +3,12 @@ import json
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from engine.data import pretraining
 from engine.data.pretraining import open_token_file
@@ -88,12 +90,92 @@ def test_the_cache_is_used_until_content_or_tokenizer_change(
     assert len(calls) == 10
 
 
-def test_a_damaged_cache_is_made_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def spoilt(path: Path) -> Iterator[str]:
+    """Damage a file in one way after the other, each from what it was, and name it."""
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    for what, content in {
+        "cut": whole[:-4],
+        "cut within a token": whole[:-1],
+        "empty": b"",
+        "longer": whole + b"\0\0",
+        "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        "zeros": bytes(len(whole)),
+        "another's": b"\1\0" * (len(whole) // 2),
+        "no text": b"\xff" * len(whole),
+        "list": b"[]",
+        "brackets": b"[" * 100_000,
+    }.items():
+        path.write_bytes(content)
+        yield what
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("ending", ["uint16", "json"])
+def test_damaged_tokens_are_made_again_and_said(
+    tokenizer: Tokenizer, tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    made = open_token_file(source, tokenizer, cache)
+    expected = made.tokens.tolist()  # the file is mapped, and will be spoilt
+    [path] = cache.glob(f"*.{ending}")
+    capsys.readouterr()
+    for what in spoilt(path):
+        found = open_token_file(source, tokenizer, cache)
+        assert found.tokens.tolist() == expected, what
+        assert found.report == made.report, what
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1 and said.startswith("WARNING: "), what
+        assert ".uint16: damaged, or of an earlier version; it is made again" in said
+    open_token_file(source, tokenizer, cache)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_count_in_the_report_is_as_safe_as_the_tokens(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    open_token_file(source, tokenizer, cache)
+    [path] = cache.glob("*.json")
+    path.write_text(path.read_text().replace('"num_read": 3', '"num_read": 7'))
+    assert open_token_file(source, tokenizer, cache).report.num_read == 3
+
+
+def test_ids_that_the_tokenizer_lacks_are_not_taken_whatever_the_checksum(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
     expected = list(open_token_file(source, tokenizer, cache).tokens)
+    [tokens], [report] = cache.glob("*.uint16"), cache.glob("*.json")
+    content = np.full(len(expected), tokenizer.vocab_size, np.uint16).tobytes()
+    tokens.write_bytes(content)
+    summary = json.loads(report.read_text())
+    del summary["checksum"]
+    digest = xxhash.xxh3_128_hexdigest(content + json.dumps(summary).encode())
+    report.write_text(json.dumps(summary | {"checksum": digest}))
+    assert list(open_token_file(source, tokenizer, cache).tokens) == expected
+
+
+def test_damaged_tokens_without_their_source_are_an_error(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    open_token_file(source, tokenizer, cache)
     [path] = cache.glob("*.uint16")
     path.write_bytes(path.read_bytes()[:-4])
-    assert list(open_token_file(source, tokenizer, cache).tokens) == expected
+    source.unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl: no such file"):
+        open_token_file(source, tokenizer, cache)
+
+
+def test_a_pipe_in_the_place_of_tokens_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    open_token_file(source, tokenizer, cache)
+    [path] = cache.glob("*.uint16")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="uint16 is no regular file"):
+        open_token_file(source, tokenizer, cache)
 
 
 def test_a_bad_line_stops_and_leaves_no_file(tokenizer: Tokenizer, tmp_path: Path) -> None:

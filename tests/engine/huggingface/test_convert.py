@@ -1,4 +1,8 @@
+import errno
+import fcntl
 import json
+import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -27,6 +31,7 @@ from engine.ranks.start import start_parallel
 from engine.settings.convert import ConvertConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.saving import SaveConfig
 from engine.training.network import Network, build_network
 from engine.training.passes import forward
 from models.attention import PackedSequences
@@ -290,6 +295,55 @@ def test_gpt2s_two_tokenizer_files_go_both_ways(gpt2, copy, tmp_path, parallel):
     assert [theirs(text)["input_ids"] for text in TEXTS] == [ours.encode(t) for t in TEXTS]
 
 
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_a_second_conversion_into_a_folder_is_refused(gpt2, tmp_path, direction):
+    convert(ConvertConfig(direction="import", source=gpt2, out=tmp_path / "run"))
+    source = gpt2 if direction == "import" else tmp_path / "run"
+    config = ConvertConfig(direction=direction, source=source, out=tmp_path / "out")
+    with (tmp_path / ".out.lock").open("w") as lock:  # as another process has it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="out: another run writes into this folder"):
+            convert(config)
+    convert(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_a_conversion_that_fails_leaves_nothing_and_one_that_was_killed_no_hindrance(
+    gpt2, tmp_path, direction, monkeypatch
+):
+    convert(ConvertConfig(direction="import", source=gpt2, out=tmp_path / "run"))
+    source = gpt2 if direction == "import" else tmp_path / "run"
+    config = ConvertConfig(direction=direction, source=source, out=tmp_path / "out")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "of-a-killed-one").touch()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Tokenizer, "save", full_disk)
+        convert(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "of-a-killed-one").touch()
+    convert(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    assert not (tmp_path / "out" / "of-a-killed-one").exists()
+
+
+def full_disk(*arguments: object, **options: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_weights_that_find_no_room_are_one_line(gpt2, tmp_path, parallel):
+    network, tokenizer = build(gpt2, parallel), load_tokenizer(gpt2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"model\.safetensors: cannot be written: .*too large"):
+            save_huggingface(network, tmp_path / "hf", tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
 def refusal(folder: Path, **options) -> str:
     """The message with which the import of `folder` is refused, having written nothing."""
     out = folder.parent / "run"
@@ -377,6 +431,7 @@ def test_a_network_of_another_size_or_kind_is_refused(gpt2, parallel, tmp_path):
     Checkpointer(
         directory=tmp_path / "run" / "checkpoints",
         parallel=parallel,
+        saving=SaveConfig(save_in_background=False),
         networks={"reward_model": scalar},
         optimizers={},
     ).save(0, {})
