@@ -20,7 +20,7 @@ from engine.environment import (
     rank_of_environment,
     tell_torchrun,
 )
-from engine.errors import UserError
+from engine.errors import UserError, quoted
 from engine.settings.command_line import parse_config
 from engine.settings.saved import load_config
 from engine.stop import noting_signals
@@ -28,6 +28,8 @@ from engine.stop import noting_signals
 _Config = TypeVar("_Config")
 _NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE)
 _NOT_THERE = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+_MAX_DIGITS = 9  # of a number of GPUs
 
 
 def run_stage(
@@ -58,7 +60,7 @@ def run_stage(
             return
         job = parse_config(_stage_job(default), arguments)
         if job.config is not None:
-            path = job.config / "config.json" if job.config.is_dir() else job.config
+            path = job.config / "config.json" if os.path.isdir(job.config) else job.config
             job = parse_config(_stage_job(load_config(type(default), path)), arguments)
         if job.dry_run is None:
             with noting_signals():
@@ -153,9 +155,10 @@ def _named_gpus(words: Sequence[str]) -> int | None:
     """Return the number of GPUs that --dry-run names, None without one; raises UserError."""
     if not words:
         return None
-    if len(words) > 1 or not words[0].isdecimal() or int(words[0]) < 1:
-        named = " ".join(words)
-        raise UserError(f"--dry-run takes a number of GPUs, at least 1, or none; got {named!r}")
+    is_number = len(words) == 1 and len(words[0]) <= _MAX_DIGITS and words[0].isdecimal()
+    if not is_number or int(words[0]) < 1:
+        named = quoted(" ".join(words))
+        raise UserError(f"--dry-run takes a number of GPUs, at least 1, or none; got {named}")
     return int(words[0])
 
 

@@ -4,6 +4,7 @@ Documents follow one another with an end of text after each. Sequences are cut f
 without regard to documents (GPT-3, arXiv 2005.14165, appendix B).
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -21,10 +22,11 @@ from engine import stop
 from engine.data.examples import Example, Shape
 from engine.data.jsonl import ReadReport, RecordReader, check_text, required
 from engine.data.tokenizer import Tokenizer, in_batches
-from engine.errors import UserError
-from engine.files import open_file, read_lines, read_object, replacing
+from engine.errors import UserError, named
+from engine.files import MAX_SHOWN_PATH, open_file, read_lines, read_object, replacing
 
 _PIECE_CHARACTERS = 1 << 16  # a .txt file may not fit in memory
+_PART_BYTES = 1 << 20  # of a line of a .txt file, which may have no other line; our choice
 _SECONDS_A_LINE = 15.0
 _CHECKED_BYTES = 1 << 22  # at a time, which caches hold; our choice
 
@@ -98,12 +100,14 @@ def make_token_file(
     Raises UserError.
     """
     source, cache_dir = Path(source), Path(cache_dir)
+    # What is no text is refused before all of it is read for its digest.
+    next(_pieces(_open_documents(source, skip_bad_lines)))
     documents = _open_documents(source, skip_bad_lines)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     with open_file(source) as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
     key = f"{source.name} {content} {tokenizer.fingerprint()} {skip_bad_lines}"
-    stem = f"{source.name.split('.')[0]}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+    stem = f"{source.name.split('.')[0]}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:20]}"
     tokens_path = cache_dir / f"{stem}.{dtype.name}"
 
     if not _is_whole(tokens_path, tokenizer.vocab_size):
@@ -222,6 +226,7 @@ class _TextFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._name = named(path, MAX_SHOWN_PATH)
         self.share_read = 0.0  # of the file's bytes
 
     def __iter__(self) -> Iterator[Iterable[str]]:
@@ -234,21 +239,47 @@ class _TextFile:
         self.share_read = share
 
     def _pieces(self) -> Iterator[str]:
-        """Yield the text in parts that end before whitespace, where tokenizers cut anyway."""
+        """Yield the text in parts that end before whitespace, where tokenizers cut anyway. Where a
+        line of over _PART_BYTES has none, it is cut where it has so many bytes."""
         pending = ""
         is_empty = True
-        for number, line in read_lines(self._path, self._reached):
-            try:
-                pending += line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{self._path}:{number}: not UTF-8: byte {error.start + 1} of the line"
-                ) from None
-            is_empty = is_empty and not pending.strip()
+        for text, is_line_end in self._texts():
+            pending += text
+            is_empty = is_empty and not text.strip()
             if len(pending) > _PIECE_CHARACTERS:
-                cut = len(pending.rstrip()) or len(pending)
-                yield pending[:cut]
-                pending = pending[cut:]
+                end = _end_of_piece(pending, is_line_end)
+                yield pending[:end]
+                pending = pending[end:]
         if is_empty:
-            raise UserError(f"{self._path}: the file is empty; it needs text")
+            raise UserError(f"{self._name}: the file is empty; it needs text")
         yield pending
+
+    def _texts(self) -> Iterator[tuple[str, bool]]:
+        """Yield (text, whether a line ends there): lines, the long ones in parts; UserError for
+        what is no text in UTF-8."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        number, num_bytes = 1, 0
+        try:
+            for number, part in read_lines(self._path, self._reached, part_bytes=_PART_BYTES):
+                is_line_end = part.endswith(b"\n")
+                text = decoder.decode(part, final=is_line_end)
+                if "\0" in text:  # such as a file that was lost in a power cut
+                    raise UserError(f"{self._name}:{number}: not text: it holds a NUL")
+                yield text, is_line_end or len(part) < _PART_BYTES
+                num_bytes = 0 if is_line_end else num_bytes + len(part)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            # The decoder held back the first bytes of a character that a part had cut.
+            number_of_byte = num_bytes - len(decoder.getstate()[0]) + error.start + 1
+            raise UserError(
+                f"{self._name}:{number}: not UTF-8: byte {number_of_byte} of the line"
+            ) from None
+
+
+def _end_of_piece(text: str, is_line_end: bool) -> int:
+    """Return where a piece of text ends: before the whitespace at its end, or within a line before
+    its last word, of which more may come."""
+    if is_line_end:
+        return len(text.rstrip()) or len(text)
+    words = text.rsplit(None, 1)
+    return len(words[0]) if len(words) == 2 else len(text)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from engine.settings.checks import check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.sampling import SamplingConfig
 
@@ -40,3 +41,6 @@ class GenerateConfig:
     """Seeds the draws."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     """Ranks that share the model; those left over share the prompts."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, counts="num_samples", not_negative="seed")

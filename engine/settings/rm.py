@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from engine.settings.adam import AdamConfig
-from engine.settings.checks import check_numbers
+from engine.settings.checks import check_epochs, check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.saving import SaveConfig
@@ -83,3 +83,4 @@ class RMConfig:
             positive="epochs",
             not_negative="seed eval_every",
         )
+        check_epochs(self.epochs)

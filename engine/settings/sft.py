@@ -11,7 +11,7 @@ import tyro
 
 from engine.errors import UserError
 from engine.settings.adam import AdamConfig
-from engine.settings.checks import check_numbers
+from engine.settings.checks import check_epochs, check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
@@ -122,6 +122,7 @@ class SFTConfig:
             not_negative="seed eval_every",
             shares="dropout",
         )
+        check_epochs(self.epochs)
 
     @property
     def num_pretraining_sequences(self) -> int:

@@ -249,9 +249,65 @@ def test_a_text_file_is_one_document(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert token_file.report.num_read == 1
 
 
+@pytest.mark.parametrize("words", ["moderately  priced \u00e9t\u00e9 ", "na\u00efvet\u00e9"])
+def test_a_line_of_megabytes_is_read_in_parts(
+    tokenizer: Tokenizer, tmp_path: Path, words: str
+) -> None:
+    text = words * (3_000_000 // len(words))
+    source, packed = tmp_path / "book.txt", tmp_path / "packed.txt.gz"
+    source.write_text(text)
+    packed.write_bytes(gzip.compress(text.encode(), 1))
+    longest = 0
+
+    def noted(texts: list[str]) -> list[list[int]]:
+        nonlocal longest
+        longest = max(longest, *map(len, texts))
+        return list(tokenizer.encode_all(texts))
+
+    noting = Tokenizer(vocab_size=400, eos_id=1, encode=noted, decode=str, files={})
+    tokens = open_token_file(source, noting, tmp_path / "cache").tokens
+    assert longest < 3 * 2**19
+    assert np.array_equal(tokens, open_token_file(packed, noting, tmp_path / "cache").tokens)
+    if " " in words:  # cut before whitespace, where the tokenizer cuts as well
+        assert list(tokens) == [*tokenizer.encode(text), tokenizer.eos_id]
+    assert tokenizer.decode(tokens) == text
+
+
+@pytest.mark.parametrize("before", [2**20 - 1, 2**20, 3 * 2**20 - 2])
+def test_a_byte_that_is_no_text_is_named_in_a_long_line(
+    tokenizer: Tokenizer, tmp_path: Path, before: int
+) -> None:
+    for bad in (b"\xff", b"\xe2\x82 a", b"\xe2\x82"):
+        (tmp_path / "a.txt").write_bytes(b"a\n" + b"b " * (before // 2) + b"b" * (before % 2) + bad)
+        with pytest.raises(UserError, match=rf"a\.txt:2: not UTF-8: byte {before + 1} of the line"):
+            open_token_file(tmp_path / "a.txt", tokenizer, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("report", ["", "[", "[]", "{}", '{"num_bytes": 1}', "[" * 100_000])
+def test_a_damaged_report_is_made_again(tokenizer: Tokenizer, tmp_path: Path, report: str) -> None:
+    source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    expected = open_token_file(source, tokenizer, cache)
+    [path] = cache.glob("*.json")
+    path.write_text(report)
+    again = open_token_file(source, tokenizer, cache)
+    assert np.array_equal(again.tokens, expected.tokens)
+    assert again.report == expected.report
+
+
+def test_what_is_no_text_is_refused_before_it_is_read_whole(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 1 << 40)  # of zeros, which take no room on the disk
+        with pytest.raises(UserError, match=rf"{name}:1: "):
+            open_token_file(tmp_path / name, tokenizer, tmp_path / "cache")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
+        ("a.txt", b"a\nb\0", r"a\.txt:2: not text: it holds a NUL"),
         ("a.txt", b" \n", "the file is empty"),
         ("a.txt", b"a\n\xff", r"a\.txt:2: not UTF-8"),
         ("a.jsonl", b"", "the file is empty"),
