@@ -125,7 +125,7 @@ def train(config: PPOConfig) -> dict[str, float]:
             kl.update(values["score/kl"], len(rollout))
             metrics.log(iteration, values)
             metrics.log_alarms(iteration, alarms.check(values))
-            end_if_stuck(f"iteration {iteration}", run.checkpoints, **learner.skipped)
+            end_if_stuck(f"iteration {iteration}", checkpointer.newest, **learner.skipped)
             is_last = iteration + 1 == config.iterations
             if is_last or iteration % config.show_every == 0:
                 samples = scored.samples(rollout, run.tokenizer, config.num_shown)

@@ -101,7 +101,7 @@ def train(config: RMConfig) -> dict[str, float]:
             values["train/epoch"] = feed.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
-            end_if_stuck(f"step {step}", run.checkpoints, reward_model=optimizer.skipped)
+            end_if_stuck(f"step {step}", checkpointer.newest, reward_model=optimizer.skipped)
             boundary = checkpointer.boundary(step + 1, is_last=is_last)
             if boundary.saves:
                 checkpointer.save(step + 1, {"metrics": values})

@@ -100,7 +100,7 @@ def train(config: SFTConfig) -> dict[str, float]:
             values["train/epoch"] = lead.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
-            end_if_stuck(f"step {step}", run.checkpoints, policy=optimizer.skipped)
+            end_if_stuck(f"step {step}", checkpointer.newest, policy=optimizer.skipped)
             if epoch and (config.save_every_epoch or selection is not None):
                 checkpointer.save_weights(epoch_name(epoch))
                 if selection is not None:

@@ -158,6 +158,15 @@ class Checkpointer:
         could not be written."""
         self._saver.finish()
 
+    def newest(self) -> str:
+        """Return the path of the newest checkpoint, once it is on the disk; "" where there is none.
+        All ranks call together."""
+        self.finish()
+        latest = self.directory / "latest"
+        return said_by_first_rank(
+            lambda: str(pointed_checkpoint(latest)) if latest.exists() else ""
+        )
+
     def select(self, name: str) -> None:
         """Make `name` the checkpoint that whoever is given the run's folder loads, in place of the
         newest."""
