@@ -39,6 +39,14 @@ def world_size_of_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
 
 
+def attempt_of_environment() -> int:
+    """Return how often torchrun has started this launch's ranks anew; 0 at first and elsewhere.
+
+    Its store outlives them, and has what the ranks of before have said.
+    """
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def tell_torchrun(message: str) -> None:
     """Have torchrun end its report with why this rank failed; elsewhere do nothing.
 

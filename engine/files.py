@@ -2,9 +2,11 @@
 
 import contextlib
 import difflib
-import gzip
+import io
+import itertools
 import json
 import os
+import re
 import stat
 import uuid
 import zlib
@@ -13,11 +15,27 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from engine.errors import UserError
+from engine.errors import UserError, named
 
 # The content says whether a file is gzip, not the name: a .gz may have been unpacked in place.
 _GZIP_MAGIC = b"\x1f\x8b"
+_PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial", re.DOTALL)
 _MAX_JSON_BYTES = 64 << 20  # of a file that is read as one value; our choice: ours are a few MB
+MAX_LINE_BYTES = 16 << 20
+"""Of a line that is read whole. Our choice: several times the longest book, and what a tokenizer
+makes of it (150 bytes a byte, measured) fits a small machine."""
+_MAX_EMPTY_BYTES = 4 << 20  # by which empty lines may outweigh all others; our choice: seconds
+# gzip expands at most 1,030 times, at its fastest 230 times, and text of any use 3 to 30 times:
+# data repeats itself, but less within the 32 KiB that gzip sees. Our choice: from 128 MiB on, what
+# expands 100 times is a bomb.
+_MAX_EXPANSION = 100
+_MIN_BOMB_BYTES = 128 << 20
+_MAX_EMPTY_MEMBERS = 1000  # in a row; our choice: block gzip (BGZF) ends with one
+_PACKED_BYTES = 1 << 16
+_UNPACKED_BYTES = 1 << 17
+_MAX_NAMES = 10_000  # of a folder that are compared with one that is missing
+MAX_SHOWN_PATH = 300
+"""Characters of a path in an error."""
 
 
 def open_file(path: Path) -> BufferedReader:
@@ -25,6 +43,7 @@ def open_file(path: Path) -> BufferedReader:
 
     A pipe may never end, and a device does not: neither is read.
     """
+    name = named(path, MAX_SHOWN_PATH)
     try:
         # Without waiting: to open a pipe would take until somebody writes into it.
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -32,52 +51,141 @@ def open_file(path: Path) -> BufferedReader:
             return os.fdopen(number, "rb")
         os.close(number)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {_near_names(path)}") from None
+        raise UserError(f"{name}: no such file; {_near_names(path)}") from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{name}: {error.strerror}") from None
+    except ValueError as error:  # a NUL, half of a surrogate pair
+        raise UserError(f"{name} cannot be a path: {error}") from None
     kind = "a folder; name one file in it" if path.is_dir() else "no regular file, and is not read"
-    raise UserError(f"{path} is {kind}")
+    raise UserError(f"{name} is {kind}")
 
 
 def read_lines(
-    path: Path, reached: Callable[[float], object] = lambda share: None
+    path: Path,
+    reached: Callable[[float], object] = lambda share: None,
+    *,
+    part_bytes: int | None = None,
 ) -> Iterator[tuple[int, bytes]]:
     """Yield (number from 1, line with its newline) of a plain or gzip file; raises UserError.
 
-    `reached` is told before each line which share of the file has been read.
+    `reached` is told before each line which share of the file has been read. A line over
+    MAX_LINE_BYTES is an error; with part_bytes it comes in parts of so many bytes, each with the
+    line's number. Errors are also what only takes time: empty lines that outweigh the others by
+    megabytes, and gzip data that expand as no text does.
     """
-    number = 0
+    name = named(path, MAX_SHOWN_PATH)
+    number, num_empty, num_other = 0, 0, 0
+    limit = part_bytes or MAX_LINE_BYTES + 1
     with open_file(path) as raw:
-        is_gzip = raw.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
-        raw.seek(0)
         num_bytes = max(1, os.fstat(raw.fileno()).st_size)
         try:
-            for number, line in enumerate(gzip.GzipFile(fileobj=raw) if is_gzip else raw, start=1):
+            is_gzip = raw.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+            raw.seek(0)
+            stream = io.BufferedReader(_Unpacked(raw), _UNPACKED_BYTES) if is_gzip else raw
+            ends_line = True
+            while line := stream.readline(limit):
+                number += ends_line
+                ends_line = line.endswith(b"\n")
+                if len(line) > MAX_LINE_BYTES:
+                    raise UserError(f"{name}:{number}: a line of over {MAX_LINE_BYTES} bytes")
+                if not line.isspace():
+                    num_other += len(line)
+                elif (num_empty := num_empty + len(line)) > num_other + _MAX_EMPTY_BYTES:
+                    raise UserError(f"{name}:{number}: {num_empty} bytes to here are empty lines")
                 reached(raw.tell() / num_bytes)
                 yield number, line
         except EOFError:
             raise UserError(
-                f"{path}: the gzip data ends early, after line {number}; copy the file again"
+                f"{name}: the gzip data ends early, after line {number}; copy the file again"
             ) from None
-        except (gzip.BadGzipFile, zlib.error) as error:
+        except zlib.error as error:
             raise UserError(
-                f"{path}: damaged gzip data after line {number} ({error}); copy the file again"
+                f"{name}: damaged gzip data after line {number} ({error}); copy the file again"
             ) from None
+        except _Bomb as error:
+            raise UserError(
+                f"{name}: {error}, after line {number}; unpack the file, if it is meant so"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read: {error.strerror}") from None
+
+
+class _Bomb(Exception):
+    """How gzip data expand as no text does."""
+
+
+class _Unpacked(io.RawIOBase):
+    """The content of gzip data, of all members in turn, unpacked no further than it is read.
+
+    Raises EOFError where the data end early, zlib.error where they are damaged, and _Bomb.
+    """
+
+    def __init__(self, raw: BinaryIO) -> None:
+        super().__init__()
+        self._raw = raw
+        self._packed = b""
+        self._member: Any = None  # zlib's decompressor has no public type
+        self._num_bytes = 0
+        self._num_empty = 0
+        self._is_empty = True
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill the buffer's beginning; returns how many bytes that are, 0 at the end."""
+        while True:
+            packed = self._packed or self._raw.read(_PACKED_BYTES)
+            if self._member is None:
+                self._packed = packed.lstrip(b"\0")  # padding, where a member could begin
+                if not packed:
+                    return 0
+                if not self._packed:
+                    continue
+                packed, self._member = self._packed, zlib.decompressobj(wbits=31)
+                self._is_empty = True
+            content = self._member.decompress(packed, len(buffer))
+            has_ended = self._member.eof
+            if not (packed or content or has_ended):
+                raise EOFError
+            self._packed = self._member.unused_data if has_ended else self._member.unconsumed_tail
+            self._count(len(content), has_ended)
+            if has_ended:
+                self._member = None
+            if content:
+                buffer[: len(content)] = content
+                return len(content)
+
+    def _count(self, num_new: int, has_ended: bool) -> None:
+        """Raise _Bomb where what has been unpacked so far is no text."""
+        self._num_bytes += num_new
+        self._is_empty = self._is_empty and not num_new
+        if has_ended:
+            self._num_empty = self._num_empty + 1 if self._is_empty else 0
+        if self._num_empty > _MAX_EMPTY_MEMBERS:
+            raise _Bomb(f"gzip data of {self._num_empty} empty members in a row")
+        num_packed = self._raw.tell()
+        if self._num_bytes > max(_MIN_BOMB_BYTES, _MAX_EXPANSION * num_packed):
+            raise _Bomb(f"{num_packed} bytes of gzip data are {self._num_bytes} unpacked")
 
 
 def read_object(path: Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     """Return the object in a JSON file; raises UserError, for a file of more bytes too."""
+    name = named(path, MAX_SHOWN_PATH)
     with open_file(path) as stream:
         num_bytes = os.fstat(stream.fileno()).st_size
         if num_bytes > max_bytes:
-            raise UserError(f"{path} has {num_bytes} bytes; {max_bytes} are the most that is read")
-        content = stream.read(max_bytes)
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+            raise UserError(f"{name} has {num_bytes} bytes; {max_bytes} are the most that is read")
+        try:
+            value = json.loads(stream.read(max_bytes))
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{name}: not JSON: {error}") from None
+        except MemoryError:
+            raise UserError(f"{name}: as JSON it takes more memory than there is") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: a {type(value).__name__} where an object should be")
+        raise UserError(f"{name}: a {type(value).__name__} where an object should be")
     return value
 
 
@@ -90,17 +198,47 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("xb") as stream:
-            yield stream
-            sync(stream)
-        partial.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("xb") as stream:
+                yield stream
+                sync(stream)
+            partial.replace(path)
+            sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):  # it was never made, or has become `path`
             partial.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise what the system has against a block that writes `path` as a UserError that names it: a
+    full disk, a folder that is read-only or gone, no more file descriptors."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError where nothing can be written into a folder that is there."""
+    probe = folder / f".probe.{uuid.uuid4().hex}.partial"
+    with writing(folder):
+        try:
+            with probe.open("xb") as stream:
+                stream.write(b"?")
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def clear_partials(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes were writing into a folder by `replacing`: all of it, or what
+    would have become `name`. Only for who knows that nobody is writing there now."""
+    with contextlib.suppress(OSError):  # there is no such folder
+        for path in list(folder.iterdir()):
+            found = _PARTIAL.fullmatch(path.name)
+            if found and name in (None, found[1]) and not path.is_dir():
+                path.unlink(missing_ok=True)
 
 
 def sync(stream: BinaryIO) -> None:
@@ -119,10 +257,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def _near_names(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"the folder {path.parent} does not exist"
-    names = [entry.name for entry in path.parent.iterdir()]
+    folder = named(path.parent, MAX_SHOWN_PATH)
+    try:
+        names = [entry.name for entry in itertools.islice(os.scandir(path.parent), _MAX_NAMES)]
+    except (FileNotFoundError, NotADirectoryError):
+        return f"the folder {folder} does not exist"
+    except OSError as error:
+        return f"the folder {folder} cannot be looked into: {error.strerror}"
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     if near:
-        return f"{path.parent} has {', '.join(near)}"
-    return f"{path.parent} has nothing of a similar name"
+        return f"{folder} has {', '.join(map(named, near))}"
+    return f"{folder} has nothing of a similar name"

@@ -1,12 +1,17 @@
 """What a run says about itself: metrics.jsonl, TensorBoard, a line a step, sample tables, curves.
 
 The same keys everywhere, `phase/name`; steps count from 0. Only the writing rank has files and a
-voice; on the others the phase timers run and the rest does nothing.
+voice; on the others the phase timers run and the rest does nothing. What cannot be written ends the
+run in a line. Rows are not forced to the disk: a power cut may take the last ones, and a resume
+writes those after its checkpoint again. A row that is damaged is set aside, for logs are no state.
 """
 
 import contextlib
 import json
 import math
+import os
+import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +24,9 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.alarms import Alarm
-from engine.files import replacing
-from engine.printable import open_console, printable
+from engine.claim import check_claim
+from engine.files import open_file, replacing, writing
+from engine.printable import ERROR_CHARACTERS, open_console, printable, say
 
 SFT_HEADLINE = (
     "train/loss",
@@ -75,14 +81,11 @@ class Metrics:
         self._progress: Progress | None = None
         if not is_writer:
             return
-        from torch.utils.tensorboard import (
-            SummaryWriter,
-        )  # takes a second, which only one rank pays
-
-        run_dir.mkdir(parents=True, exist_ok=True)
+        with writing(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
         for name in ("metrics", "samples", "alarms"):
             _drop_steps_from(run_dir / f"{name}.jsonl", first_step)
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._events = _EventFile(run_dir / "tensorboard", first_step)
         self._console = open_console()
         self._title = _title(run_dir.name)
         if self._console.is_terminal:
@@ -95,12 +98,12 @@ class Metrics:
         self.phase_seconds = {}
         if not self._is_writer:
             return
+        check_claim(self._run_dir)
         row = {key: float(value) for key, value in row.items()}
         # A number that is not finite has no JSON: null.
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         self._append("metrics", {"step": step, **finite})
-        for key, value in row.items():
-            self._tensorboard.add_scalar(_title(key), value, step)
+        self._events.add(step, {_title(key): value for key, value in row.items()})
         self._show_line(step, row)
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, str | float]]) -> None:
@@ -139,22 +142,34 @@ class Metrics:
         self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
 
     def close(self) -> None:
-        """End the progress bar, flush the files and draw the curves."""
+        """End the progress bar, close the files and draw the curves.
+
+        A run whose curves cannot be drawn has succeeded all the same: a line says why, no more.
+        """
         if not self._is_writer:
             return
         if self._progress:
             self._progress.stop()
-        self._tensorboard.close()
-        plot_curves(self._run_dir)
+        self._events.close()
+        try:
+            plot_curves(self._run_dir)
+        except Exception as error:  # it may not hide what ended the run, nor fail one that has not
+            _warn(f"{self._run_dir / 'curves.png'} is not drawn: {error}")
 
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *exception: object) -> None:
+        try:
+            self.close()
+        except Exception as error:
+            if kind is None:
+                raise
+            _warn(f"{self._run_dir}: {error}")  # below what ended the run
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        with open(self._run_dir / f"{name}.jsonl", "a") as file:
+        path = self._run_dir / f"{name}.jsonl"
+        with writing(path), path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def _show_line(self, step: int, row: Mapping[str, float]) -> None:
@@ -175,12 +190,22 @@ class Metrics:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Return a run's rows by step, each with its "step"; nan where a value was not finite."""
+    """Return a run's rows by step, each with its "step"; nan where a value was not finite.
+
+    Says how many lines are damaged, and leaves them out. Raises UserError where there is no file.
+    """
     rows: dict[int, dict[str, float]] = {}
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+    path, num_damaged = run_dir / "metrics.jsonl", 0
+    for line in _lines(path):
+        step = _step_of(line, has_numbers=True)
+        if step is None:
+            num_damaged += 1
+            continue
         row = json.loads(line)
         finite = {key: math.nan if value is None else value for key, value in row.items()}
-        rows.setdefault(row["step"], {}).update(finite)
+        rows.setdefault(step, {}).update(finite)
+    if num_damaged:
+        _warn(f"{path}: {num_damaged} damaged lines are left out")
     return [rows[step] for step in sorted(rows)]
 
 
@@ -219,18 +244,104 @@ def plot_curves(run_dir: Path) -> Path | None:
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
     path = run_dir / "curves.png"
-    figure.savefig(path, dpi=90)
+    with replacing(path) as stream:
+        figure.savefig(stream, format="png", dpi=90)
     return path
 
 
+class _EventFile:
+    """TensorBoard's file of scalars. torch's writer has a thread, which would say late, and with a
+    traceback of its own, that the disk is full; this one writes at once."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        # Of tensorboard, which takes a moment that only one rank pays.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        # The form of the name is TensorBoard's: it reads a folder's files in their order.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        # Of several in one second and process the later ones sort later.
+        self._path = folder / f"{name}.{time.monotonic_ns():020d}"
+        with writing(self._path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._stream = self._path.open("xb")
+            self._records = RecordWriter(self._stream)
+            self._write(Event(file_version="brain.Event:2"))
+            # What an earlier file has of these steps, a stopped run left: it is not to be shown.
+            start = SessionLog(status=SessionLog.START)
+            self._write(Event(step=first_step, session_log=start))
+            self._stream.flush()
+
+    def add(self, step: int, row: Mapping[str, float]) -> None:
+        """Write a step's values; raises UserError where that fails."""
+        values = [self._summary.Value(tag=key, simple_value=value) for key, value in row.items()]
+        with writing(self._path):
+            self._write(self._event(step=step, summary=self._summary(value=values)))
+            self._stream.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of a write that has failed: it was said
+            self._stream.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+
+
 def _drop_steps_from(path: Path, first_step: int) -> None:
-    """Remove the lines of `first_step` and later, and a last line that a crash cut short."""
-    if not path.exists():
+    """Remove the rows of `first_step` and later, and a last line that a crash cut short; set
+    damaged lines aside in NAME.jsonl.damaged, and say so."""
+    if not os.path.lexists(path):
         return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
-    with replacing(path) as stream:
-        stream.write("".join(kept).encode())
+    kept, damaged, num_lines = [], [], 0
+    for line in _lines(path):
+        num_lines += 1
+        step = _step_of(line, has_numbers=path.name == "metrics.jsonl")
+        if step is None:
+            damaged += [line] if line.endswith(b"\n") else []
+        elif step < first_step and line.endswith(b"\n"):
+            kept.append(line)
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        with replacing(aside) as stream:
+            stream.writelines(damaged)
+        _warn(f"{path}: {len(damaged)} damaged lines are now in {aside.name}")
+    if len(kept) < num_lines:
+        with replacing(path) as stream:
+            stream.writelines(kept)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with open_file(path) as stream:
+        yield from stream
+
+
+def _step_of(line: bytes, *, has_numbers: bool) -> int | None:
+    """Return the step of a row in a log, None where the line is not one that was written.
+
+    has_numbers: its other values are numbers, or null for those that were not finite.
+    """
+    try:
+        row = json.loads(line.decode())
+        step = row.pop("step")
+        if has_numbers and not all(_is_number(value) for value in row.values()):
+            return None
+    except (ValueError, RecursionError, TypeError, AttributeError, KeyError):
+        return None
+    return step if type(step) is int and step >= 0 else None
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return value is None or (type(value) in (int, float) and math.isfinite(value))
+    except OverflowError:  # a number of hundreds of digits
+        return False
+
+
+def _warn(line: str) -> None:
+    say(f"WARNING: {line}", stream=sys.stderr, limit=ERROR_CHARACTERS)
 
 
 def _start_progress(console: Console, title: str, first_step: int, num_steps: int) -> Progress:

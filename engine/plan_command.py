@@ -5,6 +5,7 @@ Imports neither torch nor megatron.
 
 import dataclasses
 import importlib.util
+import os.path
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from engine.errors import UserError
+from engine.errors import UserError, cut
+from engine.files import MAX_SHOWN_PATH
 from engine.planning.hardware import Assumptions, named_cluster
 from engine.planning.plan import StageConfig, plan
 from engine.planning.search import proposal_lines, search_layouts
@@ -75,8 +77,10 @@ def load_recipe(folder: Path, name: str) -> StageConfig:
     """Return the config of the recipe of that name, or of the file at that path; raises UserError
     where there is none."""
     path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
-    if not path.is_file():
-        raise UserError(f"no recipe {name!r}: give a path, or one of {_names(folder)}")
+    if not os.path.isfile(path):  # False for what can be no path
+        raise UserError(
+            f"no recipe {cut(name, MAX_SHOWN_PATH)!r}: give a path, or one of {_names(folder)}"
+        )
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -17,10 +17,9 @@ from engine.ranks.parallel import Parallel
 from engine.ranks.start import rearranged
 from engine.residency.residency import Residency
 from engine.rollout import generate_rollout
-from engine.run import Run, join_ranks, require_path, start_run
+from engine.run import Run, join_ranks, require_path, stage, start_run
 from engine.score import score_rollout
 from engine.settings.ppo import PPOConfig
-from engine.stop import noting_signals
 from engine.training.ema import EMA
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
@@ -29,7 +28,7 @@ from engine.update import Learner, learning_examples, run_updates
 from models.sizes import Kind
 
 
-@noting_signals()
+@stage()
 def train(config: PPOConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.
@@ -69,7 +68,7 @@ def train(config: PPOConfig) -> dict[str, float]:
         networks={"policy": policy, "critic": critic},
         optimizers={"policy": policy_optimizer, "critic": critic_optimizer},
         ema=learner.ema,
-        keep=config.keep,
+        saving=config.saving,
         tokenizer_fingerprint=run.tokenizer.fingerprint(),
     )
     progress = checkpointer.resume() or {"step": 0}
@@ -80,13 +79,14 @@ def train(config: PPOConfig) -> dict[str, float]:
         alarms.load_state_dict(progress["alarms"])
     values: dict[str, float] = progress.get("metrics", {})
 
-    with Metrics(
+    metrics = Metrics(
         config.directory,
         is_writer=parallel.is_writer,
         num_steps=config.iterations,
         first_step=progress["step"],
         headline=PPO_HEADLINE,
-    ) as metrics:
+    )
+    with metrics, checkpointer:
         metrics.note(*notes, policy.attention)
         for iteration in range(progress["step"], config.iterations):
             # 1 prompt
@@ -125,17 +125,18 @@ def train(config: PPOConfig) -> dict[str, float]:
             kl.update(values["score/kl"], len(rollout))
             metrics.log(iteration, values)
             metrics.log_alarms(iteration, alarms.check(values))
-            end_if_stuck(f"iteration {iteration}", run.checkpoints, **learner.skipped)
+            end_if_stuck(f"iteration {iteration}", checkpointer.newest, **learner.skipped)
             is_last = iteration + 1 == config.iterations
             if is_last or iteration % config.show_every == 0:
                 samples = scored.samples(rollout, run.tokenizer, config.num_shown)
                 metrics.log_samples(iteration, samples)
-            is_asked, done = run.is_asked_to_stop(), iteration + 1
-            if is_last or is_asked or (config.save_every and done % config.save_every == 0):
+            boundary = checkpointer.boundary(iteration + 1, is_last=is_last)
+            if boundary.saves:
                 state = {"kl_coef": kl.coef, "alarms": alarms.state_dict(), "metrics": values}
-                checkpointer.save(done, state)
-            if is_asked and not is_last:
-                run.leave(done)
+                checkpointer.save(iteration + 1, state)
+            if boundary.leaves:
+                checkpointer.finish()
+                run.leave(iteration + 1)
     return values
 
 
@@ -159,12 +160,12 @@ def _load_frozen(residency: Residency, config: PPOConfig, run: Run) -> tuple[Net
     path = config.reference or config.policy
     reference = residency.frozen(
         "reference",
-        size_of(path, "policy"),
+        size_of(path, "policy", strict=True),
         lambda into: _load("language", path, "policy", config, run, into),
     )
     reward_model = residency.frozen(
         "reward_model",
-        size_of(config.reward_model, "reward_model"),
+        size_of(config.reward_model, "reward_model", strict=True),
         lambda into: _load("scalar", config.reward_model, "reward_model", config, run, into),
     )
     return reference, reward_model
@@ -174,10 +175,15 @@ def _load(
     kind: Kind, path: Path, role: str, config: PPOConfig, run: Run, into: Network | None = None
 ) -> Network:
     """Return a network with the weights at `path`: `into`, or one of the size found there; dropout
-    is off in PPO."""
-    parallel, size = _parallel_of(kind, config, run), size_of(path, role)
+    is off in PPO.
+
+    Strictly: were a damaged checkpoint passed over for another, a resumed run would have another
+    reference or reward model than it began with.
+    """
+    parallel, size = _parallel_of(kind, config, run), size_of(path, role, strict=True)
     network = into or build_network(kind, size, parallel, numerics=config.numerics)
-    load_weights(network, path, role=role, tokenizer_fingerprint=run.tokenizer.fingerprint())
+    fingerprint = run.tokenizer.fingerprint()
+    load_weights(network, path, role=role, tokenizer_fingerprint=fingerprint, strict=True)
     return network
 
 

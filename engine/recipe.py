@@ -1,7 +1,10 @@
 """From a command line to a stage: the whole body of a recipe."""
 
 import dataclasses
+import errno
 import importlib
+import os
+import resource
 import sys
 import time
 import traceback
@@ -17,7 +20,7 @@ from engine.environment import (
     rank_of_environment,
     tell_torchrun,
 )
-from engine.errors import UserError
+from engine.errors import UserError, quoted
 from engine.printable import (
     ERROR_CHARACTERS,
     TRACEBACK_CHARACTERS,
@@ -30,6 +33,10 @@ from engine.settings.saved import load_config
 from engine.stop import noting_signals
 
 _Config = TypeVar("_Config")
+_NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE)
+_NOT_THERE = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+_MAX_DIGITS = 9  # of a number of GPUs
 
 
 def run_stage(
@@ -61,7 +68,7 @@ def run_stage(
             return
         job = parse_config(_stage_job(default), arguments)
         if job.config is not None:
-            path = job.config / "config.json" if job.config.is_dir() else job.config
+            path = job.config / "config.json" if os.path.isdir(job.config) else job.config
             job = parse_config(_stage_job(load_config(type(default), path)), arguments)
         if job.dry_run is None:
             with noting_signals():
@@ -70,13 +77,14 @@ def run_stage(
             quiet_libraries()
             dry_run = importlib.import_module("engine.dry_run.dry_run").dry_run
             dry_run(job.stage, _named_gpus(job.dry_run), usual=num_gpus)
-    except UserError as error:
-        message = printable(f"error: {error}", limit=ERROR_CHARACTERS)
-        _print_once(message)
-        tell_torchrun(message)
-        _tell_others(message, 2)
-        sys.exit(2)
     except Exception as error:
+        said = str(error) if isinstance(error, UserError) else _said_by_system(error)
+        if said is not None:
+            message = printable(f"error: {said}", limit=ERROR_CHARACTERS)
+            _print_once(message)
+            tell_torchrun(message)
+            _tell_others(message, 2)
+            sys.exit(2)
         text = _traceback(error)
         last_line = printable(text.rpartition("\n")[2], limit=ERROR_CHARACTERS)
         tell_torchrun(last_line)
@@ -101,6 +109,30 @@ def _make_streams_safe() -> None:
         accept_any_text(stream)
     if sys.excepthook is sys.__excepthook__:  # else somebody, such as a debugger, has another
         sys.excepthook = _show_uncaught
+
+
+def _said_by_system(error: Exception) -> str | None:
+    """Return in a line what the system refused: room, files, or a place to write. None for any
+    other error, which may be ours, and keeps its traceback."""
+    if isinstance(error, RuntimeError):  # torch's libraries, gloo among them, put it into the text
+        found = [number for number in _NO_MORE if os.strerror(number) in str(error)]
+        return f"{_refused(found[0])} ({str(error).splitlines()[0]:.200})" if found else None
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    path = error.filename if isinstance(error.filename, str) else None
+    if error.errno in _NO_MORE or (path is not None and error.errno in _NOT_THERE):
+        return f"{path or 'the system'}: {_refused(error.errno)}"
+    is_lost = error.errno in (errno.ENOENT, errno.ESTALE) and path is not None
+    if is_lost and not Path(path or "").parent.exists():  # the folder of it was there before
+        return f"{path}: {error.strerror}; its folder was moved or removed meanwhile"
+    return None
+
+
+def _refused(number: int) -> str:
+    if number != errno.EMFILE:
+        return os.strerror(number)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return f"{os.strerror(number)}: this process may have {limit} (ulimit -n); raise that"
 
 
 def _tell_others(message: str, status: int, text: str = "") -> None:
@@ -151,9 +183,10 @@ def _named_gpus(words: Sequence[str]) -> int | None:
     """Return the number of GPUs that --dry-run names, None without one; raises UserError."""
     if not words:
         return None
-    if len(words) > 1 or not words[0].isdecimal() or int(words[0]) < 1:
-        named = " ".join(words)
-        raise UserError(f"--dry-run takes a number of GPUs, at least 1, or none; got {named!r}")
+    is_number = len(words) == 1 and len(words[0]) <= _MAX_DIGITS and words[0].isdecimal()
+    if not is_number or int(words[0]) < 1:
+        named = quoted(" ".join(words))
+        raise UserError(f"--dry-run takes a number of GPUs, at least 1, or none; got {named}")
     return int(words[0])
 
 

@@ -18,9 +18,8 @@ from engine.feed import Feed, pack_for
 from engine.losses import comparison_loss, last_readings, pair_accuracy
 from engine.metrics import RM_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
-from engine.run import Run, join_ranks, require_path, size_named, start_run, tokenizer_path
+from engine.run import Run, join_ranks, require_path, size_named, stage, start_run, tokenizer_path
 from engine.settings.rm import RMConfig
-from engine.stop import noting_signals
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward, forward_backward
@@ -28,7 +27,7 @@ from engine.training.reduce import reduce_metrics
 from engine.training.skipped import end_if_stuck
 
 
-@noting_signals()
+@stage()
 def train(config: RMConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.
@@ -41,12 +40,18 @@ def train(config: RMConfig) -> dict[str, float]:
     )
     fingerprint = run.tokenizer.fingerprint()
     if config.init_from:
-        size = size_of(config.init_from, "policy")
+        size = size_of(config.init_from, "policy", strict=config.saving.strict)
     else:
         size = size_named(config.size, run.tokenizer)
     network = build_network("scalar", size, parallel, numerics=config.numerics)
     if config.init_from:
-        load_weights(network, config.init_from, role="policy", tokenizer_fingerprint=fingerprint)
+        load_weights(
+            network,
+            config.init_from,
+            role="policy",
+            tokenizer_fingerprint=fingerprint,
+            strict=config.saving.strict,
+        )
     train_units, valid_units, demonstrations, notes = _load_data(config, run, size.context_length)
     feed = Feed(
         units=train_units,
@@ -62,7 +67,7 @@ def train(config: RMConfig) -> dict[str, float]:
         parallel=parallel,
         networks={"reward_model": network},
         optimizers={"reward_model": optimizer},
-        keep=config.keep,
+        saving=config.saving,
         tokenizer_fingerprint=fingerprint,
     )
     progress = checkpointer.resume() or {"step": 0}
@@ -70,13 +75,14 @@ def train(config: RMConfig) -> dict[str, float]:
     run.leave_if_asked()
 
     values: dict[str, float] = progress.get("metrics", {})
-    with Metrics(
+    metrics = Metrics(
         config.directory,
         is_writer=parallel.is_writer,
         num_steps=num_steps,
         first_step=progress["step"],
         headline=RM_HEADLINE,
-    ) as metrics:
+    )
+    with metrics, checkpointer:
         metrics.note(*notes, network.attention)
         for step in range(progress["step"], num_steps):
             with metrics.phase("train"):
@@ -95,11 +101,12 @@ def train(config: RMConfig) -> dict[str, float]:
             values["train/epoch"] = feed.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
-            end_if_stuck(f"step {step}", run.checkpoints, reward_model=optimizer.skipped)
-            is_asked = run.is_asked_to_stop()
-            if is_last or is_asked or (config.save_every and (step + 1) % config.save_every == 0):
+            end_if_stuck(f"step {step}", checkpointer.newest, reward_model=optimizer.skipped)
+            boundary = checkpointer.boundary(step + 1, is_last=is_last)
+            if boundary.saves:
                 checkpointer.save(step + 1, {"metrics": values})
-            if is_asked and not is_last:
+            if boundary.leaves:
+                checkpointer.finish()
                 run.leave(step + 1)
     return values
 

@@ -1,9 +1,11 @@
 """The frame of a run: its ranks, its tokenizer, its folder with the configuration it was resolved
 to."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,9 +14,13 @@ import torch
 import torch.distributed as dist
 
 from engine import stop
+from engine.claim import claim, holding_claims
 from engine.data.pretraining import TokenFile, make_token_file, read_token_file
-from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.data.tokenizer import Tokenizer, make_tokenizer
+from engine.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from engine.data.tokenizer_trial import try_tokenizer
 from engine.errors import UserError
+from engine.files import check_writable, clear_partials
 from engine.ranks.device import make_deterministic
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
@@ -29,7 +35,7 @@ from models.sizes import GPTSize
 # other change would make it neither the old run nor the new one.
 _MAY_CHANGE = (
     *("directory", "layout", "critic_layout", "generation_layout", "residency", "alarms"),
-    *("epochs", "iterations", "eval_every", "save_every", "keep", "num_shown", "show_every"),
+    *("epochs", "iterations", "eval_every", "saving", "num_shown", "show_every"),
     *("num_slots", "prefill_tokens", "block_size", "cache_fraction", "cache_gib", "steps_per_sync"),
     *("cuda_graphs", "micro_batch_tokens", "recompute", "gradient_accumulation_fusion"),
     "deterministic",
@@ -121,6 +127,14 @@ def changed_setting(config: Any, path: Path) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def stage() -> Iterator[None]:
+    """What holds around a stage: signals are noted, and its folder is claimed to its end. Also a
+    decorator."""
+    with stop.noting_signals(), holding_claims():
+        yield
+
+
 def join_ranks(layout: ParallelLayout, seed: int, numerics: Numerics) -> Parallel:
     """Join the other ranks; before that make this process deterministic, where it is to be, so that
     NCCL knows it from its first message on."""
@@ -130,33 +144,56 @@ def join_ranks(layout: ParallelLayout, seed: int, numerics: Numerics) -> Paralle
 
 
 def start_run(*, directory: Path, parallel: Parallel, tokenizer: Path) -> Run:
-    """Load the tokenizer on ranks that have joined; all leave where a signal has reached one.
+    """Load the tokenizer on ranks that have joined, and claim the run's folder; all leave where a
+    signal has reached one.
 
-    tokenizer may be a file, a folder, or an earlier run, whose tokenizer it then is.
+    tokenizer may be a file, a folder, or an earlier run, whose tokenizer it then is. UserError, on
+    every rank, where another run writes into the folder, or nobody can.
     """
     loaded = load_shared_tokenizer(
         lambda: tokenizer / "tokenizer" if (tokenizer / "tokenizer").exists() else tokenizer
     )
+    claim_for_all(directory, "tokens", "tokenizer")
     run = Run(directory=directory, parallel=parallel, tokenizer=loaded)
     run.leave_if_asked()
     return run
 
 
+def claim_for_all(directory: Path, *inner: str) -> None:
+    """Claim a folder, on the first rank for all, who call together.
+
+    What killed runs were writing there, and into the named folders in it, is cleared. Checkpoints
+    clear their own; that they can be written is seen now, not at the first save.
+    """
+
+    def take() -> str:
+        claim(directory)
+        for folder in (directory, *(directory / name for name in inner)):
+            clear_partials(folder)
+        checkpoints = directory / "checkpoints"
+        if os.path.lexists(checkpoints):
+            check_writable(checkpoints)
+        return ""
+
+    said_by_first_rank(take)
+
+
 def load_shared_tokenizer(find: Callable[[], Path]) -> Tokenizer:
     """Return the tokenizer at the path that `find` returns on the first rank, the same on all, who
-    call together. Raises UserError."""
-    loaded: list[Tokenizer] = []
+    call together; the first rank alone tries it. Raises UserError."""
+    tried: list[TokenizerFiles] = []
 
     def load() -> str:
-        path = find()
-        loaded.append(load_tokenizer(path))
-        return json.dumps([str(path), loaded[0].fingerprint()])
+        files = read_tokenizer_files(find())
+        try_tokenizer(files)
+        tried.append(files)
+        return json.dumps([str(files.path), files.digest()])
 
-    path, fingerprint = json.loads(said_by_first_rank(load))
-    tokenizer = loaded[0] if loaded else load_tokenizer(path)
-    if tokenizer.fingerprint() != fingerprint:
+    path, digest = json.loads(said_by_first_rank(load))
+    files = tried[0] if tried else read_tokenizer_files(Path(path))
+    if files.digest() != digest:
         raise UserError(f"{path}: not the tokenizer here that it is on the first rank")
-    return tokenizer
+    return make_tokenizer(files)
 
 
 def size_named(name: str, tokenizer: Tokenizer, context_length: int | None = None) -> GPTSize:

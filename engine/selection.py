@@ -89,7 +89,7 @@ def load_selection(
         return None
     path = require_path(selection.reward_model, "selection.reward-model")
     selection.sampling.check()
-    size = size_of(path, "reward_model")
+    size = size_of(path, "reward_model", strict=True)  # the same for all epochs
     context_length = min(policy.size.context_length, size.context_length)
     room = context_length - selection.sampling.max_new_tokens
     if room < 1:
@@ -110,8 +110,9 @@ def load_selection(
         prompt_suffix=config.data.prompt_suffix,
     )
     reward_model = build_network("scalar", size, run.parallel, numerics=config.numerics)
+    fingerprint = run.tokenizer.fingerprint()
     load_weights(
-        reward_model, path, role="reward_model", tokenizer_fingerprint=run.tokenizer.fingerprint()
+        reward_model, path, role="reward_model", tokenizer_fingerprint=fingerprint, strict=True
     )
     return EpochSelection(
         config=config, run=run, prompts=prompts, reward_model=reward_model, epochs=[]

@@ -19,10 +19,9 @@ from engine.feed import Feed
 from engine.losses import NegativeLogLikelihood, mean_language_loss
 from engine.metrics import SFT_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
-from engine.run import Run, join_ranks, require_path, size_named, start_run, tokenizer_path
+from engine.run import Run, join_ranks, require_path, size_named, stage, start_run, tokenizer_path
 from engine.selection import epoch_name, load_selection
 from engine.settings.sft import SFTConfig
-from engine.stop import noting_signals
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import Objective, accumulate
@@ -30,7 +29,7 @@ from engine.training.reduce import reduce_metrics
 from engine.training.skipped import end_if_stuck
 
 
-@noting_signals()
+@stage()
 def train(config: SFTConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.
@@ -41,7 +40,7 @@ def train(config: SFTConfig) -> dict[str, float]:
         tokenizer=tokenizer_path(config.tokenizer, config.init_from),
     )
     if config.init_from:
-        size = size_of(config.init_from, "policy")
+        size = size_of(config.init_from, "policy", strict=config.saving.strict)
     else:
         size = size_named(config.size, run.tokenizer)
     network = build_network(
@@ -53,6 +52,7 @@ def train(config: SFTConfig) -> dict[str, float]:
             config.init_from,
             role="policy",
             tokenizer_fingerprint=run.tokenizer.fingerprint(),
+            strict=config.saving.strict,
         )
     data = _load_data(config, run, size.context_length)
     selection = load_selection(config, run, network, data.held_out_prompts)
@@ -66,7 +66,7 @@ def train(config: SFTConfig) -> dict[str, float]:
         parallel=parallel,
         networks={"policy": network},
         optimizers={"policy": optimizer},
-        keep=config.keep,
+        saving=config.saving,
         tokenizer_fingerprint=run.tokenizer.fingerprint(),
     )
     progress = checkpointer.resume() or {"step": 0}
@@ -76,13 +76,14 @@ def train(config: SFTConfig) -> dict[str, float]:
     run.leave_if_asked()
 
     values: dict[str, float] = progress.get("metrics", {})
-    with Metrics(
+    metrics = Metrics(
         config.directory,
         is_writer=parallel.is_writer,
         num_steps=num_steps,
         first_step=progress["step"],
         headline=SFT_HEADLINE,
-    ) as metrics:
+    )
+    with metrics, checkpointer:
         metrics.note(*data.notes, network.attention)
         for step in range(progress["step"], num_steps):
             with metrics.phase("train"):
@@ -99,16 +100,17 @@ def train(config: SFTConfig) -> dict[str, float]:
             values["train/epoch"] = lead.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
-            end_if_stuck(f"step {step}", run.checkpoints, policy=optimizer.skipped)
+            end_if_stuck(f"step {step}", checkpointer.newest, policy=optimizer.skipped)
             if epoch and (config.save_every_epoch or selection is not None):
                 checkpointer.save_weights(epoch_name(epoch))
                 if selection is not None:
                     selection.write(checkpointer)
-            is_asked = run.is_asked_to_stop()
-            if is_last or is_asked or (config.save_every and (step + 1) % config.save_every == 0):
+            boundary = checkpointer.boundary(step + 1, is_last=is_last)
+            if boundary.saves:
                 epochs = selection.epochs if selection is not None else []
                 checkpointer.save(step + 1, {"metrics": values, "epochs": epochs})
-            if is_asked and not is_last:
+            if boundary.leaves:
+                checkpointer.finish()
                 run.leave(step + 1)
     return values
 

@@ -1,22 +1,23 @@
 """Whether a signal has asked this process to stop. Imports neither torch nor megatron.
 
-    @noting_signals()
+    @stage()  # engine/run.py: noting_signals() and more
     def train(config):
         run = start_run(...)  # leaves here where a signal came meanwhile
         ...
         run.leave_if_asked()
         for step in ...:
             ...
-            is_asked = run.is_asked_to_stop()
-            if is_asked or ...:
+            boundary = checkpointer.boundary(step + 1, is_last=...)
+            if boundary.saves:
                 checkpointer.save(...)
-            if is_asked:
+            if boundary.leaves:
+                checkpointer.finish()
                 run.leave(step + 1)
 
 A rank that a signal ended at once would leave the others waiting for it. So a signal is noted, and
-all ranks leave together at the next boundary (engine/run.py). Slurm sends SIGUSR1 before a job's
-time limit (recipes/slurm/*.sbatch ask for it) and SIGTERM when it preempts or cancels a job;
-torchrun passes SIGTERM on.
+all ranks leave together at the next boundary (engine/checkpoints/checkpointer.py). Slurm sends
+SIGUSR1 before a job's time limit (recipes/slurm/*.sbatch ask for it) and SIGTERM when it preempts
+or cancels a job; torchrun passes SIGTERM on.
 """
 
 import contextlib

@@ -41,6 +41,9 @@ _FIXED_FIELDS: dict[str, Any] = {
 }
 _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one formula, three spellings
 
+_LARGEST = 1 << 24  # of any size in a config.json; our choice: a hundred times those of any model
+_MOST_SHOWN = 60  # characters of a value of config.json in an error; our choice
+
 _PREFIX = "transformer."
 # Constant causal masks that older files store: transformer.h.0.attn.bias [1, 1, length, length].
 _MASK_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias")
@@ -83,19 +86,24 @@ def size_of_config(config: Mapping[str, Any]) -> GPTSize:
     Raises ValueError, naming the field, for a model that computes something else than ours.
     """
     if config.get("model_type") != "gpt2":
-        raise ValueError(f"model_type is {config.get('model_type')!r}; only 'gpt2' converts")
+        shown = _shown(config.get("model_type"))
+        raise ValueError(f"model_type is {shown}; only 'gpt2' converts")
     for field in _SIZE_FIELDS:
         value = config.get(field)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{field} is {value!r} and must be a whole number of at least 1")
+        if type(value) is not int or not 1 <= value <= _LARGEST:
+            raise ValueError(
+                f"{field} is {_shown(value)} and must be a whole number from 1 to {_LARGEST}"
+            )
     n_inner, width = config.get("n_inner"), config["n_embd"]
     if n_inner not in (None, 4 * width):
-        raise ValueError(f"n_inner is {n_inner!r}; here an MLP is 4 x n_embd = {4 * width} wide")
+        raise ValueError(
+            f"n_inner is {_shown(n_inner)}; here an MLP is 4 x n_embd = {4 * width} wide"
+        )
     for field, ours in _FIXED_FIELDS.items():
         value = config.get(field, ours)
         is_ours = value in _TANH_GELUS if field == "activation_function" else value == ours
         if not is_ours:
-            raise ValueError(f"{field} is {value!r}; here every model has {ours!r}")
+            raise ValueError(f"{field} is {_shown(value)}; here every model has {ours!r}")
     return GPTSize(**{ours: config[theirs] for theirs, ours in _SIZE_FIELDS.items()})
 
 
@@ -173,6 +181,11 @@ def _find(name: str) -> tuple[_Rule, int | None]:
     if rule is None:
         raise ValueError(f"{name} is not a parameter of a GPT-2")
     return rule, int(match[1]) if match else None
+
+
+def _shown(value: Any) -> str:
+    """Return a value of config.json in a few characters."""
+    return f"{value!r:.{_MOST_SHOWN}}"
 
 
 def _shape(rule: _Rule, size: GPTSize) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from engine.settings.numerics import Numerics
 from engine.settings.ppo import PPOConfig, PPOData
 from engine.settings.residency import ResidencyConfig
 from engine.settings.sampling import SamplingConfig
+from engine.settings.saving import SaveConfig
 
 config = PPOConfig(
     directory=Path("runs/ppo_175b"),
@@ -46,7 +47,7 @@ config = PPOConfig(
     critic_layout=ParallelLayout(tp=8, pp=8, sequence_parallel=True),
     residency=ResidencyConfig(reference="host", reward_model="host", optimizer="host"),
     micro_batch_tokens=2048,  # our choice
-    save_every=50,  # our choice
+    saving=SaveConfig(save_every=50),  # our choice
 )
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from engine.settings.numerics import Numerics
 from engine.settings.ppo import PPOConfig, PPOData
 from engine.settings.residency import ResidencyConfig
 from engine.settings.sampling import SamplingConfig
+from engine.settings.saving import SaveConfig
 
 config = PPOConfig(
     directory=Path("runs/ppo_1_3b"),
@@ -46,7 +47,7 @@ config = PPOConfig(
     critic_layout=ParallelLayout(tp=2, sequence_parallel=True),
     residency=ResidencyConfig(reference="host", reward_model="host", optimizer="host"),
     micro_batch_tokens=4096,  # our choice
-    save_every=50,  # our choice
+    saving=SaveConfig(save_every=50),  # our choice
 )
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from engine.settings.numerics import Numerics
 from engine.settings.ppo import PPOConfig, PPOData
 from engine.settings.residency import ResidencyConfig
 from engine.settings.sampling import SamplingConfig
+from engine.settings.saving import SaveConfig
 
 config = PPOConfig(
     directory=Path("runs/ppo_6b"),
@@ -45,7 +46,7 @@ config = PPOConfig(
     layout=ParallelLayout(tp=4, sequence_parallel=True),
     residency=ResidencyConfig(reference="host", reward_model="host", optimizer="host"),
     micro_batch_tokens=4096,  # our choice
-    save_every=50,  # our choice
+    saving=SaveConfig(save_every=50),  # our choice
 )
 
 if __name__ == "__main__":

@@ -3,18 +3,22 @@
 The stages run in this process, through run_stage as in a recipe. The last test starts a recipe.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from engine import ppo, rm, sft
+from engine.checkpoints.manifest import digest_of_file, read_manifest, write_manifest
+from engine.metrics import Metrics
 from engine.recipe import run_stage
 from tests.tiny import (
     ppo_config,
@@ -216,7 +220,64 @@ def other_vocabulary(tiny: Path, folder: Path, role: str) -> Path:
         description["size"]["vocab_size"] = 99
         description["tokenizer"] = "another"
         path.write_text(json.dumps(description))
+        checkpoint = path.parents[1]
+        manifest = read_manifest(checkpoint)
+        digest = digest_of_file(path)
+        files = manifest.files | {f"{path.parent.name}/network.json": digest}
+        write_manifest(checkpoint, dataclasses.replace(manifest, files=files))
     return run
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_folder_that_another_run_writes_into(stage: str, fails: Callable, tmp_path: Path):
+    with held(tmp_path / "held"):
+        error = fails(stage, directory=tmp_path / "held")
+        assert [path.name for path in (tmp_path / "held").iterdir()] == [".lock"]
+    assert error.startswith(f"error: {tmp_path / 'held'}: another run writes into this folder: ")
+    assert "wait for it, end it, or name another folder" in error
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder as another process would, which has a file of its own."""
+    folder.mkdir()
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_checkpoints_that_are_no_folder_are_noticed_before_training(
+    stage: str, fails: Callable, tmp_path: Path
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "unmounted")
+    error = fails(stage)
+    assert error.startswith(f"error: {tmp_path}/run/checkpoints: cannot be written: No such file")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_process_may_write_into_a_folder_again(stage: str, tiny: Path, tmp_path: Path):
+    config = STAGES[stage][1](tiny, tmp_path / "run")
+    for _ in range(2):
+        train(config)
+        assert not (tmp_path / "run" / ".lock").exists()
+    assert len(rows_of(tmp_path / "run")) == {"sft": 3, "rm": 4, "ppo": 2}[stage]
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_folder_that_goes_while_a_run_writes_into_it(
+    stage: str, fails: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    log = Metrics.log
+
+    def log_and_remove(self: Metrics, step: int, values: Mapping[str, float]) -> None:
+        log(self, step, values)
+        shutil.rmtree(tmp_path / "run")
+
+    monkeypatch.setattr(Metrics, "log", log_and_remove)
+    error = fails(stage)
+    assert str(tmp_path / "run") in error and len(error.splitlines()) == 1
 
 
 def test_checkpoints_of_different_vocabularies(tiny: Path, fails: Callable, tmp_path: Path):

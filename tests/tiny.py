@@ -30,6 +30,7 @@ from engine.settings.numerics import Numerics
 from engine.settings.ppo import PPOConfig, PPOData
 from engine.settings.rm import RMConfig, RMData
 from engine.settings.sampling import SamplingConfig
+from engine.settings.saving import SaveConfig
 from engine.settings.sft import SFTConfig, SFTData
 from engine.training.network import Network, build_network
 from models.sizes import GPTSize, Kind
@@ -39,6 +40,7 @@ WORDS = ["the", "mill", "is", "a", "cheap", "pub", "near", "the", "river", "and"
 # Adam's epsilon lies above the rounding of gradients that are exactly 0 in real numbers (of
 # attention's key biases, of a ranking loss's bias), which Adam scales up to whole steps.
 ADAM = AdamConfig(lr=1e-3, epsilon=1e-6)
+EVERY_STEP = SaveConfig(save_every=1)
 ROLES = {"policy": "language", "reference": "language", "reward_model": "scalar"}
 
 
@@ -99,6 +101,7 @@ def write_checkpoints(folder: Path, size: GPTSize = SIZE) -> None:
         Checkpointer(
             directory=folder / name / "checkpoints",
             parallel=parallel,
+            saving=SaveConfig(save_in_background=False),
             networks={role: network},
             optimizers={},
             tokenizer_fingerprint=tokenizer.fingerprint(),

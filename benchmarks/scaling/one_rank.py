@@ -334,10 +334,12 @@ def _checkpoint_bytes(num_parameters: int) -> float:
     network = build_network("language", size, parallel, numerics=Numerics())
     optimizer = Optimizer(network, ADAM, total_steps=1)
     with tempfile.TemporaryDirectory() as name:
-        folder = Checkpointer(
+        checkpointer = Checkpointer(
             directory=Path(name),
             parallel=parallel,
             networks={"policy": network},
             optimizers={"policy": optimizer},
-        ).save(0, {})
+        )
+        with checkpointer:
+            folder = checkpointer.save(0, {})
         return float(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))

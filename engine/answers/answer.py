@@ -3,10 +3,12 @@
 from engine.answers.batch import answer_file
 from engine.answers.dialogue import talk
 from engine.answers.load import load_model
+from engine.claim import holding_claims
 from engine.errors import UserError
 from engine.settings.generate import GenerateConfig
 
 
+@holding_claims()
 def generate_text(config: GenerateConfig) -> None:
     """Answer the prompts of a file, or the user's in the terminal. Raises UserError."""
     if config.num_samples < 1:

@@ -36,8 +36,8 @@ def answer_file(
         dtype=config.dtype,
         seed=config.seed,
     )
-    answers = Answers(config.out, origin, parallel)
     num_answers = len(examples) * config.num_samples
+    answers = Answers(config.out, origin, parallel, num_answers)
     if parallel.is_writer and answers.kept:
         say(f"{config.out}: {len(answers.kept)} of {num_answers} answers are there already")
     missing = [number for number in range(num_answers) if number not in answers.kept]
@@ -65,6 +65,6 @@ def answer_file(
             "has_eos": response.has_eos,
         }
         answers.add(response.sample_index, answer)
-    answers.finish(num_answers)
+    answers.finish()
     if parallel.is_writer:
         say(f"{config.out}: {num_answers} answers; {read_report}; prompts: {length_report}")

@@ -1,8 +1,8 @@
 """Answers to a file of prompts, kept as they come: what a stopped run has drawn is not drawn again.
 
 While a run goes on, OUT.partial holds what its answers depend on (origin.json) and one file of JSON
-lines a replica. When all answers are there they become OUT, in the prompts' order and in one step,
-and the folder goes.
+lines a replica. Each line has its checksum. When all answers are there they become OUT, in the
+prompts' order and in one step, and the folder goes. One run at a time writes there.
 """
 
 import hashlib
@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+import xxhash
 
+from engine.claim import claim
 from engine.errors import UserError
-from engine.files import read_lines, replacing
+from engine.files import clear_partials, open_file, read_lines, replacing, writing
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
 from engine.run import changed_setting
@@ -44,9 +46,11 @@ class Origin:
 class Answers:
     """The answers to one file of prompts. All ranks make it, and finish it, together."""
 
-    def __init__(self, out: Path, origin: Origin, parallel: Parallel) -> None:
-        """Find what an earlier run has left; raises UserError where that has another origin."""
+    def __init__(self, out: Path, origin: Origin, parallel: Parallel, num_answers: int) -> None:
+        """Find what an earlier run has left of num_answers; raises UserError where that has another
+        origin or is damaged, and where another run writes there."""
         self.out = out
+        self.num_answers = num_answers
         self.folder = out.with_name(f"{out.name}.partial")
         self.kept: set[int] = set(json.loads(said_by_first_rank(lambda: self._open(origin))))
         """The numbers of the answers that are there already."""
@@ -57,19 +61,25 @@ class Answers:
     def add(self, number: int, answer: dict[str, Any]) -> None:
         """Keep one answer; a process that is killed next does not lose it."""
         if self._part is not None:
-            line = json.dumps({"number": number, **answer}, ensure_ascii=False) + "\n"
-            self._part.write(line.encode())
-            self._part.flush()
+            content = {"number": number, **answer}
+            line = json.dumps(content | {"checksum": _checksum(content)}, ensure_ascii=False) + "\n"
+            with writing(Path(self._part.name)):
+                self._part.write(line.encode())
+                self._part.flush()
 
-    def finish(self, num_answers: int) -> None:
-        """Write the file, once all num_answers are there; all ranks call together."""
+    def finish(self) -> None:
+        """Write the file, once all answers are there; all ranks call together."""
         if self._part is not None:
             self._part.close()
         dist.barrier()
-        said_by_first_rank(lambda: self._write(num_answers))
+        said_by_first_rank(self._write)
 
     def _open(self, origin: Origin) -> str:
-        """Return the numbers of the kept answers, and leave a note of their origin."""
+        """Claim the folder; return the numbers of the kept answers, and leave a note of their
+        origin."""
+        claim(self.folder)
+        clear_partials(self.folder)
+        clear_partials(self.out.parent, self.out.name)
         numbers, note = [number for number, _ in self._read()], self.folder / "origin.json"
         change = changed_setting(origin, note) if numbers else None
         if change is not None:
@@ -85,23 +95,23 @@ class Answers:
             for line_number, line in read_lines(path):
                 if not line.endswith(b"\n"):
                     break  # cut off, where a run was killed
-                try:
-                    answer = json.loads(line)
-                except ValueError:
-                    raise UserError(f"{path}:{line_number}: damaged; remove the line") from None
-                yield answer.pop("number"), answer
+                content = _content(line)
+                if content is None or content["number"] >= self.num_answers:
+                    raise UserError(f"{path}:{line_number}: damaged; remove the line")
+                yield content.pop("number"), content
 
-    def _write(self, num_answers: int) -> str:
+    def _write(self) -> str:
         answers = dict(self._read())
-        if len(answers) != num_answers:
+        if len(answers) != self.num_answers:
             raise UserError(
-                f"{self.folder} has {len(answers)} answers of {num_answers}: every rank must see "
-                "the same folder"
+                f"{self.folder} has {len(answers)} answers of {self.num_answers}: every rank must "
+                "see the same folder"
             )
         with replacing(self.out) as stream:
             for _, answer in sorted(answers.items()):
                 stream.write((json.dumps(answer, ensure_ascii=False) + "\n").encode())
-        shutil.rmtree(self.folder)
+        with writing(self.folder):
+            shutil.rmtree(self.folder)
         return ""
 
 
@@ -115,7 +125,24 @@ def digest_of_prompts(prompts: Iterable[np.ndarray], tokenizer_fingerprint: str)
 
 def _open_part(path: Path) -> Any:
     """Open a replica's file for more lines; a last line that was cut off goes."""
-    stream = path.open("ab")
-    if stream.tell():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    return stream
+    with writing(path):
+        stream = path.open("ab")
+        if stream.tell():
+            with open_file(path) as written:
+                os.truncate(path, written.read().rfind(b"\n") + 1)
+        return stream
+
+
+def _content(line: bytes) -> dict[str, Any] | None:
+    """Return the number and the answer of a line, None where it is not as it was written."""
+    try:
+        content = json.loads(line.decode())
+        said = content.pop("checksum")
+        is_whole = type(content["number"]) is int and said == _checksum(content)
+    except (ValueError, RecursionError, TypeError, AttributeError, KeyError):
+        return None
+    return content if is_whole and content["number"] >= 0 else None
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(content).encode())

@@ -43,4 +43,4 @@ def find_weights(config: GenerateConfig) -> tuple[Path, bool]:
 
     if said_by_first_rank(look):
         return source, True
-    return find_network(source, config.role), False
+    return find_network(source, config.role, strict=config.strict), False

@@ -37,3 +37,21 @@ def _in_row(shape: tuple[int, ...], index: int, start: int, stop: int) -> list[B
         ((index, *offset), (1, *size))
         for offset, size in boxes(shape[1:], start - before, stop - before)
     ]
+
+
+def overlap(a: Box, b: Box) -> Box | None:
+    """Return what two boxes of one tensor have in common, None where that is nothing."""
+    starts, sizes = [], []
+    for at_a, size_a, at_b, size_b in zip(*a, *b, strict=True):
+        start, stop = max(at_a, at_b), min(at_a + size_a, at_b + size_b)
+        if start >= stop:
+            return None
+        starts.append(start)
+        sizes.append(stop - start)
+    return tuple(starts), tuple(sizes)
+
+
+def within(box: Box, whole: Box) -> tuple[slice, ...]:
+    """Return where a box lies in a larger one that holds it, as slices of the larger."""
+    pairs = zip(box[0], box[1], whole[0], strict=True)
+    return tuple(slice(at - start, at - start + size) for at, size, start in pairs)

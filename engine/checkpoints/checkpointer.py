@@ -1,125 +1,226 @@
-"""Save, load and resume over megatron's distributed checkpoints, which any layout can read.
+"""Save and resume the networks of a run; any layout reads what any other wrote.
 
-    RUN/checkpoints/latest               the name of the newest complete checkpoint
+    RUN/checkpoints/latest               the name of the newest checkpoint
     RUN/checkpoints/selected             the name of the one that the run is known by, if not latest
     RUN/checkpoints/step_00000100/
+        manifest.json                    every other file's bytes and checksum; written last
         progress.json                    step, KL coefficient, alarms, ...: what a stage resumes
         from
-        policy/                          one network: sharded weights, optimizer state, network.json
+        policy/                          one network
+            network.json                 its kind, size and tokenizer
+            tensors.json                 its tensors, and where their pieces lie
+            weights-00003.safetensors    rank 3's share of the weights
+            optimizer-00003.safetensors  and of Adam's masters and moments
         critic/  ema/                    ...
     RUN/checkpoints/epoch_0003/          weights alone, which are kept
 
 A checkpoint is written beside its place and renamed, and `latest` follows last: a run killed while
-saving resumes from the one before. Weights load through tensors only, never through pickled code.
+saving resumes from the one before. It holds numbers and text alone: nothing in it can run code.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
-import shutil
-from collections.abc import Iterator
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
-from engine.checkpoints.found import check_description, description_in
-from engine.checkpoints.shards import (
-    adopt,
-    owned_parts,
-    read_state,
-    sharded_optimizer,
-    sharded_weights,
-    without_tensors,
-    write_state,
-)
+from engine import stop
+from engine.checkpoints.draft import Draft
+from engine.checkpoints.found import check_description, read_network
+from engine.checkpoints.manifest import Damage, read_manifest
+from engine.checkpoints.reading import read_owned, read_shared
+from engine.checkpoints.retention import Retention, step_name, step_of, superseded
+from engine.checkpoints.saving import Saver, remove
+from engine.checkpoints.shards import average_parts, optimizer_parts, weight_parts
 from engine.checkpoints.weights import not_finite_message
+from engine.checkpoints.whole import newest_whole, pointed_checkpoint, steps_in, warn
 from engine.errors import UserError
+from engine.files import read_object, replacing
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
+from engine.settings.saving import SaveConfig
 from engine.training.ema import EMA
 from engine.training.finite import check_finite
 from engine.training.network import Network
 from engine.training.optimizer import Optimizer
 
+# Seconds that a run which ends by an error waits for the save in flight, our choice: a rank that is
+# gone never ends its part of it.
+_LAST_WAIT = 60.0
+
+
+class Boundary(NamedTuple):
+    """What all ranks do now that a step is done."""
+
+    saves: bool
+    leaves: bool
+
 
 @dataclasses.dataclass(kw_only=True)
 class Checkpointer:
-    """The checkpoints of one run: which networks and numbers they hold, where, and how many are
-    kept."""
+    """The checkpoints of one run: which networks and numbers they hold, where, when they are due,
+    and which are kept. `with checkpointer:` around training waits for the last to be written."""
 
     directory: Path
     parallel: Parallel
     networks: dict[str, Network]
     optimizers: dict[str, Optimizer]
     ema: EMA | None = None
-    keep: int = 2
+    saving: SaveConfig = dataclasses.field(default_factory=SaveConfig)
     tokenizer_fingerprint: str = ""
 
+    def __post_init__(self) -> None:
+        self._saver = Saver(self.parallel)
+        self._retention = Retention(
+            last=self.saving.keep,
+            every=self.saving.keep_every,
+            lowest=self.saving.keep_lowest,
+            highest=self.saving.keep_highest,
+        )
+        self._saved_at = time.monotonic()
+        self._damaged: set[int] = set()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is None:
+            self.finish()
+            return
+        # What ends the run is said, not what became of the save; but that may still become whole.
+        try:
+            self._saver.finish(_LAST_WAIT)
+        except Exception as error:
+            warn(f"the last checkpoint was not written: {error}")
+
+    def boundary(self, step: int, *, is_last: bool) -> Boundary:
+        """Return whether to save now that so many steps are done, and whether to leave for a
+        signal: the same on all ranks, who call together.
+
+        One all-reduce of three numbers. Signals reach the ranks at different steps, only the first
+        rank looks at the clock, and each learns by itself when a save has failed. Raises UserError
+        where one has.
+        """
+        minutes = (time.monotonic() - self._saved_at) / 60
+        is_time = 0 < self.saving.save_every_minutes <= minutes and self.parallel.is_writer
+        noted = [stop.is_noted(), is_time, self._saver.has_failed]
+        flags = torch.tensor([float(fact) for fact in noted], device=self.parallel.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        # sync: as the step's metrics, which were read just before
+        is_asked, is_time, has_failed = (bool(flag) for flag in flags.tolist())
+        if has_failed:
+            self.finish()
+        is_due = self.saving.save_every > 0 and step % self.saving.save_every == 0
+        return Boundary(is_last or is_asked or is_time or is_due, is_asked and not is_last)
+
     def save(self, step: int, progress: dict[str, Any]) -> Path:
-        """Write checkpoint `step` with every rank's shards and the progress; return its folder.
+        """Take every rank's part of checkpoint `step`, with the progress, and have it written;
+        return its folder, which is there once finish() returns.
 
         UserError, and nothing written, where weights are not finite.
         """
         self._check_finite()
-        with self._whole(f"step_{step:08d}") as folder:
-            for role, network in self.networks.items():
-                self._save_network(folder / role, network, self.optimizers.get(role))
-            if self.ema is not None:
-                self._save_network(folder / "ema", self.ema.optimizer.network, None, self.ema)
-            if self.parallel.is_writer:
-                text = json.dumps({"step": step, **progress}, indent=1)
-                (folder / "progress.json").write_text(text)
-        final = self.directory / f"step_{step:08d}"
-        if self.parallel.is_writer:
-            _write_atomically(self.directory / "latest", final.name)
-            self._remove_old(final)
-        dist.barrier()
-        return final
+        self._saved_at = time.monotonic()
+        missing = self._retention.missing(progress.get("metrics", {}))
+        if missing:
+            warn(f"step {step} has no {missing[0]}, which checkpoints are to be kept by")
+        name = step_name(step)
+
+        def publish() -> None:
+            _point(self.directory / "latest", name)
+            old = superseded(self.directory, step, self._retention, damaged=self._damaged)
+            for folder in old:
+                remove(folder)
+
+        draft = Draft(folder=self.directory / name, step=step, published=publish)
+        draft.texts["progress.json"] = json.dumps({"step": step, **progress}, indent=1)
+        for role, network in self.networks.items():
+            optimizer = self.optimizers.get(role)
+            draft.add_network(role, network, optimizer, self.tokenizer_fingerprint)
+        if self.ema is not None:
+            draft.add_average("ema", self.ema, self.tokenizer_fingerprint)
+        return self._start(draft)
 
     def save_weights(self, name: str) -> None:
-        """Write checkpoint `name` with the networks' weights alone; it is kept, and not resumed
-        from. UserError, and nothing written, where weights are not finite."""
+        """Have checkpoint `name` written with the networks' weights alone; it is kept, and not
+        resumed from. UserError, and nothing written, where weights are not finite."""
         self._check_finite()
-        with self._whole(name) as folder:
-            for role, network in self.networks.items():
-                self._save_network(folder / role, network, None)
+        draft = Draft(folder=self.directory / name, step=None)
+        for role, network in self.networks.items():
+            draft.add_network(role, network, None, self.tokenizer_fingerprint)
+        self._start(draft)
+
+    def finish(self) -> None:
+        """Wait until what was saved is on the disk; raises UserError, on all ranks alike, where it
+        could not be written."""
+        self._saver.finish()
+
+    def newest(self) -> str:
+        """Return the path of the newest checkpoint, once it is on the disk; "" where there is none.
+        All ranks call together."""
+        self.finish()
+        latest = self.directory / "latest"
+        return said_by_first_rank(
+            lambda: str(pointed_checkpoint(latest)) if latest.exists() else ""
+        )
 
     def select(self, name: str) -> None:
         """Make `name` the checkpoint that whoever is given the run's folder loads, in place of the
         newest."""
+        self.finish()
         if self.parallel.is_writer:
-            _write_atomically(self.directory / "selected", name)
+            _point(self.directory / "selected", name)
         dist.barrier()
 
     def resume(self) -> dict[str, Any] | None:
-        """Load the newest checkpoint that the first rank sees into the networks and optimizers;
-        return its progress, None if there is none."""
-        found = json.loads(said_by_first_rank(self._newest))
-        if found is None:
+        """Load the newest whole checkpoint that the first rank sees into the networks and
+        optimizers; return its progress, None if there is none.
+
+        Raises UserError where none is whole, or the newest is not and strict is set.
+        """
+        looked = json.loads(said_by_first_rank(self._look))
+        if looked is None:
             return None
-        folder, progress = self.directory / found["name"], found["progress"]
+        candidates = [self.directory / name for name in looked["names"]]
+        folder, damage = newest_whole(candidates, damage=looked["damage"])
+        if folder is None or (damage and self.saving.strict):
+            advice = f"{folder} is whole: leave out --strict" if folder else "none other is whole"
+            raise UserError(f"{damage}; {advice}, or begin in a new directory")
+        if damage:
+            warn(f"{damage}\nWARNING: the run goes on from {folder}, the newest whole checkpoint")
+            passed = candidates[: candidates.index(folder)]
+            self._damaged = {step for c in passed if (step := step_of(c.name)) is not None}
+        progress = json.loads(said_by_first_rank(lambda: json.dumps(_progress_in(folder))))
         for role, network in self.networks.items():
             self._load_network(folder / role, network, self.optimizers.get(role))
         if self.ema is not None:
             self._load_ema(folder / "ema")
         return progress
 
-    def _newest(self) -> str:
-        latest = self.directory / "latest"
+    def _look(self) -> str:
+        """Return the names of the checkpoints to resume from, the best first, and what is wrong
+        with `latest`."""
+        latest, steps = self.directory / "latest", steps_in(self.directory)
+        names = [folder.name for folder in steps]
         if not latest.exists():
+            if steps:
+                raise UserError(
+                    f"{latest} is gone, and {', '.join(names[:3])} are there: write the name of "
+                    "the one to go on from into it, or begin in a new directory"
+                )
             return "null"
-        name = latest.read_text().strip()
+        damage = ""
         try:
-            progress = json.loads((self.directory / name / "progress.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{latest} names the checkpoint {name!r}, whose progress.json cannot be read "
-                f"({error}): write the name of another one of that folder into it, or begin in a "
-                "new directory"
-            ) from None
-        return json.dumps({"name": name, "progress": progress})
+            first = pointed_checkpoint(latest).name
+            names = [first, *(name for name in names if name != first)]
+        except UserError as error:
+            damage = str(error)
+        if not names:
+            raise UserError(f"{damage}; no checkpoint is beside it: begin in a new directory")
+        return json.dumps({"names": names, "damage": damage})
 
     def _check_finite(self) -> None:
         for role, network in self.networks.items():
@@ -132,74 +233,39 @@ class Checkpointer:
                 shadows,
             )
 
-    @contextlib.contextmanager
-    def _whole(self, name: str) -> Iterator[Path]:
-        """Yield a folder that all ranks write into, and that becomes checkpoint `name` when they
-        are through."""
-        final, partial = self.directory / name, self.directory / f"{name}.partial"
-        if self.parallel.is_writer:
-            shutil.rmtree(partial, ignore_errors=True)
-        dist.barrier()
-        yield partial
-        dist.barrier()
-        if self.parallel.is_writer:
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-
-    def _save_network(
-        self, folder: Path, network: Network, optimizer: Optimizer | None, ema: EMA | None = None
-    ) -> None:
-        if self.parallel.is_writer:
-            folder.mkdir(parents=True)
-        dist.barrier()
-        state = sharded_weights(network)
-        if optimizer is not None:
-            state["optimizer"] = sharded_optimizer(optimizer, state)
-            state["optimizer"] |= optimizer.counts()
-        if ema is not None:
-            # In the weights' place, so that it loads as a network; modules' other state stays.
-            parts = owned_parts(state, ema.owned_shadows())
-            state = {"average": parts, **without_tensors(state)}
-        write_state(state, folder, network)
-        if self.parallel.is_writer:
-            description = {
-                "kind": network.kind,
-                "size": dataclasses.asdict(network.size),
-                "tokenizer": self.tokenizer_fingerprint,
-            }
-            (folder / "network.json").write_text(json.dumps(description, indent=1))
+    def _start(self, draft: Draft) -> Path:
+        self._saver.start(draft)
+        if not self.saving.save_in_background:
+            self.finish()
+        return draft.folder
 
     def _load_network(self, folder: Path, network: Network, optimizer: Optimizer | None) -> None:
-        description = json.loads(said_by_first_rank(lambda: json.dumps(description_in(folder))))
-        check_description(description, folder, network, self.tokenizer_fingerprint)
-        state = sharded_weights(network)
-        if optimizer is not None:
-            state["optimizer"] = sharded_optimizer(optimizer, state)
-        loaded = read_state(state, folder, network)
-        adopt(network, loaded)
+        found = read_network(folder)
+        check_description(found, network, self.tokenizer_fingerprint)
+        read_shared(weight_parts(network), folder, found.index, network.parallel)
+        network.mark_changed()
         check_finite(network, not_finite_message(folder))
         if optimizer is not None:
-            optimizer.load_state(loaded["optimizer"])
+            read_owned(optimizer_parts(optimizer), folder, found.index)
+            try:
+                optimizer.load_counts(found.index.counts)
+            except (KeyError, TypeError, ValueError) as error:
+                raise Damage(f"{folder}: the optimizer's counts are not there: {error}") from None
 
     def _load_ema(self, folder: Path) -> None:
         assert self.ema is not None
-        network = self.ema.optimizer.network
-        parts = owned_parts(sharded_weights(network), self.ema.owned_shadows())
-        read_state({"average": parts}, folder, network)
-
-    def _remove_old(self, newest: Path) -> None:
-        complete = sorted(
-            p for p in self.directory.glob("step_*") if not p.name.endswith(".partial")
-        )
-        for old in complete[: -self.keep]:
-            if old != newest:
-                shutil.rmtree(old)
+        read_owned(average_parts(self.ema), folder, read_network(folder).index)
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _point(pointer: Path, name: str) -> None:
+    """Have `latest` or `selected` name a checkpoint."""
+    with replacing(pointer) as stream:
+        stream.write(name.encode())
+
+
+def _progress_in(folder: Path) -> dict[str, Any]:
+    """Return the progress that a checkpoint of a step was saved with; raises UserError."""
+    progress, step = read_object(folder / "progress.json"), read_manifest(folder).step
+    if step is None or not progress.get("step") == step == step_of(folder.name):
+        raise Damage(f"{folder}: it holds step {step}, with the progress of {progress.get('step')}")
+    return progress

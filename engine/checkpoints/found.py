@@ -5,40 +5,85 @@ Ranks that looked for themselves could see different states of a shared file sys
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoints.index import Index, read_index
+from engine.checkpoints.manifest import Damage, read_manifest
+from engine.checkpoints.whole import newest_whole, pointed_checkpoint, steps_in, warn
 from engine.errors import UserError
+from engine.files import read_object
 from engine.ranks.first_rank import said_by_first_rank
 from engine.settings.size import named_size
 from engine.training.network import Network
-from models.sizes import GPTSize
+from models.sizes import GPTSize, Kind
+
+_LARGEST = 1 << 40  # of a size's numbers: what is beyond is no size
 
 
-def find_network(path: Path, role: str) -> Path:
-    """Return the folder of network `role` under a run, a checkpoint or the folder itself, as the
-    first rank sees it; all ranks call together. Raises UserError."""
-    return Path(said_by_first_rank(lambda: str(_find(path, role))))
+@dataclass(frozen=True, kw_only=True)
+class FoundNetwork:
+    """A network in a whole checkpoint."""
+
+    folder: Path
+    kind: Kind
+    size: GPTSize
+    tokenizer: str
+    """Fingerprint of the tokenizer that it was trained with; "" where none is known."""
+    index: Index
 
 
-def _find(path: Path, role: str) -> Path:
-    for parent in (path / "checkpoints", path):
-        pointers = [p for p in (parent / "selected", parent / "latest") if p.exists()]
-        if pointers:
-            path = parent / pointers[0].read_text().strip()
-            break
-    for folder in (path, path / role):
-        if (folder / "network.json").exists():
-            return folder
-    roles = sorted(p.parent.name for p in path.glob("*/network.json"))
-    raise UserError(
-        f"{path}: no checkpoint of a {role} here"
-        + (
-            f"; it holds {', '.join(roles)}"
-            if roles
-            else " (a run, a checkpoint or a network's folder)"
-        )
+def network_at(path: Path, role: str, *, strict: bool = False) -> FoundNetwork:
+    """Return the network `role` found at a path, whose files are as they were written; all ranks
+    call together.
+
+    path is a run, one of its checkpoints, or a network's folder in one. Where a run's newest
+    checkpoint is damaged, the newest whole one is taken, which is said; strict: it is an error, as
+    it is for a checkpoint that was named or selected. Raises UserError.
+    """
+    looked = json.loads(said_by_first_rank(lambda: json.dumps(_look(path, role))))
+    folders, damage = [Path(folder) for folder in looked["folders"]], looked["damage"]
+
+    def is_needed(name: str) -> bool:
+        folder, _, file = name.partition("/")
+        return folder == looked["role"] and not file.startswith("optimizer-")
+
+    whole, damage = newest_whole(folders, is_needed, damage)
+    if whole is None or (damage and strict):
+        raise UserError(damage + ("" if whole is None else f"; {whole} is whole: name that"))
+    if damage:
+        warn(f"{damage}\nWARNING: {whole}, the newest whole checkpoint, is taken instead")
+    return read_network(whole / looked["role"])
+
+
+def find_network(path: Path, role: str, *, strict: bool = False) -> Path:
+    """Return the folder of network `role` at a path, as network_at finds it."""
+    return network_at(path, role, strict=strict).folder
+
+
+def read_network(folder: Path) -> FoundNetwork:
+    """Return what a network's folder says of it; raises UserError where that cannot be, or is more
+    than its files hold."""
+    path = folder / "network.json"
+    description = read_object(path)
+    kind, size, tokenizer = (description.get(key) for key in ("kind", "size", "tokenizer"))
+    names = {field.name for field in dataclasses.fields(GPTSize)}
+    if (
+        kind not in ("language", "scalar")
+        or not isinstance(size, dict)
+        or not isinstance(tokenizer, str)
+        or size.keys() != names
+        or any(type(n) is not int or not 0 < n < _LARGEST for n in size.values())
+        or size["hidden_size"] % size["num_heads"]
+    ):
+        raise Damage(f"{path}: not the kind, size and tokenizer of a network")
+    index = read_index(folder, read_manifest(folder.parent))
+    found = FoundNetwork(
+        folder=folder, kind=kind, size=GPTSize(**size), tokenizer=tokenizer, index=index
     )
+    _check_tensors(found)
+    return found
 
 
 def run_of(folder: Path) -> Path:
@@ -46,44 +91,20 @@ def run_of(folder: Path) -> Path:
     return folder.resolve().parents[2]
 
 
-def size_of(path: Path, role: str) -> GPTSize:
-    """Return the size of the network at `path`, as its network.json says; all ranks call
-    together."""
-    return GPTSize(**network_at(path, role)[1]["size"])
+def size_of(path: Path, role: str, *, strict: bool = False) -> GPTSize:
+    """Return the size of the network at `path`, as network_at finds it."""
+    return network_at(path, role, strict=strict).size
 
 
-def network_at(path: Path, role: str) -> tuple[Path, dict[str, Any]]:
-    """Return the folder of a network and its description, as the first rank sees them."""
-
-    def look() -> str:
-        folder = _find(path, role)
-        return json.dumps([str(folder), description_in(folder)])
-
-    folder, description = json.loads(said_by_first_rank(look))
-    return Path(folder), description
-
-
-def description_in(folder: Path) -> dict[str, Any]:
-    """Return what network.json says of the network in a folder: kind, size, tokenizer. Raises
-    UserError."""
-    try:
-        return json.loads((folder / "network.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'network.json'}: cannot be read ({error})") from None
-
-
-def check_description(
-    description: dict[str, Any], folder: Path, network: Network, fingerprint: str
-) -> None:
+def check_description(found: FoundNetwork, network: Network, fingerprint: str) -> None:
     """Raise UserError where a network on disk has another shape, or another tokenizer's."""
-    written, wanted = GPTSize(**description["size"]), network.size
     for field in dataclasses.fields(GPTSize):
-        a, b = getattr(written, field.name), getattr(wanted, field.name)
+        a, b = getattr(found.size, field.name), getattr(network.size, field.name)
         if a != b:
-            raise UserError(f"{folder}: {field.name} is {a}, this run's model has {b}")
-    if fingerprint and description["tokenizer"] and description["tokenizer"] != fingerprint:
+            raise UserError(f"{found.folder}: {field.name} is {a}, this run's model has {b}")
+    if fingerprint and found.tokenizer and found.tokenizer != fingerprint:
         raise UserError(
-            f"{folder}: trained with another tokenizer than this run's; "
+            f"{found.folder}: trained with another tokenizer than this run's; "
             "give the tokenizer that was saved beside that checkpoint's run"
         )
 
@@ -101,3 +122,56 @@ def check_named_size(name: str, path: Path, role: str) -> None:
             f"context of {found.context_length} tokens, a {name} has {wanted.num_layers} of "
             f"{wanted.hidden_size} and {wanted.context_length}"
         )
+
+
+def _look(path: Path, role: str) -> dict[str, Any]:
+    """Return the checkpoints that may hold the network, the best first, and its folder's name in
+    them; and what is wrong with the pointer to the first."""
+    if (path / "network.json").exists():
+        path = path.resolve()
+        return {"folders": [str(path.parent)], "role": path.name, "damage": ""}
+    folders, damage = [path], ""
+    for parent in (path / "checkpoints", path):
+        pointers = [p for p in (parent / "selected", parent / "latest") if p.exists()]
+        if not pointers:
+            continue
+        try:
+            folders = [pointed_checkpoint(pointers[0])]
+        except UserError as error:
+            folders, damage = [], str(error)
+        if pointers[0].name == "latest":  # a selection has no second best
+            folders += [other for other in steps_in(parent) if other not in folders]
+        break
+    # Not one that is whole but has other networks: that is the user's mistake.
+    if folders and not (folders[0] / role).is_dir():
+        roles = sorted(p.parent.name for p in folders[0].glob("*/network.json"))
+        if roles or not (folders[0] / "manifest.json").exists():
+            raise UserError(
+                f"{folders[0]}: no checkpoint of a {role} here"
+                + (
+                    f"; it holds {', '.join(roles)}"
+                    if roles
+                    else " (a run, a checkpoint or a network's folder)"
+                )
+            )
+    if not folders:
+        raise UserError(damage)
+    return {"folders": [str(folder) for folder in folders], "role": role, "damage": damage}
+
+
+def _check_tensors(found: FoundNetwork) -> None:
+    """Raise Damage where tensors are not of the network's size: nothing is built from a size that
+    the files do not have."""
+    size, tensors = found.size, found.index.tensors
+    wanted = {
+        "embedding.position_embeddings.weight": (size.context_length, size.hidden_size),
+        "decoder.layers.self_attention.linear_proj.weight": (
+            *(size.num_layers, size.hidden_size, size.hidden_size),
+        ),
+    }
+    for name, shape in wanted.items():
+        if name not in tensors or tensors[name].shape != shape:
+            raise Damage(f"{found.folder}: {name} is not {list(shape)}, as network.json says")
+    words = tensors.get("embedding.word_embeddings.weight")
+    if words is None or words.shape[1:] != (size.hidden_size,) or words.shape[0] < size.vocab_size:
+        raise Damage(f"{found.folder}: its vocabulary is not {size.vocab_size} tokens, as said")

@@ -1,4 +1,5 @@
-"""How the state of a network and its optimizer lies in the files of a checkpoint.
+"""Which parts of weights, optimizer state and averages a rank holds, and where they lie in the
+whole tensors that a checkpoint has.
 
 Every rank writes and reads its own part of optimizer state and averages, in boxes of the whole
 tensors: nothing is gathered. Replicas share the weights: one writes a tensor, one reads it for all.
@@ -6,30 +7,15 @@ tensors: nothing is gathered. Replicas share the weights: one writes a tensor, o
 
 import dataclasses
 import math
-import queue
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
-from megatron.core.dist_checkpointing.strategies.torch import (
-    TorchDistLoadShardedStrategy,
-    TorchDistSaveShardedStrategy,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
 
 from engine.checkpoints.boxes import boxes
+from engine.training.ema import EMA
 from engine.training.network import Network
 from engine.training.optimizer import Optimizer, Owned
-
-# Through this queue megatron's writer hands what it wrote to the rank that waits for it. Its own
-# is served by one more process a rank, which imports the recipe anew; ours writes and waits in one
-# process, where a plain queue does.
-filesystem_async._results_queue = queue.Queue()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +27,16 @@ class Shard:
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     is_written: bool
-    """Whether this rank writes the part; others hold it too and only read it."""
+    """Whether this rank or a data-parallel replica of it writes the part; others only read it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A shard and its numbers."""
+
+    shard: Shard
+    tensor: Tensor
+    """Of the shard's shape; it shares the memory of what is trained."""
 
 
 def shards_of(network: Network) -> list[Shard]:
@@ -49,98 +44,104 @@ def shards_of(network: Network) -> list[Shard]:
 
     A tensor of every layer is one tensor in the checkpoint, the layer its first dimension.
     """
+    return [part.shard for part in weight_parts(network)]
+
+
+def weight_parts(network: Network) -> list[Part]:
+    """Return the weights of this rank, which all its replicas hold."""
     return [
-        Shard(
+        _part(
+            tensor,
             name=tensor.key,
-            global_shape=tuple(tensor.global_shape),
             offset=tuple(tensor.global_offset),
             shape=(1,) * tensor.prepend_axis_num + tuple(tensor.local_shape),
-            is_written=is_main_replica(tensor.replica_id),
+            data=tensor.data,
         )
-        for tensor in _sharded_tensors(sharded_weights(network))
+        for tensor in _sharded_weights(network)
     ]
 
 
-def sharded_weights(network: Network) -> dict[str, Any]:
-    """Return the weights of this rank's chunks as megatron's sharded tensors, by chunk and name."""
-    network.settle()
-    with network.parallel.active():
-        return {
-            f"chunk{number}": module.sharded_state_dict()
-            for number, module in enumerate(network.modules)
-        }
-
-
-def sharded_optimizer(optimizer: Optimizer, weights: dict[str, Any]) -> dict[str, Any]:
+def optimizer_parts(optimizer: Optimizer) -> list[Part]:
     """Return the fp32 masters and moments that this rank owns, named as in megatron's
     `fully_reshardable` form. That form would join the state of all replicas on each rank."""
-    state = {
-        name: owned_parts(weights, owned, prefix=f"optimizer.state.{name}.")
+    weights = list(_sharded_weights(optimizer.network))
+    return [
+        part
         for name, owned in optimizer.owned_state().items()
-    }
-    return {"param_state": state}
+        for part in _owned_parts(weights, owned, prefix=f"optimizer.state.{name}.")
+    ]
 
 
-def owned_parts(
-    weights: dict[str, Any], owned: list[Owned], prefix: str = ""
-) -> dict[str, ShardedTensor]:
-    """Return what this rank owns of tensors that are cut up as the weights are, as boxes of the
+def average_parts(average: EMA) -> list[Part]:
+    """Return what this rank owns of the averaged weights, under the names of the weights."""
+    weights = list(_sharded_weights(average.optimizer.network))
+    return list(_owned_parts(weights, average.owned_shadows()))
+
+
+def dealt(parts: Sequence[Part], num_ranks: int) -> list[int]:
+    """Return which of the ranks that all hold these parts writes or reads each: about as many bytes
+    a rank, and the same answer on all."""
+    total, before, owners = sum(part.tensor.nbytes for part in parts), 0, []
+    for part in parts:
+        middle = before + part.tensor.nbytes // 2
+        owners.append(min(num_ranks - 1, middle * num_ranks // max(1, total)))
+        before += part.tensor.nbytes
+    return owners
+
+
+def _sharded_weights(network: Network) -> Iterator[ShardedTensor]:
+    """Yield the weights of this rank's chunks as megatron describes them: each of them, once."""
+    network.settle()
+    with network.parallel.active():
+        for module in network.modules:
+            state = module.sharded_state_dict()
+            found = [v for v in state.values() if isinstance(v, ShardedTensor)]
+            named = {id(tensor.data) for tensor in found}
+            missing = [n for n, p in module.named_parameters() if id(p) not in named]
+            if missing:
+                raise RuntimeError(f"megatron describes no {missing[0]} for checkpoints")
+            yield from found
+
+
+def _owned_parts(
+    weights: Sequence[ShardedTensor], owned: Sequence[Owned], prefix: str = ""
+) -> Iterator[Part]:
+    """Yield what this rank owns of tensors that are cut up as the weights are, as boxes of the
     whole tensors; they share the owned tensors' memory."""
-    weight_of = {weight.data: weight for weight in _sharded_tensors(weights)}
-    found: dict[str, ShardedTensor] = {}
+    weight_of = {id(weight.data): weight for weight in weights}
     for parameter, bounds, owned_tensor in owned:
-        weight, position = weight_of[parameter], 0
+        weight, position = weight_of[id(parameter)], 0
         stacked = weight.prepend_axis_num  # dimensions of the whole alone: the layer's
         for offset, shape in boxes(weight.local_shape, bounds.start, bounds.stop):
             count = math.prod(shape)
-            data = owned_tensor[position : position + count].view((1,) * stacked + shape)
-            position += count
             begins = zip(weight.global_offset, (0,) * stacked + offset, strict=True)
-            found[str(len(found))] = dataclasses.replace(
+            yield _part(
                 weight,
-                key=prefix + weight.key,
-                data=data,
-                dtype=data.dtype,
-                local_shape=tuple(data.shape),
-                global_offset=tuple(whole + part for whole, part in begins),
-                axis_fragmentations=None,  # boxes are no regular grid
-                prepend_axis_num=0,
-                replica_id=(*weight.replica_id[:2], 0),  # pp and tp may hold it too, dp does not
+                name=prefix + weight.key,
+                offset=tuple(whole + part for whole, part in begins),
+                shape=(1,) * stacked + shape,
+                data=owned_tensor[position : position + count],
             )
-    return found
+            position += count
 
 
-def write_state(state: dict[str, Any], folder: Path, network: Network) -> None:
-    """Write the tensors that the state describes, and its other values; all ranks call together."""
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
-    group = network.parallel.replica_group
-    shared = FullyParallelSaveStrategyWrapper(strategy, group)
-    dist_checkpointing.save(state, str(folder), sharded_strategy=shared)
-
-
-def read_state(state: dict[str, Any], folder: Path, network: Network) -> dict[str, Any]:
-    """Fill the tensors that the state describes, each in its place; return the state with them."""
-    group = network.parallel.replica_group
-    shared = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group)
-    return dist_checkpointing.load(state, str(folder), sharded_strategy=shared)
-
-
-def _sharded_tensors(state: dict[str, Any]) -> list[ShardedTensor]:
-    return [
-        v for tensors in state.values() for v in tensors.values() if isinstance(v, ShardedTensor)
-    ]
-
-
-def without_tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """Return what of a sharded state is no tensor: modules' other state."""
-    return {
-        chunk: {name: v for name, v in entries.items() if not isinstance(v, ShardedTensor)}
-        for chunk, entries in state.items()
-    }
-
-
-def adopt(network: Network, loaded: dict[str, Any], *, strict: bool = True) -> None:
-    """Take over the weights that read_state returned; strict: there must be all of them."""
-    for number, module in enumerate(network.modules):
-        module.load_state_dict(loaded[f"chunk{number}"], strict=strict)
-    network.mark_changed()
+def _part(
+    weight: ShardedTensor,
+    *,
+    name: str,
+    offset: tuple[int, ...],
+    shape: tuple[int, ...],
+    data: Tensor,
+) -> Part:
+    # Ranks of other stages or tensor-parallel places may hold a weight too; the last is dp's.
+    is_written = tuple(weight.replica_id[:2]) == (0, 0)
+    return Part(
+        shard=Shard(
+            name=name,
+            global_shape=tuple(weight.global_shape),
+            offset=offset,
+            shape=shape,
+            is_written=is_written,
+        ),
+        tensor=data.detach().view(shape),
+    )

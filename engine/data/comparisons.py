@@ -17,6 +17,7 @@ from engine.data.chat import (
 from engine.data.examples import Example, LengthReport, drop_long, encode_prompts, join_pair
 from engine.data.jsonl import BadRecord, ReadReport, check_text, json_type, read_records, required
 from engine.data.tokenizer import Tokenizer
+from engine.errors import quoted
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,11 @@ def _parse_ranks(values: Any, num_completions: int) -> list[int]:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not value >= 0 or value != value // 1:  # NaN is not >= 0
             raise BadRecord(
-                f"must be a whole number from 0 up, not {value!r}", field=f"ranks[{index}]"
+                f"must be a whole number from 0 up, not {quoted(value)}", field=f"ranks[{index}]"
             )
     if len(set(values)) == 1:
         raise BadRecord(
-            f"is {values[0]} for all {num_completions}: all ties say nothing", field="ranks"
+            f"is {quoted(values[0])} for all {num_completions}: all ties say nothing", field="ranks"
         )
     order = sorted(set(values))
     return [order.index(value) + 1 for value in values]

@@ -1,17 +1,19 @@
 """JSON lines in, records out, and back: every bad line is named by file, line number and field."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from engine.errors import UserError
-from engine.files import read_lines, replacing
+from engine.errors import UserError, named
+from engine.files import MAX_SHOWN_PATH, read_lines, replacing
 
 _Record = TypeVar("_Record")
 
 _NUM_FIRST_ERRORS = 5  # enough to see the pattern, few enough to print
+_NUM_SHOWN_KEYS = 8
 _UTF8_BOM = b"\xef\xbb\xbf"  # Windows editors put it before the first line
 
 
@@ -51,6 +53,7 @@ class RecordReader(Generic[_Record]):
         self, path: Path | str, parse: Callable[[dict[str, Any]], _Record], *, skip_bad_lines: bool
     ) -> None:
         self.path = Path(path)
+        self._name = named(path, MAX_SHOWN_PATH)
         self.share_read = 0.0  # of the file's bytes
         self._parse = parse
         self._skip_bad_lines = skip_bad_lines
@@ -68,7 +71,7 @@ class RecordReader(Generic[_Record]):
             try:
                 record = self._parse(_parse_object(line))
             except BadRecord as error:
-                self._reject(f"{self.path}:{number}: {error}")
+                self._reject(f"{self._name}:{number}: {error}")
             else:
                 self._num_read += 1
                 yield record
@@ -95,16 +98,23 @@ class RecordReader(Generic[_Record]):
 
     def _nothing_read(self) -> str:
         if not self._num_bad:
-            return f"{self.path}: the file is empty; it needs one JSON object a line"
-        return f"{self.path}: all {self._num_bad} lines are bad; the first: {self._first_errors[0]}"
+            return f"{self._name}: the file is empty; it needs one JSON object a line"
+        return (
+            f"{self._name}: all {self._num_bad} lines are bad; the first: {self._first_errors[0]}"
+        )
 
 
 def read_records(
     path: Path | str, parse: Callable[[dict[str, Any]], _Record], *, skip_bad_lines: bool
 ) -> tuple[list[_Record], ReadReport]:
-    """Return all records of a file and the report."""
+    """Return all records of a file and the report; UserError where memory does not hold them."""
     reader = RecordReader(path, parse, skip_bad_lines=skip_bad_lines)
-    return list(reader), reader.report()
+    try:
+        records = list(reader)
+    except MemoryError:
+        name, num_read = named(path, MAX_SHOWN_PATH), reader.report().num_read
+        raise UserError(f"{name}: {num_read} records of it fill the memory there is") from None
+    return records, reader.report()
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -116,7 +126,10 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def required(record: dict[str, Any], key: str, *, within: str = "") -> Any:
     """Return record[key]; BadRecord when it is missing. `within` is the path to a nested object."""
     if key not in record:
-        keys = ", ".join(record) or "nothing"
+        names = [named(name) for name in itertools.islice(record, _NUM_SHOWN_KEYS)]
+        if len(record) > len(names):
+            names[-1] += f" and {len(record) - len(names)} more"
+        keys = ", ".join(names) or "nothing"
         raise BadRecord(f"is missing; there is {keys}", field=f"{within}{key}")
     return record[key]
 
@@ -153,6 +166,8 @@ def _parse_object(line: bytes) -> dict[str, Any]:
         ) from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
         raise BadRecord(f"not JSON that can be read: {error}") from None
+    except MemoryError:
+        raise BadRecord("as JSON it takes more memory than there is") from None
     if not isinstance(value, dict):
         raise BadRecord(f"must be one JSON object, not {json_type(value)}")
     return value

@@ -4,8 +4,11 @@ Documents follow one another with an end of text after each. Sequences are cut f
 without regard to documents (GPT-3, arXiv 2005.14165, appendix B).
 """
 
+import codecs
 import hashlib
 import json
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -13,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from engine import stop
 from engine.data.examples import Example, Shape
 from engine.data.jsonl import ReadReport, RecordReader, check_text, required
 from engine.data.tokenizer import Tokenizer, in_batches
-from engine.errors import UserError
-from engine.files import open_file, read_lines, replacing
-from engine.printable import say
+from engine.errors import UserError, named
+from engine.files import MAX_SHOWN_PATH, open_file, read_lines, read_object, replacing
+from engine.printable import ERROR_CHARACTERS, say
 
 _PIECE_CHARACTERS = 1 << 16  # a .txt file may not fit in memory
+_PART_BYTES = 1 << 20  # of a line of a .txt file, which may have no other line; our choice
 _SECONDS_A_LINE = 15.0
+_CHECKED_BYTES = 1 << 22  # at a time, which caches hold; our choice
 
 
 class TokenSequences:
@@ -89,43 +95,56 @@ def make_token_file(
 
     The source may be gzip. It is encoded on all cores; a long one says now and then how far it is,
     and a signal that asks the run to stop leaves nothing of it. Its tokens are kept in `cache_dir`
-    under the source's content and the tokenizer's fingerprint. Several processes may make them at
+    under the source's content and the tokenizer's fingerprint, with a checksum: where they are
+    damaged they are made again. Several processes may make them at
     once: all write the same bytes, each whole; the ranks of a run save the work (engine/run.py).
     Raises UserError.
     """
     source, cache_dir = Path(source), Path(cache_dir)
+    # What is no text is refused before all of it is read for its digest.
+    next(_pieces(_open_documents(source, skip_bad_lines)))
     documents = _open_documents(source, skip_bad_lines)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     with open_file(source) as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
     key = f"{source.name} {content} {tokenizer.fingerprint()} {skip_bad_lines}"
-    stem = f"{source.name.split('.')[0]}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+    stem = f"{source.name.split('.')[0]}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:20]}"
     tokens_path = cache_dir / f"{stem}.{dtype.name}"
 
-    if not _is_complete(tokens_path):
-        progress = _Progress(source)
+    if not _is_whole(tokens_path, tokenizer.vocab_size):
+        if os.path.lexists(tokens_path) and os.path.lexists(_report_path(tokens_path)):
+            say(
+                f"WARNING: {tokens_path}: damaged, or of an earlier version; it is made again",
+                stream=sys.stderr,
+                limit=ERROR_CHARACTERS,
+            )
+        progress, digest, num_bytes = _Progress(source), xxhash.xxh3_128(), 0
         with replacing(tokens_path) as stream:
             for batch in in_batches(_pieces(documents)):
-                stream.write(np.asarray(_ids_of(batch, tokenizer), dtype=dtype).tobytes())
-                num_bytes = stream.tell()
+                encoded = np.asarray(_ids_of(batch, tokenizer), dtype=dtype).tobytes()
+                stream.write(encoded)
+                digest.update(encoded)
+                num_bytes += len(encoded)
                 progress.show(documents.share_read, num_bytes // dtype.itemsize)
                 if stop.is_noted():
                     stop.leave(f"while {source} was read")
+        summary = asdict(documents.report()) | {"num_bytes": num_bytes}
+        digest.update(json.dumps(summary).encode())
         with replacing(_report_path(tokens_path)) as stream:  # last: where it is, all are there
-            summary = asdict(documents.report()) | {"num_bytes": num_bytes}
-            stream.write(json.dumps(summary).encode())
+            stream.write(json.dumps(summary | {"checksum": digest.hexdigest()}).encode())
     return tokens_path
 
 
 def read_token_file(path: Path, source: Path | str) -> TokenFile:
     """Return the tokens that make_token_file has left at `path`, without reading them yet."""
-    summary = json.loads(_report_path(path).read_text())
+    summary = read_object(_report_path(path))
     report = ReadReport(
         num_read=summary["num_read"],
         num_bad=summary["num_bad"],
         first_errors=tuple(summary["first_errors"]),
     )
-    tokens = np.memmap(path, dtype=np.dtype(path.suffix[1:]), mode="r")
+    with open_file(path) as stream:
+        tokens = np.memmap(stream, dtype=np.dtype(path.suffix[1:]), mode="r")
     return TokenFile(tokens=tokens, report=report, source=Path(source))
 
 
@@ -167,11 +186,25 @@ def _report_path(tokens_path: Path) -> Path:
     return tokens_path.with_suffix(".json")
 
 
-def _is_complete(tokens_path: Path) -> bool:
-    report_path = _report_path(tokens_path)
+def _is_whole(tokens_path: Path, vocab_size: int) -> bool:
+    """Return whether tokens and their report are there as they were written, and all ids are below
+    vocab_size: reads all of both."""
+    report_path, dtype = _report_path(tokens_path), np.dtype(tokens_path.suffix[1:])
     if not report_path.exists() or not tokens_path.exists():
         return False
-    return json.loads(report_path.read_text())["num_bytes"] == tokens_path.stat().st_size
+    try:
+        summary = read_object(report_path)
+    except UserError:  # damaged
+        return False
+    digest = xxhash.xxh3_128()
+    with open_file(tokens_path) as stream:
+        while content := stream.read(_CHECKED_BYTES):
+            if len(content) % dtype.itemsize or np.frombuffer(content, dtype).max() >= vocab_size:
+                return False
+            digest.update(content)
+    said = summary.pop("checksum", None)
+    digest.update(json.dumps(summary).encode())
+    return said == digest.hexdigest()
 
 
 def _open_documents(source: Path, skip_bad_lines: bool) -> "RecordReader[list[str]] | _TextFile":
@@ -193,6 +226,7 @@ class _TextFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._name = named(path, MAX_SHOWN_PATH)
         self.share_read = 0.0  # of the file's bytes
 
     def __iter__(self) -> Iterator[Iterable[str]]:
@@ -205,21 +239,47 @@ class _TextFile:
         self.share_read = share
 
     def _pieces(self) -> Iterator[str]:
-        """Yield the text in parts that end before whitespace, where tokenizers cut anyway."""
+        """Yield the text in parts that end before whitespace, where tokenizers cut anyway. Where a
+        line of over _PART_BYTES has none, it is cut where it has so many bytes."""
         pending = ""
         is_empty = True
-        for number, line in read_lines(self._path, self._reached):
-            try:
-                pending += line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{self._path}:{number}: not UTF-8: byte {error.start + 1} of the line"
-                ) from None
-            is_empty = is_empty and not pending.strip()
+        for text, is_line_end in self._texts():
+            pending += text
+            is_empty = is_empty and not text.strip()
             if len(pending) > _PIECE_CHARACTERS:
-                cut = len(pending.rstrip()) or len(pending)
-                yield pending[:cut]
-                pending = pending[cut:]
+                end = _end_of_piece(pending, is_line_end)
+                yield pending[:end]
+                pending = pending[end:]
         if is_empty:
-            raise UserError(f"{self._path}: the file is empty; it needs text")
+            raise UserError(f"{self._name}: the file is empty; it needs text")
         yield pending
+
+    def _texts(self) -> Iterator[tuple[str, bool]]:
+        """Yield (text, whether a line ends there): lines, the long ones in parts; UserError for
+        what is no text in UTF-8."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        number, num_bytes = 1, 0
+        try:
+            for number, part in read_lines(self._path, self._reached, part_bytes=_PART_BYTES):
+                is_line_end = part.endswith(b"\n")
+                text = decoder.decode(part, final=is_line_end)
+                if "\0" in text:  # such as a file that was lost in a power cut
+                    raise UserError(f"{self._name}:{number}: not text: it holds a NUL")
+                yield text, is_line_end or len(part) < _PART_BYTES
+                num_bytes = 0 if is_line_end else num_bytes + len(part)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            # The decoder held back the first bytes of a character that a part had cut.
+            number_of_byte = num_bytes - len(decoder.getstate()[0]) + error.start + 1
+            raise UserError(
+                f"{self._name}:{number}: not UTF-8: byte {number_of_byte} of the line"
+            ) from None
+
+
+def _end_of_piece(text: str, is_line_end: bool) -> int:
+    """Return where a piece of text ends: before the whitespace at its end, or within a line before
+    its last word, of which more may come."""
+    if is_line_end:
+        return len(text.rstrip()) or len(text)
+    words = text.rsplit(None, 1)
+    return len(words[0]) if len(words) == 2 else len(text)

@@ -6,24 +6,20 @@ What holds for all of them: encode adds no token of its own, and the text of a c
 
 import hashlib
 import io
-import itertools
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import sentencepiece
-import tokenizers
 
+from engine.data.codecs import END_OF_TEXT, open_codec
+from engine.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from engine.data.tokenizer_trial import try_tokenizer
 from engine.errors import UserError
-from engine.files import open_file, replacing
+from engine.files import replacing
 
-END_OF_TEXT = "<|endoftext|>"
-_HF_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no config names it
 BATCH_CHARACTERS = 1 << 22  # work for a hundred cores, and a few hundred MB of ids
 Piece = TypeVar("Piece", str, str | None)
-_SPACE_MARK = "\u2581"  # sentencepiece writes a space as this character
 
 
 class Tokenizer:
@@ -93,17 +89,24 @@ def in_batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Load a sentencepiece model, tokenizer.json, GPT-2's two files or a folder with one of these.
 
-    In a folder, tokenizer.json goes before encoder.json + vocab.bpe, and these before a .model.
-    Raises UserError.
+    In a folder, tokenizer.json goes before GPT-2's two, and these before a .model. It is tried in a
+    process of its own before it is used. Raises UserError.
     """
-    path = Path(path)
-    if path.is_dir():
-        return _load_folder(path)
-    if path.name == "encoder.json" or path.suffix == ".bpe":
-        return _load_gpt2(path.parent)
-    if path.suffix == ".json":
-        return _load_huggingface(path)
-    return _load_sentencepiece(_read(path), path)
+    files = read_tokenizer_files(Path(path))
+    try_tokenizer(files)
+    return make_tokenizer(files)
+
+
+def make_tokenizer(files: TokenizerFiles) -> Tokenizer:
+    """Make a tokenizer of files that have been tried, or that are our own; raises UserError."""
+    codec = open_codec(files)
+    return Tokenizer(
+        vocab_size=codec.vocab_size,
+        eos_id=codec.eos_id,
+        encode=codec.encode,
+        decode=codec.decode,
+        files=codec.files,
+    )
 
 
 def train_sentencepiece(texts: Iterable[str], path: Path | str, *, vocab_size: int) -> Tokenizer:
@@ -140,124 +143,5 @@ def train_sentencepiece(texts: Iterable[str], path: Path | str, *, vocab_size: i
         ) from None
     with replacing(Path(path)) as stream:
         stream.write(model.getvalue())
-    return _load_sentencepiece(model.getvalue(), Path(path))
-
-
-def _read(path: Path) -> bytes:
-    with open_file(path) as stream:
-        return stream.read()
-
-
-def _load_folder(folder: Path) -> Tokenizer:
-    if (folder / "tokenizer.json").exists():
-        return _load_huggingface(folder / "tokenizer.json")
-    if (folder / "encoder.json").exists():
-        return _load_gpt2(folder)
-    models = sorted(folder.glob("*.model"))
-    if len(models) != 1:
-        found = f"{len(models)} .model files" if models else "none of them"
-        raise UserError(
-            f"{folder} should hold a tokenizer.json, encoder.json + vocab.bpe, or one "
-            f"sentencepiece .model file, and holds {found}"
-        )
-    return _load_sentencepiece(_read(models[0]), models[0])
-
-
-def _load_sentencepiece(model: bytes, path: Path) -> Tokenizer:
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.load_from_serialized_proto(model)
-    except RuntimeError:
-        raise UserError(f"{path} is not a sentencepiece model") from None
-    if processor.eos_id() < 0:
-        raise UserError(f"{path} has no end-of-text piece (eos); train it with one")
-    mark_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
-    has_bytes = all(processor.is_byte(token) for token in mark_ids)
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        # A space mark in the text itself would come back as a space; spelled in bytes it does not.
-        parts_of_texts = [text.split(_SPACE_MARK) if has_bytes else [text] for text in texts]
-        parts = list(itertools.chain.from_iterable(parts_of_texts))
-        num_threads = os.cpu_count() if len(parts) > 1 else 1
-        ids_of_parts = iter(processor.encode(parts, num_threads=num_threads))
-        found = []
-        for parts_of_text in parts_of_texts:
-            ids = next(ids_of_parts)
-            for _ in parts_of_text[1:]:
-                ids += mark_ids + next(ids_of_parts)
-            found.append(ids)
-        return found
-
-    return Tokenizer(
-        vocab_size=processor.vocab_size(),
-        eos_id=processor.eos_id(),
-        encode=encode,
-        decode=processor.decode,
-        files={"tokenizer.model": model},
-    )
-
-
-def _load_gpt2(folder: Path) -> Tokenizer:
-    paths = [folder / "encoder.json", folder / "vocab.bpe"]
-    files = {path.name: _read(path) for path in paths}
-    try:
-        bpe = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*map(str, paths)))
-    except Exception as error:  # the library raises no narrower type
-        raise UserError(f"{folder}: encoder.json and vocab.bpe do not load: {error}") from None
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    if bpe.token_to_id(END_OF_TEXT) is None:
-        raise UserError(f"{paths[0]} has no {END_OF_TEXT}")
-    return _wrap(bpe, END_OF_TEXT, files)
-
-
-def _load_huggingface(path: Path) -> Tokenizer:
-    content = _read(path)
-    try:
-        model = tokenizers.Tokenizer.from_str(content.decode())
-    except Exception as error:  # the library raises no narrower type
-        raise UserError(f"{path} is not a tokenizer.json that can be read: {error}") from None
-    model.no_truncation()
-    model.no_padding()
-    eos = _huggingface_end_of_text(path, model)
-    config = json.dumps({"eos_token": eos}).encode()
-    return _wrap(model, eos, {"tokenizer.json": content, "tokenizer_config.json": config})
-
-
-def _huggingface_end_of_text(path: Path, tokenizer: tokenizers.Tokenizer) -> str:
-    """Return the text of the end-of-text token, which tokenizer.json itself does not name."""
-    candidates: Sequence[str] = _HF_END_OF_TEXT
-    config_path = path.with_name("tokenizer_config.json")
-    if config_path.exists():
-        named = json.loads(_read(config_path)).get("eos_token")
-        named = named.get("content") if isinstance(named, dict) else named
-        candidates = [named] if isinstance(named, str) else candidates
-    for candidate in candidates:
-        if tokenizer.token_to_id(candidate) is not None:
-            return candidate
-    raise UserError(
-        f"{path} has no end-of-text token ({', '.join(candidates)}); "
-        f'name it in {config_path.name} as {{"eos_token": ...}}'
-    )
-
-
-def _wrap(model: tokenizers.Tokenizer, eos: str, files: dict[str, bytes]) -> Tokenizer:
-    model.add_special_tokens([eos])  # already in the vocabulary; now also known as a control token
-    model.encode_special_tokens = True  # their text is ordinary text
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        if len(texts) == 1:  # starts no threads
-            return [model.encode(texts[0], add_special_tokens=False).ids]
-        return [found.ids for found in model.encode_batch(texts, add_special_tokens=False)]
-
-    def decode(ids: list[int]) -> str:
-        return model.decode(ids, skip_special_tokens=True)
-
-    vocabulary = model.get_vocab(with_added_tokens=True)
-    return Tokenizer(
-        vocab_size=max(vocabulary.values()) + 1,
-        eos_id=vocabulary[eos],
-        encode=encode,
-        decode=decode,
-        files=files,
-    )
+    contents = {"tokenizer.model": model.getvalue()}
+    return make_tokenizer(TokenizerFiles(path=Path(path), kind="sentencepiece", contents=contents))

@@ -7,28 +7,33 @@ Every rank reads or writes what it holds, tensor by tensor: a model too large fo
 through tp x pp ranks.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
+import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.checkpoints.checkpointer import Checkpointer
-from engine.checkpoints.found import find_network, run_of, size_of
+from engine.checkpoints.found import network_at, run_of
 from engine.checkpoints.weights import load_weights
-from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.claim import claim, holding_claims
+from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
-from engine.files import open_file, read_object, replacing
+from engine.files import read_object, replacing, sync, sync_folder, writing
 from engine.huggingface.weight_files import StoredTensor, open_weights
+from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
-from engine.run import require_path
+from engine.run import load_shared_tokenizer, require_path
 from engine.settings.convert import ConvertConfig
 from engine.settings.numerics import Numerics
 from engine.settings.saved import save_config
@@ -47,6 +52,8 @@ from models.huggingface import (
 from models.sizes import GPTSize
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_CONFIG_BYTES = 1 << 20  # of config.json, which has a few hundred; our choice
+_MOST_SHOWN = 80  # characters of a text from a file in an error; our choice
 # Hugging Face's names of GPT-2's two tokenizer files, which have the same content.
 _BPE_FILES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
 
@@ -61,6 +68,7 @@ def convert(config: ConvertConfig) -> None:
         export_huggingface(config)
 
 
+@holding_claims()
 def import_huggingface(config: ConvertConfig) -> Path:
     """Write a run whose one checkpoint holds the weights of a Hugging Face folder; return the run.
 
@@ -74,16 +82,19 @@ def import_huggingface(config: ConvertConfig) -> Path:
     tokenizer = _load_tokenizer(config.tokenizer or source, size)
     network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))
     load_huggingface(network, source)
-    if parallel.is_writer:
-        tokenizer.save(out / "tokenizer")
-        save_config(config, out / "config.json")
-    Checkpointer(
-        directory=out / "checkpoints",
-        parallel=parallel,
-        networks={config.role: network},
-        optimizers={},
-        tokenizer_fingerprint=tokenizer.fingerprint(),
-    ).save(0, {})
+    with _becoming(out, parallel) as partial:
+        if parallel.is_writer:
+            tokenizer.save(partial / "tokenizer")
+            save_config(config, partial / "config.json")
+        checkpointer = Checkpointer(
+            directory=partial / "checkpoints",
+            parallel=parallel,
+            networks={config.role: network},
+            optimizers={},
+            tokenizer_fingerprint=tokenizer.fingerprint(),
+        )
+        with checkpointer:
+            checkpointer.save(0, {})
     return out
 
 
@@ -91,11 +102,12 @@ def export_huggingface(config: ConvertConfig) -> Path:
     """Write a checkpoint's language model as a Hugging Face folder; return it. Raises UserError."""
     parallel = start_parallel(config.layout, seed=0)
     source, out = require_path(config.source, "source"), _require_out(config)
-    size = size_of(source, config.role)
-    beside = run_of(find_network(source, config.role)) / "tokenizer"
+    found = network_at(source, config.role, strict=config.strict)
+    size, beside = found.size, run_of(found.folder) / "tokenizer"
     tokenizer = _load_tokenizer(config.tokenizer or beside, size)
     network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))
-    load_weights(network, source, role=config.role, tokenizer_fingerprint=tokenizer.fingerprint())
+    fingerprint = tokenizer.fingerprint()
+    load_weights(network, found.folder, role=config.role, tokenizer_fingerprint=fingerprint)
     save_huggingface(network, out, tokenizer, file_bytes=int(config.file_gigabytes * 1e9))
     return out
 
@@ -104,7 +116,7 @@ def read_size(folder: Path) -> GPTSize:
     """Return the size of the GPT-2 in a Hugging Face folder; raises UserError if it is not ours."""
     path = folder / "config.json"
     try:
-        return size_of_config(read_object(path))
+        return size_of_config(read_object(path, max_bytes=_MAX_CONFIG_BYTES))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -126,12 +138,12 @@ def load_huggingface(network: Network, folder: Path) -> None:
     for name, parameter in _parameters(network):
         theirs = huggingface_name(name)
         stored = found[theirs]
-        shard = to_shard(name, stored.tensor, size, tp=layout.tp, tp_rank=tp_rank)
+        shard = to_shard(name, stored.read(), size, tp=layout.tp, tp_rank=tp_rank)
         parameter.data.copy_(shard)
         if not parameter.data.isfinite().all():  # sync
             raise UserError(f"{stored.path}: {theirs} is not finite in {parameter.dtype}")
         if theirs == WORD_EMBEDDING and TIED_HEAD in found:
-            head = to_shard(name, found[TIED_HEAD].tensor, size, tp=layout.tp, tp_rank=tp_rank)
+            head = to_shard(name, found[TIED_HEAD].read(), size, tp=layout.tp, tp_rank=tp_rank)
             if not (head == shard).all():
                 raise UserError(
                     f"{found[TIED_HEAD].path}: {TIED_HEAD} differs from {WORD_EMBEDDING}; "
@@ -140,6 +152,7 @@ def load_huggingface(network: Network, folder: Path) -> None:
     network.mark_changed()
 
 
+@holding_claims()
 def save_huggingface(
     network: Network, folder: Path, tokenizer: Tokenizer, *, file_bytes: int = 5 * 10**9
 ) -> None:
@@ -151,37 +164,74 @@ def save_huggingface(
     if network.kind != "language":
         raise ValueError("only a language model is a Hugging Face GPT-2")
     parallel, size = network.parallel, network.size
-    partial = folder.with_name(f"{folder.name}.partial")
-    if parallel.is_writer:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
     parameters = {
         huggingface_name(name): (name, parameter)
         for name, parameter in _parameters(network)
         if name != "output_layer.weight"  # the first stage holds it as the embedding
     }
     files = _plan_files(network, list(parameters), file_bytes)
-    for file_name, (stage, names) in files.items():
-        if stage != parallel.pp_rank or parallel.dp_rank > 0:
-            continue
-        tensors = {}
-        for theirs in names:
-            name, parameter = parameters[theirs]
-            shards = _gather(parameter.data, parallel)
-            if shards:
-                tensors[theirs] = from_shards(name, shards, size)
-        if tensors:
-            save_file(tensors, partial / file_name, metadata={"format": "pt"})
-    dist.barrier()
-    if parallel.is_writer:
-        if len(files) > 1:
-            _write_json(partial / "model.safetensors.index.json", _index(files, network))
-        config = config_of_size(size, dtype=network.dtype, eos_id=tokenizer.eos_id)
-        _write_json(partial / "config.json", config)
-        _save_tokenizer(tokenizer, partial, size.context_length)
-        partial.rename(folder)
-    dist.barrier()
+    with _becoming(folder, parallel) as partial:
+        for file_name, (stage, names) in files.items():
+            if stage != parallel.pp_rank or parallel.dp_rank > 0:
+                continue
+            tensors = {}
+            for theirs in names:
+                name, parameter = parameters[theirs]
+                shards = _gather(parameter.data, parallel)
+                if shards:
+                    tensors[theirs] = from_shards(name, shards, size)
+            if tensors:
+                _write_tensors(partial / file_name, tensors)
+        dist.barrier()
+        if parallel.is_writer:
+            if len(files) > 1:
+                _write_json(partial / "model.safetensors.index.json", _index(files, network))
+            config = config_of_size(size, dtype=network.dtype, eos_id=tokenizer.eos_id)
+            _write_json(partial / "config.json", config)
+            _save_tokenizer(tokenizer, partial, size.context_length)
+
+
+@contextlib.contextmanager
+def _becoming(folder: Path, parallel: Parallel) -> Iterator[Path]:
+    """Yield a new folder that all ranks write into, and that becomes `folder` when they are
+    through, or goes. UserError, on all, where `folder` is there or another process makes it."""
+    partial = folder.with_name(f"{folder.name}.partial")
+
+    def begin() -> str:
+        claim(folder, folder.with_name(f".{folder.name}.lock"))
+        if os.path.lexists(folder):
+            raise UserError(f"--out {folder} exists already; name a new folder")
+        with writing(partial):
+            if os.path.lexists(partial):
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+        return ""
+
+    def end() -> str:
+        with writing(folder):
+            partial.rename(folder)
+            sync_folder(folder.parent)
+        return ""
+
+    said_by_first_rank(begin)
+    try:
+        yield partial
+        dist.barrier()
+        said_by_first_rank(end)
+    except BaseException:
+        if parallel.is_writer:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    with writing(path):
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # whatever the system has against it
+            raise UserError(f"{path}: cannot be written: {error}") from None
+        with path.open("rb+") as stream:
+            sync(stream)
 
 
 def _require_out(config: ConvertConfig) -> Path:
@@ -194,32 +244,40 @@ def _find_tensors(folder: Path, size: GPTSize) -> dict[str, StoredTensor]:
     """Return the tensors of that model by GPT2LMHeadModel's names, after checking all of them."""
     stored_tensors = open_weights(folder)
     paths = {stored.path for stored in stored_tensors.values()}
-    where = paths.pop() if len(paths) == 1 else folder
-    names = {canonical_name(stored_name): stored_name for stored_name in stored_tensors}
-    found = {name: stored_tensors[stored_name] for name, stored_name in names.items() if name}
-    expected = {TIED_HEAD}
-    for name, shape in tensor_shapes(size):
+    where = next(iter(paths)) if len(paths) == 1 else folder
+    found: dict[str, StoredTensor] = {}
+    for stored_name, stored in stored_tensors.items():
+        name = canonical_name(stored_name)
+        if name in found:
+            raise UserError(f"{stored.path}: {name!r:.{_MOST_SHOWN}} is there twice")
+        if name is not None:
+            found[name] = stored
+    expected, num_bytes = {TIED_HEAD}, 0
+    for name, shape in tensor_shapes(size):  # however many layers: it ends with the first missing
         if name not in found:
             raise UserError(f"{where}: tensor {name} is missing")
         _check_tensor(name, found[name], shape)
         expected.add(name)
+        num_bytes += math.prod(shape) * found[name].dtype.itemsize
     if TIED_HEAD in found:
         _check_tensor(TIED_HEAD, found[TIED_HEAD], (size.vocab_size, size.hidden_size))
     for name in found.keys() - expected:
-        raise UserError(f"{found[name].path}: {name} is no tensor of a GPT-2 of {size}")
+        shown = f"{name!r:.{_MOST_SHOWN}}"
+        raise UserError(f"{found[name].path}: {shown} is no tensor of a GPT-2 of {size}")
+    # Tensors of a torch file may share their numbers: a small file, and a model of any size.
+    if num_bytes > sum(path.stat().st_size for path in paths):
+        raise UserError(f"{where}: tensors of {num_bytes} bytes in fewer bytes: some are the same")
     return found
 
 
 def _check_tensor(name: str, stored: StoredTensor, shape: tuple[int, ...]) -> None:
-    if tuple(stored.tensor.shape) != shape:
+    if stored.shape != shape:
         raise UserError(
-            f"{stored.path}: {name} has shape {list(stored.tensor.shape)}, "
+            f"{stored.path}: {name} has shape {list(stored.shape)!s:.{_MOST_SHOWN}}, "
             f"config.json asks for {list(shape)}"
         )
-    if stored.tensor.dtype not in _FLOATS:
-        raise UserError(
-            f"{stored.path}: {name} is {stored.tensor.dtype}, not a float of 16 bits or more"
-        )
+    if stored.dtype not in _FLOATS:
+        raise UserError(f"{stored.path}: {name} is {stored.dtype}, not a float of 16 bits or more")
 
 
 def _parameters(network: Network) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -280,16 +338,9 @@ def _tensor_bytes(network: Network) -> dict[str, int]:
 
 
 def _load_tokenizer(path: Path, size: GPTSize) -> Tokenizer:
-    """Return the tokenizer, also from Hugging Face's two files of GPT-2; it must fit the model."""
+    """Return the tokenizer, which must fit the model."""
     require_path(path, "tokenizer")
-    if (path / "vocab.json").exists() and not (path / "tokenizer.json").exists():
-        with tempfile.TemporaryDirectory() as folder:
-            for theirs, ours in _BPE_FILES.items():
-                with open_file(path / theirs) as stream:
-                    (Path(folder) / ours).write_bytes(stream.read())
-            tokenizer = load_tokenizer(folder)
-    else:
-        tokenizer = load_tokenizer(path)
+    tokenizer = load_shared_tokenizer(lambda: path)
     if tokenizer.vocab_size > size.vocab_size:
         raise UserError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {size.vocab_size}"

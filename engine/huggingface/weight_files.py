@@ -1,27 +1,47 @@
-"""The tensors in a folder of weights that others made, mapped: only what is used is read.
+"""The tensors in a folder of weights that others made: only what is used is read.
 
-safetensors, or a torch file loaded with weights_only=True, each whole or in parts with an index.
-Nothing but tensors is unpickled, and every failure is a UserError that names the file.
+safetensors, or torch.save's files, each whole or in parts with an index. Nothing is unpickled,
+types and shapes are known before a number is read, and every failure is a UserError that names the
+file.
 """
 
-import pickle
+import functools
+import os
 import re
-import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import open_file, read_object
+from engine.huggingface.torch_files import find_tensors, map_tensor
 
 # In the order in which Hugging Face looks for them.
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-_PART_NAME = re.compile(r"[\w.-]+\.(safetensors|bin)")
+_PART_NAME = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)")
+# All our choice. GPT-3 in files of 5 GB has 70 parts, and 0.2 MB of header in all.
+_MAX_PARTS = 1000
+_MAX_HEADER_BYTES = 16 << 20
+_MAX_INDEX_BYTES = 16 << 20
+_MOST_SHOWN = 80  # characters of a text from a file in an error
 _MAX_REASON = 200  # characters: a damaged header can make the library quote all of it
+# The types that a weight may have, and those of the constants beside them.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +49,10 @@ class StoredTensor:
     """A tensor and the file it is in."""
 
     path: Path
-    tensor: Tensor
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    """Returns the tensor, mapped; raises UserError."""
 
 
 def open_weights(folder: Path) -> dict[str, StoredTensor]:
@@ -39,57 +62,75 @@ def open_weights(folder: Path) -> dict[str, StoredTensor]:
     """
     for single in _SINGLE_FILES:
         path = folder / single
-        if path.exists():
-            return {name: StoredTensor(path, tensor) for name, tensor in _open(path).items()}
+        if os.path.lexists(path):
+            return _open(path)
         index = folder / f"{single}.index.json"
-        if index.exists():
+        if os.path.lexists(index):
             return _open_parts(index)
     raise UserError(f"{folder} holds no {' or '.join(_SINGLE_FILES)}, nor an index of their parts")
 
 
 def _open_parts(index: Path) -> dict[str, StoredTensor]:
-    file_of = read_object(index).get("weight_map")
+    file_of = read_object(index, max_bytes=_MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(file_of, dict):
         raise UserError(f"{index} has no weight_map")
-    parts: dict[str, dict[str, Tensor]] = {}
-    found = {}
     for name, part in file_of.items():
         if not isinstance(part, str) or not _PART_NAME.fullmatch(part):
-            raise UserError(f"{index}: {name} is in {part!r}, which is no file of this folder")
-        path = index.with_name(part)
-        if part not in parts:
-            parts[part] = _open(path)
+            shown = f"{name!r:.{_MOST_SHOWN}} is in {part!r:.{_MOST_SHOWN}}"
+            raise UserError(f"{index}: {shown}, which is no file of this folder")
+    num_parts = len(set(file_of.values()))
+    if num_parts > _MAX_PARTS:
+        raise UserError(f"{index} names {num_parts} files; {_MAX_PARTS} are the most that are read")
+    parts = {part: _open(index.with_name(part)) for part in sorted(set(file_of.values()))}
+    for name, part in file_of.items():
         if name not in parts[part]:
-            raise UserError(f"{path} holds no {name}, though {index.name} says so")
-        found[name] = StoredTensor(path, parts[part][name])
+            raise UserError(
+                f"{index.with_name(part)} holds no {name!r:.{_MOST_SHOWN}}, "
+                f"though {index.name} says so"
+            )
+    return {name: parts[part][name] for name, part in file_of.items()}
+
+
+def _open(path: Path) -> dict[str, StoredTensor]:
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    return {
+        name: StoredTensor(
+            path, located.dtype, located.shape, functools.partial(map_tensor, path, located)
+        )
+        for name, located in find_tensors(path).items()
+    }
+
+
+def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    with open_file(path) as stream:
+        # Its first eight bytes are the header's length, which the library reads whatever it is.
+        num_bytes = int.from_bytes(stream.read(8), "little")
+    if num_bytes > _MAX_HEADER_BYTES:
+        raise _damaged(path, f"a header of {num_bytes} bytes; {_MAX_HEADER_BYTES} are the most")
+    try:
+        weights = safe_open(path, framework="pt")
+        found = {}
+        for name in weights.keys():  # noqa: SIM118 - no mapping, but the library's handle
+            view = weights.get_slice(name)
+            if view.get_dtype() not in _DTYPES:
+                shown = f"{name!r:.{_MOST_SHOWN}} is {view.get_dtype()}"
+                raise UserError(f"{path}: {shown}; {', '.join(_DTYPES)} are read")
+            read = functools.partial(_read_safetensor, path, weights, name)
+            dtype = _DTYPES[view.get_dtype()]
+            found[name] = StoredTensor(path, dtype, tuple(view.get_shape()), read)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from None
     return found
 
 
-def _open(path: Path) -> dict[str, Tensor]:
-    open_file(path).close()  # says what is wrong with the path itself
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise _damaged(path, error) from None
+def _read_safetensor(path: Path, weights: safe_open, name: str) -> Tensor:
     try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        is_zip = zipfile.is_zipfile(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} is damaged, or holds more than tensors and would run code; "
-            "get the model's safetensors files instead"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise _damaged(path, error) from None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
-    ):
-        raise UserError(f"{path} is not a model's state dict of named tensors")
-    return tensors
+        return weights.get_tensor(name)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise _damaged(path, str(error)) from None
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
-    reason = str(error).split("\n", 1)[0][:_MAX_REASON]
+def _damaged(path: Path, reason: str) -> UserError:
+    reason = reason.split("\n", 1)[0][:_MAX_REASON]
     return UserError(f"{path} is damaged or cut short ({reason}); download it again")

@@ -57,7 +57,6 @@ def write_tokenizer(config: QuickstartConfig, files: Files, path: Path) -> None:
     """Train a sentencepiece tokenizer on the files' training text, unless it is there."""
     if path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     records, _ = read_demonstrations(files.demonstrations)
     texts = [f"{record.prompt}\n{record.response}" for record in records]
     texts += read_records(
@@ -72,7 +71,6 @@ def write_files(config: QuickstartConfig, files: Files) -> None:
     """Write what the quickstart makes itself, except the comparisons, which need the SFT model."""
     if files.pretraining_valid.exists():  # written last
         return
-    files.prompts.parent.mkdir(parents=True, exist_ok=True)
     seed = config.seed
     for path, pairs in (
         (files.demonstrations, demonstrations("train", config.num_demonstrations, seed=seed)),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from engine.claim import holding_claims
 from engine.files import replacing
 from engine.metrics import read_metrics
 from engine.ppo import train as train_ppo
@@ -27,12 +28,14 @@ from engine.quickstart.stages import ppo_stage, pretraining_stage, rm_stage, sft
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
 from engine.rm import train as train_rm
+from engine.run import claim_for_all
 from engine.sft import train as train_sft
 
 
+@holding_claims()
 def run(config: QuickstartConfig) -> dict[str, Any]:
     """Run every stage, judge the four models on held-out prompts, write summary.json and
-    report.html."""
+    report.html. UserError where another one writes into the folder."""
     seconds: dict[str, float] = {}
 
     def timed(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -42,6 +45,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
         return result
 
     parallel = start_parallel(config.layout, config.seed)
+    claim_for_all(config.directory, "data", "tokens")
     files = timed("data", prepare_files, config, parallel)
     timed("pretrain", train_sft, pretraining_stage(config, files))
     timed("sft", train_sft, sft_stage(config, files))

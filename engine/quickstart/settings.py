@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engine.errors import UserError, quoted
+from engine.settings.checks import check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.ppo import PPOConfig
@@ -49,3 +51,13 @@ class QuickstartConfig:
     """Dtype of every stage."""
     seed: int = 0
     """Of every stage."""
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            counts="vocab_size num_pretraining_tokens num_demonstrations num_compared num_prompts"
+            " num_judged",
+            not_negative="faults_per_level seed",
+        )
+        if not set(self.task).isdisjoint("/*?[]"):
+            raise UserError(f"task {quoted(self.task)} must be the beginning of file names")

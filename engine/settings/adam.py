@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.errors import UserError
 from engine.settings.checks import check_numbers
 
 
@@ -46,3 +47,6 @@ class AdamConfig:
             not_negative="warmup weight_decay",
             shares="final_fraction warmup_start beta1 beta2",
         )
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) == 1.0:  # Adam divides by 1 - beta^t
+                raise UserError(f"optimizer {name} must be below 1, got 1.0")

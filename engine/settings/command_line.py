@@ -14,9 +14,13 @@ import docstring_parser
 import tyro
 
 from engine.environment import rank_of_environment
-from engine.errors import UserError
+from engine.errors import UserError, cut
+from engine.settings.checks import check_values
 
 _Config = TypeVar("_Config")
+
+_NAMELESS = ("stage", "plan", "config")  # parts of a job whose options have no prefix
+_MAX_PROBLEM = 800  # characters of tyro's words, which may hold all of a long option
 
 
 def parse_config(default: _Config, arguments: Sequence[str] | None = None) -> _Config:
@@ -29,11 +33,13 @@ def parse_config(default: _Config, arguments: Sequence[str] | None = None) -> _C
         args=arguments,
         config=(tyro.conf.AvoidSubcommands,),
     )
-    printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    printed = io.TextIOWrapper(
+        io.BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True
+    )
     try:
         # Both streams: tyro chooses its box's characters and colours by what stdout can show.
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            return parse()
+            found = parse()
     except SystemExit as stop:
         if stop.code:
             printed.seek(0)
@@ -44,6 +50,8 @@ def parse_config(default: _Config, arguments: Sequence[str] | None = None) -> _C
             except BrokenPipeError:  # head has seen enough; nor is there anyone to flush to
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
+    check_values(found, nameless=_NAMELESS)
+    return found
 
 
 def _in_one_paragraph(read: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,7 +98,7 @@ def _parse_message(box: str) -> str:
             blocks.append([])
         else:
             blocks[-1].append(line)
-    problem = " ".join(blocks[0]) or box.strip()
+    problem = cut(" ".join(blocks[0]) or box.strip(), _MAX_PROBLEM)
     advice = "run with --help to see every option"
     if len(blocks) > 1 and blocks[1][:1] == ["Perhaps you meant:"]:
         advice = f"perhaps you meant {blocks[1][1]}; {advice}"

@@ -20,7 +20,10 @@ class ConvertConfig:
     out: Path | None = None
     """The folder to make; it must not exist."""
     role: str = "policy"
-    """Which network of the checkpoint: policy, reference or ema."""
+    """Which network of the checkpoint: policy or ema."""
+    strict: bool = False
+    """export: refuse a run whose newest checkpoint is damaged, instead of taking the newest whole
+    one."""
     tokenizer: Path | None = None
     """Tokenizer file or folder; none: the one that lies with the source."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from engine.settings.checks import check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.sampling import SamplingConfig
 
@@ -15,7 +16,9 @@ class GenerateConfig:
     source: Path | None = None
     """A run, one of its checkpoints, a network in one, or a Hugging Face GPT-2 folder."""
     role: str = "policy"
-    """Which network of a checkpoint: policy, reference or ema."""
+    """Which network of a checkpoint: policy or ema."""
+    strict: bool = False
+    """Refuse a run whose newest checkpoint is damaged, instead of taking the newest whole one."""
     tokenizer: Path | None = None
     """Tokenizer file or folder; none: the one that lies with the source."""
     prompts: Path | None = None
@@ -38,3 +41,6 @@ class GenerateConfig:
     """Seeds the draws."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     """Ranks that share the model; those left over share the prompts."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, counts="num_samples", not_negative="seed")

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from engine.errors import UserError
 from engine.settings.adam import AdamConfig
@@ -13,6 +15,7 @@ from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.residency import ResidencyConfig
 from engine.settings.sampling import SamplingConfig
+from engine.settings.saving import SaveConfig
 
 EosRule = Literal["none", "penalty", "replace"]
 
@@ -126,10 +129,8 @@ class PPOConfig:
     """When a number is called wrong."""
     seed: int = 0
     """Shuffling and sampling."""
-    save_every: int = 0
-    """Iterations between checkpoints; 0: only at the end."""
-    keep: int = 2
-    """Checkpoints kept."""
+    saving: Annotated[SaveConfig, tyro.conf.arg(name="")] = field(default_factory=SaveConfig)
+    """Checkpoints: when they are written and which are kept; its options have no prefix."""
     num_shown: int = 2
     """Sample texts in the table of an iteration."""
     show_every: int = 10
@@ -138,9 +139,9 @@ class PPOConfig:
     def __post_init__(self) -> None:
         check_numbers(
             self,
-            counts="iterations rollout_batch_size minibatch_size ppo_epochs keep show_every",
+            counts="iterations rollout_batch_size minibatch_size ppo_epochs show_every",
             positive="cliprange value_cliprange",
-            not_negative="eos_penalty ptx_coef seed save_every num_shown",
+            not_negative="eos_penalty ptx_coef seed num_shown",
             shares="gamma lam ema_decay",
         )
         check_numbers(self, counts="micro_batch_tokens ptx_examples_per_episode")

@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from engine.settings.adam import AdamConfig
-from engine.settings.checks import check_numbers
+from engine.settings.checks import check_epochs, check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.saving import SaveConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +73,14 @@ class RMConfig:
     """Shuffling and initialisation."""
     eval_every: int = 0
     """Steps between held-out accuracies; 0: only at the end."""
-    save_every: int = 0
-    """Steps between checkpoints; 0: only at the end."""
-    keep: int = 2
-    """Checkpoints kept."""
+    saving: Annotated[SaveConfig, tyro.conf.arg(name="")] = field(default_factory=SaveConfig)
+    """Checkpoints: when they are written and which are kept; its options have no prefix."""
 
     def __post_init__(self) -> None:
         check_numbers(
             self,
-            counts="batch_size micro_batch_tokens keep",
+            counts="batch_size micro_batch_tokens",
             positive="epochs",
-            not_negative="seed eval_every save_every",
+            not_negative="seed eval_every",
         )
+        check_epochs(self.epochs)

@@ -4,15 +4,18 @@ import contextlib
 import dataclasses
 import enum
 import json
+import sys
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from engine.errors import UserError
-from engine.files import read_object, replacing
+from engine.errors import UserError, named, quoted
+from engine.files import MAX_SHOWN_PATH, read_object, replacing
 
 _Config = TypeVar("_Config")
+
+_MAX_BYTES = 1 << 20  # of a config's file; our choice: ours have a few thousand
 
 
 def save_config(config: Any, path: Path) -> None:
@@ -26,15 +29,7 @@ def changed_fields(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
     """Return {dotted name: (saved, now)} of the fields that differ from what save_config wrote to
     `path`; a field that only one of the two has is left out."""
 
-    def flat(values: Any, prefix: str) -> dict[str, Any]:
-        if not isinstance(values, dict):
-            return {prefix: values}
-        found: dict[str, Any] = {}
-        for name, value in values.items():
-            found |= flat(value, f"{prefix}.{name}" if prefix else name)
-        return found
-
-    now, saved = flat(_encode(config), ""), flat(read_object(path), "")
+    now, saved = _flat(_encode(config)), _flat(read_object(path, max_bytes=_MAX_BYTES))
     return {
         name: (saved[name], value)
         for name, value in now.items()
@@ -47,10 +42,25 @@ def load_config(cls: type[_Config], path: Path) -> _Config:
 
     Raises UserError for a missing or malformed file, an unknown field, a value of another type.
     """
+    values = read_object(path, max_bytes=_MAX_BYTES)
     try:
-        return _decode(cls, read_object(path), "")
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        return _decode(cls, values, "")
+    except (UserError, ValueError) as error:
+        raise UserError(f"{named(path, MAX_SHOWN_PATH)}: {error}") from None
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Return {dotted name: value} of nested objects, however deep they are."""
+    found: dict[str, Any] = {}
+    open_values: list[tuple[str, Any]] = [("", values)]
+    while open_values:
+        prefix, value = open_values.pop()
+        if isinstance(value, dict):
+            dot = "." if prefix else ""
+            open_values += [(f"{prefix}{dot}{name}", inner) for name, inner in value.items()][::-1]
+        else:
+            found[prefix] = value
+    return found
 
 
 def _encode(value: Any) -> Any:
@@ -79,10 +89,12 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     if origin in (list, tuple) and isinstance(value, list):
         return _decode_sequence(hint, value, where)
     if origin is dict and isinstance(value, dict):
-        return {key: _decode(arguments[1], v, f"{where}.{key}") for key, v in value.items()}
+        return {k: _decode(arguments[1], v, f"{where}.{named(k)}") for k, v in value.items()}
     if origin is Literal and value in arguments:
         return value
     if hint is float and type(value) is int:  # JSON has one kind of number
+        if abs(value) > sys.float_info.max:
+            raise ValueError(f"{where} is too large: {quoted(value)}")
         return float(value)
     if isinstance(hint, type) and isinstance(value, str):
         if issubclass(hint, enum.Enum) and value in hint.__members__:
@@ -91,7 +103,7 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
             return hint(value)
     if type(value) is hint:
         return value
-    raise ValueError(f"{where or 'the file'} cannot be {value!r}")
+    raise ValueError(f"{where or 'the file'} cannot be {quoted(value)}")
 
 
 def _decode_sequence(hint: Any, values: list[Any], where: str) -> Any:
@@ -109,7 +121,7 @@ def _decode_dataclass(cls: Any, values: dict[str, Any], where: str) -> Any:
     prefix = f"{where}." if where else ""
     unknown = sorted(values.keys() - {f.name for f in dataclasses.fields(cls)})
     if unknown:
-        raise ValueError(f"unknown field {prefix}{unknown[0]}")
+        raise ValueError(f"unknown field {prefix}{named(unknown[0])}")
     return cls(**{name: _decode(hints[name], v, f"{prefix}{name}") for name, v in values.items()})
 
 
@@ -117,4 +129,4 @@ def _decode_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     for choice in choices:
         with contextlib.suppress(ValueError):
             return _decode(choice, value, where)
-    raise ValueError(f"{where} cannot be {value!r}")
+    raise ValueError(f"{where} cannot be {quoted(value)}")

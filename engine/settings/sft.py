@@ -5,13 +5,17 @@ Imports neither torch nor megatron.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from engine.errors import UserError
 from engine.settings.adam import AdamConfig
-from engine.settings.checks import check_numbers
+from engine.settings.checks import check_epochs, check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
+from engine.settings.saving import SaveConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +107,8 @@ class SFTConfig:
     """Shuffling, initialisation, dropout."""
     eval_every: int = 0
     """Steps between held-out losses; 0: only at the end."""
-    save_every: int = 0
-    """Steps between checkpoints; 0: only at the end."""
-    keep: int = 2
-    """Checkpoints kept, besides those of the epochs."""
+    saving: Annotated[SaveConfig, tyro.conf.arg(name="")] = field(default_factory=SaveConfig)
+    """Checkpoints: when they are written and which are kept; its options have no prefix."""
     save_every_epoch: bool = False
     """Write the weights at the end of each epoch, and keep them all; a selection does so too."""
     selection: SelectionConfig = field(default_factory=SelectionConfig)
@@ -115,11 +117,12 @@ class SFTConfig:
     def __post_init__(self) -> None:
         check_numbers(
             self,
-            counts="batch_size micro_batch_tokens keep",
+            counts="batch_size micro_batch_tokens",
             positive="epochs",
-            not_negative="seed eval_every save_every",
+            not_negative="seed eval_every",
             shares="dropout",
         )
+        check_epochs(self.epochs)
 
     @property
     def num_pretraining_sequences(self) -> int:

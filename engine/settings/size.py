@@ -1,6 +1,6 @@
 """The size that a setting names. Imports neither torch nor megatron."""
 
-from engine.errors import UserError
+from engine.errors import UserError, quoted
 from models.sizes import SIZES, GPTSize
 
 
@@ -8,5 +8,5 @@ def named_size(name: str) -> GPTSize:
     """Return the size of that name, with GPT-3's vocabulary unless it is a small one; raises
     UserError for an unknown name."""
     if name not in SIZES:
-        raise UserError(f"no size is named {name!r}; the sizes are {', '.join(SIZES)}")
+        raise UserError(f"no size is named {quoted(name)}; the sizes are {', '.join(SIZES)}")
     return SIZES[name]

@@ -194,26 +194,36 @@ class Optimizer:
                         "exp_avg_sq": torch.zeros_like(master),
                     }
 
-    def counts(self) -> dict:
-        """Return the rest of a checkpoint's state, which the first rank writes for all: counts of
-        steps, loss scale. Empty where this rank owns nothing but padding, of a small model on many
-        replicas: megatron would ask its Adam for the step, and that has no state."""
-        if not self.owned_masters():
-            return {}
-        return self.megatron.state_dict() | {"skipped": self.skipped.state_dict()}
+    def counts(self) -> dict[str, Any]:
+        """Return the rest of a checkpoint's state, as JSON has it: Adam's count of steps, fp16's
+        loss scale, skipped steps. The first rank writes it for all."""
+        self.prepare_state()
+        found: dict[str, Any] = {"skipped": self.skipped.state_dict()}
+        for optimizer in self._distributed():
+            steps = {float(s["step"]) for s in optimizer.optimizer.state.values()}
+            if steps:  # none where this rank owns nothing but padding
+                (found["step"],) = steps
+            if optimizer.grad_scaler is not None:
+                scaler = optimizer.grad_scaler.state_dict()
+                found["grad_scaler"] = {**scaler, "scale": scaler["scale"].item()}
+        return found
 
-    def load_state(self, state: dict) -> None:
-        """Take the rest of a checkpoint's state, whose masters and moments are in place: counts of
-        steps, loss scale."""
-        ours = ("param_state", "skipped")
-        with self.network.parallel.active():
-            self.megatron.load_state_dict({k: v for k, v in state.items() if k not in ours})
-        self.skipped.load_state_dict(state.get("skipped", {}))
-        self._use_fused_kernel()  # the groups are the checkpoint's now
+    def load_counts(self, counts: dict[str, Any]) -> None:
+        """Take the rest of a checkpoint's state, whose masters and moments are in place; raises
+        KeyError, TypeError or ValueError for what counts() does not return."""
+        self.skipped.load_state_dict(counts["skipped"])
+        self.prepare_state()
         for optimizer in self._distributed():
             for master, adam_state in optimizer.optimizer.state.items():
-                # megatron hands all of them one tensor on the host, which Adam counts up in place.
-                adam_state["step"] = adam_state["step"].to(master.device, copy=True)
+                # A tensor each: Adam counts it up in place.
+                adam_state["step"] = torch.tensor(float(counts["step"]), device=master.device)
+            for param_group in optimizer.optimizer.param_groups:
+                if "step" in param_group:  # apex's and Transformer Engine's Adam count there
+                    param_group["step"] = int(counts["step"])
+            if optimizer.grad_scaler is not None:
+                scaler = counts["grad_scaler"]
+                scale = torch.tensor([float(scaler["scale"])], device=self.network.parallel.device)
+                optimizer.grad_scaler.load_state_dict({**scaler, "scale": scale})
 
     def _read_norm(self) -> tuple[float, float]:
         """Return (norm of the gradients of all ranks, loss scale that they carry): the host waits

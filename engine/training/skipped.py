@@ -4,11 +4,10 @@ A skipped step leaves weights, moments and averages as they were, so one bad bat
 no more. What comes again and again is no bad batch: the run ends, with its checkpoints as they are.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from engine.errors import UserError
-from engine.ranks.first_rank import said_by_first_rank
 
 
 @dataclass(kw_only=True)
@@ -44,15 +43,19 @@ class SkippedSteps:
         self.total, self.in_a_row = state.get("total", 0), state.get("in_a_row", 0)
 
 
-def end_if_stuck(where: str, checkpoints: Path, **networks: SkippedSteps) -> None:
+def end_if_stuck(where: str, newest: Callable[[], str], **networks: SkippedSteps) -> None:
     """Raise UserError where optimizer steps of one of the networks were skipped too often in a row:
     on all ranks alike, since they count the same.
 
-    where: how far the run is, such as "step 7".
+    where: how far the run is, such as "step 7". newest: says where the newest checkpoint is, "" for
+    none; all ranks call it together.
     """
     for name, skipped in networks.items():
         if skipped.is_stuck:
-            kept = said_by_first_rank(lambda: _last_checkpoint(checkpoints))
+            found = newest()
+            kept = (
+                f"The last good checkpoint is {found}." if found else "None has been written yet."
+            )
             raise UserError(
                 f"{where}: the gradient of the {name} was not finite in {skipped.in_a_row} "
                 "optimizer steps in a row, which were skipped and left the weights as they were. "
@@ -60,10 +63,3 @@ def end_if_stuck(where: str, checkpoints: Path, **networks: SkippedSteps) -> Non
                 "lower the learning rate, use bf16 or fp32 in place of fp16, or take bad records "
                 "out of the data. To pass over more steps, raise the optimizer's max_skipped_steps"
             )
-
-
-def _last_checkpoint(checkpoints: Path) -> str:
-    latest = checkpoints / "latest"
-    if not latest.exists():
-        return "No checkpoint has been written yet."
-    return f"The last good checkpoint is {checkpoints / latest.read_text().strip()}."

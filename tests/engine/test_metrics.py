@@ -1,13 +1,19 @@
+import errno
 import io
 import json
 import math
+import os
+import resource
 import time
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import metrics as metrics_file
 from engine.alarms import Alarm
+from engine.claim import claim, holding_claims
+from engine.errors import UserError
 from engine.metrics import Metrics, plot_curves, read_metrics
 from engine.printable import open_console
 from tests.hostile import EVERYTHING, dangers
@@ -38,6 +44,13 @@ def test_file_screen_and_tensorboard_say_the_same(tmp_path, capsys):
     board = EventAccumulator(str(tmp_path / "sft" / "tensorboard")).Reload()
     assert [e.step for e in board.Scalars("train/loss")] == [0, 1, 2]
     assert [e.value for e in board.Scalars("train/loss")] == pytest.approx([2.0, 1.9, 1.8])
+
+
+def test_tensorboard_shows_the_steps_of_a_resume_once(tmp_path):
+    logged(tmp_path, range(6))
+    logged(tmp_path, range(4, 8), first_step=4)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in board.Scalars("train/loss")] == list(range(8))
 
 
 def test_the_line_shows_the_headline_in_its_order(tmp_path, capsys):
@@ -128,6 +141,127 @@ def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
         assert metrics.phase_seconds == {}
     assert not run_dir.exists()
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        *(b"\0" * 40, b"", b"[1]", b"null", b"[" * 99_999, b"9" * 5000),
+        *(b'{"step": 1.0}', b'{"step": true}', b'{"step": -1}', b'{"step": "1"}'),
+        *(b'{"step": 1, "train/lo\xf3s": 1.9}', b'{"stfp": 1, "train/loss": 1.9}'),
+        *(b'{"step": 1, "train/loss": "1"}', b'{"step": 1, "train/loss": [1]}'),
+        b'{"step": 1, "train/loss": ' + b"9" * 400 + b"}",
+    ],
+)
+def test_a_damaged_line_is_set_aside_and_said(tmp_path, capsys, damaged):
+    logged(tmp_path, range(3))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + damaged + b"\n" + lines[2])
+    capsys.readouterr()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 2]
+    assert capsys.readouterr().err == f"WARNING: {path}: 1 damaged lines are left out\n"
+    assert plot_curves(tmp_path) is not None
+    capsys.readouterr()
+    logged(tmp_path, [3], first_step=3)
+    said = f"WARNING: {path}: 1 damaged lines are now in metrics.jsonl.damaged\n"
+    assert capsys.readouterr().err == said
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged + b"\n"
+    assert [row["step"] for row in lines_of(path)] == [0, 2, 3]
+    logged(tmp_path, [4], first_step=4)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["samples", "alarms"])
+def test_damaged_samples_and_alarms_end_no_run(tmp_path, capsys, name):
+    good, path = b'{"step": 0, "text": "x"}\n', tmp_path / f"{name}.jsonl"
+    path.write_bytes(good + b'{"step": 0, "text": "\xff"}\n' + b"\0\0\n" + good + b'{"step": 0')
+    logged(tmp_path, [1], first_step=1)
+    assert path.read_bytes() == good + good
+    assert f"2 damaged lines are now in {name}.jsonl.damaged" in capsys.readouterr().err
+
+
+def test_a_log_that_is_no_file_is_an_error(tmp_path):
+    os.mkfifo(tmp_path / "samples.jsonl")
+    with pytest.raises(UserError, match="samples.jsonl is no regular file"):
+        logged(tmp_path, [0])
+    with pytest.raises(UserError, match="metrics.jsonl: no such file"):
+        read_metrics(tmp_path)
+
+
+def refuse(monkeypatch, ending: str) -> None:
+    """Have the system refuse to open, for writing, whatever ends so."""
+    opened = Path.open
+
+    def open_or_refuse(path, mode="r", *arguments, **options):
+        if ending in path.name and mode != "r":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return opened(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_or_refuse)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "alarms.jsonl", "tfevents"])
+def test_a_full_disk_is_one_line_with_the_path(tmp_path, monkeypatch, name):
+    refuse(monkeypatch, name)
+    with (
+        pytest.raises(UserError, match=f"{name}.*: cannot be written: No space left on device$"),
+        Metrics(tmp_path, is_writer=True, num_steps=1) as metrics,
+    ):
+        metrics.log(0, {"train/loss": 1.0})
+        metrics.log_samples(0, [{"prompt": "x"}])
+        metrics.log_alarms(0, [Alarm("a", "b")])
+
+
+def test_tensorboards_file_says_at_once_that_the_disk_is_full(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with (
+        pytest.raises(UserError, match=r"tfevents.*: cannot be written: File too large"),
+        Metrics(tmp_path, is_writer=True, num_steps=9) as metrics,
+    ):
+        metrics.log(0, {"train/loss": 1.0})
+        [events] = (tmp_path / "tensorboard").iterdir()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (events.stat().st_size + 9, before[1]))
+        try:
+            metrics._events.add(1, {"train/loss": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_folder_that_was_removed_ends_the_run_in_a_line(tmp_path):
+    with (
+        pytest.raises(UserError, match="run: the folder was removed while a run wrote into it"),
+        holding_claims(),
+    ):
+        claim(tmp_path / "run")
+        with Metrics(tmp_path / "run", is_writer=True, num_steps=9) as metrics:
+            metrics.log(0, {"train/loss": 1.0})
+            (tmp_path / "run").rename(tmp_path / "old")
+            metrics.log(1, {"train/loss": 1.0})
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_curves_that_cannot_be_drawn_fail_no_run(tmp_path, monkeypatch, capsys):
+    refuse(monkeypatch, "curves.png")
+    logged(tmp_path, range(3))
+    said = f"WARNING: {tmp_path / 'curves.png'} is not drawn: {tmp_path / 'curves.png'}: cannot be"
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(said) and line.endswith("No space left on device")
+
+
+@pytest.mark.parametrize("broken", ["plot_curves", "_EventFile.close"])
+def test_closing_never_hides_what_ended_the_run(tmp_path, monkeypatch, capsys, broken):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ZeroDivisionError),
+        Metrics(tmp_path, is_writer=True, num_steps=1),
+    ):
+        patch.setattr(f"engine.metrics.{broken}", fail)
+        raise ZeroDivisionError
+    assert "No space left on device" in capsys.readouterr().err
 
 
 def test_every_run_leaves_its_curves(tmp_path):

@@ -37,6 +37,10 @@ def test_an_unknown_recipe_is_an_error_that_lists_those_of_a_stage(folder: Path)
         load_recipe(folder, "sft_other")
     with pytest.raises(UserError, match=f"no recipe '.*sft_other.py': {names}"):
         load_recipe(folder, str(folder / "sft_other.py"))
+    for name in ("a" * 10_000, "a\0", "\ud800.py"):
+        with pytest.raises(UserError, match="no recipe 'a|no recipe '.ud800") as error:
+            load_recipe(folder, name)
+        assert len(str(error.value)) < 1000
 
 
 def test_a_file_without_a_stages_config_is_an_error(folder: Path):

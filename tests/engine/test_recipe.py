@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,9 @@ from tests.engine.settings.small_stage import DataConfig, StageConfig, fails_wit
 from tests.hostile import EVERYTHING, dangers
 
 ROOT = Path(__file__).parents[2]
+
+LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+TOO_MANY = f"Too many open files: this process may have {LIMIT} (ulimit -n); raise that"
 
 
 def test_user_error_of_the_run_is_printed_without_a_traceback(capsys):
@@ -28,6 +33,56 @@ def test_other_errors_keep_their_traceback():
 
     with pytest.raises(ZeroDivisionError):
         run_stage(train, StageConfig(), [])
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b: No space left on device"),
+        (OSError(errno.EMFILE, "Too many open files"), f"the system: {TOO_MANY}"),
+        (
+            RuntimeError("[enforce fail at loop.cc:48] pipe: Too many open files\nframe 1"),
+            f"{TOO_MANY} ([enforce fail at loop.cc:48] pipe: Too many open files)",
+        ),
+        (
+            RuntimeError("disk: No space left on device"),
+            "No space left on device (disk: No space left on device)",
+        ),
+        (OSError(errno.EFBIG, "File too large", "b"), "b: File too large"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "/a"), "/a: Read-only file system"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "/nowhere/at/all"),
+            "/nowhere/at/all: No such file or directory; its folder was moved or removed meanwhile",
+        ),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_wherever_it_is_met(error, line, capsys):
+    def train(config: StageConfig) -> None:
+        raise error
+
+    assert fails_with(capsys, [], train) == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/a-wrong-name-of-ours"),
+        PermissionError(errno.EPERM, "Operation not permitted"),  # of no file
+        OSError(errno.EINVAL, "Invalid argument", "/a"),
+        OSError("no number"),
+        RuntimeError("size mismatch"),
+        ValueError("Too many open files"),  # none of torch's
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+    ],
+)
+def test_other_errors_of_the_system_keep_their_traceback(error):
+    def train(config: StageConfig) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as kept:
+        run_stage(train, StageConfig(), [])
+    assert kept.value is error
 
 
 def test_ranks_above_zero_wait_for_rank_zero_to_speak(capsys, monkeypatch):

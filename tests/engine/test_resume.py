@@ -1,6 +1,7 @@
 """A run that was stopped and started again continues bit for bit, whatever stopped it."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -10,17 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
 
+from engine.checkpoints import saving
 from engine.errors import UserError
 from engine.generation.scheduler import Scheduler
 from engine.metrics import Metrics
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.saving import SaveConfig
 from engine.stop import EXIT_STATUS
 from tests.ranks import START_METHOD, run_ranks
 from tests.tiny import (
-    Killed,
+    EVERY_STEP,
     ppo_config,
     rm_config,
     rows_of,
@@ -30,12 +32,17 @@ from tests.tiny import (
     weights_of,
 )
 
+EVERY_OTHER = SaveConfig(save_every=2)
 STAGES: dict[str, tuple[Callable, dict, tuple[str, ...]]] = {
-    "sft": (sft_config, {"dropout": 0.2, "epochs": 0.8, "save_every": 2}, ("policy",)),
-    "rm": (rm_config, {"save_every": 2}, ("reward_model",)),
+    "sft": (
+        sft_config,
+        {"dropout": 0.2, "epochs": 0.8, "saving": EVERY_OTHER},
+        ("policy",),
+    ),
+    "rm": (rm_config, {"saving": EVERY_OTHER}, ("reward_model",)),
     "ppo": (
         ppo_config,
-        {"iterations": 3, "save_every": 1, "num_shown": 8, "show_every": 1},
+        {"iterations": 3, "saving": EVERY_STEP, "num_shown": 8, "show_every": 1},
         ("policy", "critic", "ema"),
     ),
 }
@@ -101,7 +108,11 @@ def test_dropout_depends_on_the_seed_of_the_step(tiny: Path, whole: Path, tmp_pa
 
 def test_bf16_run_continues_bit_for_bit(tiny: Path, tmp_path: Path):
     config = ppo_config(
-        tiny, tmp_path / "whole", numerics=Numerics(dtype="bf16"), save_every=1, ema_decay=0.5
+        tiny,
+        tmp_path / "whole",
+        numerics=Numerics(dtype="bf16"),
+        saving=EVERY_STEP,
+        ema_decay=0.5,
     )
     train(config)
     stopped = dataclasses.replace(config, directory=tmp_path / "stopped")
@@ -113,27 +124,27 @@ def test_bf16_run_continues_bit_for_bit(tiny: Path, tmp_path: Path):
     assert (average != average.bfloat16().float()).float().mean() > 0.5
 
 
-def test_run_killed_while_saving_continues_from_the_checkpoint_before(
+def test_run_whose_disk_was_full_continues_from_the_checkpoint_before(
     tiny: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     make_config, changes, roles = STAGES["ppo"]
     config = make_config(tiny, tmp_path, **changes)
-    save = dist_checkpointing.save
-    calls = []
+    write = saving.write_tensors
+    files = []
 
-    def save_and_die(state: dict, folder: str, **arguments: object) -> None:
-        calls.append(folder)
-        if len(calls) == 5:  # the first checkpoint has three networks; of the second, the critic
-            (Path(folder) / "__0_0.distcp").write_bytes(b"the beginning of a sh")
-            raise Killed
-        save(state, folder, **arguments)
+    def write_while_there_is_room(path: Path, *content: object) -> object:
+        files.append(path)
+        if len(files) == 9:  # the first has five; of the second, the critic's state
+            path.write_bytes(b"the beginning of a sh")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, *content)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(dist_checkpointing, "save", save_and_die)
+    full = r"00002\.partial/critic/optimizer-00000\.safetensors: cannot be written: No space left"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=full):
+        patch.setattr(saving, "write_tensors", write_while_there_is_room)
         train(config)
     checkpoints = tmp_path / "checkpoints"
-    names = {path.name for path in checkpoints.iterdir()}
-    assert names == {"latest", "step_00000001", "step_00000002.partial"}
+    assert {path.name for path in checkpoints.iterdir()} == {"latest", "step_00000001"}
     assert (checkpoints / "latest").read_text() == "step_00000001"
 
     train(config)
@@ -147,7 +158,7 @@ def test_run_stopped_by_a_signal_saves_at_the_step_boundary_and_continues(
     stage: str, tiny: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     make_config, changes, roles = STAGES[stage]
-    config = make_config(tiny, tmp_path, **{**changes, "save_every": 0})
+    config = make_config(tiny, tmp_path, **{**changes, "saving": SaveConfig(save_every=0)})
     log = Metrics.log
 
     def log_and_signal(self: Metrics, step: int, values: Mapping[str, float]) -> None:
@@ -231,7 +242,7 @@ def test_other_model_in_the_run_folder_is_an_error(tiny: Path, whole: Path):
 def stop_and_resume(files: Path, folder: Path) -> None:
     """Under each layout, a PPO run that is stopped and one that is not: folder/LAYOUT/{...}."""
     for name, layout in LAYOUTS.items():
-        whole = ppo_config(files, folder / name / "whole", layout=layout, save_every=1)
+        whole = ppo_config(files, folder / name / "whole", layout=layout, saving=EVERY_STEP)
         train(whole)
         stopped = dataclasses.replace(whole, directory=folder / name / "stopped")
         train_until(stopped, 1)

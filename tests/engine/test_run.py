@@ -1,7 +1,12 @@
 import dataclasses
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from engine import run as run_module
 from engine import stop
@@ -9,14 +14,28 @@ from engine.data.pretraining import make_token_file
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 from engine.ranks.start import start_parallel
-from engine.run import Run, require_path, size_named, start_run, tokenizer_path
+from engine.run import (
+    Run,
+    claim_for_all,
+    require_path,
+    size_named,
+    stage,
+    start_run,
+    tokenizer_path,
+)
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.saved import load_config
 from engine.settings.sft import SFTConfig, SFTData
 from models.sizes import SIZES
 from tests.ranks import run_ranks
-from tests.tiny import write_lines
+from tests.tiny import EVERY_STEP, write_lines
+
+
+@pytest.fixture(autouse=True)
+def stage_around_each_test() -> Iterator[None]:
+    with stage():
+        yield
 
 
 def start(tokenizer: Path, directory: Path) -> Run:
@@ -36,7 +55,7 @@ def test_tokenizer_comes_from_a_file_a_folder_or_an_earlier_run(
 
 def test_settings_are_written_when_the_stage_says_so(tiny: Path, tmp_path: Path):
     run = start(tiny / "policy", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     config = SFTConfig(directory=tmp_path / "run", seed=7)
     run.write_settings(config)
     assert load_config(SFTConfig, tmp_path / "run" / "config.json") == config
@@ -51,7 +70,7 @@ def test_run_with_checkpoints_keeps_what_makes_it_the_run_it_is(tiny: Path, tmp_
     run.write_settings(config)  # nothing is trained yet
     run.checkpoints.mkdir()
     (run.checkpoints / "latest").write_text("step_00000001")
-    faster = dataclasses.replace(config, micro_batch_tokens=64, epochs=2.0, save_every=3)
+    faster = dataclasses.replace(config, micro_batch_tokens=64, epochs=2.0, saving=EVERY_STEP)
     run.write_settings(faster)
     for change, cause in (
         ({"batch_size": 8}, "batch_size 4, not 8"),
@@ -112,6 +131,60 @@ def leave_while_reading(files: Path, directory: Path) -> object:
 
 def test_all_ranks_leave_with_the_one_that_reads(tiny: Path, tmp_path: Path):
     assert run_ranks(leave_while_reading, 2, tiny, tmp_path) == [stop.EXIT_STATUS] * 2
+
+
+def claim_in_turn(directory: Path) -> str:
+    """Return what a rank hears when another process writes into the folder."""
+    number = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT)
+    if dist.get_rank() == 0:
+        fcntl.flock(number, fcntl.LOCK_EX)  # as another process would: through a file of its own
+    dist.barrier()
+    with pytest.raises(UserError) as refused:
+        claim_for_all(directory)
+    return str(refused.value)
+
+
+def test_all_ranks_are_refused_where_another_run_writes(tmp_path: Path):
+    first, second = run_ranks(claim_in_turn, 2, tmp_path)
+    assert first == second
+    assert first.startswith(f"{tmp_path}: another run writes into this folder")
+
+
+def test_what_killed_runs_were_writing_is_cleared_and_no_more(tmp_path: Path):
+    name = f".x.{'0a' * 16}.partial"
+    for folder in (tmp_path, tmp_path / "tokens", tmp_path / "other"):
+        folder.mkdir(exist_ok=True)
+        for kept in (name, "x.partial", ".x.partial", f"x.{'0a' * 16}.partial", ".x.json"):
+            (folder / kept).touch()
+    with stage():
+        claim_for_all(tmp_path, "tokens", "absent")
+    for folder in (tmp_path, tmp_path / "tokens", tmp_path / "other"):
+        assert (folder / name).exists() == (folder.name == "other")
+        assert len([path for path in folder.iterdir() if path.is_file() and path.name != name]) == 4
+
+
+def test_checkpoints_that_cannot_be_written_are_noticed_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "nowhere")  # a disk that is not mounted
+    with stage(), pytest.raises(UserError, match="checkpoints: cannot be written: No such file"):
+        claim_for_all(tmp_path)
+    (tmp_path / "checkpoints").unlink()
+    (tmp_path / "checkpoints").mkdir()
+    with stage():
+        claim_for_all(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    assert not list((tmp_path / "checkpoints").iterdir())
+    opened = Path.open
+
+    def read_only(path: Path, *arguments: str) -> object:
+        if path.parent.name == "checkpoints":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with stage(), pytest.raises(UserError, match="checkpoints: cannot be written: Read-only file"):
+        claim_for_all(tmp_path)
 
 
 def test_missing_tokenizer_leaves_no_folder(tmp_path: Path):

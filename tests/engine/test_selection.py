@@ -23,11 +23,13 @@ from engine.selection import best_epoch
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
+from engine.settings.saving import SaveConfig
 from engine.settings.sft import SelectionConfig, SFTConfig
 from engine.training.network import build_network
 from models.sizes import GPTSize
 from tests.ranks import run_ranks
 from tests.tiny import (
+    EVERY_STEP,
     SIZE,
     random_network,
     rows_of,
@@ -55,6 +57,7 @@ def judged(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> SFTConfig:
     Checkpointer(
         directory=folder / "judge" / "checkpoints",
         parallel=parallel,
+        saving=SaveConfig(save_in_background=False),
         networks={"reward_model": judge},
         optimizers={},
         tokenizer_fingerprint=tokenizer.fingerprint(),
@@ -71,7 +74,7 @@ def judged(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> SFTConfig:
             pretraining_fraction=0.0,
         ),
         epochs=5.0,
-        keep=1,
+        saving=SaveConfig(keep=1, save_in_background=False),
         selection=SelectionConfig(
             reward_model=folder / "judge", num_prompts=len(PROMPTS), sampling=SAMPLING
         ),
@@ -148,7 +151,7 @@ def test_best_epoch_is_the_earliest_of_equal_rewards():
 def test_stopped_run_chooses_as_if_it_had_not_been(
     step: int, judged: SFTConfig, chosen: dict[str, Any], tmp_path: Path
 ):
-    config = dataclasses.replace(judged, directory=tmp_path, save_every=1)
+    config = dataclasses.replace(judged, directory=tmp_path, saving=EVERY_STEP)
     train_until(config, step)
     train(config)
     assert json.loads((tmp_path / "selected.json").read_text()) == chosen

@@ -2,6 +2,8 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from models.huggingface import (
@@ -15,6 +17,7 @@ from models.huggingface import (
     to_shard,
 )
 from models.sizes import GPTSize
+from tests.fuzzing import fuzzed
 
 SIZE = GPTSize(num_layers=2, hidden_size=32, num_heads=4, vocab_size=300, context_length=16)
 QKV = "decoder.layers.1.self_attention.linear_qkv"
@@ -157,3 +160,53 @@ def test_the_same_function_under_another_name_is_accepted():
     assert size_of_config(config | {"n_positions": 2048}) == dataclasses.replace(
         SIZE, context_length=2048
     )
+
+
+CONFIG = config_of_size(SIZE, dtype=torch.float32, eos_id=0)
+ODD = [
+    *(0, -1, 1.0, 1e308, float("nan"), 10**9, 1 << 24 | 1, 10**4000, "32", "x" * 10**6, ""),
+    *(True, None, [], [32], {"a": 32}),
+]
+
+
+@pytest.mark.parametrize("field", ["n_layer", "n_embd", "n_head", "vocab_size", "n_positions"])
+@pytest.mark.parametrize("value", ODD, ids=range(len(ODD)))
+def test_a_size_that_is_none_is_named_before_anything_is_built(field, value):
+    with pytest.raises(ValueError, match=f"{field} is .* a whole number from 1 to 16777216") as e:
+        size_of_config(CONFIG | {field: value})
+    assert len(str(e.value)) < 200
+
+
+@pytest.mark.parametrize("field", ["n_inner", "layer_norm_epsilon", "activation_function"])
+def test_a_value_of_a_megabyte_is_cut(field):
+    with pytest.raises(ValueError, match=field) as caught:
+        size_of_config(CONFIG | {field: "x" * 10**6})
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.fuzz
+@fuzzed
+@given(
+    changes=st.dictionaries(
+        st.sampled_from([*CONFIG, "auto_map", "n_inner", "quantization_config"]),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.text(max_size=9)
+        | st.lists(st.integers(), max_size=2)
+        | st.dictionaries(st.text(max_size=3), st.integers(), max_size=2)
+        | st.sampled_from(list(CONFIG.values())),
+        max_size=4,
+    ),
+    dropped=st.none() | st.sampled_from([*CONFIG]),
+)
+def test_any_config_is_a_size_or_a_value_error(changes, dropped):
+    config = {name: value for name, value in (CONFIG | changes).items() if name != dropped}
+    try:
+        size = size_of_config(config)
+    except ValueError as error:
+        assert len(str(error)) < 2000 and len(str(error).splitlines()) == 1
+        return
+    assert (size.num_layers, size.hidden_size) == (config["n_layer"], config["n_embd"])
+    assert size.num_parameters < 1 << 80

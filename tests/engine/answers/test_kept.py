@@ -1,10 +1,12 @@
 import dataclasses
+import fcntl
 
 import numpy as np
 import pytest
 
 from engine.answers.answer import generate_text
 from engine.answers.kept import Answers, Origin, digest_of_prompts
+from engine.claim import holding_claims
 from engine.errors import UserError
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
@@ -21,22 +23,42 @@ ORIGIN = Origin(
 )
 
 
+@pytest.fixture(autouse=True)
+def claims_of_each_test():
+    with holding_claims():
+        yield
+
+
+def opened(folder, num_answers: int) -> Answers:
+    parallel = start_parallel(ParallelLayout(), seed=0)
+    return Answers(folder / "out.jsonl", ORIGIN, parallel, num_answers)
+
+
+def kept_lines(folder, num_answers: int) -> list[bytes]:
+    """Return the lines that a killed run leaves of so many answers."""
+    with holding_claims():
+        answers = opened(folder, num_answers)
+        for number in range(num_answers):
+            answers.add(number, {"prompt": "ö", "response": f"{number}", "logprob": -0.1 / 3})
+    return (folder / "out.jsonl.partial" / "0.jsonl").read_bytes().splitlines(keepends=True)
+
+
 def test_an_answer_is_in_a_file_before_the_next_is_drawn(tmp_path):
-    answers = Answers(tmp_path / "out.jsonl", ORIGIN, start_parallel(ParallelLayout(), seed=0))
+    answers = opened(tmp_path, 2)
     for number in (1, 0):
         answers.add(number, {"response": f"ö {number}"})
         lines = (tmp_path / "out.jsonl.partial" / "0.jsonl").read_text().splitlines()
-        assert lines[-1] == f'{{"number": {number}, "response": "ö {number}"}}'
-    answers.finish(2)
+        assert lines[-1].startswith(f'{{"number": {number}, "response": "ö {number}", "checksum": ')
+    answers.finish()
     assert (tmp_path / "out.jsonl").read_text() == '{"response": "ö 0"}\n{"response": "ö 1"}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
 def test_a_folder_that_lacks_answers_becomes_no_file(tmp_path):
-    answers = Answers(tmp_path / "out.jsonl", ORIGIN, start_parallel(ParallelLayout(), seed=0))
+    answers = opened(tmp_path, 2)
     answers.add(0, {"response": ""})
     with pytest.raises(UserError, match="1 answers of 2"):
-        answers.finish(2)
+        answers.finish()
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -92,3 +114,61 @@ def test_a_damaged_line_is_named(run, tmp_path):
     part.write_text("\0\0\n")
     with pytest.raises(UserError, match="0.jsonl:1: damaged; remove the line"):
         generate_text(settings)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"{}", b"[]", b"null", b"7", b'"text"', b'{"number": 1}', b'{"number": "1", "checksum": ""}']
+    + [b'{"number": 1, "checksum": []}', b"[" * 100_000, b"\xff", b"1" * 5000, b'"\\ud800"']
+    + [b'{"number": true, "response": "\\ud800", "checksum": 1}', b""],
+)
+def test_a_line_that_is_no_answer_is_named(tmp_path, line):
+    first, *_ = kept_lines(tmp_path, 2)
+    part = tmp_path / "out.jsonl.partial" / "0.jsonl"
+    part.write_bytes(first + line + b"\n" + first)
+    with holding_claims(), pytest.raises(UserError, match="0.jsonl:2: damaged; remove the line"):
+        opened(tmp_path, 2)
+    part.write_bytes(first)
+    assert opened(tmp_path, 2).kept == {0}
+
+
+def test_any_flipped_bit_of_an_answer_is_noticed(tmp_path):
+    lines = kept_lines(tmp_path, 2)
+    part = tmp_path / "out.jsonl.partial" / "0.jsonl"
+    content = b"".join(lines)
+    for position in range(len(lines[0]) - 1):
+        for bit in (1, 4):
+            flipped = bytearray(content)
+            flipped[position] ^= bit
+            if flipped[position] == ord("\n"):  # two lines, the first of them damaged
+                continue
+            part.write_bytes(flipped)
+            with holding_claims(), pytest.raises(UserError, match="0.jsonl:1: damaged"):
+                opened(tmp_path, 2)
+
+
+def test_an_answer_to_no_prompt_is_named(tmp_path):
+    kept_lines(tmp_path, 2)
+    with holding_claims(), pytest.raises(UserError, match="0.jsonl:2: damaged"):
+        opened(tmp_path, 1)
+
+
+def test_a_second_run_is_refused(run, tmp_path):
+    settings = config(run / "policy", tmp_path)
+    folder = tmp_path / "out.jsonl.partial"
+    folder.mkdir()
+    with (folder / ".lock").open("w") as lock:  # through a file of its own, as a process has it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="out.jsonl.partial: another run writes into this"):
+            generate_text(settings)
+    generate_text(settings)
+    assert not folder.exists()
+
+
+def test_an_answer_that_cannot_be_written_is_one_line(tmp_path):
+    answers = opened(tmp_path, 2)
+    answers._part.close()
+    (tmp_path / "0.jsonl").symlink_to("/dev/full")
+    answers._part = (tmp_path / "0.jsonl").open("ab", buffering=0)
+    with pytest.raises(UserError, match="0.jsonl: cannot be written: No space left on device"):
+        answers.add(0, {"response": ""})

@@ -12,6 +12,7 @@ from engine.data.examples import Example
 from engine.losses import NegativeLogLikelihood
 from engine.ranks.parallel import Parallel
 from engine.settings.adam import AdamConfig
+from engine.settings.saving import SaveConfig
 from engine.training.ema import EMA
 from engine.training.network import Network
 from engine.training.optimizer import Optimizer, StepResult
@@ -54,6 +55,7 @@ def training(
     checkpointer = Checkpointer(
         directory=directory,
         parallel=parallel,
+        saving=SaveConfig(save_in_background=False),
         networks={"policy": network},
         optimizers={"policy": optimizer},
         ema=ema,
@@ -69,6 +71,7 @@ def checkpointer_of(
     return Checkpointer(
         directory=directory,
         parallel=network.parallel,
+        saving=SaveConfig(save_in_background=False),
         networks={role: network},
         optimizers={},
         tokenizer_fingerprint=fingerprint,

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megatron.core import dist_checkpointing
-from torch.distributed.checkpoint import FileSystemReader
+from safetensors.torch import load_file
 
+from engine.checkpoints import reading
+from engine.checkpoints.boxes import within
 from engine.checkpoints.checkpointer import Checkpointer
+from engine.checkpoints.index import piece_name, read_index
+from engine.checkpoints.manifest import read_manifest
 from engine.checkpoints.weights import load_weights
 from engine.data.batches import pack
 from engine.data.examples import Example
@@ -23,6 +26,7 @@ from engine.ranks.start import start_parallel
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.saving import SaveConfig
 from engine.training.ema import EMA
 from engine.training.network import build_network
 from engine.training.optimizer import Optimizer
@@ -74,6 +78,7 @@ def training(folder: Path, parallel: Parallel, *, seed: int, size: GPTSize = WID
         checkpointer=Checkpointer(
             directory=folder,
             parallel=parallel,
+            saving=SaveConfig(keep=len(LAYOUTS), save_in_background=False),
             networks={"policy": network},
             optimizers={"policy": optimizer},
             ema=ema,
@@ -84,19 +89,19 @@ def training(folder: Path, parallel: Parallel, *, seed: int, size: GPTSize = WID
 
 @contextmanager
 def reads() -> Iterator[list[int]]:
-    """Collect the bytes of every stored piece that is read in a block."""
+    """Collect the bytes that are read of stored pieces in a block."""
     found: list[int] = []
-    read_data = FileSystemReader.read_data
+    read = reading._Fill.read
 
-    def note(self, plan, planner):  # type: ignore[no-untyped-def]
-        found.extend(self.storage_data[item.storage_index].length for item in plan.items)
-        return read_data(self, plan, planner)
+    def note(self, stored):  # type: ignore[no-untyped-def]
+        found.append(self.part.tensor[self.into].nbytes)
+        return read(self, stored)
 
-    FileSystemReader.read_data = note  # type: ignore[method-assign]
+    reading._Fill.read = note  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        FileSystemReader.read_data = read_data  # type: ignore[method-assign]
+        reading._Fill.read = read  # type: ignore[method-assign]
 
 
 def save_and_resume(folder: Path, layout: ParallelLayout) -> dict[str, int]:
@@ -104,7 +109,7 @@ def save_and_resume(folder: Path, layout: ParallelLayout) -> dict[str, int]:
     parallel = start_parallel(layout, seed=1)
     first = training(folder, parallel, seed=1)
     first.checkpointer.save(3, {})
-    files = folder.glob(f"step_00000003/*/__{parallel.rank}_*.distcp")
+    files = folder.glob(f"step_00000003/*/*-{parallel.rank:05d}.safetensors")
     with reads() as resumed:
         second = training(folder, parallel, seed=2)
         second.checkpointer.resume()
@@ -191,7 +196,6 @@ def hand_on(folder: Path) -> None:
     for step, layout in enumerate(LAYOUTS[1:]):
         other = training(folder, start_parallel(layout, seed=1), seed=step)
         assert other.checkpointer.resume() == {"step": step}
-        other.checkpointer.keep = len(LAYOUTS)
         other.checkpointer.save(step + 1, {})
 
 
@@ -199,9 +203,14 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Return every whole tensor of a checkpoint."""
     found = {}
     for role in ("policy", "ema"):
-        saved = dist_checkpointing.load_plain_tensors(str(folder / role))
-        tensors = {name: value for name, value in saved.items() if torch.is_tensor(value)}
-        found |= {f"{role}: {name}": tensor for name, tensor in tensors.items()}
+        index = read_index(folder / role, read_manifest(folder))
+        for name, tensor in index.tensors.items():
+            whole = found[f"{role}: {name}"] = torch.empty(tensor.shape)
+            for piece in tensor.pieces:
+                stored = load_file(folder / role / piece.file)[piece_name(name, piece.offset)]
+                whole[within((piece.offset, piece.shape), ((0,) * whole.dim(), whole.shape))] = (
+                    stored
+                )
     return found
 
 

@@ -71,3 +71,40 @@ def test_the_report_keeps_the_first_errors_only(tmp_path: Path) -> None:
     _, report = read_texts(path, skip_bad_lines=True)
     assert report.num_bad == 100
     assert len(report.first_errors) == 5
+
+
+def test_an_error_quotes_little_of_a_record(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    for record in ({"k" * 10**6: 1}, {f"key {n}": n for n in range(10**5)}):
+        path.write_text(json.dumps(record))
+        with pytest.raises(
+            UserError, match=r'bad\.jsonl:1: field "text" is missing; there is k'
+        ) as e:
+            read_texts(path)
+        assert len(str(e.value)) < 500
+    assert "key 7 and 99992 more" in str(e.value)
+
+
+def test_records_that_fill_the_memory_are_a_user_error(tmp_path: Path) -> None:
+    def parse(record: dict) -> int:
+        if record["text"] == 2:
+            raise MemoryError
+        return record["text"]
+
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"text": number}) + "\n" for number in range(4)))
+    with pytest.raises(UserError, match=r"long\.jsonl: 2 records of it fill the memory"):
+        read_records(path, parse, skip_bad_lines=True)
+
+
+def test_a_line_that_takes_all_memory_is_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def takes_all(text: str) -> None:
+        raise MemoryError
+
+    path = tmp_path / "wide.jsonl"
+    path.write_text("{}")
+    monkeypatch.setattr("engine.data.jsonl.json.loads", takes_all)
+    with pytest.raises(UserError, match=r"wide\.jsonl:1: as JSON it takes more memory"):
+        read_texts(path)

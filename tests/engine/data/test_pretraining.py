@@ -3,10 +3,12 @@ import json
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from engine.data import pretraining
 from engine.data.pretraining import open_token_file
@@ -88,12 +90,92 @@ def test_the_cache_is_used_until_content_or_tokenizer_change(
     assert len(calls) == 10
 
 
-def test_a_damaged_cache_is_made_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def spoilt(path: Path) -> Iterator[str]:
+    """Damage a file in one way after the other, each from what it was, and name it."""
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    for what, content in {
+        "cut": whole[:-4],
+        "cut within a token": whole[:-1],
+        "empty": b"",
+        "longer": whole + b"\0\0",
+        "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        "zeros": bytes(len(whole)),
+        "another's": b"\1\0" * (len(whole) // 2),
+        "no text": b"\xff" * len(whole),
+        "list": b"[]",
+        "brackets": b"[" * 100_000,
+    }.items():
+        path.write_bytes(content)
+        yield what
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("ending", ["uint16", "json"])
+def test_damaged_tokens_are_made_again_and_said(
+    tokenizer: Tokenizer, tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    made = open_token_file(source, tokenizer, cache)
+    expected = made.tokens.tolist()  # the file is mapped, and will be spoilt
+    [path] = cache.glob(f"*.{ending}")
+    capsys.readouterr()
+    for what in spoilt(path):
+        found = open_token_file(source, tokenizer, cache)
+        assert found.tokens.tolist() == expected, what
+        assert found.report == made.report, what
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1 and said.startswith("WARNING: "), what
+        assert ".uint16: damaged, or of an earlier version; it is made again" in said
+    open_token_file(source, tokenizer, cache)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_count_in_the_report_is_as_safe_as_the_tokens(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    open_token_file(source, tokenizer, cache)
+    [path] = cache.glob("*.json")
+    path.write_text(path.read_text().replace('"num_read": 3', '"num_read": 7'))
+    assert open_token_file(source, tokenizer, cache).report.num_read == 3
+
+
+def test_ids_that_the_tokenizer_lacks_are_not_taken_whatever_the_checksum(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
     expected = list(open_token_file(source, tokenizer, cache).tokens)
+    [tokens], [report] = cache.glob("*.uint16"), cache.glob("*.json")
+    content = np.full(len(expected), tokenizer.vocab_size, np.uint16).tobytes()
+    tokens.write_bytes(content)
+    summary = json.loads(report.read_text())
+    del summary["checksum"]
+    digest = xxhash.xxh3_128_hexdigest(content + json.dumps(summary).encode())
+    report.write_text(json.dumps(summary | {"checksum": digest}))
+    assert list(open_token_file(source, tokenizer, cache).tokens) == expected
+
+
+def test_damaged_tokens_without_their_source_are_an_error(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    open_token_file(source, tokenizer, cache)
     [path] = cache.glob("*.uint16")
     path.write_bytes(path.read_bytes()[:-4])
-    assert list(open_token_file(source, tokenizer, cache).tokens) == expected
+    source.unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl: no such file"):
+        open_token_file(source, tokenizer, cache)
+
+
+def test_a_pipe_in_the_place_of_tokens_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    open_token_file(source, tokenizer, cache)
+    [path] = cache.glob("*.uint16")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="uint16 is no regular file"):
+        open_token_file(source, tokenizer, cache)
 
 
 def test_a_bad_line_stops_and_leaves_no_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -167,9 +249,65 @@ def test_a_text_file_is_one_document(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert token_file.report.num_read == 1
 
 
+@pytest.mark.parametrize("words", ["moderately  priced \u00e9t\u00e9 ", "na\u00efvet\u00e9"])
+def test_a_line_of_megabytes_is_read_in_parts(
+    tokenizer: Tokenizer, tmp_path: Path, words: str
+) -> None:
+    text = words * (3_000_000 // len(words))
+    source, packed = tmp_path / "book.txt", tmp_path / "packed.txt.gz"
+    source.write_text(text)
+    packed.write_bytes(gzip.compress(text.encode(), 1))
+    longest = 0
+
+    def noted(texts: list[str]) -> list[list[int]]:
+        nonlocal longest
+        longest = max(longest, *map(len, texts))
+        return list(tokenizer.encode_all(texts))
+
+    noting = Tokenizer(vocab_size=400, eos_id=1, encode=noted, decode=str, files={})
+    tokens = open_token_file(source, noting, tmp_path / "cache").tokens
+    assert longest < 3 * 2**19
+    assert np.array_equal(tokens, open_token_file(packed, noting, tmp_path / "cache").tokens)
+    if " " in words:  # cut before whitespace, where the tokenizer cuts as well
+        assert list(tokens) == [*tokenizer.encode(text), tokenizer.eos_id]
+    assert tokenizer.decode(tokens) == text
+
+
+@pytest.mark.parametrize("before", [2**20 - 1, 2**20, 3 * 2**20 - 2])
+def test_a_byte_that_is_no_text_is_named_in_a_long_line(
+    tokenizer: Tokenizer, tmp_path: Path, before: int
+) -> None:
+    for bad in (b"\xff", b"\xe2\x82 a", b"\xe2\x82"):
+        (tmp_path / "a.txt").write_bytes(b"a\n" + b"b " * (before // 2) + b"b" * (before % 2) + bad)
+        with pytest.raises(UserError, match=rf"a\.txt:2: not UTF-8: byte {before + 1} of the line"):
+            open_token_file(tmp_path / "a.txt", tokenizer, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("report", ["", "[", "[]", "{}", '{"num_bytes": 1}', "[" * 100_000])
+def test_a_damaged_report_is_made_again(tokenizer: Tokenizer, tmp_path: Path, report: str) -> None:
+    source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    expected = open_token_file(source, tokenizer, cache)
+    [path] = cache.glob("*.json")
+    path.write_text(report)
+    again = open_token_file(source, tokenizer, cache)
+    assert np.array_equal(again.tokens, expected.tokens)
+    assert again.report == expected.report
+
+
+def test_what_is_no_text_is_refused_before_it_is_read_whole(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 1 << 40)  # of zeros, which take no room on the disk
+        with pytest.raises(UserError, match=rf"{name}:1: "):
+            open_token_file(tmp_path / name, tokenizer, tmp_path / "cache")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
+        ("a.txt", b"a\nb\0", r"a\.txt:2: not text: it holds a NUL"),
         ("a.txt", b" \n", "the file is empty"),
         ("a.txt", b"a\n\xff", r"a\.txt:2: not UTF-8"),
         ("a.jsonl", b"", "the file is empty"),

@@ -1,5 +1,11 @@
+import errno
+import fcntl
 import json
+import os
+import pickle
+import resource
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +33,13 @@ from engine.ranks.start import start_parallel
 from engine.settings.convert import ConvertConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.saving import SaveConfig
 from engine.training.network import Network, build_network
 from engine.training.passes import forward
 from models.attention import PackedSequences
 from models.readouts import Logits
 from tests.ranks import run_ranks
+from tests.special_files import KINDS, make_special
 
 LENGTHS = (1, 33, 2, 64, 17, 5)  # tokens of the packed sequences; 64 is the whole context
 LAYOUTS = {
@@ -290,6 +298,55 @@ def test_gpt2s_two_tokenizer_files_go_both_ways(gpt2, copy, tmp_path, parallel):
     assert [theirs(text)["input_ids"] for text in TEXTS] == [ours.encode(t) for t in TEXTS]
 
 
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_a_second_conversion_into_a_folder_is_refused(gpt2, tmp_path, direction):
+    convert(ConvertConfig(direction="import", source=gpt2, out=tmp_path / "run"))
+    source = gpt2 if direction == "import" else tmp_path / "run"
+    config = ConvertConfig(direction=direction, source=source, out=tmp_path / "out")
+    with (tmp_path / ".out.lock").open("w") as lock:  # as another process has it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="out: another run writes into this folder"):
+            convert(config)
+    convert(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_a_conversion_that_fails_leaves_nothing_and_one_that_was_killed_no_hindrance(
+    gpt2, tmp_path, direction, monkeypatch
+):
+    convert(ConvertConfig(direction="import", source=gpt2, out=tmp_path / "run"))
+    source = gpt2 if direction == "import" else tmp_path / "run"
+    config = ConvertConfig(direction=direction, source=source, out=tmp_path / "out")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "of-a-killed-one").touch()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Tokenizer, "save", full_disk)
+        convert(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "of-a-killed-one").touch()
+    convert(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    assert not (tmp_path / "out" / "of-a-killed-one").exists()
+
+
+def full_disk(*arguments: object, **options: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_weights_that_find_no_room_are_one_line(gpt2, tmp_path, parallel):
+    network, tokenizer = build(gpt2, parallel), load_tokenizer(gpt2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"model\.safetensors: cannot be written: .*too large"):
+            save_huggingface(network, tmp_path / "hf", tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
 def refusal(folder: Path, **options) -> str:
     """The message with which the import of `folder` is refused, having written nothing."""
     out = folder.parent / "run"
@@ -317,8 +374,8 @@ def test_a_foreign_config_is_named_by_file_and_field(copy, field, value):
             {"transformer.h.0.attn.c_attn.weight": torch.zeros(192, 64)},
             "h.0.attn.c_attn.weight has shape [192, 64], config.json asks for [64, 192]",
         ),
-        ({"transformer.h.4.ln_1.weight": torch.zeros(64)}, "h.4.ln_1.weight is no tensor of"),
-        ({"score.weight": torch.zeros(2, 64)}, "score.weight is no tensor of"),
+        ({"transformer.h.4.ln_1.weight": torch.zeros(64)}, "h.4.ln_1.weight' is no tensor of"),
+        ({"score.weight": torch.zeros(2, 64)}, "score.weight' is no tensor of"),
         ({"transformer.ln_f.bias": torch.zeros(64).byte()}, "ln_f.bias is torch.uint8"),
         ({"transformer.ln_f.bias": torch.full((64,), torch.nan)}, "ln_f.bias is not finite"),
         ({"lm_head.weight": torch.zeros(300, 64)}, "lm_head.weight differs from"),
@@ -331,6 +388,93 @@ def test_foreign_tensors_are_named_by_file_and_tensor(copy, change, expected):
     message = refusal(copy)
     assert message.startswith(str(path))
     assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"n_layer": 10**7}, "transformer.h.4.ln_1.weight is missing"),
+        ({"n_embd": 10**7, "n_head": 1}, "config.json asks for [300, 10000000]"),
+        ({"vocab_size": 10**7}, "config.json asks for [10000000, 64]"),
+        ({"n_layer": 10**9}, "n_layer is 1000000000 and must be"),
+        ({"n_head": 7}, "hidden_size 64 must be a multiple of num_heads 7"),
+    ],
+)
+def test_sizes_beyond_the_files_are_refused_before_a_model_is_built(copy, changes, expected):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    start = time.process_time()
+    assert expected in refusal(copy)
+    assert time.process_time() - start < 5
+
+
+def test_tensors_that_share_their_numbers_are_refused(copy):
+    numbers = torch.zeros(300 * 64)  # the largest: all others are views of it
+    shared = {
+        name: numbers[: tensor.numel()].view(tensor.shape) for name, tensor in weights(copy).items()
+    }
+    (copy / "model.safetensors").unlink()
+    torch.save(shared, copy / "pytorch_model.bin")
+    assert "in fewer bytes: some are the same" in refusal(copy)
+
+
+def test_a_name_that_is_there_with_and_without_its_prefix_is_refused(copy):
+    changed = weights(copy)
+    changed["wpe.weight"] = torch.zeros(64, 64)
+    save_file(changed, copy / "model.safetensors")
+    assert "'transformer.wpe.weight' is there twice" in refusal(copy)
+
+
+def test_names_of_a_megabyte_are_cut(copy):
+    save_file(weights(copy) | {"x" * 10**6: torch.zeros(1)}, copy / "model.safetensors")
+    assert len(refusal(copy)) < 500
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_that_is_no_regular_file_is_not_read(copy, kind):
+    make_special(copy / "config.json", kind)
+    assert "config.json" in refusal(copy)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "null", "[]", "[" * 100_000, '{"a":' * 100_000, '"x"', "\xff", "{}", "NaN"]
+)
+def test_a_config_of_anything_is_one_line(copy, content):
+    (copy / "config.json").write_text(content, encoding="latin-1")
+    assert str(copy / "config.json") in refusal(copy)
+
+
+def test_code_beside_a_model_is_not_run(gpt2, copy, tmp_path):
+    mark = tmp_path / "was_run"
+    code = f"open({str(mark)!r}, 'w')\n"
+    for name in ("modeling_gpt2.py", "tokenization_gpt2.py", "__init__.py", "conftest.py"):
+        (copy / name).write_text(code)
+    auto_map = {"AutoModelForCausalLM": "modeling_gpt2.A", "AutoTokenizer": "tokenization_gpt2.A"}
+    for name in ("config.json", "tokenizer_config.json"):
+        path = copy / name
+        fields = json.loads(path.read_text()) if path.exists() else {}
+        fields |= {"auto_map": auto_map, "trust_remote_code": True, "_name_or_path": "./"}
+        path.write_text(json.dumps(fields))
+    for name in ("training_args.bin", "optimizer.pt", "special_tokens_map.json"):
+        (copy / name).write_bytes(pickle.dumps(Touching(mark)))
+    convert(ConvertConfig(direction="import", source=copy, out=tmp_path / "run"))
+    assert not mark.exists()
+    # What the folder says of its code goes no further.
+    assert "auto_map" not in (tmp_path / "run" / "tokenizer" / "tokenizer_config.json").read_text()
+    out = tmp_path / "hf"
+    convert(ConvertConfig(direction="export", source=tmp_path / "run", out=out))
+    assert_same_weights(out, gpt2)
+    assert "auto_map" not in (out / "config.json").read_text()
+
+
+class Touching:
+    """What a pickle makes of it: a call that leaves a file behind."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
 
 
 def test_weights_that_overflow_fp16_are_named(copy):
@@ -377,6 +521,7 @@ def test_a_network_of_another_size_or_kind_is_refused(gpt2, parallel, tmp_path):
     Checkpointer(
         directory=tmp_path / "run" / "checkpoints",
         parallel=parallel,
+        saving=SaveConfig(save_in_background=False),
         networks={"reward_model": scalar},
         optimizers={},
     ).save(0, {})

@@ -1,11 +1,13 @@
 """The quickstart from files, tiny: two ranks, a second start, and errors before any work."""
 
+import fcntl
 import json
 from pathlib import Path
 
 import pytest
 
 from engine.data.tokenizer import load_tokenizer
+from engine.errors import UserError
 from engine.quickstart.files import find_files
 from engine.quickstart.places import render_facts
 from engine.quickstart.run import prepare_files, run
@@ -46,6 +48,19 @@ def test_two_ranks_run_the_recipe_and_a_second_start_only_judges(tmp_path: Path)
     for summary in (first[0], second[0]):
         summary.pop("seconds")
     assert second[0] == first[0]
+
+
+def test_a_second_quickstart_is_refused_before_any_work(tmp_path: Path):
+    home = tmp_path / "run"
+    (home / "data").mkdir(parents=True)
+    killed = home / "data" / f".demonstrations.jsonl.{'0' * 32}.partial"
+    killed.touch()
+    with (home / ".lock").open("w") as lock:  # as another process has it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="run: another run writes into this folder"):
+            run(tiny_config(home, data_folder(tmp_path / "data")))
+    assert sorted(path.name for path in home.iterdir()) == [".lock", "data"]
+    assert killed.exists()
 
 
 def test_given_files_stay_as_they_are_and_a_tokenizer_comes_of_them(tmp_path: Path):

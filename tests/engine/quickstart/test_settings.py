@@ -3,6 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
+
+from engine.errors import UserError
 from engine.quickstart.settings import QuickstartConfig
 from engine.settings.command_line import parse_config
 from engine.settings.layout import ParallelLayout
@@ -30,3 +33,18 @@ def test_prompts_end_alike_in_all_stages():
     """What SFT has learned to answer is what is compared and sampled."""
     suffixes = {stage.data.prompt_suffix for stage in (recipe.sft, recipe.rm, recipe.ppo)}
     assert len(suffixes) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--num-prompts", "0"], "num_prompts must be at least 1, got 0"),
+        (["--faults-per-level", "nan"], "faults_per_level must be at least 0, got nan"),
+        (["--task", "/etc/x"], "task '/etc/x' must be the beginning of file names"),
+        (["--task", "**"], r"task '\*\*' must be the beginning of file names"),
+    ],
+)
+def test_an_option_that_means_nothing_is_an_error(options: list[str], cause: str):
+    with pytest.raises(UserError, match=cause):
+        parse_config(QuickstartConfig(), options)

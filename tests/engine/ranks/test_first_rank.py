@@ -20,7 +20,6 @@ from engine.settings.saved import save_config
 from engine.settings.sft import SFTConfig
 from engine.training.network import build_network
 from tests.ranks import run_ranks
-from tests.tiny import sft_config, train
 
 # Small files by which a run knows what to do.
 NAMES = ("latest", "selected", "config.json", "network.json", "progress.json", "tokenizer")
@@ -123,18 +122,3 @@ def test_bug_on_the_first_rank_leaves_no_other_waiting():
     first, second = run_ranks(fail, 2)
     assert "ZeroDivisionError" in first
     assert second.startswith("RuntimeError") and "ZeroDivisionError" in second
-
-
-@pytest.mark.parametrize("damage", ["empty", "names no folder", "cut"])
-def test_a_damaged_pointer_or_progress_is_an_error_that_names_it(damage, tmp_path, tiny):
-    config = sft_config(tiny, tmp_path)
-    train(config)
-    latest = tmp_path / "checkpoints/latest"
-    name = latest.read_text()
-    if damage == "cut":
-        progress = tmp_path / "checkpoints" / name / "progress.json"
-        progress.write_text(progress.read_text()[:20])
-    else:
-        latest.write_text("" if damage == "empty" else "step_99999999")
-    with pytest.raises(UserError, match=r"checkpoints/latest names the checkpoint .*progress.json"):
-        train(config)

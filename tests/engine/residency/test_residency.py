@@ -26,6 +26,7 @@ from tests.engine.residency.scene import CHOICES, SAMPLING, equal, loader, numbe
 from tests.ranks import run_ranks
 from tests.tiny import (
     ADAM,
+    EVERY_STEP,
     SIZE,
     ppo_config,
     random_network,
@@ -186,7 +187,7 @@ def test_choices_change_no_bit(choice: str, tiny: Path, runs: Path):
 
 
 def test_fp32_run_from_the_host_resumes_to_the_same_bits(tiny: Path, tmp_path: Path):
-    config = ppo_config(tiny, tmp_path / "run", save_every=1, residency=CHOICES["host"])
+    config = ppo_config(tiny, tmp_path / "run", saving=EVERY_STEP, residency=CHOICES["host"])
     train_until(config, 1)
     train(config)
     whole = dataclasses.replace(config, directory=tmp_path / "whole", residency=ResidencyConfig())

@@ -16,6 +16,8 @@ from engine.settings.adam import AdamConfig
         ("warmup", -1, "at least 0"),
         ("weight_decay", -0.1, "at least 0"),
         ("beta2", 1.5, "from 0 to 1"),
+        ("beta1", 1.0, "below 1"),
+        ("beta2", 1.0, "below 1"),
         ("warmup_start", 2.0, "from 0 to 1"),
         ("final_fraction", math.nan, "from 0 to 1"),
         ("max_skipped_steps", 0, "at least 1"),
@@ -28,7 +30,7 @@ def test_number_that_means_nothing_is_refused(name: str, value: float, rule: str
 
 def test_numbers_at_their_limits_are_taken():
     found = AdamConfig(
-        weight_decay=0.0, warmup=0, warmup_start=1.0, final_fraction=0.0, beta1=0.0, beta2=1.0
+        weight_decay=0.0, warmup=0, warmup_start=1.0, final_fraction=0.0, beta1=0.0, beta2=0.9999
     )
     assert (found.warmup_start, found.beta1) == (1.0, 0.0)
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from engine.settings.saved import load_config, save_config
+from engine.settings.saved import changed_fields, load_config, save_config
 from tests.engine.settings.small_stage import DataConfig, Rule, StageConfig
 
 
@@ -46,6 +46,15 @@ def test_missing_field_takes_its_default_and_an_integer_serves_as_a_float(tmp_pa
         ('{"rule": "none"}', "rule cannot be 'none'"),
         ('{"betas": [0.9]}', "betas wants 2 values, not 1"),
         ('{"seeds": [1, "a"]}', "seeds.1 cannot be 'a'"),
+        ('{"lr": 1' + "0" * 2000 + "}", "lr is too large: 1000"),
+        ('{"lr": ' + "1" * 5000 + "}", "not JSON: Exceeds the limit"),
+        ('{"lr": ' + '["x", ' * 100_000 + "0" + "]" * 100_000 + "}", "not JSON"),
+        ('{"lr": ' + "[" * 500 + "]" * 500 + "}", "lr cannot be [[["),
+        ('{"data": {"path": ' + "[" * 100_000, "not JSON"),
+        ('{"mode": "' + "x" * 900_000 + '"}', "mode cannot be 'xxx"),
+        ('{"' + "k" * 900_000 + '": 1}', "unknown field kkk"),
+        ('{"weights": {"' + "k" * 900_000 + '": "x"}}', "weights cannot be {'kkk"),
+        ('{"steps": -1}', "steps -1 must be at least 1"),
         ("[1]", "a list where an object should be"),
     ],
 )
@@ -55,6 +64,23 @@ def test_bad_config_file_names_the_file_and_the_field(tmp_path, text, cause):
         load_config(StageConfig, tmp_path / "c.json")
     assert str(error.value).startswith(f"{tmp_path / 'c.json'}: ")
     assert cause in str(error.value)
+    assert len(str(error.value)) < 500 + len(str(tmp_path))
+
+
+def test_saved_settings_are_compared_however_deep_they_are(tmp_path, monkeypatch):
+    deep: dict = {"lr": 2.0}
+    for _ in range(5000):  # Python 3.12 reads JSON deeper than its functions may call one another
+        deep = {"lr": 2.0, "data": deep}
+    monkeypatch.setattr("engine.settings.saved.read_object", lambda path, max_bytes: deep)
+    assert changed_fields(StageConfig(), tmp_path / "c.json") == {"lr": (2.0, 1e-3)}
+    with pytest.raises(UserError, match=r"c\.json: unknown field data\.data"):
+        load_config(StageConfig, tmp_path / "c.json")
+
+
+def test_a_file_of_megabytes_is_no_config(tmp_path):
+    (tmp_path / "c.json").write_text("{}" + " " * 2**20)
+    with pytest.raises(UserError, match=r"c\.json has 1048578 bytes; 1048576 are the most"):
+        load_config(StageConfig, tmp_path / "c.json")
 
 
 def test_missing_config_file_is_a_user_error(tmp_path):

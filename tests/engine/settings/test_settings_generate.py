@@ -30,6 +30,13 @@ def test_a_dtype_that_no_network_has_is_an_error():
         parse_config(GenerateConfig(), ["--dtype", "fp8"])
 
 
+@pytest.mark.parametrize("seed", ["-1", str(2**63), "9" * 5000])
+def test_a_seed_that_no_generator_takes_is_an_error(seed: str):
+    with pytest.raises(UserError, match="seed") as error:
+        parse_config(GenerateConfig(), ["--seed", seed])
+    assert len(str(error.value)) < 300
+
+
 def test_a_saved_config_reads_back_equal(tmp_path: Path):
     config = parse_config(GenerateConfig(), ["--source", "runs/x", "--sampling.top-k", "5"])
     save_config(config, tmp_path / "config.json")

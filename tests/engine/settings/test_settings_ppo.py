@@ -33,7 +33,6 @@ def test_learning_rates_are_constant_after_ten_iterations_from_a_tenth():
     [
         ({"iterations": 0}, "iterations must be at least 1, got 0"),
         ({"ppo_epochs": 0}, "ppo_epochs must be at least 1, got 0"),
-        ({"keep": 0}, "keep must be at least 1, got 0"),
         ({"show_every": 0}, "show_every must be at least 1, got 0"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1, got 0"),
         ({"ptx_examples_per_episode": 0}, "ptx_examples_per_episode must be at least 1, got 0"),

@@ -24,7 +24,7 @@ from engine.settings.numerics import Numerics
 from engine.settings.residency import ResidencyConfig
 from tests.gpu_choices import choices_of_a_gpu
 from tests.ranks import run_ranks
-from tests.tiny import ppo_config, rm_config, rows_of, sft_config, train, weights_of
+from tests.tiny import EVERY_STEP, ppo_config, rm_config, rows_of, sft_config, train, weights_of
 
 SELECTIVE, FULL = Numerics(recompute="selective"), Numerics(recompute="full")
 FUSED = Numerics(gradient_accumulation_fusion=True)
@@ -116,7 +116,7 @@ def train_stages(files: Path, folder: Path, cases: dict[str, dict], ppo: dict[st
         for stage, (config, _) in STAGES.items():
             train(config(files, folder / name / stage, **changes))
     for name, changes in ppo.items():
-        config = ppo_config(files, folder / name / "ppo", save_every=1, **changes)
+        config = ppo_config(files, folder / name / "ppo", saving=EVERY_STEP, **changes)
         train(config)
         if name in RESUMED:
             resumed = replace(config, directory=folder / name / "resumed")

@@ -18,6 +18,7 @@ from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
+from engine.settings.saving import SaveConfig
 from engine.training.network import Network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward, forward_backward
@@ -48,6 +49,7 @@ def trained(
     checkpointer = Checkpointer(
         directory=directory,
         parallel=parallel,
+        saving=SaveConfig(save_in_background=False),
         networks={"critic": network},
         optimizers={"critic": optimizer},
     )

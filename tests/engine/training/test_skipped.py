@@ -15,6 +15,7 @@ from engine.training.skipped import SkippedSteps
 from models.sizes import Kind
 from tests.tiny import (
     ADAM,
+    EVERY_STEP,
     ppo_config,
     rm_config,
     rows_of,
@@ -46,7 +47,7 @@ STAGES: dict[str, tuple[Callable, dict, Kind, str, str]] = {
 
 def config_of(stage: str, files: Path, folder: Path, **changes):
     make_config, more, *_ = STAGES[stage]
-    config = make_config(files, folder, save_every=1, **more, **changes)
+    config = make_config(files, folder, saving=EVERY_STEP, **more, **changes)
     if stage == "pretraining":
         data = dataclasses.replace(config.data, train=None, pretraining_fraction=0.0)
         config = dataclasses.replace(config, data=data)

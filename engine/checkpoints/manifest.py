@@ -1,0 +1,140 @@
+"""What a whole checkpoint is: a manifest, written last, that lists every file's bytes and checksum.
+
+    manifest.json   {"manifest": {"format": 1, "step": 100, "files": {"policy/network.json":
+                    {"bytes": 212, "xxh3_128": "9f..."}, ...}}, "xxh3_128": "..."}
+
+The checksum is for damage, by disks, copies and hands; who writes a file can write its checksum
+too. XXH3 reads memory about as fast as it can be copied. Imports neither torch nor megatron.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from engine.errors import UserError
+from engine.files import open_file, read_object, replacing
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_CHUNK_BYTES = 1 << 20  # what is hashed at a time: it stays in a core's cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileDigest:
+    """How a file of a checkpoint is known again."""
+
+    bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The files of a whole checkpoint, by their path within it."""
+
+    step: int | None
+    """None of weights alone, which no run resumes from."""
+    files: dict[str, FileDigest]
+
+
+class Damage(UserError):
+    """A file of a checkpoint is not the one that was written."""
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a checkpoint's manifest, which makes it whole: everything it lists lies on the disk."""
+    files = {name: asdict(digest) for name, digest in sorted(manifest.files.items())}
+    content = {"format": _FORMAT, "step": manifest.step, "files": files}
+    text = json.dumps({"manifest": content, "xxh3_128": _digest_of(content)}, indent=1)
+    with replacing(folder / MANIFEST) as stream:
+        stream.write(text.encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of the checkpoint in a folder; raises Damage where there is none, or it
+    is not as it was written."""
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
+        older = next(folder.glob("*/.metadata"), None)
+        if older is not None:
+            raise Damage(
+                f"{folder}: a checkpoint of before manifests, which is not read: it would take "
+                "unpickling; export it with the Trident that wrote it, and import that"
+            )
+        raise Damage(f"{folder}: no {MANIFEST}: not a checkpoint, or one whose save was cut short")
+    try:
+        wrapped = read_object(path)
+    except UserError as error:
+        raise Damage(str(error)) from None
+    content = wrapped.get("manifest")
+    if not isinstance(content, dict) or wrapped.get("xxh3_128") != _digest_of(content):
+        raise Damage(f"{path}: damaged: its checksum is another")
+    if content.get("format") != _FORMAT:
+        raise UserError(
+            f"{path}: format {content.get('format')!r}; this Trident reads format {_FORMAT}"
+        )
+    step, files = content.get("step"), content.get("files")
+    if not (step is None or _is_count(step)) or not isinstance(files, dict):
+        raise Damage(f"{path}: no step, or no list of files")
+    return Manifest(step=step, files={name: _digest_in(path, name, files[name]) for name in files})
+
+
+def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> str:
+    """Return what is wrong with the first of some files of a checkpoint that is not as it was
+    written, with its path; "" where all are."""
+    root = folder.resolve()
+    for name in names:
+        path = folder / name
+        try:
+            if not path.resolve().is_relative_to(root):
+                return f"{path}: a link that leads out of the checkpoint"
+            found = digest_of_file(path)
+        except (UserError, OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
+            return str(error)
+        wanted = manifest.files[name]
+        if found.bytes != wanted.bytes:
+            return f"{path}: damaged: {found.bytes} bytes, {wanted.bytes} were written"
+        if found != wanted:
+            return f"{path}: damaged: its checksum is not that of what was written"
+    return ""
+
+
+def digest_of_file(path: Path) -> FileDigest:
+    """Return the bytes and checksum of a file; raises UserError."""
+    state, num_bytes = xxhash.xxh3_128(), 0
+    chunk = memoryview(bytearray(_CHUNK_BYTES))
+    with open_file(path) as stream:
+        while count := stream.readinto(chunk):
+            state.update(chunk[:count])
+            num_bytes += count
+    return FileDigest(bytes=num_bytes, xxh3_128=state.hexdigest())
+
+
+def digest_of_text(text: str) -> FileDigest:
+    """Return the bytes and checksum of a file with that text."""
+    content = text.encode()
+    return FileDigest(bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def _digest_in(path: Path, name: str, value: Any) -> FileDigest:
+    if not _NAME.fullmatch(name) or not isinstance(value, dict):
+        raise Damage(f"{path}: {name[:80]!r} is no file of a checkpoint")
+    num_bytes: Any = value.get("bytes")
+    checksum = value.get("xxh3_128")
+    if not _is_count(num_bytes) or not isinstance(checksum, str):
+        raise Damage(f"{path}: {name!r} has no bytes or no xxh3_128")
+    return FileDigest(bytes=num_bytes, xxh3_128=checksum)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0

@@ -1,0 +1,113 @@
+"""Whether a checkpoint on disk is whole, which all ranks find out together: each reads its share of
+the files, and all learn what is wrong with any."""
+
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from engine.checkpoints.manifest import Manifest, check_files, read_manifest
+from engine.checkpoints.retention import step_of
+from engine.environment import rank_of_environment
+from engine.errors import UserError
+from engine.files import open_file
+from engine.printable import ERROR_CHARACTERS, say
+from engine.ranks.decision import Council
+
+_POINTER_BYTES = 256  # of `latest` and `selected`: a name and a newline
+_CHECKPOINT = re.compile(r"(step|epoch)_\d{4,12}", re.ASCII)
+_RANK_IN_NAME = re.compile(r"-(\d+)\.safetensors$")
+_matters = itertools.count()  # asked so far, the same number on every rank
+_seen: set[tuple] = set()
+"""What this process has found as written: files by path, size and time of change."""
+_said: set[str] = set()
+
+
+def pointed_checkpoint(pointer: Path) -> Path:
+    """Return the checkpoint that a file such as `latest` names; raises UserError for what is no
+    checkpoint's name: it must lie beside the file."""
+    with open_file(pointer) as stream:
+        content = stream.read(_POINTER_BYTES)
+    name = content.decode(errors="replace").strip()
+    if not _CHECKPOINT.fullmatch(name):
+        raise UserError(f"{pointer}: damaged: {name[:40]!r} is no checkpoint's name")
+    folder = pointer.with_name(name)
+    if not folder.is_dir():
+        raise UserError(f"{pointer}: names {name}, which is not there")
+    return folder
+
+
+def steps_in(directory: Path) -> list[Path]:
+    """Return the checkpoints of steps in a folder, the newest first."""
+    if not directory.is_dir():
+        return []
+    found = {step_of(path.name): path for path in directory.iterdir() if path.is_dir()}
+    return [path for step, path in sorted(found.items(), key=_newest_first) if step is not None]
+
+
+def damage_of(folder: Path, is_needed: Callable[[str], bool] = lambda name: True) -> str:
+    """Return what is wrong with a checkpoint, in a line, "" where nothing is: with its manifest, or
+    the files that are needed. All ranks call together."""
+
+    def first(reports: Sequence[str]) -> str:
+        return next((report for report in reports if report), "")
+
+    return Council(f"damage {next(_matters)}").decide(_damage_here(folder, is_needed), first)
+
+
+def newest_whole(
+    candidates: Sequence[Path],
+    is_needed: Callable[[str], bool] = lambda name: True,
+    damage: str = "",
+) -> tuple[Path | None, str]:
+    """Return the first of some checkpoints that is whole, None where none is, and what is wrong
+    with the first that is not. All ranks call together."""
+    for folder in candidates:
+        found = damage_of(folder, is_needed)
+        if not found:
+            return folder, damage
+        damage = damage or found
+    return None, damage
+
+
+def warn(message: str) -> None:
+    """Say something loudly, and once: on the first rank's stderr."""
+    if rank_of_environment() == 0 and message not in _said:
+        _said.add(message)
+        say(f"WARNING: {message}", stream=sys.stderr, limit=ERROR_CHARACTERS)
+
+
+def _damage_here(folder: Path, is_needed: Callable[[str], bool]) -> str:
+    """Return what this rank finds wrong with its share of the files."""
+    try:
+        manifest = read_manifest(folder)
+        mine = [name for name in sorted(manifest.files) if is_needed(name) and _is_mine(name)]
+        unseen = [name for name in mine if _state(folder, manifest, name) not in _seen]
+        damage = check_files(folder, manifest, unseen)
+        if not damage:
+            _seen.update(_state(folder, manifest, name) for name in unseen)
+    except (UserError, OSError) as error:
+        return str(error)
+    return damage
+
+
+def _is_mine(name: str) -> bool:
+    """Whether this rank reads a file: that of its own number, as far as there are so many ranks."""
+    if not dist.is_initialized():
+        return True
+    number = _RANK_IN_NAME.search(name)
+    return (int(number[1]) if number else 0) % dist.get_world_size() == dist.get_rank()
+
+
+def _state(folder: Path, manifest: Manifest, name: str) -> tuple:
+    status = os.stat(folder / name)
+    found = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return (str(folder.resolve()), name, manifest.files[name], *found)
+
+
+def _newest_first(item: tuple[int | None, Path]) -> int:
+    return -1 if item[0] is None else -item[0]

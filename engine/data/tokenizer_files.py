@@ -1,0 +1,115 @@
+"""Which files a tokenizer is: found, read whole and within bounds, not yet understood."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.errors import UserError
+from engine.files import open_file, read_object
+
+# Our choice: the largest vocabularies in use, of 262,144 pieces, are a tokenizer.json of 33 MB.
+_MAX_BYTES = 64 << 20
+_MAX_CONFIG_BYTES = 1 << 20
+_MOST_SHOWN = 60  # characters of a text from a file in an error; our choice
+# GPT-2's two files by our names, which are OpenAI's, and by Hugging Face's.
+_GPT2_NAMES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFiles:
+    """What a tokenizer is made of."""
+
+    path: Path
+    """What an error names: the file, or the folder of two."""
+    kind: Literal["huggingface", "gpt2", "sentencepiece"]
+    """Which library makes a tokenizer of it."""
+    contents: Mapping[str, bytes]
+    """By the names under which a run keeps them: tokenizer.json; encoder.json and vocab.bpe;
+    tokenizer.model."""
+    end_of_text: str | None = None
+    """The end-of-text token that tokenizer_config.json names, which tokenizer.json does not."""
+
+    def digest(self) -> str:
+        """Return a sha256 of all that a tokenizer is made of."""
+        digest = hashlib.sha256(f"{self.kind} {self.end_of_text!r}".encode())
+        for name, content in sorted(self.contents.items()):
+            digest.update(f"{name} {len(content)} ".encode() + content)
+        return digest.hexdigest()
+
+
+def read_tokenizer_files(path: Path) -> TokenizerFiles:
+    """Read a sentencepiece model, tokenizer.json, GPT-2's two files or a folder with one of these.
+
+    In a folder, tokenizer.json goes before GPT-2's two, and these before a .model. Raises
+    UserError, for a file of more than 64 MiB too.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    for names in _GPT2_NAMES:
+        if path.name in names:
+            return _read_gpt2(path.parent, names)
+    if path.suffix == ".json":
+        return _read_huggingface(path)
+    return _read_sentencepiece(path)
+
+
+def _read_folder(folder: Path) -> TokenizerFiles:
+    if os.path.lexists(folder / "tokenizer.json"):
+        return _read_huggingface(folder / "tokenizer.json")
+    for names in _GPT2_NAMES:
+        if os.path.lexists(folder / names[0]):
+            return _read_gpt2(folder, names)
+    models = sorted(folder.glob("*.model"))
+    if len(models) != 1:
+        found = f"{len(models)} .model files" if models else "none of them"
+        raise UserError(
+            f"{folder} should hold a tokenizer.json, encoder.json + vocab.bpe, vocab.json + "
+            f"merges.txt, or one sentencepiece .model file, and holds {found}"
+        )
+    return _read_sentencepiece(models[0])
+
+
+def _read_sentencepiece(path: Path) -> TokenizerFiles:
+    contents = {"tokenizer.model": _read(path)}
+    return TokenizerFiles(path=path, kind="sentencepiece", contents=contents)
+
+
+def _read_gpt2(folder: Path, names: tuple[str, str]) -> TokenizerFiles:
+    contents = {
+        ours: _read(folder / name) for ours, name in zip(_GPT2_NAMES[0], names, strict=True)
+    }
+    return TokenizerFiles(path=folder, kind="gpt2", contents=contents)
+
+
+def _read_huggingface(path: Path) -> TokenizerFiles:
+    config_path = path.with_name("tokenizer_config.json")
+    end_of_text = None
+    if os.path.lexists(config_path):
+        config = read_object(config_path, max_bytes=_MAX_CONFIG_BYTES)
+        end_of_text = _named_end(config_path, config.get("eos_token"))
+    contents = {"tokenizer.json": _read(path)}
+    return TokenizerFiles(path=path, kind="huggingface", contents=contents, end_of_text=end_of_text)
+
+
+def _named_end(path: Path, named: Any) -> str | None:
+    """Return the text of an eos_token, which is written as a text or as a token's fields."""
+    text = named.get("content") if isinstance(named, dict) else named
+    if text is None and named is None:
+        return None
+    try:
+        if isinstance(text, str) and text.encode():  # not half of a surrogate pair
+            return text
+    except UnicodeEncodeError:
+        pass
+    raise UserError(f"{path}: eos_token is {named!r:.{_MOST_SHOWN}}, which is no token's text")
+
+
+def _read(path: Path) -> bytes:
+    with open_file(path) as stream:
+        num_bytes = os.fstat(stream.fileno()).st_size
+        if num_bytes > _MAX_BYTES:
+            raise UserError(f"{path} has {num_bytes} bytes; {_MAX_BYTES} are the most that is read")
+        return stream.read(_MAX_BYTES)

@@ -1,0 +1,36 @@
+"""When a run's checkpoints are written, which are kept, and what becomes of damaged ones. Imports
+neither torch nor megatron."""
+
+from dataclasses import dataclass
+
+from engine.errors import UserError
+from engine.settings.checks import check_numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveConfig:
+    """Checkpoints of one run; its newest is always kept."""
+
+    save_every: int = 0
+    """Steps or iterations between checkpoints; 0: only at the end."""
+    save_every_minutes: float = 0.0
+    """Minutes between checkpoints, by the first rank's clock; 0: none is due for the time."""
+    keep: int = 2
+    """Checkpoints kept, the last so many."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept besides; 0: none."""
+    keep_lowest: str = ""
+    """That with the lowest value of this metric is kept besides, such as valid/loss; none: none."""
+    keep_highest: str = ""
+    """That with the highest value of this metric is kept besides, such as score/reward_mean."""
+    save_in_background: bool = True
+    """Train on while a checkpoint is written, from a copy in host memory."""
+    strict: bool = False
+    """Refuse a damaged newest checkpoint, instead of going on from the newest whole one."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, counts="keep", not_negative="save_every save_every_minutes keep_every")
+        for name in ("keep_lowest", "keep_highest"):
+            metric = getattr(self, name)
+            if metric and not (metric.isprintable() and "/" in metric):
+                raise UserError(f"{name} must name a metric such as valid/loss, got {metric!r}")
