@@ -264,11 +264,12 @@ def main() -> None:
             *measure_steps(training, options.num_steps, options.num_samples),
         ]
     size = dataclasses.asdict(training.network.size)
+    origin = machine(device)  # one date for all: they took turns
     table = Table("provider", "training waits, s", "on the disk, s", "MB/s", "steps take")
     for record in records:
         if options.out:
             known = {**record, "size": size, "num_tokens": options.num_tokens}
-            append_record(records_path(options.out, device), known | machine(device))
+            append_record(records_path(options.out, device), known | origin)
         if "on_disk_s" in record:
             rate = record["num_bytes"] / record["on_disk_s"] / 1e6
             row = f"{record['waited_s']:.3f}", f"{record['on_disk_s']:.3f}", f"{rate:,.0f}", ""

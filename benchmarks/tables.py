@@ -32,6 +32,7 @@ def tables(root: Path) -> dict[str, dict[str, str]]:
         },
         "benchmarks/README.md": {
             "kernels": _join(_kernels(records) for records in gpus.values()),
+            "checkpoints": _checkpoints([r for records in devices.values() for r in records]),
         },
     }
 
@@ -115,6 +116,29 @@ def _generation(records: Sequence[Record]) -> str:
         shape = f"{size['num_layers']} x {size['hidden_size']}, batch {providers[0]['batch']}"
         rows.append((device, shape, workload, "; ".join(speeds), providers[0]["commit"]))
     return _markdown(("device", "model", "answers", "useful tokens/s", "commit"), rows)
+
+
+def _checkpoints(records: Sequence[Record]) -> str:
+    """What a save costs, a row a provider; and blocks of steps with a save, each kind a row."""
+
+    def case(record: Record) -> tuple:
+        return record["device"], str(record["size"]), record["num_tokens"]
+
+    rows = []
+    for r in newest([r for r in records if r["benchmark"] == "checkpoints"], case):
+        shape = f"{r['size']['num_layers']} x {r['size']['hidden_size']}, {r['num_tokens']} tokens"
+        if "on_disk_s" in r:
+            rate = f"{r['num_bytes'] / r['on_disk_s'] / 1e6:,.0f}"
+            cells = f"{r['waited_s']:.2f}", f"{r['on_disk_s']:.2f}", rate, ""
+        else:
+            low, high = r["added_range"]
+            added = (
+                f"{r['added']:+.1%} ({low:+.1%} to {high:+.1%}) in blocks of {r['block_s']:.0f} s"
+            )
+            cells = "", "", "", added
+        rows.append((r["device"], shape, r["provider"], *cells, r["commit"]))
+    head = ("training waits, s", "on the disk, s", "MB/s", "time of the steps", "commit")
+    return _markdown(("device", "model and step", "provider", *head), rows)
 
 
 def _ppo(records: Sequence[Record]) -> str:

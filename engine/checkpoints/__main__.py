@@ -4,21 +4,21 @@ verify reads every file, and ends with status 1 where one is not as it was writt
 what is there. Imports neither torch nor megatron.
 """
 
-import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.table import Table
 from rich.text import Text
 
-from engine.checkpoints.index import read_index
-from engine.checkpoints.manifest import MANIFEST, Manifest, check_files, read_manifest
-from engine.errors import UserError
+from engine.checkpoints.index import INDEX, read_index
+from engine.checkpoints.manifest import MANIFEST, Damage, Manifest, check_files, read_manifest
+from engine.checkpoints.recorded import check_counts, check_progress
+from engine.errors import UserError, named, quoted
 from engine.files import read_object
 from engine.printable import ERROR_CHARACTERS, open_console, printable, say
 from engine.settings.command_line import parse_config
@@ -89,27 +89,37 @@ def inspect(folders: Sequence[Path]) -> None:
             table.add_row(*map(_cell, _row(folder / role, manifest)))
         console.print(table)
         if manifest.step is not None:
-            progress = read_object(folder / "progress.json")
-            metrics = progress.get("metrics", {})
-            shown = metrics if isinstance(metrics, dict) else {}
-            say("  ".join(f"{key} {_number(value)}" for key, value in shown.items()))
+            path = folder / "progress.json"
+            progress = read_object(path)
+            try:
+                check_progress(progress)
+            except ValueError as error:
+                raise Damage(f"{path}: {error}") from None
+            shown = progress.get("metrics", {}).items()
+            say("  ".join(f"{named(key)} {value:.4g}" for key, value in shown))
 
 
 def _row(folder: Path, manifest: Manifest) -> list[str]:
     description = read_object(folder / "network.json")
     index = read_index(folder, manifest)
+    is_trained = "step" in index.counts
+    try:
+        if is_trained:
+            check_counts(index.counts, is_scaled="grad_scaler" in index.counts)
+    except ValueError as error:
+        raise Damage(f"{folder / INDEX}: {error}") from None
     weights = {k: t for k, t in index.tensors.items() if not k.startswith("optimizer.")}
     size = description.get("size")
     shape = size if isinstance(size, dict) else {}
     files = [name for name in manifest.files if name.startswith(f"{folder.name}/")]
     return [
         folder.name,
-        str(description.get("kind")),
-        f"{shape.get('num_layers')} x {shape.get('hidden_size')}",
+        named(description.get("kind")),
+        named(f"{quoted(shape.get('num_layers'))} x {quoted(shape.get('hidden_size'))}"),
         f"{sum(math.prod(t.shape) for t in weights.values()):,}",
         "/".join(sorted({t.dtype for t in weights.values()})),
         str(len(files)),
-        f"step {index.counts['step']:.0f}" if "step" in index.counts else "none",
+        f"step {index.counts['step']:.0f}" if is_trained else "none",
     ]
 
 
@@ -119,10 +129,6 @@ def _cell(text: str) -> Text:
 
 def _size(manifest: Manifest) -> str:
     return f"{sum(digest.bytes for digest in manifest.files.values()) / 1e6:,.1f} MB"
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else json.dumps(value)[:20]
 
 
 if __name__ == "__main__":

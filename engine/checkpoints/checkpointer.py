@@ -20,6 +20,7 @@ saving resumes from the one before. It holds numbers and text alone: nothing in 
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +33,9 @@ from engine.checkpoints.draft import Draft
 from engine.checkpoints.found import check_description, read_network
 from engine.checkpoints.manifest import Damage, read_manifest
 from engine.checkpoints.reading import read_owned, read_shared
+from engine.checkpoints.recorded import check_counts, check_progress
 from engine.checkpoints.retention import Retention, step_name, step_of, superseded
-from engine.checkpoints.saving import Saver, remove
+from engine.checkpoints.saving import Saver, clear_leftovers, remove
 from engine.checkpoints.shards import average_parts, optimizer_parts, weight_parts
 from engine.checkpoints.weights import not_finite_message
 from engine.checkpoints.whole import newest_whole, pointed_checkpoint, steps_in, warn
@@ -202,10 +204,11 @@ class Checkpointer:
 
     def _look(self) -> str:
         """Return the names of the checkpoints to resume from, the best first, and what is wrong
-        with `latest`."""
+        with `latest`; put in order what a killed run was about to change."""
+        clear_leftovers(self.directory)
         latest, steps = self.directory / "latest", steps_in(self.directory)
         names = [folder.name for folder in steps]
-        if not latest.exists():
+        if not os.path.lexists(latest):
             if steps:
                 raise UserError(
                     f"{latest} is gone, and {', '.join(names[:3])} are there: write the name of "
@@ -215,6 +218,8 @@ class Checkpointer:
         damage = ""
         try:
             first = pointed_checkpoint(latest).name
+            if step_of(first) is None:
+                raise UserError(f"{latest}: names {first}, which holds weights alone")
             names = [first, *(name for name in names if name != first)]
         except UserError as error:
             damage = str(error)
@@ -246,11 +251,13 @@ class Checkpointer:
         network.mark_changed()
         check_finite(network, not_finite_message(folder))
         if optimizer is not None:
-            read_owned(optimizer_parts(optimizer), folder, found.index)
+            counts = found.index.counts
             try:
-                optimizer.load_counts(found.index.counts)
-            except (KeyError, TypeError, ValueError) as error:
-                raise Damage(f"{folder}: the optimizer's counts are not there: {error}") from None
+                check_counts(counts, is_scaled=network.dtype is torch.float16)
+            except ValueError as error:
+                raise Damage(f"{folder}: no counts of an optimizer: {error}") from None
+            read_owned(optimizer_parts(optimizer), folder, found.index)
+            optimizer.load_counts(counts)
 
     def _load_ema(self, folder: Path) -> None:
         assert self.ema is not None
@@ -267,5 +274,9 @@ def _progress_in(folder: Path) -> dict[str, Any]:
     """Return the progress that a checkpoint of a step was saved with; raises UserError."""
     progress, step = read_object(folder / "progress.json"), read_manifest(folder).step
     if step is None or not progress.get("step") == step == step_of(folder.name):
-        raise Damage(f"{folder}: it holds step {step}, with the progress of {progress.get('step')}")
+        raise Damage(f"{folder}: not the progress of step {step}")
+    try:
+        check_progress(progress)
+    except ValueError as error:
+        raise Damage(f"{folder / 'progress.json'}: {error}") from None
     return progress

@@ -5,12 +5,13 @@ Ranks that looked for themselves could see different states of a shared file sys
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.checkpoints.index import Index, read_index
-from engine.checkpoints.manifest import Damage, read_manifest
+from engine.checkpoints.manifest import MANIFEST, Damage, read_manifest
 from engine.checkpoints.whole import newest_whole, pointed_checkpoint, steps_in, warn
 from engine.errors import UserError
 from engine.files import read_object
@@ -130,33 +131,52 @@ def _look(path: Path, role: str) -> dict[str, Any]:
     if (path / "network.json").exists():
         path = path.resolve()
         return {"folders": [str(path.parent)], "role": path.name, "damage": ""}
-    folders, damage = [path], ""
     for parent in (path / "checkpoints", path):
-        pointers = [p for p in (parent / "selected", parent / "latest") if p.exists()]
-        if not pointers:
-            continue
-        try:
-            folders = [pointed_checkpoint(pointers[0])]
-        except UserError as error:
-            folders, damage = [], str(error)
-        if pointers[0].name == "latest":  # a selection has no second best
-            folders += [other for other in steps_in(parent) if other not in folders]
-        break
-    # Not one that is whole but has other networks: that is the user's mistake.
-    if folders and not (folders[0] / role).is_dir():
-        roles = sorted(p.parent.name for p in folders[0].glob("*/network.json"))
-        if roles or not (folders[0] / "manifest.json").exists():
+        pointers = [p for p in (parent / "selected", parent / "latest") if os.path.lexists(p)]
+        steps = steps_in(parent)
+        if not pointers and steps:
             raise UserError(
-                f"{folders[0]}: no checkpoint of a {role} here"
-                + (
-                    f"; it holds {', '.join(roles)}"
-                    if roles
-                    else " (a run, a checkpoint or a network's folder)"
-                )
+                f"{parent / 'latest'} is gone, and {', '.join(step.name for step in steps[:3])} "
+                "are there: name one of them"
             )
-    if not folders:
-        raise UserError(damage)
+        if pointers:
+            folders, damage = _pointed(pointers[0], steps)
+            break
+    else:
+        folders, damage = [path], ""
+        if not (path / MANIFEST).exists() and next(path.glob("*/network.json"), None) is None:
+            raise UserError(
+                f"{path}: no checkpoint of a {role} here (a run, a checkpoint or a network's "
+                "folder)"
+            )
+    _check_role(folders[0], role)
     return {"folders": [str(folder) for folder in folders], "role": role, "damage": damage}
+
+
+def _pointed(pointer: Path, steps: list[Path]) -> tuple[list[Path], str]:
+    """Return the checkpoints that a run is known by, the best first, and what is wrong with the
+    pointer; raises UserError where there is none."""
+    others = steps if pointer.name == "latest" else []  # a selection has no second best
+    try:
+        first = pointed_checkpoint(pointer)
+    except UserError as error:
+        if not others:
+            raise
+        return others, str(error)
+    return [first, *(other for other in others if other != first)], ""
+
+
+def _check_role(folder: Path, role: str) -> None:
+    """Raise UserError where a checkpoint has other networks: no damage, but the user's mistake."""
+    try:
+        manifest = read_manifest(folder)
+    except UserError:  # which whoever reads the files will say
+        return
+    roles = sorted(n.partition("/")[0] for n in manifest.files if n.endswith("/network.json"))
+    if role not in roles:
+        raise UserError(
+            f"{folder}: no checkpoint of a {role} here; it holds {', '.join(roles) or 'none'}"
+        )
 
 
 def _check_tensors(found: FoundNetwork) -> None:

@@ -10,23 +10,26 @@ A tensor of every layer is one tensor, the layer its first dimension; a piece is
 and shapes are those of megatron's `fully_reshardable` form. Imports neither torch nor megatron.
 """
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.checkpoints.manifest import Damage, Manifest
-from engine.errors import UserError
+from engine.errors import UserError, named, quoted
 from engine.files import read_object
 
 INDEX = "tensors.json"
 DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 """Bytes of an element by safetensors' names of dtypes, of those that a checkpoint may hold."""
-_FILE = re.compile(r"(weights|optimizer)-\d{5,}\.safetensors", re.ASCII)
-_MAX_DIMENSIONS = 8
+_FILE = re.compile(r"(weights|optimizer)-\d{5,9}\.safetensors", re.ASCII)
+_OPTIMIZER = "optimizer."  # begins the names of its tensors, which lie in files of their own
+_MAX_DIMENSIONS = 4  # layer, rows, columns, and one to spare
+_LARGEST = 1 << 48  # of an extent
 _MAX_BYTES = 256 << 20  # of an index; our choice: that of 175B on 1,024 ranks has some 6 MB
 
 
@@ -87,31 +90,46 @@ def read_index(folder: Path, manifest: Manifest) -> Index:
     try:
         content = read_object(path, max_bytes=_MAX_BYTES)
         tensors, counts = content["tensors"], content["counts"]
-        found = {name: _tensor(value) for name, value in tensors.items()}
+        found = {name: _tensor(name, value) for name, value in tensors.items()}
         if not isinstance(counts, dict):
             raise ValueError("counts are no object")
         _check_bytes(found, folder, manifest)
     except UserError as error:
         raise Damage(str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Damage(f"{path}: no index of tensors ({str(error)[:100]})") from None
+        raise Damage(f"{path}: no index of tensors ({named(error)})") from None
     return Index(tensors=found, counts=counts)
 
 
-def _tensor(value: Any) -> IndexedTensor:
+def _tensor(name: str, value: Any) -> IndexedTensor:
     dtype, shape = value["dtype"], _numbers(value["shape"])
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"a dtype {str(dtype)[:20]!r}")
-    pieces = tuple(_piece(piece, shape) for piece in value["pieces"])
-    if sum(math.prod(piece.shape) for piece in pieces) != math.prod(shape):
-        raise ValueError("pieces that are more or less than their tensor")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise ValueError(f"a dtype {quoted(dtype)}")
+    files = "optimizer-" if name.startswith(_OPTIMIZER) else "weights-"
+    pieces = tuple(_piece(piece, shape, files) for piece in value["pieces"])
+    if not _are_whole(pieces, shape):
+        raise ValueError("pieces that leave a gap or overlap")
     return IndexedTensor(dtype, shape, pieces)
 
 
-def _piece(value: Any, whole: tuple[int, ...]) -> TensorPiece:
+def _are_whole(pieces: Sequence[TensorPiece], shape: tuple[int, ...]) -> bool:
+    """Return whether boxes within a tensor cover each of its elements once.
+
+    Where every corner but the tensor's own is one of an even number of boxes, every element lies in
+    an odd number of them: in one, as there are no more elements.
+    """
+    corners: set[tuple[int, ...]] = set()
+    for offset, extents in [((0,) * len(shape), shape), *((p.offset, p.shape) for p in pieces)]:
+        ends = [(at, at + extent) for at, extent in zip(offset, extents, strict=True)]
+        for corner in itertools.product(*ends):
+            corners ^= {corner}
+    return not corners and sum(math.prod(p.shape) for p in pieces) == math.prod(shape)
+
+
+def _piece(value: Any, whole: tuple[int, ...], files: str) -> TensorPiece:
     file, offset, shape = value["file"], _numbers(value["offset"]), _numbers(value["shape"])
-    if not isinstance(file, str) or not _FILE.fullmatch(file):
-        raise ValueError(f"a piece in {str(file)[:40]!r}")
+    if not isinstance(file, str) or not _FILE.fullmatch(file) or not file.startswith(files):
+        raise ValueError(f"a piece in {quoted(file)}")
     if not len(offset) == len(shape) == len(whole) or any(
         at + size > extent for at, size, extent in zip(offset, shape, whole, strict=True)
     ):
@@ -122,7 +140,7 @@ def _piece(value: Any, whole: tuple[int, ...]) -> TensorPiece:
 def _numbers(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
         raise ValueError("a shape or offset that is no short list")
-    if any(type(number) is not int or number < 0 for number in value):
+    if any(type(number) is not int or not 0 <= number <= _LARGEST for number in value):
         raise ValueError("a shape or offset with something else than counts")
     return tuple(value)
 

@@ -17,8 +17,10 @@ from engine.checkpoints.boxes import overlap, within
 from engine.checkpoints.index import Index, IndexedTensor, TensorPiece, piece_name
 from engine.checkpoints.manifest import Damage
 from engine.checkpoints.shards import Part, dealt
-from engine.errors import UserError
+from engine.errors import UserError, named
 from engine.ranks.parallel import Parallel
+
+_SHOWN_CHARACTERS = 200  # of what the library says of a file, in an error; our choice
 
 
 @torch.no_grad()
@@ -51,7 +53,8 @@ def read_owned(parts: Iterable[Part], folder: Path, index: Index) -> None:
                 for fill in fills:
                     fill.read(stored)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise Damage(f"{path}: cannot be read as tensors.json says ({error})") from None
+            cause = named(error, _SHOWN_CHARACTERS)
+            raise Damage(f"{path}: cannot be read as tensors.json says ({cause})") from None
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class _Fill:
 
     part: Part
     piece: TensorPiece
+    dtype: str
+    """Of the piece."""
     into: tuple[slice, ...]
     """Of the part."""
     cut: tuple[slice, ...]
@@ -69,8 +74,8 @@ class _Fill:
         """Copy it from the open file to its place."""
         name = piece_name(self.part.shard.name, self.piece.offset)
         found = stored.get_slice(name)
-        if tuple(found.get_shape()) != self.piece.shape:
-            raise ValueError(f"{name} has another shape there")
+        if tuple(found.get_shape()) != self.piece.shape or found.get_dtype() != self.dtype:
+            raise ValueError(f"{name} has another shape or dtype there")
         self.part.tensor[self.into].copy_(found[self.cut])
 
 
@@ -84,7 +89,8 @@ def _fills(part: Part, folder: Path, index: Index) -> Iterator[_Fill]:
         theirs = (piece.offset, piece.shape)
         common = overlap(mine, theirs)
         if common is not None:
-            yield _Fill(part, piece, within(common, mine), within(common, theirs))
+            into, cut = within(common, mine), within(common, theirs)
+            yield _Fill(part, piece, stored.dtype, into, cut)
 
 
 def _check_shape(part: Part, stored: IndexedTensor, folder: Path) -> None:

@@ -1,13 +1,15 @@
 """Which of a run's checkpoints are kept when a new one is whole. Imports neither torch nor
 megatron."""
 
-import json
 import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from engine.errors import UserError
+from engine.files import read_object
 
 _STEP = re.compile(r"step_(\d{8,12})", re.ASCII)
 
@@ -72,11 +74,14 @@ def superseded(
 def _metrics_in(folder: Path) -> dict[str, Any]:
     """Return the metrics that a checkpoint was saved with, none where they cannot be read."""
     try:
-        metrics = json.loads((folder / "progress.json").read_text())["metrics"]
-    except (OSError, ValueError, KeyError, TypeError):
+        metrics = read_object(folder / "progress.json").get("metrics")
+    except (UserError, OSError):
         return {}
     return metrics if isinstance(metrics, dict) else {}
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # of a whole number beyond all floats
+        return False

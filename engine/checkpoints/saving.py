@@ -59,7 +59,7 @@ class Saver:
         said_by_first_rank(lambda: _make_room(draft))
         staged = self._snapshot(draft.files)
         if self._council is None:
-            self._council = Council(f"checkpoints of {draft.folder.parent}")
+            self._council = Council()
         council = self._council
 
         def work() -> None:
@@ -113,15 +113,19 @@ def _make_room(draft: Draft) -> str:
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Remove what a killed run was writing, and put back what it was about to replace."""
-    for path in directory.glob("*.partial"):
-        remove(path)
-    for replaced in directory.glob("*.replaced"):
-        final = replaced.with_name(replaced.name.removesuffix(".replaced"))
-        if final.exists():
-            remove(replaced)
-        else:
-            replaced.rename(final)
+    """Remove what a killed run was writing, and put back what it was about to replace; raises
+    UserError."""
+    try:
+        for path in directory.glob("*.partial"):
+            remove(path)
+        for replaced in directory.glob("*.replaced"):
+            final = replaced.with_name(replaced.name.removesuffix(".replaced"))
+            if os.path.lexists(final):
+                remove(replaced)
+            else:
+                replaced.rename(final)
+    except OSError as error:
+        raise _cannot_be_written(error, directory) from None
 
 
 def _write(draft: Draft, staged: Sequence[_Staged]) -> dict[str, Any]:

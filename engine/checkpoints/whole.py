@@ -1,7 +1,6 @@
 """Whether a checkpoint on disk is whole, which all ranks find out together: each reads its share of
 the files, and all learn what is wrong with any."""
 
-import itertools
 import os
 import re
 import sys
@@ -21,7 +20,6 @@ from engine.ranks.decision import Council
 _POINTER_BYTES = 256  # of `latest` and `selected`: a name and a newline
 _CHECKPOINT = re.compile(r"(step|epoch)_\d{4,12}", re.ASCII)
 _RANK_IN_NAME = re.compile(r"-(\d+)\.safetensors$")
-_matters = itertools.count()  # asked so far, the same number on every rank
 _seen: set[tuple] = set()
 """What this process has found as written: files by path, size and time of change."""
 _said: set[str] = set()
@@ -56,7 +54,7 @@ def damage_of(folder: Path, is_needed: Callable[[str], bool] = lambda name: True
     def first(reports: Sequence[str]) -> str:
         return next((report for report in reports if report), "")
 
-    return Council(f"damage {next(_matters)}").decide(_damage_here(folder, is_needed), first)
+    return Council().decide(_damage_here(folder, is_needed), first)
 
 
 def newest_whole(
@@ -85,13 +83,17 @@ def _damage_here(folder: Path, is_needed: Callable[[str], bool]) -> str:
     """Return what this rank finds wrong with its share of the files."""
     try:
         manifest = read_manifest(folder)
+        if (step := step_of(folder.name)) is not None and manifest.step != step:
+            raise UserError(f"{folder}: damaged: its files are those of step {manifest.step}")
         mine = [name for name in sorted(manifest.files) if is_needed(name) and _is_mine(name)]
         unseen = [name for name in mine if _state(folder, manifest, name) not in _seen]
         damage = check_files(folder, manifest, unseen)
         if not damage:
             _seen.update(_state(folder, manifest, name) for name in unseen)
-    except (UserError, OSError) as error:
+    except UserError as error:
         return str(error)
+    except OSError as error:  # a file is gone, or cannot be looked at
+        return f"{error.filename}: {error.strerror}"
     return damage
 
 

@@ -4,6 +4,7 @@ It is no collective: a thread of each rank may take part while the ranks compute
 late is waited for, however long it takes.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -15,14 +16,18 @@ from engine.environment import attempt_of_environment
 from engine.errors import UserError
 
 _PAUSES = (0.001, 0.1)  # seconds between two looks, at first and at last; our choice
+_LAST_WAIT = 60.0  # seconds for the others to learn of an error; our choice
+_num_councils = itertools.count()  # made so far, the same number on every rank
 
 
 class Council:
-    """The ranks of this process's world, in one matter: each decision is made by all, in order."""
+    """The ranks of this process's world, in one matter: each decision is made by all, in order.
 
-    def __init__(self, matter: str) -> None:
-        """matter: a name that no other council has. A process that has joined no ranks is alone."""
-        self._matter = f"{attempt_of_environment()}/{matter}"
+    All make it together. A process that has joined no ranks is alone.
+    """
+
+    def __init__(self) -> None:
+        self._matter = f"{attempt_of_environment()}/{next(_num_councils)}"
         self._num_decided = 0
         is_alone = not dist.is_initialized() or dist.get_world_size() == 1
         # A connection of its own, for a thread of its own.
@@ -47,18 +52,29 @@ class Council:
         try:
             decision = decide([told, *(self._await(other) for other in others)])
         except UserError as error:
-            self._store.set(f"{key}/decided", json.dumps({"error": str(error)}))
+            self._say_and_wait(key, {"error": str(error)})
             raise
         except BaseException as error:
-            self._store.set(f"{key}/decided", json.dumps({"failure": repr(error)}))
+            self._say_and_wait(key, {"failure": repr(error)})
             raise
         self._store.set(f"{key}/decided", json.dumps({"decision": decision}))
         for other in others:
             self._store.delete_key(other)
         return decision
 
+    def _say_and_wait(self, key: str, answer: dict[str, str]) -> None:
+        """Have the others learn of an error before it ends this process: the store may go too."""
+        self._store.set(f"{key}/decided", json.dumps(answer))
+        last = time.monotonic() + _LAST_WAIT
+        num_others = dist.get_world_size() - 1
+        while self._store.add(f"{key}/decided/readers", 0) < num_others:
+            if time.monotonic() > last:  # a rank is lost
+                return
+            time.sleep(_PAUSES[-1] / 10)
+
     def _learn(self, key: str) -> str:
         answer = json.loads(self._await(key))
+        self._store.add(f"{key}/readers", 1)
         if "error" in answer:
             raise UserError(answer["error"])
         if "failure" in answer:

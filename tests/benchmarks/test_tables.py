@@ -119,3 +119,21 @@ def test_a_broken_line_is_named_and_a_cut_one_left_out(tmp_path: Path):
     path.write_text('{"benchmark": "a"}\n{"benchm\n')
     with pytest.raises(ValueError, match=r"x.jsonl:2: no JSON"):
         read_records(path)
+
+
+def test_checkpoints_have_a_row_a_way_to_save_and_a_kind_of_block(tmp_path):
+    for name in ("README.md", "benchmarks/README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    job = {"benchmark": "checkpoints", "device": "Some CPU", "num_tokens": 512, "commit": "abc1234"}
+    job |= {"size": {"num_layers": 6, "hidden_size": 768}, "date": "2999-01-01"}
+    save = {"provider": "trident", "waited_s": 0.3, "on_disk_s": 1.5, "num_bytes": 3_000_000_000}
+    steps = {"provider": "steps, in the background", "added": 0.0125, "block_s": 41.2}
+    steps |= {"added_range": [-0.01, 0.02]}
+    for record in (save, steps):
+        append_line(tmp_path / "benchmarks/results/cpu.jsonl", json.dumps(job | record))
+    text = documents(tmp_path)[tmp_path / "benchmarks/README.md"]
+    case = "| Some CPU | 6 x 768, 512 tokens |"
+    assert f"{case} trident | 0.30 | 1.50 | 2,000 |  | abc1234 |" in text
+    block = "steps, in the background |  |  |  | +1.2% (-1.0% to +2.0%) in blocks of 41 s"
+    assert f"{case} {block} | abc1234 |" in text
