@@ -19,7 +19,9 @@ import pytest
 from engine import ppo, rm, sft
 from engine.checkpoints.manifest import digest_of_file, read_manifest, write_manifest
 from engine.metrics import Metrics
+from engine.metrics import plot_curves
 from engine.recipe import run_stage
+from tests.hostile import dangers
 from tests.tiny import (
     ppo_config,
     rm_config,
@@ -175,6 +177,37 @@ def test_prompts_over_the_limit(tiny: Path, fails: Callable, tmp_path: Path, cap
         capsys.readouterr()
         train(dataclasses.replace(config, data=data))
         assert "1 dropped for a long prompt" in capsys.readouterr().out
+
+
+HOSTILE = "\x1b]52;c;eA==\x07\x9b2J\u202e"
+
+
+@pytest.mark.parametrize("name", [HOSTILE, "not_utf8_\udcff", "two\nlines", "[red]{x}$y$"])
+def test_names_of_any_bytes_are_taken_and_shown(name: str, tiny: Path, tmp_path: Path, capsys):
+    data = tmp_path / f"{name}.jsonl"
+    data.write_bytes((tiny / "demonstrations.jsonl").read_bytes() + b"{}\n")
+    tokenizer = tmp_path / f"{name}.json"
+    tokenizer.write_bytes((tiny / "tokenizer.json").read_bytes())
+    config = sft_config(tiny, tmp_path / name)
+    changed = dataclasses.replace(config.data, train=data, skip_bad_lines=True)
+    train(dataclasses.replace(config, data=changed, tokenizer=tokenizer))
+    printed = capsys.readouterr()
+    assert dangers(printed.out + printed.err) == []
+    assert name.encode("unicode_escape").decode() in printed.out
+    assert rows_of(tmp_path / name)
+    assert plot_curves(tmp_path / name) == tmp_path / name / "curves.png"
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_errors_show_hostile_names_and_keys(stage: str, fails: Callable, tmp_path: Path):
+    path = line_file(tmp_path, json.dumps({HOSTILE: 1}), json.dumps({HOSTILE * 100_000: 1}))
+    option = "--data.prompts" if stage == "ppo" else "--data.train"
+    for value in (path, tmp_path / HOSTILE, tmp_path / "\udcff" / "x"):
+        error = fails(stage, option, value)
+        assert dangers(error) == []
+        assert len(error) < 1000
+    assert dangers(fails(stage, "--config", tmp_path / HOSTILE)) == []
+    assert dangers(fails(stage, f"--{HOSTILE}", "1")) == []
 
 
 def no_held_out(stage: str) -> dict[str, float]:
