@@ -113,6 +113,51 @@ def test_latest_is_the_old_name_until_it_is_the_new_one(
     assert run.resume() == {"step": 1}
 
 
+def test_run_that_was_killed_before_its_first_latest_goes_on(parallel: Parallel, tmp_path: Path):
+    run = checkpointer_of(random_network("language", parallel), tmp_path)
+    run.save(1, {})
+    (tmp_path / "latest").unlink()
+    assert run.resume() == {"step": 1}
+    assert (tmp_path / "latest").read_text() == "step_00000001"  # or a second kill could leave two
+    run.save(2, {})
+    (tmp_path / "latest").unlink()
+    with pytest.raises(UserError, match="step_00000002, step_00000001 are there: write the name"):
+        run.resume()
+
+
+def test_what_a_kill_left_of_the_last_save_goes_when_the_run_is_resumed(
+    parallel: Parallel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = checkpointer_of(random_network("language", parallel), tmp_path)
+    for step in (1, 2):
+        run.save(step, {})
+
+    def fail(path: Path) -> None:
+        assert path.name == "step_00000001.partial"  # no checkpoint any more, as it is removed
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("engine.checkpoints.saving.remove", fail)
+        patch.setattr("engine.checkpoints.saving._move_in", lambda old, new: old.rename(new))
+        run.save(3, {})
+    assert (tmp_path / "latest").read_text() == "step_00000003"
+    (tmp_path / "step_00000000").mkdir()  # superseded, and not yet removed
+    assert run.resume() == {"step": 3}
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["latest", "step_00000002", "step_00000003"]
+
+
+def test_resume_removes_nothing_where_the_newest_is_damaged(parallel: Parallel, tmp_path: Path):
+    run = checkpointer_of(random_network("language", parallel), tmp_path)
+    for step in (1, 2):
+        run.save(step, {})
+    (tmp_path / "step_00000002" / "progress.json").write_text("{}")
+    (tmp_path / "step_00000000").mkdir()
+    assert run.resume() == {"step": 1}
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["latest", "step_00000000", "step_00000001", "step_00000002"]
+
+
 def test_partial_checkpoint_is_not_resumed_and_makes_way(parallel: Parallel, tmp_path: Path):
     run = checkpointer_of(random_network("language", parallel), tmp_path)
     run.save(1, {})
