@@ -21,6 +21,7 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.files import open_file, writing
+from engine.printable import ERROR_CHARACTERS, say
 
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -131,11 +132,11 @@ def _lock(number: int, folder: Path, lock: Path) -> bool:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _NO_LOCKS:
-            print(
+            say(
                 f"WARNING: {folder}: its file system has no locks ({error.strerror}): nothing "
                 "keeps a second run out of this folder",
-                file=sys.stderr,
-                flush=True,
+                stream=sys.stderr,
+                limit=ERROR_CHARACTERS,
             )
             return False
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):

@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from engine.printable import ERROR_CHARACTERS, printable
+
 # Linux's names of the file systems that several nodes share; those of FUSE, but that of containers,
 # are taken for shared too.
 _SHARED = (
@@ -50,10 +52,12 @@ def tell_torchrun(message: str) -> None:
 
     It prints a traceback of its own, and below it what the first rank to fail has written into the
     file TORCHELASTIC_ERROR_FILE: in torch.distributed.elastic's form, which has no field for less.
+    What the file has it prints as it is.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        said = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        shown = printable(message, limit=ERROR_CHARACTERS)
+        said = {"message": shown, "extraInfo": {"timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):  # the run's own words have been printed
             Path(path).write_text(json.dumps({"message": said}))
 

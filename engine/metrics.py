@@ -26,6 +26,7 @@ from rich.text import Text
 from engine.alarms import Alarm
 from engine.claim import check_claim
 from engine.files import open_file, replacing, writing
+from engine.printable import ERROR_CHARACTERS, open_console, printable, say
 
 SFT_HEADLINE = (
     "train/loss",
@@ -46,6 +47,11 @@ PPO_HEADLINE = (
     "update/ptx_loss",
     "time/step_seconds",
 )
+
+# The most characters on screen; our choices. The files have all of them.
+_TITLE_CHARACTERS = 100
+_CELL_CHARACTERS = 400
+_LINE_CHARACTERS = 4000
 
 
 class Metrics:
@@ -80,9 +86,10 @@ class Metrics:
         for name in ("metrics", "samples", "alarms"):
             _drop_steps_from(run_dir / f"{name}.jsonl", first_step)
         self._events = _EventFile(run_dir / "tensorboard", first_step)
-        self._console = Console()
+        self._console = open_console()
+        self._title = _title(run_dir.name)
         if self._console.is_terminal:
-            self._progress = _start_progress(self._console, run_dir.name, first_step, num_steps)
+            self._progress = _start_progress(self._console, self._title, first_step, num_steps)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record a step's values and phase seconds: one line in the file and one on screen."""
@@ -96,7 +103,7 @@ class Metrics:
         # A number that is not finite has no JSON: null.
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         self._append("metrics", {"step": step, **finite})
-        self._events.add(step, row)
+        self._events.add(step, {_title(key): value for key, value in row.items()})
         self._show_line(step, row)
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, str | float]]) -> None:
@@ -105,9 +112,9 @@ class Metrics:
             return
         for row in rows:
             self._append("samples", {"step": step, **row})
-        table = Table(*rows[0], title=f"samples at step {step}", show_lines=True)
-        for row in rows:  # Text: a sample's square brackets are no markup
-            table.add_row(*(Text(_short(value)) for value in row.values()))
+        table = Table(*map(_title, rows[0]), title=f"samples at step {step}", show_lines=True)
+        for row in rows:
+            table.add_row(*map(_cell, row.values()))
         self._console.print(table)
 
     def log_alarms(self, step: int, alarms: Sequence[Alarm]) -> None:
@@ -167,7 +174,7 @@ class Metrics:
 
     def _show_line(self, step: int, row: Mapping[str, float]) -> None:
         keys = [key for key in self._headline or row if key in row]
-        line = f"{self._run_dir.name} {step + 1}/{self._num_steps}  "
+        line = f"{self._title} {step + 1}/{self._num_steps}  "
         line += "  ".join(f"{key} {row[key]:.4g}" for key in keys)
         if self._progress:
             self._progress.update(self._progress.task_ids[0], completed=step + 1)
@@ -178,7 +185,8 @@ class Metrics:
         self._show(line)
 
     def _show(self, line: str, style: str = "") -> None:
-        self._console.print(Text(line, style=style), soft_wrap=True)
+        shown = printable(line, limit=_LINE_CHARACTERS, one_line=True)
+        self._console.print(Text(shown, style=style), soft_wrap=True)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
@@ -231,7 +239,7 @@ def plot_curves(run_dir: Path) -> Path | None:
         points = [(row["step"], row[key]) for row in rows if key in row]
         axes = figure.add_subplot(num_rows, num_columns, i + 1)
         axes.plot(*zip(*points, strict=True), linewidth=1.2, marker="." if len(points) < 20 else "")
-        axes.set_title(key, fontsize=9, y=1.0)
+        axes.set_title(_title(key), fontsize=9, y=1.0, parse_math=False)
         axes.locator_params(nbins=4)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
@@ -333,20 +341,24 @@ def _is_number(value: Any) -> bool:
 
 
 def _warn(line: str) -> None:
-    print(f"WARNING: {line}", file=sys.stderr, flush=True)
+    say(f"WARNING: {line}", stream=sys.stderr, limit=ERROR_CHARACTERS)
 
 
 def _start_progress(console: Console, title: str, first_step: int, num_steps: int) -> Progress:
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("eta"))
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), MofNCompleteColumn(), TextColumn("eta"))
     progress = Progress(*columns, TimeRemainingColumn(), console=console, refresh_per_second=2)
     progress.add_task(title, total=num_steps, completed=first_step)
     progress.start()
     return progress
 
 
-def _short(value: str | float, limit: int = 400) -> str:
-    text = value if isinstance(value, str) else f"{value:.4g}"
-    return text if len(text) <= limit else f"{text[:limit]} ..."
+def _title(name: str) -> str:
+    return printable(name, limit=_TITLE_CHARACTERS, one_line=True)
+
+
+def _cell(value: str | float) -> str:
+    return printable(value, limit=_CELL_CHARACTERS) if isinstance(value, str) else f"{value:.4g}"
 
 
 def _synchronize() -> None:

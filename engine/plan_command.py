@@ -20,6 +20,7 @@ from engine.planning.hardware import Assumptions, named_cluster
 from engine.planning.plan import StageConfig, plan
 from engine.planning.search import proposal_lines, search_layouts
 from engine.planning.workload import Workload
+from engine.printable import ERROR_CHARACTERS, say
 from engine.recipe import run_stage
 
 
@@ -54,7 +55,7 @@ def plan_command(folder: Path, arguments: Sequence[str] | None = None) -> None:
         if name is None:
             raise UserError(f"name a recipe first: {_names(folder)}")
         for line in _lines(job.plan, job.config):
-            print(line)
+            say(line)
 
     doc = f"Plan a stage: plan.py RECIPE [options], RECIPE being one of {_names(folder)}."
     try:
@@ -65,7 +66,7 @@ def plan_command(folder: Path, arguments: Sequence[str] | None = None) -> None:
                 f"Plan {name}: memory of every GPU, seconds, PF-days, dollars; torch is not needed."
             )
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", stream=sys.stderr, limit=ERROR_CHARACTERS)
         sys.exit(2)
     fields = [(name, hint, field(default=default)) for name, hint, default in options]
     job_class = dataclasses.make_dataclass("PlanJob", fields, namespace={"__doc__": doc})

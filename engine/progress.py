@@ -11,8 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from engine.printable import open_console, printable
+
 SECONDS_A_LINE = 4.0
 """Between two lines of a log: our choice, so that it is never silent for 5."""
+_LINE_CHARACTERS = 1000  # the most that one has; our choice
 
 
 class LongWork:
@@ -34,7 +37,7 @@ class LongWork:
         self._title = title
         self._is_writer = is_writer
         self._total = total
-        self._console = console or Console()
+        self._console = console or open_console()
         self._done = 0
         self._reached = 0.0  # seconds after the start
         self._now = ""
@@ -56,14 +59,14 @@ class LongWork:
             self._bar.update(
                 self._bar.task_ids[0],
                 completed=self._done,
-                description=f"{self._title}  {now}".rstrip(),
+                description=_shown(f"{self._title}  {now}".rstrip()),
             )
 
     def __enter__(self) -> "LongWork":
         if self._is_writer:
             self._start = time.monotonic()
             if self._console.is_terminal:
-                self._bar = _started_bar(self._console, self._title, self._total)
+                self._bar = _started_bar(self._console, _shown(self._title), self._total)
             else:
                 self._say(self._title)
                 self._voice.start()
@@ -90,12 +93,16 @@ class LongWork:
         return f"{self._title} {self._done}/{self._total}  {self._now}  eta {eta}"
 
     def _say(self, line: str) -> None:
-        self._console.print(Text(line), soft_wrap=True)
+        self._console.print(Text(_shown(line)), soft_wrap=True)
+
+
+def _shown(line: str) -> str:
+    return printable(line, limit=_LINE_CHARACTERS, one_line=True)
 
 
 def _started_bar(console: Console, title: str, total: int | None) -> Progress:
     counts = () if total is None else (BarColumn(), MofNCompleteColumn())
-    columns = (TextColumn("{task.description}"), *counts, TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), *counts, TimeElapsedColumn())
     bar = Progress(*columns, console=console, refresh_per_second=2)
     bar.add_task(title, total=total)
     bar.start()

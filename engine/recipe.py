@@ -21,6 +21,13 @@ from engine.environment import (
     tell_torchrun,
 )
 from engine.errors import UserError, quoted
+from engine.printable import (
+    ERROR_CHARACTERS,
+    TRACEBACK_CHARACTERS,
+    accept_any_text,
+    printable,
+    say,
+)
 from engine.settings.command_line import parse_config
 from engine.settings.saved import load_config
 from engine.stop import noting_signals
@@ -53,6 +60,7 @@ def run_stage(
     over it. `--dry-run` checks the stage (engine/dry_run/dry_run.py) instead of running it: on as
     many GPUs as it names, or on `num_gpus`, those of the recipe's launch.
     """
+    _make_streams_safe()
     try:
         if not has_dry_run:
             config = parse_config(default, arguments)
@@ -72,15 +80,35 @@ def run_stage(
     except Exception as error:
         said = str(error) if isinstance(error, UserError) else _said_by_system(error)
         if said is not None:
-            _print_once(f"error: {said}")
-            tell_torchrun(f"error: {said}")
-            _tell_others(f"error: {said}", 2)
+            message = printable(f"error: {said}", limit=ERROR_CHARACTERS)
+            _print_once(message)
+            tell_torchrun(message)
+            _tell_others(message, 2)
             sys.exit(2)
-        text = "".join(traceback.format_exception(error)).rstrip()
-        last_line = text.rpartition("\n")[2]
+        text = _traceback(error)
+        last_line = printable(text.rpartition("\n")[2], limit=ERROR_CHARACTERS)
         tell_torchrun(last_line)
         _tell_others(last_line, 1, text)
         raise
+
+
+def _traceback(error: BaseException) -> str:
+    """Return a traceback with its error, whose words may be those of a file: printable."""
+    text = "".join(traceback.format_exception(error)).rstrip()
+    return printable(text, limit=TRACEBACK_CHARACTERS)
+
+
+def _show_uncaught(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """Print what ends the process, as Python would; but printable."""
+    say(_traceback(error), stream=sys.stderr)
+
+
+def _make_streams_safe() -> None:
+    """Have what Python and tyro print by themselves be printable too, in any encoding."""
+    for stream in (sys.stdout, sys.stderr):
+        accept_any_text(stream)
+    if sys.excepthook is sys.__excepthook__:  # else somebody, such as a debugger, has another
+        sys.excepthook = _show_uncaught
 
 
 def _said_by_system(error: Exception) -> str | None:
@@ -168,4 +196,4 @@ def _print_once(message: str) -> None:
     if rank > 0:
         time.sleep(5.0)  # when rank 0 fails too, the launcher ends this process meanwhile
         message = f"[rank {rank}] {message}"
-    print(message, file=sys.stderr, flush=True)
+    say(message, stream=sys.stderr)

@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
+from engine.printable import say
+
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 EXIT_STATUS = 75
 """EX_TEMPFAIL of sysexits.h, try again: recipes/slurm/launch.sh requeues a job that ends with
@@ -59,7 +61,7 @@ def is_noted() -> bool:
 def leave(when: str, *, is_writer: bool = True) -> NoReturn:
     """End the process with EXIT_STATUS; the writer says when."""
     if is_writer:
-        print(f"stopped by a signal {when}; the same command continues", flush=True)
+        say(f"stopped by a signal {when}; the same command continues")
     raise SystemExit(EXIT_STATUS)
 
 

@@ -30,6 +30,7 @@ LIGHT_FILES = {
     "models/sizes.py",
     *(f"engine/{name}.py" for name in ("errors", "files", "environment", "recipe", "plan_command")),
     "engine/stop.py",
+    "engine/printable.py",
     *(f"engine/data/{name}.py" for name in ("codecs", "tokenizer_files", "tokenizer_trial")),
     "engine/residency/expected.py",
     "engine/residency/resharding.py",

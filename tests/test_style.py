@@ -111,6 +111,27 @@ def test_sentences_are_short(name):
     assert list(long_sentences(TREES[name])) == []
 
 
+def unescaped_prints(tree: ast.AST) -> Iterator[str]:
+    """Yield what a file prints by, other than engine/printable.py."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in ("print", "Console", "traceback.print_exception") or re.fullmatch(
+                r"sys\.(__)?std(out|err)(__)?(\.buffer)?\.write(lines)?", name
+            ):
+                yield name
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith(("engine/", "models/"))])
+def test_what_is_printed_is_printable(name):
+    own = {
+        "engine/printable.py": ["Console", "print"],
+        "engine/answers/dialogue.py": ["sys.stdout.write"],  # parts of what is printable as a whole
+        "engine/data/tokenizer_trial.py": ["print"],  # an answer to the process that asked, as JSON
+    }
+    assert sorted(unescaped_prints(TREES[name])) == own.get(name, []), "use engine.printable.say"
+
+
 def words_with_one_sense() -> dict[str, set[str]]:
     """Return {word: where names may carry it}, of the table in CONTRIBUTING.md."""
     allowed: dict[str, set[str]] = defaultdict(set)
@@ -168,6 +189,8 @@ def load(path):
     hidden = ast.parse("if x:\n  def a(): pass\ntry:\n  b, c = 1, 2\nexcept E:\n  d = 3")
     assert list(public_names(hidden.body)) == ["a", "b", "c", "d"]
     assert len(list(long_sentences(tree))) == 1
+    prints = ast.parse("print(x), Console(), sys.stderr.write(y), sys.stdout.flush()")
+    assert list(unescaped_prints(prints)) == ["print", "Console", "sys.stderr.write"]
     assert sorted(f.name for f in functions(tree)) == ["load", "open", "silent", "spoken"]
     assert words_of(tree) >= {"limit", "hidden", "load", "path", "box"}
     assert words_of(ast.parse("NumSlots = host_bytes")) >= {"num", "slot", "slots", "host", "byte"}

@@ -8,6 +8,7 @@ from engine.data.batches import deal
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.data.tokenizer import Tokenizer
 from engine.generation.generate import generate
+from engine.printable import say
 from engine.settings.generate import GenerateConfig
 from engine.training.network import Network
 
@@ -38,7 +39,7 @@ def answer_file(
     num_answers = len(examples) * config.num_samples
     answers = Answers(config.out, origin, parallel, num_answers)
     if parallel.is_writer and answers.kept:
-        print(f"{config.out}: {len(answers.kept)} of {num_answers} answers are there already")
+        say(f"{config.out}: {len(answers.kept)} of {num_answers} answers are there already")
     missing = [number for number in range(num_answers) if number not in answers.kept]
     # The samples of a prompt stay on one replica, which computes it once.
     open_prompts = sorted({number // config.num_samples for number in missing})
@@ -66,4 +67,4 @@ def answer_file(
         answers.add(response.sample_index, answer)
     answers.finish()
     if parallel.is_writer:
-        print(f"{config.out}: {num_answers} answers; {read_report}; prompts: {length_report}")
+        say(f"{config.out}: {num_answers} answers; {read_report}; prompts: {length_report}")

@@ -1,6 +1,7 @@
 """A dialogue with a checkpoint in the terminal."""
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from engine.data.examples import encode_prompts
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
 from engine.generation.generate import generate
+from engine.printable import JOINERS, accept_any_text, printable, say
 from engine.settings.generate import GenerateConfig
 from engine.training.network import Network
 
@@ -27,7 +29,8 @@ def talk(network: Network, tokenizer: Tokenizer, config: GenerateConfig) -> None
             "fewer ranks, or raise layout.tp"
         )
     if parallel.is_writer:
-        print("Type a message; /new starts over, Ctrl-C ends an answer, Ctrl-D the dialogue.")
+        _take_any_bytes()
+        say("Type a message; /new starts over, Ctrl-C ends an answer, Ctrl-D the dialogue.")
     # A launcher of several ranks ends all of them at Ctrl-C.
     endings = (_TurnEnded,) if parallel.world_size > 1 else (_TurnEnded, KeyboardInterrupt)
     messages: list[dict[str, str]] = []
@@ -77,13 +80,21 @@ def _read_line(is_writer: bool) -> str | None:
         try:
             line = [input("> ")]
         except (EOFError, KeyboardInterrupt):
-            print()
+            say("")
     dist.broadcast_object_list(line, src=0)
     return line[0]
 
 
+def _take_any_bytes() -> None:
+    """Have what is typed in another encoding read with U+FFFD in place of what it does not know."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+
+
 def _show(text: str, is_writer: bool) -> None:
+    """Write text that is printable already; in parts, a character may be apart from its joiner."""
     if is_writer:
+        accept_any_text(sys.stdout)
         sys.stdout.write(text)
         sys.stdout.flush()
 
@@ -109,8 +120,8 @@ class _Screen:
         self.text, mark, _ = text.partition(NEXT_TURN)
         if mark:
             raise _TurnEnded
-        # What may still change is held back: part of a character, or of the mark.
-        settled = text.rstrip("\ufffd")
+        # What may still change is held back: part of a character, a joiner, part of the mark.
+        settled = text.rstrip("\ufffd" + JOINERS)
         held = next((n for n in range(len(NEXT_TURN), 0, -1) if settled.endswith(NEXT_TURN[:n])), 0)
         self._show_up_to(len(settled) - held)
 
@@ -120,6 +131,7 @@ class _Screen:
         self._show("\n")
 
     def _show_up_to(self, end: int) -> None:
-        if end > self._num_shown:
-            self._show(self.text[self._num_shown : end])
-            self._num_shown = end
+        shown = printable(self.text[:end])
+        if len(shown) > self._num_shown:
+            self._show(shown[self._num_shown :])
+            self._num_shown = len(shown)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +20,10 @@ from engine.checkpoints.manifest import MANIFEST, Damage, Manifest, check_files,
 from engine.checkpoints.recorded import check_counts, check_progress
 from engine.errors import UserError, named, quoted
 from engine.files import read_object
+from engine.printable import ERROR_CHARACTERS, open_console, printable, say
 from engine.settings.command_line import parse_config
+
+_CELL_CHARACTERS = 1000  # the most that is shown of a path or a word; our choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return verify(folders)
         inspect(folders)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", stream=sys.stderr, limit=ERROR_CHARACTERS)
         return 2
     return 0
 
@@ -71,20 +73,20 @@ def verify(folders: Sequence[Path]) -> int:
         except UserError as error:
             damage = str(error)
         num_damaged += bool(damage)
-        print(damage or f"{folder}: whole, {len(manifest.files)} files, {_size(manifest)}")
+        say(damage or f"{folder}: whole, {len(manifest.files)} files, {_size(manifest)}")
     return int(num_damaged > 0)
 
 
 def inspect(folders: Sequence[Path]) -> None:
     """Print a table of what each checkpoint holds, and the numbers that it was saved with."""
-    console = Console()
+    console = open_console()
     for folder in folders:
         manifest = read_manifest(folder)
         step = "weights alone" if manifest.step is None else f"step {manifest.step}"
         columns = ("network", "kind", "size", "parameters", "dtype", "files", "optimizer")
-        table = Table(*columns, title=Text(f"{folder}: {step}, {_size(manifest)}"))
+        table = Table(*columns, title=_cell(f"{folder}: {step}, {_size(manifest)}"))
         for role in sorted({name.partition("/")[0] for name in manifest.files if "/" in name}):
-            table.add_row(*(Text(cell) for cell in _row(folder / role, manifest)))
+            table.add_row(*map(_cell, _row(folder / role, manifest)))
         console.print(table)
         if manifest.step is not None:
             path = folder / "progress.json"
@@ -94,7 +96,7 @@ def inspect(folders: Sequence[Path]) -> None:
             except ValueError as error:
                 raise Damage(f"{path}: {error}") from None
             shown = progress.get("metrics", {}).items()
-            console.print(Text("  ".join(f"{named(key)} {value:.4g}" for key, value in shown)))
+            say("  ".join(f"{named(key)} {value:.4g}" for key, value in shown))
 
 
 def _row(folder: Path, manifest: Manifest) -> list[str]:
@@ -119,6 +121,10 @@ def _row(folder: Path, manifest: Manifest) -> list[str]:
         str(len(files)),
         f"step {index.counts['step']:.0f}" if is_trained else "none",
     ]
+
+
+def _cell(text: str) -> Text:
+    return Text(printable(text, limit=_CELL_CHARACTERS))
 
 
 def _size(manifest: Manifest) -> str:

@@ -14,6 +14,7 @@ from engine.checkpoints.retention import step_of
 from engine.environment import rank_of_environment
 from engine.errors import UserError
 from engine.files import open_file
+from engine.printable import ERROR_CHARACTERS, say
 from engine.ranks.decision import Council
 
 _POINTER_BYTES = 256  # of `latest` and `selected`: a name and a newline
@@ -75,7 +76,7 @@ def warn(message: str) -> None:
     """Say something loudly, and once: on the first rank's stderr."""
     if rank_of_environment() == 0 and message not in _said:
         _said.add(message)
-        print(f"WARNING: {message}", file=sys.stderr, flush=True)
+        say(f"WARNING: {message}", stream=sys.stderr, limit=ERROR_CHARACTERS)
 
 
 def _damage_here(folder: Path, is_needed: Callable[[str], bool]) -> str:

@@ -24,6 +24,7 @@ from engine.data.jsonl import ReadReport, RecordReader, check_text, required
 from engine.data.tokenizer import Tokenizer, in_batches
 from engine.errors import UserError, named
 from engine.files import MAX_SHOWN_PATH, open_file, read_lines, read_object, replacing
+from engine.printable import ERROR_CHARACTERS, say
 
 _PIECE_CHARACTERS = 1 << 16  # a .txt file may not fit in memory
 _PART_BYTES = 1 << 20  # of a line of a .txt file, which may have no other line; our choice
@@ -112,10 +113,10 @@ def make_token_file(
 
     if not _is_whole(tokens_path, tokenizer.vocab_size):
         if os.path.lexists(tokens_path) and os.path.lexists(_report_path(tokens_path)):
-            print(
+            say(
                 f"WARNING: {tokens_path}: damaged, or of an earlier version; it is made again",
-                file=sys.stderr,
-                flush=True,
+                stream=sys.stderr,
+                limit=ERROR_CHARACTERS,
             )
         progress, digest, num_bytes = _Progress(source), xxhash.xxh3_128(), 0
         with replacing(tokens_path) as stream:
@@ -175,10 +176,9 @@ class _Progress:
             return
         self._last, seconds = now, now - self._start
         minutes, rest = divmod(int(seconds / max(share, 1e-9) - seconds), 60)
-        print(
+        say(
             f"{self._source}: {share:.0%} read, {num_tokens / 1e6:,.1f} million tokens, "
-            f"{num_tokens / seconds / 1e6:.2f} million a second, eta {minutes}:{rest:02d}",
-            flush=True,
+            f"{num_tokens / seconds / 1e6:.2f} million a second, eta {minutes}:{rest:02d}"
         )
 
 

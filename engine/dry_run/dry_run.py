@@ -11,13 +11,12 @@ import dataclasses
 import math
 import time
 
-from rich.console import Console
-
 from engine.dry_run.distinct_ranks import Model, Rank, build_ranks, check_checkpoint, check_rank
 from engine.errors import UserError
 from engine.planning.hardware import Cluster, named_cluster
 from engine.planning.plan import StageConfig, plan
 from engine.planning.search import proposal_lines, search_layouts
+from engine.printable import say
 from engine.settings.adam import AdamConfig
 from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
@@ -35,12 +34,11 @@ def dry_run(config: StageConfig, num_gpus: int | None = None, *, usual: int | No
     layouts divide them, else the fewest.
     """
     start = time.monotonic()
-    console = Console(highlight=False, soft_wrap=True)
     models = models_of(config)
     if num_gpus is None:
         num_gpus, reason = chosen_gpus(config, usual)
         name = "GPU" if num_gpus == 1 else "GPUs"
-        console.print(f"checked on {num_gpus} {name}, {reason}", "", sep="\n")
+        say(f"checked on {num_gpus} {name}, {reason}\n")
     cluster = named_cluster(GPU_NAME, num_gpus)
     for model in models:
         try:
@@ -48,17 +46,17 @@ def dry_run(config: StageConfig, num_gpus: int | None = None, *, usual: int | No
             model.layout.check(model.size)
         except UserError as error:
             raise UserError(f"{model}: {error}\n{_proposals(config, cluster)}") from None
-    console.print(*check_batches(config, models[0].size, num_gpus), sep="\n")
+    say("\n".join(check_batches(config, models[0].size, num_gpus)))
     ranks: dict[Model, list[Rank]] = {model: [] for model in models}
     for model, rank in build_ranks(models, num_gpus):
         check_rank(model, rank)
         ranks[model].append(rank)
     for model in models:
         check_checkpoint(model, ranks[model])
-        console.print(_summary(model, ranks[model], num_gpus))
-    console.print(f"every check passed, {time.monotonic() - start:.0f} s", "", sep="\n")
+        say(_summary(model, ranks[model], num_gpus))
+    say(f"every check passed, {time.monotonic() - start:.0f} s\n")
     planned = plan(config, cluster)
-    console.print(*planned.lines(), sep="\n", markup=False)
+    say("\n".join(planned.lines()))
     if not planned.fits:
         raise UserError(
             f"the run does not fit {num_gpus} x {GPU_NAME}; recipes/plan.py plans for other GPUs\n"

@@ -28,6 +28,7 @@ from engine.preflight.facts import (
 )
 from engine.preflight.faults import Fault, find_faults, named_ranks, report
 from engine.preflight.links import measure_links
+from engine.printable import say
 from engine.ranks.device import start_device
 from engine.ranks.start import open_store
 from engine.settings.preflight import PreflightConfig
@@ -39,9 +40,9 @@ def preflight(config: PreflightConfig) -> NoReturn:
     rank = rank_of_environment()
     facts, faults = check_nodes(config)
     if rank == 0 or not facts:  # without rank 0, whoever misses it says so
-        print(report(facts), end="", flush=True)
+        say(report(facts), end="")
         for fault in faults:
-            print(f"preflight: {fault.node}: {fault.message}", file=sys.stderr, flush=True)
+            say(f"preflight: {fault.node}: {fault.message}", stream=sys.stderr)
     os._exit(1 if faults else 0)  # the thread that measures may hang
 
 

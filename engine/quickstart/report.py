@@ -18,6 +18,7 @@ from rich import box
 from rich.table import Table
 
 from engine.files import replacing
+from engine.printable import printable
 
 MODELS = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
 COLUMNS = {  # summary key -> heading, format
@@ -131,7 +132,7 @@ def _headline(summary: Mapping[str, Any]) -> str:
     if summary.get("seconds"):
         minutes = sum(summary["seconds"].values()) / 60
         cards.append((f"{minutes:.1f} min", "of training and evaluation"))
-    items = (f"<div><b>{number}</b>{html.escape(text)}</div>" for number, text in cards)
+    items = (f"<div><b>{_escaped(number)}</b>{_escaped(text)}</div>" for number, text in cards)
     return f'<div class="cards">{"".join(items)}</div>'
 
 
@@ -139,16 +140,16 @@ def _section(title: str, body: str, note: str = "") -> str:
     if not body:
         return ""
     note = f"<p>{note}</p>" if note else ""
-    return f"<section><h2>{title}</h2>{note}{body}</section>"
+    return f"<section><h2>{_escaped(title)}</h2>{note}{body}</section>"
 
 
 def _models_table(summary: Mapping[str, Any]) -> str:
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading, _ in COLUMNS.values())
+    head = "".join(f"<th>{_escaped(heading)}</th>" for heading, _ in COLUMNS.values())
     rows = ""
     for model, name in MODELS.items():
         if model in summary:
-            cells = "".join(f"<td>{cell}</td>" for cell in _cells(summary[model]))
-            rows += f"<tr><th>{name}</th>{cells}</tr>"
+            cells = "".join(f"<td>{_escaped(cell)}</td>" for cell in _cells(summary[model]))
+            rows += f"<tr><th>{_escaped(name)}</th>{cells}</tr>"
     return f'<div class="wide"><table><tr><th></th>{head}</tr>{rows}</table></div>'
 
 
@@ -156,7 +157,7 @@ def _seconds_table(seconds: Mapping[str, float]) -> str:
     if not seconds:
         return ""
     rows = "".join(
-        f"<tr><th>{html.escape(stage)}</th><td>{value:.0f} s</td></tr>"
+        f"<tr><th>{_escaped(stage)}</th><td>{value:.0f} s</td></tr>"
         for stage, value in seconds.items()
     )
     return f"<table>{rows}</table>"
@@ -167,10 +168,15 @@ def _sample(sample: Mapping[str, Any]) -> str:
     for model, text in sample["answers"].items():
         score = sample.get("scores", {}).get(model)
         score = "" if score is None else f" <span>{score:.2f}</span>"
-        name = html.escape(MODELS.get(model, model))
-        answers += f"<div><h3>{name}{score}</h3><p>{html.escape(text)}</p></div>"
-    prompt = html.escape(sample["prompt"])
+        name = _escaped(MODELS.get(model, model))
+        answers += f"<div><h3>{name}{score}</h3><p>{_escaped(text)}</p></div>"
+    prompt = _escaped(sample["prompt"])
     return f'<article><pre>{prompt}</pre><div class="answers">{answers}</div></article>'
+
+
+def _escaped(text: str) -> str:
+    """Return what shows a text in a page: nothing in it is markup, and nothing is hidden."""
+    return html.escape(printable(text))
 
 
 def _figures(figures: Sequence[str]) -> str:
@@ -206,7 +212,8 @@ def _reward_against_kl(curves: Mapping[str, Rows]) -> list[str]:
             strict=True,
         )
         axes.plot(kl, reward, color=colour, linewidth=1, alpha=0.4)
-        axes.plot(kl, reward, "o", color=colour, markersize=3.5, label=MODELS.get(stage, stage))
+        name = printable(MODELS.get(stage, stage))
+        axes.plot(kl, reward, "o", color=colour, markersize=3.5, label=name)
     axes.set_xlabel("KL to the init policy (nats a response)", color=_MUTED, fontsize=9.5)
     return [_figure(figure, "reward against KL, a point an iteration")]
 
@@ -248,7 +255,7 @@ def _curve_panel(title: str, lines: Mapping[str, tuple[str, list]]) -> list[str]
     for label, (colour, points) in lines.items():
         if points:
             marker = "o" if len(points) < 12 else ""
-            (line,) = axes.plot(*zip(*points, strict=True), color=colour, label=label)
+            (line,) = axes.plot(*zip(*points, strict=True), color=colour, label=printable(label))
             line.set(linewidth=1.5, marker=marker, markersize=3.5)
     axes.set_xlabel("step", color=_MUTED, fontsize=9.5)
     return [_figure(figure, title)]
@@ -270,7 +277,9 @@ def _figure(figure: Figure, caption: str) -> str:
     """Return the drawing as inline SVG whose colours are the page's CSS variables."""
     axes = figure.axes[0]
     if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(frameon=False, fontsize=9.5, labelcolor=_INK)
+        legend = axes.legend(frameon=False, fontsize=9.5, labelcolor=_INK)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     buffer = io.StringIO()
     # Text stays text; one salt makes element names, and so the file, the same in every run.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
@@ -279,7 +288,7 @@ def _figure(figure: Figure, caption: str) -> str:
     svg = svg[svg.index("<svg") :]  # without the XML prologue
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable})")
-    caption = html.escape(caption)
+    caption = _escaped(caption)
     return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
 
 
@@ -292,10 +301,14 @@ _PRICE_NOTE = (
     "What the answers gain, and how far the policy moved for it. The pretraining gradients of"
     " PPO-ptx are there to keep the pretraining loss of the table down."
 )
+# The page is whole: it runs no script, fetches nothing and sends nothing, whatever is in it.
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
+<meta name="referrer" content="no-referrer">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Trident: report of a run</title>
 <style>

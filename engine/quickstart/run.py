@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from rich.console import Console
 
 from engine.claim import holding_claims
 from engine.files import replacing
 from engine.metrics import read_metrics
 from engine.ppo import train as train_ppo
+from engine.printable import open_console, say
 from engine.progress import LongWork
 from engine.quickstart.comparisons import write_comparisons
 from engine.quickstart.files import Files, find_files, write_files, write_tokenizer
@@ -67,9 +67,8 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     if parallel.is_writer:
         with LongWork("report", is_writer=True):
             _write_results(config.directory, summary, samples)
-        console = Console()
-        console.print(summary_table(summary))
-        console.print(f"report: {config.directory / 'report.html'}")
+        open_console().print(summary_table(summary))
+        say(f"report: {config.directory / 'report.html'}")
     return summary
 
 

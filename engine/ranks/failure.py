@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from engine.environment import tell_torchrun
+from engine.printable import say
 
 _KEY = "failure/said"
 _PAUSE = 1.0  # seconds between two looks for it; our choice: 1,024 ranks look as often a second
@@ -84,7 +85,7 @@ def tell_others(message: str, status: int, text: str = "") -> None:
     if _world is None:
         return
     if text:
-        print(text, file=sys.stderr)
+        say(text, stream=sys.stderr)
     _say(_world, {"rank": _world.rank, "message": message, "status": status})
     _end(status)
 
@@ -123,7 +124,7 @@ def _hear(world: _World, store: Any) -> None:
     if "status" in words and not world.has_parted.is_set():
         message = f"rank {words['rank']} failed: {words['message']}"
         if world.rank == 0:  # whose output is read first: under srun each rank has a file
-            print(message, file=sys.stderr)
+            say(message, stream=sys.stderr)
         tell_torchrun(message)
         _end(words["status"])
 

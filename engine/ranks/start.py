@@ -2,13 +2,16 @@
 
 import contextlib
 import datetime
+import ipaddress
 import os
+import socket
 from collections.abc import Iterator
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from engine.environment import rank_of_environment, world_size_of_environment
+from engine.errors import UserError
 from engine.ranks import failure
 from engine.ranks.device import communication_backend, meta_device, start_device
 from engine.ranks.groups import TIMEOUT, forget_groups, place_in
@@ -17,21 +20,56 @@ from engine.ranks.parallel import Parallel
 from engine.ranks.seeds import seed_for_initialisation
 from engine.settings.layout import ParallelLayout
 
+_LOOPBACK = "lo"  # Linux's name of the interface that only the machine itself reaches
+
 
 def open_store(timeout: datetime.timedelta) -> dist.Store:
     """Return the store through which this launch's ranks meet, at MASTER_ADDR:MASTER_PORT, without
     waiting for them.
 
-    Rank 0 opens it where torchrun has not. Raises dist.DistError when nothing answers there.
+    Rank 0 opens it where torchrun has not: to this machine alone, where the address says that all
+    ranks are here. Raises dist.DistError when nothing answers there.
     """
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    port = int(os.environ.get("MASTER_PORT", "29500"))
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_master = rank_of_environment() == 0 and not is_torchruns
     return dist.TCPStore(
-        os.environ.get("MASTER_ADDR", "127.0.0.1"),
-        int(os.environ.get("MASTER_PORT", "29500")),
-        is_master=rank_of_environment() == 0 and not is_torchruns,
+        address,
+        port,
+        is_master=is_master,
         timeout=timeout,
         wait_for_workers=False,
+        master_listen_fd=_listen_here(address, port)
+        if is_master and _is_this_machine(address)
+        else None,
     )
+
+
+def _is_this_machine(address: str) -> bool:
+    """Return whether an address leads to the machine itself wherever it is asked. A machine's own
+    name may too, but not on the others, and is not looked up."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def _has_loopback() -> bool:
+    return any(name == _LOOPBACK for _, name in socket.if_nameindex())
+
+
+def _listen_here(address: str, port: int) -> int:
+    """Return a socket, as a file descriptor that the store closes, which only this machine reaches:
+    by itself the store listens on all of its addresses, and asks nobody who they are."""
+    kind, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    try:
+        return socket.create_server(where[:2], family=kind).detach()
+    except OSError as error:
+        raise UserError(
+            f"the ranks cannot meet at {address}:{port}: {os.strerror(error.errno or 0)}; "
+            "set MASTER_PORT to a port that is free"
+        ) from None
 
 
 def start_parallel(layout: ParallelLayout, seed: int) -> Parallel:
@@ -47,7 +85,10 @@ def start_parallel(layout: ParallelLayout, seed: int) -> Parallel:
     layout.dp(world_size)  # or UserError, before any rank waits for another
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        store = dist.HashStore() if world_size == 1 else None
+        store = dist.HashStore() if world_size == 1 else open_store(TIMEOUT)
+        if _is_this_machine(os.environ["MASTER_ADDR"]) and _has_loopback():
+            # By itself gloo listens on the address that the machine's name has.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
         # No device_id: with it every group is split off the world by all ranks at once, whether
         # anyone uses it or not, and megatron makes 3,200 groups for tp 8 x pp 16 on 1,024 ranks.
         # And a pipeline's messages, which have a communicator for each pair of ranks and group,

@@ -1,5 +1,6 @@
 """What a run leaves in the environment for CUDA, Triton and Inductor."""
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from engine.environment import (
     shared_file_system,
     tell_torchrun,
 )
+from tests.hostile import EVERYTHING, dangers
 
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
 MOUNTS = """\
@@ -161,3 +163,12 @@ def test_a_rank_without_torchrun_writes_nothing(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     tell_torchrun("error: nowhere.jsonl does not exist")
     assert not list(tmp_path.iterdir())
+
+
+def test_torchrun_is_told_no_command_to_a_terminal(tmp_path, monkeypatch):
+    path = tmp_path / "told.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    tell_torchrun(f"{EVERYTHING} {'x' * 100_000}")
+    said = json.loads(path.read_text())["message"]["message"]
+    assert dangers(said) == []
+    assert len(said) <= 4000

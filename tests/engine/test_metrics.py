@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import math
 import os
@@ -9,10 +10,13 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from engine import metrics as metrics_file
 from engine.alarms import Alarm
 from engine.claim import claim, holding_claims
 from engine.errors import UserError
 from engine.metrics import Metrics, plot_curves, read_metrics
+from engine.printable import open_console
+from tests.hostile import EVERYTHING, dangers
 
 
 def lines_of(path) -> list[dict]:
@@ -109,12 +113,12 @@ def test_lines_of_one_step_are_read_as_one_row(tmp_path):
 
 def test_samples_go_to_a_file_and_a_table_with_brackets_as_they_are(tmp_path, capsys):
     with Metrics(tmp_path, is_writer=True, num_steps=1) as metrics:
-        metrics.log_samples(0, [{"prompt": "[red]hello[/red]", "score": 0.12345}])
+        metrics.log_samples(0, [{"prompt": "[red]hello[red]", "score": 0.12345}])
         metrics.log_samples(0, [])
-    expected = [{"step": 0, "prompt": "[red]hello[/red]", "score": 0.12345}]
+    expected = [{"step": 0, "prompt": "[red]hello[red]", "score": 0.12345}]
     assert lines_of(tmp_path / "samples.jsonl") == expected
     screen = capsys.readouterr().out
-    assert "[red]hello[/red]" in screen
+    assert "[red]hello[red]" in screen
     assert "0.1235" in screen
 
 
@@ -268,3 +272,49 @@ def test_every_run_leaves_its_curves(tmp_path):
 def test_a_run_without_a_line_has_no_curves(tmp_path):
     assert plot_curves(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hostile_text_reaches_the_screen_escaped_and_the_files_as_it_is(tmp_path, capsys):
+    name = "run[red]{x}\x1b]0;t\x07\u202e\n"
+    with Metrics(tmp_path / name, is_writer=True, num_steps=2) as metrics:
+        metrics.note(f"{EVERYTHING}: 3 records\nforged")
+        metrics.log(0, {"train/loss": 1.0, EVERYTHING.replace("\x00", ""): 2.0})
+        metrics.log_samples(0, [{"prompt": EVERYTHING, "response": "a\nb" + "\x1b" * 5000}])
+        metrics.log_alarms(0, [Alarm("kl", EVERYTHING)])
+    screen = capsys.readouterr().out
+    assert dangers(screen) == []
+    assert "run[red]{x}\\x1b]0;t\\x07\\u202e\\n 1/2" in screen
+    assert "3 records\\nforged" in screen
+    assert "characters ..." in screen.replace("\n", " ")
+    (row,) = lines_of(tmp_path / name / "samples.jsonl")
+    assert row["prompt"] == EVERYTHING
+    assert row["response"] == "a\nb" + "\x1b" * 5000
+
+
+def test_a_runs_name_is_no_markup_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        metrics_file,
+        "open_console",
+        lambda: open_console(force_terminal=True, width=120, color_system=None),
+    )
+    logged(tmp_path / "[red]{x}$\x1b[2J", range(1))
+    screen = capsys.readouterr().out
+    assert "[red]{x}$\\x1b[2J" in screen
+    assert "\x1b[2J" not in screen
+
+
+def test_a_key_is_no_formula(tmp_path):
+    with Metrics(tmp_path, is_writer=True, num_steps=1) as metrics:
+        metrics.log(0, {"a/$\\frac{": 1.0, "b/\x1b[2J": 1.0, "c/$x$": 2.0})
+    assert plot_curves(tmp_path).stat().st_size > 1000
+
+
+def test_a_screen_of_any_encoding_takes_every_text(tmp_path, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    with Metrics(tmp_path / "l\xe4uft", is_writer=True, num_steps=1) as metrics:
+        metrics.note("\u65e5\u672c \u2026")
+        metrics.log(0, {"train/loss": 1.0})
+        metrics.log_samples(0, [{"prompt": "\u65e5" * 90, "response": "x" * 300}])
+    raw.seek(0)
+    assert "l\\xe4uft 1/1" in raw.read().decode("ascii")

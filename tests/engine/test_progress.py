@@ -159,3 +159,17 @@ def test_the_same_texts_are_written_with_and_without_a_listener(home: Path):
 
 def test_a_log_is_never_silent_for_five_seconds():
     assert SECONDS_A_LINE < 5.0
+
+
+def test_a_title_is_text_on_a_terminal_and_in_a_log(capsys):
+    title, now = "[/red] {x} \x1b[2J", "\u202epart\x9b"
+    screen = Console(force_terminal=True, width=120, color_system=None)
+    for console in (screen, None):
+        with LongWork(title, is_writer=True, total=2, console=console) as work:
+            work.advance(now)
+            time.sleep(5 * SECONDS)
+        said = capsys.readouterr().out
+        assert "[/red] {x} \\x1b[2J" in said
+        assert "\\u202epart\\x9b" in said
+        assert not {"\u202e", "\x9b"} & set(said)
+        assert "\x1b[2J" not in said

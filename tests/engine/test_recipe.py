@@ -1,7 +1,10 @@
 import errno
+import json
+import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +12,9 @@ from engine.errors import UserError
 from engine.recipe import run_stage
 from engine.settings.saved import save_config
 from tests.engine.settings.small_stage import DataConfig, StageConfig, fails_with
+from tests.hostile import EVERYTHING, dangers
+
+ROOT = Path(__file__).parents[2]
 
 LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 TOO_MANY = f"Too many open files: this process may have {LIMIT} (ulimit -n); raise that"
@@ -113,3 +119,52 @@ def test_config_imports_neither_torch_nor_megatron():
     code = "import sys, engine.recipe; print({'torch', 'megatron'} & sys.modules.keys())"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert answer.stdout == "set()\n", answer.stderr
+
+
+def test_an_error_holds_no_command_to_the_terminal_and_has_a_length(capsys):
+    def train(config: StageConfig) -> None:
+        raise UserError(f"first {EVERYTHING} {'key ' * 1_000_000} last")
+
+    error = fails_with(capsys, [], train)
+    assert dangers(error) == []
+    assert error.startswith("error: first \\x1b]52;")
+    assert error.endswith(" last\n")
+    assert len(error) <= 4001
+
+
+RUN = """
+import sys
+sys.path.insert(0, {root!r})
+from engine.errors import UserError
+from engine.recipe import run_stage
+from tests.engine.settings.small_stage import StageConfig
+def train(config):
+    print("read: \u65e5")
+    raise {kind}({text!r})
+run_stage(train, StageConfig(), {arguments!r})
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("kind", ["ValueError", "UserError", "KeyError"])
+def test_nothing_raw_comes_out_of_a_process_whatever_its_encoding(kind, encoding, tmp_path):
+    code = RUN.format(root=str(ROOT), kind=kind, text=f"\u65e5 {EVERYTHING}", arguments=[])
+    told = tmp_path / "told.json"
+    environment = os.environ | {
+        "PYTHONIOENCODING": encoding,
+        "TORCHELASTIC_ERROR_FILE": str(told),
+    }
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert answer.returncode == (2 if kind == "UserError" else 1)
+    assert dangers(answer.stderr.decode(encoding)) == []
+    assert b"UnicodeEncodeError" not in answer.stderr
+    last = answer.stderr.decode(encoding).splitlines()[-1]
+    assert "]52;c;T1dORUQ=" in last
+    said = json.loads(told.read_text())["message"]["message"]
+    assert dangers(said) == []
+    assert last.partition(" ")[0] == said.partition(" ")[0]
+
+
+def test_an_option_that_is_not_there_is_named_printably(capsys):
+    error = fails_with(capsys, [f"--lr\x1b[2J{chr(0x202E)}", "3"])
+    assert dangers(error) == []

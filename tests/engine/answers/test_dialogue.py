@@ -1,8 +1,12 @@
+import io
+
 import pytest
 
 from engine.answers.answer import generate_text
-from engine.answers.dialogue import NEXT_TURN, _Screen, _TurnEnded
+from engine.answers.dialogue import NEXT_TURN, _Screen, _show, _TurnEnded
+from engine.printable import printable
 from tests.engine.answers.answering import SAMPLING, config
+from tests.hostile import EVERYTHING, dangers
 
 
 def test_a_dialogue_answers_until_the_end_of_input(run, tmp_path, monkeypatch, capsys):
@@ -65,3 +69,39 @@ def test_the_screen_holds_back_what_may_change_and_stops_at_the_next_turn():
     screen.finish()
     assert screen.text == "Yes.\nNo."
     assert "".join(shown) == "Yes.\nNo.\n"
+
+
+def shown_in_parts(text: str) -> str:
+    shown: list[str] = []
+    screen = _Screen(Letters(), shown.append)
+    for letter in text:
+        screen.add(0, [ord(letter)])
+        assert dangers("".join(shown)) == []
+    screen.finish()
+    return "".join(shown).removesuffix("\n")
+
+
+def test_an_answer_has_no_command_to_the_terminal():
+    shown = shown_in_parts(f"line\n\tline {EVERYTHING} end")
+    assert dangers(shown) == []
+    assert shown.startswith("line\n\tline \\x1b]52;")
+    assert shown.endswith(" end")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u2764\ufe0f\u200d\U0001f525 \u0645\u06cc\u200c\u062e",
+        "a\u200db \u65e5\u200d",
+        "1\ufe0f x\ufe0f",
+    ],
+)
+def test_an_answer_in_parts_is_shown_as_it_is_whole(text: str):
+    assert shown_in_parts(text) == printable(text)
+
+
+def test_a_screen_of_any_encoding_takes_an_answer(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    _show("\u65e5", is_writer=True)
+    assert raw.getvalue() == b"\\u65e5"

@@ -4,6 +4,7 @@ import re
 from rich.console import Console
 
 from engine.quickstart.report import COLUMNS, MODELS, summary_table, write_report
+from tests.hostile import EVERYTHING, dangers
 
 SUMMARY = {
     "rm_pair_accuracy": 0.8125,
@@ -144,3 +145,31 @@ def test_screen_table_is_whole_at_80_columns():
 def test_screen_table_is_cut_and_not_refused_on_a_narrow_screen():
     assert "…" in screen(SUMMARY, 50)
     assert screen(SUMMARY, 10)
+
+
+def test_hostile_text_is_neither_markup_nor_hidden_nor_a_formula(tmp_path):
+    nasty = f"<img src=x onerror=alert(1)>\"'&$\\frac{{ {EVERYTHING}"
+    curves = {
+        nasty: CURVES["ppo"],
+        f"{nasty}2": CURVES["ppo"],
+        f"{nasty}3": [{"step": 0, "train/loss": 1.0}],
+    }
+    samples = [{"prompt": nasty, "answers": {nasty: nasty, "sft": "{{body}}"}}]
+    page = written(tmp_path, SUMMARY | {"seconds": {nasty: 1.0}}, curves, samples)
+    assert dangers(page) == []
+    assert "<img" not in page
+    assert page.count("&lt;img src=x onerror=alert(1)&gt;&quot;&#x27;&amp;$\\frac{ \\x1b]52;") >= 4
+    assert page.count("<html") == 1
+
+
+def test_the_page_allows_itself_nothing_but_its_own_style(tmp_path):
+    page = written(tmp_path)
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy"\s+content="([^"]*)"', page)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules == {
+        "default-src": "'none'",
+        "style-src": "'unsafe-inline'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    assert page.index("Content-Security-Policy") < page.index("<style")
