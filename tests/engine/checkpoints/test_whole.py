@@ -66,7 +66,7 @@ def test_only_needed_files_are_looked_at(tmp_path: Path):
 def test_files_of_another_step_are_damage(tmp_path: Path):
     """A whole checkpoint that was copied in the place of another."""
     folder = checkpoint(tmp_path, 8, said=6)
-    assert damage_of(folder) == f"{folder}: damaged: its files are those of step 6"
+    assert damage_of(folder) == f"{folder / 'manifest.json'}: damaged: it is that of step 6"
     renamed = folder.rename(tmp_path / "the_best")  # which says no step
     assert damage_of(renamed) == ""
 
