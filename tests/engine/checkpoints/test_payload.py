@@ -73,7 +73,7 @@ def resumers(finished: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactor
     return found
 
 
-@pytest.fixture(params=ROLES)
+@pytest.fixture(params=["sft", *(pytest.param(s, marks=pytest.mark.slow) for s in ("rm", "ppo"))])
 def run(request: pytest.FixtureRequest, resumers: dict) -> Resumer:
     """A run as it was written."""
     return fresh(resumers[request.param])
@@ -245,8 +245,11 @@ def test_payload_in_the_files_of_a_run_does_not_run(
         assert not marker.exists(), path
         # What is made again or only written is no error.
         assert words == "" or path.name in words, path
-        said = read_all(run, tmp_path / "out", marker)
-        assert all(words == "" or path.name in words for words in said.values()), (path, said)
+        for reader in ("generate policy", "export policy"):
+            words = ends_in_words(readers(run, tmp_path / "out")[reader])
+            assert not marker.exists(), (path, reader)
+            assert words == "" or path.name in words, (path, reader)
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
 WORDS, PROJECTION = (
@@ -283,7 +286,7 @@ def indices() -> list[Change]:
         ]
         found += [
             ("tensors.json", (*at, "shape"), to)
-            for to in ([], [32], [HUGE[0]], [HUGE[1], 2], [-32], None)
+            for to in ([], [31], [HUGE[0]], [HUGE[1], 2], [-32], None)
         ]
         found += [("tensors.json", (*at, "pieces"), to) for to in ([], None, {}, [None], [{}])]
         piece = (*at, "pieces", 0)
@@ -301,7 +304,7 @@ def indices() -> list[Change]:
             ("tensors.json", (*piece, "offset"), to) for to in ([], [1] * 3, [-1], [HUGE[2]], None)
         ]
         found += [
-            ("tensors.json", (*piece, "shape"), to) for to in ([], [1], [HUGE[0]], [HUGE[2]], None)
+            ("tensors.json", (*piece, "shape"), to) for to in ([], [9], [HUGE[0]], [HUGE[2]], None)
         ]
     return found
 
@@ -319,7 +322,7 @@ def numbers() -> list[Change]:
     """Changes of progress.json."""
     at = "../progress.json"
     found: list[Change] = [
-        (at, ("step",), to) for to in (None, "3", 3.0, True, -1, 10**400, 2, [3])
+        (at, ("step",), to) for to in (None, "3", 3.0, True, -1, 10**400, 1, [3])
     ]
     found += [
         (at, ("kl_coef",), to) for to in (None, "x", math.nan, math.inf, 10**400, [1.0], True)
@@ -354,7 +357,12 @@ def little_memory():  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize(
-    ("stage", "role"), [("sft", "policy"), ("rm", "reward_model"), ("ppo", "ema")]
+    ("stage", "role"),
+    [
+        ("sft", "policy"),
+        pytest.param("rm", "reward_model", marks=pytest.mark.slow),
+        pytest.param("ppo", "ema", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("make", [sizes, indices])
 def test_consistent_but_hostile_network_is_refused_by_who_reads_it(
@@ -368,8 +376,8 @@ def test_consistent_but_hostile_network_is_refused_by_who_reads_it(
             assert str(folder) in said, (found, reader)
         if found[0] == "network.json" and found[1][0] == "size":
             assert str(folder) in ends_in_words(lambda: size_of(run.run, role)), found
-        assert main(["verify", str(run.newest)]) == 0  # what was written lies there
         assert main(["inspect", str(run.newest)]) in (0, 2)
+    assert main(["verify", str(run.newest)]) == 0  # what was written lies there
 
 
 def test_consistent_but_hostile_numbers_are_refused(resumers: dict, capsys):
@@ -432,9 +440,10 @@ def test_weights_in_a_pipe_that_nobody_checks_are_not_waited_for(resumers: dict)
     optimizer.unlink()
     os.mkfifo(optimizer)
     digest = FileDigest(bytes=1 << 40, xxh3_128="")
-    resign(run.newest, policy__optimizer_00000=digest)
-    for attempt in (run.resume, lambda: run.load("policy")):
-        assert str(run.newest) in ends_in_words(attempt)
+    resign(run.newest, **{f"policy/{optimizer.name}": digest})
+    assert str(run.newest) in ends_in_words(lambda: run.load("policy"))
+    progress = run.resume()  # which checks it
+    assert progress is not None and progress["step"] == run.step - 1
 
 
 def test_listed_files_that_are_not_there_or_lead_out_are_damage(resumers: dict, capsys):
