@@ -58,6 +58,7 @@ def zipped(marker: Path) -> bytes:
 
 
 PAYLOADS: dict[str, Callable[[Path], bytes]] = {"a pickle": pickled, "a zip": zipped}
+ONE_QUICKLY = ["a pickle", pytest.param("a zip", marks=pytest.mark.slow)]
 
 
 def bytes_item() -> bytes:
@@ -142,7 +143,7 @@ def test_a_payload_would_run_where_it_is_unpickled(marker: Path):
         marker.unlink()
 
 
-@pytest.mark.parametrize("name", PAYLOADS)
+@pytest.mark.parametrize("name", ONE_QUICKLY)
 def test_payload_in_the_place_of_a_file_is_passed_over(
     name: str, run: Resumer, marker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -223,7 +224,7 @@ def test_checkpoint_of_the_older_form_is_not_read(
             assert "a checkpoint of before manifests, which is not read" in words, name
 
 
-@pytest.mark.parametrize("name", PAYLOADS)
+@pytest.mark.parametrize("name", ONE_QUICKLY)
 def test_payload_in_the_files_of_a_run_does_not_run(
     name: str, resumers: dict, tiny: Path, marker: Path, tmp_path: Path
 ):
