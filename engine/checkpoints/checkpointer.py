@@ -288,7 +288,10 @@ class Checkpointer:
 
     def _load_ema(self, folder: Path) -> None:
         assert self.ema is not None
-        read_owned(average_parts(self.ema), folder, read_network(folder).index)
+        network, found = self.ema.optimizer.network, read_network(folder)
+        check_description(found, network, self.tokenizer_fingerprint)
+        read_owned(average_parts(self.ema), folder, found.index)
+        check_finite(network, not_finite_message(folder), self.ema.shadows)
 
 
 def _point(pointer: Path, name: str) -> None:
