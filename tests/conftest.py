@@ -46,6 +46,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=300,
         help="inputs that each test marked fuzz generates (a long run: 100000)",
     )
+    parser.addoption(
+        "--kills",
+        type=int,
+        default=20,
+        help="how often tests/engine/checkpoints/test_kills.py kills runs (a long run: 300)",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 # A rank is forked from a process that has imported all this already: seconds less a rank. With a
 # GPU it is a fresh process, as some of it may talk to the driver, which does not survive a fork.
 PRELOADED = ["torch", "engine.sft", "engine.rm", "engine.ppo", "tests.tiny"]
+PRELOADED += ["torch.utils.tensorboard", "engine.recipe"]
 START_METHOD = "spawn" if torch.cuda.is_available() else "forkserver"
 multiprocessing.set_forkserver_preload(PRELOADED)
 

@@ -27,6 +27,12 @@ class Background:
         """Whether the work has ended with an error that nobody has been told of."""
         return self._error is not None
 
+    def is_over(self, seconds: float) -> bool:
+        """Return whether the work has ended, well or not, after waiting so long at most."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return self._thread is None or not self._thread.is_alive()
+
     def wait(self, seconds: float | None = None) -> bool:
         """Wait for the work, for that long where a time is given; return whether it is done.
 

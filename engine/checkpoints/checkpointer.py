@@ -35,7 +35,7 @@ from engine.checkpoints.manifest import Damage, read_manifest
 from engine.checkpoints.reading import read_owned, read_shared
 from engine.checkpoints.recorded import check_counts, check_progress
 from engine.checkpoints.retention import Retention, step_name, step_of, superseded
-from engine.checkpoints.saving import Saver, clear_leftovers, remove
+from engine.checkpoints.saving import Saver, clear_leftovers, discard
 from engine.checkpoints.shards import average_parts, optimizer_parts, weight_parts
 from engine.checkpoints.weights import not_finite_message
 from engine.checkpoints.whole import newest_whole, pointed_checkpoint, steps_in, warn
@@ -52,6 +52,7 @@ from engine.training.optimizer import Optimizer
 # Seconds that a run which ends by an error waits for the save in flight, our choice: a rank that is
 # gone never ends its part of it.
 _LAST_WAIT = 60.0
+_LOOK = 1.0  # seconds between two looks at whether all ranks are still there; our choice
 
 
 class Boundary(NamedTuple):
@@ -133,9 +134,7 @@ class Checkpointer:
 
         def publish() -> None:
             _point(self.directory / "latest", name)
-            old = superseded(self.directory, step, self._retention, damaged=self._damaged)
-            for folder in old:
-                remove(folder)
+            self._discard_superseded(step)
 
         draft = Draft(folder=self.directory / name, step=step, published=publish)
         draft.texts["progress.json"] = json.dumps({"step": step, **progress}, indent=1)
@@ -157,7 +156,15 @@ class Checkpointer:
 
     def finish(self) -> None:
         """Wait until what was saved is on the disk; raises UserError, on all ranks alike, where it
-        could not be written."""
+        could not be written. All ranks call together.
+
+        They look together, a second at a time. So a rank that is gone, whose part never ends, fails
+        the others' collective; and none leaves, the store perhaps with it, before all know.
+        """
+        is_over = torch.zeros((), device=self.parallel.device)
+        while not is_over.item():  # sync: once a save, and once a second of waiting for it
+            is_over.fill_(self._saver.is_over(_LOOK))
+            dist.all_reduce(is_over, dist.ReduceOp.MIN)
         self._saver.finish()
 
     def newest(self) -> str:
@@ -200,7 +207,24 @@ class Checkpointer:
             self._load_network(folder / role, network, self.optimizers.get(role))
         if self.ema is not None:
             self._load_ema(folder / "ema")
+        if not damage:
+            said_by_first_rank(lambda: self._tidy(progress["step"]))
         return progress
+
+    def _tidy(self, newest: int) -> str:
+        """Do what a killed run had yet to do when checkpoint `newest` was whole: a run that is
+        resumed at its end saves no more, and would leave it so."""
+        if not os.path.lexists(self.directory / "latest"):
+            _point(self.directory / "latest", step_name(newest))
+        try:
+            self._discard_superseded(newest)
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be removed: {error.strerror}") from None
+        return ""
+
+    def _discard_superseded(self, newest: int) -> None:
+        for old in superseded(self.directory, newest, self._retention, damaged=self._damaged):
+            discard(old)
 
     def _look(self) -> str:
         """Return the names of the checkpoints to resume from, the best first, and what is wrong
@@ -209,6 +233,8 @@ class Checkpointer:
         latest, steps = self.directory / "latest", steps_in(self.directory)
         names = [folder.name for folder in steps]
         if not os.path.lexists(latest):
+            if len(steps) == 1:  # the first of a run that was killed before it could write `latest`
+                return json.dumps({"names": names, "damage": ""})
             if steps:
                 raise UserError(
                     f"{latest} is gone, and {', '.join(names[:3])} are there: write the name of "
@@ -239,6 +265,7 @@ class Checkpointer:
             )
 
     def _start(self, draft: Draft) -> Path:
+        self.finish()
         self._saver.start(draft)
         if not self.saving.save_in_background:
             self.finish()
@@ -261,7 +288,10 @@ class Checkpointer:
 
     def _load_ema(self, folder: Path) -> None:
         assert self.ema is not None
-        read_owned(average_parts(self.ema), folder, read_network(folder).index)
+        network, found = self.ema.optimizer.network, read_network(folder)
+        check_description(found, network, self.tokenizer_fingerprint)
+        read_owned(average_parts(self.ema), folder, found.index)
+        check_finite(network, not_finite_message(folder), self.ema.shadows)
 
 
 def _point(pointer: Path, name: str) -> None:

@@ -70,6 +70,8 @@ def read_manifest(folder: Path) -> Manifest:
             )
         raise Damage(f"{folder}: no {MANIFEST}: not a checkpoint, or one whose save was cut short")
     try:
+        if _leads_out(path, folder):
+            raise Damage(f"{path}: a link that leads out of the checkpoint")
         wrapped = read_object(path)
     except UserError as error:
         raise Damage(str(error)) from None
@@ -88,21 +90,29 @@ def read_manifest(folder: Path) -> Manifest:
 def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> str:
     """Return what is wrong with the first of some files of a checkpoint that is not as it was
     written, with its path; "" where all are."""
-    root = folder.resolve()
     for name in names:
         path = folder / name
         try:
-            if not path.resolve().is_relative_to(root):
+            if _leads_out(path, folder):
                 return f"{path}: a link that leads out of the checkpoint"
             found = digest_of_file(path)
-        except (UserError, OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
+        except UserError as error:
             return str(error)
+        except OSError as error:
+            return f"{path}: cannot be read: {error.strerror}"
         wanted = manifest.files[name]
         if found.bytes != wanted.bytes:
             return f"{path}: damaged: {found.bytes} bytes, {wanted.bytes} were written"
         if found != wanted:
             return f"{path}: damaged: its checksum is not that of what was written"
     return ""
+
+
+def _leads_out(path: Path, folder: Path) -> bool:
+    try:
+        return not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a loop of links: the one or the other, by Python's version
+        return True
 
 
 def digest_of_file(path: Path) -> FileDigest:

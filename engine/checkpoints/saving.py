@@ -52,6 +52,11 @@ class Saver:
         """Whether the last save has failed, and finish() is to say so."""
         return self._background.has_failed
 
+    def is_over(self, seconds: float) -> bool:
+        """Return whether this rank's part of what was started has ended, well or not, after waiting
+        so long at most."""
+        return self._background.is_over(seconds)
+
     def start(self, draft: Draft) -> None:
         """Wait for the save before, take a snapshot, and begin to write it; raises UserError where
         the one before has failed, or this one's folder cannot be made."""
@@ -100,6 +105,13 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def discard(folder: Path) -> None:
+    """Remove a checkpoint, first from among the others: what a kill leaves of it is a leftover."""
+    leftover = folder.with_name(f"{folder.name}.partial")
+    folder.rename(leftover)
+    remove(leftover)
+
+
 def _make_room(draft: Draft) -> str:
     """Clear what killed runs left, on the first rank, and make the folder to write into."""
     directory = draft.folder.parent
@@ -113,8 +125,8 @@ def _make_room(draft: Draft) -> str:
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Remove what a killed run was writing, and put back what it was about to replace; raises
-    UserError."""
+    """Remove what a killed run was writing or removing, and put back what it was about to replace;
+    raises UserError."""
     try:
         for path in directory.glob("*.partial"):
             remove(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from engine.checkpoints.manifest import Manifest, check_files, read_manifest
+from engine.checkpoints.manifest import MANIFEST, Manifest, check_files, read_manifest
 from engine.checkpoints.retention import step_of
 from engine.environment import rank_of_environment
 from engine.errors import UserError
@@ -84,7 +84,7 @@ def _damage_here(folder: Path, is_needed: Callable[[str], bool]) -> str:
     try:
         manifest = read_manifest(folder)
         if (step := step_of(folder.name)) is not None and manifest.step != step:
-            raise UserError(f"{folder}: damaged: its files are those of step {manifest.step}")
+            raise UserError(f"{folder / MANIFEST}: damaged: it is that of step {manifest.step}")
         mine = [name for name in sorted(manifest.files) if is_needed(name) and _is_mine(name)]
         unseen = [name for name in mine if _state(folder, manifest, name) not in _seen]
         damage = check_files(folder, manifest, unseen)

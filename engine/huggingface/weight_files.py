@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.errors import UserError
+from engine.errors import UserError, named
 from engine.files import open_file, read_object
 from engine.huggingface.torch_files import find_tensors, map_tensor
 
@@ -132,5 +132,5 @@ def _read_safetensor(path: Path, weights: safe_open, name: str) -> Tensor:
 
 
 def _damaged(path: Path, reason: str) -> UserError:
-    reason = reason.split("\n", 1)[0][:_MAX_REASON]
+    reason = named(reason.split("\n", 1)[0], _MAX_REASON)  # it may quote the file
     return UserError(f"{path} is damaged or cut short ({reason}); download it again")

@@ -4,16 +4,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from engine import stop
+from engine.checkpoints import checkpointer
+from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.found import find_network
 from engine.checkpoints.weights import load_weights
+from engine.checkpoints.whole import steps_in
 from engine.errors import UserError
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.saving import SaveConfig
 from engine.training.network import build_network
+from tests.engine.checkpoints.resigned import change, resign
 from tests.engine.checkpoints.small_runs import checkpointer_of, saved, training
+from tests.ranks import run_ranks
 from tests.tiny import SIZE, random_network
 
 
@@ -113,6 +121,51 @@ def test_latest_is_the_old_name_until_it_is_the_new_one(
     assert run.resume() == {"step": 1}
 
 
+def test_run_that_was_killed_before_its_first_latest_goes_on(parallel: Parallel, tmp_path: Path):
+    run = checkpointer_of(random_network("language", parallel), tmp_path)
+    run.save(1, {})
+    (tmp_path / "latest").unlink()
+    assert run.resume() == {"step": 1}
+    assert (tmp_path / "latest").read_text() == "step_00000001"  # or a second kill could leave two
+    run.save(2, {})
+    (tmp_path / "latest").unlink()
+    with pytest.raises(UserError, match="step_00000002, step_00000001 are there: write the name"):
+        run.resume()
+
+
+def test_what_a_kill_left_of_the_last_save_goes_when_the_run_is_resumed(
+    parallel: Parallel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = checkpointer_of(random_network("language", parallel), tmp_path)
+    for step in (1, 2):
+        run.save(step, {})
+
+    def fail(path: Path) -> None:
+        assert path.name == "step_00000001.partial"  # no checkpoint any more, as it is removed
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("engine.checkpoints.saving.remove", fail)
+        patch.setattr("engine.checkpoints.saving._move_in", lambda old, new: old.rename(new))
+        run.save(3, {})
+    assert (tmp_path / "latest").read_text() == "step_00000003"
+    (tmp_path / "step_00000000").mkdir()  # superseded, and not yet removed
+    assert run.resume() == {"step": 3}
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["latest", "step_00000002", "step_00000003"]
+
+
+def test_resume_removes_nothing_where_the_newest_is_damaged(parallel: Parallel, tmp_path: Path):
+    run = checkpointer_of(random_network("language", parallel), tmp_path)
+    for step in (1, 2):
+        run.save(step, {})
+    (tmp_path / "step_00000002" / "progress.json").write_text("{}")
+    (tmp_path / "step_00000000").mkdir()
+    assert run.resume() == {"step": 1}
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["latest", "step_00000000", "step_00000001", "step_00000002"]
+
+
 def test_partial_checkpoint_is_not_resumed_and_makes_way(parallel: Parallel, tmp_path: Path):
     run = checkpointer_of(random_network("language", parallel), tmp_path)
     run.save(1, {})
@@ -167,3 +220,102 @@ def test_description_says_kind_size_and_tokenizer(parallel: Parallel, tmp_path: 
         "size": dataclasses.asdict(SIZE),
         "tokenizer": "one",
     }
+
+
+def test_average_of_another_tokenizer_or_that_is_not_finite_is_not_resumed(
+    parallel: Parallel, tmp_path: Path
+):
+    run = training(tmp_path, parallel)
+    run.checkpointer.save(1, {})
+    path = tmp_path / "step_00000001" / "ema" / "network.json"
+    change(path, "tokenizer", to="another")
+    resign(path.parents[1])
+    with pytest.raises(UserError, match="ema: trained with another tokenizer"):
+        training(tmp_path, parallel).checkpointer.resume()
+    change(path, "tokenizer", to="a tokenizer")
+    weights = path.with_name("weights-00000.safetensors")
+    tensors = load_file(weights)
+    tensors["decoder.final_layernorm.weight@0"][0] = float("nan")
+    weights.unlink()
+    save_file(tensors, weights)
+    resign(path.parents[1])
+    with pytest.raises(UserError, match="ema: weights that are not finite"):
+        training(tmp_path, parallel).checkpointer.resume()
+
+
+def test_checkpoints_are_kept_by_rule(parallel: Parallel, tmp_path: Path, capsys):
+    run = checkpointer_of(random_network("language", parallel), tmp_path)
+    run = dataclasses.replace(
+        run,
+        saving=SaveConfig(keep=1, keep_every=4, keep_lowest="valid/loss", save_in_background=False),
+    )
+    for step, loss in ((2, 3.0), (3, 1.0), (4, 2.0), (5, 4.0), (6, 5.0)):
+        run.save(step, {"metrics": {"valid/loss": loss}})
+    assert sorted(p.name for p in steps_in(tmp_path)) == [
+        "step_00000003",
+        "step_00000004",
+        "step_00000006",
+    ]
+    assert capsys.readouterr().err == ""
+    run.save(7, {"metrics": {"train/loss": 1.0}})
+    assert "WARNING: step 7 has no valid/loss, which checkpoints are" in capsys.readouterr().err
+    assert {p.name for p in steps_in(tmp_path)} == {
+        "step_00000003",
+        "step_00000004",
+        "step_00000007",
+    }
+
+
+def test_damaged_checkpoint_that_was_passed_over_makes_room(parallel: Parallel, tmp_path: Path):
+    first = training(tmp_path, parallel)
+    for step in (1, 2):
+        first.checkpointer.save(step, {})
+    (tmp_path / "step_00000002" / "progress.json").write_text("{}")
+    second = training(tmp_path, parallel)
+    assert second.checkpointer.resume() == {"step": 1}
+    second.checkpointer.save(3, {})
+    assert [p.name for p in steps_in(tmp_path)] == ["step_00000003", "step_00000001"]
+
+
+def boundaries(folder: Path) -> list[tuple[int, bool, bool]]:
+    """Return (step, saves, leaves) of a rank's boundaries, minutes apart by the first's clock."""
+    parallel = start_parallel(ParallelLayout(), seed=1)
+    clock = {"now": 1000.0}
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpointer.time, "monotonic", lambda: clock["now"])
+        run = Checkpointer(
+            directory=folder,
+            parallel=parallel,
+            networks={"policy": random_network("language", parallel)},
+            optimizers={},
+            saving=SaveConfig(save_every_minutes=10.0, save_every=7),
+        )
+        for step in range(1, 9):
+            # The other rank's clock stands still, then leaps: nobody asks it.
+            clock["now"] += 240.0 if parallel.rank == 0 else 0.0 if step < 5 else 10**6
+            if step == 4 and parallel.rank == 1:
+                patch.setattr(stop, "is_noted", lambda: True)
+            boundary = run.boundary(step, is_last=step == 8)
+            found.append((step, boundary.saves, boundary.leaves))
+            if step == 4:
+                patch.setattr(stop, "is_noted", lambda: False)
+            if boundary.saves:
+                run.save(step, {})
+                run.finish()
+    return found
+
+
+def test_checkpoints_are_due_by_the_first_ranks_clock_by_steps_and_for_a_signal(tmp_path: Path):
+    first, second = run_ranks(boundaries, 2, tmp_path)
+    assert first == second
+    assert first == [
+        (1, False, False),  # after 4 minutes
+        (2, False, False),
+        (3, True, False),  # 12
+        (4, True, True),  # a signal to the other rank; from here on anew
+        (5, False, False),
+        (6, False, False),
+        (7, True, False),  # 12 minutes, and a multiple of 7
+        (8, True, False),  # the last
+    ]

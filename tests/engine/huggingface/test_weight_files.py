@@ -317,3 +317,10 @@ def test_any_index_loads_or_is_one_line(spoiled_parts, index):
     content = index if isinstance(index, bytes) else json.dumps(index).encode()
     (spoiled_parts / "model.safetensors.index.json").write_bytes(content)
     assert_loads_or_is_one_line(spoiled_parts)
+
+
+def test_what_the_library_quotes_of_a_file_is_one_line(spoiled):
+    with_header(spoiled / "model.safetensors", {"a": ["\x1e\x85"]}, bytes(24))
+    with pytest.raises(UserError) as error:
+        open_weights(spoiled)
+    assert len(str(error.value).splitlines()) == 1 and str(error.value).isprintable()
