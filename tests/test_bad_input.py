@@ -18,8 +18,7 @@ import pytest
 
 from engine import ppo, rm, sft
 from engine.checkpoints.manifest import digest_of_file, read_manifest, write_manifest
-from engine.metrics import Metrics
-from engine.metrics import plot_curves
+from engine.metrics import Metrics, plot_curves
 from engine.recipe import run_stage
 from tests.hostile import dangers
 from tests.tiny import (
