@@ -1,10 +1,11 @@
 """Look at the checkpoints of a run without a network: `python -m engine.checkpoints verify RUN`.
 
-verify reads every file, and ends with status 1 where one is not as it was written; inspect says
-what is there. Imports neither torch nor megatron.
+verify reads every file, inspect says what is there; both end with status 1 where something is
+damaged. Imports neither torch nor megatron.
 """
 
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +13,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from engine.checkpoints.index import INDEX, read_index
 from engine.checkpoints.manifest import MANIFEST, Damage, Manifest, check_files, read_manifest
+from engine.checkpoints.pointers import pointed_checkpoint
 from engine.checkpoints.recorded import check_counts, check_progress
+from engine.checkpoints.retention import step_of
 from engine.errors import UserError, named, quoted
 from engine.files import read_object
 from engine.printable import ERROR_CHARACTERS, open_console, printable, say
@@ -44,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folders = checkpoints_at(config.path)
         if config.command == "verify":
             return verify(folders)
-        inspect(folders)
+        return inspect(folders)
     except UserError as error:
         say(f"error: {error}", stream=sys.stderr, limit=ERROR_CHARACTERS)
         return 2
@@ -64,39 +68,89 @@ def checkpoints_at(path: Path) -> list[Path]:
 
 
 def verify(folders: Sequence[Path]) -> int:
-    """Say of each checkpoint whether it is whole; return 1 where one is not, else 0."""
+    """Say of each checkpoint whether it is whole, and what is wrong with `latest` and `selected`;
+    return 1 where anything is, else 0."""
     num_damaged = 0
     for folder in folders:
         try:
             manifest = read_manifest(folder)
             damage = check_files(folder, manifest, sorted(manifest.files))
+            if not damage:
+                _check_consistent(folder, manifest)
         except UserError as error:
             damage = str(error)
         num_damaged += bool(damage)
         say(damage or f"{folder}: whole, {len(manifest.files)} files, {_size(manifest)}")
+    for pointer in (folders[0].with_name(name) for name in ("latest", "selected")):
+        try:
+            if os.path.lexists(pointer):
+                pointed_checkpoint(pointer)
+        except UserError as error:
+            num_damaged += 1
+            say(str(error))
     return int(num_damaged > 0)
 
 
-def inspect(folders: Sequence[Path]) -> None:
-    """Print a table of what each checkpoint holds, and the numbers that it was saved with."""
-    console = open_console()
+def _check_consistent(folder: Path, manifest: Manifest) -> None:
+    """Raise UserError where files that are as they were written make no checkpoint."""
+    if (step := step_of(folder.name)) is not None and manifest.step != step:
+        raise Damage(f"{folder}: damaged: it holds step {manifest.step}")
+    roles = _roles(manifest)
+    if not roles:
+        raise Damage(f"{folder}: damaged: it holds no network")
+    for role in roles:
+        _row(folder / role, manifest)
+    if manifest.step is not None:
+        _metrics(folder)
+
+
+def _roles(manifest: Manifest) -> list[str]:
+    return sorted({name.partition("/")[0] for name in manifest.files if "/" in name})
+
+
+def _metrics(folder: Path) -> dict[str, float]:
+    path = folder / "progress.json"
+    progress = read_object(path)
+    try:
+        check_progress(progress)
+    except ValueError as error:
+        raise Damage(f"{path}: {error}") from None
+    return progress.get("metrics", {})
+
+
+def inspect(folders: Sequence[Path]) -> int:
+    """Print a table of what each checkpoint holds, and the numbers that it was saved with; return 1
+    where one cannot be read, else 0."""
+    num_damaged = 0
     for folder in folders:
-        manifest = read_manifest(folder)
-        step = "weights alone" if manifest.step is None else f"step {manifest.step}"
-        columns = ("network", "kind", "size", "parameters", "dtype", "files", "optimizer")
-        table = Table(*columns, title=_cell(f"{folder}: {step}, {_size(manifest)}"))
-        for role in sorted({name.partition("/")[0] for name in manifest.files if "/" in name}):
-            table.add_row(*map(_cell, _row(folder / role, manifest)))
-        console.print(table)
-        if manifest.step is not None:
-            path = folder / "progress.json"
-            progress = read_object(path)
-            try:
-                check_progress(progress)
-            except ValueError as error:
-                raise Damage(f"{path}: {error}") from None
-            shown = progress.get("metrics", {}).items()
-            say("  ".join(f"{named(key)} {value:.4g}" for key, value in shown))
+        try:
+            _show(folder, open_console())
+        except UserError as error:
+            num_damaged += 1
+            say(str(error))
+    return int(num_damaged > 0)
+
+
+def _show(folder: Path, console: Console) -> None:
+    manifest = read_manifest(folder)
+    step = "weights alone" if manifest.step is None else f"step {manifest.step}"
+    pointers = [p for p in ("latest", "selected") if _is_pointed(folder, p)]
+    known = "".join(f", {pointer}" for pointer in pointers)
+    columns = ("network", "kind", "size", "parameters", "dtype", "files", "optimizer")
+    table = Table(*columns, title=_cell(f"{folder}: {step}, {_size(manifest)}{known}"))
+    for role in _roles(manifest):
+        table.add_row(*map(_cell, _row(folder / role, manifest)))
+    console.print(table)
+    if manifest.step is not None:
+        shown = _metrics(folder).items()
+        say("  ".join(f"{named(key)} {value:.4g}" for key, value in shown))
+
+
+def _is_pointed(folder: Path, pointer: str) -> bool:
+    try:
+        return pointed_checkpoint(folder.with_name(pointer)).name == folder.name
+    except UserError:
+        return False
 
 
 def _row(folder: Path, manifest: Manifest) -> list[str]:

@@ -32,15 +32,16 @@ from engine import stop
 from engine.checkpoints.draft import Draft
 from engine.checkpoints.found import check_description, read_network
 from engine.checkpoints.manifest import Damage, read_manifest
+from engine.checkpoints.pointers import point, pointed_checkpoint, steps_in, up_to
 from engine.checkpoints.reading import read_owned, read_shared
 from engine.checkpoints.recorded import check_counts, check_progress
 from engine.checkpoints.retention import Retention, step_name, step_of, superseded
 from engine.checkpoints.saving import Saver, clear_leftovers, discard
 from engine.checkpoints.shards import average_parts, optimizer_parts, weight_parts
 from engine.checkpoints.weights import not_finite_message
-from engine.checkpoints.whole import newest_whole, pointed_checkpoint, steps_in, warn
+from engine.checkpoints.whole import newest_whole, warn
 from engine.errors import UserError
-from engine.files import read_object, replacing
+from engine.files import read_object
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
 from engine.settings.saving import SaveConfig
@@ -95,7 +96,8 @@ class Checkpointer:
             return
         # What ends the run is said, not what became of the save; but that may still become whole.
         try:
-            self._saver.finish(_LAST_WAIT)
+            if not self._saver.finish(_LAST_WAIT):
+                warn("the last checkpoint was still being written when the run ended")
         except Exception as error:
             warn(f"the last checkpoint was not written: {error}")
 
@@ -129,11 +131,14 @@ class Checkpointer:
         self._saved_at = time.monotonic()
         missing = self._retention.missing(progress.get("metrics", {}))
         if missing:
-            warn(f"step {step} has no {missing[0]}, which checkpoints are to be kept by")
+            warn(
+                f"checkpoints are to be kept by {missing[0]}, which step {step} has not logged: "
+                "give an --eval-every that divides --save-every, or another name"
+            )
         name = step_name(step)
 
         def publish() -> None:
-            _point(self.directory / "latest", name)
+            point(self.directory / "latest", name)
             self._discard_superseded(step)
 
         draft = Draft(folder=self.directory / name, step=step, published=publish)
@@ -181,7 +186,7 @@ class Checkpointer:
         newest."""
         self.finish()
         if self.parallel.is_writer:
-            _point(self.directory / "selected", name)
+            point(self.directory / "selected", name)
         dist.barrier()
 
     def resume(self) -> dict[str, Any] | None:
@@ -215,7 +220,7 @@ class Checkpointer:
         """Do what a killed run had yet to do when checkpoint `newest` was whole: a run that is
         resumed at its end saves no more, and would leave it so."""
         if not os.path.lexists(self.directory / "latest"):
-            _point(self.directory / "latest", step_name(newest))
+            point(self.directory / "latest", step_name(newest))
         try:
             self._discard_superseded(newest)
         except OSError as error:
@@ -243,10 +248,10 @@ class Checkpointer:
             return "null"
         damage = ""
         try:
-            first = pointed_checkpoint(latest).name
-            if step_of(first) is None:
-                raise UserError(f"{latest}: names {first}, which holds weights alone")
-            names = [first, *(name for name in names if name != first)]
+            first = pointed_checkpoint(latest)
+            if step_of(first.name) is None:
+                raise UserError(f"{latest}: names {first.name}, which holds weights alone")
+            names = [folder.name for folder in up_to(first, steps)]
         except UserError as error:
             damage = str(error)
         if not names:
@@ -273,6 +278,8 @@ class Checkpointer:
 
     def _load_network(self, folder: Path, network: Network, optimizer: Optimizer | None) -> None:
         found = read_network(folder)
+        if found.kind != network.kind:
+            raise Damage(f"{folder}: a {found.kind} network, where a {network.kind} one was saved")
         check_description(found, network, self.tokenizer_fingerprint)
         read_shared(weight_parts(network), folder, found.index, network.parallel)
         network.mark_changed()
@@ -283,7 +290,9 @@ class Checkpointer:
                 check_counts(counts, is_scaled=network.dtype is torch.float16)
             except ValueError as error:
                 raise Damage(f"{folder}: no counts of an optimizer: {error}") from None
-            read_owned(optimizer_parts(optimizer), folder, found.index)
+            state = optimizer_parts(optimizer)
+            read_owned(state, folder, found.index)
+            check_finite(network, not_finite_message(folder), [part.tensor for part in state])
             optimizer.load_counts(counts)
 
     def _load_ema(self, folder: Path) -> None:
@@ -292,12 +301,6 @@ class Checkpointer:
         check_description(found, network, self.tokenizer_fingerprint)
         read_owned(average_parts(self.ema), folder, found.index)
         check_finite(network, not_finite_message(folder), self.ema.shadows)
-
-
-def _point(pointer: Path, name: str) -> None:
-    """Have `latest` or `selected` name a checkpoint."""
-    with replacing(pointer) as stream:
-        stream.write(name.encode())
 
 
 def _progress_in(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 
 from engine.checkpoints.index import Index, read_index
 from engine.checkpoints.manifest import MANIFEST, Damage, read_manifest
-from engine.checkpoints.whole import newest_whole, pointed_checkpoint, steps_in, warn
+from engine.checkpoints.pointers import pointed_checkpoint, steps_in, up_to
+from engine.checkpoints.whole import newest_whole, warn
 from engine.errors import UserError
 from engine.files import read_object
 from engine.ranks.first_rank import said_by_first_rank
@@ -163,7 +164,7 @@ def _pointed(pointer: Path, steps: list[Path]) -> tuple[list[Path], str]:
         if not others:
             raise
         return others, str(error)
-    return [first, *(other for other in others if other != first)], ""
+    return up_to(first, others), ""
 
 
 def _check_role(folder: Path, role: str) -> None:

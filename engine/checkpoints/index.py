@@ -30,7 +30,6 @@ _FILE = re.compile(r"(weights|optimizer)-\d{5,9}\.safetensors", re.ASCII)
 _OPTIMIZER = "optimizer."  # begins the names of its tensors, which lie in files of their own
 _MAX_DIMENSIONS = 4  # layer, rows, columns, and one to spare
 _LARGEST = 1 << 48  # of an extent
-_MAX_BYTES = 256 << 20  # of an index; our choice: that of 175B on 1,024 ranks has some 6 MB
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def read_index(folder: Path, manifest: Manifest) -> Index:
     """
     path = folder / INDEX
     try:
-        content = read_object(path, max_bytes=_MAX_BYTES)
+        content = read_object(path)
         tensors, counts = content["tensors"], content["counts"]
         found = {name: _tensor(name, value) for name, value in tensors.items()}
         if not isinstance(counts, dict):
@@ -134,6 +133,8 @@ def _piece(value: Any, whole: tuple[int, ...], files: str) -> TensorPiece:
         at + size > extent for at, size, extent in zip(offset, shape, whole, strict=True)
     ):
         raise ValueError("a piece outside of its tensor")
+    if 0 in shape:  # millions of them would take no byte of a file
+        raise ValueError("a piece of nothing")
     return TensorPiece(file, offset, shape)
 
 

@@ -48,6 +48,10 @@ class Damage(UserError):
     """A file of a checkpoint is not the one that was written."""
 
 
+class NewerForm(UserError):
+    """A checkpoint is in order, and of a form that this version does not know."""
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a checkpoint's manifest, which makes it whole: everything it lists lies on the disk."""
     files = {name: asdict(digest) for name, digest in sorted(manifest.files.items())}
@@ -59,7 +63,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of the checkpoint in a folder; raises Damage where there is none, or it
-    is not as it was written."""
+    is not as it was written, and NewerForm for one of a later version."""
     path = folder / MANIFEST
     if not os.path.lexists(path):
         older = next(folder.glob("*/.metadata"), None)
@@ -80,7 +84,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise Damage(f"{path}: damaged: its checksum is another")
     if content.get("format") != _FORMAT:
         found = quoted(content.get("format"))
-        raise UserError(f"{path}: format {found}; this Trident reads format {_FORMAT}")
+        raise NewerForm(
+            f"{path}: format {found}, where this Trident reads format {_FORMAT}: take the version "
+            "that wrote it"
+        )
     step, files = content.get("step"), content.get("files")
     if not (step is None or _is_count(step)) or not isinstance(files, dict):
         raise Damage(f"{path}: no step, or no list of files")
@@ -95,14 +102,14 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> str:
         try:
             if _leads_out(path, folder):
                 return f"{path}: a link that leads out of the checkpoint"
+            wanted, num_bytes = manifest.files[name], _bytes_of(path)
+            if num_bytes != wanted.bytes:  # before it is read, which could take for ever
+                return f"{path}: damaged: {num_bytes} bytes, {wanted.bytes} were written"
             found = digest_of_file(path)
         except UserError as error:
             return str(error)
         except OSError as error:
             return f"{path}: cannot be read: {error.strerror}"
-        wanted = manifest.files[name]
-        if found.bytes != wanted.bytes:
-            return f"{path}: damaged: {found.bytes} bytes, {wanted.bytes} were written"
         if found != wanted:
             return f"{path}: damaged: its checksum is not that of what was written"
     return ""
@@ -113,6 +120,11 @@ def _leads_out(path: Path, folder: Path) -> bool:
         return not path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # a loop of links: the one or the other, by Python's version
         return True
+
+
+def _bytes_of(path: Path) -> int:
+    with open_file(path) as stream:
+        return os.fstat(stream.fileno()).st_size
 
 
 def digest_of_file(path: Path) -> FileDigest:

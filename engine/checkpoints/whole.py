@@ -9,50 +9,38 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from engine.checkpoints.manifest import MANIFEST, Manifest, check_files, read_manifest
+from engine.checkpoints.manifest import (
+    MANIFEST,
+    Manifest,
+    NewerForm,
+    check_files,
+    read_manifest,
+)
 from engine.checkpoints.retention import step_of
 from engine.environment import rank_of_environment
 from engine.errors import UserError
-from engine.files import open_file
 from engine.printable import ERROR_CHARACTERS, say
 from engine.ranks.decision import Council
 
-_POINTER_BYTES = 256  # of `latest` and `selected`: a name and a newline
-_CHECKPOINT = re.compile(r"(step|epoch)_\d{4,12}", re.ASCII)
+_NEWER = "newer: "  # before what a rank reports of a checkpoint that is no damage
 _RANK_IN_NAME = re.compile(r"-(\d+)\.safetensors$")
 _seen: set[tuple] = set()
 """What this process has found as written: files by path, size and time of change."""
 _said: set[str] = set()
 
 
-def pointed_checkpoint(pointer: Path) -> Path:
-    """Return the checkpoint that a file such as `latest` names; raises UserError for what is no
-    checkpoint's name: it must lie beside the file."""
-    with open_file(pointer) as stream:
-        content = stream.read(_POINTER_BYTES)
-    name = content.decode(errors="replace").strip()
-    if not _CHECKPOINT.fullmatch(name):
-        raise UserError(f"{pointer}: damaged: {name[:40]!r} is no checkpoint's name")
-    folder = pointer.with_name(name)
-    if not folder.is_dir():
-        raise UserError(f"{pointer}: names {name}, which is not there")
-    return folder
-
-
-def steps_in(directory: Path) -> list[Path]:
-    """Return the checkpoints of steps in a folder, the newest first."""
-    if not directory.is_dir():
-        return []
-    found = {step_of(path.name): path for path in directory.iterdir() if path.is_dir()}
-    return [path for step, path in sorted(found.items(), key=_newest_first) if step is not None]
-
-
 def damage_of(folder: Path, is_needed: Callable[[str], bool] = lambda name: True) -> str:
     """Return what is wrong with a checkpoint, in a line, "" where nothing is: with its manifest, or
-    the files that are needed. All ranks call together."""
+    the files that are needed. All ranks call together.
+
+    Raises UserError where it is of a later version: it is no damage, and not passed over.
+    """
 
     def first(reports: Sequence[str]) -> str:
-        return next((report for report in reports if report), "")
+        found = next((report for report in reports if report), "")
+        if found.startswith(_NEWER):
+            raise UserError(found.removeprefix(_NEWER))
+        return found
 
     return Council().decide(_damage_here(folder, is_needed), first)
 
@@ -90,6 +78,8 @@ def _damage_here(folder: Path, is_needed: Callable[[str], bool]) -> str:
         damage = check_files(folder, manifest, unseen)
         if not damage:
             _seen.update(_state(folder, manifest, name) for name in unseen)
+    except NewerForm as error:
+        return f"{_NEWER}{error}"
     except UserError as error:
         return str(error)
     except OSError as error:  # a file is gone, or cannot be looked at
@@ -109,7 +99,3 @@ def _state(folder: Path, manifest: Manifest, name: str) -> tuple:
     status = os.stat(folder / name)
     found = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return (str(folder.resolve()), name, manifest.files[name], *found)
-
-
-def _newest_first(item: tuple[int | None, Path]) -> int:
-    return -1 if item[0] is None else -item[0]

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.checkpoints.__main__ import checkpoints_at, main
+from engine.checkpoints.manifest import Manifest, write_manifest
 from engine.errors import UserError
 from engine.ranks.parallel import Parallel
 from tests.engine.checkpoints.resigned import resign
@@ -101,10 +103,34 @@ def test_hostile_numbers_are_one_line(
     path = folder / name
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     resign(folder)
-    assert main(["verify", str(folder)]) == 0
-    assert main(["inspect", str(folder)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {path}") and len(error.splitlines()) == 1
+    for command in ("verify", "inspect"):
+        assert main([command, str(folder)]) == 1
+        (*_, error) = capsys.readouterr().out.splitlines()
+        assert error.startswith(str(path))
+
+
+def test_what_is_no_checkpoint_or_another_steps_is_not_whole(
+    run: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = run / "checkpoints"
+    shutil.rmtree(folder / "step_00000002")
+    shutil.copytree(folder / "step_00000001", folder / "step_00000002")
+    write_manifest(folder / "epoch_0001", Manifest(step=None, files={}))
+    (folder / "selected").write_text("epoch_0003")
+    assert main(["verify", str(run)]) == 1
+    empty, whole, other, pointer = capsys.readouterr().out.splitlines()
+    assert empty.endswith("epoch_0001: damaged: it holds no network")
+    assert "step_00000001: whole" in whole
+    assert other.endswith("step_00000002: damaged: it holds step 1")
+    assert pointer.endswith("selected: names epoch_0003, which is not there")
+
+
+def test_one_damaged_checkpoint_hides_no_other(run: Path, capsys: pytest.CaptureFixture[str]):
+    (run / "checkpoints/step_00000001/manifest.json").write_text("{}")
+    assert main(["inspect", str(run)]) == 1
+    shown = capsys.readouterr().out
+    assert "step_00000001/manifest.json: damaged" in shown
+    assert "step 2" in shown and "latest" in shown
 
 
 @pytest.mark.parametrize("value", ["\x1b]52;c;x\x07", "x" * 10**5, 10**400, [[]], None])

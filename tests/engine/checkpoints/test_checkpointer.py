@@ -1,17 +1,19 @@
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 
 from engine import stop
-from engine.checkpoints import checkpointer
+from engine.checkpoints import checkpointer, manifest
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.found import find_network
+from engine.checkpoints.pointers import steps_in
 from engine.checkpoints.weights import load_weights
-from engine.checkpoints.whole import steps_in
 from engine.errors import UserError
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
@@ -258,7 +260,10 @@ def test_checkpoints_are_kept_by_rule(parallel: Parallel, tmp_path: Path, capsys
     ]
     assert capsys.readouterr().err == ""
     run.save(7, {"metrics": {"train/loss": 1.0}})
-    assert "WARNING: step 7 has no valid/loss, which checkpoints are" in capsys.readouterr().err
+    assert (
+        "kept by valid/loss, which step 7 has not logged: give an --eval-every"
+        in capsys.readouterr().err
+    )
     assert {p.name for p in steps_in(tmp_path)} == {
         "step_00000003",
         "step_00000004",
@@ -319,3 +324,56 @@ def test_checkpoints_are_due_by_the_first_ranks_clock_by_steps_and_for_a_signal(
         (7, True, False),  # 12 minutes, and a multiple of 7
         (8, True, False),  # the last
     ]
+
+
+def three_saves(folder: Path, parallel: Parallel) -> Checkpointer:
+    run = checkpointer_of(random_network("language", parallel), folder)
+    run.saving = dataclasses.replace(run.saving, keep=3)
+    run = dataclasses.replace(run)
+    for step in (1, 2, 3):
+        run.save(step, {})
+    return run
+
+
+def test_a_run_that_was_set_back_does_not_go_forward_past_damage(
+    parallel: Parallel, tmp_path: Path
+):
+    run = three_saves(tmp_path, parallel)
+    (tmp_path / "latest").write_text("step_00000002")
+    (tmp_path / "step_00000002" / "progress.json").write_text("{}")
+    assert run.resume() == {"step": 1}
+    (tmp_path / "step_00000001" / "progress.json").write_text("{}")
+    with pytest.raises(UserError, match="step_00000002/progress.json: damaged"):
+        run.resume()
+
+
+def test_a_checkpoint_of_a_later_version_is_not_passed_over(parallel: Parallel, tmp_path: Path):
+    run = three_saves(tmp_path, parallel)
+    path = tmp_path / "step_00000003" / "manifest.json"
+    content = json.loads(path.read_text())["manifest"] | {"format": 2}
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+    path.write_text(json.dumps({"manifest": content, "xxh3_128": digest}))
+    for look in (run.resume, lambda: find_network(tmp_path, "policy")):
+        with pytest.raises(UserError, match="format 2, .* take the version that wrote it"):
+            look()
+
+
+def test_a_network_of_another_kind_is_not_resumed(parallel: Parallel, tmp_path: Path):
+    run = three_saves(tmp_path, parallel)
+    path = tmp_path / "step_00000003" / "policy" / "network.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"kind": "scalar"}))
+    resign(tmp_path / "step_00000003")
+    with pytest.raises(UserError, match="a scalar network, where a language one was saved"):
+        run.resume()
+
+
+def test_a_file_that_has_grown_is_not_read(
+    parallel: Parallel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = three_saves(tmp_path, parallel)
+    os.truncate(tmp_path / "step_00000003" / "policy" / "weights-00000.safetensors", 1 << 42)
+    read = []
+    digest = manifest.digest_of_file
+    monkeypatch.setattr(manifest, "digest_of_file", lambda path: read.append(path) or digest(path))
+    assert run.resume() == {"step": 2}
+    assert "step_00000003" not in {path.parts[-3] for path in read if "weights" in path.name}

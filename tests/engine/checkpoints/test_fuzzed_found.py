@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from engine.checkpoints.checkpointer import _progress_in
 from engine.checkpoints.found import read_network
-from engine.checkpoints.whole import damage_of, pointed_checkpoint
+from engine.checkpoints.pointers import pointed_checkpoint
+from engine.checkpoints.whole import damage_of
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from tests.engine.checkpoints.near_json import near, refused_or_read

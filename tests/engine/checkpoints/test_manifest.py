@@ -106,7 +106,7 @@ def test_missing_manifest_is_damage_and_an_older_form_is_told(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        ({"format": 2}, "format 2; this Trident reads format 1"),
+        ({"format": 2}, "format 2, where this Trident reads format 1"),
         ({"format": "x" * 10**6}, "format 'xxx"),
         ({"step": -1}, "no step"),
         ({"step": True}, "no step"),

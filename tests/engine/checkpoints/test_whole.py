@@ -5,7 +5,8 @@ import pytest
 
 from engine.checkpoints import whole
 from engine.checkpoints.manifest import Manifest, digest_of_file, write_manifest
-from engine.checkpoints.whole import damage_of, newest_whole, pointed_checkpoint, steps_in, warn
+from engine.checkpoints.pointers import pointed_checkpoint, steps_in
+from engine.checkpoints.whole import damage_of, newest_whole, warn
 from engine.errors import UserError
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout

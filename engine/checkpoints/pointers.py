@@ -1,0 +1,58 @@
+"""Which of a run's checkpoints is the newest, or the one it is known by: the files `latest` and
+`selected`. Imports neither torch nor megatron."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.checkpoints.retention import step_of
+from engine.errors import UserError
+from engine.files import open_file, replacing
+
+_POINTER_BYTES = 256  # of a name and a newline
+_CHECKPOINT = re.compile(r"(step|epoch)_\d{4,12}", re.ASCII)
+
+
+def point(pointer: Path, name: str) -> None:
+    """Have `latest` or `selected` name a checkpoint."""
+    with replacing(pointer) as stream:
+        stream.write(name.encode())
+
+
+def pointed_checkpoint(pointer: Path) -> Path:
+    """Return the checkpoint that a file such as `latest` names; raises UserError for what is no
+    checkpoint's name: it must lie beside the file."""
+    try:
+        with open_file(pointer) as stream:
+            content = stream.read(_POINTER_BYTES)
+    except OSError as error:
+        raise UserError(f"{pointer}: cannot be read: {error.strerror}") from None
+    name = content.decode(errors="replace").strip()
+    if not _CHECKPOINT.fullmatch(name):
+        raise UserError(f"{pointer}: damaged: {name[:40]!r} is no checkpoint's name")
+    folder = pointer.with_name(name)
+    if not folder.is_dir():
+        raise UserError(f"{pointer}: names {name}, which is not there")
+    return folder
+
+
+def steps_in(directory: Path) -> list[Path]:
+    """Return the checkpoints of steps in a folder, the newest first."""
+    if not directory.is_dir():
+        return []
+    found = {step_of(path.name): path for path in directory.iterdir() if path.is_dir()}
+    return [path for step, path in sorted(found.items(), key=_newest_first) if step is not None]
+
+
+def up_to(first: Path, steps: Sequence[Path]) -> list[Path]:
+    """Return a checkpoint and those of earlier steps, in the order given.
+
+    Later ones are no substitute for it: the run was set back, and they are what it left.
+    """
+    step = step_of(first.name)
+    earlier = (other for other in steps if step is not None and (step_of(other.name) or 0) < step)
+    return [first, *earlier]
+
+
+def _newest_first(item: tuple[int | None, Path]) -> int:
+    return -1 if item[0] is None else -item[0]
