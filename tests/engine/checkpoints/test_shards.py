@@ -151,7 +151,8 @@ def test_every_rank_writes_and_reads_its_share(num_ranks: int, cp: int, tmp_path
         counts = [rank[what] for rank in found]
         # All of it once; what describes the pieces takes a little.
         assert sum(counts) == pytest.approx(num_ranks * size, rel=0.1), what
-        assert counts == pytest.approx([sum(counts) / num_ranks] * num_ranks, rel=0.05), what
+        uneven = 0.1 if what == "loaded" else 0.05  # weights are dealt as whole tensors
+        assert counts == pytest.approx([sum(counts) / num_ranks] * num_ranks, rel=uneven), what
 
 
 def steps_with_and_without_a_resume(folder: Path) -> dict[str, list]:
