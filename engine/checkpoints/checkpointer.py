@@ -132,8 +132,8 @@ class Checkpointer:
         missing = self._retention.missing(progress.get("metrics", {}))
         if missing:
             warn(
-                f"checkpoints are to be kept by {missing[0]}, which step {step} has not logged: "
-                "give an --eval-every that divides --save-every, or another name"
+                f"checkpoints are to be kept by {missing[0]}, which not every step that is saved "
+                "has: give an --eval-every that divides --save-every, or another name"
             )
         name = step_name(step)
 
