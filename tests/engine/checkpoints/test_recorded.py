@@ -105,7 +105,7 @@ def test_what_is_taken_can_be_resumed_from(data: st.DataObject):
     range(progress["step"], 10)
     best = best_epoch(progress.get("epochs", []))
     assert best is None or f"{best['epoch']:04d}"
-    assert math.isfinite(progress.get("kl_coef", 0.0) * 2)
+    assert math.isfinite(progress.get("kl_coef", 0.0))
     if "alarms" in progress:
         alarms = Alarms(AlarmConfig(), dtype="fp32", num_layers=2)
         alarms.load_state_dict(progress["alarms"])
