@@ -283,16 +283,15 @@ class Checkpointer:
         check_description(found, network, self.tokenizer_fingerprint)
         read_shared(weight_parts(network), folder, found.index, network.parallel)
         network.mark_changed()
-        check_finite(network, not_finite_message(folder))
+        state = [] if optimizer is None else optimizer_parts(optimizer)
+        read_owned(state, folder, found.index)
+        check_finite(network, not_finite_message(folder), [part.tensor for part in state])
         if optimizer is not None:
             counts = found.index.counts
             try:
                 check_counts(counts, is_scaled=network.dtype is torch.float16)
             except ValueError as error:
                 raise Damage(f"{folder}: no counts of an optimizer: {error}") from None
-            state = optimizer_parts(optimizer)
-            read_owned(state, folder, found.index)
-            check_finite(network, not_finite_message(folder), [part.tensor for part in state])
             optimizer.load_counts(counts)
 
     def _load_ema(self, folder: Path) -> None:

@@ -4,7 +4,7 @@
                     {"bytes": 212, "xxh3_128": "9f..."}, ...}}, "xxh3_128": "..."}
 
 The checksum is for damage, by disks, copies and hands; who writes a file can write its checksum
-too. XXH3 reads memory about as fast as it can be copied. Imports neither torch nor megatron.
+too. `benchmarks.checkpoints` measures what it costs. Imports neither torch nor megatron.
 """
 
 import json

@@ -40,8 +40,9 @@ def steps_in(directory: Path) -> list[Path]:
     """Return the checkpoints of steps in a folder, the newest first."""
     if not directory.is_dir():
         return []
-    found = {step_of(path.name): path for path in directory.iterdir() if path.is_dir()}
-    return [path for step, path in sorted(found.items(), key=_newest_first) if step is not None]
+    steps = {path: step_of(path.name) for path in directory.iterdir() if path.is_dir()}
+    found = {step: path for path, step in steps.items() if step is not None}
+    return [found[step] for step in sorted(found, reverse=True)]
 
 
 def up_to(first: Path, steps: Sequence[Path]) -> list[Path]:
@@ -52,7 +53,3 @@ def up_to(first: Path, steps: Sequence[Path]) -> list[Path]:
     step = step_of(first.name)
     earlier = (other for other in steps if step is not None and (step_of(other.name) or 0) < step)
     return [first, *earlier]
-
-
-def _newest_first(item: tuple[int | None, Path]) -> int:
-    return -1 if item[0] is None else -item[0]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.checkpoints.background import Background
 from engine.checkpoints.draft import Draft
-from engine.checkpoints.index import Index, IndexedTensor, TensorPiece, index_text
+from engine.checkpoints.index import INDEX, Index, IndexedTensor, TensorPiece, index_text
 from engine.checkpoints.manifest import (
     FileDigest,
     Manifest,
@@ -157,7 +157,9 @@ def _write(draft: Draft, staged: Sequence[_Staged]) -> dict[str, Any]:
                     "name": part.shard.name,
                     "dtype": STORED_DTYPES[part.tensor.dtype],
                     "whole": part.shard.global_shape,
-                    "piece": {"file": name, "offset": part.shard.offset, "shape": part.shard.shape},
+                    "file": name,
+                    "offset": part.shard.offset,
+                    "shape": part.shard.shape,
                 }
                 for part in file.parts
             ]
@@ -188,18 +190,15 @@ def _publish(draft: Draft, reports: Sequence[str]) -> str:
 
 def _complete(draft: Draft, told: Sequence[dict[str, Any]]) -> None:
     files: dict[str, FileDigest] = {}
-    indices = {role: Index(tensors={}, counts=counts) for role, counts in draft.counts.items()}
+    pieces: dict[str, dict[str, list[dict[str, Any]]]] = {role: {} for role in draft.counts}
     for report in told:
         files |= {name: FileDigest(**digest) for name, digest in report["digests"].items()}
         for entry in report["tensors"]:
-            piece = TensorPiece(**{key: _as_tuple(value) for key, value in entry["piece"].items()})
-            tensors = indices[entry["role"]].tensors
-            before = tensors.get(entry["name"])
-            pieces = (*before.pieces, piece) if before else (piece,)
-            whole = tuple(entry["whole"])
-            tensors[entry["name"]] = IndexedTensor(entry["dtype"], whole, pieces)
+            pieces[entry["role"]].setdefault(entry["name"], []).append(entry)
     texts = dict(draft.texts)
-    texts |= {f"{role}/tensors.json": index_text(index) for role, index in indices.items()}
+    for role, counts in draft.counts.items():
+        tensors = {name: _tensor(entries) for name, entries in pieces[role].items()}
+        texts[f"{role}/{INDEX}"] = index_text(Index(tensors=tensors, counts=counts))
     for name, text in texts.items():
         path = draft.partial / name
         path.parent.mkdir(exist_ok=True)
@@ -207,7 +206,7 @@ def _complete(draft: Draft, told: Sequence[dict[str, Any]]) -> None:
             stream.write(text.encode())
             sync(stream)
         files[name] = digest_of_text(text)
-    for role in indices:
+    for role in draft.counts:
         sync_folder(draft.partial / role)
     write_manifest(draft.partial, Manifest(step=draft.step, files=files))
     _move_in(draft.partial, draft.folder)
@@ -224,8 +223,14 @@ def _move_in(partial: Path, final: Path) -> None:
     remove(replaced)
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _tensor(entries: Sequence[dict[str, Any]]) -> IndexedTensor:
+    """Return a whole tensor from what the ranks reported of its pieces."""
+    pieces = [
+        TensorPiece(entry["file"], tuple(entry["offset"]), tuple(entry["shape"]))
+        for entry in entries
+    ]
+    first = entries[0]
+    return IndexedTensor(first["dtype"], tuple(first["whole"]), tuple(pieces))
 
 
 def _cannot_be_written(error: OSError, path: Path) -> UserError:
