@@ -283,10 +283,11 @@ class Checkpointer:
         check_description(found, network, self.tokenizer_fingerprint)
         read_shared(weight_parts(network), folder, found.index, network.parallel)
         network.mark_changed()
-        state = [] if optimizer is None else optimizer_parts(optimizer)
-        read_owned(state, folder, found.index)
-        check_finite(network, not_finite_message(folder), [part.tensor for part in state])
+        check_finite(network, not_finite_message(folder))  # fp32 masters will lie over the weights
         if optimizer is not None:
+            state = optimizer_parts(optimizer)
+            read_owned(state, folder, found.index)
+            check_finite(network, not_finite_message(folder), [part.tensor for part in state])
             counts = found.index.counts
             try:
                 check_counts(counts, is_scaled=network.dtype is torch.float16)
