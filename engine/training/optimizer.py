@@ -16,9 +16,11 @@ from megatron.core.transformer.module import param_is_not_shared
 
 from engine.ranks.device import choices_for
 from engine.settings.adam import AdamConfig
+from engine.training.diagnosis import check_of, diagnose
 from engine.training.gradients import scale_gradients, sum_of_squares
 from engine.training.network import Network
 from engine.training.passes import finish_gradients
+from engine.training.reduce import StepMetrics
 from engine.training.skipped import SkippedSteps
 
 Owned = tuple[torch.nn.Parameter, slice, torch.Tensor]
@@ -30,11 +32,13 @@ class StepResult:
     """What one optimizer step did."""
 
     grad_norm: float
-    """Global gradient norm before clipping; inf or nan where a gradient was not finite."""
+    """Global gradient norm before clipping; inf or nan where a gradient or a loss was not finite."""
     lr: float
     """Learning rate of the step."""
     was_skipped: bool
     """True when the norm was not finite, and everything stayed as it was."""
+    loss_scale: float = 1.0
+    """What the step's losses were multiplied by; other than 1 in fp16 alone."""
 
 
 class Optimizer:
@@ -50,8 +54,7 @@ class Optimizer:
         self._use_fused_kernel()
         self._is_counted = self._counted_masters()
         self._await_state: Callable[[], None] = _at_hand
-        is_scaled = network.dtype is torch.float16
-        network.scale_losses(self.megatron.scale_loss if is_scaled else None)
+        network.scale_losses(self.megatron.scale_loss if self.is_scaled else None)
         is_cosine = config.schedule == "cosine"
         self.schedule = OptimizerParamScheduler(
             self.megatron,
@@ -77,9 +80,10 @@ class Optimizer:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()
 
-    def step(self, position: int) -> StepResult:
+    def step(self, position: int, metrics: StepMetrics | None = None) -> StepResult:
         """Reduce the gradients, clip and apply them with the learning rate of schedule position
-        `position` (from 0); or skip the step, on all ranks alike, where their norm is not finite.
+        `position` (from 0); or skip the step, on all ranks alike, where their norm is not finite,
+        or a loss among this rank's `metrics` of the step.
 
         A skipped step changes nothing but fp16's loss scale; its position is not taken again.
         """
@@ -88,7 +92,7 @@ class Optimizer:
         self.schedule.num_steps = position
         self.schedule.step(0)  # writes the learning rate of num_steps into the parameter groups
         with self.network.parallel.active():
-            norm, loss_scale = self._read_norm()
+            norm, loss_scale = self._read_norm(metrics or {})
             is_finite = math.isfinite(norm)
             for optimizer in self._distributed():
                 if optimizer.grad_scaler is not None:
@@ -98,13 +102,33 @@ class Optimizer:
                 scale_gradients(self._gradients(), clip / loss_scale)
                 self.megatron.step_with_ready_grads()
                 self.network.mark_changed()
-        can_fall = loss_scale > self.megatron.config.min_loss_scale
+            found = None if is_finite else diagnose(self.network, metrics or {})
+        # A smaller loss scale mends gradients, which it scales, but no loss.
+        can_fall = self.is_scaled and loss_scale > self.config.min_loss_scale
         self.skipped.count(
             was_skipped=not is_finite,
-            is_explained=self.network.dtype is torch.float16 and can_fall,
+            is_explained=can_fall and found is not None and not found.losses,
+            reason="" if found is None else str(found),
         )
         lr = self.megatron.param_groups[0]["lr"]
-        return StepResult(grad_norm=norm, lr=lr, was_skipped=not is_finite)
+        return StepResult(grad_norm=norm, lr=lr, was_skipped=not is_finite, loss_scale=loss_scale)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether losses are scaled before the backward pass, so that gradients survive fp16."""
+        return self.network.dtype is torch.float16
+
+    def numbers(self, result: StepResult) -> dict[str, float]:
+        """Return what a step says of itself, as metrics; of the loss scale in fp16 alone."""
+        values = {
+            "grad_norm": result.grad_norm,
+            "skipped_steps": float(self.skipped.total),
+            "lr": result.lr,
+        }
+        if self.is_scaled:
+            values["loss_scale"] = result.loss_scale
+            values["scale_search_steps"] = float(self.skipped.num_searching)
+        return values
 
     def sync_weights(self) -> None:
         """Make the network's weights follow the fp32 masters, after something other than step()
@@ -225,12 +249,13 @@ class Optimizer:
                 scale = torch.tensor([float(scaler["scale"])], device=self.network.parallel.device)
                 optimizer.grad_scaler.load_state_dict({**scaler, "scale": scale})
 
-    def _read_norm(self) -> tuple[float, float]:
-        """Return (norm of the gradients of all ranks, loss scale that they carry): the host waits
-        for the device here, once a step."""
+    def _read_norm(self, metrics: StepMetrics) -> tuple[float, float]:
+        """Return (norm of the gradients of all ranks, loss scale that they carry), the norm not
+        finite where a loss is not: the host waits for the device here, once a step."""
         for optimizer in self._distributed():
             optimizer._copy_model_grads_to_main_grads()
         total = sum_of_squares(self._gradients(), self._is_counted)
+        total = total + check_of(metrics, total)
         dist.all_reduce(total, group=self.megatron.get_grad_stats_parallel_group())
         numbers = torch.cat([total.sqrt(), self.megatron.get_loss_scale()])
         norm, loss_scale = numbers.tolist()  # sync: the only one
@@ -283,7 +308,8 @@ def _distributed_adam(network: Network, config: AdamConfig) -> Any:
         fp16=network.dtype is torch.float16,
         bf16=network.dtype is torch.bfloat16,
         params_dtype=network.dtype,
-        initial_loss_scale=2.0**16,
+        initial_loss_scale=max(2.0**16, config.min_loss_scale),
+        min_loss_scale=config.min_loss_scale,
         adam_beta1=config.beta1,
         adam_beta2=config.beta2,
         adam_eps=config.epsilon,
