@@ -1,14 +1,15 @@
-"""Checks on the numbers of a PPO iteration that name the likely bug and not only the symptom.
+"""Checks on the numbers of a step or a PPO iteration that name the likely bug and not only the
+symptom.
 
 Thresholds are our choice: wide enough that a sound run stays silent, narrow enough that each bug
 which a message names trips one within a few iterations. The tests plant those bugs.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from engine.settings.alarms import AlarmConfig
+from engine.settings.alarms import AlarmConfig, LossAlarmConfig
 
 # What rounding alone explains. One model and one set of weights serve generation and scoring; what
 # is left is that other batches have their sums taken in another order. Every layer then rounds the
@@ -23,6 +24,13 @@ _RATIO_ERROR = 40.0  # sqrt(L) u
 # In fp32 sums of many terms are less exact than u.
 _LEAST_MISMATCH = 1e-4
 _LEAST_RATIO_ERROR = 1e-3
+
+# Steps in a row that fp16 may skip to find its loss scale, our choice: 2^16 has become 2^7 by then,
+# and a network whose gradients want less learns nothing.
+_SEARCH = 10
+_LEAST_RISE = 0.5  # nats, of a loss above its mean; our choice: of one near 0 any factor is noise
+_NO_SPREAD = 1e-3  # of scores; our choice: a head that has just been drawn spreads them by 1
+_ZEROS = 3  # gradients of 0 in a row; our choice: one may be a batch without a target
 
 _MESSAGES = {
     "non_finite": (
@@ -70,6 +78,46 @@ _MESSAGES = {
         "{value:.0%} of the ratios are clipped: the policy's learning rate or ppo_epochs is too "
         "high, or advantages are not whitened"
     ),
+    "skipped_steps": (
+        "{value}: optimizer steps were skipped again and again, and nothing is learned in them; in "
+        "fp16 the loss scale is still looked for, and one that falls on means gradients too large "
+        "at any scale: lower the learning rate, or use bf16"
+    ),
+    "zero_gradient": (
+        "{value} is exactly 0 again and again: nothing is learned; no token is a target (prompts "
+        "as long as the limit?), all rewards or comparisons are alike, or fp16 rounds all to 0"
+    ),
+    "reward_spread": (
+        "all responses have one reward ({limit:.4g}, spread {value:.2g}): the reward model is "
+        "constant, or sees nothing of the responses, and only the KL penalty is learned from"
+    ),
+    "reward_scale": (
+        "rewards reach {value:.3g}, beyond {limit:g}: the KL penalty is nothing beside them, and "
+        "the value loss is their square; was the reward model's bias shifted to 0 on "
+        "demonstrations, and its training sound?"
+    ),
+    "loss_rise": (
+        "{value}, after a mean of {limit:.3g}, for many steps: training diverges; lower the "
+        "learning rate, or go back to a checkpoint of before"
+    ),
+    "large_norm": (
+        "the gradient's norm is {value:.3g} in one step after the other, where {limit:.3g} is "
+        "what clipping is meant for: every step has one length; look at the learning rate, the "
+        "loss scale and the largest weights"
+    ),
+    "chance": (
+        "{value:.1%} of pairs are in the right order on average, and chance is 50%: the ranks "
+        "contradict the texts or one another, answers were cut to the same tokens, or the "
+        "learning rate is too low or far too high"
+    ),
+    "score_spread": (
+        "all answers have one score (spread {value:.2g}), the loss stays at ln 2 = 0.693: the "
+        "head or its input has collapsed; start from another checkpoint, lower the learning rate"
+    ),
+    "score_scale": (
+        "scores reach {value:.3g}, beyond {limit:g}: lower the learning rate; PPO would see "
+        "nothing but them"
+    ),
     "value_loss": (
         "value loss is {value:.3g} after a mean of {limit:.3g}: the critic's learning rate is too "
         "high, the reward's scale has jumped, or returns were whitened with the advantages"
@@ -82,6 +130,20 @@ class Alarm(NamedTuple):
 
     name: str
     message: str
+
+
+_Condition = tuple[str, bool, int, Any, float]
+"""(name, is_wrong, patience, value, limit)."""
+
+
+def _raised(streaks: dict[str, int], conditions: Iterable[_Condition]) -> list[Alarm]:
+    """Count on how long each condition has lasted, and return the alarms that are due."""
+    alarms = []
+    for name, is_wrong, patience, value, limit in conditions:
+        streaks[name] = streaks.get(name, 0) + 1 if is_wrong else 0
+        if is_wrong and streaks[name] % patience == 0:
+            alarms.append(Alarm(name, _MESSAGES[name].format(value=value, limit=limit)))
+    return alarms
 
 
 class Alarms:
@@ -104,6 +166,7 @@ class Alarms:
         self._streaks: dict[str, int] = {}  # iterations in a row, by condition
         self._first_length: float | None = None  # tokens
         self._value_loss: float | None = None  # running mean
+        self._skipped: dict[str, float] = {}  # steps so far, by metric
 
     def check(self, metrics: Mapping[str, float]) -> list[Alarm]:
         """Return the alarms of an iteration; a condition whose key is absent is not checked.
@@ -112,12 +175,7 @@ class Alarms:
         """
         # A NaN would compare as False below: it has an alarm of its own and no other.
         finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
-        alarms = []
-        for name, is_wrong, patience, value, limit in self._conditions(metrics, finite):
-            self._streaks[name] = self._streaks.get(name, 0) + 1 if is_wrong else 0
-            if is_wrong and self._streaks[name] % patience == 0:
-                message = _MESSAGES[name].format(value=value, limit=limit)
-                alarms.append(Alarm(name, message))
+        alarms = _raised(self._streaks, self._conditions(metrics, finite))
         self._remember(finite)
         return alarms
 
@@ -127,6 +185,7 @@ class Alarms:
             "streaks": dict(self._streaks),
             "first_length": self._first_length,
             "value_loss": self._value_loss,
+            "skipped": dict(self._skipped),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -134,11 +193,13 @@ class Alarms:
         self._streaks = dict(state["streaks"])
         self._first_length = state["first_length"]
         self._value_loss = state["value_loss"]
+        self._skipped = dict(state.get("skipped", {}))
 
     def _conditions(
         self, metrics: Mapping[str, float], finite: Mapping[str, float]
-    ) -> Iterator[tuple[str, bool, int, Any, float]]:
-        """Yield (name, is_wrong, patience, value, limit) of every condition that can be checked."""
+    ) -> Iterator[_Condition]:
+        """Yield every condition that can be checked."""
+        yield from self._conditions_of_rewards(finite)
         config, patience = self._config, self._config.patience
         bad = [key for key in metrics if key not in finite]
         # An infinite gradient norm is how fp16 finds its loss scale; what is more than that ends
@@ -177,6 +238,24 @@ class Alarms:
         if value is not None and mean is not None:
             yield "value_loss", value > config.value_loss_factor * mean, 1, value, mean
 
+    def _conditions_of_rewards(self, finite: Mapping[str, float]) -> Iterator[_Condition]:
+        """Yield those of what there is to learn from, and whether it is learned."""
+        config, patience = self._config, self._config.patience
+        mean, spread = finite.get("score/reward_mean"), finite.get("score/reward_std")
+        if mean is not None and spread is not None:
+            # Of equal numbers rounding alone leaves a spread.
+            is_one = spread <= 1e-6 * abs(mean)
+            yield "reward_spread", is_one, patience, spread, mean
+            size = max(abs(mean), spread)
+            yield "reward_scale", size > config.max_reward, patience, size, config.max_reward
+        norms = ("update/policy_grad_norm", "update/critic_grad_norm")
+        zeros = [name for name in norms if finite.get(name) == 0.0]
+        yield "zero_gradient", bool(zeros), patience, ", ".join(zeros), 0.0
+        counts = ("update/policy_skipped_steps", "update/critic_skipped_steps")
+        risen = [name for name in counts if finite.get(name, 0.0) > self._skipped.get(name, 0.0)]
+        self._skipped |= {name: finite[name] for name in counts if name in finite}
+        yield "skipped_steps", bool(risen), patience, ", ".join(risen), 0.0
+
     def _remember(self, finite: Mapping[str, float]) -> None:
         if self._first_length is None:
             self._first_length = finite.get("rollout/response_tokens")
@@ -184,3 +263,86 @@ class Alarms:
         if loss is not None:
             mean = loss if self._value_loss is None else self._value_loss
             self._value_loss = 0.9 * mean + 0.1 * loss
+
+
+class LossAlarms:
+    """Reads one step's metrics after another, of SFT, pretraining or the reward model.
+
+    The state (how long each condition has lasted, running means, steps skipped so far) belongs in
+    the checkpoint; state_dict() is plain JSON.
+    """
+
+    def __init__(self, config: LossAlarmConfig, *, clip_norm: float) -> None:
+        """clip_norm: the optimizer's."""
+        self._config = config
+        self._max_norm = config.max_norm_factor * clip_norm
+        self._streaks: dict[str, int] = {}  # steps in a row, by condition
+        self._means: dict[str, float] = {}  # running, by metric
+        self._num_skipped = 0.0
+
+    def check(self, metrics: Mapping[str, float]) -> list[Alarm]:
+        """Return the alarms of a step; a condition whose key is absent is not checked."""
+        was_skipped = metrics.get("train/skipped_steps", 0.0) > self._num_skipped
+        self._num_skipped = metrics.get("train/skipped_steps", 0.0)
+        finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        if was_skipped:  # its numbers are those of a step that is said on its own
+            finite = {key: value for key, value in finite.items() if not key.startswith("train/")}
+        conditions = [
+            *self._of_all(metrics, finite, was_skipped),
+            *self._of_losses(finite),
+            *self._of_scores(finite),
+        ]
+        return _raised(self._streaks, conditions)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next check depends on."""
+        return {
+            "streaks": dict(self._streaks),
+            "means": dict(self._means),
+            "num_skipped": self._num_skipped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where state_dict() was taken; anew where a checkpoint has none."""
+        self._streaks = dict(state.get("streaks", {}))
+        self._means = dict(state.get("means", {}))
+        self._num_skipped = state.get("num_skipped", 0.0)
+
+    def _of_all(
+        self, metrics: Mapping[str, float], finite: Mapping[str, float], was_skipped: bool
+    ) -> Iterator[_Condition]:
+        bad = [key for key, value in metrics.items() if not math.isfinite(value)]
+        bad = [key for key in bad if not (was_skipped and key.startswith("train/"))]
+        yield "non_finite", bool(bad), 1, ", ".join(bad), 0.0
+        yield "skipped_steps", was_skipped, _SEARCH, "train/skipped_steps", 0.0
+        norm = finite.get("train/grad_norm")
+        if norm is not None:
+            yield "zero_gradient", norm == 0.0, _ZEROS, "train/grad_norm", 0.0
+            limit = self._max_norm
+            yield "large_norm", norm > limit, self._config.patience, norm, limit
+
+    def _of_losses(self, finite: Mapping[str, float]) -> Iterator[_Condition]:
+        risen, usual = [], 0.0
+        for key in ("train/loss", "train/pretrain_loss"):
+            value = finite.get(key)
+            if value is None:
+                continue
+            mean = self._means.get(key, value)
+            if value > max(self._config.loss_factor * mean, mean + _LEAST_RISE):
+                risen.append(f"{key} is {value:.3g}")
+                usual = mean
+            self._means[key] = 0.99 * mean + 0.01 * value
+        yield "loss_rise", bool(risen), self._config.patience, ", ".join(risen), usual
+
+    def _of_scores(self, finite: Mapping[str, float]) -> Iterator[_Condition]:
+        config = self._config
+        accuracy, spread = finite.get("train/pair_accuracy"), finite.get("train/score_std")
+        if accuracy is None or spread is None:
+            return
+        mean = self._means.get("train/pair_accuracy", accuracy)
+        mean = self._means["train/pair_accuracy"] = 0.9 * mean + 0.1 * accuracy
+        limit = config.min_pair_accuracy
+        yield "chance", mean < limit, config.chance_patience, mean, limit
+        yield "score_spread", spread < _NO_SPREAD, config.patience, spread, _NO_SPREAD
+        size = max(abs(finite.get("train/score_mean", 0.0)), spread)
+        yield "score_scale", size > config.max_score, config.patience, size, config.max_score

@@ -48,10 +48,11 @@ class Scored:
         log_ratio = (self.logprobs - self.ref_logprobs)[mask].double()
         end = int(rollout.cu_seqlens[self.num_checked])
         read_again = self.logprobs if self.checked_logprobs is None else self.checked_logprobs
+        spread = {"score/reward_std": float(self.raw_scores.std())} if len(rollout) > 1 else {}
         mismatch = (rollout.sampled_logprobs - read_again)[:end][mask[:end]].abs()
         return {
             "score/reward_mean": float(self.raw_scores.mean()),
-            "score/reward_std": float(self.raw_scores.std()) if len(rollout) > 1 else 0.0,
+            **spread,
             "score/kl": float(log_ratio.sum()) / len(rollout),
             "score/kl_per_token": float(log_ratio.mean()),
             "score/logprob_mismatch_mean": float(mismatch.mean()),

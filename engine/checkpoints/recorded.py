@@ -29,8 +29,15 @@ def check_progress(progress: Mapping[str, Any]) -> None:
         _check_count(found.get("epoch"), "epoch")
         _check_count(found.get("step"), "step")
         _check_number(found.get("reward"), "reward")
+    for name, value in _items(progress.get("skipped_rollouts", {}), "skipped_rollouts"):
+        _check_count(value, f"skipped_rollouts.{named(name)}")
     if "alarms" in progress:
         _check_alarms(dict(_items(progress["alarms"], "alarms")))
+    losses = dict(_items(progress.get("loss_alarms", {}), "loss_alarms"))
+    _check_streaks(losses.get("streaks", {}))
+    for name, value in _items(losses.get("means", {}), "means"):
+        _check_number(value, f"means.{named(name)}", is_finite=True)
+    _check_number(losses.get("num_skipped", 0.0), "num_skipped", is_finite=True)
 
 
 def check_counts(counts: Mapping[str, Any], *, is_scaled: bool) -> None:
@@ -48,13 +55,19 @@ def check_counts(counts: Mapping[str, Any], *, is_scaled: bool) -> None:
 
 
 def _check_alarms(state: dict[str, Any]) -> None:
-    for name, value in _items(state.get("streaks"), "streaks"):
-        _check_count(value, f"streaks.{named(name)}")
+    _check_streaks(state.get("streaks"))
+    for name, value in _items(state.get("skipped", {}), "skipped"):
+        _check_number(value, f"skipped.{named(name)}", is_finite=True)
     for name in ("first_length", "value_loss"):
         if name not in state:
             raise ValueError(f"alarms have no {name}")
         if state[name] is not None:
             _check_number(state[name], name, is_finite=True)
+
+
+def _check_streaks(streaks: Any) -> None:
+    for name, value in _items(streaks, "streaks"):
+        _check_count(value, f"streaks.{named(name)}")
 
 
 def _items(value: Any, what: str) -> list[tuple[str, Any]]:

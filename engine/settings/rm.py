@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from engine.settings.adam import AdamConfig
+from engine.settings.alarms import LossAlarmConfig
 from engine.settings.checks import check_epochs, check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
@@ -65,6 +66,8 @@ class RMConfig:
     """Token budget of one forward pass on one rank; a prompt's completions stay in one."""
     adam: AdamConfig = field(default_factory=lambda: AdamConfig(lr=9e-6))
     """Optimizer (paper, C.2: lr 9e-6, cosine to 10%)."""
+    alarms: LossAlarmConfig = field(default_factory=LossAlarmConfig)
+    """When a number of a step is called wrong."""
     numerics: Numerics = field(default_factory=Numerics)
     """Dtype and recomputation."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)

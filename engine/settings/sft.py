@@ -11,6 +11,7 @@ import tyro
 
 from engine.errors import UserError
 from engine.settings.adam import AdamConfig
+from engine.settings.alarms import LossAlarmConfig
 from engine.settings.checks import check_epochs, check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
@@ -99,6 +100,8 @@ class SFTConfig:
     """Optimizer (paper, C.1: lr 9.65e-6, cosine to 10%, no warm-up)."""
     dropout: float = 0.2
     """Residual dropout (paper, C.1: 0.2)."""
+    alarms: LossAlarmConfig = field(default_factory=LossAlarmConfig)
+    """When a number of a step is called wrong."""
     numerics: Numerics = field(default_factory=Numerics)
     """Dtype and recomputation."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)

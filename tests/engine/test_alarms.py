@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from engine.alarms import Alarms
-from engine.settings.alarms import AlarmConfig
+from engine.alarms import Alarms, LossAlarms
+from engine.settings.alarms import AlarmConfig, LossAlarmConfig
 
 SOUND = {
     "rollout/response_tokens": 40.0,
@@ -130,3 +130,97 @@ def test_state_survives_a_checkpoint():
     changes = {"score__kl": -1.0, "rollout__response_tokens": 90.0, "update__value_loss": 9.0}
     assert names(resumed, **changes) == names(alarms, **changes) == ["negative_kl", "value_loss"]
     assert names(resumed, **changes) == names(alarms, **changes) == ["length_drift"]
+
+
+PPO_CASES = [
+    ("reward_spread", {"score__reward_mean": 0.4, "score__reward_std": 0.0}, "one reward"),
+    ("reward_spread", {"score__reward_mean": 1e30, "score__reward_std": 1e21}, "one reward"),
+    ("reward_scale", {"score__reward_mean": 2.0, "score__reward_std": 2e4}, "beyond 100"),
+    ("reward_scale", {"score__reward_mean": -1e30, "score__reward_std": 1e29}, "beyond 100"),
+    ("zero_gradient", {"update__policy_grad_norm": 0.0}, "policy_grad_norm is exactly 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "words"), PPO_CASES)
+def test_rewards_and_gradients_that_teach_nothing_are_said(name: str, changes: dict, words: str):
+    alarms = new_alarms()
+    values = SOUND | {key.replace("__", "/"): value for key, value in changes.items()}
+    assert alarms.check(values) == alarms.check(values) == []
+    found = {alarm.name: alarm.message for alarm in alarms.check(values)}
+    assert words in found[name]
+
+
+def test_steps_skipped_in_each_iteration_are_said_in_any_dtype():
+    alarms = new_alarms("fp16")
+    counts = [1.0, 1.0, 2.0, 5.0, 9.0]
+    found = [names(alarms, update__policy_skipped_steps=count) for count in counts]
+    assert found == [[], [], [], [], ["skipped_steps"]]
+    again = new_alarms("fp16")
+    again.load_state_dict(json.loads(json.dumps(alarms.state_dict())))
+    assert again.state_dict() == alarms.state_dict()
+    assert names(again) == []  # an iteration without updates counts nothing
+
+
+SOUND_STEP = {
+    "train/loss": 0.6,
+    "train/grad_norm": 1.0,
+    "train/skipped_steps": 0.0,
+    "train/pair_accuracy": 0.65,
+    "train/score_mean": 0.1,
+    "train/score_std": 1.0,
+}
+STEP_CASES = [
+    # What is wrong, in which step of the row it is said, and what is said.
+    ("non_finite", {"valid/loss": math.nan}, 1, "valid/loss not finite"),
+    ("zero_gradient", {"train/grad_norm": 0.0}, 3, "nothing is learned"),
+    ("large_norm", {"train/grad_norm": 31.0}, 4, "is 31 in one step after the other"),
+    ("score_spread", {"train/score_std": 1e-5, "train/loss": math.log(2)}, 4, "ln 2"),
+    ("score_scale", {"train/score_mean": -1e30}, 4, "reach 1e+30"),
+    ("loss_rise", {"train/loss": 3.0}, 4, "train/loss is 3, after a mean of"),
+    ("chance", {"train/pair_accuracy": 0.3}, 10, "in the right order on average"),
+]
+
+
+def loss_alarms(**config: Any) -> LossAlarms:
+    config = {"patience": 4, "chance_patience": 6, **config}
+    return LossAlarms(LossAlarmConfig(**config), clip_norm=3.0)
+
+
+def test_sound_steps_are_silent():
+    alarms = loss_alarms()
+    for i in range(200):
+        noise = math.sin(i)
+        values = {
+            "train/loss": 0.6 + 0.4 * noise,
+            "train/pair_accuracy": 0.56 + 0.2 * noise,
+            "train/grad_norm": 20.0 + 20.0 * noise,
+        }
+        assert alarms.check(SOUND_STEP | values) == []
+
+
+@pytest.mark.parametrize(("name", "changes", "number", "words"), STEP_CASES)
+def test_a_step_that_learns_nothing_or_the_wrong_thing_is_said_after_patience(
+    name: str, changes: dict, number: int, words: str
+):
+    alarms = loss_alarms()
+    alarms.check(SOUND_STEP)
+    found: list[tuple[int, str]] = []
+    for step in range(1, 11):
+        said = alarms.check(SOUND_STEP | changes)
+        found += [(step, alarm.message) for alarm in said if alarm.name == name]
+        assert {alarm.name for alarm in said} <= {name}
+        # The state is all that the next step depends on.
+        resumed = loss_alarms()
+        resumed.load_state_dict(json.loads(json.dumps(alarms.state_dict())))
+        alarms = resumed
+    assert found[0][0] == number and words in found[0][1]
+
+
+def test_a_run_of_skipped_steps_is_said_and_says_nothing_else():
+    alarms = loss_alarms()
+    bad = {"train/loss": math.nan, "train/grad_norm": math.nan}
+    found = [
+        [alarm.name for alarm in alarms.check(SOUND_STEP | bad | {"train/skipped_steps": n})]
+        for n in range(1, 21)
+    ]
+    assert found == [["skipped_steps"] if n in (10, 20) else [] for n in range(1, 21)]
