@@ -1,0 +1,16 @@
+"""Settings of a replay of a skipped step. Imports neither torch nor megatron."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.settings.layout import ParallelLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """One skipped step, rerun."""
+
+    step: Path | None = None
+    """Its folder, such as runs/sft/skipped/step_00000012_policy."""
+    layout: ParallelLayout | None = None
+    """Parallelism; none: the run's, or on a lone process none."""
