@@ -2,17 +2,22 @@
 controller."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from engine.printable import printable
 from engine.rollout import Rollout
 from engine.score import Scored
 from engine.settings.kl import KLConfig
 from engine.settings.ppo import PPOConfig
 from kernels.gae import gae
 from kernels.moments import Whitening, merge_moments, whitening
+
+_NUM_NAMED = 3  # samples that are named; our choice: a line on screen holds them
+_SHOWN = 40  # characters of a prompt; our choice
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,3 +92,46 @@ class KLController:
             return
         error = min(max(kl / self.config.target - 1.0, -0.2), 0.2)
         self.coef *= 1.0 + error * num_responses / self.config.horizon
+
+
+def unsound_clause(
+    rollout: Rollout, scored: Scored, advantages: Advantages, decode: Callable[[list[int]], str]
+) -> str:
+    """Return a clause that says which output was not finite, the first in the order in which they
+    are computed, and of which samples: by index in the rollout, with their prompts' beginnings."""
+    columns = {
+        "the sampler's log-probs": rollout.sampled_logprobs,
+        "the policy's log-probs": scored.logprobs,
+        "the critic's values": scored.values,
+        "the reference's log-probs": scored.ref_logprobs,
+        "the reward model's scores": scored.raw_scores,
+        "the rewards": advantages.rewards,
+        "the advantages": advantages.advantages,
+        "the returns": advantages.returns,
+    }
+    for name, column in columns.items():
+        samples = _broken_samples(column, rollout)
+        if not samples:
+            continue
+        named = [_shown(index, rollout, decode) for index in samples[:_NUM_NAMED]]
+        more = f" and {len(samples) - _NUM_NAMED} more" if len(samples) > _NUM_NAMED else ""
+        return (
+            f"{name} are not finite in {len(samples)} of {len(rollout)} responses: "
+            f"{', '.join(named)}{more}"
+        )
+    return "a number of its tokens is not finite"
+
+
+def _broken_samples(column: Tensor, rollout: Rollout) -> list[int]:
+    """Return the samples in which a column, [B] or [T], is not finite."""
+    is_broken = (~column.isfinite()).cpu()
+    if len(is_broken) != rollout.num_tokens:
+        return is_broken.nonzero().flatten().tolist()
+    bounds = rollout.cu_seqlens.tolist()
+    return [n for n in range(len(rollout)) if bool(is_broken[bounds[n] : bounds[n + 1]].any())]
+
+
+def _shown(index: int, rollout: Rollout, decode: Callable[[list[int]], str]) -> str:
+    example = rollout.examples[index]
+    text = decode(example.tokens[: example.prompt_length].tolist())
+    return f'sample {index} ("{printable(text, limit=_SHOWN, one_line=True)}")'

@@ -53,8 +53,11 @@ class Feed:
 
     def step(self, number: int) -> StepBatch:
         """Return what step `number`, counted from 0, learns from."""
-        chosen = Chosen(self.units, self.order.indices(number))
-        return step_batch(chosen, self.parallel, self.micro_batch_tokens)
+        return step_batch(self.chosen(number), self.parallel, self.micro_batch_tokens)
+
+    def chosen(self, number: int) -> Chosen:
+        """Return the units of that step's global batch."""
+        return Chosen(self.units, self.order.indices(number))
 
 
 def step_batch(units: Units, parallel: Parallel, micro_batch_tokens: int) -> StepBatch:

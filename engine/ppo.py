@@ -11,6 +11,7 @@ from engine.data.batches import EpochOrder
 from engine.data.examples import Example
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.errors import UserError
+from engine.evidence.keeper import Evidence
 from engine.feed import Feed
 from engine.metrics import PPO_HEADLINE, Metrics
 from engine.ranks.parallel import Parallel
@@ -24,7 +25,7 @@ from engine.training.ema import EMA
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.skipped import end_if_stuck
-from engine.update import Learner, learning_examples, run_updates
+from engine.update import Learner, learn
 from models.sizes import Kind
 
 
@@ -77,6 +78,7 @@ def train(config: PPOConfig) -> dict[str, float]:
     kl.coef = progress.get("kl_coef", kl.coef)
     if "alarms" in progress:
         alarms.load_state_dict(progress["alarms"])
+    evidence = learner.begin(progress, Evidence(stage="ppo", run=run, checkpointer=checkpointer))
     values: dict[str, float] = progress.get("metrics", {})
 
     metrics = Metrics(
@@ -91,7 +93,11 @@ def train(config: PPOConfig) -> dict[str, float]:
         for iteration in range(progress["step"], config.iterations):
             # 1 prompt
             batch = [prompts[i] for i in order.indices(iteration)]
-            with metrics.phase("rollout"), residency.rollout() as generator:  # 2
+            with (  # 2
+                checkpointer.named_after(f"iteration {iteration}"),
+                metrics.phase("rollout"),
+                residency.rollout() as generator,
+            ):
                 rollout = generate_rollout(
                     generator,
                     batch,
@@ -112,19 +118,18 @@ def train(config: PPOConfig) -> dict[str, float]:
             with metrics.phase("advantage"):  # 4
                 advantages = estimate_advantages(rollout, scored, config, kl_coef=kl.coef)
             with metrics.phase("update"), residency.update():  # 5
-                examples = learning_examples(rollout, scored, advantages)
-                updated = run_updates(learner, config, examples, advantages.whitening, iteration)
+                updated = learn(learner, config, rollout, scored, advantages, iteration)
             # 6 record
             seconds = metrics.phase_seconds
             values = rollout.metrics(seconds["rollout"]) | scored.metrics(rollout)
-            values |= advantages.metrics(rollout, scored)
+            values |= advantages.metrics(rollout, scored) | updated
             values["update/tokens_per_s"] = rollout.num_tokens / seconds["update"]
             values["time/step_seconds"] = sum(seconds.values())
-            values |= updated | residency.record(config.directory)
+            values |= residency.record(config.directory)
             values["kl/coef"] = kl.coef
-            kl.update(values["score/kl"], len(rollout))
+            kl.update(values["score/kl"], learner.num_learned(rollout))
             metrics.log(iteration, values)
-            metrics.log_alarms(iteration, alarms.check(values))
+            metrics.log_alarms(iteration, evidence.said() + alarms.check(values))
             end_if_stuck(f"iteration {iteration}", checkpointer.newest, **learner.skipped)
             is_last = iteration + 1 == config.iterations
             if is_last or iteration % config.show_every == 0:
@@ -133,7 +138,7 @@ def train(config: PPOConfig) -> dict[str, float]:
             boundary = checkpointer.boundary(iteration + 1, is_last=is_last)
             if boundary.saves:
                 state = {"kl_coef": kl.coef, "alarms": alarms.state_dict(), "metrics": values}
-                checkpointer.save(iteration + 1, state)
+                checkpointer.save(iteration + 1, state | learner.state_dict())
             if boundary.leaves:
                 checkpointer.finish()
                 run.leave(iteration + 1)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from engine.alarms import LossAlarms
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.found import size_of
 from engine.checkpoints.weights import load_weights
@@ -13,7 +14,7 @@ from engine.data.comparisons import comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
 from engine.data.prompts import hold_out
-from engine.errors import UserError
+from engine.evidence.keeper import Evidence
 from engine.feed import Feed, pack_for
 from engine.losses import comparison_loss, last_readings, pair_accuracy
 from engine.metrics import RM_HEADLINE, Metrics
@@ -74,6 +75,9 @@ def train(config: RMConfig) -> dict[str, float]:
     run.write_settings(config)
     run.leave_if_asked()
 
+    alarms = LossAlarms(config.alarms, clip_norm=config.adam.clip_norm)
+    alarms.load_state_dict(progress.get("loss_alarms", {}))
+    evidence = Evidence(stage="rm", run=run, checkpointer=checkpointer)
     values: dict[str, float] = progress.get("metrics", {})
     metrics = Metrics(
         config.directory,
@@ -96,15 +100,19 @@ def train(config: RMConfig) -> dict[str, float]:
                 values |= {"valid/loss": loss, "valid/pair_accuracy": accuracy}
             if is_last and demonstrations:
                 mean = _mean_score(network, demonstrations, config.micro_batch_tokens)
-                shift_bias(network, optimizer, -mean)
+                with checkpointer.named_after(f"step {step}"):
+                    shift_bias(network, optimizer, -mean)
                 values["train/bias_shift"] = -mean
             values["train/epoch"] = feed.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
+            evidence.look(step, "reward_model", {"loss": feed.chosen(step)})
+            metrics.log_alarms(step, evidence.said() + alarms.check(values))
             end_if_stuck(f"step {step}", checkpointer.newest, reward_model=optimizer.skipped)
             boundary = checkpointer.boundary(step + 1, is_last=is_last)
             if boundary.saves:
-                checkpointer.save(step + 1, {"metrics": values})
+                state = {"metrics": values, "loss_alarms": alarms.state_dict()}
+                checkpointer.save(step + 1, state)
             if boundary.leaves:
                 checkpointer.finish()
                 run.leave(step + 1)
@@ -113,11 +121,11 @@ def train(config: RMConfig) -> dict[str, float]:
 
 def shift_bias(network: Network, optimizer: Optimizer, shift: float) -> None:
     """Add `shift` to the head's bias, so that demonstrations score 0 on average (InstructGPT C.2:
-    shift, no scale). The bias is fp32, and nothing else moves."""
+    shift, no scale). The bias is fp32, and nothing else moves. FloatingPointError, on all ranks
+    alike, where the shift is not finite."""
     if not math.isfinite(shift):
-        raise UserError(
-            f"demonstrations score {-shift} on average, which no bias shifts to 0: use bf16 or "
-            "fp32 in place of fp16"
+        raise FloatingPointError(
+            f"demonstrations score {-shift} on average, which no bias shifts to 0"
         )
     network.settle()
     biases = [m.scalar_head.bias for m in network.modules if hasattr(m, "scalar_head")]

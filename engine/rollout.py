@@ -95,26 +95,34 @@ def generate_rollout(  # noqa: PLR0913 - what a draw is keyed by, each named
     of them.
 
     Draw i is keyed by (seed, first_sample_index + i, position): a resume or another layout samples
-    the same. on_response() hears of each response that this rank has finished.
+    the same. on_response() hears of each response that this rank has finished. FloatingPointError,
+    on all ranks alike, where logits of any are not finite.
     """
     parallel = policy.parallel
     # Generation has whole sequences on a rank: those that share rows in training take prompts each.
     lengths = [len(p.tokens) for p in prompts]
     mine = deal(lengths, parallel.num_replicas)[parallel.replica_rank]
-    responses = []
-    for response in generate(
-        policy,
-        [prompts[i].tokens for i in mine],
-        sampling,
-        eos_id=eos_id,
-        seed=seed,
-        sample_indices=[first_sample_index + i for i in mine],
-    ):
-        responses.append(response)
-        if on_response is not None:
-            on_response()
-    gathered: list[list[Response]] = [[]] * parallel.num_replicas
-    dist.all_gather_object(gathered, responses, group=parallel.replica_group)
+    responses: list[Response] = []
+    broken = ""
+    try:
+        for response in generate(
+            policy,
+            [prompts[i].tokens for i in mine],
+            sampling,
+            eos_id=eos_id,
+            seed=seed,
+            sample_indices=[first_sample_index + i for i in mine],
+        ):
+            responses.append(response)
+            if on_response is not None:
+                on_response()
+    except FloatingPointError as error:  # which the other replicas are to hear of
+        broken = str(error)
+    told: list[tuple[str, list[Response]]] = [("", [])] * parallel.num_replicas
+    dist.all_gather_object(told, (broken, responses), group=parallel.replica_group)
+    if any(message for message, _ in told):
+        raise FloatingPointError(next(message for message, _ in told if message))
+    gathered = [part for _, part in told]
     by_index = {r.sample_index - first_sample_index: r for part in gathered for r in part}
     return join_responses(
         prompts,

@@ -8,6 +8,7 @@ give the policy that PPO starts from; pretraining text alone trains the base mod
 import math
 from dataclasses import dataclass, field
 
+from engine.alarms import LossAlarms
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.found import size_of
 from engine.checkpoints.weights import load_weights
@@ -15,7 +16,8 @@ from engine.data.batches import EpochOrder, Units
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.prompts import hold_out
 from engine.errors import UserError
-from engine.feed import Feed
+from engine.evidence.keeper import Evidence
+from engine.feed import Feed, StepBatch
 from engine.losses import NegativeLogLikelihood, mean_language_loss
 from engine.metrics import SFT_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
@@ -75,6 +77,9 @@ def train(config: SFTConfig) -> dict[str, float]:
     run.write_settings(config)
     run.leave_if_asked()
 
+    alarms = LossAlarms(config.alarms, clip_norm=config.adam.clip_norm)
+    alarms.load_state_dict(progress.get("loss_alarms", {}))
+    evidence = Evidence(stage="sft", run=run, checkpointer=checkpointer)
     values: dict[str, float] = progress.get("metrics", {})
     metrics = Metrics(
         config.directory,
@@ -95,11 +100,14 @@ def train(config: SFTConfig) -> dict[str, float]:
                 with metrics.phase("valid"):
                     values |= _validate(network, data.valid, config.micro_batch_tokens)
             if epoch and selection is not None:
-                with metrics.phase("select"):
+                named = checkpointer.named_after(f"step {step}")
+                with named, metrics.phase("select"):
                     values |= selection.score(network, epoch, step + 1)
             values["train/epoch"] = lead.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
+            evidence.look(step, "policy", {name: feed.chosen(step) for name, feed in feeds.items()})
+            metrics.log_alarms(step, evidence.said() + alarms.check(values))
             end_if_stuck(f"step {step}", checkpointer.newest, policy=optimizer.skipped)
             if epoch and (config.save_every_epoch or selection is not None):
                 checkpointer.save_weights(epoch_name(epoch))
@@ -108,7 +116,8 @@ def train(config: SFTConfig) -> dict[str, float]:
             boundary = checkpointer.boundary(step + 1, is_last=is_last)
             if boundary.saves:
                 epochs = selection.epochs if selection is not None else []
-                checkpointer.save(step + 1, {"metrics": values, "epochs": epochs})
+                state = {"metrics": values, "epochs": epochs, "loss_alarms": alarms.state_dict()}
+                checkpointer.save(step + 1, state)
             if boundary.leaves:
                 checkpointer.finish()
                 run.leave(step + 1)
@@ -128,17 +137,7 @@ def _train_step(
     seed_for_step(parallel, step)
     optimizer.zero_gradients()
     taken = {name: feed.step(step) for name, feed in feeds.items()}
-    objectives = []
-    for name, batch in taken.items():
-        weight = pretraining_fraction if name == "pretrain_loss" else 1.0 - pretraining_fraction
-        objectives.append(
-            Objective(
-                batches=batch.batches,
-                loss=NegativeLogLikelihood(batch.num_targets, name),
-                scale=weight if len(feeds) > 1 else 1.0,
-            )
-        )
-    found = accumulate(network, objectives)
+    found = accumulate(network, supervised_objectives(taken, pretraining_fraction))
     result = optimizer.step(step, found)
     losses = reduce_metrics(found, parallel)  # behind the step, whose launches need it not
     values = losses | optimizer.numbers(result)
@@ -146,6 +145,23 @@ def _train_step(
         "train/tokens": float(sum(batch.num_tokens for batch in taken.values())),
         "train/token_spread": max(batch.spread for batch in taken.values()),
     }
+
+
+def supervised_objectives(
+    taken: dict[str, StepBatch], pretraining_fraction: float
+) -> list[Objective]:
+    """Return the terms of a step's loss, from the batches of each."""
+    objectives = []
+    for name, batch in taken.items():
+        weight = pretraining_fraction if name == "pretrain_loss" else 1.0 - pretraining_fraction
+        objectives.append(
+            Objective(
+                batches=batch.batches,
+                loss=NegativeLogLikelihood(batch.num_targets, name),
+                scale=weight if len(taken) > 1 else 1.0,
+            )
+        )
+    return objectives
 
 
 def _validate(network: Network, units: dict[str, Units], budget: int) -> dict[str, float]:

@@ -1,14 +1,18 @@
 """Phase 5 of PPO, update: the optimizer steps of policy and critic on an iteration's episodes."""
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from engine.advantage import Advantages
+from engine.advantage import Advantages, unsound_clause
 from engine.data.batches import PackedBatch
 from engine.data.examples import Example
-from engine.feed import Feed, pack_for, step_batch
+from engine.evidence.keeper import Evidence
+from engine.feed import Feed, StepBatch, pack_for, step_batch
 from engine.losses import ClippedPolicyLoss, NegativeLogLikelihood, clipped_value_loss
 from engine.ranks.seeds import seed_for_step
 from engine.rollout import Rollout
@@ -22,7 +26,7 @@ from engine.training.skipped import SkippedSteps
 from kernels.moments import Whitening
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Learner:
     """What learns in PPO, and the pretraining text it must not forget."""
 
@@ -31,11 +35,33 @@ class Learner:
     ema: EMA
     pretraining: Feed | None
     """None without ptx."""
+    evidence: Evidence | None = None
+    """Keeps steps that are skipped, and says so."""
+
+    @functools.cached_property
+    def rollouts(self) -> SkippedSteps:
+        """Iterations without any step, as what they were to learn from was not finite."""
+        return SkippedSteps(limit=self.policy.config.max_skipped_steps)
+
+    def begin(self, progress: Mapping[str, Any], evidence: Evidence) -> Evidence:
+        """Continue where a checkpoint's progress was saved, and keep evidence; return that."""
+        self.rollouts.load_state_dict(progress.get("skipped_rollouts", {}))
+        self.evidence = evidence
+        return evidence
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it adds to a checkpoint's progress."""
+        return {"skipped_rollouts": self.rollouts.state_dict()}
+
+    def num_learned(self, rollout: Rollout) -> int:
+        """Return of how many responses of the iteration's rollout it has learned."""
+        return 0 if self.rollouts.in_a_row else len(rollout)
 
     @property
     def skipped(self) -> dict[str, SkippedSteps]:
-        """The skipped steps of both networks."""
-        return {"policy": self.policy.skipped, "critic": self.critic.skipped}
+        """The skipped steps of both networks, and the skipped iterations."""
+        networks = {"policy": self.policy.skipped, "critic": self.critic.skipped}
+        return {**networks, "rollouts": self.rollouts}
 
 
 def learning_examples(rollout: Rollout, scored: Scored, advantages: Advantages) -> list[Example]:
@@ -54,6 +80,35 @@ def learning_examples(rollout: Rollout, scored: Scored, advantages: Advantages) 
     ]
 
 
+def learn(
+    learner: Learner,
+    config: PPOConfig,
+    rollout: Rollout,
+    scored: Scored,
+    advantages: Advantages,
+    iteration: int,
+) -> dict[str, float]:
+    """Learn from a rollout, and return what the optimizer steps say together.
+
+    Where a number of it is not finite no step is taken: it would be in the whitening of all. The
+    samples are named then, and a few such iterations in a row end the run.
+    """
+    examples = learning_examples(rollout, scored, advantages)
+    # On the host already: nothing waits.
+    columns = [column for example in examples for column in example.fields.values()]
+    is_sound = all(bool(np.isfinite(column).all()) for column in columns)
+    decode = str if learner.evidence is None else learner.evidence.run.tokenizer.decode
+    clause = "" if is_sound else unsound_clause(rollout, scored, advantages, decode)
+    learner.rollouts.count(was_skipped=not is_sound, is_explained=False, reason=clause)
+    counts = {"update/skipped_rollouts": float(learner.rollouts.total)}
+    if not is_sound:
+        if learner.evidence is not None:
+            message = f"{clause}. No optimizer step was taken, and the KL coefficient stays"
+            learner.evidence.tell("skipped_rollout", message)
+        return counts
+    return run_updates(learner, config, examples, advantages.whitening, iteration) | counts
+
+
 def run_updates(
     learner: Learner,
     config: PPOConfig,
@@ -70,11 +125,27 @@ def run_updates(
     for step, chosen in minibatches(config, iteration):
         minibatch = [examples[i] for i in chosen]
         updates.append(update(learner, config, minibatch, whitening, step=step))
+        if learner.evidence is not None:
+            _keep_evidence(learner.evidence, learner, minibatch, whitening, step)
         if any(skipped.is_stuck for skipped in learner.skipped.values()):
             break
     for optimizer in (learner.policy, learner.critic):
         optimizer.network.settle()
     return merge_updates(updates)
+
+
+def _keep_evidence(
+    evidence: Evidence,
+    learner: Learner,
+    minibatch: list[Example],
+    whitening: Whitening | None,
+    step: int,
+) -> None:
+    if any(s.begins_row or s.begins_search for s in learner.skipped.values()):
+        numbers = {} if whitening is None else {n: float(v) for n, v in whitening._asdict().items()}
+        text = {} if learner.pretraining is None else {"ptx": learner.pretraining.chosen(step)}
+        evidence.look(step, "policy", {"episodes": minibatch, **text}, numbers)
+        evidence.look(step, "critic", {"episodes": minibatch})
 
 
 def update(
@@ -127,14 +198,26 @@ def policy_gradient(
 
     Both are means over tokens; the paper does not state the reduction that makes 27.8 meaningful.
     """
+    text = None if learner.pretraining is None else learner.pretraining.step(step)
+    objectives = policy_objectives(config, batches, num_targets, whitening, text)
+    return accumulate(learner.policy.network, objectives)
+
+
+def policy_objectives(
+    config: PPOConfig,
+    batches: list[PackedBatch],
+    num_targets: torch.Tensor,
+    whitening: Whitening | None,
+    text: StepBatch | None,
+) -> list[Objective]:
+    """Return the terms of the policy's loss: of the minibatch, and of the pretraining text."""
     policy_loss = ClippedPolicyLoss(
         num_targets=num_targets, cliprange=config.cliprange, whitening=whitening
     )
     objectives = [
         Objective(batches=batches, loss=policy_loss, temperature=config.sampling.temperature)
     ]
-    if learner.pretraining is not None:
-        text = learner.pretraining.step(step)
+    if text is not None:
         objectives.append(
             Objective(
                 batches=text.batches,
@@ -142,7 +225,7 @@ def policy_gradient(
                 scale=config.ptx_coef,
             )
         )
-    return accumulate(learner.policy.network, objectives)
+    return objectives
 
 
 def minibatches(config: PPOConfig, iteration: int) -> list[tuple[int, list[int]]]:

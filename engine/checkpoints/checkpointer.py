@@ -22,6 +22,8 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +51,7 @@ from engine.training.ema import EMA
 from engine.training.finite import check_finite
 from engine.training.network import Network
 from engine.training.optimizer import Optimizer
+from engine.training.skipped import naming_the_last_good
 
 # Seconds that a run which ends by an error waits for the save in flight, our choice: a rank that is
 # gone never ends its part of it.
@@ -159,6 +162,14 @@ class Checkpointer:
             draft.add_network(role, network, None, self.tokenizer_fingerprint)
         self._start(draft)
 
+    def save_beside(self, draft: Draft, roles: Sequence[str]) -> None:
+        """Write a draft with the weights of some networks, finite or not; it is no checkpoint of
+        the run, and is on the disk when this returns. UserError where it cannot be written."""
+        for role in roles:
+            draft.add_network(role, self.networks[role], None, self.tokenizer_fingerprint)
+        self._start(draft)
+        self.finish()
+
     def finish(self) -> None:
         """Wait until what was saved is on the disk; raises UserError, on all ranks alike, where it
         could not be written. All ranks call together.
@@ -180,6 +191,11 @@ class Checkpointer:
         return said_by_first_rank(
             lambda: str(pointed_checkpoint(latest)) if latest.exists() else ""
         )
+
+    def named_after(self, where: str) -> AbstractContextManager[None]:
+        """Run a block whose FloatingPointError becomes a UserError that says how far the run is, in
+        `where`, and names the newest checkpoint; all ranks raise it alike."""
+        return naming_the_last_good(where, self.newest)
 
     def select(self, name: str) -> None:
         """Make `name` the checkpoint that whoever is given the run's folder loads, in place of the

@@ -27,6 +27,8 @@ class Draft:
     """Of this rank."""
     texts: dict[str, str] = dataclasses.field(default_factory=dict)
     """What the first rank writes, by the names within the checkpoint."""
+    blobs: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    """What it writes besides that is no text."""
     counts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """By network: its optimizer's counts."""
 

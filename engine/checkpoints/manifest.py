@@ -138,9 +138,8 @@ def digest_of_file(path: Path) -> FileDigest:
     return FileDigest(bytes=num_bytes, xxh3_128=state.hexdigest())
 
 
-def digest_of_text(text: str) -> FileDigest:
-    """Return the bytes and checksum of a file with that text."""
-    content = text.encode()
+def digest_of_bytes(content: bytes) -> FileDigest:
+    """Return the bytes and checksum of a file with that content."""
     return FileDigest(bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
 
 

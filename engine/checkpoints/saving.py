@@ -23,7 +23,7 @@ from engine.checkpoints.index import INDEX, Index, IndexedTensor, TensorPiece, i
 from engine.checkpoints.manifest import (
     FileDigest,
     Manifest,
-    digest_of_text,
+    digest_of_bytes,
     write_manifest,
 )
 from engine.checkpoints.tensor_file import STORED_DTYPES, TensorFile, write_tensors
@@ -199,13 +199,14 @@ def _complete(draft: Draft, told: Sequence[dict[str, Any]]) -> None:
     for role, counts in draft.counts.items():
         tensors = {name: _tensor(entries) for name, entries in pieces[role].items()}
         texts[f"{role}/{INDEX}"] = index_text(Index(tensors=tensors, counts=counts))
-    for name, text in texts.items():
+    contents = {name: text.encode() for name, text in texts.items()} | draft.blobs
+    for name, content in contents.items():
         path = draft.partial / name
         path.parent.mkdir(exist_ok=True)
         with path.open("xb") as stream:
-            stream.write(text.encode())
+            stream.write(content)
             sync(stream)
-        files[name] = digest_of_text(text)
+        files[name] = digest_of_bytes(content)
     for role in draft.counts:
         sync_folder(draft.partial / role)
     write_manifest(draft.partial, Manifest(step=draft.step, files=files))

@@ -17,13 +17,15 @@ def load_weights(
     role: str,
     tokenizer_fingerprint: str = "",
     strict: bool = False,
+    must_be_finite: bool = True,
 ) -> None:
     """Load the weights of the network `role` found at `path` into `network`, whatever layout wrote
     them.
 
     path is a run, one of its checkpoints, or a network's folder in one; strict as in network_at. A
     language model loads into the trunk of a scalar network, whose head stays as initialised. Raises
-    UserError for what is missing, damaged or of another shape.
+    UserError for what is missing, damaged or of another shape; where must_be_finite, also for
+    weights that are not.
     """
     found = network_at(path, role, strict=strict)
     check_description(found, network, tokenizer_fingerprint)
@@ -36,7 +38,8 @@ def load_weights(
         parts = [part for part in parts if not part.shard.name.startswith("scalar_head.")]
     read_shared(parts, found.folder, found.index, network.parallel)
     network.mark_changed()
-    check_finite(network, not_finite_message(found.folder))
+    if must_be_finite:
+        check_finite(network, not_finite_message(found.folder))
 
 
 def not_finite_message(folder: Path) -> str:

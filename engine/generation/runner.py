@@ -142,7 +142,8 @@ class Runner:
             sequence = flight.step.sampled[int(is_broken.argmax())]
             raise FloatingPointError(
                 f"the logits of sample {sequence.sample_index} are not finite after "
-                f"{len(sequence.tokens)} tokens: the weights hold NaN or infinity"
+                f"{len(sequence.tokens)} tokens: the weights hold NaN or infinity, or are too "
+                "large for their dtype"
             )
         return [
             (row[:num_tokens], row_logprobs[:num_tokens])

@@ -23,13 +23,20 @@ class SaveConfig:
     """That with the lowest value of this metric is kept besides, such as valid/loss; none: none."""
     keep_highest: str = ""
     """That with the highest value of this metric is kept besides, such as score/reward_mean."""
+    keep_skipped: int = 2
+    """Skipped steps, the last so many, whose batch and weights are kept in RUN/skipped, for
+    recipes/replay.py; of several in a row the first. Our choice, as of checkpoints; 0: none."""
     save_in_background: bool = True
     """Train on while a checkpoint is written, from a copy in host memory."""
     strict: bool = False
     """Refuse a damaged newest checkpoint, instead of going on from the newest whole one."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, counts="keep", not_negative="save_every save_every_minutes keep_every")
+        check_numbers(
+            self,
+            counts="keep",
+            not_negative="save_every save_every_minutes keep_every keep_skipped",
+        )
         for name in ("keep_lowest", "keep_highest"):
             metric = getattr(self, name)
             if metric and not (metric.isprintable() and "/" in metric):

@@ -4,6 +4,7 @@ gradients of which parameters on which ranks."""
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,7 +67,10 @@ def diagnose(network: Network, metrics: StepMetrics) -> Diagnosis:
         for name, value in losses_in(metrics).items()
         if not math.isfinite(float(value))
     }
-    gradients = {name: p.main_grad for name, p in named_weights(network) if p.requires_grad}
+    gradients: dict[str, Tensor] = {
+        name: parameter.main_grad  # type: ignore[attr-defined]
+        for name, parameter in named_weights(network)
+    }
     found = [broken, _not_finite(gradients)]
     gathered: list[list] = [[]] * dist.get_world_size()
     dist.all_gather_object(gathered, found)
@@ -92,7 +96,7 @@ def layer_named(module: torch.nn.Module, name: str) -> str:
     number, _, rest = rest.partition(".")
     if not number:
         return name
-    layer = module.get_submodule(f"{head}decoder.layers.{number}")
+    layer: Any = module.get_submodule(f"{head}decoder.layers.{number}")
     return f"{head}decoder.layers.{layer.layer_number - 1}" + (f".{rest}" if rest else "")
 
 

@@ -32,13 +32,11 @@ class StepResult:
     """What one optimizer step did."""
 
     grad_norm: float
-    """Global gradient norm before clipping; inf or nan where a gradient or a loss was not finite."""
+    """Global gradient norm before clipping; inf or nan where a gradient or loss was not finite."""
     lr: float
     """Learning rate of the step."""
     was_skipped: bool
     """True when the norm was not finite, and everything stayed as it was."""
-    loss_scale: float = 1.0
-    """What the step's losses were multiplied by; other than 1 in fp16 alone."""
 
 
 class Optimizer:
@@ -51,6 +49,7 @@ class Optimizer:
         network.settle()  # all ranks hold the same: the first pass has nothing to wait for
         self.megatron = _distributed_adam(network, config)
         self.skipped = SkippedSteps(limit=config.max_skipped_steps)
+        self.loss_scale = 1.0  # of the last step; other than 1 in fp16 alone
         self._use_fused_kernel()
         self._is_counted = self._counted_masters()
         self._await_state: Callable[[], None] = _at_hand
@@ -93,6 +92,7 @@ class Optimizer:
         self.schedule.step(0)  # writes the learning rate of num_steps into the parameter groups
         with self.network.parallel.active():
             norm, loss_scale = self._read_norm(metrics or {})
+            self.loss_scale = loss_scale
             is_finite = math.isfinite(norm)
             for optimizer in self._distributed():
                 if optimizer.grad_scaler is not None:
@@ -111,7 +111,7 @@ class Optimizer:
             reason="" if found is None else str(found),
         )
         lr = self.megatron.param_groups[0]["lr"]
-        return StepResult(grad_norm=norm, lr=lr, was_skipped=not is_finite, loss_scale=loss_scale)
+        return StepResult(grad_norm=norm, lr=lr, was_skipped=not is_finite)
 
     @property
     def is_scaled(self) -> bool:
@@ -126,7 +126,7 @@ class Optimizer:
             "lr": result.lr,
         }
         if self.is_scaled:
-            values["loss_scale"] = result.loss_scale
+            values["loss_scale"] = self.loss_scale
             values["scale_search_steps"] = float(self.skipped.num_searching)
         return values
 

@@ -1,13 +1,20 @@
-"""Steps that were not taken because a gradient was not finite: how many, and when they end a run.
+"""Steps that were not taken because something was not finite: how many, and when they end a run.
 
 A skipped step leaves weights, moments and averages as they were, so one bad batch costs a step and
 no more. What comes again and again is no bad batch: the run ends, with its checkpoints as they are.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from engine.errors import UserError
+
+_ADVICE = (
+    "To try: lower the learning rate, use bf16 or fp32 in place of fp16, take bad records out of "
+    "the data, or go on from an earlier checkpoint: its name in checkpoints/latest is where a run "
+    "resumes"
+)
 
 
 @dataclass(kw_only=True)
@@ -22,25 +29,37 @@ class SkippedSteps:
     num_searching: int = 0
     """Those of the total in which fp16 looked for its loss scale."""
     reason: str = ""
-    """What was not finite in the last step, where that is held against the run."""
+    """What was not finite in the last step; "" where it was taken."""
+    is_searching: bool = False
+    """Whether the last step was skipped as fp16 looked for its loss scale."""
 
     @property
     def is_stuck(self) -> bool:
         """Whether so many were skipped in a row that the run is to end."""
         return self.in_a_row >= self.limit
 
+    @property
+    def begins_row(self) -> bool:
+        """Whether the last step was skipped, and is the first of a row that may end the run."""
+        return self.in_a_row == 1 and bool(self.reason) and not self.is_searching
+
+    @property
+    def begins_search(self) -> bool:
+        """Whether the last step is the run's first that fp16 skipped to find its loss scale."""
+        return self.num_searching == 1 and self.is_searching
+
     def count(self, *, was_skipped: bool, is_explained: bool, reason: str = "") -> None:
         """Count a step. is_explained: a smaller loss scale may be all that it wants; fp16 looks for
         its scale so, which can take a dozen steps, and they are not held against the run."""
         self.total += was_skipped
-        self.reason = ""
+        self.reason = reason if was_skipped else ""
+        self.is_searching = was_skipped and is_explained
         if not was_skipped:
             self.in_a_row = 0
         elif is_explained:
             self.num_searching += 1
         else:
             self.in_a_row += 1
-            self.reason = reason
 
     def state_dict(self) -> dict[str, int]:
         """Return what a resume continues from."""
@@ -56,6 +75,24 @@ class SkippedSteps:
         self.num_searching = state.get("num_searching", 0)
 
 
+@contextlib.contextmanager
+def naming_the_last_good(where: str, newest: Callable[[], str]) -> Iterator[None]:
+    """Run a block, and raise its FloatingPointError as a UserError. That says how far the run is,
+    what to go back to, and what to try. All ranks must have the error alike."""
+    try:
+        yield
+    except FloatingPointError as error:
+        message = f"{where}: {error}. {_kept(newest)}\n{_ADVICE}"
+    else:
+        return
+    raise UserError(message)
+
+
+def _kept(newest: Callable[[], str]) -> str:
+    found = newest()
+    return f"The last checkpoint is {found}." if found else "No checkpoint has been written yet."
+
+
 def end_if_stuck(where: str, newest: Callable[[], str], **networks: SkippedSteps) -> None:
     """Raise UserError where optimizer steps of one of the networks were skipped too often in a row:
     on all ranks alike, since they count the same.
@@ -65,14 +102,15 @@ def end_if_stuck(where: str, newest: Callable[[], str], **networks: SkippedSteps
     """
     for name, skipped in networks.items():
         if skipped.is_stuck:
-            found = newest()
-            kept = (
-                f"The last good checkpoint is {found}." if found else "None has been written yet."
-            )
+            if name == "rollouts":
+                what, how = "what responses are learned from was", "iterations"
+            else:
+                what, how = f"the loss or gradient of the {name} was", "optimizer steps"
+            last = f" In the last, {skipped.reason}." if skipped.reason else ""
             raise UserError(
-                f"{where}: the gradient of the {name} was not finite in {skipped.in_a_row} "
-                "optimizer steps in a row, which were skipped and left the weights as they were. "
-                f"{kept}\nFind out what was not finite first (metrics.jsonl has null for it); then "
-                "lower the learning rate, use bf16 or fp32 in place of fp16, or take bad records "
-                "out of the data. To pass over more steps, raise the optimizer's max_skipped_steps"
+                f"{where}: {what} not finite in {skipped.in_a_row} {how} in a row, which were "
+                f"skipped and left the weights as they were.{last} {_kept(newest)}\nFind out what "
+                "was not finite first: recipes/replay.py reruns the first optimizer step of a row, "
+                f"which lies in the run's folder skipped. {_ADVICE}. To pass over more, raise the "
+                "optimizer's max_skipped_steps"
             )

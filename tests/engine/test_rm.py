@@ -9,7 +9,6 @@ import torch
 from engine.checkpoints.weights import load_weights
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import UserError
 from engine.feed import pack_for
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
@@ -87,7 +86,7 @@ def test_16_bit_run_ends_with_demonstrations_at_zero(dtype: str, tiny: Path, tmp
 
 def test_scores_that_are_not_finite_are_not_shifted_to_zero(parallel: Parallel):
     network = random_network("scalar", parallel)
-    with pytest.raises(UserError, match="demonstrations score nan"):
+    with pytest.raises(FloatingPointError, match="demonstrations score nan"):
         shift_bias(network, Optimizer(network, AdamConfig(), total_steps=9), math.nan)
 
 

@@ -32,7 +32,7 @@ models/attention.PackedAttention.forward models/readouts.Logprobs.read
 models/vocab_parallel.vocab_parallel_linear_logprobs
 kernels/linear_logprobs.shard_linear_logprobs models/attention.PackedSequences.join
 advantage.estimate_advantages kernels/gae.gae kernels/moments.whitening
-update.learning_examples update.run_updates feed.step_batch training/passes.accumulate
+update.learn feed.step_batch training/passes.accumulate
 losses.ClippedPolicyLoss.token_loss models/readouts.TokenLosses.read
 models/vocab_parallel.vocab_parallel_linear_logprobs_loss
 kernels/linear_logprobs.shard_linear_logprobs_loss

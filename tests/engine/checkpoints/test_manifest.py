@@ -12,8 +12,8 @@ from engine.checkpoints.manifest import (
     FileDigest,
     Manifest,
     check_files,
+    digest_of_bytes,
     digest_of_file,
-    digest_of_text,
     read_manifest,
     write_manifest,
 )
@@ -32,7 +32,7 @@ def written(folder: Path, step: int | None = 3, **files: str) -> Manifest:
         path = folder / name.replace("__", "/")
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(text)
-        found[name.replace("__", "/")] = digest_of_text(text)
+        found[name.replace("__", "/")] = digest_of_bytes(text.encode())
     manifest = Manifest(step=step, files=found)
     write_manifest(folder, manifest)
     return manifest
@@ -48,13 +48,13 @@ def write_wrapped(folder: Path, content: object) -> None:
 def test_digest_is_the_length_and_xxh3_of_the_bytes(tmp_path: Path):
     (tmp_path / "empty").touch()
     assert digest_of_file(tmp_path / "empty") == FileDigest(bytes=0, xxh3_128=EMPTY)
-    assert digest_of_text("") == FileDigest(bytes=0, xxh3_128=EMPTY)
+    assert digest_of_bytes(b"") == FileDigest(bytes=0, xxh3_128=EMPTY)
     (tmp_path / "large").write_bytes(b"\xc3\xa9" * (3 << 20))  # more than is hashed at a time
     expected = FileDigest(
         bytes=6 << 20, xxh3_128=xxhash.xxh3_128_hexdigest(b"\xc3\xa9" * (3 << 20))
     )
     assert digest_of_file(tmp_path / "large") == expected
-    assert digest_of_text("é" * (3 << 20)) == expected
+    assert digest_of_bytes("é".encode() * (3 << 20)) == expected
 
 
 @pytest.mark.parametrize("step", [None, 0, 12])

@@ -1,0 +1,77 @@
+"""What is kept of a step that was skipped, as files beside the weights that it left as they were.
+
+    case.json          stage, step, network, and what was not finite
+    batch.safetensors  units of its global batch, which any layout packs
+    config.json        the run's settings
+
+No file of them can run code.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError, quoted
+from engine.files import read_object
+
+CASE, BATCH, CONFIG = "case.json", "batch.safetensors", "config.json"
+"""The names of the files."""
+_FORMAT = 1
+_STAGES = ("sft", "rm", "ppo")
+_ROLES = ("policy", "critic", "reward_model")
+_LARGEST = 1 << 53  # of a step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step of one network's optimizer that was skipped."""
+
+    stage: str
+    """sft, rm or ppo."""
+    step: int
+    """Of the run, from 0; PPO's minibatches counted through."""
+    role: str
+    """Of the network in the run."""
+    reason: str
+    """What was not finite."""
+    loss_scale: float = 1.0
+    """What the losses were multiplied by."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """What the loss took besides the batch, such as the whitening of the advantages."""
+
+    @property
+    def name(self) -> str:
+        """Return the name of the case's folder."""
+        return f"step_{self.step:08d}_{self.role}"
+
+    def as_text(self) -> str:
+        """Return the case as JSON."""
+        return json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n"
+
+
+def read_case(folder: Path) -> Case:
+    """Return the case in a folder; raises UserError."""
+    path = folder / CASE
+    found = read_object(path, max_bytes=1 << 20)
+    if found.pop("format", None) != _FORMAT:
+        raise UserError(f"{path}: not a skipped step of format {_FORMAT}")
+    numbers = found.get("numbers")
+    checks = {
+        "stage": found.get("stage") in _STAGES,
+        "role": found.get("role") in _ROLES,
+        "step": type(found.get("step")) is int and 0 <= found["step"] <= _LARGEST,
+        "reason": type(found.get("reason")) is str,
+        "loss_scale": _is_number(found.get("loss_scale")) and found["loss_scale"] > 0,
+        "numbers": isinstance(numbers, dict) and all(map(_is_number, numbers.values())),
+    }
+    wrong = [name for name, is_right in checks.items() if not is_right]
+    if wrong or found.keys() != checks.keys():
+        name = (wrong or sorted(found.keys() - checks.keys()))[0]
+        raise UserError(f"{path}: {quoted(name)} cannot be {quoted(found.get(name))}")
+    return Case(**found)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and math.isfinite(value))

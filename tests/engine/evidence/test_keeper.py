@@ -1,0 +1,106 @@
+"""Skipped steps are said once a row and kept, a few of them; nothing half is left behind."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.settings.numerics import Numerics
+from engine.settings.saving import SaveConfig
+from tests.engine.training.test_skipped import spoil
+from tests.tiny import ADAM, Killed, sft_config, train, weights_of
+
+
+def alarms_of(run: Path) -> list[dict]:
+    path = run / "alarms.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def kept_in(run: Path) -> list[str]:
+    folder = run / "skipped"
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_first_step_of_a_row_is_said_and_kept_with_the_weights_that_it_left(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    spoil(monkeypatch, "language", [0, 1])
+    train(sft_config(tiny, tmp_path))
+    (alarm,) = (a for a in alarms_of(tmp_path) if a["name"] == "skipped_step")
+    assert alarm["step"] == 0 and "step 0 of the policy was skipped" in alarm["message"]
+    assert str(tmp_path / "skipped" / "step_00000000_policy") in alarm["message"]
+    assert kept_in(tmp_path) == ["step_00000000_policy"]
+    kept, began = (
+        weights_of(tmp_path / "skipped" / "step_00000000_policy", "policy"),
+        weights_of(tiny / "policy", "policy"),
+    )
+    assert all(torch.equal(kept[name], began[name]) for name in began)
+    files = {path.name for path in (tmp_path / "skipped" / "step_00000000_policy").iterdir()}
+    assert files == {"batch.safetensors", "case.json", "config.json", "manifest.json", "policy"}
+
+
+def test_last_few_rows_are_kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    spoil(monkeypatch, "language", [0, 2, 4])
+    saving = SaveConfig(keep_skipped=2)
+    train(sft_config(tiny, tmp_path, epochs=1.4, saving=saving))
+    assert kept_in(tmp_path) == ["step_00000002_policy", "step_00000004_policy"]
+    assert len([a for a in alarms_of(tmp_path) if a["name"] == "skipped_step"]) == 3
+
+
+def test_none_is_kept_where_none_is_asked_for(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    spoil(monkeypatch, "language", [0])
+    train(sft_config(tiny, tmp_path, saving=SaveConfig(keep_skipped=0)))
+    assert kept_in(tmp_path) == [] and "Nothing of it is kept" in alarms_of(tmp_path)[0]["message"]
+
+
+def test_search_for_fp16s_loss_scale_is_said_once_and_never_kept(tiny: Path, tmp_path: Path):
+    data = dataclasses.replace(sft_config(tiny, tmp_path).data, pretraining_fraction=0.0)
+    config = sft_config(tiny, tmp_path, epochs=2.0, numerics=Numerics(dtype="fp16"), data=data)
+    with pytest.MonkeyPatch.context() as patch:
+        spoil(patch, "language", [1, 2, 3], math.inf)
+        train(config)
+    said = [a for a in alarms_of(tmp_path) if a["name"] == "loss_scale_search"]
+    assert len(said) == 1 and "is said once" in said[0]["message"]
+    assert kept_in(tmp_path) == []
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["train/scale_search_steps"] >= 3
+    scales = [row["train/loss_scale"] for row in rows]
+    assert scales[0] == 2.0**16 > scales[-1]
+
+
+def test_a_full_disk_costs_the_evidence_and_not_the_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    spoil(monkeypatch, "language", [0])
+    (tmp_path / "skipped").write_text("a file where the folder would be")
+    train(sft_config(tiny, tmp_path))
+    assert "It could not be kept: " in alarms_of(tmp_path)[0]["message"]
+    assert (tmp_path / "checkpoints" / "latest").exists()
+
+
+def test_what_a_killed_run_left_half_is_cleared(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def kill(*_: object) -> str:
+        raise Killed
+
+    config = sft_config(tiny, tmp_path)
+    with monkeypatch.context() as patch:
+        spoil(patch, "language", [0])
+        patch.setattr("engine.checkpoints.saving._complete", kill)
+        patch.setattr("engine.checkpoints.saving.shutil.rmtree", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            train(config)
+    assert kept_in(tmp_path) == ["step_00000000_policy.partial"]
+    train(config)
+    assert kept_in(tmp_path) == []
+
+
+def test_evidence_is_silent_of_a_sound_run(tiny: Path, tmp_path: Path):
+    train(sft_config(tiny, tmp_path, adam=dataclasses.replace(ADAM, max_skipped_steps=1)))
+    assert alarms_of(tmp_path) == [] and kept_in(tmp_path) == []
