@@ -108,7 +108,7 @@ class End:
     codes: list[int]
     """Exit codes by rank."""
     lines: list[str]
-    """By rank: the line of a save that it stood at, where lines are watched; "" outside of saves."""
+    """By rank: the line of a save that it stood at, "" outside of them or where none is watched."""
     phases: list[str]
     """By rank: the part of its life that it was in."""
     steps: tuple[int, int] | None
