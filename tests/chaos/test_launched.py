@@ -1,5 +1,5 @@
-"""Recipes as they are started, alone or by torchrun, that are struck from without: while they import
-what they need, meet, train or save; torchrun's own process too."""
+"""Recipes as they are started, alone or by torchrun, struck from without: while they import what
+they need, meet, train or save; torchrun's own process too."""
 
 import dataclasses
 import os
