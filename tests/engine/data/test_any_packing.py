@@ -203,6 +203,8 @@ def test_order_covers_all_in_as_few_steps_as_it_says(
     drawn = [index for step in steps for index in step]
     seen = [drawn[n : n + num_examples] for n in range(0, len(drawn), num_examples)]
     assert all(len(set(epoch)) == len(epoch) for epoch in seen)  # none twice before all came once
+    whole = [tuple(epoch) for epoch in seen if len(epoch) == num_examples]
+    assert num_examples < 12 or len(set(whole)) == len(whole)  # each epoch in an order of its own
     assert set(drawn) <= set(range(num_examples))
     assert num_steps >= 1 and len(drawn) >= epochs * num_examples * (1 - 1e-12)
     assert order.epoch(num_steps - 1) < epochs <= order.epoch(num_steps) * (1 + 1e-12)
