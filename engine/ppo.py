@@ -5,11 +5,11 @@ from pathlib import Path
 from engine.advantage import KLController, estimate_advantages
 from engine.alarms import Alarms
 from engine.checkpoints.checkpointer import Checkpointer
+from engine.checkpoints.course import Course
 from engine.checkpoints.found import check_named_size, size_of
 from engine.checkpoints.weights import load_weights
 from engine.data.batches import EpochOrder
-from engine.data.examples import Example
-from engine.data.prompts import prompt_examples, read_prompts
+from engine.data.prompts import load_prompts
 from engine.errors import UserError
 from engine.feed import Feed
 from engine.metrics import PPO_HEADLINE, Metrics
@@ -43,9 +43,19 @@ def train(config: PPOConfig) -> dict[str, float]:
     # Build. The critic starts from the reward model.
     policy = _load("language", config.policy, "policy", config, run)
     critic = _load("scalar", config.reward_model, "reward_model", config, run)
-    prompts, notes = _load_prompts(config, run, policy)
-    policy_optimizer = Optimizer(policy, config.adam, total_steps=config.iterations)
-    critic_optimizer = Optimizer(critic, config.critic_adam, total_steps=config.iterations)
+    prompts, notes = load_prompts(
+        config.data.prompts,
+        run.tokenizer,
+        max_prompt_length=_longest_prompt(config, policy),
+        prompt_suffix=config.data.prompt_suffix,
+        skip_bad_lines=config.data.skip_bad_lines,
+    )
+    policy_optimizer = Optimizer(
+        policy, config.adam, total_steps=config.iterations, spikes=config.spikes
+    )
+    critic_optimizer = Optimizer(
+        critic, config.critic_adam, total_steps=config.iterations, spikes=config.spikes
+    )
     learner = Learner(
         policy=policy_optimizer,
         critic=critic_optimizer,
@@ -70,13 +80,13 @@ def train(config: PPOConfig) -> dict[str, float]:
         ema=learner.ema,
         saving=config.saving,
         tokenizer_fingerprint=run.tokenizer.fingerprint(),
+        goes_back=config.spikes.policy == "rewind",
     )
     progress = checkpointer.resume() or {"step": 0}
+    keeps = {"kl_coef": kl, "alarms": alarms}
+    course = Course(checkpointer, config.spikes, progress, config.iterations, keeps)
     run.write_settings(config)
     run.leave_if_asked()
-    kl.coef = progress.get("kl_coef", kl.coef)
-    if "alarms" in progress:
-        alarms.load_state_dict(progress["alarms"])
     values: dict[str, float] = progress.get("metrics", {})
 
     metrics = Metrics(
@@ -88,9 +98,9 @@ def train(config: PPOConfig) -> dict[str, float]:
     )
     with metrics, checkpointer:
         metrics.note(*notes, policy.attention)
-        for iteration in range(progress["step"], config.iterations):
+        for iteration in course:
             # 1 prompt
-            batch = [prompts[i] for i in order.indices(iteration)]
+            batch = [prompts[i] for i in order.indices(course.position)]
             with metrics.phase("rollout"), residency.rollout() as generator:  # 2
                 rollout = generate_rollout(
                     generator,
@@ -98,7 +108,7 @@ def train(config: PPOConfig) -> dict[str, float]:
                     config.sampling,
                     eos_id=run.tokenizer.eos_id,
                     seed=config.seed,
-                    first_sample_index=iteration * config.rollout_batch_size,
+                    first_sample_index=course.position * config.rollout_batch_size,
                 )
             with metrics.phase("score"), residency.score():  # 3
                 scored = score_rollout(
@@ -113,7 +123,9 @@ def train(config: PPOConfig) -> dict[str, float]:
                 advantages = estimate_advantages(rollout, scored, config, kl_coef=kl.coef)
             with metrics.phase("update"), residency.update():  # 5
                 examples = learning_examples(rollout, scored, advantages)
-                updated = run_updates(learner, config, examples, advantages.whitening, iteration)
+                updated = run_updates(
+                    learner, config, examples, advantages.whitening, iteration, course.passed_over
+                )
             # 6 record
             seconds = metrics.phase_seconds
             values = rollout.metrics(seconds["rollout"]) | scored.metrics(rollout)
@@ -126,14 +138,15 @@ def train(config: PPOConfig) -> dict[str, float]:
             metrics.log(iteration, values)
             metrics.log_alarms(iteration, alarms.check(values))
             end_if_stuck(f"iteration {iteration}", checkpointer.newest, **learner.skipped)
+            if course.set_back(metrics):
+                continue
             is_last = iteration + 1 == config.iterations
             if is_last or iteration % config.show_every == 0:
                 samples = scored.samples(rollout, run.tokenizer, config.num_shown)
                 metrics.log_samples(iteration, samples)
             boundary = checkpointer.boundary(iteration + 1, is_last=is_last)
             if boundary.saves:
-                state = {"kl_coef": kl.coef, "alarms": alarms.state_dict(), "metrics": values}
-                checkpointer.save(iteration + 1, state)
+                checkpointer.save(iteration + 1, {"metrics": values, **course.state_dict()})
             if boundary.leaves:
                 checkpointer.finish()
                 run.leave(iteration + 1)
@@ -198,24 +211,15 @@ def _parallel_of(kind: Kind, config: PPOConfig, run: Run) -> Parallel:
         raise UserError(f"critic_layout: {error}") from None
 
 
-def _load_prompts(config: PPOConfig, run: Run, policy: Network) -> tuple[list[Example], list[str]]:
-    """Return the prompts that leave room for a whole response, and what reading them is to be told
-    about."""
-    data = config.data
-    texts, report = read_prompts(data.prompts, skip_bad_lines=data.skip_bad_lines)
+def _longest_prompt(config: PPOConfig, policy: Network) -> int:
+    """Return the tokens of the longest prompt that is kept: it leaves room for a whole response."""
     room = policy.size.context_length - config.sampling.max_new_tokens
     if room < 1:
         raise UserError(
             f"sampling.max_new_tokens {config.sampling.max_new_tokens} leaves no room for a prompt "
             f"in the context of {policy.size.context_length}"
         )
-    prompts, lengths = prompt_examples(
-        texts,
-        run.tokenizer,
-        max_prompt_length=min(data.max_prompt_tokens, room),
-        prompt_suffix=data.prompt_suffix,
-    )
-    return prompts, [f"{data.prompts}: {report}; {lengths}"]
+    return min(config.data.max_prompt_tokens, room)
 
 
 def _pretraining_feed(config: PPOConfig, run: Run, policy: Network) -> Feed | None:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from engine.checkpoints.checkpointer import Checkpointer
+from engine.checkpoints.course import Course
 from engine.checkpoints.found import size_of
 from engine.checkpoints.weights import load_weights
 from engine.data.comparisons import comparison_examples, read_comparisons
@@ -23,6 +24,7 @@ from engine.settings.rm import RMConfig
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward, forward_backward
+from engine.training.recheck import checked_gradients
 from engine.training.reduce import reduce_metrics
 from engine.training.skipped import end_if_stuck
 
@@ -61,7 +63,7 @@ def train(config: RMConfig) -> dict[str, float]:
         parallel=parallel,
     )
     num_steps = feed.order.num_steps(config.epochs)
-    optimizer = Optimizer(network, config.adam, total_steps=num_steps)
+    optimizer = Optimizer(network, config.adam, total_steps=num_steps, spikes=config.spikes)
     checkpointer = Checkpointer(
         directory=run.checkpoints,
         parallel=parallel,
@@ -69,8 +71,10 @@ def train(config: RMConfig) -> dict[str, float]:
         optimizers={"reward_model": optimizer},
         saving=config.saving,
         tokenizer_fingerprint=fingerprint,
+        goes_back=config.spikes.policy == "rewind",
     )
     progress = checkpointer.resume() or {"step": 0}
+    course = Course(checkpointer, config.spikes, progress, num_steps)
     run.write_settings(config)
     run.leave_if_asked()
 
@@ -84,9 +88,9 @@ def train(config: RMConfig) -> dict[str, float]:
     )
     with metrics, checkpointer:
         metrics.note(*notes, network.attention)
-        for step in range(progress["step"], num_steps):
+        for step in course:
             with metrics.phase("train"):
-                values = _train_step(step, network, optimizer, feed)
+                values = _train_step(step, network, optimizer, feed, course.passed_over)
             is_last = step + 1 == num_steps
             if valid_units and (
                 is_last or (config.eval_every and (step + 1) % config.eval_every == 0)
@@ -102,9 +106,11 @@ def train(config: RMConfig) -> dict[str, float]:
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
             end_if_stuck(f"step {step}", checkpointer.newest, reward_model=optimizer.skipped)
+            if course.set_back(metrics):
+                continue
             boundary = checkpointer.boundary(step + 1, is_last=is_last)
             if boundary.saves:
-                checkpointer.save(step + 1, {"metrics": values})
+                checkpointer.save(step + 1, {"metrics": values, **course.state_dict()})
             if boundary.leaves:
                 checkpointer.finish()
                 run.leave(step + 1)
@@ -128,12 +134,21 @@ def shift_bias(network: Network, optimizer: Optimizer, shift: float) -> None:
     network.mark_changed()
 
 
-def _train_step(step: int, network: Network, optimizer: Optimizer, feed: Feed) -> dict[str, float]:
-    """One optimizer step on the ranking loss of the step's prompts."""
-    seed_for_step(network.parallel, step)
+def _train_step(
+    step: int, network: Network, optimizer: Optimizer, feed: Feed, passed_over: int
+) -> dict[str, float]:
+    """One optimizer step on the ranking loss of the step's prompts; passed_over: batches that no
+    step learns from."""
+    seed_for_step(network.parallel, step + passed_over)
     optimizer.zero_gradients()
-    batch = feed.step(step)
-    sums = forward_backward(network, batch.batches, comparison_loss(feed.batch_size))
+    batch = feed.step(step + passed_over)
+    loss = comparison_loss(feed.batch_size)
+    sums = checked_gradients(
+        optimizer,
+        lambda: forward_backward(network, batch.batches, loss),
+        step=step,
+        role="reward_model",
+    )
     result = optimizer.step(step)
     found = reduce_metrics(sums, network.parallel)  # behind the step, whose launches need it not
     num_scores = found["num_scores"]

@@ -38,7 +38,7 @@ _MAY_CHANGE = (
     *("epochs", "iterations", "eval_every", "saving", "num_shown", "show_every"),
     *("num_slots", "prefill_tokens", "block_size", "cache_fraction", "cache_gib", "steps_per_sync"),
     *("cuda_graphs", "micro_batch_tokens", "recompute", "gradient_accumulation_fusion"),
-    "deterministic",
+    *("deterministic", "recheck_every", "compare_every", "spikes"),
     *("skip_bad_lines", "max_skipped_steps"),
     "tokenizer",  # the checkpoint knows which one it was
 )

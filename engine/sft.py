@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 from engine.checkpoints.checkpointer import Checkpointer
+from engine.checkpoints.course import Course
 from engine.checkpoints.found import size_of
 from engine.checkpoints.weights import load_weights
 from engine.data.batches import EpochOrder, Units
@@ -25,6 +26,7 @@ from engine.settings.sft import SFTConfig
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import Objective, accumulate
+from engine.training.recheck import checked_gradients
 from engine.training.reduce import reduce_metrics
 from engine.training.skipped import end_if_stuck
 
@@ -60,7 +62,7 @@ def train(config: SFTConfig) -> dict[str, float]:
     lead = feeds.get("loss") or feeds["pretrain_loss"]
     num_steps = lead.order.num_steps(config.epochs)
     epoch_at = _epoch_ends(config.epochs, lead.order)
-    optimizer = Optimizer(network, config.adam, total_steps=num_steps)
+    optimizer = Optimizer(network, config.adam, total_steps=num_steps, spikes=config.spikes)
     checkpointer = Checkpointer(
         directory=run.checkpoints,
         parallel=parallel,
@@ -68,10 +70,11 @@ def train(config: SFTConfig) -> dict[str, float]:
         optimizers={"policy": optimizer},
         saving=config.saving,
         tokenizer_fingerprint=run.tokenizer.fingerprint(),
+        goes_back=config.spikes.policy == "rewind",
     )
     progress = checkpointer.resume() or {"step": 0}
-    if selection is not None:
-        selection.epochs = progress.get("epochs", [])
+    keeps = {} if selection is None else {"epochs": selection}
+    course = Course(checkpointer, config.spikes, progress, num_steps, keeps)
     run.write_settings(config)
     run.leave_if_asked()
 
@@ -85,11 +88,10 @@ def train(config: SFTConfig) -> dict[str, float]:
     )
     with metrics, checkpointer:
         metrics.note(*data.notes, network.attention)
-        for step in range(progress["step"], num_steps):
+        for step in course:
             with metrics.phase("train"):
-                values = _train_step(
-                    step, network, optimizer, feeds, config.data.pretraining_fraction
-                )
+                share = config.data.pretraining_fraction
+                values = _train_step(step, network, optimizer, feeds, share, course.passed_over)
             is_last, epoch = step + 1 == num_steps, epoch_at.get(step + 1)
             if is_last or (config.eval_every and (step + 1) % config.eval_every == 0):
                 with metrics.phase("valid"):
@@ -101,14 +103,15 @@ def train(config: SFTConfig) -> dict[str, float]:
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
             end_if_stuck(f"step {step}", checkpointer.newest, policy=optimizer.skipped)
+            if course.set_back(metrics):
+                continue
             if epoch and (config.save_every_epoch or selection is not None):
                 checkpointer.save_weights(epoch_name(epoch))
                 if selection is not None:
                     selection.write(checkpointer)
             boundary = checkpointer.boundary(step + 1, is_last=is_last)
             if boundary.saves:
-                epochs = selection.epochs if selection is not None else []
-                checkpointer.save(step + 1, {"metrics": values, "epochs": epochs})
+                checkpointer.save(step + 1, {"metrics": values, **course.state_dict()})
             if boundary.leaves:
                 checkpointer.finish()
                 run.leave(step + 1)
@@ -121,13 +124,14 @@ def _train_step(
     optimizer: Optimizer,
     feeds: dict[str, Feed],
     pretraining_fraction: float,
+    passed_over: int = 0,
 ) -> dict[str, float]:
     """One optimizer step on loss = (1 - f) x demonstrations + f x pretraining, each its mean over
-    target tokens."""
+    target tokens; passed_over: batches that no step learns from."""
     parallel = network.parallel
-    seed_for_step(parallel, step)
+    seed_for_step(parallel, step + passed_over)
     optimizer.zero_gradients()
-    taken = {name: feed.step(step) for name, feed in feeds.items()}
+    taken = {name: feed.step(step + passed_over) for name, feed in feeds.items()}
     objectives = []
     for name, batch in taken.items():
         weight = pretraining_fraction if name == "pretrain_loss" else 1.0 - pretraining_fraction
@@ -138,7 +142,9 @@ def _train_step(
                 scale=weight if len(feeds) > 1 else 1.0,
             )
         )
-    found = accumulate(network, objectives)
+    found = checked_gradients(
+        optimizer, lambda: accumulate(network, objectives), step=step, role="policy"
+    )
     result = optimizer.step(step)
     losses = reduce_metrics(found, parallel)  # behind the step, whose launches need it not
     return {f"train/{name}": value for name, value in losses.items()} | {

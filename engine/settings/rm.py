@@ -11,6 +11,7 @@ from engine.settings.checks import check_epochs, check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.saving import SaveConfig
+from engine.settings.spikes import SpikeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,8 @@ class RMConfig:
     """Dtype and recomputation."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     """Parallelism."""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    """What is done about a loss or a gradient that leaps."""
     seed: int = 0
     """Shuffling and initialisation."""
     eval_every: int = 0

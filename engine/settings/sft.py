@@ -16,6 +16,7 @@ from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
 from engine.settings.saving import SaveConfig
+from engine.settings.spikes import SpikeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,8 @@ class SFTConfig:
     """Dtype and recomputation."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     """Parallelism."""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    """What is done about a loss or a gradient that leaps."""
     seed: int = 0
     """Shuffling, initialisation, dropout."""
     eval_every: int = 0

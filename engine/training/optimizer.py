@@ -16,10 +16,12 @@ from megatron.core.transformer.module import param_is_not_shared
 
 from engine.ranks.device import choices_for
 from engine.settings.adam import AdamConfig
+from engine.settings.spikes import SpikeConfig
 from engine.training.gradients import scale_gradients, sum_of_squares
 from engine.training.network import Network
 from engine.training.passes import finish_gradients
 from engine.training.skipped import SkippedSteps
+from engine.training.spikes import SpikeWatch
 
 Owned = tuple[torch.nn.Parameter, slice, torch.Tensor]
 """(parameter, range of its flattened elements, what this rank keeps in fp32 for that range)."""
@@ -34,19 +36,27 @@ class StepResult:
     lr: float
     """Learning rate of the step."""
     was_skipped: bool
-    """True when the norm was not finite, and everything stayed as it was."""
+    """True when the norm was not finite or a spike, and everything stayed as it was."""
 
 
 class Optimizer:
     """The optimizer of one network; where in the schedule a step lies is the caller's to say."""
 
-    def __init__(self, network: Network, config: AdamConfig, *, total_steps: int) -> None:
+    def __init__(
+        self,
+        network: Network,
+        config: AdamConfig,
+        *,
+        total_steps: int,
+        spikes: SpikeConfig | None = None,
+    ) -> None:
         self.network = network
         self.config = config
         make_trainable(network)
         network.settle()  # all ranks hold the same: the first pass has nothing to wait for
         self.megatron = _distributed_adam(network, config)
         self.skipped = SkippedSteps(limit=config.max_skipped_steps)
+        self.spikes = SpikeWatch(spikes or SpikeConfig())
         self._use_fused_kernel()
         self._is_counted = self._counted_masters()
         self._await_state: Callable[[], None] = _at_hand
@@ -77,11 +87,13 @@ class Optimizer:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()
 
-    def step(self, position: int) -> StepResult:
+    def step(self, position: int, read_loss: Callable[[], float] | None = None) -> StepResult:
         """Reduce the gradients, clip and apply them with the learning rate of schedule position
-        `position` (from 0); or skip the step, on all ranks alike, where their norm is not finite.
+        `position` (from 0); or skip the step, on all ranks alike, where their norm is not finite,
+        or a spike.
 
         A skipped step changes nothing but fp16's loss scale; its position is not taken again.
+        read_loss: returns the step's loss, the same on all ranks; called where losses are judged.
         """
         finish_gradients(self.network)
         self._await_state()
@@ -90,21 +102,23 @@ class Optimizer:
         with self.network.parallel.active():
             norm, loss_scale = self._read_norm()
             is_finite = math.isfinite(norm)
+            is_spike = is_finite and self.spikes.sees_spike(norm, read_loss)
             for optimizer in self._distributed():
                 if optimizer.grad_scaler is not None:
                     optimizer.grad_scaler.update(not is_finite)
-            if is_finite:
+            if is_finite and not is_spike:
                 clip = min(1.0, self.config.clip_norm / (norm + 1e-6))
                 scale_gradients(self._gradients(), clip / loss_scale)
                 self.megatron.step_with_ready_grads()
                 self.network.mark_changed()
         can_fall = loss_scale > self.megatron.config.min_loss_scale
-        self.skipped.count(
-            was_skipped=not is_finite,
-            is_explained=self.network.dtype is torch.float16 and can_fall,
-        )
+        if not is_spike:
+            self.skipped.count(
+                was_skipped=not is_finite,
+                is_explained=self.network.dtype is torch.float16 and can_fall,
+            )
         lr = self.megatron.param_groups[0]["lr"]
-        return StepResult(grad_norm=norm, lr=lr, was_skipped=not is_finite)
+        return StepResult(grad_norm=norm, lr=lr, was_skipped=is_spike or not is_finite)
 
     def sync_weights(self) -> None:
         """Make the network's weights follow the fp32 masters, after something other than step()
@@ -196,9 +210,11 @@ class Optimizer:
 
     def counts(self) -> dict[str, Any]:
         """Return the rest of a checkpoint's state, as JSON has it: Adam's count of steps, fp16's
-        loss scale, skipped steps. The first rank writes it for all."""
+        loss scale, skipped steps and spikes. The first rank writes it for all."""
         self.prepare_state()
         found: dict[str, Any] = {"skipped": self.skipped.state_dict()}
+        if self.spikes.config.policy != "none":
+            found["spikes"] = self.spikes.state_dict()
         for optimizer in self._distributed():
             steps = {float(s["step"]) for s in optimizer.optimizer.state.values()}
             if steps:  # none where this rank owns nothing but padding
@@ -212,6 +228,7 @@ class Optimizer:
         """Take the rest of a checkpoint's state, whose masters and moments are in place; raises
         KeyError, TypeError or ValueError for what counts() does not return."""
         self.skipped.load_state_dict(counts["skipped"])
+        self.spikes.load_state_dict(counts.get("spikes", {}))
         self.prepare_state()
         for optimizer in self._distributed():
             for master, adam_state in optimizer.optimizer.state.items():
