@@ -5,7 +5,7 @@ from pathlib import Path
 from engine.advantage import KLController, estimate_advantages
 from engine.alarms import Alarms
 from engine.checkpoints.checkpointer import Checkpointer
-from engine.checkpoints.course import Course
+from engine.checkpoints.course import Course, Kept
 from engine.checkpoints.found import check_named_size, size_of
 from engine.checkpoints.weights import load_weights
 from engine.data.batches import EpochOrder
@@ -43,13 +43,7 @@ def train(config: PPOConfig) -> dict[str, float]:
     # Build. The critic starts from the reward model.
     policy = _load("language", config.policy, "policy", config, run)
     critic = _load("scalar", config.reward_model, "reward_model", config, run)
-    prompts, notes = load_prompts(
-        config.data.prompts,
-        run.tokenizer,
-        max_prompt_length=_longest_prompt(config, policy),
-        prompt_suffix=config.data.prompt_suffix,
-        skip_bad_lines=config.data.skip_bad_lines,
-    )
+    prompts, notes = _load_prompts(config, run, policy)
     policy_optimizer = Optimizer(
         policy, config.adam, total_steps=config.iterations, spikes=config.spikes
     )
@@ -83,7 +77,7 @@ def train(config: PPOConfig) -> dict[str, float]:
         goes_back=config.spikes.policy == "rewind",
     )
     progress = checkpointer.resume() or {"step": 0}
-    keeps = {"kl_coef": kl, "alarms": alarms}
+    keeps: dict[str, Kept] = {"kl_coef": kl, "alarms": alarms}
     course = Course(checkpointer, config.spikes, progress, config.iterations, keeps)
     run.write_settings(config)
     run.leave_if_asked()
@@ -211,15 +205,22 @@ def _parallel_of(kind: Kind, config: PPOConfig, run: Run) -> Parallel:
         raise UserError(f"critic_layout: {error}") from None
 
 
-def _longest_prompt(config: PPOConfig, policy: Network) -> int:
-    """Return the tokens of the longest prompt that is kept: it leaves room for a whole response."""
+def _load_prompts(config: PPOConfig, run: Run, policy: Network) -> tuple[list, list[str]]:
+    """Return the prompts, as examples, that leave room for a whole response, and what reading them
+    is to be told about."""
     room = policy.size.context_length - config.sampling.max_new_tokens
     if room < 1:
         raise UserError(
             f"sampling.max_new_tokens {config.sampling.max_new_tokens} leaves no room for a prompt "
             f"in the context of {policy.size.context_length}"
         )
-    return min(config.data.max_prompt_tokens, room)
+    return load_prompts(
+        config.data.prompts,
+        run.tokenizer,
+        max_prompt_length=min(config.data.max_prompt_tokens, room),
+        prompt_suffix=config.data.prompt_suffix,
+        skip_bad_lines=config.data.skip_bad_lines,
+    )
 
 
 def _pretraining_feed(config: PPOConfig, run: Run, policy: Network) -> Feed | None:

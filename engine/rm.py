@@ -149,7 +149,7 @@ def _train_step(
         step=step,
         role="reward_model",
     )
-    result = optimizer.step(step)
+    result = optimizer.step(step, sums)
     found = reduce_metrics(sums, network.parallel)  # behind the step, whose launches need it not
     num_scores = found["num_scores"]
     mean = found["score_sum"] / num_scores
@@ -158,9 +158,7 @@ def _train_step(
         "train/pair_accuracy": found["num_correct"] / max(found["num_pairs"], 1.0),
         "train/score_mean": mean,
         "train/score_std": max(found["score_square_sum"] / num_scores - mean**2, 0.0) ** 0.5,
-        "train/grad_norm": result.grad_norm,
-        "train/skipped_steps": float(optimizer.skipped.total),
-        "train/lr": result.lr,
+        **{f"train/{name}": value for name, value in optimizer.numbers(result).items()},
         "train/tokens": float(batch.num_tokens),
         "train/token_spread": batch.spread,
     }

@@ -145,12 +145,10 @@ def _train_step(
     found = checked_gradients(
         optimizer, lambda: accumulate(network, objectives), step=step, role="policy"
     )
-    result = optimizer.step(step)
+    result = optimizer.step(step, found)
     losses = reduce_metrics(found, parallel)  # behind the step, whose launches need it not
-    return {f"train/{name}": value for name, value in losses.items()} | {
-        "train/grad_norm": result.grad_norm,
-        "train/skipped_steps": float(optimizer.skipped.total),
-        "train/lr": result.lr,
+    values = losses | optimizer.numbers(result)
+    return {f"train/{name}": value for name, value in values.items()} | {
         "train/tokens": float(sum(batch.num_tokens for batch in taken.values())),
         "train/token_spread": max(batch.spread for batch in taken.values()),
     }

@@ -116,18 +116,15 @@ def update(
         step=step,
         role="critic",
     )
-    policy_step = learner.policy.step(iteration)
-    critic_step = learner.critic.step(iteration)
+    policy_step = learner.policy.step(iteration, found)
+    critic_step = learner.critic.step(iteration, critic_found)
     if not policy_step.was_skipped:
         learner.ema.update()
     # Behind the steps, whose launches need none of these numbers.
     values = reduce_metrics(found, parallel) | reduce_metrics(critic_found, critic.parallel)
     return values | {
-        "policy_grad_norm": policy_step.grad_norm,
-        "critic_grad_norm": critic_step.grad_norm,
-        "policy_lr": policy_step.lr,
-        "critic_lr": critic_step.lr,
-        **{f"{name}_skipped_steps": float(s.total) for name, s in learner.skipped.items()},
+        **{f"policy_{name}": value for name, value in learner.policy.numbers(policy_step).items()},
+        **{f"critic_{name}": value for name, value in learner.critic.numbers(critic_step).items()},
         "token_spread": batch.spread,
     }
 
@@ -180,7 +177,8 @@ def minibatches(config: PPOConfig, iteration: int) -> list[tuple[int, list[int]]
 
 def merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
     """Return an iteration's update metrics: means over its minibatches, extremes of the ratios, the
-    last of a count of steps left out, which runs on. One that is not finite makes the whole so."""
+    last of the loss scale and of counts of steps, which run on. One that is not finite makes the
+    whole so."""
     first = updates[0]
     merged: dict[str, float] = {}
     for name in first:
@@ -189,7 +187,9 @@ def merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
             merged[name] = float(np.min(column))
         elif name == "ratio_max":
             merged[name] = float(np.max(column))
-        elif name.endswith(("_skipped_steps", "_spiked_steps")):
+        elif name.endswith(
+            ("_skipped_steps", "_spiked_steps", "_scale_search_steps", "_loss_scale")
+        ):
             merged[name] = column[-1]
         else:
             merged[name] = sum(column) / len(column)

@@ -20,8 +20,8 @@ class SpikeConfig:
     """A gradient norm before clipping is a spike above so many times its median. Heavy tails of
     sound runs stay below; batches that break a run are far above."""
     loss_factor: float = 0.0
-    """So is a loss (SFT's, the reward model's, the critic's) above so many times its median; 0: no
-    loss is judged. Costs a wait for the device before each optimizer step."""
+    """So is a loss above so many times its median, but for PPO's of the policy, which is about 0;
+    0: no loss is looked at. Costs a wait for the device before each optimizer step."""
     window: int = 128
     """The median is that of the last so many steps that were taken (as long as the window of
     OLMo-core's SkipStepOptimizer)."""

@@ -39,7 +39,7 @@ class Network:
 
     No other file assigns its fields. They change by these methods, which are called by:
 
-    - become_trainable: engine/training/optimizer.py, once, before the first pass with gradients.
+    - become_trainable: engine/training/trainable.py, once, before the first pass with gradients.
     - scale_losses: engine/training/optimizer.py, once, as the optimizer is made.
     - mark_changed: whoever has changed the weights, at once. These are the optimizer, a checkpoint
       or model that was read, and the shift of a reward model's bias.

@@ -7,7 +7,7 @@ numbers that are the same on all ranks, so all decide alike.
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from engine.settings.spikes import SpikeConfig
@@ -18,10 +18,16 @@ class Spike(NamedTuple):
     """A number that leapt."""
 
     name: str
-    """gradient norm, or loss."""
+    """gradient norm, or a loss by its name among the metrics."""
     value: float
     median: float
     """Of the steps before it."""
+
+
+def losses_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the losses among a step's metrics that can be many times their median: PPO's policy
+    loss has any sign, and is about 0."""
+    return {n: v for n, v in metrics.items() if n.endswith("loss") and n != "policy_loss"}
 
 
 class SpikeWatch:
@@ -40,17 +46,20 @@ class SpikeWatch:
         """Whether no further step is to be taken before the stage has dealt with the spikes."""
         return bool(self.found) and (self.config.policy == "rewind" or self.spiked.is_stuck)
 
-    def sees_spike(self, norm: float, read_loss: Callable[[], float] | None = None) -> bool:
+    @property
+    def reads_losses(self) -> bool:
+        """Whether losses are looked at before a step."""
+        return self.config.policy != "none" and self.config.loss_factor > 0
+
+    def sees_spike(self, norm: float, losses: Mapping[str, float]) -> bool:
         """Return whether a step is a spike, and remember its numbers where it is none.
 
-        norm: of the gradient, before clipping, finite. read_loss: waits for the step's loss; called
-        on all ranks where losses are judged, and never where they are not.
+        norm: of the gradient, before clipping, finite. losses: those that are looked at, by name.
         """
         if self.config.policy == "none":
             return False
         numbers = {"gradient norm": (norm, self.config.norm_factor)}
-        if self.config.loss_factor > 0 and read_loss is not None:
-            numbers["loss"] = (read_loss(), self.config.loss_factor)
+        numbers |= {name: (value, self.config.loss_factor) for name, value in losses.items()}
         spikes = [
             spike
             for name, (value, factor) in numbers.items()
@@ -69,12 +78,6 @@ class SpikeWatch:
         """Return the spikes since the last call."""
         found, self.found = self.found, []
         return found
-
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """Return the steps left out so far, by name; nothing where none is judged."""
-        if self.config.policy == "none":
-            return {}
-        return {f"{prefix}spiked_steps": float(self.spiked.total)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume continues from, as JSON has it."""
