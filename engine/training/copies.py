@@ -2,7 +2,8 @@
 ranks share, the embedding at both ends of a pipeline.
 
 After a step replicas gather their weights from the same shards, so nothing but a flipped bit makes
-them differ; no later step would say so, for gradients are summed.
+them differ; no later step would say so, for gradients are summed. A bit of an fp32 master that has
+flipped is gathered by all alike, and not seen here.
 """
 
 from collections import Counter

@@ -76,24 +76,29 @@ def plant(
 ) -> list[StepResult]:
     """Multiply the gradients of a network at positions of its data, by `factor`; return what its
     steps did, as they do it."""
-    position, step, results = [-1], Optimizer.step, []
+    position, results = [-1], list[StepResult]()
+    step, zero_gradients = Optimizer.step, Optimizer.zero_gradients
 
     def seed(parallel: Parallel, number: int) -> None:
         position[0] = number
         seed_for_step(parallel, number)
 
-    def planted(self: Optimizer, number: int, metrics: StepMetrics | None = None) -> StepResult:
-        if self.network.kind != kind:
-            return step(self, number, metrics)
-        if position[0] in positions:
-            for parameter in (p for module in self.network.modules for p in module.parameters()):
-                parameter.main_grad.mul_(factor)
-        results.append(step(self, number, metrics))
-        return results[-1]
+    def zeroed(self: Optimizer) -> None:
+        if self.network.kind == kind:  # before the backward pass, whose ranks may sum as they go
+            is_planted = position[0] in positions
+            self.network.scale_losses((lambda loss: factor * loss) if is_planted else None)
+        zero_gradients(self)
+
+    def noted(self: Optimizer, number: int, metrics: StepMetrics | None = None) -> StepResult:
+        result = step(self, number, metrics)
+        if self.network.kind == kind:
+            results.append(result)
+        return result
 
     for module in (sft, rm, update):
         monkeypatch.setattr(module, "seed_for_step", seed)
-    monkeypatch.setattr(Optimizer, "step", planted)
+    monkeypatch.setattr(Optimizer, "zero_gradients", zeroed)
+    monkeypatch.setattr(Optimizer, "step", noted)
     return results
 
 

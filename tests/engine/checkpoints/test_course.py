@@ -1,23 +1,28 @@
 """Spikes are left out or passed over, and a run that was killed ends as one that was not."""
 
 import dataclasses
+import math
 import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from engine.checkpoints.checkpointer import Checkpointer
+from engine.checkpoints.course import Course
 from engine.errors import UserError
 from engine.metrics import Metrics
+from engine.settings.layout import ParallelLayout
 from engine.settings.saving import SaveConfig
 from engine.settings.spikes import SpikeConfig
 from engine.stop import EXIT_STATUS
 from tests.engine.planted_spikes import SPIKES, STAGES, alarms_of, plant, spiky_config
 from tests.engine.test_resume import assert_same_run
+from tests.ranks import run_ranks
 from tests.tiny import rows_of, train, train_until, weights_of
 
 SKIP = dataclasses.replace(SPIKES, policy="skip")
@@ -189,3 +194,69 @@ def test_new_level_ends_the_run_and_keeps_the_last_good_checkpoint(
     taken = SpikeConfig(policy="none")
     train(dataclasses.replace(config, spikes=taken))  # the remedy that is named
     assert len(rows_of(tmp_path)) == 8
+
+
+LAYOUTS = {
+    "tp2_sequence": {"layout": ParallelLayout(tp=2, sequence_parallel=True)},
+    "dp2_overlap": {
+        "layout": ParallelLayout(
+            overlap_grad_reduce=True, overlap_param_gather=True, bucket_elements=5_000
+        )
+    },
+    "pp2_virtual": {"layout": ParallelLayout(pp=2, virtual_pp=2)},
+}
+APART = {"layout": ParallelLayout(pp=2), "critic_layout": ParallelLayout(tp=2)}
+
+
+def train_planted(stage: str, files: Path, folder: Path, layouts: dict[str, dict]) -> None:
+    for name, changes in layouts.items():
+        spikes = dataclasses.replace(SPIKES, loss_factor=20.0)
+        if stage == "sft":
+            changes = {**changes, "dropout": 0.0}  # which is drawn anew in another layout
+        config = spiky_config(stage, files, folder / name, spikes=spikes, **changes)
+        with pytest.MonkeyPatch.context() as patch:
+            plant(patch, STAGES[stage][2], positions_of(stage, LAST))
+            train(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo", "ppo_critic"])
+def test_layouts_go_back_alike(stage: str, tiny: Path, tmp_path: Path):
+    layouts = LAYOUTS | ({"apart": APART} if stage.startswith("ppo") else {})
+    train_planted(stage, tiny, tmp_path, {"one": {}})
+    run_ranks(train_planted, 2, stage, tiny, tmp_path, layouts)
+    expected, norm = rows_of(tmp_path / "one"), "critic_" if stage == "ppo_critic" else ""
+    key = f"update/{norm or 'policy_'}grad_norm" if stage.startswith("ppo") else "train/grad_norm"
+    for name in layouts:
+        (said,) = alarms_of(tmp_path / name)
+        assert said["name"] == "rewind" and said["step"] == 4
+        rows = rows_of(tmp_path / name)
+        assert [row["step"] for row in rows] == [*range(8)]
+        pairs = [(row[key], other[key]) for row, other in zip(rows, expected, strict=True)]
+        assert all(math.isclose(ours, theirs, rel_tol=2e-3) for ours, theirs in pairs), pairs
+
+
+class Remembered:
+    """What a stage keeps, in the smallest form."""
+
+    def __init__(self) -> None:
+        self.epochs: list[int] = []
+
+    def state_dict(self) -> list[int]:
+        return list(self.epochs)
+
+    def load_state_dict(self, state: list[int]) -> None:
+        self.epochs = list(state)
+
+
+def test_course_goes_back_in_steps_and_on_in_the_data_with_what_the_stage_keeps():
+    kept, progress = Remembered(), {"step": 3, "epochs": [1], "passed_over": 1}
+    course = Course(Mock(), SPIKES, progress, 5, {"epochs": kept})
+    walked = []
+    for step in course:
+        walked.append((step, course.position))
+        kept.epochs.append(step)
+        if len(walked) == 2:
+            course._go_on_from({"step": 2, "epochs": [0], "passed_over": 0}, Mock(), "a spike")
+    assert walked == [(3, 4), (4, 5), (2, 6), (3, 7), (4, 8)]
+    assert course.state_dict() == {"epochs": [0, 2, 3, 4], "passed_over": 4, "rewinds": 1}
