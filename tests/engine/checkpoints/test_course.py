@@ -1,6 +1,7 @@
 """Spikes are left out or passed over, and a run that was killed ends as one that was not."""
 
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -28,13 +29,16 @@ from tests.tiny import rows_of, train, train_until, weights_of
 SKIP = dataclasses.replace(SPIKES, policy="skip")
 LAST = 5  # the step or iteration of the planted spikes; checkpoints 2 and 4 are before it
 
+# PPO takes a quarter of a minute.
+SLOWLY = ["sft", "rm", *(pytest.param(s, marks=pytest.mark.slow) for s in ("ppo", "ppo_critic"))]
+
 
 def positions_of(stage: str, *steps: int) -> list[int]:
     """Return the positions at which the first optimizer step of each of these steps is."""
     return [step * STAGES[stage][-1] for step in steps]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SLOWLY)
 def test_sound_run_is_the_same_whatever_the_policy(stage: str, tiny: Path, tmp_path: Path):
     for policy in ("none", "skip", "rewind"):
         spikes = dataclasses.replace(SPIKES, policy=policy, loss_factor=20.0)
@@ -67,16 +71,19 @@ def test_spike_is_left_out_counted_and_said_once(
 def test_rewind_goes_on_from_the_newest_checkpoint_behind_the_spikes_data(
     stage: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    _, _, kind, roles, metric, _ = STAGES[stage]
+    _, _, kind, roles, metric, num_updates = STAGES[stage]
     spikes = dataclasses.replace(SPIKES, extra_batches=1)
     with monkeypatch.context() as patch:
-        plant(patch, kind, positions_of(stage, LAST))
+        results = plant(patch, kind, positions_of(stage, LAST))
         train(spiky_config(stage, tiny, tmp_path / "spiked", spikes=spikes))
+    # Steps 0 to 4, the first update of step 5, and 4 to 7.
+    assert len(results) == LAST * num_updates + 1 + 4 * num_updates
     (said,) = alarms_of(tmp_path / "spiked")
     assert said["step"] == 4 and said["name"] == "rewind"
     assert "step 5:" in said["message"] and "passes over 3 batches" in said["message"]
     rows = rows_of(tmp_path / "spiked")
-    assert [row["step"] for row in rows] == [*range(8)]
+    lines = (tmp_path / "spiked/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [*range(8)]
     assert {row[metric] for row in rows} == {0}
 
     # The same from the same checkpoint on, told to begin at position 7 = 5 + 1 + 1.
@@ -93,7 +100,7 @@ def test_rewind_goes_on_from_the_newest_checkpoint_behind_the_spikes_data(
     assert_same_run(tmp_path / "spiked", tmp_path / "told", roles)
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+@pytest.mark.parametrize("stage", SLOWLY[:3])
 @pytest.mark.parametrize("policy", ["skip", "rewind"])
 def test_killed_anywhere_the_run_ends_as_undisturbed(
     stage: str, policy: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -140,7 +140,7 @@ def ends(stage: str, files: Path, folder: Path, layouts: dict[str, ParallelLayou
 SHORT: dict[str, dict] = {"sft": {"epochs": 1.0}, "rm": {"epochs": 1.2}, "ppo": {"iterations": 3}}
 
 
-@pytest.mark.parametrize("stage", SHORT)
+@pytest.mark.parametrize("stage", ["sft", "rm", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_rank_at_fault_is_named_to_all_in_every_layout(stage: str, tiny: Path, tmp_path: Path):
     layouts = LAYOUTS
     ours, theirs = run_ranks(ends, 2, stage, tiny, tmp_path, layouts)
