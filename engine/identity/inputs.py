@@ -32,7 +32,14 @@ from engine.data.tokenizer_files import read_tokenizer_files
 from engine.errors import UserError, quoted
 from engine.files import sync_folder, writing
 from engine.identity.data_files import look_at
-from engine.identity.made_from import NamedNetwork, RunConfig, files_of, names_of, networks_of
+from engine.identity.made_from import (
+    NamedNetwork,
+    RunConfig,
+    files_of,
+    names_of,
+    networks_of,
+    stage_of,
+)
 from engine.identity.record import (
     IDENTITY,
     Acceptance,
@@ -59,12 +66,12 @@ class Inputs:
     """
 
     def __init__(self, run: Run, config: RunConfig) -> None:
-        run.check_settings(config)
         self._run, self._config = run, config
         self._networks = networks_of(config)
         self._recorded: Identity | None = None  # on the first rank, as all that is read from files
         self._accepted: list[Change] = []
         told = json.loads(said_by_first_rank(self._begin))
+        run.check_settings(config)
         self.goes_on: bool = told["goes_on"]
         """Whether the run has a checkpoint, which holds what the stage has trained."""
         self._sources = self._take(set(told["kept"]))
@@ -122,6 +129,11 @@ class Inputs:
         kept = []
         if goes_on:
             self._recorded = read_identity(directory)
+            before, now = self._recorded and self._recorded.stage, stage_of(self._config)
+            if before not in (None, "", now):
+                raise UserError(
+                    f"{directory} is a run of {before}, and not of {now}; give another --directory"
+                )
             folders = {network.kept_as: self._kept(network) for network in self._networks.values()}
             kept = [name for name, folder in folders.items() if (folder / MANIFEST).exists()]
             if self._recorded is None:
@@ -147,6 +159,7 @@ class Inputs:
         """Find out what is there; UserError where the run was made from something else."""
         earlier = self._recorded or Identity()
         self._now = Identity(
+            stage=stage_of(self._config),
             networks={name: self._record(name, earlier) for name in self._networks},
             data={
                 name: look_at(path, earlier.data.get(name))
@@ -302,12 +315,9 @@ class Inputs:
 
 def _refusal(directory: Path, refused: list[Change]) -> str:
     """Return what changed, and the option that accepts it."""
-    lines = [f"  {change.name}: {change.old} -> {change.new}" for change in refused]
-    return "\n".join(
-        [
-            f"{directory} was made from something else than what is here now:",
-            *lines,
-            "put back what it was made from, give another --directory, or go on with this:",
-            f"  --accept-changed {' '.join(change.name for change in refused)}",
-        ]
+    said = "; ".join(f"{change.name} {change.old} -> {change.new}" for change in refused)
+    return (
+        f"{directory} was made from something else than what is here: {said}\n"
+        "put that back, give another --directory, or go on with this by "
+        f"--accept-changed {' '.join(change.name for change in refused)}"
     )

@@ -96,6 +96,11 @@ def files_of(config: RunConfig) -> dict[str, Path]:
     return {name: path for name, path in found.items() if path is not None}
 
 
+def stage_of(config: RunConfig) -> str:
+    """Return the name of a config's stage: sft, rm or ppo."""
+    return type(config).__name__.removesuffix("Config").lower()
+
+
 def names_of(kind: type[RunConfig]) -> tuple[str, ...]:
     """Return all names that --accept-changed may give for a stage."""
     return (*_NAMES[kind], "tokenizer", "code", "python", *PACKAGES)

@@ -75,6 +75,8 @@ class Acceptance:
 class Identity:
     """What a run is made from."""
 
+    stage: str = ""
+    """sft, rm or ppo."""
     networks: dict[str, NetworkRecord] = field(default_factory=dict)
     data: dict[str, DataFile] = field(default_factory=dict)
     tokenizer: TokenizerRecord = field(default_factory=TokenizerRecord)
