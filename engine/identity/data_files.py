@@ -63,11 +63,17 @@ def look_at(path: Path, earlier: DataFile | None = None) -> DataFile:
 
 
 def described(file: DataFile | None) -> str:
-    """Return in a few words which content a file has, for people."""
+    """Return in a few words which content a file had, for people."""
     if file is None:
         return "none"
-    count = f"{file.records} records" if file.records is not None else _num_lines(file)
-    return f"{count}, {file.xxh3_128[:8]}" if count else f"{file.bytes} bytes, {file.xxh3_128[:8]}"
+    count = f"{file.bytes} bytes" if file.records is None else f"{file.records} records"
+    return f"{count}, {file.xxh3_128[:8]}"
+
+
+def described_now(file: DataFile | None) -> str:
+    """Return the same of a file that is there, with its lines where its records are not known."""
+    count = _num_lines(file) if file is not None and file.records is None else ""
+    return f"{count}, {file.xxh3_128[:8]}" if file is not None and count else described(file)
 
 
 def _num_lines(file: DataFile) -> str:

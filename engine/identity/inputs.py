@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.checkpoints.found import check_named_size, read_network
-from engine.checkpoints.manifest import MANIFEST, Damage, read_manifest
+from engine.checkpoints.manifest import MANIFEST, read_manifest
 from engine.checkpoints.saving import remove
 from engine.checkpoints.sources import (
     Source,
@@ -29,8 +29,8 @@ from engine.checkpoints.whole import warn
 from engine.claim import UNFINISHED
 from engine.data.tokenizer import load_tokenizer
 from engine.data.tokenizer_files import read_tokenizer_files
-from engine.errors import UserError, quoted
-from engine.files import sync_folder, writing
+from engine.errors import UserError, cut, quoted
+from engine.files import MAX_SHOWN_PATH, sync_folder, writing
 from engine.identity.data_files import look_at
 from engine.identity.made_from import (
     NamedNetwork,
@@ -307,15 +307,18 @@ class Inputs:
             return
         try:
             yield
-        except Damage as error:
-            raise Damage(
+        except UserError as error:
+            if not str(error).startswith(str(folder)):
+                raise
+            raise UserError(
                 f"{error}; remove {folder}, and it is taken from {network.path} again"
             ) from None
 
 
 def _refusal(directory: Path, refused: list[Change]) -> str:
     """Return what changed, and the option that accepts it."""
-    said = "; ".join(f"{change.name} {change.old} -> {change.new}" for change in refused)
+    words = ((c.name, cut(c.old, MAX_SHOWN_PATH), cut(c.new, MAX_SHOWN_PATH)) for c in refused)
+    said = "; ".join(f"{name} {old} -> {new}" for name, old, new in words)
     return (
         f"{directory} was made from something else than what is here: {said}\n"
         "put that back, give another --directory, or go on with this by "

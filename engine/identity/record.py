@@ -4,7 +4,7 @@ is there now."""
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.identity.data_files import DataFile, described
+from engine.identity.data_files import DataFile, described, described_now
 from engine.settings.saved import load_config, save_config
 
 IDENTITY = "identity.json"
@@ -110,7 +110,7 @@ def changes(old: Identity, new: Identity) -> list[Change]:
     for name in (*old.data, *(new.data.keys() - old.data.keys())):
         file, now = old.data.get(name), new.data.get(name)
         if (file and file.xxh3_128) != (now and now.xxh3_128):
-            found.append(Change(name=name, old=described(file), new=described(now)))
+            found.append(Change(name=name, old=described(file), new=described_now(now)))
     if old.tokenizer.sha256 != new.tokenizer.sha256:
         before, after = (record.sha256[:_SHOWN] for record in (old.tokenizer, new.tokenizer))
         found.append(Change(name="tokenizer", old=before, new=after))

@@ -7,7 +7,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.identity import data_files
-from engine.identity.data_files import described, look_at
+from engine.identity.data_files import described, described_now, look_at
 from tests.tiny import write_lines
 
 
@@ -107,12 +107,14 @@ def test_content_is_described_by_its_records_or_lines(tmp_path: Path):
     path = write_lines(tmp_path / "a.jsonl", [{"a": 1}, {"a": 2}])
     looked = look_at(path)
     digest = looked.xxh3_128[:8]
-    assert described(looked) == f"2 lines, {digest}"
-    assert described(dataclasses.replace(looked, records=7)) == f"7 records, {digest}"
+    assert described_now(looked) == f"2 lines, {digest}"
+    assert described(looked) == f"{looked.bytes} bytes, {digest}"
+    read = dataclasses.replace(looked, records=7)
+    assert described(read) == described_now(read) == f"7 records, {digest}"
     packed = tmp_path / "b.jsonl.gz"
     packed.write_bytes(gzip.compress(b'{"a": 1}\n\n{"a": 2}\n{"a": 3}\n'))
-    assert described(look_at(packed)).startswith("3 lines, ")
+    assert described_now(look_at(packed)).startswith("3 lines, ")
     text = tmp_path / "c.txt"
     text.write_text("all of it\nis one document\n")
-    assert described(look_at(text)).startswith("26 bytes, ")
-    assert described(None) == "none"
+    assert described_now(look_at(text)).startswith("26 bytes, ")
+    assert described(None) == described_now(None) == "none"

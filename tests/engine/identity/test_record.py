@@ -1,7 +1,11 @@
 import dataclasses
+import json
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.errors import UserError
 from engine.identity.data_files import DataFile
@@ -17,6 +21,8 @@ from engine.identity.record import (
     read_identity,
     write_identity,
 )
+from tests.engine.checkpoints.near_json import near
+from tests.fuzzing import fuzzed
 
 IDENTITY_OF_A_RUN = Identity(
     networks={"reference": NetworkRecord(path="runs/sft", step=37, xxh3_128="a" * 32)},
@@ -61,6 +67,25 @@ def test_what_is_no_identity_is_refused(tmp_path: Path, content: str, cause: str
     with pytest.raises(UserError, match=cause) as refused:
         read_identity(tmp_path)
     assert IDENTITY in str(refused.value)
+
+
+@pytest.mark.fuzz
+@fuzzed
+@given(st.data())
+def test_any_identity_is_read_or_refused_in_a_line(data: st.DataObject):
+    content = json.loads(json.dumps(dataclasses.asdict(IDENTITY_OF_A_RUN)))
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / IDENTITY).write_text(json.dumps(data.draw(near(content))))
+        try:
+            found = read_identity(Path(name))
+        except UserError as error:
+            assert len(str(error)) < 1000
+            return
+        assert found is not None
+        assert changes(found, found) == []
+        assert {change.name for change in changes(found, Identity())} >= set(found.packages) - {
+            name for name, version in found.packages.items() if version == "none"
+        }
 
 
 def test_equal_identities_have_no_changes_whatever_paths_and_times():
