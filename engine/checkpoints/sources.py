@@ -33,10 +33,12 @@ from engine.checkpoints.manifest import (
 from engine.checkpoints.whole import damage_of, warn
 from engine.errors import UserError
 from engine.files import open_file, replacing, sync_folder, writing
+from engine.printable import say
 from engine.ranks.first_rank import said_by_first_rank
 
 _TRIES = 20  # at a run that removes its older checkpoints meanwhile; our choice
 _COPIED_BYTES = 8 << 20  # at a time; our choice
+_SAID_BYTES = 1 << 30  # from which a copy takes seconds, and is said; our choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +216,8 @@ def _link(path: Path, copy: Path, num_bytes: int) -> bool:
         found = os.fstat(stream.fileno()).st_size
         if found != num_bytes:
             raise UserError(f"{path}: damaged: {found} bytes, {num_bytes} were written")
+        if num_bytes > _SAID_BYTES:
+            say(f"{path}: {num_bytes / 1e9:.1f} GB are copied, for it cannot be linked")
         with replacing(copy) as into:
             while content := stream.read(_COPIED_BYTES):
                 into.write(content)

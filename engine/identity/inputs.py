@@ -236,7 +236,7 @@ class Inputs:
             return []
         if network.kept_as != "reference":  # another one is named
             return []
-        before = Path(source.checkpoint).parents[1] / "sources" / "reference"
+        before = Path(source.checkpoint).absolute().parents[1] / "sources" / "reference"
         old = before if before.exists() else "PATH"
         return [
             f"{network.path} is itself a PPO run: the KL of this one is measured "
