@@ -8,14 +8,13 @@ import torch.distributed as dist
 
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.course import Course
-from engine.checkpoints.found import size_of
-from engine.checkpoints.weights import load_weights
 from engine.data.comparisons import comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
 from engine.data.prompts import hold_out
 from engine.errors import UserError
 from engine.feed import Feed, pack_for
+from engine.identity.inputs import Inputs
 from engine.losses import comparison_loss, last_readings, pair_accuracy
 from engine.metrics import RM_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
@@ -38,22 +37,14 @@ def train(config: RMConfig) -> dict[str, float]:
     run = start_run(
         directory=config.directory,
         parallel=parallel,
-        tokenizer=tokenizer_path(config.tokenizer, config.init_from),
+        tokenizer=tokenizer_path(config.tokenizer, config.init_from, config.directory),
     )
+    inputs = Inputs(run, config)
     fingerprint = run.tokenizer.fingerprint()
-    if config.init_from:
-        size = size_of(config.init_from, "policy", strict=config.saving.strict)
-    else:
-        size = size_named(config.size, run.tokenizer)
+    size = inputs.size("init_from") if config.init_from else size_named(config.size, run.tokenizer)
     network = build_network("scalar", size, parallel, numerics=config.numerics)
     if config.init_from:
-        load_weights(
-            network,
-            config.init_from,
-            role="policy",
-            tokenizer_fingerprint=fingerprint,
-            strict=config.saving.strict,
-        )
+        inputs.start("init_from", network)
     train_units, valid_units, demonstrations, notes = _load_data(config, run, size.context_length)
     feed = Feed(
         units=train_units,
@@ -75,7 +66,7 @@ def train(config: RMConfig) -> dict[str, float]:
     )
     progress = checkpointer.resume() or {"step": 0}
     course = Course(checkpointer, config.spikes, progress, num_steps)
-    run.write_settings(config)
+    inputs.keep(progress["step"])
     run.leave_if_asked()
 
     values: dict[str, float] = progress.get("metrics", {})
@@ -87,7 +78,7 @@ def train(config: RMConfig) -> dict[str, float]:
         headline=RM_HEADLINE,
     )
     with metrics, checkpointer:
-        metrics.note(*notes, network.attention)
+        metrics.note(*inputs.notes, *notes, network.attention)
         for step in course:
             with metrics.phase("train"):
                 values = _train_step(step, network, optimizer, feed, course.passed_over)
@@ -188,24 +179,30 @@ def _load_data(
         "prompt_suffix": data.prompt_suffix,
     }
     records, report = read_comparisons(data.train, skip_bad_lines=data.skip_bad_lines)
+    run.count("data.train", report)
     notes = [f"{data.train}: {report}"]
     if data.valid is not None:
         held_out, report = read_comparisons(data.valid, skip_bad_lines=data.skip_bad_lines)
+        run.count("data.valid", report)
         notes.append(f"{data.valid}: {report}")
     else:
         records, held_out = hold_out(records, data.valid_fraction, config.seed)
     train_units, lengths = comparison_examples(records, run.tokenizer, **limits)
+    run.count("data.train", lengths)
     notes.append(f"comparisons (train): {lengths}")
     valid_units: list[list[Example]] = []
     if held_out:
         valid_units, lengths = comparison_examples(held_out, run.tokenizer, **limits)
+        run.count("data.train" if data.valid is None else "data.valid", lengths)
         notes.append(f"comparisons (valid): {lengths}")
     demonstrations: list[Example] = []
     if data.demonstrations is not None:
         texts, report = read_demonstrations(data.demonstrations, skip_bad_lines=data.skip_bad_lines)
+        run.count("data.demonstrations", report)
         notes.append(f"{data.demonstrations}: {report}")
         demonstrations, lengths = demonstration_examples(
             texts[: data.num_demonstrations], run.tokenizer, **limits
         )
+        run.count("data.demonstrations", lengths)
         notes.append(f"demonstrations: {lengths}")
     return train_units, valid_units, demonstrations, notes

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.course import Course
-from engine.checkpoints.found import size_of
-from engine.checkpoints.weights import load_weights
 from engine.data.batches import EpochOrder, Units
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.prompts import hold_out
 from engine.errors import UserError
 from engine.feed import Feed
+from engine.identity.inputs import Inputs
 from engine.losses import NegativeLogLikelihood, mean_language_loss
 from engine.metrics import SFT_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
@@ -39,25 +38,17 @@ def train(config: SFTConfig) -> dict[str, float]:
     run = start_run(
         directory=config.directory,
         parallel=parallel,
-        tokenizer=tokenizer_path(config.tokenizer, config.init_from),
+        tokenizer=tokenizer_path(config.tokenizer, config.init_from, config.directory),
     )
-    if config.init_from:
-        size = size_of(config.init_from, "policy", strict=config.saving.strict)
-    else:
-        size = size_named(config.size, run.tokenizer)
+    inputs = Inputs(run, config)
+    size = inputs.size("init_from") if config.init_from else size_named(config.size, run.tokenizer)
     network = build_network(
         "language", size, parallel, numerics=config.numerics, dropout=config.dropout
     )
     if config.init_from:
-        load_weights(
-            network,
-            config.init_from,
-            role="policy",
-            tokenizer_fingerprint=run.tokenizer.fingerprint(),
-            strict=config.saving.strict,
-        )
+        inputs.start("init_from", network)
     data = _load_data(config, run, size.context_length)
-    selection = load_selection(config, run, network, data.held_out_prompts)
+    selection = load_selection(config, run, network, data.held_out_prompts, inputs)
     feeds = _feeds(config, data.train, run)
     lead = feeds.get("loss") or feeds["pretrain_loss"]
     num_steps = lead.order.num_steps(config.epochs)
@@ -75,7 +66,7 @@ def train(config: SFTConfig) -> dict[str, float]:
     progress = checkpointer.resume() or {"step": 0}
     keeps = {} if selection is None else {"epochs": selection}
     course = Course(checkpointer, config.spikes, progress, num_steps, keeps)
-    run.write_settings(config)
+    inputs.keep(progress["step"])
     run.leave_if_asked()
 
     values: dict[str, float] = progress.get("metrics", {})
@@ -87,7 +78,7 @@ def train(config: SFTConfig) -> dict[str, float]:
         headline=SFT_HEADLINE,
     )
     with metrics, checkpointer:
-        metrics.note(*data.notes, network.attention)
+        metrics.note(*inputs.notes, *data.notes, network.attention)
         for step in course:
             with metrics.phase("train"):
                 share = config.data.pretraining_fraction
@@ -207,9 +198,11 @@ def _load_data(config: SFTConfig, run: Run, context_length: int) -> _Data:
     data, loaded = config.data, _Data()
     if data.train is not None:
         records, report = read_demonstrations(data.train, skip_bad_lines=data.skip_bad_lines)
+        run.count("data.train", report)
         loaded.notes.append(f"{data.train}: {report}")
         if data.valid is not None:
             held_out, report = read_demonstrations(data.valid, skip_bad_lines=data.skip_bad_lines)
+            run.count("data.valid", report)
             loaded.notes.append(f"{data.valid}: {report}")
         else:
             records, held_out = hold_out(records, data.valid_fraction, config.seed)
@@ -227,6 +220,7 @@ def _load_data(config: SFTConfig, run: Run, context_length: int) -> _Data:
                 max_prompt_length=data.max_prompt_tokens,
                 prompt_suffix=data.prompt_suffix,
             )
+            run.count("data.valid" if name == "valid" and data.valid else "data.train", lengths)
             loaded.notes.append(f"demonstrations ({name}): {lengths}")
     wants_pretraining = data.train is None or data.pretraining_fraction > 0
     if wants_pretraining:
@@ -234,12 +228,13 @@ def _load_data(config: SFTConfig, run: Run, context_length: int) -> _Data:
             raise UserError("--data.train or --data.pretraining is required")
         require_path(data.pretraining, "data.pretraining")
         length = min(data.pretraining_tokens, context_length)
-        for units, path in (
-            (loaded.train, data.pretraining),
-            (loaded.valid, data.pretraining_valid),
+        for units, path, name in (
+            (loaded.train, data.pretraining, "data.pretraining"),
+            (loaded.valid, data.pretraining_valid, "data.pretraining_valid"),
         ):
             if path is not None:
                 tokens = run.token_file(path, skip_bad_lines=data.skip_bad_lines)
+                run.count(name, tokens.report)
                 units["pretrain_loss"] = tokens.sequences(length)
                 loaded.notes.append(f"{path}: {tokens.report}, {len(tokens.tokens)} tokens")
     return loaded

@@ -23,23 +23,6 @@ class HasPrompt(Protocol):
 AnyRecord = TypeVar("AnyRecord", bound=HasPrompt)
 
 
-def load_prompts(
-    path: Path,
-    tokenizer: Tokenizer,
-    *,
-    max_prompt_length: int,
-    prompt_suffix: str,
-    skip_bad_lines: bool,
-) -> tuple[list[Example], list[str]]:
-    """Return a file's prompts as tokens, without those that are too long, and what reading them is
-    to be told about; raises UserError."""
-    texts, report = read_prompts(path, skip_bad_lines=skip_bad_lines)
-    prompts, lengths = prompt_examples(
-        texts, tokenizer, max_prompt_length=max_prompt_length, prompt_suffix=prompt_suffix
-    )
-    return prompts, [f"{path}: {report}; {lengths}"]
-
-
 def read_prompts(path: Path | str, *, skip_bad_lines: bool = False) -> tuple[list[str], ReadReport]:
     """Read {"prompt"} or {"messages"} from .jsonl or .jsonl.gz; raises UserError."""
     return read_records(path, lambda record: parse_prompt(record)[0], skip_bad_lines=skip_bad_lines)

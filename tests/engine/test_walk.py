@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 WALK = re.findall(
     r"\S+",
     """
-data/prompts.load_prompts data/jsonl.read_records data/chat.parse_prompt
-data/examples.encode_prompts data/tokenizer.Tokenizer.encode_all
+data/prompts.read_prompts data/jsonl.read_records data/chat.parse_prompt
+data/prompts.prompt_examples data/examples.encode_prompts data/tokenizer.Tokenizer.encode_all
 data/examples.drop_long data/batches.EpochOrder.indices
 rollout.generate_rollout generation/generate.generate generation/scheduler.Scheduler.next_step
 generation/runner.Runner.launch generation/step_tensors.upload models/attention.PackedSequences.of
@@ -72,7 +72,7 @@ def test_walk_is_what_runs_and_is_short(tiny: Path, tmp_path: Path):
         sys.setprofile(None)
     assert [hop for hop in WALK if hop not in calls] == []
     for first, last in (
-        ("load_prompts", "generate"),
+        ("read_prompts", "generate"),
         ("append_kv", "score_rollout"),
         ("gae", "step"),
     ):

@@ -6,13 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.data.demonstrations import Demonstration
-from engine.data.prompts import (
-    hold_out,
-    load_prompts,
-    prompt_examples,
-    read_prompts,
-    split_by_prompt,
-)
+from engine.data.prompts import hold_out, prompt_examples, read_prompts, split_by_prompt
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
 
@@ -39,17 +33,6 @@ def test_long_prompts_are_dropped_and_the_kept_ones_known(tokenizer: Tokenizer) 
     assert report.num_long_prompts == 1
     assert [tokenizer.decode(example.tokens) for example in examples] == ["The Mill", "pub"]
     assert all(example.prompt_length == len(example.tokens) for example in examples)
-
-
-def test_file_is_loaded_with_what_is_to_be_told_of_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "pub"}\n{"question": "b"}\n' + json.dumps({"prompt": "x " * 99}))
-    examples, notes = load_prompts(
-        path, tokenizer, max_prompt_length=20, prompt_suffix="\n", skip_bad_lines=True
-    )
-    assert [tokenizer.decode(example.tokens) for example in examples] == ["pub\n"]
-    (note,) = notes
-    assert note.startswith(f"{path}: ") and "1 bad" in note and "1 " in note.partition("; ")[2]
 
 
 @given(
