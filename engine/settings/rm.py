@@ -11,6 +11,7 @@ from engine.settings.checks import check_epochs, check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.saving import SaveConfig
+from engine.settings.waiting import WaitingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,8 @@ class RMConfig:
     """Steps between held-out accuracies; 0: only at the end."""
     saving: Annotated[SaveConfig, tyro.conf.arg(name="")] = field(default_factory=SaveConfig)
     """Checkpoints: when they are written and which are kept; its options have no prefix."""
+    waiting: WaitingConfig = field(default_factory=WaitingConfig)
+    """How long ranks wait for one that does not come or is silent."""
 
     def __post_init__(self) -> None:
         check_numbers(

@@ -16,6 +16,7 @@ from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
 from engine.settings.saving import SaveConfig
+from engine.settings.waiting import WaitingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,8 @@ class SFTConfig:
     """Steps between held-out losses; 0: only at the end."""
     saving: Annotated[SaveConfig, tyro.conf.arg(name="")] = field(default_factory=SaveConfig)
     """Checkpoints: when they are written and which are kept; its options have no prefix."""
+    waiting: WaitingConfig = field(default_factory=WaitingConfig)
+    """How long ranks wait for one that does not come or is silent."""
     save_every_epoch: bool = False
     """Write the weights at the end of each epoch, and keep them all; a selection does so too."""
     selection: SelectionConfig = field(default_factory=SelectionConfig)
