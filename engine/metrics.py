@@ -128,6 +128,16 @@ class Metrics:
             self._append("alarms", {"step": step, "name": alarm.name, "message": alarm.message})
             self._show(f"ALARM {alarm.name}: {alarm.message}", style="bold red")
 
+    def set_back(self, step: int) -> None:
+        """Remove the rows of `step` and later, which the run takes anew; alarms stay, for what they
+        tell of has been."""
+        self.phase_seconds = {}
+        if not self._is_writer:
+            return
+        for name in ("metrics", "samples"):
+            _drop_steps_from(self._run_dir / f"{name}.jsonl", step)
+        self._events.start(step)
+
     def note(self, *lines: str) -> None:
         """Show lines that belong to no step, such as what was read and dropped."""
         if self._is_writer:
@@ -274,9 +284,14 @@ class _EventFile:
             self._stream = self._path.open("xb")
             self._records = RecordWriter(self._stream)
             self._write(Event(file_version="brain.Event:2"))
-            # What an earlier file has of these steps, a stopped run left: it is not to be shown.
-            start = SessionLog(status=SessionLog.START)
-            self._write(Event(step=first_step, session_log=start))
+        self._session = SessionLog(status=SessionLog.START)
+        self.start(first_step)
+
+    def start(self, step: int) -> None:
+        """Have nothing shown of what was written of `step` and later: a stopped run, or one that
+        was set back, left it."""
+        with writing(self._path):
+            self._write(self._event(step=step, session_log=self._session))
             self._stream.flush()
 
     def add(self, step: int, row: Mapping[str, float]) -> None:
