@@ -27,6 +27,7 @@ from engine.alarms import Alarm
 from engine.claim import check_claim
 from engine.files import open_file, replacing, writing
 from engine.printable import ERROR_CHARACTERS, open_console, printable, say
+from engine.ranks.signs import end_training, in_phase, reach_step
 
 SFT_HEADLINE = (
     "train/loss",
@@ -79,6 +80,7 @@ class Metrics:
         self._headline = headline
         self._start = time.perf_counter()
         self._progress: Progress | None = None
+        reach_step(first_step)
         if not is_writer:
             return
         with writing(run_dir):
@@ -96,6 +98,7 @@ class Metrics:
         row = {f"{name}/seconds": seconds for name, seconds in self.phase_seconds.items()}
         row.update(values)
         self.phase_seconds = {}
+        reach_step(step + 1)
         if not self._is_writer:
             return
         check_claim(self._run_dir)
@@ -146,8 +149,9 @@ class Metrics:
         """Time a block; its seconds are logged as `name/seconds`, summed over the step's blocks."""
         _synchronize()
         start = time.perf_counter()
-        yield
-        _synchronize()
+        with in_phase(name, is_bounded=True):
+            yield
+            _synchronize()
         seconds = time.perf_counter() - start
         self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
 
@@ -156,6 +160,7 @@ class Metrics:
 
         A run whose curves cannot be drawn has succeeded all the same: a line says why, no more.
         """
+        end_training()
         if not self._is_writer:
             return
         if self._progress:

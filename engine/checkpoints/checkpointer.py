@@ -42,8 +42,10 @@ from engine.checkpoints.weights import not_finite_message
 from engine.checkpoints.whole import newest_whole, warn
 from engine.errors import UserError
 from engine.files import read_object
+from engine.ranks import failure
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
+from engine.ranks.signs import in_phase
 from engine.settings.saving import SaveConfig
 from engine.training.copies import check_copies
 from engine.training.ema import EMA
@@ -98,6 +100,7 @@ class Checkpointer:
         if kind is None:
             self.finish()
             return
+        failure.await_verdict(exception[0])  # where another rank is gone, no save becomes whole
         # What ends the run is said, not what became of the save; but that may still become whole.
         try:
             if not self._saver.finish(_LAST_WAIT):
@@ -175,9 +178,10 @@ class Checkpointer:
         the others' collective; and none leaves, the store perhaps with it, before all know.
         """
         is_over = torch.zeros((), device=self.parallel.device)
-        while not is_over.item():  # sync: once a save, and once a second of waiting for it
-            is_over.fill_(self._saver.is_over(_LOOK))
-            dist.all_reduce(is_over, dist.ReduceOp.MIN)
+        with in_phase("waiting for a save", is_bounded=False):
+            while not is_over.item():  # sync: once a save, and once a second of waiting for it
+                is_over.fill_(self._saver.is_over(_LOOK))
+                dist.all_reduce(is_over, dist.ReduceOp.MIN)
         self._saver.finish()
 
     def newest(self) -> str:

@@ -17,6 +17,7 @@ from engine.settings.residency import ResidencyConfig
 from engine.settings.sampling import SamplingConfig
 from engine.settings.saving import SaveConfig
 from engine.settings.spikes import SpikeConfig
+from engine.settings.waiting import WaitingConfig
 
 EosRule = Literal["none", "penalty", "replace"]
 
@@ -137,6 +138,8 @@ class PPOConfig:
     is recorded in identity.json."""
     saving: Annotated[SaveConfig, tyro.conf.arg(name="")] = field(default_factory=SaveConfig)
     """Checkpoints: when they are written and which are kept; its options have no prefix."""
+    waiting: WaitingConfig = field(default_factory=WaitingConfig)
+    """How long ranks wait for one that does not come or is silent."""
     num_shown: int = 2
     """Sample texts in the table of an iteration."""
     show_every: int = 10
