@@ -93,6 +93,14 @@ class KLController:
         error = min(max(kl / self.config.target - 1.0, -0.2), 0.2)
         self.coef *= 1.0 + error * num_responses / self.config.horizon
 
+    def state_dict(self) -> float:
+        """Return what a resume continues from."""
+        return self.coef
+
+    def load_state_dict(self, state: float) -> None:
+        """Continue where state_dict() was taken."""
+        self.coef = state
+
 
 def unsound_clause(
     rollout: Rollout, scored: Scored, advantages: Advantages, decode: Callable[[list[int]], str]

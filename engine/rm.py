@@ -8,14 +8,14 @@ import torch.distributed as dist
 
 from engine.alarms import LossAlarms
 from engine.checkpoints.checkpointer import Checkpointer
-from engine.checkpoints.found import size_of
-from engine.checkpoints.weights import load_weights
+from engine.checkpoints.course import Course
 from engine.data.comparisons import comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
 from engine.data.prompts import hold_out
 from engine.evidence.keeper import Evidence
 from engine.feed import Feed, pack_for
+from engine.identity.inputs import Inputs
 from engine.losses import comparison_loss, last_readings, pair_accuracy
 from engine.metrics import RM_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
@@ -24,6 +24,7 @@ from engine.settings.rm import RMConfig
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward, forward_backward
+from engine.training.recheck import checked_gradients
 from engine.training.reduce import reduce_metrics
 from engine.training.skipped import end_if_stuck
 
@@ -32,27 +33,19 @@ from engine.training.skipped import end_if_stuck
 def train(config: RMConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.
-    parallel = join_ranks(config.layout, config.seed, config.numerics)
+    parallel = join_ranks(config.layout, config.seed, config.numerics, config.waiting)
     require_path(config.data.train, "data.train")
     run = start_run(
         directory=config.directory,
         parallel=parallel,
-        tokenizer=tokenizer_path(config.tokenizer, config.init_from),
+        tokenizer=tokenizer_path(config.tokenizer, config.init_from, config.directory),
     )
+    inputs = Inputs(run, config)
     fingerprint = run.tokenizer.fingerprint()
-    if config.init_from:
-        size = size_of(config.init_from, "policy", strict=config.saving.strict)
-    else:
-        size = size_named(config.size, run.tokenizer)
+    size = inputs.size("init_from") if config.init_from else size_named(config.size, run.tokenizer)
     network = build_network("scalar", size, parallel, numerics=config.numerics)
     if config.init_from:
-        load_weights(
-            network,
-            config.init_from,
-            role="policy",
-            tokenizer_fingerprint=fingerprint,
-            strict=config.saving.strict,
-        )
+        inputs.start("init_from", network)
     train_units, valid_units, demonstrations, notes = _load_data(config, run, size.context_length)
     feed = Feed(
         units=train_units,
@@ -62,7 +55,7 @@ def train(config: RMConfig) -> dict[str, float]:
         parallel=parallel,
     )
     num_steps = feed.order.num_steps(config.epochs)
-    optimizer = Optimizer(network, config.adam, total_steps=num_steps)
+    optimizer = Optimizer(network, config.adam, total_steps=num_steps, spikes=config.spikes)
     checkpointer = Checkpointer(
         directory=run.checkpoints,
         parallel=parallel,
@@ -70,13 +63,14 @@ def train(config: RMConfig) -> dict[str, float]:
         optimizers={"reward_model": optimizer},
         saving=config.saving,
         tokenizer_fingerprint=fingerprint,
+        goes_back=config.spikes.policy == "rewind",
     )
     progress = checkpointer.resume() or {"step": 0}
-    run.write_settings(config)
+    alarms = LossAlarms(config.alarms, clip_norm=config.adam.clip_norm)
+    course = Course(checkpointer, config.spikes, progress, num_steps, {"loss_alarms": alarms})
+    inputs.keep(progress["step"])
     run.leave_if_asked()
 
-    alarms = LossAlarms(config.alarms, clip_norm=config.adam.clip_norm)
-    alarms.load_state_dict(progress.get("loss_alarms", {}))
     evidence = Evidence(stage="rm", run=run, checkpointer=checkpointer)
     values: dict[str, float] = progress.get("metrics", {})
     metrics = Metrics(
@@ -87,10 +81,10 @@ def train(config: RMConfig) -> dict[str, float]:
         headline=RM_HEADLINE,
     )
     with metrics, checkpointer:
-        metrics.note(*notes, network.attention)
-        for step in range(progress["step"], num_steps):
+        metrics.note(*inputs.notes, *notes, network.attention)
+        for step in course:
             with metrics.phase("train"):
-                values = _train_step(step, network, optimizer, feed)
+                values = _train_step(step, network, optimizer, feed, course.passed_over)
             is_last = step + 1 == num_steps
             if valid_units and (
                 is_last or (config.eval_every and (step + 1) % config.eval_every == 0)
@@ -106,13 +100,15 @@ def train(config: RMConfig) -> dict[str, float]:
             values["train/epoch"] = feed.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
-            evidence.look(step, "reward_model", {"loss": feed.chosen(step)})
+            batch = {"loss": feed.chosen(course.position)}
+            evidence.look(step, "reward_model", batch, position=course.position)
             metrics.log_alarms(step, evidence.said() + alarms.check(values))
             end_if_stuck(f"step {step}", checkpointer.newest, reward_model=optimizer.skipped)
+            if course.set_back(metrics):
+                continue
             boundary = checkpointer.boundary(step + 1, is_last=is_last)
             if boundary.saves:
-                state = {"metrics": values, "loss_alarms": alarms.state_dict()}
-                checkpointer.save(step + 1, state)
+                checkpointer.save(step + 1, {"metrics": values, **course.state_dict()})
             if boundary.leaves:
                 checkpointer.finish()
                 run.leave(step + 1)
@@ -136,12 +132,21 @@ def shift_bias(network: Network, optimizer: Optimizer, shift: float) -> None:
     network.mark_changed()
 
 
-def _train_step(step: int, network: Network, optimizer: Optimizer, feed: Feed) -> dict[str, float]:
-    """One optimizer step on the ranking loss of the step's prompts."""
-    seed_for_step(network.parallel, step)
+def _train_step(
+    step: int, network: Network, optimizer: Optimizer, feed: Feed, passed_over: int
+) -> dict[str, float]:
+    """One optimizer step on the ranking loss of the step's prompts; passed_over: batches that no
+    step learns from."""
+    seed_for_step(network.parallel, step + passed_over)
     optimizer.zero_gradients()
-    batch = feed.step(step)
-    sums = forward_backward(network, batch.batches, comparison_loss(feed.batch_size))
+    batch = feed.step(step + passed_over)
+    loss = comparison_loss(feed.batch_size)
+    sums = checked_gradients(
+        optimizer,
+        lambda: forward_backward(network, batch.batches, loss),
+        step=step,
+        role="reward_model",
+    )
     result = optimizer.step(step, sums)
     found = reduce_metrics(sums, network.parallel)  # behind the step, whose launches need it not
     num_scores = found["num_scores"]
@@ -181,24 +186,30 @@ def _load_data(
         "prompt_suffix": data.prompt_suffix,
     }
     records, report = read_comparisons(data.train, skip_bad_lines=data.skip_bad_lines)
+    run.count("data.train", report)
     notes = [f"{data.train}: {report}"]
     if data.valid is not None:
         held_out, report = read_comparisons(data.valid, skip_bad_lines=data.skip_bad_lines)
+        run.count("data.valid", report)
         notes.append(f"{data.valid}: {report}")
     else:
         records, held_out = hold_out(records, data.valid_fraction, config.seed)
     train_units, lengths = comparison_examples(records, run.tokenizer, **limits)
+    run.count("data.train", lengths)
     notes.append(f"comparisons (train): {lengths}")
     valid_units: list[list[Example]] = []
     if held_out:
         valid_units, lengths = comparison_examples(held_out, run.tokenizer, **limits)
+        run.count("data.train" if data.valid is None else "data.valid", lengths)
         notes.append(f"comparisons (valid): {lengths}")
     demonstrations: list[Example] = []
     if data.demonstrations is not None:
         texts, report = read_demonstrations(data.demonstrations, skip_bad_lines=data.skip_bad_lines)
+        run.count("data.demonstrations", report)
         notes.append(f"{data.demonstrations}: {report}")
         demonstrations, lengths = demonstration_examples(
             texts[: data.num_demonstrations], run.tokenizer, **limits
         )
+        run.count("data.demonstrations", lengths)
         notes.append(f"demonstrations: {lengths}")
     return train_units, valid_units, demonstrations, notes

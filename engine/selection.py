@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.checkpoints.checkpointer import Checkpointer
-from engine.checkpoints.found import size_of
-from engine.checkpoints.weights import load_weights
 from engine.data.examples import Example
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.errors import UserError
 from engine.files import replacing
+from engine.identity.inputs import Inputs
 from engine.losses import last_readings
 from engine.rollout import generate_rollout
-from engine.run import Run, require_path
+from engine.run import Run
 from engine.score import read_rollout
 from engine.settings.sft import SFTConfig
 from engine.training.network import Network, build_network
@@ -57,6 +56,14 @@ class EpochSelection:
             "valid/response_tokens": sum(rollout.response_lengths) / len(rollout),
         }
 
+    def state_dict(self) -> list[dict[str, float]]:
+        """Return what a resume continues from."""
+        return list(self.epochs)
+
+    def load_state_dict(self, state: list[dict[str, float]]) -> None:
+        """Continue where state_dict() was taken."""
+        self.epochs = list(state)
+
     def write(self, checkpointer: Checkpointer) -> None:
         """Make the best epoch's weights those of the run, and write selected.json beside them;
         nothing while no epoch has a reward."""
@@ -78,7 +85,7 @@ class EpochSelection:
 
 
 def load_selection(
-    config: SFTConfig, run: Run, policy: Network, held_out: list[str]
+    config: SFTConfig, run: Run, policy: Network, held_out: list[str], inputs: Inputs
 ) -> EpochSelection | None:
     """Return what scores the epochs, None where the config has no reward model.
 
@@ -87,9 +94,8 @@ def load_selection(
     selection = config.selection
     if selection.reward_model is None:
         return None
-    path = require_path(selection.reward_model, "selection.reward-model")
     selection.sampling.check()
-    size = size_of(path, "reward_model", strict=True)  # the same for all epochs
+    size = inputs.size("selection.reward_model")
     context_length = min(policy.size.context_length, size.context_length)
     room = context_length - selection.sampling.max_new_tokens
     if room < 1:
@@ -98,7 +104,9 @@ def load_selection(
             f"for a prompt in the context of {context_length}"
         )
     if selection.prompts is not None:
-        held_out, _ = read_prompts(selection.prompts, skip_bad_lines=config.data.skip_bad_lines)
+        skips = config.data.skip_bad_lines
+        held_out, report = read_prompts(selection.prompts, skip_bad_lines=skips)
+        run.count("selection.prompts", report)
     if not held_out:
         raise UserError(
             "no held-out prompts to select an epoch by: give --selection.prompts or --data.valid"
@@ -110,10 +118,7 @@ def load_selection(
         prompt_suffix=config.data.prompt_suffix,
     )
     reward_model = build_network("scalar", size, run.parallel, numerics=config.numerics)
-    fingerprint = run.tokenizer.fingerprint()
-    load_weights(
-        reward_model, path, role="reward_model", tokenizer_fingerprint=fingerprint, strict=True
-    )
+    inputs.load("selection.reward_model", reward_model)  # the same for all epochs
     return EpochSelection(
         config=config, run=run, prompts=prompts, reward_model=reward_model, epochs=[]
     )

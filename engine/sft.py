@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 
 from engine.alarms import LossAlarms
 from engine.checkpoints.checkpointer import Checkpointer
-from engine.checkpoints.found import size_of
-from engine.checkpoints.weights import load_weights
+from engine.checkpoints.course import Course, Kept
 from engine.data.batches import EpochOrder, Units
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.prompts import hold_out
 from engine.errors import UserError
 from engine.evidence.keeper import Evidence
 from engine.feed import Feed, StepBatch
+from engine.identity.inputs import Inputs
 from engine.losses import NegativeLogLikelihood, mean_language_loss
 from engine.metrics import SFT_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
@@ -27,6 +27,7 @@ from engine.settings.sft import SFTConfig
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import Objective, accumulate
+from engine.training.recheck import checked_gradients
 from engine.training.reduce import reduce_metrics
 from engine.training.skipped import end_if_stuck
 
@@ -35,34 +36,26 @@ from engine.training.skipped import end_if_stuck
 def train(config: SFTConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.
-    parallel = join_ranks(config.layout, config.seed, config.numerics)
+    parallel = join_ranks(config.layout, config.seed, config.numerics, config.waiting)
     run = start_run(
         directory=config.directory,
         parallel=parallel,
-        tokenizer=tokenizer_path(config.tokenizer, config.init_from),
+        tokenizer=tokenizer_path(config.tokenizer, config.init_from, config.directory),
     )
-    if config.init_from:
-        size = size_of(config.init_from, "policy", strict=config.saving.strict)
-    else:
-        size = size_named(config.size, run.tokenizer)
+    inputs = Inputs(run, config)
+    size = inputs.size("init_from") if config.init_from else size_named(config.size, run.tokenizer)
     network = build_network(
         "language", size, parallel, numerics=config.numerics, dropout=config.dropout
     )
     if config.init_from:
-        load_weights(
-            network,
-            config.init_from,
-            role="policy",
-            tokenizer_fingerprint=run.tokenizer.fingerprint(),
-            strict=config.saving.strict,
-        )
+        inputs.start("init_from", network)
     data = _load_data(config, run, size.context_length)
-    selection = load_selection(config, run, network, data.held_out_prompts)
+    selection = load_selection(config, run, network, data.held_out_prompts, inputs)
     feeds = _feeds(config, data.train, run)
     lead = feeds.get("loss") or feeds["pretrain_loss"]
     num_steps = lead.order.num_steps(config.epochs)
     epoch_at = _epoch_ends(config.epochs, lead.order)
-    optimizer = Optimizer(network, config.adam, total_steps=num_steps)
+    optimizer = Optimizer(network, config.adam, total_steps=num_steps, spikes=config.spikes)
     checkpointer = Checkpointer(
         directory=run.checkpoints,
         parallel=parallel,
@@ -70,15 +63,17 @@ def train(config: SFTConfig) -> dict[str, float]:
         optimizers={"policy": optimizer},
         saving=config.saving,
         tokenizer_fingerprint=run.tokenizer.fingerprint(),
+        goes_back=config.spikes.policy == "rewind",
     )
     progress = checkpointer.resume() or {"step": 0}
+    alarms = LossAlarms(config.alarms, clip_norm=config.adam.clip_norm)
+    keeps: dict[str, Kept] = {"loss_alarms": alarms}
     if selection is not None:
-        selection.epochs = progress.get("epochs", [])
-    run.write_settings(config)
+        keeps["epochs"] = selection
+    course = Course(checkpointer, config.spikes, progress, num_steps, keeps)
+    inputs.keep(progress["step"])
     run.leave_if_asked()
 
-    alarms = LossAlarms(config.alarms, clip_norm=config.adam.clip_norm)
-    alarms.load_state_dict(progress.get("loss_alarms", {}))
     evidence = Evidence(stage="sft", run=run, checkpointer=checkpointer)
     values: dict[str, float] = progress.get("metrics", {})
     metrics = Metrics(
@@ -89,12 +84,11 @@ def train(config: SFTConfig) -> dict[str, float]:
         headline=SFT_HEADLINE,
     )
     with metrics, checkpointer:
-        metrics.note(*data.notes, network.attention)
-        for step in range(progress["step"], num_steps):
+        metrics.note(*inputs.notes, *data.notes, network.attention)
+        for step in course:
             with metrics.phase("train"):
-                values = _train_step(
-                    step, network, optimizer, feeds, config.data.pretraining_fraction
-                )
+                share = config.data.pretraining_fraction
+                values = _train_step(step, network, optimizer, feeds, share, course.passed_over)
             is_last, epoch = step + 1 == num_steps, epoch_at.get(step + 1)
             if is_last or (config.eval_every and (step + 1) % config.eval_every == 0):
                 with metrics.phase("valid"):
@@ -106,18 +100,19 @@ def train(config: SFTConfig) -> dict[str, float]:
             values["train/epoch"] = lead.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
-            evidence.look(step, "policy", {name: feed.chosen(step) for name, feed in feeds.items()})
+            batch = {name: feed.chosen(course.position) for name, feed in feeds.items()}
+            evidence.look(step, "policy", batch, position=course.position)
             metrics.log_alarms(step, evidence.said() + alarms.check(values))
             end_if_stuck(f"step {step}", checkpointer.newest, policy=optimizer.skipped)
+            if course.set_back(metrics):
+                continue
             if epoch and (config.save_every_epoch or selection is not None):
                 checkpointer.save_weights(epoch_name(epoch))
                 if selection is not None:
                     selection.write(checkpointer)
             boundary = checkpointer.boundary(step + 1, is_last=is_last)
             if boundary.saves:
-                epochs = selection.epochs if selection is not None else []
-                state = {"metrics": values, "epochs": epochs, "loss_alarms": alarms.state_dict()}
-                checkpointer.save(step + 1, state)
+                checkpointer.save(step + 1, {"metrics": values, **course.state_dict()})
             if boundary.leaves:
                 checkpointer.finish()
                 run.leave(step + 1)
@@ -130,14 +125,18 @@ def _train_step(
     optimizer: Optimizer,
     feeds: dict[str, Feed],
     pretraining_fraction: float,
+    passed_over: int = 0,
 ) -> dict[str, float]:
     """One optimizer step on loss = (1 - f) x demonstrations + f x pretraining, each its mean over
-    target tokens."""
+    target tokens; passed_over: batches that no step learns from."""
     parallel = network.parallel
-    seed_for_step(parallel, step)
+    seed_for_step(parallel, step + passed_over)
     optimizer.zero_gradients()
-    taken = {name: feed.step(step) for name, feed in feeds.items()}
-    found = accumulate(network, supervised_objectives(taken, pretraining_fraction))
+    taken = {name: feed.step(step + passed_over) for name, feed in feeds.items()}
+    objectives = supervised_objectives(taken, pretraining_fraction)
+    found = checked_gradients(
+        optimizer, lambda: accumulate(network, objectives), step=step, role="policy"
+    )
     result = optimizer.step(step, found)
     losses = reduce_metrics(found, parallel)  # behind the step, whose launches need it not
     values = losses | optimizer.numbers(result)
@@ -217,9 +216,11 @@ def _load_data(config: SFTConfig, run: Run, context_length: int) -> _Data:
     data, loaded = config.data, _Data()
     if data.train is not None:
         records, report = read_demonstrations(data.train, skip_bad_lines=data.skip_bad_lines)
+        run.count("data.train", report)
         loaded.notes.append(f"{data.train}: {report}")
         if data.valid is not None:
             held_out, report = read_demonstrations(data.valid, skip_bad_lines=data.skip_bad_lines)
+            run.count("data.valid", report)
             loaded.notes.append(f"{data.valid}: {report}")
         else:
             records, held_out = hold_out(records, data.valid_fraction, config.seed)
@@ -237,6 +238,7 @@ def _load_data(config: SFTConfig, run: Run, context_length: int) -> _Data:
                 max_prompt_length=data.max_prompt_tokens,
                 prompt_suffix=data.prompt_suffix,
             )
+            run.count("data.valid" if name == "valid" and data.valid else "data.train", lengths)
             loaded.notes.append(f"demonstrations ({name}): {lengths}")
     wants_pretraining = data.train is None or data.pretraining_fraction > 0
     if wants_pretraining:
@@ -244,12 +246,13 @@ def _load_data(config: SFTConfig, run: Run, context_length: int) -> _Data:
             raise UserError("--data.train or --data.pretraining is required")
         require_path(data.pretraining, "data.pretraining")
         length = min(data.pretraining_tokens, context_length)
-        for units, path in (
-            (loaded.train, data.pretraining),
-            (loaded.valid, data.pretraining_valid),
+        for units, path, name in (
+            (loaded.train, data.pretraining, "data.pretraining"),
+            (loaded.valid, data.pretraining_valid, "data.pretraining_valid"),
         ):
             if path is not None:
                 tokens = run.token_file(path, skip_bad_lines=data.skip_bad_lines)
+                run.count(name, tokens.report)
                 units["pretrain_loss"] = tokens.sequences(length)
                 loaded.notes.append(f"{path}: {tokens.report}, {len(tokens.tokens)} tokens")
     return loaded

@@ -1,14 +1,13 @@
 """Phase 5 of PPO, update: the optimizer steps of policy and critic on an iteration's episodes."""
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from engine.advantage import Advantages, unsound_clause
+from engine.checkpoints.course import Course
 from engine.data.batches import PackedBatch
 from engine.data.examples import Example
 from engine.evidence.keeper import Evidence
@@ -21,6 +20,7 @@ from engine.settings.ppo import PPOConfig
 from engine.training.ema import EMA
 from engine.training.optimizer import Optimizer
 from engine.training.passes import Objective, accumulate, forward_backward
+from engine.training.recheck import checked_gradients
 from engine.training.reduce import reduce_metrics
 from engine.training.skipped import SkippedSteps
 from kernels.moments import Whitening
@@ -42,16 +42,6 @@ class Learner:
     def rollouts(self) -> SkippedSteps:
         """Iterations without any step, as what they were to learn from was not finite."""
         return SkippedSteps(limit=self.policy.config.max_skipped_steps)
-
-    def begin(self, progress: Mapping[str, Any], evidence: Evidence) -> Evidence:
-        """Continue where a checkpoint's progress was saved, and keep evidence; return that."""
-        self.rollouts.load_state_dict(progress.get("skipped_rollouts", {}))
-        self.evidence = evidence
-        return evidence
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what it adds to a checkpoint's progress."""
-        return {"skipped_rollouts": self.rollouts.state_dict()}
 
     def num_learned(self, rollout: Rollout) -> int:
         """Return of how many responses of the iteration's rollout it has learned."""
@@ -86,9 +76,10 @@ def learn(
     rollout: Rollout,
     scored: Scored,
     advantages: Advantages,
-    iteration: int,
+    course: Course,
 ) -> dict[str, float]:
-    """Learn from a rollout, and return what the optimizer steps say together.
+    """Learn from the rollout of the step that a run's course is at; return what its optimizer
+    steps say together.
 
     Where a number of it is not finite no step is taken: it would be in the whitening of all. The
     samples are named then, and a few such iterations in a row end the run.
@@ -106,7 +97,9 @@ def learn(
             message = f"{clause}. No optimizer step was taken, and the KL coefficient stays"
             learner.evidence.tell("skipped_rollout", message)
         return counts
-    return run_updates(learner, config, examples, advantages.whitening, iteration) | counts
+    whitening, passed_over = advantages.whitening, course.passed_over
+    updated = run_updates(learner, config, examples, whitening, course.step, passed_over)
+    return updated | counts
 
 
 def run_updates(
@@ -115,21 +108,26 @@ def run_updates(
     examples: list[Example],
     whitening: Whitening | None,
     iteration: int,
+    passed_over: int = 0,
 ) -> dict[str, float]:
     """Take an iteration's optimizer steps, and return what they say together.
 
     A learner whose steps are skipped time and again takes no more of them: the run ends once this
-    iteration's numbers are on record.
+    iteration's numbers are on record. Nor does one that is to be set back for a spike.
+    passed_over: iterations' prompts that none learns from.
     """
     updates = []
-    for step, chosen in minibatches(config, iteration):
+    optimizers = (learner.policy, learner.critic)
+    for step, chosen in minibatches(config, iteration + passed_over):
         minibatch = [examples[i] for i in chosen]
-        updates.append(update(learner, config, minibatch, whitening, step=step))
+        updates.append(
+            update(learner, config, minibatch, whitening, step=step, passed_over=passed_over)
+        )
         if learner.evidence is not None:
             _keep_evidence(learner.evidence, learner, minibatch, whitening, step)
-        if any(skipped.is_stuck for skipped in learner.skipped.values()):
+        if any(o.skipped.is_stuck or o.spikes.has_to_stop for o in optimizers):
             break
-    for optimizer in (learner.policy, learner.critic):
+    for optimizer in optimizers:
         optimizer.network.settle()
     return merge_updates(updates)
 
@@ -155,21 +153,31 @@ def update(
     whitening: Whitening | None,
     *,
     step: int,
+    passed_over: int = 0,
 ) -> dict[str, float]:
-    """One optimizer step of policy and critic on a minibatch; `step` counts them over the run."""
+    """One optimizer step of policy and critic on a minibatch; `step` counts them over the run,
+    those of the iterations that were passed over too."""
     policy, critic = learner.policy.network, learner.critic.network
     parallel = policy.parallel
-    iteration = step // config.num_updates
+    iteration = step // config.num_updates - passed_over
     seed_for_step(parallel, step)
     batch = step_batch(minibatch, parallel, config.micro_batch_tokens)
     num_targets = torch.tensor(float(batch.num_targets), device=parallel.device)
     learner.policy.zero_gradients()
-    found = policy_gradient(learner, config, batch.batches, num_targets, whitening, step=step)
+    found = checked_gradients(
+        learner.policy,
+        lambda: policy_gradient(learner, config, batch.batches, num_targets, whitening, step=step),
+        step=step,
+        role="policy",
+    )
     learner.critic.zero_gradients()
-    critic_found = forward_backward(
-        critic,
-        pack_for(minibatch, critic.parallel, config.micro_batch_tokens),
-        clipped_value_loss(num_targets, cliprange=config.value_cliprange),
+    critic_batches = pack_for(minibatch, critic.parallel, config.micro_batch_tokens)
+    value_loss = clipped_value_loss(num_targets, cliprange=config.value_cliprange)
+    critic_found = checked_gradients(
+        learner.critic,
+        lambda: forward_backward(critic, critic_batches, value_loss),
+        step=step,
+        role="critic",
     )
     policy_step = learner.policy.step(iteration, found)
     critic_step = learner.critic.step(iteration, critic_found)
@@ -254,7 +262,9 @@ def merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
             merged[name] = float(np.min(column))
         elif name == "ratio_max":
             merged[name] = float(np.max(column))
-        elif name.endswith(("_skipped_steps", "_scale_search_steps", "_loss_scale")):
+        elif name.endswith(
+            ("_skipped_steps", "_spiked_steps", "_scale_search_steps", "_loss_scale")
+        ):
             merged[name] = column[-1]
         else:
             merged[name] = sum(column) / len(column)

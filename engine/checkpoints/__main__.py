@@ -25,6 +25,7 @@ from engine.checkpoints.retention import step_of
 from engine.errors import UserError, named, quoted
 from engine.files import read_object
 from engine.printable import ERROR_CHARACTERS, open_console, printable, say
+from engine.process.streams import make_streams_last
 from engine.settings.command_line import parse_config
 
 _CELL_CHARACTERS = 1000  # the most that is shown of a path or a word; our choice
@@ -42,6 +43,7 @@ class CheckpointsConfig:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
+    make_streams_last()
     default = CheckpointsConfig(command="verify", path=tyro.MISSING)
     try:
         config = parse_config(default, arguments)
@@ -56,12 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def checkpoints_at(path: Path) -> list[Path]:
-    """Return the checkpoints of a run, or the one that is named; raises UserError where there is
-    none."""
+    """Return the checkpoints of a run, and then the networks that it was made from; or the one that
+    is named. Raises UserError where there is none."""
     if (path / MANIFEST).exists():
         return [path]
     parent = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     found = sorted(p for p in parent.glob("*_*") if p.is_dir() and not p.name.endswith(".partial"))
+    found += sorted(p.parent for p in (path / "sources").glob(f"*/{MANIFEST}"))
     if not found:
         raise UserError(f"{path}: no checkpoint here (a run, or one of its checkpoints)")
     return found

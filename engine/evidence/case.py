@@ -32,6 +32,8 @@ class Case:
     """sft, rm or ppo."""
     step: int
     """Of the run, from 0; PPO's minibatches counted through."""
+    position: int
+    """Of its batch in the data, which seeds dropout: the step's, and of batches passed over."""
     role: str
     """Of the network in the run."""
     reason: str
@@ -61,7 +63,8 @@ def read_case(folder: Path) -> Case:
     checks = {
         "stage": found.get("stage") in _STAGES,
         "role": found.get("role") in _ROLES,
-        "step": type(found.get("step")) is int and 0 <= found["step"] <= _LARGEST,
+        "step": _is_count(found.get("step")),
+        "position": _is_count(found.get("position")),
         "reason": type(found.get("reason")) is str,
         "loss_scale": _is_number(found.get("loss_scale")) and found["loss_scale"] > 0,
         "numbers": isinstance(numbers, dict) and all(map(_is_number, numbers.values())),
@@ -71,6 +74,10 @@ def read_case(folder: Path) -> Case:
         name = (wrong or sorted(found.keys() - checks.keys()))[0]
         raise UserError(f"{path}: {quoted(name)} cannot be {quoted(found.get(name))}")
     return Case(**found)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST
 
 
 def _is_number(value: Any) -> bool:

@@ -47,11 +47,13 @@ class Evidence:
         role: str,
         sources: Mapping[str, Units],
         numbers: Mapping[str, float] | None = None,
+        position: int | None = None,
     ) -> None:
         """Say and keep the step that a network's optimizer has just been asked for, where it was
         skipped and begins a row; nothing may have changed the weights since.
 
         sources: the units of the global batch, by the name of their loss. numbers: see Case.
+        position: the step's in the data, where that is another number than the step's.
         """
         optimizer = self.checkpointer.optimizers[role]
         if optimizer.skipped.begins_search:
@@ -66,6 +68,7 @@ class Evidence:
         case = Case(
             stage=self.stage,
             step=step,
+            position=step if position is None else position,
             role=role,
             reason=optimizer.skipped.reason,
             loss_scale=optimizer.loss_scale,

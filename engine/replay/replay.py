@@ -23,14 +23,14 @@ from engine.printable import say
 from engine.ranks.seeds import seed_for_step
 from engine.ranks.start import start_parallel
 from engine.replay.terms import KeptConfig, check_sources, config_in, terms_of
-from engine.replay.watch import Watch
+from engine.replay.watch import PassWatch
 from engine.settings.layout import ParallelLayout
 from engine.settings.replay import ReplayConfig
 from engine.training.diagnosis import Diagnosis, diagnose, named_weights
 from engine.training.network import Network, build_network
-from engine.training.optimizer import make_trainable
 from engine.training.passes import LanguageLoss, Objective, accumulate, finish_gradients
 from engine.training.reduce import StepMetrics
+from engine.training.trainable import make_trainable
 from kernels.linear_logprobs import TokenLoss
 
 _NOT_REPRODUCED = 1
@@ -57,12 +57,12 @@ def replay(config: ReplayConfig) -> None:
         _of_weights(network),
         _of_batch(sources),
     ]
-    watch = Watch(network)
+    watch = PassWatch(network)
     found = _run(watch, case, terms)
     lines += _of_passes(watch) + [f"whole step: {_said(found)}"]
     if len(terms) > 1:
         for name, term in terms.items():
-            lines.append(f"{name} alone: {_said(_run(Watch(network), case, {name: term}))}")
+            lines.append(f"{name} alone: {_said(_run(PassWatch(network), case, {name: term}))}")
     is_reproduced = bool(found.losses or found.gradients)
     lines.append("reproduced" if is_reproduced else "NOT reproduced: all numbers are finite here")
     if parallel.is_writer:
@@ -98,7 +98,7 @@ class _NamedLoss:
 
     name: str
     inner: LanguageLoss
-    watch: Watch
+    watch: PassWatch
 
     def token_loss(self, batch: PackedBatch) -> TokenLoss:
         """Return the inner loss's."""
@@ -110,7 +110,7 @@ class _NamedLoss:
         return self.inner.metrics(batch, terms)
 
 
-def _watched(name: str, term: Objective, watch: Watch) -> Objective:
+def _watched(name: str, term: Objective, watch: PassWatch) -> Objective:
     inner: Any = term.loss
     if not callable(inner):
         return dataclasses.replace(term, loss=_NamedLoss(name, inner, watch))
@@ -123,12 +123,12 @@ def _watched(name: str, term: Objective, watch: Watch) -> Objective:
     return dataclasses.replace(term, loss=loss)
 
 
-def _run(watch: Watch, case: Case, terms: Mapping[str, Objective]) -> Diagnosis:
+def _run(watch: PassWatch, case: Case, terms: Mapping[str, Objective]) -> Diagnosis:
     """Run the passes of some terms as the step did, and return what is not finite."""
     network = watch.network
     for chunk in network.chunks:
         chunk.zero_grad_buffer()
-    seed_for_step(network.parallel, case.step)
+    seed_for_step(network.parallel, case.position)
     watch.term = next(iter(terms))
     objectives = [_watched(name, term, watch) for name, term in terms.items()]
     with watch.watching():
@@ -170,7 +170,7 @@ def _of_batch(sources: Mapping[str, Sequence[Unit]]) -> str:
     return f"batch: {'; '.join(parts)}"
 
 
-def _of_passes(watch: Watch) -> list[str]:
+def _of_passes(watch: PassWatch) -> list[str]:
     """Return what each rank found first in its forward pass and in its backward pass."""
     lines = []
     for what in ("forward", "backward"):

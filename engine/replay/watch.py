@@ -37,7 +37,7 @@ class Finding:
         return f"{self.spot}, for {self.term}: {self.numbers}"
 
 
-class Watch:
+class PassWatch:
     """Watches the passes of a network on this rank: `with watch.watching(): ...`."""
 
     def __init__(self, network: Network) -> None:
@@ -66,7 +66,7 @@ class Watch:
             self._seen.clear()
 
     def follow(self, *outputs: Any) -> None:
-        """Watch the backward pass of tensors: every operation that they were made by."""
+        """PassWatch the backward pass of tensors: every operation that they were made by."""
         waiting = [t.grad_fn for t in _tensors(outputs) if t.grad_fn is not None]
         while waiting:
             node: Any = waiting.pop()

@@ -12,6 +12,8 @@ from engine.settings.checks import check_epochs, check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.saving import SaveConfig
+from engine.settings.spikes import SpikeConfig
+from engine.settings.waiting import WaitingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +74,19 @@ class RMConfig:
     """Dtype and recomputation."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     """Parallelism."""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    """What is done about a loss or a gradient that leaps."""
     seed: int = 0
     """Shuffling and initialisation."""
     eval_every: int = 0
     """Steps between held-out accuracies; 0: only at the end."""
+    accept_changed: tuple[str, ...] = ()
+    """What may differ from what the run was made from, for once: data.train, torch, code, ...; it
+    is recorded in identity.json."""
     saving: Annotated[SaveConfig, tyro.conf.arg(name="")] = field(default_factory=SaveConfig)
     """Checkpoints: when they are written and which are kept; its options have no prefix."""
+    waiting: WaitingConfig = field(default_factory=WaitingConfig)
+    """How long ranks wait for one that does not come or is silent."""
 
     def __post_init__(self) -> None:
         check_numbers(

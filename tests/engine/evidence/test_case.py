@@ -16,6 +16,7 @@ from tests.fuzzing import fuzzed
 FOUND = Case(
     stage="ppo",
     step=12,
+    position=13,
     role="policy",
     reason="policy_loss is nan",
     loss_scale=512.0,
@@ -35,6 +36,7 @@ def test_a_case_comes_back_and_names_its_folder(tmp_path: Path):
         ("stage", "pretrain"),
         ("step", -1),
         ("step", 1.0),
+        ("position", None),
         ("role", "../policy"),
         ("reason", None),
         ("loss_scale", 0),

@@ -18,7 +18,7 @@ from tests.tiny import SIZE
 
 
 def case(stage: str, role: str) -> Case:
-    return Case(stage=stage, step=0, role=role, reason="", numbers={"mean": 0.0})
+    return Case(stage=stage, step=0, position=0, role=role, reason="", numbers={"mean": 0.0})
 
 
 def episode(*fields: str, length: int = 4, token: int = 1) -> Example:
@@ -52,7 +52,7 @@ def test_terms_are_those_of_the_stage():
     check_sources(Path("kept"), case("ppo", "policy"), sources, SIZE)
     with pytest.raises(UserError, match="whitening without its 'rstd'"):
         terms_of(case("ppo", "policy"), PPOConfig(), sources, parallel)
-    whole = Case(stage="ppo", step=0, role="policy", reason="")
+    whole = Case(stage="ppo", step=0, position=0, role="policy", reason="")
     terms = terms_of(whole, PPOConfig(), sources, parallel)
     assert {name: term.scale for name, term in terms.items()} == {
         "policy_loss": 1.0,

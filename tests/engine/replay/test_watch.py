@@ -10,19 +10,19 @@ from engine.data.batches import pack
 from engine.data.examples import Example
 from engine.losses import NegativeLogLikelihood
 from engine.ranks.start import start_parallel
-from engine.replay.watch import Watch
+from engine.replay.watch import PassWatch
 from engine.settings.layout import ParallelLayout
 from engine.training.network import Network
-from engine.training.optimizer import make_trainable
 from engine.training.passes import forward_backward
+from engine.training.trainable import make_trainable
 from tests.tiny import random_network
 
 
-def watched(network: Network) -> Watch:
+def watched(network: Network) -> PassWatch:
     make_trainable(network)
     tokens = np.random.default_rng(0).integers(0, 100, 40)
     batch = pack([Example(tokens=tokens, prompt_length=1)], multiple_of=1)
-    watch = Watch(network)
+    watch = PassWatch(network)
     with watch.watching():
         forward_backward(network, [batch], NegativeLogLikelihood(39))
     return watch
@@ -69,7 +69,7 @@ def test_what_overflows_between_modules_is_found_where_it_enters_one(network: Ne
 
 def test_operation_is_found_with_the_line_that_called_it(network: Network):
     make_trainable(network)
-    watch = Watch(network)
+    watch = PassWatch(network)
     with watch.watching():
         x = torch.zeros(3, requires_grad=True)
         y = (x + 1.0).sqrt() - 1.0
