@@ -125,11 +125,22 @@ class Metrics:
             self._append("alarms", {"step": step, "name": alarm.name, "message": alarm.message})
             self._show(f"ALARM {alarm.name}: {alarm.message}", style="bold red")
 
-    def note(self, *lines: str) -> None:
-        """Show lines that belong to no step, such as what was read and dropped."""
-        if self._is_writer:
-            for line in lines:
-                self._show(line, style="dim")
+    def note(self, *lines: str, cautions: Sequence[Alarm] = ()) -> None:
+        """Show lines that belong to no step, such as what was read and dropped.
+
+        cautions: what the run's settings do badly. They are recorded as alarms of its first step;
+        what an earlier start has recorded is not said again.
+        """
+        if not self._is_writer:
+            return
+        for line in lines:
+            self._show(line, style="dim")
+        recorded = _recorded_alarms(self._run_dir / "alarms.jsonl") if cautions else set()
+        for name, message in dict.fromkeys(cautions):
+            if (name, message) not in recorded:
+                row = {"step": self._first_step, "name": name, "message": message}
+                self._append("alarms", row)
+                self._show(f"WARNING {name}: {message}", style="bold yellow")
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -311,6 +322,14 @@ def _drop_steps_from(path: Path, first_step: int) -> None:
     if len(kept) < num_lines:
         with replacing(path) as stream:
             stream.writelines(kept)
+
+
+def _recorded_alarms(path: Path) -> set[tuple[str, str]]:
+    """Return (name, message) of the alarms in a file that has been rid of damaged lines."""
+    if not os.path.lexists(path):
+        return set()
+    rows = [json.loads(line) for line in _lines(path)]
+    return {(str(row.get("name")), str(row.get("message"))) for row in rows}
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -1,14 +1,17 @@
 """PPO and PPO-ptx against the reward model (InstructGPT 3.5 and C.4)."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from engine.advantage import KLController, estimate_advantages
-from engine.alarms import Alarms
+from engine.alarms import Alarm, Alarms
+from engine.cautions import ppo_cautions, rank_cautions, reading_cautions, room_cautions
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.found import check_named_size, size_of
 from engine.checkpoints.weights import load_weights
 from engine.data.batches import EpochOrder
 from engine.data.examples import Example
+from engine.data.limits import prompt_limits
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.errors import UserError
 from engine.feed import Feed
@@ -43,7 +46,7 @@ def train(config: PPOConfig) -> dict[str, float]:
     # Build. The critic starts from the reward model.
     policy = _load("language", config.policy, "policy", config, run)
     critic = _load("scalar", config.reward_model, "reward_model", config, run)
-    prompts, notes = _load_prompts(config, run, policy)
+    prompts, notes, amiss = _load_prompts(config, run, _contexts(config, policy, critic))
     policy_optimizer = Optimizer(policy, config.adam, total_steps=config.iterations)
     critic_optimizer = Optimizer(critic, config.critic_adam, total_steps=config.iterations)
     learner = Learner(
@@ -87,7 +90,11 @@ def train(config: PPOConfig) -> dict[str, float]:
         headline=PPO_HEADLINE,
     )
     with metrics, checkpointer:
-        metrics.note(*notes, policy.attention)
+        metrics.note(
+            *notes,
+            policy.attention,
+            cautions=amiss + _cautions(config, run, learner.pretraining, len(prompts)),
+        )
         for iteration in range(progress["step"], config.iterations):
             # 1 prompt
             batch = [prompts[i] for i in order.indices(iteration)]
@@ -187,6 +194,17 @@ def _load(
     return network
 
 
+def _contexts(config: PPOConfig, policy: Network, critic: Network) -> dict[str, int]:
+    """Return the context in tokens of each network that reads prompts and responses."""
+    contexts = {
+        "policy": policy.size.context_length,
+        "reward model": critic.size.context_length,  # the critic's start
+    }
+    if config.reference is not None:
+        contexts["reference"] = size_of(config.reference, "policy", strict=True).context_length
+    return contexts
+
+
 def _parallel_of(kind: Kind, config: PPOConfig, run: Run) -> Parallel:
     """Return this rank's place in the layout of the language or of the scalar networks."""
     if kind == "language" or config.critic_layout is None:
@@ -198,24 +216,41 @@ def _parallel_of(kind: Kind, config: PPOConfig, run: Run) -> Parallel:
         raise UserError(f"critic_layout: {error}") from None
 
 
-def _load_prompts(config: PPOConfig, run: Run, policy: Network) -> tuple[list[Example], list[str]]:
-    """Return the prompts that leave room for a whole response, and what reading them is to be told
-    about."""
+def _load_prompts(
+    config: PPOConfig, run: Run, contexts: Mapping[str, int]
+) -> tuple[list[Example], list[str], list[Alarm]]:
+    """Return the prompts that leave room for a whole response, what reading them is to be told
+    about, and what is amiss with them.
+
+    contexts: tokens by network, each of which reads prompts and responses.
+    """
     data = config.data
     texts, report = read_prompts(data.prompts, skip_bad_lines=data.skip_bad_lines)
-    room = policy.size.context_length - config.sampling.max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"sampling.max_new_tokens {config.sampling.max_new_tokens} leaves no room for a prompt "
-            f"in the context of {policy.size.context_length}"
-        )
+    limits = prompt_limits(
+        contexts, config.sampling.max_new_tokens, max_prompt_tokens=data.max_prompt_tokens
+    )
     prompts, lengths = prompt_examples(
         texts,
         run.tokenizer,
-        max_prompt_length=min(data.max_prompt_tokens, room),
+        max_prompt_length=limits.prompt.tokens,
         prompt_suffix=data.prompt_suffix,
     )
-    return prompts, [f"{data.prompts}: {report}; {lengths}"]
+    limits.check(lengths, f"--data.prompts {data.prompts}")
+    cautions = reading_cautions("prompts", report, lengths, limits)
+    cautions += room_cautions(config.sampling, limits.prompt, min(contexts.values()))
+    return prompts, [f"{data.prompts}: {report}; {lengths}"], cautions
+
+
+def _cautions(
+    config: PPOConfig, run: Run, pretraining: Feed | None, num_prompts: int
+) -> list[Alarm]:
+    """Return what is amiss with the settings, now that the data are known."""
+    num_sequences = len(pretraining.units) if pretraining is not None else 0
+    return [
+        *ppo_cautions(config, num_prompts=num_prompts, num_sequences=num_sequences),
+        *rank_cautions("minibatch_size", config.minibatch_size, run.parallel.dp),
+        *rank_cautions("rollout_batch_size", config.rollout_batch_size, run.parallel.num_replicas),
+    ]
 
 
 def _pretraining_feed(config: PPOConfig, run: Run, policy: Network) -> Feed | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from engine.answers.kept import Answers, Origin, digest_of_prompts
 from engine.answers.load import find_weights
 from engine.data.batches import deal
+from engine.data.limits import Limit, Limits
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.data.tokenizer import Tokenizer
 from engine.generation.generate import generate
@@ -22,12 +23,15 @@ def answer_file(
     """
     parallel = network.parallel
     texts, read_report = read_prompts(prompts, skip_bad_lines=config.skip_bad_lines)
+    context_length = network.size.context_length
+    limit = Limit(context_length - 1, f"one less than the model's context of {context_length}")
     examples, length_report = prompt_examples(
         texts,
         tokenizer,
-        max_prompt_length=network.size.context_length - 1,
+        max_prompt_length=limit.tokens,
         prompt_suffix=config.prompt_suffix,
     )
+    Limits(prompt=limit).check(length_report, f"{prompts}")
     origin = Origin(
         weights=str(find_weights(config)[0].resolve()),
         prompts=digest_of_prompts([e.tokens for e in examples], tokenizer.fingerprint()),

@@ -71,8 +71,8 @@ class RMConfig:
     """Parallelism."""
     seed: int = 0
     """Shuffling and initialisation."""
-    eval_every: int = 0
-    """Steps between held-out accuracies; 0: only at the end."""
+    eval_every: int | None = None
+    """Steps between held-out accuracies; none: about ten times over the run; 0: only at the end."""
     saving: Annotated[SaveConfig, tyro.conf.arg(name="")] = field(default_factory=SaveConfig)
     """Checkpoints: when they are written and which are kept; its options have no prefix."""
 

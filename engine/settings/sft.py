@@ -105,8 +105,8 @@ class SFTConfig:
     """Parallelism."""
     seed: int = 0
     """Shuffling, initialisation, dropout."""
-    eval_every: int = 0
-    """Steps between held-out losses; 0: only at the end."""
+    eval_every: int | None = None
+    """Steps between held-out losses; none: about ten times over the run; 0: only at the end."""
     saving: Annotated[SaveConfig, tyro.conf.arg(name="")] = field(default_factory=SaveConfig)
     """Checkpoints: when they are written and which are kept; its options have no prefix."""
     save_every_epoch: bool = False
