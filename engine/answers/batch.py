@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from engine.answers.kept import Answers, Origin, digest_of_prompts
+from engine.answers.kept import Answers, Origin, digest_of_prompts, digest_of_weights
 from engine.answers.load import find_weights
 from engine.data.batches import deal
 from engine.data.limits import Limit, Limits
@@ -10,6 +10,7 @@ from engine.data.prompts import prompt_examples, read_prompts
 from engine.data.tokenizer import Tokenizer
 from engine.generation.generate import generate
 from engine.printable import say
+from engine.ranks.first_rank import said_by_first_rank
 from engine.settings.generate import GenerateConfig
 from engine.training.network import Network
 
@@ -32,16 +33,24 @@ def answer_file(
         prompt_suffix=config.prompt_suffix,
     )
     Limits(prompt=limit).check(length_report, f"{prompts}")
+    weights, is_huggingface = find_weights(config)
     origin = Origin(
-        weights=str(find_weights(config)[0].resolve()),
+        weights=str(weights.resolve()),
         prompts=digest_of_prompts([e.tokens for e in examples], tokenizer.fingerprint()),
         num_samples=config.num_samples,
         sampling=config.sampling,
         dtype=config.dtype,
         seed=config.seed,
+        content=said_by_first_rank(
+            lambda: digest_of_weights(weights, is_huggingface=is_huggingface)
+        ),
     )
     num_answers = len(examples) * config.num_samples
-    answers = Answers(config.out, origin, parallel, num_answers)
+    answers = Answers(config.out, origin, parallel, num_answers, overwrite=config.overwrite)
+    if answers.is_finished:
+        if parallel.is_writer:
+            say(f"{config.out}: finished, {num_answers} answers; --overwrite draws them again")
+        return
     if parallel.is_writer and answers.kept:
         say(f"{config.out}: {len(answers.kept)} of {num_answers} answers are there already")
     missing = [number for number in range(num_answers) if number not in answers.kept]
