@@ -1,25 +1,21 @@
 """PPO and PPO-ptx against the reward model (InstructGPT 3.5 and C.4)."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from engine.advantage import KLController, estimate_advantages
-from engine.alarms import Alarm, Alarms
-from engine.cautions import ppo_cautions, rank_cautions, reading_cautions, room_cautions
+from engine.alarms import Alarms
+from engine.cautions.of_settings import ppo_cautions
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.found import check_named_size, size_of
 from engine.checkpoints.weights import load_weights
 from engine.data.batches import EpochOrder
-from engine.data.examples import Example
-from engine.data.limits import prompt_limits
-from engine.data.prompts import prompt_examples, read_prompts
 from engine.errors import UserError
 from engine.feed import Feed
 from engine.metrics import PPO_HEADLINE, Metrics
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import rearranged
 from engine.residency.residency import Residency
-from engine.rollout import generate_rollout
+from engine.rollout import generate_rollout, load_prompts
 from engine.run import Run, join_ranks, require_path, stage, start_run
 from engine.score import score_rollout
 from engine.settings.ppo import PPOConfig
@@ -46,7 +42,7 @@ def train(config: PPOConfig) -> dict[str, float]:
     # Build. The critic starts from the reward model.
     policy = _load("language", config.policy, "policy", config, run)
     critic = _load("scalar", config.reward_model, "reward_model", config, run)
-    prompts, notes, amiss = _load_prompts(config, run, _contexts(config, policy, critic))
+    prompts, notes, amiss = load_prompts(config, run.tokenizer, _contexts(config, policy, critic))
     policy_optimizer = Optimizer(policy, config.adam, total_steps=config.iterations)
     critic_optimizer = Optimizer(critic, config.critic_adam, total_steps=config.iterations)
     learner = Learner(
@@ -93,7 +89,7 @@ def train(config: PPOConfig) -> dict[str, float]:
         metrics.note(
             *notes,
             policy.attention,
-            cautions=amiss + _cautions(config, run, learner.pretraining, len(prompts)),
+            cautions=amiss + ppo_cautions(config, parallel, len(prompts), learner.num_sequences),
         )
         for iteration in range(progress["step"], config.iterations):
             # 1 prompt
@@ -214,43 +210,6 @@ def _parallel_of(kind: Kind, config: PPOConfig, run: Run) -> Parallel:
         return rearranged(run.parallel, config.critic_layout)
     except UserError as error:
         raise UserError(f"critic_layout: {error}") from None
-
-
-def _load_prompts(
-    config: PPOConfig, run: Run, contexts: Mapping[str, int]
-) -> tuple[list[Example], list[str], list[Alarm]]:
-    """Return the prompts that leave room for a whole response, what reading them is to be told
-    about, and what is amiss with them.
-
-    contexts: tokens by network, each of which reads prompts and responses.
-    """
-    data = config.data
-    texts, report = read_prompts(data.prompts, skip_bad_lines=data.skip_bad_lines)
-    limits = prompt_limits(
-        contexts, config.sampling.max_new_tokens, max_prompt_tokens=data.max_prompt_tokens
-    )
-    prompts, lengths = prompt_examples(
-        texts,
-        run.tokenizer,
-        max_prompt_length=limits.prompt.tokens,
-        prompt_suffix=data.prompt_suffix,
-    )
-    limits.check(lengths, f"--data.prompts {data.prompts}")
-    cautions = reading_cautions("prompts", report, lengths, limits)
-    cautions += room_cautions(config.sampling, limits.prompt, min(contexts.values()))
-    return prompts, [f"{data.prompts}: {report}; {lengths}"], cautions
-
-
-def _cautions(
-    config: PPOConfig, run: Run, pretraining: Feed | None, num_prompts: int
-) -> list[Alarm]:
-    """Return what is amiss with the settings, now that the data are known."""
-    num_sequences = len(pretraining.units) if pretraining is not None else 0
-    return [
-        *ppo_cautions(config, num_prompts=num_prompts, num_sequences=num_sequences),
-        *rank_cautions("minibatch_size", config.minibatch_size, run.parallel.dp),
-        *rank_cautions("rollout_batch_size", config.rollout_batch_size, run.parallel.num_replicas),
-    ]
 
 
 def _pretraining_feed(config: PPOConfig, run: Run, policy: Network) -> Feed | None:

@@ -8,17 +8,19 @@ import torch
 import torch.distributed as dist
 
 from engine.alarms import Alarm
-from engine.cautions import (
+from engine.cautions.of_data import (
     Reading,
     held_out_cautions,
-    interval_cautions,
     overlap_cautions,
-    rank_cautions,
     reading_cautions,
     repetition_cautions,
     response_cautions,
-    schedule_cautions,
     twin_cautions,
+)
+from engine.cautions.of_settings import (
+    interval_cautions,
+    rank_cautions,
+    schedule_cautions,
 )
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.found import size_of

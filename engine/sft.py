@@ -9,16 +9,18 @@ import math
 from dataclasses import dataclass, field
 
 from engine.alarms import Alarm
-from engine.cautions import (
+from engine.cautions.of_data import (
     Reading,
     held_out_cautions,
-    interval_cautions,
     no_held_out_text,
     overlap_cautions,
-    rank_cautions,
     reading_cautions,
     repetition_cautions,
     response_cautions,
+)
+from engine.cautions.of_settings import (
+    interval_cautions,
+    rank_cautions,
     schedule_cautions,
 )
 from engine.checkpoints.checkpointer import Checkpointer

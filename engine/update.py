@@ -37,6 +37,11 @@ class Learner:
         """The skipped steps of both networks."""
         return {"policy": self.policy.skipped, "critic": self.critic.skipped}
 
+    @property
+    def num_sequences(self) -> int:
+        """The different sequences of pretraining text; 0 without ptx."""
+        return 0 if self.pretraining is None else len(self.pretraining.units)
+
 
 def learning_examples(rollout: Rollout, scored: Scored, advantages: Advantages) -> list[Example]:
     """Return the responses as training examples that carry the numbers of their tokens."""

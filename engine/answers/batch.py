@@ -33,18 +33,8 @@ def answer_file(
         prompt_suffix=config.prompt_suffix,
     )
     Limits(prompt=limit).check(length_report, f"{prompts}")
-    weights, is_huggingface = find_weights(config)
-    origin = Origin(
-        weights=str(weights.resolve()),
-        prompts=digest_of_prompts([e.tokens for e in examples], tokenizer.fingerprint()),
-        num_samples=config.num_samples,
-        sampling=config.sampling,
-        dtype=config.dtype,
-        seed=config.seed,
-        content=said_by_first_rank(
-            lambda: digest_of_weights(weights, is_huggingface=is_huggingface)
-        ),
-    )
+    digest = digest_of_prompts([e.tokens for e in examples], tokenizer.fingerprint())
+    origin = _origin(config, digest)
     num_answers = len(examples) * config.num_samples
     answers = Answers(config.out, origin, parallel, num_answers, overwrite=config.overwrite)
     if answers.is_finished:
@@ -81,3 +71,19 @@ def answer_file(
     answers.finish()
     if parallel.is_writer:
         say(f"{config.out}: {num_answers} answers; {read_report}; prompts: {length_report}")
+
+
+def _origin(config: GenerateConfig, digest: str) -> Origin:
+    """Return what the answers depend on; digest: of the prompts."""
+    weights, is_huggingface = find_weights(config)
+    return Origin(
+        weights=str(weights.resolve()),
+        prompts=digest,
+        num_samples=config.num_samples,
+        sampling=config.sampling,
+        dtype=config.dtype,
+        seed=config.seed,
+        content=said_by_first_rank(
+            lambda: digest_of_weights(weights, is_huggingface=is_huggingface)
+        ),
+    )

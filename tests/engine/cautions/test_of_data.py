@@ -7,28 +7,23 @@ from pathlib import Path
 import pytest
 
 from engine.alarms import Alarm
-from engine.cautions import (
+from engine.cautions.of_data import (
     Reading,
     held_out_cautions,
-    interval_cautions,
     no_held_out_text,
     overlap_cautions,
-    ppo_cautions,
-    rank_cautions,
     reading_cautions,
     repetition_cautions,
     response_cautions,
-    room_cautions,
-    schedule_cautions,
     twin_cautions,
+)
+from engine.cautions.of_settings import (
+    rank_cautions,
 )
 from engine.data.examples import LengthReport
 from engine.data.jsonl import ReadReport
 from engine.data.limits import Limit, Limits
 from engine.settings.adam import AdamConfig
-from engine.settings.kl import KLConfig
-from engine.settings.ppo import PPOConfig
-from engine.settings.sampling import SamplingConfig
 from engine.settings.saving import SaveConfig
 from tests.tiny import SIZE, ppo_config, rm_config, sft_config, train, train_until, write_lines
 from tests.tiny import write_checkpoints as write_tiny_checkpoints
@@ -42,31 +37,6 @@ def names(found: list[Alarm]) -> list[str]:
 def only(found: list[Alarm]) -> str:
     (alarm,) = found
     return alarm.message
-
-
-def test_a_warm_up_must_end_within_the_run():
-    adam = AdamConfig(lr=1e-3, warmup=20, warmup_start=0.1)
-    assert schedule_cautions("adam", adam, 21) == []
-    message = only(schedule_cautions("adam", adam, 20))
-    assert "adam.warmup 20 outlasts the run of 20 steps" in message
-    assert "ends at 0.000955 and never reaches adam.lr 0.001" in message  # 0.1 + 0.9 x 19 / 20
-
-
-def test_rates_that_teach_nothing_or_too_much():
-    adam = AdamConfig(warmup=2, warmup_start=0.0)
-    assert names(schedule_cautions("critic_adam", adam, 9)) == ["zero_lr"]
-    assert names(schedule_cautions("adam", AdamConfig(lr=0.02), 9)) == []
-    assert names(schedule_cautions("adam", AdamConfig(lr=1000.0), 9)) == ["large_lr"]
-
-
-def test_intervals_beyond_the_run():
-    assert interval_cautions(SaveConfig(save_every=22), 22, 22) == []
-    found = interval_cautions(SaveConfig(save_every=23), 23, 22)
-    assert names(found) == ["save_every", "eval_every"]
-    assert "save_every 23 is beyond the run's 22 steps" in found[0].message
-    never = SaveConfig(save_every_minutes=0.0)
-    assert names(interval_cautions(never, None, 22)) == ["no_saves"]
-    assert interval_cautions(SaveConfig(), 0, 22) == []
 
 
 def test_nothing_held_out():
@@ -142,47 +112,6 @@ def test_one_text_above_itself():
     assert twin_cautions([(["a", "b", "a"], [1, 2, 1])]) == []
     found = twin_cautions([(["a", "a", "b"], [1, 2, 3]), (["a", "b"], [1, 2])])
     assert "1 of 2 comparisons (50%) rank one text above itself" in only(found)
-
-
-def ppo(**changes) -> list[str]:
-    config = dataclasses.replace(PPOConfig(), **changes)
-    return names(ppo_cautions(config, num_prompts=31_000, num_sequences=10**7))
-
-
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
-        ({}, None),  # the paper's
-        ({"kl": KLConfig(coef=0.0)}, "kl_coef"),
-        ({"sampling": SamplingConfig(top_k=1)}, "greedy"),
-        ({"sampling": SamplingConfig(top_p=0.9)}, "cut_distribution"),
-        ({"sampling": SamplingConfig(top_k=50)}, "cut_distribution"),
-        ({"sampling": SamplingConfig(min_new_tokens=64)}, "no_end"),
-        ({"minibatch_size": 4}, "many_updates"),
-        ({"adam": AdamConfig(warmup=500)}, "warmup"),
-        ({"critic_adam": AdamConfig(warmup=500)}, "warmup"),
-        ({"ema_decay": 0.99999}, "average"),
-    ],
-)
-def test_settings_of_ppo(changes: dict, name: str | None):
-    assert ppo(**changes) == ([name] if name else [])
-
-
-def test_prompts_and_text_that_ppo_reads_often():
-    config = PPOConfig(iterations=100, rollout_batch_size=64, ptx_examples_per_episode=1)
-    found = ppo_cautions(config, num_prompts=50, num_sequences=100)
-    assert names(found) == ["repeated", "small_data", "repeated"]
-    assert "each of 50 prompts is read 128 times" in found[0].message
-    assert "each is answered 1.28 times in one iteration" in found[1].message
-    assert "each of 100 pretraining sequences is read 64 times" in found[2].message
-
-
-def test_a_room_that_is_tiny():
-    sampling = SamplingConfig(max_new_tokens=240)
-    assert room_cautions(sampling, Limit(32, "x"), 256) == []
-    assert "prompts have at most 31 tokens (x)" in only(
-        room_cautions(sampling, Limit(31, "x"), 256)
-    )
 
 
 def recorded(run: Path) -> list[dict]:
