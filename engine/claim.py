@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import socket
 import stat
 import sys
@@ -24,6 +25,8 @@ from engine.files import open_file, writing
 from engine.printable import ERROR_CHARACTERS, say
 
 LOCK = ".lock"
+UNFINISHED = "sources.partial"
+"""A folder in a claimed one that does not outlive the claim, unless its process is killed."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 # A link could lead to another's file, and a pipe would wait for somebody.
 _OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -185,6 +188,7 @@ def _is_at(lock: Path, number: int) -> bool:
 def _give_up(held: _Held) -> None:
     with contextlib.suppress(OSError):  # the folder may have gone; the lock goes in any case
         if _is_at(held.lock, held.number):
+            shutil.rmtree(held.lock.with_name(UNFINISHED), ignore_errors=True)
             held.lock.unlink()
     os.close(held.number)
     for folder in reversed(held.made):

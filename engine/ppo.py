@@ -1,22 +1,19 @@
 """PPO and PPO-ptx against the reward model (InstructGPT 3.5 and C.4)."""
 
-from pathlib import Path
-
 from engine.advantage import KLController, estimate_advantages
 from engine.alarms import Alarms
 from engine.cautions.of_settings import ppo_cautions
 from engine.checkpoints.checkpointer import Checkpointer
-from engine.checkpoints.found import check_named_size, size_of
-from engine.checkpoints.weights import load_weights
 from engine.data.batches import EpochOrder
 from engine.errors import UserError
 from engine.feed import Feed
+from engine.identity.inputs import Inputs
 from engine.metrics import PPO_HEADLINE, Metrics
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import rearranged
 from engine.residency.residency import Residency
 from engine.rollout import generate_rollout, load_prompts
-from engine.run import Run, join_ranks, require_path, stage, start_run
+from engine.run import Run, join_ranks, require_path, stage, start_run, tokenizer_path
 from engine.score import score_rollout
 from engine.settings.ppo import PPOConfig
 from engine.training.ema import EMA
@@ -32,17 +29,12 @@ def train(config: PPOConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.
     parallel = join_ranks(config.layout, config.seed, config.numerics)
-    _check(config)
-    run = start_run(
-        directory=config.directory,
-        parallel=parallel,
-        tokenizer=config.policy,
-    )
+    run, inputs = _start(config, parallel)
 
     # Build. The critic starts from the reward model.
-    policy = _load("language", config.policy, "policy", config, run)
-    critic = _load("scalar", config.reward_model, "reward_model", config, run)
-    prompts, notes, amiss = load_prompts(config, run.tokenizer, _contexts(config, policy, critic))
+    policy = inputs.start("policy", _build("language", "policy", config, run, inputs))
+    critic = inputs.start("reward_model", _build("scalar", "reward_model", config, run, inputs))
+    prompts, notes, amiss = load_prompts(config, run, _contexts(inputs))
     policy_optimizer = Optimizer(policy, config.adam, total_steps=config.iterations)
     critic_optimizer = Optimizer(critic, config.critic_adam, total_steps=config.iterations)
     learner = Learner(
@@ -54,7 +46,7 @@ def train(config: PPOConfig) -> dict[str, float]:
     residency = Residency(
         config.residency, policy=policy_optimizer, critic=critic_optimizer, ema=learner.ema
     )
-    reference, reward_model = _load_frozen(residency, config, run)
+    reference, reward_model = _load_frozen(residency, config, run, inputs)
     if config.generation_layout is not None:
         residency.generate_in(config.generation_layout, numerics=config.numerics)
     kl = KLController(config.kl)
@@ -71,7 +63,7 @@ def train(config: PPOConfig) -> dict[str, float]:
         tokenizer_fingerprint=run.tokenizer.fingerprint(),
     )
     progress = checkpointer.resume() or {"step": 0}
-    run.write_settings(config)
+    inputs.keep(progress["step"])
     run.leave_if_asked()
     kl.coef = progress.get("kl_coef", kl.coef)
     if "alarms" in progress:
@@ -87,6 +79,7 @@ def train(config: PPOConfig) -> dict[str, float]:
     )
     with metrics, checkpointer:
         metrics.note(
+            *inputs.notes,
             *notes,
             policy.attention,
             cautions=amiss + ppo_cautions(config, parallel, len(prompts), learner.num_sequences),
@@ -143,70 +136,64 @@ def train(config: PPOConfig) -> dict[str, float]:
     return values
 
 
-def _check(config: PPOConfig) -> None:
-    """Raise UserError for what cannot work, before anything is loaded."""
-    require_path(config.policy, "policy")
-    require_path(config.reward_model, "reward-model")
+def _start(config: PPOConfig, parallel: Parallel) -> tuple[Run, Inputs]:
+    """Return the run and what it is made from; UserError for what cannot work, before anything is
+    loaded."""
+    tokenizer = tokenizer_path(None, config.policy, config.directory, option="policy")
     require_path(config.data.prompts, "data.prompts")
     if config.ptx_coef > 0:
         require_path(config.data.pretraining, "data.pretraining")
     config.check_generation_layout()
-    check_named_size(config.size, config.policy, "policy")
-    check_named_size(config.reward_model_size, config.reward_model, "reward_model")
     config.sampling.check()
     if config.sampling.temperature <= 0:
         raise UserError("sampling.temperature must be positive: PPO needs samples, not a maximum")
+    run = start_run(directory=config.directory, parallel=parallel, tokenizer=tokenizer)
+    inputs = Inputs(run, config)
+    inputs.check_size("policy", config.size)
+    inputs.check_size("reward_model", config.reward_model_size)
+    return run, inputs
 
 
-def _load_frozen(residency: Residency, config: PPOConfig, run: Run) -> tuple[Network, Network]:
-    """Return reference and reward model; the reference is always read from its own path."""
-    path = config.reference or config.policy
+def _load_frozen(
+    residency: Residency, config: PPOConfig, run: Run, inputs: Inputs
+) -> tuple[Network, Network]:
+    """Return reference and reward model, as they were when the run began."""
+
+    def load(kind: Kind, name: str, into: Network | None) -> Network:
+        network = into or _build(kind, name, config, run, inputs)
+        inputs.load(name, network)
+        return network
+
     reference = residency.frozen(
-        "reference",
-        size_of(path, "policy", strict=True),
-        lambda into: _load("language", path, "policy", config, run, into),
+        "reference", inputs.size("reference"), lambda into: load("language", "reference", into)
     )
     reward_model = residency.frozen(
         "reward_model",
-        size_of(config.reward_model, "reward_model", strict=True),
-        lambda into: _load("scalar", config.reward_model, "reward_model", config, run, into),
+        inputs.size("reward_model"),
+        lambda into: load("scalar", "reward_model", into),
     )
     return reference, reward_model
 
 
-def _load(
-    kind: Kind, path: Path, role: str, config: PPOConfig, run: Run, into: Network | None = None
-) -> Network:
-    """Return a network with the weights at `path`: `into`, or one of the size found there; dropout
-    is off in PPO.
-
-    Strictly: were a damaged checkpoint passed over for another, a resumed run would have another
-    reference or reward model than it began with.
-    """
-    parallel, size = _parallel_of(kind, config, run), size_of(path, role, strict=True)
-    network = into or build_network(kind, size, parallel, numerics=config.numerics)
-    fingerprint = run.tokenizer.fingerprint()
-    load_weights(network, path, role=role, tokenizer_fingerprint=fingerprint, strict=True)
-    return network
+def _build(kind: Kind, name: str, config: PPOConfig, run: Run, inputs: Inputs) -> Network:
+    """Return a network of the size that the run was given; dropout is off in PPO."""
+    parallel = _parallel_of(kind, config, run, inputs)
+    return build_network(kind, inputs.size(name), parallel, numerics=config.numerics)
 
 
-def _contexts(config: PPOConfig, policy: Network, critic: Network) -> dict[str, int]:
-    """Return the context in tokens of each network that reads prompts and responses."""
-    contexts = {
-        "policy": policy.size.context_length,
-        "reward model": critic.size.context_length,  # the critic's start
-    }
-    if config.reference is not None:
-        contexts["reference"] = size_of(config.reference, "policy", strict=True).context_length
-    return contexts
+def _contexts(inputs: Inputs) -> dict[str, int]:
+    """Return the context in tokens of each network that reads prompts and responses; the critic is
+    of the reward model's size."""
+    names = ("policy", "reward_model", "reference")
+    return {name.replace("_", " "): inputs.size(name).context_length for name in names}
 
 
-def _parallel_of(kind: Kind, config: PPOConfig, run: Run) -> Parallel:
+def _parallel_of(kind: Kind, config: PPOConfig, run: Run, inputs: Inputs) -> Parallel:
     """Return this rank's place in the layout of the language or of the scalar networks."""
     if kind == "language" or config.critic_layout is None:
         return run.parallel
     try:
-        config.critic_layout.check(size_of(config.reward_model, "reward_model"))
+        config.critic_layout.check(inputs.size("reward_model"))
         return rearranged(run.parallel, config.critic_layout)
     except UserError as error:
         raise UserError(f"critic_layout: {error}") from None
@@ -218,6 +205,7 @@ def _pretraining_feed(config: PPOConfig, run: Run, policy: Network) -> Feed | No
         return None
     data = config.data
     tokens = run.token_file(data.pretraining, skip_bad_lines=data.skip_bad_lines)
+    run.count("data.pretraining", tokens.report)
     return Feed(
         units=tokens.sequences(min(data.pretraining_tokens, policy.size.context_length)),
         batch_size=config.ptx_examples_per_episode * config.minibatch_size,

@@ -23,8 +23,6 @@ from engine.cautions.of_settings import (
     schedule_cautions,
 )
 from engine.checkpoints.checkpointer import Checkpointer
-from engine.checkpoints.found import size_of
-from engine.checkpoints.weights import load_weights
 from engine.data.comparisons import Comparison, comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
@@ -32,6 +30,7 @@ from engine.data.limits import Limit, context_limit, training_limits
 from engine.data.prompts import hold_out
 from engine.errors import UserError
 from engine.feed import Feed, pack_for
+from engine.identity.inputs import Inputs
 from engine.losses import comparison_loss, last_readings, pair_accuracy
 from engine.metrics import RM_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
@@ -54,22 +53,14 @@ def train(config: RMConfig) -> dict[str, float]:
     run = start_run(
         directory=config.directory,
         parallel=parallel,
-        tokenizer=tokenizer_path(config.tokenizer, config.init_from),
+        tokenizer=tokenizer_path(config.tokenizer, config.init_from, config.directory),
     )
+    inputs = Inputs(run, config)
     fingerprint = run.tokenizer.fingerprint()
-    if config.init_from:
-        size = size_of(config.init_from, "policy", strict=config.saving.strict)
-    else:
-        size = size_named(config.size, run.tokenizer)
+    size = inputs.size("init_from") if config.init_from else size_named(config.size, run.tokenizer)
     network = build_network("scalar", size, parallel, numerics=config.numerics)
     if config.init_from:
-        load_weights(
-            network,
-            config.init_from,
-            role="policy",
-            tokenizer_fingerprint=fingerprint,
-            strict=config.saving.strict,
-        )
+        inputs.start("init_from", network)
     context = context_limit(size.context_length, can_grow=config.init_from is None)
     data = _load_data(config, run, context)
     feed = Feed(
@@ -90,7 +81,7 @@ def train(config: RMConfig) -> dict[str, float]:
         tokenizer_fingerprint=fingerprint,
     )
     progress = checkpointer.resume() or {"step": 0}
-    run.write_settings(config)
+    inputs.keep(progress["step"])
     run.leave_if_asked()
 
     values: dict[str, float] = progress.get("metrics", {})
@@ -103,7 +94,7 @@ def train(config: RMConfig) -> dict[str, float]:
     )
     with metrics, checkpointer:
         cautions = [*data.cautions, *_cautions(config, feed, num_steps)]
-        metrics.note(*data.notes, network.attention, cautions=cautions)
+        metrics.note(*inputs.notes, *data.notes, network.attention, cautions=cautions)
         for step in range(progress["step"], num_steps):
             with metrics.phase("train"):
                 values = _train_step(step, network, optimizer, feed)
@@ -207,18 +198,22 @@ def _load_data(config: RMConfig, run: Run, context: Limit) -> _Data:
         "prompt_suffix": data.prompt_suffix,
     }
     records, report = read_comparisons(data.train, skip_bad_lines=data.skip_bad_lines)
+    run.count("data.train", report)
     notes, num_read = [f"{data.train}: {report}"], len(records)
     if data.valid is not None:
         held_out, valid_report = read_comparisons(data.valid, skip_bad_lines=data.skip_bad_lines)
+        run.count("data.valid", valid_report)
         notes.append(f"{data.valid}: {valid_report}")
     else:
         records, held_out = hold_out(records, data.valid_fraction, config.seed)
     train_units, lengths = comparison_examples(records, run.tokenizer, **options)
+    run.count("data.train", lengths)
     notes.append(f"comparisons (train): {lengths}")
     limits.check(lengths, f"--data.train {data.train}")
     cautions = reading_cautions("comparisons", report, lengths, limits)
     valid_units, lengths = comparison_examples(held_out, run.tokenizer, **options)
     if held_out:
+        run.count("data.train" if data.valid is None else "data.valid", lengths)
         notes.append(f"comparisons (valid): {lengths}")
     cautions += held_out_cautions(
         "comparisons",
@@ -234,10 +229,12 @@ def _load_data(config: RMConfig, run: Run, context: Limit) -> _Data:
     demonstrations: list[Example] = []
     if data.demonstrations is not None:
         texts, report = read_demonstrations(data.demonstrations, skip_bad_lines=data.skip_bad_lines)
+        run.count("data.demonstrations", report)
         notes.append(f"{data.demonstrations}: {report}")
         demonstrations, lengths = demonstration_examples(
             texts[: data.num_demonstrations], run.tokenizer, **options
         )
+        run.count("data.demonstrations", lengths)
         notes.append(f"demonstrations: {lengths}")
         limits.check(lengths, f"--data.demonstrations {data.demonstrations}")
     return _Data(

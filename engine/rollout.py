@@ -21,6 +21,7 @@ from engine.data.limits import prompt_limits
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.data.tokenizer import Tokenizer
 from engine.generation.generate import Response, generate
+from engine.run import Run
 from engine.settings.ppo import PPOConfig
 from engine.settings.sampling import SamplingConfig
 from engine.training.network import Network
@@ -88,7 +89,7 @@ class Rollout:
 
 
 def load_prompts(
-    config: PPOConfig, tokenizer: Tokenizer, contexts: Mapping[str, int]
+    config: PPOConfig, run: Run, contexts: Mapping[str, int]
 ) -> tuple[list[Example], list[str], list[Alarm]]:
     """Return the prompts that leave room for a whole response, what reading them is to be told
     about, and what is amiss with them.
@@ -102,10 +103,12 @@ def load_prompts(
     )
     prompts, lengths = prompt_examples(
         texts,
-        tokenizer,
+        run.tokenizer,
         max_prompt_length=limits.prompt.tokens,
         prompt_suffix=data.prompt_suffix,
     )
+    run.count("data.prompts", report)
+    run.count("data.prompts", lengths)
     limits.check(lengths, f"--data.prompts {data.prompts}")
     cautions = reading_cautions("prompts", report, lengths, limits)
     cautions += room_cautions(config.sampling, limits.prompt, min(contexts.values()))

@@ -5,8 +5,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,8 @@ import torch.distributed as dist
 
 from engine import stop
 from engine.claim import claim, holding_claims
+from engine.data.examples import LengthReport
+from engine.data.jsonl import ReadReport
 from engine.data.pretraining import TokenFile, make_token_file, read_token_file
 from engine.data.tokenizer import Tokenizer, make_tokenizer
 from engine.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
@@ -40,8 +43,10 @@ _MAY_CHANGE = (
     *("cuda_graphs", "micro_batch_tokens", "recompute", "gradient_accumulation_fusion"),
     "deterministic",
     *("skip_bad_lines", "max_skipped_steps"),
-    "tokenizer",  # the checkpoint knows which one it was
+    "tokenizer",  # engine/identity/ knows which one it was
+    "accept_changed",
 )
+_STEP = re.compile(r"step_\d{8,12}", re.ASCII)  # the name of a checkpoint that a run goes on from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +56,24 @@ class Run:
     directory: Path
     parallel: Parallel
     tokenizer: Tokenizer
+    counts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By the option that names a file of data: its records that were read, the bad lines that were
+    skipped, and the records that were kept or dropped for their length."""
 
     @property
     def checkpoints(self) -> Path:
         """Where this run's checkpoints lie."""
         return self.directory / "checkpoints"
+
+    def count(self, name: str, found: ReadReport | LengthReport) -> None:
+        """Note how reading the file of an option went, or how much of it was within the limits."""
+        counts = self.counts.setdefault(name, {})
+        if isinstance(found, ReadReport):
+            counts |= {"records": found.num_read, "skipped": found.num_bad}
+            return
+        dropped = found.num_long_prompts + found.num_long_sequences
+        for key, number in (("kept", len(found.kept)), ("dropped", dropped)):
+            counts[key] = counts.get(key, 0) + number
 
     def token_file(self, source: Path, *, skip_bad_lines: bool) -> TokenFile:
         """Return the tokens of a file of pretraining text, kept in the run's folder; all ranks call
@@ -98,16 +116,20 @@ class Run:
         changes none that an earlier run has written. UserError, on every rank, where the folder's
         checkpoints are of a run with other settings.
         """
-        self._check_unchanged(config)
+        self.check_settings(config)
         if self.parallel.is_writer:
             self.tokenizer.save(self.directory / "tokenizer")
+            if hasattr(config, "accept_changed"):  # once, and not for whoever starts from it
+                config = dataclasses.replace(config, accept_changed=())
             save_config(config, self.directory / "config.json")
 
-    def _check_unchanged(self, config: Any) -> None:
+    def check_settings(self, config: Any) -> None:
+        """Raise UserError, on every rank, where the folder's checkpoints are of a run with other
+        settings."""
         path = self.directory / "config.json"
 
         def compare() -> str:
-            is_begun = (self.checkpoints / "latest").exists() and path.exists()
+            is_begun = has_begun(self.directory) and path.exists()
             return (changed_setting(config, path) if is_begun else None) or ""
 
         change = said_by_first_rank(compare)
@@ -147,16 +169,31 @@ def start_run(*, directory: Path, parallel: Parallel, tokenizer: Path) -> Run:
     """Load the tokenizer on ranks that have joined, and claim the run's folder; all leave where a
     signal has reached one.
 
-    tokenizer may be a file, a folder, or an earlier run, whose tokenizer it then is. UserError, on
-    every rank, where another run writes into the folder, or nobody can.
+    tokenizer may be a file, a folder, or an earlier run, whose tokenizer it then is; a run that has
+    checkpoints keeps its own. UserError, on every rank, where another run writes into the folder,
+    or nobody can.
     """
-    loaded = load_shared_tokenizer(
-        lambda: tokenizer / "tokenizer" if (tokenizer / "tokenizer").exists() else tokenizer
-    )
+
+    def find() -> Path:
+        if keeps_tokenizer(directory):
+            return directory / "tokenizer"
+        return _tokenizer_beside(tokenizer)
+
+    loaded = load_shared_tokenizer(find)
     claim_for_all(directory, "tokens", "tokenizer")
     run = Run(directory=directory, parallel=parallel, tokenizer=loaded)
     run.leave_if_asked()
     return run
+
+
+def _tokenizer_beside(path: Path) -> Path:
+    """Return the tokenizer that a path means: that of a run, also where one of its checkpoints or a
+    network in one is named, or the path itself."""
+    is_within = any((path / name).exists() for name in ("manifest.json", "network.json"))
+    for run in (path, *(path.absolute().parents[1:3] if is_within else ())):
+        if (run / "tokenizer").exists():
+            return run / "tokenizer"
+    return path
 
 
 def claim_for_all(directory: Path, *inner: str) -> None:
@@ -203,12 +240,38 @@ def size_named(name: str, tokenizer: Tokenizer, context_length: int | None = Non
     return dataclasses.replace(size, context_length=context_length or size.context_length)
 
 
-def tokenizer_path(tokenizer: Path | None, init_from: Path | None) -> Path:
-    """Return where a stage's tokenizer is: its own option's, or the run it starts from."""
+def has_begun(directory: Path) -> bool:
+    """Return whether a run has a checkpoint to go on from, as this rank sees it."""
+    checkpoints = directory / "checkpoints"
+    if os.path.lexists(checkpoints / "latest"):
+        return True
+    steps = (path for path in checkpoints.glob("step_*") if _STEP.fullmatch(path.name))
+    return any(path.is_dir() for path in steps)
+
+
+def keeps_tokenizer(directory: Path) -> bool:
+    """Return whether a run goes on with its own copy of its tokenizer, as this rank sees it."""
+    return has_begun(directory) and (directory / "tokenizer").exists()
+
+
+def tokenizer_path(
+    tokenizer: Path | None,
+    init_from: Path | None,
+    directory: Path | None = None,
+    option: str = "init-from",
+) -> Path:
+    """Return where a stage's tokenizer is: its own option's, or the run it starts from; or the
+    folder of a run that goes on, and keeps its own.
+
+    option: the one that names the run it starts from.
+    """
+    if directory is not None and said_by_first_rank(
+        lambda: "kept" if keeps_tokenizer(directory) else ""
+    ):
+        return directory
     if tokenizer is None and init_from is None:
         raise UserError("--tokenizer is required where no --init-from brings one")
-    option = "init-from" if tokenizer is None else "tokenizer"
-    return require_path(tokenizer or init_from, option)
+    return require_path(tokenizer or init_from, option if tokenizer is None else "tokenizer")
 
 
 def require_path(path: Path | None, option: str) -> Path:

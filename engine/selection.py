@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.checkpoints.checkpointer import Checkpointer
-from engine.checkpoints.found import size_of
-from engine.checkpoints.weights import load_weights
 from engine.data.examples import Example
 from engine.data.limits import prompt_limits
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.errors import UserError
 from engine.files import replacing
+from engine.identity.inputs import Inputs
 from engine.losses import last_readings
 from engine.rollout import generate_rollout
-from engine.run import Run, require_path
+from engine.run import Run
 from engine.score import read_rollout
 from engine.settings.sft import SFTConfig
 from engine.training.network import Network, build_network
@@ -79,7 +78,7 @@ class EpochSelection:
 
 
 def load_selection(
-    config: SFTConfig, run: Run, policy: Network, held_out: list[str]
+    config: SFTConfig, run: Run, policy: Network, held_out: list[str], inputs: Inputs
 ) -> EpochSelection | None:
     """Return what scores the epochs, None where the config has no reward model.
 
@@ -88,9 +87,8 @@ def load_selection(
     selection = config.selection
     if selection.reward_model is None:
         return None
-    path = require_path(selection.reward_model, "selection.reward-model")
     selection.sampling.check()
-    size = size_of(path, "reward_model", strict=True)  # the same for all epochs
+    size = inputs.size("selection.reward_model")
     limits = prompt_limits(
         {"policy": policy.size.context_length, "reward model": size.context_length},
         selection.sampling.max_new_tokens,
@@ -98,7 +96,9 @@ def load_selection(
         prefix="selection.",
     )
     if selection.prompts is not None:
-        held_out, _ = read_prompts(selection.prompts, skip_bad_lines=config.data.skip_bad_lines)
+        skips = config.data.skip_bad_lines
+        held_out, report = read_prompts(selection.prompts, skip_bad_lines=skips)
+        run.count("selection.prompts", report)
     if not held_out:
         raise UserError(
             "no held-out prompts to select an epoch by: give --selection.prompts or --data.valid"
@@ -111,10 +111,7 @@ def load_selection(
     )
     limits.check(lengths, "held-out prompts to select an epoch by")
     reward_model = build_network("scalar", size, run.parallel, numerics=config.numerics)
-    fingerprint = run.tokenizer.fingerprint()
-    load_weights(
-        reward_model, path, role="reward_model", tokenizer_fingerprint=fingerprint, strict=True
-    )
+    inputs.load("selection.reward_model", reward_model)  # the same for all epochs
     return EpochSelection(
         config=config, run=run, prompts=prompts, reward_model=reward_model, epochs=[]
     )

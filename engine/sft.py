@@ -24,8 +24,6 @@ from engine.cautions.of_settings import (
     schedule_cautions,
 )
 from engine.checkpoints.checkpointer import Checkpointer
-from engine.checkpoints.found import size_of
-from engine.checkpoints.weights import load_weights
 from engine.data.batches import EpochOrder, Units
 from engine.data.demonstrations import (
     Demonstration,
@@ -37,6 +35,7 @@ from engine.data.limits import Limit, context_limit, training_limits
 from engine.data.prompts import hold_out
 from engine.errors import UserError
 from engine.feed import Feed
+from engine.identity.inputs import Inputs
 from engine.losses import NegativeLogLikelihood, mean_language_loss
 from engine.metrics import SFT_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
@@ -59,26 +58,18 @@ def train(config: SFTConfig) -> dict[str, float]:
     run = start_run(
         directory=config.directory,
         parallel=parallel,
-        tokenizer=tokenizer_path(config.tokenizer, config.init_from),
+        tokenizer=tokenizer_path(config.tokenizer, config.init_from, config.directory),
     )
-    if config.init_from:
-        size = size_of(config.init_from, "policy", strict=config.saving.strict)
-    else:
-        size = size_named(config.size, run.tokenizer)
+    inputs = Inputs(run, config)
+    size = inputs.size("init_from") if config.init_from else size_named(config.size, run.tokenizer)
     network = build_network(
         "language", size, parallel, numerics=config.numerics, dropout=config.dropout
     )
     if config.init_from:
-        load_weights(
-            network,
-            config.init_from,
-            role="policy",
-            tokenizer_fingerprint=run.tokenizer.fingerprint(),
-            strict=config.saving.strict,
-        )
+        inputs.start("init_from", network)
     context = context_limit(size.context_length, can_grow=config.init_from is None)
     data = _load_data(config, run, context)
-    selection = load_selection(config, run, network, data.held_out_prompts)
+    selection = load_selection(config, run, network, data.held_out_prompts, inputs)
     feeds = _feeds(config, data.train, run)
     lead = feeds.get("loss") or feeds["pretrain_loss"]
     num_steps = lead.order.num_steps(config.epochs)
@@ -94,7 +85,7 @@ def train(config: SFTConfig) -> dict[str, float]:
     progress = checkpointer.resume() or {"step": 0}
     if selection is not None:
         selection.epochs = progress.get("epochs", [])
-    run.write_settings(config)
+    inputs.keep(progress["step"])
     run.leave_if_asked()
 
     values: dict[str, float] = progress.get("metrics", {})
@@ -107,7 +98,7 @@ def train(config: SFTConfig) -> dict[str, float]:
     )
     with metrics, checkpointer:
         cautions = [*data.cautions, *_cautions(config, feeds, num_steps)]
-        metrics.note(*data.notes, network.attention, cautions=cautions)
+        metrics.note(*inputs.notes, *data.notes, network.attention, cautions=cautions)
         for step in range(progress["step"], num_steps):
             with metrics.phase("train"):
                 values = _train_step(
@@ -239,12 +230,13 @@ def _load_data(config: SFTConfig, run: Run, context: Limit) -> _Data:
             raise UserError("--data.train or --data.pretraining is required")
         require_path(data.pretraining, "data.pretraining")
         length = min(data.pretraining_tokens, context.tokens)
-        for units, path in (
-            (loaded.train, data.pretraining),
-            (loaded.valid, data.pretraining_valid),
+        for units, path, name in (
+            (loaded.train, data.pretraining, "data.pretraining"),
+            (loaded.valid, data.pretraining_valid, "data.pretraining_valid"),
         ):
             if path is not None:
                 tokens = run.token_file(path, skip_bad_lines=data.skip_bad_lines)
+                run.count(name, tokens.report)
                 units["pretrain_loss"] = tokens.sequences(length)
                 loaded.notes.append(f"{path}: {tokens.report}, {len(tokens.tokens)} tokens")
     if not loaded.valid and data.train is None:
@@ -257,10 +249,12 @@ def _load_demonstrations(config: SFTConfig, run: Run, context: Limit, loaded: _D
     data, path = config.data, config.data.train
     assert path is not None
     records, report = read_demonstrations(path, skip_bad_lines=data.skip_bad_lines)
+    run.count("data.train", report)
     loaded.notes.append(f"{path}: {report}")
     num_read = len(records)
     if data.valid is not None:
         held_out, valid_report = read_demonstrations(data.valid, skip_bad_lines=data.skip_bad_lines)
+        run.count("data.valid", valid_report)
         loaded.notes.append(f"{data.valid}: {valid_report}")
     else:
         records, held_out = hold_out(records, data.valid_fraction, config.seed)
@@ -278,6 +272,7 @@ def _load_demonstrations(config: SFTConfig, run: Run, context: Limit, loaded: _D
             prompt_suffix=data.prompt_suffix,
         )
         if chosen:
+            run.count("data.valid" if name == "valid" and data.valid else "data.train", lengths)
             loaded.notes.append(f"demonstrations ({name}): {lengths}")
         return examples, lengths
 

@@ -135,8 +135,9 @@ def repetition_cautions(readings: Mapping[str, Reading]) -> list[Alarm]:
             found.append(
                 Alarm(
                     "small_data",
-                    f"{reading.num_different} {what} are fewer than a batch of {reading.batch_size}: "
-                    "each step takes all of them once; lower the batch size, or give more",
+                    f"{reading.num_different} {what} are fewer than a batch of "
+                    f"{reading.batch_size}: each step takes all of them once; lower it, or "
+                    "give more",
                 )
             )
     return found

@@ -56,12 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def checkpoints_at(path: Path) -> list[Path]:
-    """Return the checkpoints of a run, or the one that is named; raises UserError where there is
-    none."""
+    """Return the checkpoints of a run, and then the networks that it was made from; or the one that
+    is named. Raises UserError where there is none."""
     if (path / MANIFEST).exists():
         return [path]
     parent = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     found = sorted(p for p in parent.glob("*_*") if p.is_dir() and not p.name.endswith(".partial"))
+    found += sorted(p.parent for p in (path / "sources").glob(f"*/{MANIFEST}"))
     if not found:
         raise UserError(f"{path}: no checkpoint here (a run, or one of its checkpoints)")
     return found

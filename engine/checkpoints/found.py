@@ -44,7 +44,7 @@ def network_at(path: Path, role: str, *, strict: bool = False) -> FoundNetwork:
     checkpoint is damaged, the newest whole one is taken, which is said; strict: it is an error, as
     it is for a checkpoint that was named or selected. Raises UserError.
     """
-    looked = json.loads(said_by_first_rank(lambda: json.dumps(_look(path, role))))
+    looked = json.loads(said_by_first_rank(lambda: json.dumps(candidates_at(path, role))))
     folders, damage = [Path(folder) for folder in looked["folders"]], looked["damage"]
 
     def is_needed(name: str) -> bool:
@@ -126,9 +126,12 @@ def check_named_size(name: str, path: Path, role: str) -> None:
         )
 
 
-def _look(path: Path, role: str) -> dict[str, Any]:
-    """Return the checkpoints that may hold the network, the best first, and its folder's name in
-    them; and what is wrong with the pointer to the first."""
+def candidates_at(path: Path, role: str) -> dict[str, Any]:
+    """Return the checkpoints that may hold a network, the best first, and its folder's name in
+    them; and what is wrong with the pointer to the first: as this rank sees them, unread.
+
+    {"folders": [...], "role": "policy", "damage": ""}; raises UserError where there is none.
+    """
     if (path / "network.json").exists():
         path = path.resolve()
         return {"folders": [str(path.parent)], "role": path.name, "damage": ""}

@@ -74,7 +74,7 @@ def read_manifest(folder: Path) -> Manifest:
             )
         raise Damage(f"{folder}: no {MANIFEST}: not a checkpoint, or one whose save was cut short")
     try:
-        if _leads_out(path, folder):
+        if leads_out(path, folder):
             raise Damage(f"{path}: a link that leads out of the checkpoint")
         wrapped = read_object(path)
     except UserError as error:
@@ -100,7 +100,7 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> str:
     for name in names:
         path = folder / name
         try:
-            if _leads_out(path, folder):
+            if leads_out(path, folder):
                 return f"{path}: a link that leads out of the checkpoint"
             wanted, num_bytes = manifest.files[name], _bytes_of(path)
             if num_bytes != wanted.bytes:  # before it is read, which could take for ever
@@ -115,7 +115,8 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> str:
     return ""
 
 
-def _leads_out(path: Path, folder: Path) -> bool:
+def leads_out(path: Path, folder: Path) -> bool:
+    """Return whether a path leads to what is not in a folder."""
     try:
         return not path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # a loop of links: the one or the other, by Python's version

@@ -4,6 +4,7 @@ A rank reads of each stored piece what meets its own part, and no more. What its
 one of them reads, and gives to the others.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from engine.checkpoints.index import Index, IndexedTensor, TensorPiece, piece_na
 from engine.checkpoints.manifest import Damage
 from engine.checkpoints.shards import Part, dealt
 from engine.errors import UserError, named
+from engine.files import open_file
 from engine.ranks.parallel import Parallel
 
 _SHOWN_CHARACTERS = 200  # of what the library says of a file, in an error; our choice
@@ -49,12 +51,25 @@ def read_owned(parts: Iterable[Part], folder: Path, index: Index) -> None:
     for file, fills in fills_of.items():
         path = folder / file
         try:
-            with safe_open(path, framework="pt") as stored:
+            with _opened(path) as stored:
                 for fill in fills:
                     fill.read(stored)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             cause = named(error, _SHOWN_CHARACTERS)
             raise Damage(f"{path}: cannot be read as tensors.json says ({cause})") from None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a file of tensors, of a name that is no UTF-8 too, which the library does not take."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with open_file(path) as stream, _opened(Path(f"/proc/self/fd/{stream.fileno()}")) as stored:
+            yield stored
+        return
+    with safe_open(path, framework="pt") as stored:
+        yield stored
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,9 @@ class QuickstartConfig:
     """Dtype of every stage."""
     seed: int = 0
     """Of every stage."""
+    accept_changed: tuple[str, ...] = ()
+    """What may differ from what the stages of an earlier start were made from: of every stage that
+    knows the name."""
 
     def __post_init__(self) -> None:
         check_numbers(

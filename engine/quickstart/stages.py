@@ -6,6 +6,7 @@ from typing import Any
 from engine.data.demonstrations import read_demonstrations
 from engine.data.pretraining import open_token_file
 from engine.data.tokenizer import load_tokenizer
+from engine.identity.made_from import RunConfig, names_of
 from engine.quickstart.files import Files
 from engine.quickstart.settings import QuickstartConfig
 from engine.settings.ppo import PPOConfig
@@ -28,7 +29,7 @@ def pretraining_stage(config: QuickstartConfig, files: Files) -> SFTConfig:
         tokenizer=path,
         epochs=config.num_pretraining_tokens / len(text.tokens),
         data=data,
-        **_of_all(config),
+        **_of_all(config, config.pretrain),
     )
 
 
@@ -47,7 +48,7 @@ def sft_stage(config: QuickstartConfig, files: Files) -> SFTConfig:
         init_from=config.directory / "base",
         epochs=config.num_demonstrations / len(read_demonstrations(files.demonstrations)[0]),
         data=data,
-        **_of_all(config),
+        **_of_all(config, config.sft),
     )
 
 
@@ -64,7 +65,7 @@ def rm_stage(config: QuickstartConfig, files: Files) -> RMConfig:
         directory=config.directory / "rm",
         init_from=config.directory / "sft",
         data=data,
-        **_of_all(config),
+        **_of_all(config, config.rm),
     )
 
 
@@ -78,10 +79,18 @@ def ppo_stage(config: QuickstartConfig, files: Files, name: str) -> PPOConfig:
         reward_model=config.directory / "rm",
         ptx_coef=config.ppo.ptx_coef if name == "ppo_ptx" else 0.0,
         data=replace(config.ppo.data, prompts=files.prompts, pretraining=files.pretraining),
-        **_of_all(config),
+        **_of_all(config, config.ppo),
     )
 
 
-def _of_all(config: QuickstartConfig) -> dict[str, Any]:
+def _of_all(config: QuickstartConfig, stage: RunConfig) -> dict[str, Any]:
     """What all stages have in common."""
-    return {"layout": config.layout, "numerics": config.numerics, "seed": config.seed}
+    mine, known = names_of(type(stage)), {*names_of(SFTConfig), *names_of(RMConfig)}
+    known |= {*names_of(PPOConfig)}
+    accepted = [name for name in config.accept_changed if name in mine or name not in known]
+    return {
+        "layout": config.layout,
+        "numerics": config.numerics,
+        "seed": config.seed,
+        "accept_changed": (*stage.accept_changed, *accepted),
+    }

@@ -129,6 +129,9 @@ class PPOConfig:
     """When a number is called wrong."""
     seed: int = 0
     """Shuffling and sampling."""
+    accept_changed: tuple[str, ...] = ()
+    """What may differ from what the run was made from, for once: data.train, torch, code, ...; it
+    is recorded in identity.json."""
     saving: Annotated[SaveConfig, tyro.conf.arg(name="")] = field(default_factory=SaveConfig)
     """Checkpoints: when they are written and which are kept; its options have no prefix."""
     num_shown: int = 2

@@ -73,6 +73,9 @@ class RMConfig:
     """Shuffling and initialisation."""
     eval_every: int | None = None
     """Steps between held-out accuracies; none: about ten times over the run; 0: only at the end."""
+    accept_changed: tuple[str, ...] = ()
+    """What may differ from what the run was made from, for once: data.train, torch, code, ...; it
+    is recorded in identity.json."""
     saving: Annotated[SaveConfig, tyro.conf.arg(name="")] = field(default_factory=SaveConfig)
     """Checkpoints: when they are written and which are kept; its options have no prefix."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine import claim as module
-from engine.claim import check_claim, claim, holding_claims
+from engine.claim import UNFINISHED, check_claim, claim, holding_claims
 from engine.errors import UserError
 from engine.metrics import read_metrics
 
@@ -101,6 +101,20 @@ def test_a_claim_ends_with_its_block_and_leaves_nothing(tmp_path: Path) -> None:
         claim(folder)
         (folder / "metrics.jsonl").touch()
     assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
+
+
+def test_what_is_unfinished_goes_with_the_claim(tmp_path: Path) -> None:
+    unfinished = tmp_path / "run" / UNFINISHED
+    with holding_claims():
+        claim(tmp_path / "run")
+        (unfinished / "reference").mkdir(parents=True)
+    assert not (tmp_path / "run").exists()
+    (unfinished / "reference").mkdir(parents=True)  # of one that was killed
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    with holding_claims():
+        claim(tmp_path / "run")
+        assert unfinished.exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
 def test_an_inner_block_keeps_what_the_outer_one_claimed(tmp_path: Path) -> None:

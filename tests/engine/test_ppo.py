@@ -75,7 +75,7 @@ def test_draws_of_an_iteration_are_no_other_iterations(tiny: Path, tmp_path: Pat
 def test_generation_layout_that_cannot_be_filled_is_refused_before_loading(
     tiny: Path, tmp_path: Path, monkeypatch
 ):
-    monkeypatch.setattr("engine.ppo.load_weights", pytest.fail)
+    monkeypatch.setattr("engine.identity.inputs.load_weights", pytest.fail)
     config = ppo_config(tiny, tmp_path, generation_layout=ParallelLayout(pp=2))
     with pytest.raises(UserError, match="^generation_layout: "):
         train(config)

@@ -235,7 +235,7 @@ def test_finished_run_has_nothing_left_to_do(tiny: Path, whole: Path):
 
 def test_other_model_in_the_run_folder_is_an_error(tiny: Path, whole: Path):
     make_config, changes, _ = STAGES["rm"]
-    with pytest.raises(UserError, match="reward_model"):
+    with pytest.raises(UserError, match="/sft is a run of sft, and not of rm; give another"):
         train(make_config(tiny, whole / "sft", **changes))
 
 

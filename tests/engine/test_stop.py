@@ -107,7 +107,7 @@ def test_signal_while_a_stage_starts_leaves_before_its_first_step(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    module = "engine.run" if moment == "start_parallel" else stage.__name__
+    module = "engine.run" if moment == "start_parallel" else "engine.identity.inputs"
     whole = getattr(sys.modules[module], moment)
 
     def signalled(*args: Any, **named: Any) -> Any:
@@ -115,7 +115,7 @@ def test_signal_while_a_stage_starts_leaves_before_its_first_step(
         return whole(*args, **named)
 
     if moment == "start_parallel":  # then nothing is loaded
-        monkeypatch.setattr(f"{stage.__name__}.load_weights", pytest.fail)
+        monkeypatch.setattr("engine.identity.inputs.load_weights", pytest.fail)
     monkeypatch.setattr(f"{module}.{moment}", signalled)
     with pytest.raises(SystemExit) as stopped:
         stage.train(CONFIGS[stage](tiny, tmp_path / "run"))

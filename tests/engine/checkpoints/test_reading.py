@@ -154,6 +154,20 @@ def test_broken_file_of_tensors_is_damage(content: bytes, tmp_path: Path):
         read_owned([part((0, 0), (4, 6))], tmp_path, index)
 
 
+def test_folder_of_any_name_is_read(tmp_path: Path):
+    index = stored(tmp_path)
+    folder = tmp_path / "not_utf8_\udcff"
+    folder.mkdir()
+    for file in FILES:
+        (tmp_path / file).rename(folder / file)
+    mine = part((0, 0), (4, 6))
+    read_owned([mine], folder, index)
+    assert torch.equal(mine.tensor, WHOLE)
+    (folder / "weights-00001.safetensors").write_bytes(b"\xff" * 8)
+    with pytest.raises(Damage, match="weights-00001.safetensors: cannot be read"):
+        read_owned([mine], folder, index)
+
+
 @pytest.mark.fuzz
 @fuzzed
 @given(data=st.data())

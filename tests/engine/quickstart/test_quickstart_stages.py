@@ -44,6 +44,15 @@ def test_what_stages_share_is_the_quickstarts(config: QuickstartConfig, files: F
         assert shared == (ParallelLayout(tp=2), Numerics(dtype="bf16"), 7)
 
 
+def test_accepted_changes_reach_the_stages_that_know_them(config: QuickstartConfig, files: Files):
+    names = ("torch", "data.comparisons", "reward_model", "init_from")
+    accepting = dataclasses.replace(config, accept_changed=names)
+    rm, ppo = rm_stage(accepting, files), ppo_stage(accepting, files, "ppo")
+    # What no stage knows goes to all, of which the first refuses it.
+    assert rm.accept_changed == ("torch", "data.comparisons", "init_from")
+    assert ppo.accept_changed == ("torch", "data.comparisons", "reward_model")
+
+
 def test_passes_are_as_many_as_the_counts_need(config: QuickstartConfig, files: Files):
     demonstrations = len(files.demonstrations.read_text().splitlines())
     twice = dataclasses.replace(config, num_demonstrations=2 * demonstrations)

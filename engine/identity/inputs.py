@@ -1,0 +1,326 @@
+"""What a stage is made from, held to what its run was made from at its first start.
+
+    RUN/identity.json    digests of networks, data, tokenizer and code, versions of packages
+    RUN/sources/         the networks' own copies (engine/checkpoints/sources.py)
+
+Until a run has a checkpoint a start writes both anew; from then on they are fixed.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.checkpoints.found import check_named_size, read_network
+from engine.checkpoints.manifest import MANIFEST, read_manifest
+from engine.checkpoints.saving import remove
+from engine.checkpoints.sources import (
+    Source,
+    digest_of_network,
+    naming_source,
+    newest_source,
+    take_source,
+)
+from engine.checkpoints.weights import load_weights
+from engine.checkpoints.whole import warn
+from engine.claim import UNFINISHED
+from engine.data.tokenizer import load_tokenizer
+from engine.data.tokenizer_files import read_tokenizer_files
+from engine.errors import UserError, cut, quoted
+from engine.files import MAX_SHOWN_PATH, sync_folder, writing
+from engine.identity.data_files import look_at
+from engine.identity.made_from import (
+    NamedNetwork,
+    RunConfig,
+    files_of,
+    names_of,
+    networks_of,
+    stage_of,
+)
+from engine.identity.record import (
+    IDENTITY,
+    Acceptance,
+    Change,
+    Code,
+    Identity,
+    NetworkRecord,
+    TokenizerRecord,
+    changes,
+    read_identity,
+    write_identity,
+)
+from engine.identity.software import code_commit, code_digest, package_versions
+from engine.ranks.first_rank import said_by_first_rank
+from engine.run import Run, has_begun, require_path
+from engine.training.network import Network
+from models.sizes import GPTSize
+
+
+class Inputs:
+    """The networks, files and software of a stage. All ranks make it, and call it, together.
+
+    Raises UserError, on all of them, where the run has checkpoints and was made from anything else.
+    """
+
+    def __init__(self, run: Run, config: RunConfig) -> None:
+        self._run, self._config = run, config
+        self._networks = networks_of(config)
+        self._recorded: Identity | None = None  # on the first rank, as all that is read from files
+        self._accepted: list[Change] = []
+        told = json.loads(said_by_first_rank(self._begin))
+        run.check_settings(config)
+        self.goes_on: bool = told["goes_on"]
+        """Whether the run has a checkpoint, which holds what the stage has trained."""
+        self._sources = self._take(set(told["kept"]))
+        told = json.loads(said_by_first_rank(self._compare))
+        self.notes: list[str] = told["notes"]
+        """What is to be told of where the networks come from."""
+
+    def size(self, name: str) -> GPTSize:
+        """Return the size of a network, by the name of its option."""
+        with self._naming(name):
+            return read_network(self._folder(name) / self._networks[name].role).size
+
+    def check_size(self, name: str, size: str) -> None:
+        """Raise UserError where a size is named and the network's is another."""
+        with self._naming(name):
+            check_named_size(size, self._folder(name), self._networks[name].role)
+
+    def load(self, name: str, network: Network) -> None:
+        """Load a network's weights, whatever layout wrote them; UserError as load_weights."""
+        with self._naming(name):
+            load_weights(
+                network,
+                self._folder(name),
+                role=self._networks[name].role,
+                tokenizer_fingerprint=self._run.tokenizer.fingerprint(),
+                strict=True,
+            )
+
+    def start(self, name: str, network: Network) -> Network:
+        """Return a network with the weights that it starts from, loaded unless the run's checkpoint
+        has later ones."""
+        if not self.goes_on:
+            self.load(name, network)
+        return network
+
+    def keep(self, step: int) -> None:
+        """Write what the run is made from into its folder, and its settings, now that all is loaded
+        and it goes on from `step`; UserError where data was written to meanwhile."""
+        said_by_first_rank(lambda: self._keep(step))
+        self._run.write_settings(self._config)
+
+    def _begin(self) -> str:
+        """Clear what an earlier start left, and read what the run's folder says."""
+        directory, known = self._run.directory, names_of(type(self._config))
+        unknown = [name for name in self._config.accept_changed if name not in known]
+        if unknown:
+            raise UserError(
+                f"--accept-changed {quoted(unknown[0])}: no such name; there are {', '.join(known)}"
+            )
+        goes_on = has_begun(directory)
+        with writing(directory):
+            remove(directory / UNFINISHED)
+            if not goes_on:
+                remove(directory / "sources")
+        kept = []
+        if goes_on:
+            self._recorded = read_identity(directory)
+            before, now = self._recorded and self._recorded.stage, stage_of(self._config)
+            if before not in (None, "", now):
+                raise UserError(
+                    f"{directory} is a run of {before}, and not of {now}; give another --directory"
+                )
+            folders = {network.kept_as: self._kept(network) for network in self._networks.values()}
+            kept = [name for name, folder in folders.items() if (folder / MANIFEST).exists()]
+            if self._recorded is None:
+                warn(
+                    f"{directory / IDENTITY} is gone: nobody knows what this run was made from; "
+                    "it is written anew, of what is here now"
+                )
+        return json.dumps({"goes_on": goes_on, "kept": kept})
+
+    def _take(self, kept: set[str]) -> dict[str, Source]:
+        """Copy the networks that the run has not kept; return those by the names of the copies."""
+        taken: dict[str, Source] = {}
+        for name, network in self._networks.items():
+            if network.kept_as not in kept and network.kept_as not in taken:
+                path = require_path(network.path, name.replace("_", "-"))
+                folder = self._run.directory / UNFINISHED / network.kept_as
+                taken[network.kept_as] = take_source(
+                    path, network.role, folder, strict=network.strict
+                )
+        return taken
+
+    def _compare(self) -> str:
+        """Find out what is there; UserError where the run was made from something else."""
+        earlier = self._recorded or Identity()
+        self._now = Identity(
+            stage=stage_of(self._config),
+            networks={name: self._record(name, earlier) for name in self._networks},
+            data={
+                name: look_at(path, earlier.data.get(name))
+                for name, path in files_of(self._config).items()
+            },
+            tokenizer=self._tokenizer(earlier.tokenizer),
+            packages=package_versions(),
+            code=Code(xxh3_128=code_digest(), commit=code_commit()),
+            accepted=earlier.accepted,
+        )
+        if self._recorded is not None:
+            found = changes(earlier, self._now) + self._other_tokenizer(earlier)
+            refused = [c for c in found if c.name not in self._config.accept_changed]
+            if refused:
+                raise UserError(_refusal(self._run.directory, refused))
+            self._accepted = found
+        return json.dumps({"notes": self._source_notes()})
+
+    def _record(self, name: str, earlier: Identity) -> NetworkRecord:
+        network = self._networks[name]
+        kept, source = f"sources/{network.kept_as}", self._sources.get(network.kept_as)
+        if source is not None:
+            return NetworkRecord(
+                path=str(network.path),
+                checkpoint=source.checkpoint,
+                network=source.network,
+                step=source.step,
+                xxh3_128=source.xxh3_128,
+                kept=kept,
+            )
+        with self._naming(name):
+            digest = digest_of_network(read_manifest(self._folder(name)), network.role)
+        known = earlier.networks.get(name, NetworkRecord(path=str(network.path)))
+        return dataclasses.replace(known, xxh3_128=digest, kept=kept)
+
+    def _tokenizer(self, earlier: TokenizerRecord) -> TokenizerRecord:
+        path: Path | None = getattr(self._config, "tokenizer", None)
+        record = TokenizerRecord(sha256=self._run.tokenizer.fingerprint())
+        if path is None or not path.exists():
+            return dataclasses.replace(earlier, sha256=record.sha256)
+        given = read_tokenizer_files(path).digest()
+        return dataclasses.replace(record, path=str(path), given=given)
+
+    def _other_tokenizer(self, earlier: Identity) -> list[Change]:
+        """Return the change where --tokenizer names another one than the run's own, which stays."""
+        now, old = self._now.tokenizer, earlier.tokenizer
+        if now.given in ("", old.given) or now.sha256 != old.sha256:
+            return []
+        other = load_tokenizer(Path(now.path)).fingerprint()
+        if other == old.sha256:
+            return []
+        return [Change(name="tokenizer", old=old.sha256[:8], new=f"{other[:8]} ({now.path})")]
+
+    def _source_notes(self) -> list[str]:
+        if not self.goes_on:
+            notes = [
+                f"{source.checkpoint}: copied to {self._run.directory / 'sources' / kept_as}, for "
+                "its files cannot be linked there"
+                for kept_as, source in self._sources.items()
+                if not source.is_linked
+            ]
+            return notes + self._anchor_note()
+        paths: dict[Path, str] = {}
+        for name, network in self._networks.items():
+            if network.kept_as not in self._sources and network.path not in paths:
+                paths[network.path] = self._moved_on(self._now.networks[name], network)
+        return [note for note in paths.values() if note]
+
+    def _anchor_note(self) -> list[str]:
+        """Return what is to be said where PPO starts from PPO's own policy."""
+        network = self._networks.get("policy")
+        source = self._sources.get(network.kept_as) if network else None
+        if network is None or source is None or "critic" not in source.roles:
+            return []
+        if network.kept_as != "reference":  # another one is named
+            return []
+        before = Path(source.checkpoint).absolute().parents[1] / "sources" / "reference"
+        old = before if before.exists() else "PATH"
+        return [
+            f"{network.path} is itself a PPO run: the KL of this one is measured "
+            "to that policy, and the critic starts anew from the reward model; to keep the KL "
+            f"reference of before, begin with --reference {old}"
+        ]
+
+    def _moved_on(self, record: NetworkRecord, network: NamedNetwork) -> str:
+        """Return what has become of where a network came from, "" where it is as it was."""
+        try:
+            step, digest = newest_source(network.path, network.role)
+        except (UserError, OSError):
+            return (
+                f"{network.path}: no {network.role} is there now; this run keeps its own copy of it"
+            )
+        if digest == record.xxh3_128:
+            return ""
+        was = "" if record.step is None or step is None else f": step {record.step} -> {step}"
+        return f"{network.path} has gone on since{was}; this run keeps its own copy of it"
+
+    def _keep(self, step: int) -> str:
+        directory, counts = self._run.directory, self._run.counts
+        for name, file in self._now.data.items():
+            if not file.is_still_there():
+                raise UserError(f"--{name} {file.path}: written to while it was read; start again")
+        data = {
+            name: dataclasses.replace(file, **counts.get(name, {}))
+            for name, file in self._now.data.items()
+        }
+        at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        accepted = [Acceptance(change=change, step=step, at=at) for change in self._accepted]
+        with writing(directory):
+            self._publish()
+        write_identity(
+            directory,
+            dataclasses.replace(self._now, data=data, accepted=(*self._now.accepted, *accepted)),
+        )
+        return ""
+
+    def _publish(self) -> None:
+        """Give the copies that were taken their names."""
+        unfinished, sources = (self._run.directory / name for name in (UNFINISHED, "sources"))
+        for kept_as in self._sources:
+            sources.mkdir(exist_ok=True)
+            remove(sources / kept_as)
+            os.rename(unfinished / kept_as, sources / kept_as)
+        if self._sources:
+            sync_folder(sources)
+            sync_folder(sources.parent)
+            remove(unfinished)
+
+    def _kept(self, network: NamedNetwork) -> Path:
+        return self._run.directory / "sources" / network.kept_as
+
+    def _folder(self, name: str) -> Path:
+        network = self._networks[name]
+        is_new = network.kept_as in self._sources
+        return self._run.directory / UNFINISHED / network.kept_as if is_new else self._kept(network)
+
+    @contextlib.contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Have what is wrong with a copy name what it is a copy of, or how it is had again."""
+        network, folder = self._networks[name], self._folder(name)
+        source = self._sources.get(network.kept_as)
+        if source is not None:
+            with naming_source(source, folder, network.role):
+                yield
+            return
+        try:
+            yield
+        except UserError as error:
+            if not str(error).startswith(str(folder)):
+                raise
+            raise UserError(
+                f"{error}; remove {folder}, and it is taken from {network.path} again"
+            ) from None
+
+
+def _refusal(directory: Path, refused: list[Change]) -> str:
+    """Return what changed, and the option that accepts it."""
+    words = ((c.name, cut(c.old, MAX_SHOWN_PATH), cut(c.new, MAX_SHOWN_PATH)) for c in refused)
+    said = "; ".join(f"{name} {old} -> {new}" for name, old, new in words)
+    return (
+        f"{directory} was made from something else than what is here: {said}\n"
+        "put that back, give another --directory, or go on with this by "
+        f"--accept-changed {' '.join(change.name for change in refused)}"
+    )

@@ -1,0 +1,106 @@
+"""What a stage is made from, as its config names it: networks, files of data, and all else that a
+resume is held to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.identity.software import PACKAGES
+from engine.settings.ppo import PPOConfig
+from engine.settings.rm import RMConfig
+from engine.settings.sft import SFTConfig
+
+RunConfig = SFTConfig | RMConfig | PPOConfig
+
+_NAMES: dict[Any, tuple[str, ...]] = {
+    SFTConfig: (
+        *("init_from", "selection.reward_model", "data.train", "data.valid"),
+        *("data.pretraining", "data.pretraining_valid", "selection.prompts"),
+    ),
+    RMConfig: ("init_from", "data.train", "data.valid", "data.demonstrations"),
+    PPOConfig: ("policy", "reference", "reward_model", "data.prompts", "data.pretraining"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedNetwork:
+    """A network that a stage starts from, or reads all along."""
+
+    path: Path
+    """A run, one of its checkpoints, or a network's folder in one."""
+    role: str
+    """Of the network there."""
+    kept_as: str
+    """The name of its copy in the run's folder; two names may share one."""
+    strict: bool
+    """Whether a damaged newest checkpoint there is an error."""
+
+
+def networks_of(config: RunConfig) -> dict[str, NamedNetwork]:
+    """Return the networks that a stage is made from, by the names of their options.
+
+    What PPO reads as long as it runs is taken strictly: another reference, because one checkpoint
+    was damaged, would be another run.
+    """
+    if isinstance(config, PPOConfig):
+        is_shared = config.reference is None or (
+            config.reference.resolve() == config.policy.resolve()
+        )
+        anchor = config.reference or config.policy
+        found = {
+            "policy": ("policy", config.policy, "reference" if is_shared else "policy"),
+            "reference": ("policy", anchor, "reference"),
+            "reward_model": ("reward_model", config.reward_model, "reward_model"),
+        }
+        return {
+            name: NamedNetwork(path=path, role=role, kept_as=kept_as, strict=True)
+            for name, (role, path, kept_as) in found.items()
+        }
+    networks = {}
+    if config.init_from is not None:
+        networks["init_from"] = NamedNetwork(
+            path=config.init_from,
+            role="policy",
+            kept_as="init_from",
+            strict=config.saving.strict,
+        )
+    if isinstance(config, SFTConfig) and config.selection.reward_model is not None:
+        networks["selection.reward_model"] = NamedNetwork(
+            path=config.selection.reward_model,
+            role="reward_model",
+            kept_as="selection_reward_model",
+            strict=True,
+        )
+    return networks
+
+
+def files_of(config: RunConfig) -> dict[str, Path]:
+    """Return the files of data that a stage reads, by the names of their options."""
+    data: Any = config.data
+    if isinstance(config, PPOConfig):
+        found = {"data.prompts": data.prompts}
+        if config.ptx_coef > 0:
+            found["data.pretraining"] = data.pretraining
+        return found
+    found = {"data.train": data.train}
+    if data.train is not None:
+        found["data.valid"] = data.valid
+    if isinstance(config, RMConfig):
+        found["data.demonstrations"] = data.demonstrations
+    else:
+        if data.train is None or data.pretraining_fraction > 0:
+            found["data.pretraining"] = data.pretraining
+            found["data.pretraining_valid"] = data.pretraining_valid
+        if config.selection.reward_model is not None:
+            found["selection.prompts"] = config.selection.prompts
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def stage_of(config: RunConfig) -> str:
+    """Return the name of a config's stage: sft, rm or ppo."""
+    return type(config).__name__.removesuffix("Config").lower()
+
+
+def names_of(kind: type[RunConfig]) -> tuple[str, ...]:
+    """Return all names that --accept-changed may give for a stage."""
+    return (*_NAMES[kind], "tokenizer", "code", "python", *PACKAGES)

@@ -1,0 +1,135 @@
+"""What a run was made from, as its folder keeps it (identity.json), and how that differs from what
+is there now."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.identity.data_files import DataFile, described, described_now
+from engine.settings.saved import load_config, save_config
+
+IDENTITY = "identity.json"
+_SHOWN = 8  # characters of a digest; our choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkRecord:
+    """A network that the run was made from."""
+
+    path: str = ""
+    """As the option named it."""
+    checkpoint: str = ""
+    """What that was when the run began."""
+    network: str = ""
+    """The network's folder in the checkpoint."""
+    step: int | None = None
+    """Of the checkpoint."""
+    xxh3_128: str = ""
+    """Of the weights, as engine.checkpoints.sources.digest_of_network gives it."""
+    kept: str = ""
+    """The run's own copy, within its folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRecord:
+    """The tokenizer of the run, a copy of which it has."""
+
+    path: str = ""
+    """Of the files that --tokenizer named; "" where another run brought it."""
+    given: str = ""
+    """A sha256 of those files."""
+    sha256: str = ""
+    """The tokenizer's fingerprint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Code:
+    """The project's own code."""
+
+    xxh3_128: str = ""
+    commit: str = ""
+    """For people: it is not compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A difference between what the run was made from and what is there."""
+
+    name: str = ""
+    old: str = ""
+    new: str = ""
+    """Both in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acceptance:
+    """A change that --accept-changed has let pass."""
+
+    change: Change = field(default_factory=Change)
+    step: int = 0
+    """From which the run went on."""
+    at: str = ""
+    """When, in UTC."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a run is made from."""
+
+    stage: str = ""
+    """sft, rm or ppo."""
+    networks: dict[str, NetworkRecord] = field(default_factory=dict)
+    data: dict[str, DataFile] = field(default_factory=dict)
+    tokenizer: TokenizerRecord = field(default_factory=TokenizerRecord)
+    packages: dict[str, str] = field(default_factory=dict)
+    code: Code = field(default_factory=Code)
+    accepted: tuple[Acceptance, ...] = ()
+    """In the order in which they were."""
+
+
+def read_identity(directory: Path) -> Identity | None:
+    """Return what a run's folder says, None where it says nothing; raises UserError for what is no
+    such file."""
+    path = directory / IDENTITY
+    return load_config(Identity, path) if path.exists() else None
+
+
+def write_identity(directory: Path, identity: Identity) -> None:
+    """Write a run's identity, whole or not at all, unless it is written already; UserError."""
+    path = directory / IDENTITY
+    if not path.exists() or load_config(Identity, path) != identity:
+        save_config(identity, path)
+
+
+def changes(old: Identity, new: Identity) -> list[Change]:
+    """Return what differs in what numbers depend on; paths, and times of files, are not."""
+    found = []
+    for name in (*old.networks, *(new.networks.keys() - old.networks.keys())):
+        a, b = old.networks.get(name), new.networks.get(name)
+        if (a and a.xxh3_128) != (b and b.xxh3_128):
+            found.append(Change(name=name, old=_network(a), new=_network(b)))
+    for name in (*old.data, *(new.data.keys() - old.data.keys())):
+        file, now = old.data.get(name), new.data.get(name)
+        if (file and file.xxh3_128) != (now and now.xxh3_128):
+            found.append(Change(name=name, old=described(file), new=described_now(now)))
+    if old.tokenizer.sha256 != new.tokenizer.sha256:
+        before, after = (record.sha256[:_SHOWN] for record in (old.tokenizer, new.tokenizer))
+        found.append(Change(name="tokenizer", old=before, new=after))
+    for name in sorted(old.packages.keys() | new.packages.keys()):
+        before, after = (versions.get(name, "none") for versions in (old.packages, new.packages))
+        if before != after:
+            found.append(Change(name=name, old=before, new=after))
+    if old.code.xxh3_128 != new.code.xxh3_128:
+        found.append(Change(name="code", old=_code(old.code), new=_code(new.code)))
+    return found
+
+
+def _network(record: NetworkRecord | None) -> str:
+    if record is None:
+        return "none"
+    at = "" if record.step is None else f", step {record.step}"
+    return f"{record.xxh3_128[:_SHOWN]}{at}"
+
+
+def _code(code: Code) -> str:
+    commit = f" (commit {code.commit})" if code.commit else ""
+    return f"{code.xxh3_128[:_SHOWN]}{commit}"

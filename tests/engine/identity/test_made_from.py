@@ -1,0 +1,87 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from engine.identity.made_from import files_of, names_of, networks_of
+from engine.settings.ppo import PPOConfig
+from engine.settings.rm import RMConfig, RMData
+from engine.settings.saving import SaveConfig
+from engine.settings.sft import SelectionConfig, SFTConfig, SFTData
+
+A, B, C = Path("runs/a"), Path("runs/b"), Path("runs/c")
+
+
+def test_ppo_is_made_from_three_networks_of_which_two_may_be_one():
+    alone = networks_of(PPOConfig(policy=A, reward_model=C))
+    assert {name: (n.path, n.role, n.kept_as) for name, n in alone.items()} == {
+        "policy": (A, "policy", "reference"),
+        "reference": (A, "policy", "reference"),
+        "reward_model": (C, "reward_model", "reward_model"),
+    }
+    assert networks_of(PPOConfig(policy=A, reference=A / ".." / "a", reward_model=C)).keys() == (
+        alone.keys()
+    )
+    other = networks_of(PPOConfig(policy=A, reference=B, reward_model=C))
+    assert other["policy"].kept_as == "policy"
+    assert (other["reference"].path, other["reference"].kept_as) == (B, "reference")
+    assert all(network.strict for network in other.values())
+
+
+def test_the_same_path_spelled_otherwise_is_one_copy(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    config = PPOConfig(policy=tmp_path / "a", reference=tmp_path / "a" / ".." / "a")
+    assert networks_of(config)["policy"].kept_as == "reference"
+
+
+def test_supervised_stages_are_made_from_what_they_start_from():
+    assert networks_of(SFTConfig()) == {}
+    (found,) = networks_of(RMConfig(init_from=A)).values()
+    assert (found.path, found.role, found.strict) == (A, "policy", False)
+    config = SFTConfig(
+        init_from=A,
+        selection=SelectionConfig(reward_model=C),
+        saving=SaveConfig(strict=True),
+    )
+    networks = networks_of(config)
+    assert networks["init_from"].strict
+    assert networks["selection.reward_model"].role == "reward_model"
+
+
+def test_files_are_those_that_are_read():
+    data = SFTData(train=A, valid=B, pretraining=C)
+    assert files_of(SFTConfig(data=data)) == {"data.train": A, "data.valid": B}
+    mixed = dataclasses.replace(data, pretraining_fraction=0.1)
+    assert files_of(SFTConfig(data=mixed))["data.pretraining"] == C
+    plain = SFTData(valid=B, pretraining=C, pretraining_valid=A)
+    assert files_of(SFTConfig(data=plain)) == {
+        "data.pretraining": C,
+        "data.pretraining_valid": A,
+    }
+    prompts = SelectionConfig(prompts=A)
+    assert "selection.prompts" not in files_of(SFTConfig(data=data, selection=prompts))
+    scored = dataclasses.replace(prompts, reward_model=C)
+    assert files_of(SFTConfig(data=data, selection=scored))["selection.prompts"] == A
+    rm = RMConfig(data=RMData(train=A, demonstrations=B))
+    assert files_of(rm) == {"data.train": A, "data.demonstrations": B}
+    assert list(files_of(PPOConfig(ptx_coef=0.0))) == ["data.prompts"]
+    assert list(files_of(PPOConfig(ptx_coef=1.0))) == ["data.prompts", "data.pretraining"]
+
+
+@pytest.mark.parametrize("kind", [SFTConfig, RMConfig, PPOConfig])
+def test_every_name_can_be_accepted(kind: type):
+    full = {
+        SFTConfig: SFTConfig(
+            init_from=A,
+            data=SFTData(
+                train=A, valid=A, pretraining=A, pretraining_valid=A, pretraining_fraction=0.5
+            ),
+            selection=SelectionConfig(reward_model=A, prompts=A),
+        ),
+        RMConfig: RMConfig(init_from=A, data=RMData(valid=A, demonstrations=A)),
+        PPOConfig: PPOConfig(reference=B),
+    }[kind]
+    names = names_of(kind)
+    own = {*networks_of(full), *files_of(full)}
+    assert own == {name for name in names if "." in name or "_" in name or name in own}
+    assert {"tokenizer", "code", "python", "torch", "megatron-core"} <= {*names} - own

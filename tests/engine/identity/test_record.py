@@ -1,0 +1,127 @@
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.errors import UserError
+from engine.identity.data_files import DataFile
+from engine.identity.record import (
+    IDENTITY,
+    Acceptance,
+    Change,
+    Code,
+    Identity,
+    NetworkRecord,
+    TokenizerRecord,
+    changes,
+    read_identity,
+    write_identity,
+)
+from tests.engine.checkpoints.near_json import near
+from tests.fuzzing import fuzzed
+
+IDENTITY_OF_A_RUN = Identity(
+    networks={"reference": NetworkRecord(path="runs/sft", step=37, xxh3_128="a" * 32)},
+    data={"data.train": DataFile(path="sft.jsonl", bytes=9, xxh3_128="b" * 32, records=40)},
+    tokenizer=TokenizerRecord(sha256="c" * 64),
+    packages={"torch": "2.13.0", "numpy": "2.0"},
+    code=Code(xxh3_128="d" * 32, commit="76be561"),
+    accepted=(
+        Acceptance(change=Change(name="torch", old="2.12", new="2.13.0"), step=7, at="then"),
+    ),
+)
+
+
+def test_what_is_written_is_read(tmp_path: Path):
+    assert read_identity(tmp_path) is None
+    write_identity(tmp_path, IDENTITY_OF_A_RUN)
+    assert read_identity(tmp_path) == IDENTITY_OF_A_RUN
+    assert [path.name for path in tmp_path.iterdir()] == [IDENTITY]
+
+
+def test_the_same_is_not_written_again(tmp_path: Path):
+    write_identity(tmp_path, IDENTITY_OF_A_RUN)
+    before = (tmp_path / IDENTITY).stat().st_ino
+    write_identity(tmp_path, IDENTITY_OF_A_RUN)
+    assert (tmp_path / IDENTITY).stat().st_ino == before
+    write_identity(tmp_path, dataclasses.replace(IDENTITY_OF_A_RUN, accepted=()))
+    assert read_identity(tmp_path) == dataclasses.replace(IDENTITY_OF_A_RUN, accepted=())
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        ("[]", "a list where an object"),
+        ("{", "not JSON"),
+        ('{"data": {"data.train": {"bytes": "9"}}}', r"data.data.train.bytes cannot be '9'"),
+        ('{"packages": {"torch": 2}}', "packages.torch cannot be 2"),
+        ('{"weights": 1}', "unknown field weights"),
+    ],
+)
+def test_what_is_no_identity_is_refused(tmp_path: Path, content: str, cause: str):
+    (tmp_path / IDENTITY).write_text(content)
+    with pytest.raises(UserError, match=cause) as refused:
+        read_identity(tmp_path)
+    assert IDENTITY in str(refused.value)
+
+
+@pytest.mark.fuzz
+@fuzzed
+@given(st.data())
+def test_any_identity_is_read_or_refused_in_a_line(data: st.DataObject):
+    content = json.loads(json.dumps(dataclasses.asdict(IDENTITY_OF_A_RUN)))
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / IDENTITY).write_text(json.dumps(data.draw(near(content))))
+        try:
+            found = read_identity(Path(name))
+        except UserError as error:
+            assert len(str(error)) < 1000
+            return
+        assert found is not None
+        assert changes(found, found) == []
+        assert {change.name for change in changes(found, Identity())} >= set(found.packages) - {
+            name for name, version in found.packages.items() if version == "none"
+        }
+
+
+def test_equal_identities_have_no_changes_whatever_paths_and_times():
+    moved = dataclasses.replace(
+        IDENTITY_OF_A_RUN,
+        networks={"reference": NetworkRecord(path="old/sft", step=36, xxh3_128="a" * 32)},
+        data={"data.train": DataFile(path="x", mtime_ns=5, inode=6, xxh3_128="b" * 32)},
+        code=Code(xxh3_128="d" * 32, commit=""),
+        accepted=(),
+    )
+    assert changes(IDENTITY_OF_A_RUN, IDENTITY_OF_A_RUN) == []
+    assert changes(IDENTITY_OF_A_RUN, moved) == []
+
+
+def test_every_change_is_named_with_old_and_new(tmp_path: Path):
+    lines = tmp_path / "sft.jsonl"
+    lines.write_text("{}\n{}\n{}\n")
+    now = Identity(
+        networks={"reference": NetworkRecord(step=90, xxh3_128="1" * 32)},
+        data={
+            "data.train": DataFile(path=str(lines), bytes=9, xxh3_128="2" * 32),
+            "data.valid": DataFile(path="v.txt", bytes=5, xxh3_128="3" * 32),
+        },
+        tokenizer=TokenizerRecord(sha256="4" * 64),
+        packages={"torch": "2.14.0", "triton": "3.9"},
+        code=Code(xxh3_128="5" * 32),
+    )
+    found = {change.name: (change.old, change.new) for change in changes(IDENTITY_OF_A_RUN, now)}
+    assert found == {
+        "reference": ("aaaaaaaa, step 37", "11111111, step 90"),
+        "data.train": ("40 records, bbbbbbbb", "3 lines, 22222222"),
+        "data.valid": ("none", "5 bytes, 33333333"),
+        "tokenizer": ("cccccccc", "44444444"),
+        "numpy": ("2.0", "none"),
+        "torch": ("2.13.0", "2.14.0"),
+        "triton": ("none", "3.9"),
+        "code": ("dddddddd (commit 76be561)", "55555555"),
+    }
+    assert {change.name for change in changes(now, IDENTITY_OF_A_RUN)} == found.keys()
