@@ -1,6 +1,6 @@
 # make quickstart   the whole recipe on a small model, from a fresh clone
 # make test         the tests that two CPU cores run in a few minutes; also test-slow, test-fuzz,
-#                   test-slurm, test-gpu
+#                   test-chaos, test-slurm, test-gpu
 # make lint         ruff and mypy
 # make bench        what a GPU's minutes are best spent on, into runs/gpu (BUDGET=480 seconds)
 # make rivals      what some benchmarks measure us against, into .rivals (290 MB)
@@ -28,7 +28,7 @@ PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check
 CORES   = $(shell $(BIN)/python -c 'import os, psutil; \
 	print(min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0))))')
 
-.PHONY: setup quickstart test test-slow test-fuzz test-slurm test-gpu lint bench rivals tables
+.PHONY: setup quickstart test test-slow test-fuzz test-chaos test-slurm test-gpu lint bench rivals tables
 
 setup: $(STAMP)
 
@@ -55,10 +55,13 @@ test: $(STAMP)
 	$(PYTEST) $(BESIDE) $(ARGS)
 
 test-slow: $(STAMP)
-	$(PYTEST) $(BESIDE) -m "slow and not gpu and not slurm and not fuzz" $(ARGS)
+	$(PYTEST) $(BESIDE) -m "slow and not gpu and not slurm and not fuzz and not chaos" $(ARGS)
 
 test-fuzz: $(STAMP)
 	$(PYTEST) $(BESIDE) -m fuzz $(ARGS)
+
+test-chaos: $(STAMP)
+	$(PYTEST) $(BESIDE) -m chaos $(ARGS)
 
 test-slurm: $(STAMP)
 	$(PYTEST) -m slurm

@@ -88,3 +88,11 @@ class KLController:
             return
         error = min(max(kl / self.config.target - 1.0, -MAX_KL_ERROR), MAX_KL_ERROR)
         self.coef *= 1.0 + error * num_responses / self.config.horizon
+
+    def state_dict(self) -> float:
+        """Return what a resume continues from."""
+        return self.coef
+
+    def load_state_dict(self, state: float) -> None:
+        """Continue where state_dict() was taken."""
+        self.coef = state

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from engine.errors import UserError, quoted
 from engine.printable import ERROR_CHARACTERS, printable
 
 # Linux's names of the file systems that several nodes share; those of FUSE, but that of containers,
@@ -23,20 +24,62 @@ _SHARED = (
     *("glusterfs", "orangefs", "pvfs2", "9p", "virtiofs"),
 )
 _MOUNTS = Path("/proc/self/mountinfo")
+_MAX_DIGITS = 9  # of a rank, or a number of them
 
 
 def rank_of_environment() -> int:
     """Return this process's global rank from torchrun's or srun's environment; 0 when launched
-    alone."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    alone. UserError where that is no number."""
+    return _number(("RANK", "SLURM_PROCID"), 0)
 
 
 def world_size_of_environment() -> int:
-    """Return the number of ranks of this launch; 1 when launched alone.
+    """Return the number of ranks of this launch; 1 when launched alone. UserError where that is no
+    number.
 
     SLURM_NTASKS would not do: the shell of a job has it too, and is alone.
     """
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
+    return _number(("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"), 1)
+
+
+def check_launch() -> None:
+    """Raise UserError for an environment in which no ranks can meet."""
+    rank, world_size = rank_of_environment(), world_size_of_environment()
+    if world_size < 1:
+        raise UserError(f"WORLD_SIZE is {world_size}, and must be at least 1")
+    if world_size > 1 and not 0 <= rank < world_size:
+        raise UserError(f"RANK is {rank}, and must be from 0 to {world_size - 1}: WORLD_SIZE - 1")
+    port = _number(("MASTER_PORT",), 29500)
+    if not 0 < port < 1 << 16:
+        raise UserError(f"MASTER_PORT is {port}, and must be from 1 to 65535")
+    _number(("LOCAL_RANK", "SLURM_LOCALID"), 0)
+
+
+def is_first_on_node() -> bool:
+    """Return whether this is the first of its node's ranks."""
+    return _number(("LOCAL_RANK", "SLURM_LOCALID"), 0) == 0
+
+
+def has_store_of_launcher() -> bool:
+    """Return whether the ranks meet at a store that torchrun keeps, and that ends with it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def is_launched() -> bool:
+    """Return whether torchrun or srun has started this process, and would see it end."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
+
+
+def _number(names: tuple[str, ...], default: int) -> int:
+    """Return the number in the first of these variables that is there."""
+    name = next((name for name in names if name in os.environ), None)
+    if name is None:
+        return default
+    text = os.environ[name]
+    try:
+        return int(text) if len(text) <= _MAX_DIGITS else int("")
+    except ValueError:
+        raise UserError(f"{name} must be a whole number, got {quoted(text)}") from None
 
 
 def attempt_of_environment() -> int:
@@ -62,7 +105,7 @@ def tell_torchrun(message: str) -> None:
             Path(path).write_text(json.dumps({"message": said}))
 
 
-def prepare_libraries(tp: int) -> None:
+def prepare_libraries(tp: int, directory: Path | None = None) -> None:
     """Set what CUDA, Triton and Inductor read for a run that trains with that much tensor
     parallelism, where the site has not. Silence what megatron and torch say of themselves."""
     quiet_libraries()
@@ -72,6 +115,7 @@ def prepare_libraries(tp: int) -> None:
             tp=tp,
             world_size=world_size_of_environment(),
             node_folder=_node_folder(),
+            directory=directory if world_size_of_environment() > 1 else None,
             is_shared=lambda path: shared_file_system(path) is not None,
         )
     )
@@ -92,11 +136,13 @@ def library_settings(
     tp: int,
     world_size: int,
     node_folder: Path | None,
+    directory: Path | None = None,
     is_shared: Callable[[Path], bool],
 ) -> dict[str, str]:
     """Return the variables that a run wants and the environment does not have.
 
-    node_folder: this node's own place for caches; none: there is none.
+    node_folder: this node's own place for caches; none: there is none. directory: the run's folder,
+    where several ranks may get stuck in it.
     """
     wanted: dict[str, str] = {}
     if tp > 1:
@@ -107,6 +153,14 @@ def library_settings(
     if world_size > 1:
         # By default 32 processes a rank, to compile a handful of small kernels.
         wanted["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+        # torch prints its own stack at each look at a store that is gone; we say it in words.
+        wanted["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    if directory is not None:
+        # The last collectives of each rank, written when one times out (NCCL's alone; our choice of
+        # how many is torch's own).
+        wanted["TORCH_FR_BUFFER_SIZE"] = "2000"
+        wanted["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
+        wanted["TORCH_FR_DUMP_TEMP_FILE"] = str(directory / "nccl_trace_rank_")
     if node_folder is not None:
         for name, path in cache_folders(environment).items():
             if is_shared(path):

@@ -27,6 +27,7 @@ from engine.alarms import Alarm
 from engine.claim import check_claim
 from engine.files import open_file, replacing, writing
 from engine.printable import ERROR_CHARACTERS, open_console, printable, say
+from engine.ranks.signs import end_training, in_phase, reach_step
 
 SFT_HEADLINE = (
     "train/loss",
@@ -79,6 +80,7 @@ class Metrics:
         self._headline = headline
         self._start = time.perf_counter()
         self._progress: Progress | None = None
+        reach_step(first_step)
         if not is_writer:
             return
         with writing(run_dir):
@@ -96,6 +98,7 @@ class Metrics:
         row = {f"{name}/seconds": seconds for name, seconds in self.phase_seconds.items()}
         row.update(values)
         self.phase_seconds = {}
+        reach_step(step + 1)
         if not self._is_writer:
             return
         check_claim(self._run_dir)
@@ -125,6 +128,16 @@ class Metrics:
             self._append("alarms", {"step": step, "name": alarm.name, "message": alarm.message})
             self._show(f"ALARM {alarm.name}: {alarm.message}", style="bold red")
 
+    def set_back(self, step: int) -> None:
+        """Remove the rows of `step` and later, which the run takes anew; alarms stay, for what they
+        tell of has been."""
+        self.phase_seconds = {}
+        if not self._is_writer:
+            return
+        for name in ("metrics", "samples"):
+            _drop_steps_from(self._run_dir / f"{name}.jsonl", step)
+        self._events.start(step)
+
     def note(self, *lines: str, cautions: Sequence[Alarm] = ()) -> None:
         """Show lines that belong to no step, such as what was read and dropped.
 
@@ -135,7 +148,9 @@ class Metrics:
             return
         for line in lines:
             self._show(line, style="dim")
-        recorded = _recorded_alarms(self._run_dir / "alarms.jsonl") if cautions else set()
+        path = self._run_dir / "alarms.jsonl"  # rid of damaged lines
+        rows = [json.loads(line) for line in _lines(path)] if path.exists() else []
+        recorded = {(str(row.get("name")), str(row.get("message"))) for row in rows}
         for name, message in dict.fromkeys(cautions):
             if (name, message) not in recorded:
                 row = {"step": self._first_step, "name": name, "message": message}
@@ -147,8 +162,9 @@ class Metrics:
         """Time a block; its seconds are logged as `name/seconds`, summed over the step's blocks."""
         _synchronize()
         start = time.perf_counter()
-        yield
-        _synchronize()
+        with in_phase(name, is_bounded=True):
+            yield
+            _synchronize()
         seconds = time.perf_counter() - start
         self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
 
@@ -157,6 +173,7 @@ class Metrics:
 
         A run whose curves cannot be drawn has succeeded all the same: a line says why, no more.
         """
+        end_training()
         if not self._is_writer:
             return
         if self._progress:
@@ -280,9 +297,14 @@ class _EventFile:
             self._stream = self._path.open("xb")
             self._records = RecordWriter(self._stream)
             self._write(Event(file_version="brain.Event:2"))
-            # What an earlier file has of these steps, a stopped run left: it is not to be shown.
-            start = SessionLog(status=SessionLog.START)
-            self._write(Event(step=first_step, session_log=start))
+        self._session = SessionLog(status=SessionLog.START)
+        self.start(first_step)
+
+    def start(self, step: int) -> None:
+        """Have nothing shown of what was written of `step` and later: a stopped run, or one that
+        was set back, left it."""
+        with writing(self._path):
+            self._write(self._event(step=step, session_log=self._session))
             self._stream.flush()
 
     def add(self, step: int, row: Mapping[str, float]) -> None:
@@ -322,14 +344,6 @@ def _drop_steps_from(path: Path, first_step: int) -> None:
     if len(kept) < num_lines:
         with replacing(path) as stream:
             stream.writelines(kept)
-
-
-def _recorded_alarms(path: Path) -> set[tuple[str, str]]:
-    """Return (name, message) of the alarms in a file that has been rid of damaged lines."""
-    if not os.path.lexists(path):
-        return set()
-    rows = [json.loads(line) for line in _lines(path)]
-    return {(str(row.get("name")), str(row.get("message"))) for row in rows}
 
 
 def _lines(path: Path) -> Iterator[bytes]:

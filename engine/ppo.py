@@ -4,6 +4,7 @@ from engine.advantage import KLController, estimate_advantages
 from engine.alarms import Alarms
 from engine.cautions.of_settings import ppo_cautions
 from engine.checkpoints.checkpointer import Checkpointer
+from engine.checkpoints.course import Course, Kept
 from engine.data.batches import EpochOrder
 from engine.errors import UserError
 from engine.feed import Feed
@@ -28,15 +29,19 @@ from models.sizes import Kind
 def train(config: PPOConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.
-    parallel = join_ranks(config.layout, config.seed, config.numerics)
+    parallel = join_ranks(config.layout, config.seed, config.numerics, config.waiting)
     run, inputs = _start(config, parallel)
 
     # Build. The critic starts from the reward model.
     policy = inputs.start("policy", _build("language", "policy", config, run, inputs))
     critic = inputs.start("reward_model", _build("scalar", "reward_model", config, run, inputs))
     prompts, notes, amiss = load_prompts(config, run, _contexts(inputs))
-    policy_optimizer = Optimizer(policy, config.adam, total_steps=config.iterations)
-    critic_optimizer = Optimizer(critic, config.critic_adam, total_steps=config.iterations)
+    policy_optimizer = Optimizer(
+        policy, config.adam, total_steps=config.iterations, spikes=config.spikes
+    )
+    critic_optimizer = Optimizer(
+        critic, config.critic_adam, total_steps=config.iterations, spikes=config.spikes
+    )
     learner = Learner(
         policy=policy_optimizer,
         critic=critic_optimizer,
@@ -61,13 +66,13 @@ def train(config: PPOConfig) -> dict[str, float]:
         ema=learner.ema,
         saving=config.saving,
         tokenizer_fingerprint=run.tokenizer.fingerprint(),
+        goes_back=config.spikes.policy == "rewind",
     )
     progress = checkpointer.resume() or {"step": 0}
+    keeps: dict[str, Kept] = {"kl_coef": kl, "alarms": alarms}
+    course = Course(checkpointer, config.spikes, progress, config.iterations, keeps)
     inputs.keep(progress["step"])
     run.leave_if_asked()
-    kl.coef = progress.get("kl_coef", kl.coef)
-    if "alarms" in progress:
-        alarms.load_state_dict(progress["alarms"])
     values: dict[str, float] = progress.get("metrics", {})
 
     metrics = Metrics(
@@ -84,9 +89,9 @@ def train(config: PPOConfig) -> dict[str, float]:
             policy.attention,
             cautions=amiss + ppo_cautions(config, parallel, len(prompts), learner.num_sequences),
         )
-        for iteration in range(progress["step"], config.iterations):
+        for iteration in course:
             # 1 prompt
-            batch = [prompts[i] for i in order.indices(iteration)]
+            batch = [prompts[i] for i in order.indices(course.position)]
             with metrics.phase("rollout"), residency.rollout() as generator:  # 2
                 rollout = generate_rollout(
                     generator,
@@ -94,7 +99,7 @@ def train(config: PPOConfig) -> dict[str, float]:
                     config.sampling,
                     eos_id=run.tokenizer.eos_id,
                     seed=config.seed,
-                    first_sample_index=iteration * config.rollout_batch_size,
+                    first_sample_index=course.position * config.rollout_batch_size,
                 )
             with metrics.phase("score"), residency.score():  # 3
                 scored = score_rollout(
@@ -109,7 +114,9 @@ def train(config: PPOConfig) -> dict[str, float]:
                 advantages = estimate_advantages(rollout, scored, config, kl_coef=kl.coef)
             with metrics.phase("update"), residency.update():  # 5
                 examples = learning_examples(rollout, scored, advantages)
-                updated = run_updates(learner, config, examples, advantages.whitening, iteration)
+                updated = run_updates(
+                    learner, config, examples, advantages.whitening, iteration, course.passed_over
+                )
             # 6 record
             seconds = metrics.phase_seconds
             values = rollout.metrics(seconds["rollout"]) | scored.metrics(rollout)
@@ -122,14 +129,15 @@ def train(config: PPOConfig) -> dict[str, float]:
             metrics.log(iteration, values)
             metrics.log_alarms(iteration, alarms.check(values))
             end_if_stuck(f"iteration {iteration}", checkpointer.newest, **learner.skipped)
+            if course.set_back(metrics):
+                continue
             is_last = iteration + 1 == config.iterations
             if is_last or iteration % config.show_every == 0:
                 samples = scored.samples(rollout, run.tokenizer, config.num_shown)
                 metrics.log_samples(iteration, samples)
             boundary = checkpointer.boundary(iteration + 1, is_last=is_last)
             if boundary.saves:
-                state = {"kl_coef": kl.coef, "alarms": alarms.state_dict(), "metrics": values}
-                checkpointer.save(iteration + 1, state)
+                checkpointer.save(iteration + 1, {"metrics": values, **course.state_dict()})
             if boundary.leaves:
                 checkpointer.finish()
                 run.leave(iteration + 1)

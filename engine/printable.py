@@ -73,10 +73,16 @@ def say(
 
 def open_console(**options: Any) -> "Console":
     """Return rich's console on stdout, for text that has gone through printable(): it takes neither
-    brackets nor colons for commands of its own, whatever the encoding."""
+    brackets nor colons for commands of its own, whatever the encoding.
+
+    A file or a pipe gets no colours and no bars, even where FORCE_COLOR is set: a log is to be read
+    and searched.
+    """
     from rich.console import Console
 
     accept_any_text(sys.stdout)
+    is_terminal = None if sys.stdout.isatty() else False
+    options = {"force_terminal": is_terminal, **options}
     return Console(markup=False, emoji=False, highlight=False, **options)
 
 

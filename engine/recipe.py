@@ -1,5 +1,7 @@
 """From a command line to a stage: the whole body of a recipe."""
 
+from engine.stop import INTERRUPTED, noting_signals, pass_over_interrupts  # isort: split
+
 import dataclasses
 import errno
 import importlib
@@ -15,6 +17,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from engine.environment import (
+    check_launch,
     prepare_libraries,
     quiet_libraries,
     rank_of_environment,
@@ -24,16 +27,18 @@ from engine.errors import UserError, quoted
 from engine.printable import (
     ERROR_CHARACTERS,
     TRACEBACK_CHARACTERS,
-    accept_any_text,
     printable,
     say,
 )
+from engine.process.family import watching_launcher
+from engine.process.streams import make_streams_last
 from engine.settings.command_line import parse_config
 from engine.settings.saved import load_config
-from engine.stop import noting_signals
+from engine.settings.waiting import WaitingConfig
 
 _Config = TypeVar("_Config")
 _NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE)
+_NO_MEMORY = ("failed to map segment", "Cannot allocate memory")  # in words of the linker
 _NOT_THERE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 _MAX_DIGITS = 9  # of a number of GPUs
@@ -62,9 +67,10 @@ def run_stage(
     """
     _make_streams_safe()
     try:
+        check_launch()
         if not has_dry_run:
             config = parse_config(default, arguments)
-            _prepared(train, config)(config)
+            _call(train, config)
             return
         job = parse_config(_stage_job(default), arguments)
         if job.config is not None:
@@ -72,11 +78,13 @@ def run_stage(
             job = parse_config(_stage_job(load_config(type(default), path)), arguments)
         if job.dry_run is None:
             with noting_signals():
-                _prepared(train, job.stage)(job.stage)
+                _call(train, job.stage)
         elif rank_of_environment() == 0:
             quiet_libraries()
             dry_run = importlib.import_module("engine.dry_run.dry_run").dry_run
             dry_run(job.stage, _named_gpus(job.dry_run), usual=num_gpus)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except Exception as error:
         said = str(error) if isinstance(error, UserError) else _said_by_system(error)
         if said is not None:
@@ -85,6 +93,7 @@ def run_stage(
             tell_torchrun(message)
             _tell_others(message, 2)
             sys.exit(2)
+        _await_verdict(error)
         text = _traceback(error)
         last_line = printable(text.rpartition("\n")[2], limit=ERROR_CHARACTERS)
         tell_torchrun(last_line)
@@ -99,15 +108,15 @@ def _traceback(error: BaseException) -> str:
 
 
 def _show_uncaught(kind: type[BaseException], error: BaseException, trace: object) -> None:
-    """Print what ends the process, as Python would; but printable."""
-    say(_traceback(error), stream=sys.stderr)
+    """Print what ends the process, as Python would; but printable, and nothing of Ctrl-C."""
+    if not issubclass(kind, KeyboardInterrupt):
+        say(_traceback(error), stream=sys.stderr)
 
 
 def _make_streams_safe() -> None:
     """Have what Python and tyro print by themselves be printable too, in any encoding."""
-    for stream in (sys.stdout, sys.stderr):
-        accept_any_text(stream)
-    if sys.excepthook is sys.__excepthook__:  # else somebody, such as a debugger, has another
+    make_streams_last()
+    if sys.excepthook in (sys.__excepthook__, pass_over_interrupts):  # else a debugger has another
         sys.excepthook = _show_uncaught
 
 
@@ -117,6 +126,10 @@ def _said_by_system(error: Exception) -> str | None:
     if isinstance(error, RuntimeError):  # torch's libraries, gloo among them, put it into the text
         found = [number for number in _NO_MORE if os.strerror(number) in str(error)]
         return f"{_refused(found[0])} ({str(error).splitlines()[0]:.200})" if found else None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    is_full = isinstance(error, MemoryError) or any(w in str(error) for w in _NO_MEMORY)
+    if is_full and limit != resource.RLIM_INFINITY and isinstance(error, MemoryError | ImportError):
+        return f"no more memory: this process may have {limit / 1e9:.1f} GB (ulimit -v); raise that"
     if not isinstance(error, OSError) or error.errno is None:
         return None
     path = error.filename if isinstance(error.filename, str) else None
@@ -135,6 +148,14 @@ def _refused(number: int) -> str:
     return f"{os.strerror(number)}: this process may have {limit} (ulimit -n); raise that"
 
 
+def _await_verdict(error: Exception) -> None:
+    """Where this rank's connection to another broke, leave it to who finds out which one is gone:
+    that ends this process."""
+    failure = sys.modules.get("engine.ranks.failure")
+    if failure is not None:
+        failure.await_verdict(error)
+
+
 def _tell_others(message: str, status: int, text: str = "") -> None:
     """End the other ranks and this process with a text, where it has joined any."""
     failure = sys.modules.get("engine.ranks.failure")
@@ -142,12 +163,20 @@ def _tell_others(message: str, status: int, text: str = "") -> None:
         failure.tell_others(message, status, text)
 
 
+def _call(train: Callable[[_Config], object] | str, config: _Config) -> None:
+    """Call the function on the config, while somebody looks at whether the launcher is there."""
+    waiting = getattr(config, "waiting", WaitingConfig())
+    with watching_launcher(waiting.orphan_seconds):
+        _prepared(train, config)(config)
+
+
 def _prepared(
     train: Callable[[_Config], object] | str, config: _Config
 ) -> Callable[[_Config], object]:
     """Return the function, imported once the environment is what its libraries should find."""
     layouts = (getattr(config, name, None) for name in ("layout", "critic_layout"))
-    prepare_libraries(tp=max(getattr(layout, "tp", 1) for layout in layouts))
+    tp = max(getattr(layout, "tp", 1) for layout in layouts)
+    prepare_libraries(tp, getattr(config, "directory", None))
     if not isinstance(train, str):
         return train
     module, _, function = train.rpartition(".")
@@ -192,7 +221,10 @@ def _named_gpus(words: Sequence[str]) -> int | None:
 
 def _print_once(message: str) -> None:
     """Print on rank 0; another rank prints only if it still lives when rank 0 has had its say."""
-    rank = rank_of_environment()
+    try:
+        rank = rank_of_environment()
+    except UserError:  # which is the message
+        rank = 0
     if rank > 0:
         time.sleep(5.0)  # when rank 0 fails too, the launcher ends this process meanwhile
         message = f"[rank {rank}] {message}"

@@ -23,6 +23,7 @@ from engine.cautions.of_settings import (
     schedule_cautions,
 )
 from engine.checkpoints.checkpointer import Checkpointer
+from engine.checkpoints.course import Course
 from engine.data.comparisons import Comparison, comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
@@ -40,6 +41,7 @@ from engine.settings.rm import RMConfig
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward, forward_backward
+from engine.training.recheck import checked_gradients
 from engine.training.reduce import reduce_metrics
 from engine.training.skipped import end_if_stuck
 
@@ -48,7 +50,7 @@ from engine.training.skipped import end_if_stuck
 def train(config: RMConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.
-    parallel = join_ranks(config.layout, config.seed, config.numerics)
+    parallel = join_ranks(config.layout, config.seed, config.numerics, config.waiting)
     require_path(config.data.train, "data.train")
     run = start_run(
         directory=config.directory,
@@ -71,7 +73,7 @@ def train(config: RMConfig) -> dict[str, float]:
         parallel=parallel,
     )
     num_steps = feed.order.num_steps(config.epochs)
-    optimizer = Optimizer(network, config.adam, total_steps=num_steps)
+    optimizer = Optimizer(network, config.adam, total_steps=num_steps, spikes=config.spikes)
     checkpointer = Checkpointer(
         directory=run.checkpoints,
         parallel=parallel,
@@ -79,8 +81,10 @@ def train(config: RMConfig) -> dict[str, float]:
         optimizers={"reward_model": optimizer},
         saving=config.saving,
         tokenizer_fingerprint=fingerprint,
+        goes_back=config.spikes.policy == "rewind",
     )
     progress = checkpointer.resume() or {"step": 0}
+    course = Course(checkpointer, config.spikes, progress, num_steps)
     inputs.keep(progress["step"])
     run.leave_if_asked()
 
@@ -95,9 +99,9 @@ def train(config: RMConfig) -> dict[str, float]:
     with metrics, checkpointer:
         cautions = [*data.cautions, *_cautions(config, feed, num_steps)]
         metrics.note(*inputs.notes, *data.notes, network.attention, cautions=cautions)
-        for step in range(progress["step"], num_steps):
+        for step in course:
             with metrics.phase("train"):
-                values = _train_step(step, network, optimizer, feed)
+                values = _train_step(step, network, optimizer, feed, course.passed_over)
             is_last = step + 1 == num_steps
             if data.valid and is_evaluated(step + 1, num_steps, config.eval_every):
                 with metrics.phase("valid"):
@@ -111,9 +115,11 @@ def train(config: RMConfig) -> dict[str, float]:
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
             end_if_stuck(f"step {step}", checkpointer.newest, reward_model=optimizer.skipped)
+            if course.set_back(metrics):
+                continue
             boundary = checkpointer.boundary(step + 1, is_last=is_last)
             if boundary.saves:
-                checkpointer.save(step + 1, {"metrics": values})
+                checkpointer.save(step + 1, {"metrics": values, **course.state_dict()})
             if boundary.leaves:
                 checkpointer.finish()
                 run.leave(step + 1)
@@ -137,13 +143,22 @@ def shift_bias(network: Network, optimizer: Optimizer, shift: float) -> None:
     network.mark_changed()
 
 
-def _train_step(step: int, network: Network, optimizer: Optimizer, feed: Feed) -> dict[str, float]:
-    """One optimizer step on the ranking loss of the step's prompts."""
-    seed_for_step(network.parallel, step)
+def _train_step(
+    step: int, network: Network, optimizer: Optimizer, feed: Feed, passed_over: int
+) -> dict[str, float]:
+    """One optimizer step on the ranking loss of the step's prompts; passed_over: batches that no
+    step learns from."""
+    seed_for_step(network.parallel, step + passed_over)
     optimizer.zero_gradients()
-    batch = feed.step(step)
-    sums = forward_backward(network, batch.batches, comparison_loss(feed.order.batch_size))
-    result = optimizer.step(step)
+    batch = feed.step(step + passed_over)
+    loss = comparison_loss(feed.order.batch_size)
+    sums = checked_gradients(
+        optimizer,
+        lambda: forward_backward(network, batch.batches, loss),
+        step=step,
+        role="reward_model",
+    )
+    result = optimizer.step(step, sums)
     found = reduce_metrics(sums, network.parallel)  # behind the step, whose launches need it not
     num_scores = found["num_scores"]
     mean = found["score_sum"] / num_scores
@@ -152,9 +167,7 @@ def _train_step(step: int, network: Network, optimizer: Optimizer, feed: Feed) -
         "train/pair_accuracy": found["num_correct"] / max(found["num_pairs"], 1.0),
         "train/score_mean": mean,
         "train/score_std": max(found["score_square_sum"] / num_scores - mean**2, 0.0) ** 0.5,
-        "train/grad_norm": result.grad_norm,
-        "train/skipped_steps": float(optimizer.skipped.total),
-        "train/lr": result.lr,
+        **{f"train/{name}": value for name, value in optimizer.numbers(result).items()},
         "train/tokens": float(batch.num_tokens),
         "train/token_spread": batch.spread,
     }

@@ -27,11 +27,13 @@ from engine.files import check_writable, clear_partials
 from engine.ranks.device import make_deterministic
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
+from engine.ranks.signs import keep_stacks_in
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.saved import changed_fields, save_config
 from engine.settings.size import named_size
+from engine.settings.waiting import WaitingConfig
 from models.sizes import GPTSize
 
 # What a run may change when it goes on: where and how fast it runs, how long, what it writes. Any
@@ -41,7 +43,7 @@ _MAY_CHANGE = (
     *("epochs", "iterations", "eval_every", "saving", "num_shown", "show_every"),
     *("num_slots", "prefill_tokens", "block_size", "cache_fraction", "cache_gib", "steps_per_sync"),
     *("cuda_graphs", "micro_batch_tokens", "recompute", "gradient_accumulation_fusion"),
-    "deterministic",
+    *("deterministic", "recheck_every", "compare_every", "spikes", "waiting"),
     *("skip_bad_lines", "max_skipped_steps"),
     "tokenizer",  # engine/identity/ knows which one it was
     "accept_changed",
@@ -157,12 +159,14 @@ def stage() -> Iterator[None]:
         yield
 
 
-def join_ranks(layout: ParallelLayout, seed: int, numerics: Numerics) -> Parallel:
+def join_ranks(
+    layout: ParallelLayout, seed: int, numerics: Numerics, waiting: WaitingConfig
+) -> Parallel:
     """Join the other ranks; before that make this process deterministic, where it is to be, so that
     NCCL knows it from its first message on."""
     if numerics.deterministic:
         make_deterministic()
-    return start_parallel(layout, seed)
+    return start_parallel(layout, seed, waiting)
 
 
 def start_run(*, directory: Path, parallel: Parallel, tokenizer: Path) -> Run:
@@ -181,6 +185,7 @@ def start_run(*, directory: Path, parallel: Parallel, tokenizer: Path) -> Run:
 
     loaded = load_shared_tokenizer(find)
     claim_for_all(directory, "tokens", "tokenizer")
+    keep_stacks_in(directory)
     run = Run(directory=directory, parallel=parallel, tokenizer=loaded)
     run.leave_if_asked()
     return run

@@ -57,6 +57,14 @@ class EpochSelection:
             "valid/response_tokens": sum(rollout.response_lengths) / len(rollout),
         }
 
+    def state_dict(self) -> list[dict[str, float]]:
+        """Return what a resume continues from."""
+        return list(self.epochs)
+
+    def load_state_dict(self, state: list[dict[str, float]]) -> None:
+        """Continue where state_dict() was taken."""
+        self.epochs = list(state)
+
     def write(self, checkpointer: Checkpointer) -> None:
         """Make the best epoch's weights those of the run, and write selected.json beside them;
         nothing while no epoch has a reward."""

@@ -24,6 +24,7 @@ from engine.cautions.of_settings import (
     schedule_cautions,
 )
 from engine.checkpoints.checkpointer import Checkpointer
+from engine.checkpoints.course import Course
 from engine.data.batches import EpochOrder, Units
 from engine.data.demonstrations import (
     Demonstration,
@@ -46,6 +47,7 @@ from engine.settings.sft import SFTConfig
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import Objective, accumulate
+from engine.training.recheck import checked_gradients
 from engine.training.reduce import reduce_metrics
 from engine.training.skipped import end_if_stuck
 
@@ -54,7 +56,7 @@ from engine.training.skipped import end_if_stuck
 def train(config: SFTConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.
-    parallel = join_ranks(config.layout, config.seed, config.numerics)
+    parallel = join_ranks(config.layout, config.seed, config.numerics, config.waiting)
     run = start_run(
         directory=config.directory,
         parallel=parallel,
@@ -73,7 +75,7 @@ def train(config: SFTConfig) -> dict[str, float]:
     feeds = _feeds(config, data.train, run)
     lead = feeds.get("loss") or feeds["pretrain_loss"]
     num_steps = lead.order.num_steps(config.epochs)
-    optimizer = Optimizer(network, config.adam, total_steps=num_steps)
+    optimizer = Optimizer(network, config.adam, total_steps=num_steps, spikes=config.spikes)
     checkpointer = Checkpointer(
         directory=run.checkpoints,
         parallel=parallel,
@@ -81,10 +83,11 @@ def train(config: SFTConfig) -> dict[str, float]:
         optimizers={"policy": optimizer},
         saving=config.saving,
         tokenizer_fingerprint=run.tokenizer.fingerprint(),
+        goes_back=config.spikes.policy == "rewind",
     )
     progress = checkpointer.resume() or {"step": 0}
-    if selection is not None:
-        selection.epochs = progress.get("epochs", [])
+    keeps = {} if selection is None else {"epochs": selection}
+    course = Course(checkpointer, config.spikes, progress, num_steps, keeps)
     inputs.keep(progress["step"])
     run.leave_if_asked()
 
@@ -99,15 +102,12 @@ def train(config: SFTConfig) -> dict[str, float]:
     with metrics, checkpointer:
         cautions = [*data.cautions, *_cautions(config, feeds, num_steps)]
         metrics.note(*inputs.notes, *data.notes, network.attention, cautions=cautions)
-        for step in range(progress["step"], num_steps):
+        for step in course:
             with metrics.phase("train"):
-                values = _train_step(
-                    step, network, optimizer, feeds, config.data.pretraining_fraction
-                )
-            is_last, epoch = (
-                step + 1 == num_steps,
-                _epoch_ended(config.epochs, lead.order, step + 1),
-            )
+                share = config.data.pretraining_fraction
+                values = _train_step(step, network, optimizer, feeds, share, course.passed_over)
+            is_last = step + 1 == num_steps
+            epoch = _epoch_ended(config.epochs, lead.order, step + 1)
             if is_evaluated(step + 1, num_steps, config.eval_every):
                 with metrics.phase("valid"):
                     values |= _validate(network, data.valid, config.micro_batch_tokens)
@@ -118,14 +118,15 @@ def train(config: SFTConfig) -> dict[str, float]:
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
             end_if_stuck(f"step {step}", checkpointer.newest, policy=optimizer.skipped)
+            if course.set_back(metrics):
+                continue
             if epoch and (config.save_every_epoch or selection is not None):
                 checkpointer.save_weights(epoch_name(epoch))
                 if selection is not None:
                     selection.write(checkpointer)
             boundary = checkpointer.boundary(step + 1, is_last=is_last)
             if boundary.saves:
-                epochs = selection.epochs if selection is not None else []
-                checkpointer.save(step + 1, {"metrics": values, "epochs": epochs})
+                checkpointer.save(step + 1, {"metrics": values, **course.state_dict()})
             if boundary.leaves:
                 checkpointer.finish()
                 run.leave(step + 1)
@@ -138,13 +139,14 @@ def _train_step(
     optimizer: Optimizer,
     feeds: dict[str, Feed],
     pretraining_fraction: float,
+    passed_over: int = 0,
 ) -> dict[str, float]:
     """One optimizer step on loss = (1 - f) x demonstrations + f x pretraining, each its mean over
-    target tokens."""
+    target tokens; passed_over: batches that no step learns from."""
     parallel = network.parallel
-    seed_for_step(parallel, step)
+    seed_for_step(parallel, step + passed_over)
     optimizer.zero_gradients()
-    taken = {name: feed.step(step) for name, feed in feeds.items()}
+    taken = {name: feed.step(step + passed_over) for name, feed in feeds.items()}
     objectives = []
     for name, batch in taken.items():
         weight = pretraining_fraction if name == "pretrain_loss" else 1.0 - pretraining_fraction
@@ -155,13 +157,13 @@ def _train_step(
                 scale=weight if len(feeds) > 1 else 1.0,
             )
         )
-    found = accumulate(network, objectives)
-    result = optimizer.step(step)
+    found = checked_gradients(
+        optimizer, lambda: accumulate(network, objectives), step=step, role="policy"
+    )
+    result = optimizer.step(step, found)
     losses = reduce_metrics(found, parallel)  # behind the step, whose launches need it not
-    return {f"train/{name}": value for name, value in losses.items()} | {
-        "train/grad_norm": result.grad_norm,
-        "train/skipped_steps": float(optimizer.skipped.total),
-        "train/lr": result.lr,
+    values = losses | optimizer.numbers(result)
+    return {f"train/{name}": value for name, value in values.items()} | {
         "train/tokens": float(sum(batch.num_tokens for batch in taken.values())),
         "train/token_spread": max(batch.spread for batch in taken.values()),
     }

@@ -17,6 +17,7 @@ from engine.settings.ppo import PPOConfig
 from engine.training.ema import EMA
 from engine.training.optimizer import Optimizer
 from engine.training.passes import Objective, accumulate, forward_backward
+from engine.training.recheck import checked_gradients
 from engine.training.reduce import reduce_metrics
 from engine.training.skipped import SkippedSteps
 from kernels.moments import Whitening
@@ -65,19 +66,24 @@ def run_updates(
     examples: list[Example],
     whitening: Whitening | None,
     iteration: int,
+    passed_over: int = 0,
 ) -> dict[str, float]:
     """Take an iteration's optimizer steps, and return what they say together.
 
     A learner whose steps are skipped time and again takes no more of them: the run ends once this
-    iteration's numbers are on record.
+    iteration's numbers are on record. Nor does one that is to be set back for a spike.
+    passed_over: iterations' prompts that none learns from.
     """
     updates = []
-    for step, chosen in minibatches(config, iteration):
+    optimizers = (learner.policy, learner.critic)
+    for step, chosen in minibatches(config, iteration + passed_over):
         minibatch = [examples[i] for i in chosen]
-        updates.append(update(learner, config, minibatch, whitening, step=step))
-        if any(skipped.is_stuck for skipped in learner.skipped.values()):
+        updates.append(
+            update(learner, config, minibatch, whitening, step=step, passed_over=passed_over)
+        )
+        if any(o.skipped.is_stuck or o.spikes.has_to_stop for o in optimizers):
             break
-    for optimizer in (learner.policy, learner.critic):
+    for optimizer in optimizers:
         optimizer.network.settle()
     return merge_updates(updates)
 
@@ -89,34 +95,41 @@ def update(
     whitening: Whitening | None,
     *,
     step: int,
+    passed_over: int = 0,
 ) -> dict[str, float]:
-    """One optimizer step of policy and critic on a minibatch; `step` counts them over the run."""
+    """One optimizer step of policy and critic on a minibatch; `step` counts them over the run,
+    those of the iterations that were passed over too."""
     policy, critic = learner.policy.network, learner.critic.network
     parallel = policy.parallel
-    iteration = step // config.num_updates
+    iteration = step // config.num_updates - passed_over
     seed_for_step(parallel, step)
     batch = step_batch(minibatch, parallel, config.micro_batch_tokens)
     num_targets = torch.tensor(float(batch.num_targets), device=parallel.device)
     learner.policy.zero_gradients()
-    found = policy_gradient(learner, config, batch.batches, num_targets, whitening, step=step)
-    learner.critic.zero_gradients()
-    critic_found = forward_backward(
-        critic,
-        pack_for(minibatch, critic.parallel, config.micro_batch_tokens),
-        clipped_value_loss(num_targets, cliprange=config.value_cliprange),
+    found = checked_gradients(
+        learner.policy,
+        lambda: policy_gradient(learner, config, batch.batches, num_targets, whitening, step=step),
+        step=step,
+        role="policy",
     )
-    policy_step = learner.policy.step(iteration)
-    critic_step = learner.critic.step(iteration)
+    learner.critic.zero_gradients()
+    critic_batches = pack_for(minibatch, critic.parallel, config.micro_batch_tokens)
+    value_loss = clipped_value_loss(num_targets, cliprange=config.value_cliprange)
+    critic_found = checked_gradients(
+        learner.critic,
+        lambda: forward_backward(critic, critic_batches, value_loss),
+        step=step,
+        role="critic",
+    )
+    policy_step = learner.policy.step(iteration, found)
+    critic_step = learner.critic.step(iteration, critic_found)
     if not policy_step.was_skipped:
         learner.ema.update()
     # Behind the steps, whose launches need none of these numbers.
     values = reduce_metrics(found, parallel) | reduce_metrics(critic_found, critic.parallel)
     return values | {
-        "policy_grad_norm": policy_step.grad_norm,
-        "critic_grad_norm": critic_step.grad_norm,
-        "policy_lr": policy_step.lr,
-        "critic_lr": critic_step.lr,
-        **{f"{name}_skipped_steps": float(s.total) for name, s in learner.skipped.items()},
+        **{f"policy_{name}": value for name, value in learner.policy.numbers(policy_step).items()},
+        **{f"critic_{name}": value for name, value in learner.critic.numbers(critic_step).items()},
         "token_spread": batch.spread,
     }
 
@@ -169,7 +182,8 @@ def minibatches(config: PPOConfig, iteration: int) -> list[tuple[int, list[int]]
 
 def merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
     """Return an iteration's update metrics: means over its minibatches, extremes of the ratios, the
-    last of a count of skipped steps, which runs on. One that is not finite makes the whole so."""
+    last of the loss scale and of counts of steps, which run on. One that is not finite makes the
+    whole so."""
     first = updates[0]
     merged: dict[str, float] = {}
     for name in first:
@@ -178,7 +192,9 @@ def merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
             merged[name] = float(np.min(column))
         elif name == "ratio_max":
             merged[name] = float(np.max(column))
-        elif name.endswith("_skipped_steps"):
+        elif name.endswith(
+            ("_skipped_steps", "_spiked_steps", "_scale_search_steps", "_loss_scale")
+        ):
             merged[name] = column[-1]
         else:
             merged[name] = sum(column) / len(column)

@@ -27,30 +27,45 @@ def pytest_configure(config: pytest.Config) -> None:
     """Have hypothesis draw as many inputs as are asked for, the same ones in every run."""
     from hypothesis import HealthCheck, Phase, settings
 
-    settings.register_profile(
-        "fuzz",
-        max_examples=config.getoption("--fuzz-inputs"),
-        deadline=None,  # a busy machine would miss one
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.explicit, Phase.generate, Phase.shrink],
-        print_blob=False,
-    )
+    for name, usual in (("fuzz", 300), ("proved", 40)):
+        settings.register_profile(
+            name,
+            max_examples=config.getoption("--fuzz-inputs") or usual,
+            deadline=None,  # a busy machine would miss one
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.explicit, Phase.generate, Phase.shrink],
+            print_blob=False,
+        )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fuzz-inputs",
         type=int,
-        default=300,
-        help="inputs that each test marked fuzz generates (a long run: 100000)",
+        default=0,
+        help="inputs of each test that generates its own: 300 where it is marked fuzz, and a few "
+        "elsewhere, unless it is said here (a long run: 100000)",
     )
     parser.addoption(
-        "--kills",
+        "--chaos",
         type=int,
         default=20,
-        help="how often tests/engine/checkpoints/test_kills.py kills runs (a long run: 300)",
+        help="how often tests/chaos kills, stops and signals runs (a long run: 1000)",
+    )
+    parser.addoption(
+        "--chaos-seed", type=int, default=0, help="draws other moments (a long run in parts)"
+    )
+    parser.addoption(
+        "--soak",
+        type=int,
+        default=100,
+        help="steps of each run of tests/chaos/test_soak.py (a long run: 2000)",
+    )
+    parser.addoption(
+        "--record",
+        help="a file that tests marked chaos append what they saw to, a JSON line each",
     )
 
 

@@ -1,5 +1,9 @@
-"""How many inputs a fuzz test draws, and how: `@fuzzed` over `@given(...)`."""
+"""How many inputs a generated test draws, and how: `@fuzzed` over `@given(...)`, or `settings` of a
+state machine's TestCase."""
 
 from hypothesis import settings
 
-fuzzed = settings.get_profile("fuzz")  # tests/conftest.py made it, by --fuzz-inputs
+# tests/conftest.py made them, by --fuzz-inputs.
+fuzzed = settings.get_profile("fuzz")
+proved = settings.get_profile("proved")
+"""Of a property whose test is not marked `fuzz`: few inputs, unless the option says how many."""

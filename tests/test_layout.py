@@ -23,7 +23,7 @@ MEGATRON_FILES = {
     *(f"models/{name}.py" for name in ("gpt", "scalar_gpt", "layers", "attention")),
     *(f"models/{name}.py" for name in ("readouts", "vocab_parallel")),
     *(f"engine/ranks/{name}.py" for name in ("device", "groups", "parallel", "seeds", "start")),
-    *(f"engine/training/{name}.py" for name in ("passes", "optimizer")),
+    *(f"engine/training/{name}.py" for name in ("passes", "optimizer", "trainable")),
     "engine/checkpoints/shards.py",
 }
 LIGHT_FILES = {

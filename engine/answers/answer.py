@@ -5,9 +5,12 @@ from engine.answers.dialogue import talk
 from engine.answers.load import load_model
 from engine.claim import holding_claims
 from engine.errors import UserError
+from engine.ranks.failure import leave_all
 from engine.settings.generate import GenerateConfig
+from engine.stop import leaving_at_signals
 
 
+@leaving_at_signals(leave_all)
 @holding_claims()
 def generate_text(config: GenerateConfig) -> None:
     """Answer the prompts of a file, or the user's in the terminal. Raises UserError."""

@@ -14,6 +14,7 @@ from engine.errors import UserError
 from engine.generation.generate import generate
 from engine.printable import JOINERS, accept_any_text, printable, say
 from engine.settings.generate import GenerateConfig
+from engine.stop import interruptible
 from engine.training.network import Network
 
 NEXT_TURN = "\n\nUser:"
@@ -31,8 +32,16 @@ def talk(network: Network, tokenizer: Tokenizer, config: GenerateConfig) -> None
     if parallel.is_writer:
         _take_any_bytes()
         say("Type a message; /new starts over, Ctrl-C ends an answer, Ctrl-D the dialogue.")
-    # A launcher of several ranks ends all of them at Ctrl-C.
-    endings = (_TurnEnded,) if parallel.world_size > 1 else (_TurnEnded, KeyboardInterrupt)
+    if parallel.world_size > 1:  # a launcher of several ranks ends all of them at Ctrl-C
+        _take_turns(network, tokenizer, config)
+        return
+    with interruptible(), contextlib.suppress(KeyboardInterrupt):  # that came between two answers
+        _take_turns(network, tokenizer, config)
+
+
+def _take_turns(network: Network, tokenizer: Tokenizer, config: GenerateConfig) -> None:
+    parallel = network.parallel
+    endings = (_TurnEnded, KeyboardInterrupt) if parallel.world_size == 1 else (_TurnEnded,)
     messages: list[dict[str, str]] = []
     num_turns = 0
     while (line := _read_line(parallel.is_writer)) is not None:

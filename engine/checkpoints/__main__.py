@@ -25,6 +25,7 @@ from engine.checkpoints.retention import step_of
 from engine.errors import UserError, named, quoted
 from engine.files import read_object
 from engine.printable import ERROR_CHARACTERS, open_console, printable, say
+from engine.process.streams import make_streams_last
 from engine.settings.command_line import parse_config
 
 _CELL_CHARACTERS = 1000  # the most that is shown of a path or a word; our choice
@@ -42,6 +43,7 @@ class CheckpointsConfig:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
+    make_streams_last()
     default = CheckpointsConfig(command="verify", path=tyro.MISSING)
     try:
         config = parse_config(default, arguments)

@@ -42,9 +42,12 @@ from engine.checkpoints.weights import not_finite_message
 from engine.checkpoints.whole import newest_whole, warn
 from engine.errors import UserError
 from engine.files import read_object
+from engine.ranks import failure
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
+from engine.ranks.signs import in_phase
 from engine.settings.saving import SaveConfig
+from engine.training.copies import check_copies
 from engine.training.ema import EMA
 from engine.training.finite import check_finite
 from engine.training.network import Network
@@ -75,6 +78,8 @@ class Checkpointer:
     ema: EMA | None = None
     saving: SaveConfig = dataclasses.field(default_factory=SaveConfig)
     tokenizer_fingerprint: str = ""
+    goes_back: bool = False
+    """Keep what go_back() loads, beside what the saving keeps."""
 
     def __post_init__(self) -> None:
         self._saver = Saver(self.parallel)
@@ -83,6 +88,7 @@ class Checkpointer:
             every=self.saving.keep_every,
             lowest=self.saving.keep_lowest,
             highest=self.saving.keep_highest,
+            newest_of=self.saving.save_every if self.goes_back else 0,
         )
         self._saved_at = time.monotonic()
         self._damaged: set[int] = set()
@@ -94,6 +100,7 @@ class Checkpointer:
         if kind is None:
             self.finish()
             return
+        failure.await_verdict(exception[0])  # where another rank is gone, no save becomes whole
         # What ends the run is said, not what became of the save; but that may still become whole.
         try:
             if not self._saver.finish(_LAST_WAIT):
@@ -118,16 +125,20 @@ class Checkpointer:
         is_asked, is_time, has_failed = (bool(flag) for flag in flags.tolist())
         if has_failed:
             self.finish()
-        is_due = self.saving.save_every > 0 and step % self.saving.save_every == 0
-        return Boundary(is_last or is_asked or is_time or is_due, is_asked and not is_last)
+        saves = is_last or is_asked or is_time or self._is_due(step)
+        return Boundary(saves, is_asked and not is_last)
 
     def save(self, step: int, progress: dict[str, Any]) -> Path:
         """Take every rank's part of checkpoint `step`, with the progress, and have it written;
         return its folder, which is there once finish() returns.
 
-        UserError, and nothing written, where weights are not finite.
+        UserError, and nothing written, where weights are not finite, or ranks that compare theirs
+        differ.
         """
         self._check_finite()
+        for role, network in self.networks.items():
+            if network.numerics.compare_every:
+                check_copies(network, f"before the checkpoint of step {step}", role)
         self._saved_at = time.monotonic()
         missing = self._retention.missing(progress.get("metrics", {}))
         if missing:
@@ -167,9 +178,10 @@ class Checkpointer:
         the others' collective; and none leaves, the store perhaps with it, before all know.
         """
         is_over = torch.zeros((), device=self.parallel.device)
-        while not is_over.item():  # sync: once a save, and once a second of waiting for it
-            is_over.fill_(self._saver.is_over(_LOOK))
-            dist.all_reduce(is_over, dist.ReduceOp.MIN)
+        with in_phase("waiting for a save", is_bounded=False):
+            while not is_over.item():  # sync: once a save, and once a second of waiting for it
+                is_over.fill_(self._saver.is_over(_LOOK))
+                dist.all_reduce(is_over, dist.ReduceOp.MIN)
         self._saver.finish()
 
     def newest(self) -> str:
@@ -196,8 +208,32 @@ class Checkpointer:
         Raises UserError where none is whole, or the newest is not and strict is set.
         """
         looked = json.loads(said_by_first_rank(self._look))
+        return None if looked is None else self._load(looked)
+
+    def go_back(self) -> dict[str, Any] | None:
+        """Load the newest whole checkpoint into a run that is under way, as resume() does; return
+        its progress, None if there is none. All ranks call together.
+
+        With save_every it is the newest that this divides, if one is there. So a run that a signal
+        had stopped meanwhile, and had save, goes back as far as one that none had.
+        """
+        self.finish()
+        for network in self.networks.values():
+            network.settle()
+        looked = json.loads(said_by_first_rank(self._look))
         if looked is None:
             return None
+        due = [name for name in looked["names"] if self._is_due(step_of(name))]
+        if due:
+            looked = {"names": due, "damage": ""}
+        return self._load(looked)
+
+    def _is_due(self, step: int | None) -> bool:
+        every = self.saving.save_every
+        return every > 0 and step is not None and step % every == 0
+
+    def _load(self, looked: dict[str, Any]) -> dict[str, Any]:
+        """Load the first whole one of the checkpoints that _look has named."""
         candidates = [self.directory / name for name in looked["names"]]
         folder, damage = newest_whole(candidates, damage=looked["damage"])
         if folder is None or (damage and self.saving.strict):

@@ -29,6 +29,8 @@ def check_progress(progress: Mapping[str, Any]) -> None:
         _check_count(found.get("epoch"), "epoch")
         _check_count(found.get("step"), "step")
         _check_number(found.get("reward"), "reward")
+    for name in ("passed_over", "rewinds"):
+        _check_count(progress.get(name, 0), name)
     if "alarms" in progress:
         _check_alarms(dict(_items(progress["alarms"], "alarms")))
 
@@ -39,6 +41,14 @@ def check_counts(counts: Mapping[str, Any], *, is_scaled: bool) -> None:
     _check_number(counts.get("step"), "step", is_finite=True, least=0.0)
     for name, value in _items(counts.get("skipped"), "skipped"):
         _check_count(value, f"skipped.{named(name)}")
+    spikes = dict(_items(counts.get("spikes", {}), "spikes"))
+    for name, value in _items(spikes.get("spiked", {}), "spiked"):
+        _check_count(value, f"spiked.{named(name)}")
+    for name, values in _items(spikes.get("recent", {}), "recent"):
+        if not isinstance(values, list):
+            raise ValueError(f"recent.{named(name)} cannot be {quoted(values)}")
+        for value in values:
+            _check_number(value, f"recent.{named(name)}", is_finite=True)
     if is_scaled:
         scaler = dict(_items(counts.get("grad_scaler"), "grad_scaler"))
         _check_number(scaler.get("scale"), "scale", is_finite=True, least=math.ulp(0.0))

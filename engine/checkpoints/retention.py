@@ -26,6 +26,8 @@ class Retention:
     """That with the lowest value of this metric, the latest of equal ones; none: none for that."""
     highest: str = ""
     """That with the highest."""
+    newest_of: int = 0
+    """The newest of steps that this divides; 0: none for that."""
 
     def kept(self, metrics_of: dict[int, dict[str, Any]]) -> set[int]:
         """Return the steps to keep of those given, each with the metrics it was saved with."""
@@ -33,6 +35,8 @@ class Retention:
         found = set(steps[-max(1, self.last) :])
         if self.every:
             found |= {step for step in steps if step % self.every == 0}
+        if self.newest_of:
+            found |= set([step for step in steps if step % self.newest_of == 0][-1:])
         for name, sign in ((self.lowest, -1), (self.highest, 1)):
             values = {step: metrics_of[step].get(name) for step in steps}
             rated = [step for step in steps if _is_finite(values[step])]

@@ -88,7 +88,7 @@ class Saver:
             self._memory = torch.empty(0, dtype=torch.uint8)  # before there are two
             self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_cuda)
         staged = []
-        for file, start in zip(files, [0, *ends[:-1]], strict=True):
+        for file, start in zip(files, [0, *ends], strict=False):  # or none, of a rank of padding
             memory = self._memory[_ALIGNMENT * start :][: file.num_bytes]
             file.stage(memory)
             staged.append((file, file.header(), memory))

@@ -249,7 +249,7 @@ def micro_batches(units: Units, cut: Cut, budget: int) -> list[PackedBatch]:
 
     mine = splits[cut.dp_rank]
     if cut.is_even:
-        mine = _evened(mine, lengths, count)
+        mine = _evened(mine, lengths, count, budget)
     batches = []
     for group in mine:
         ids = [n for index in group for n in range(first_ids[index], first_ids[index + 1])]
@@ -261,9 +261,12 @@ def micro_batches(units: Units, cut: Cut, budget: int) -> list[PackedBatch]:
     return batches + [filler] * (count - len(batches))
 
 
-def _evened(groups: list[list[int]], lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Deal the indices of the groups to `count` groups anew, by tokens, unless one then has more
-    than the largest has now; groups without any are left out."""
+def _evened(
+    groups: list[list[int]], lengths: Sequence[int], count: int, budget: int
+) -> list[list[int]]:
+    """Deal the indices of the groups to `count` groups anew, by tokens; groups without any are left
+    out. The groups as they were, where one would have more than the largest has now, or several
+    units beyond the budget: a unit over it does not let others share its room."""
     indices = sorted(index for group in groups for index in group)
     dealt = deal([lengths[index] for index in indices], count)
     evened = [[indices[number] for number in numbers] for numbers in dealt if numbers]
@@ -271,7 +274,9 @@ def _evened(groups: list[list[int]], lengths: Sequence[int], count: int) -> list
     def largest(groups: list[list[int]]) -> int:
         return max((sum(lengths[index] for index in group) for group in groups), default=0)
 
-    return evened if largest(evened) <= largest(groups) else groups
+    several = [group for group in evened if len(group) > 1]
+    is_better = largest(evened) <= largest(groups) and largest(several) <= budget
+    return evened if is_better else groups
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,6 +7,7 @@ A text that grows by more than a factor, a crash or a limit is one line for the 
 
 import json
 import math
+import os
 import resource
 import signal
 import subprocess
@@ -40,6 +41,8 @@ _PROGRAM = """
 import json, os, sys
 os.environ["RAYON_NUM_THREADS"] = "1"
 sys.path[:] = json.loads(sys.argv[1])
+from engine.process.family import die_with
+die_with(int(sys.argv[2]))
 from engine.data.tokenizer_trial import answer_trial
 answer_trial()
 """
@@ -50,7 +53,7 @@ def try_tokenizer(files: TokenizerFiles) -> None:
     paths = [str(Path(__file__).resolve().parents[2]), *sys.path]
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-c", _PROGRAM, json.dumps(paths)],
+            [sys.executable, "-I", "-c", _PROGRAM, json.dumps(paths), str(os.getpid())],
             input=b"".join([_head_of(files), *files.contents.values()]),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # Rust's words on a panic

@@ -15,6 +15,7 @@ from engine.generation.runner import Flight, Runner
 from engine.generation.scheduler import Counts, Scheduler
 from engine.generation.sequence import LiveSequence, Response
 from engine.ranks.device import choices_for
+from engine.ranks.signs import come_further
 from engine.settings.sampling import SamplingConfig
 from engine.training.network import Network
 from kernels.sample import check_sampling
@@ -153,6 +154,7 @@ def _run(runner: Runner, scheduler: Scheduler, on_tokens: TokenListener) -> Iter
     try:
         runner.open()
         while scheduler.has_work:
+            come_further()
             for cohort, flight in enumerate(flights):
                 if flight is not None:
                     try:

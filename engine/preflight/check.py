@@ -17,7 +17,11 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from engine.environment import rank_of_environment, world_size_of_environment
+from engine.environment import (
+    attempt_of_environment,
+    rank_of_environment,
+    world_size_of_environment,
+)
 from engine.preflight.facts import (
     GIB,
     Facts,
@@ -60,7 +64,7 @@ def check_nodes(
     if config.nodes and node not in config.nodes:  # the scheduler may call it by another name
         node = _node_of(rank, world_size, config.nodes)
     try:
-        store = store or open_store(timeout)
+        store = store or _own_part(open_store(timeout))
         meeting = Meeting(store=store, rank=rank, world_size=world_size)
         nodes = exchange(meeting, "nodes", node, timeout)
         clock = time.time()  # what was exchanged reaches all at once
@@ -121,6 +125,11 @@ def exchange(
     if rank == 0:
         store.wait([f"{name} read"], timeout)
     return values
+
+
+def _own_part(store: dist.Store) -> dist.Store:
+    """Return what torchrun's store has for this start alone: it keeps what ranks of before said."""
+    return dist.PrefixStore(f"preflight/{attempt_of_environment()}", store)
 
 
 def _silent_faults(

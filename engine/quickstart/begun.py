@@ -31,7 +31,7 @@ _MAY_CHANGE = {
     *("saving", "eval_every", "num_shown", "show_every", "alarms", "accept_changed"),
     *("num_slots", "prefill_tokens", "block_size", "cache_fraction", "cache_gib", "steps_per_sync"),
     *("cuda_graphs", "micro_batch_tokens", "recompute", "gradient_accumulation_fusion"),
-    *("deterministic", "max_skipped_steps"),
+    *("deterministic", "max_skipped_steps", "recheck_every", "compare_every", "spikes", "waiting"),
 }
 
 

@@ -25,20 +25,23 @@ from engine.quickstart.judge import judge_models
 from engine.quickstart.report import summary_table, write_report
 from engine.quickstart.settings import QuickstartConfig
 from engine.quickstart.stages import ppo_stage, pretraining_stage, rm_stage, sft_stage
+from engine.ranks.failure import leave_all
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
 from engine.rm import train as train_rm
 from engine.run import claim_for_all
 from engine.sft import train as train_sft
+from engine.stop import leaving_at_signals
 
 
+@leaving_at_signals(leave_all)
 @holding_claims()
 def run(config: QuickstartConfig) -> dict[str, Any]:
     """Run every stage, judge the four models on held-out prompts, write summary.json and
     report.html; what an earlier start has finished is kept. UserError where another one writes
     into the folder, or it is of other settings or files."""
-    parallel = start_parallel(config.layout, config.seed)
+    parallel = start_parallel(config.layout, config.seed, config.waiting)
     claim_for_all(config.directory, "data", "tokens")
     find_files(config)  # before anything is written
     begun = begin(config, is_writer=parallel.is_writer)

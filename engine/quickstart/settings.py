@@ -10,6 +10,7 @@ from engine.settings.numerics import Numerics
 from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
 from engine.settings.sft import SFTConfig
+from engine.settings.waiting import WaitingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ class QuickstartConfig:
     """PPO-ptx's stage, and with ptx_coef 0 PPO's; files and folder are filled in."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     """Parallelism of every stage."""
+    waiting: WaitingConfig = field(default_factory=WaitingConfig)
+    """How long ranks wait for one that does not come or is silent."""
     numerics: Numerics = field(default_factory=Numerics)
     """Dtype of every stage."""
     seed: int = 0

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from engine.errors import UserError
 from engine.ranks import failure
+from engine.ranks.signs import in_phase
 
 _LONGEST_WAIT = datetime.timedelta(days=7)
 _said = itertools.count()  # what the first rank has said so far, the same number on every rank
@@ -30,7 +31,8 @@ def said_by_first_rank(say: Callable[[], str]) -> str:
     key = f"said_by_first_rank/{next(_said)}"
     store = dist.distributed_c10d._get_default_store()
     if dist.get_rank() > 0:
-        store.wait([key], _LONGEST_WAIT)
+        with in_phase("waiting for the first rank", is_bounded=False):
+            store.wait([key], _LONGEST_WAIT)
         answer = json.loads(store.get(key))
         if store.add(f"{key}/readers", 1) == dist.get_world_size() - 1:
             store.set(f"{key}/read", "")
@@ -43,7 +45,8 @@ def said_by_first_rank(say: Callable[[], str]) -> str:
             raise SystemExit(answer["status"])
         return answer["text"]
     try:
-        text = say()
+        with in_phase("what the first rank does for all", is_bounded=False):
+            text = say()
     except UserError as error:
         _say_and_go(store, key, {"error": str(error)})
         raise

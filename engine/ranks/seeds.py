@@ -1,5 +1,7 @@
 """Seeds of weights and dropout: functions of the run's seed, the step and the rank's place."""
 
+from collections.abc import Callable
+
 import torch
 from megatron.core import tensor_parallel
 
@@ -26,6 +28,22 @@ def seed_for_step(parallel: Parallel, step: int) -> None:
     """
     place = 1_009 * parallel.pp_rank + 101 * parallel.replica_rank
     _seed(parallel, parallel.seed + 100_003 * (step + 1) + place)
+
+
+def kept_generators(parallel: Parallel) -> Callable[[], None]:
+    """Return what puts the generators of dropout back to where they stand now."""
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    states = {name: state.clone() for name, state in tracker.get_states().items()}
+    on_cpu = torch.get_rng_state()
+    device = torch.cuda.get_rng_state() if parallel.device.type == "cuda" else None
+
+    def put_back() -> None:
+        tracker.set_states({name: state.clone() for name, state in states.items()})
+        torch.set_rng_state(on_cpu)
+        if device is not None:
+            torch.cuda.set_rng_state(device)
+
+    return put_back
 
 
 def _seed(parallel: Parallel, key: int) -> None:

@@ -5,21 +5,31 @@ import datetime
 import ipaddress
 import os
 import socket
+import time
 from collections.abc import Iterator
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from engine.environment import rank_of_environment, world_size_of_environment
-from engine.errors import UserError
+from engine.environment import (
+    check_launch,
+    has_store_of_launcher,
+    rank_of_environment,
+    world_size_of_environment,
+)
+from engine.errors import UserError, quoted
 from engine.ranks import failure
 from engine.ranks.device import communication_backend, meta_device, start_device
 from engine.ranks.groups import TIMEOUT, forget_groups, place_in
 from engine.ranks.lone_rank import LONE
+from engine.ranks.meeting import Arrival, ending_where_stuck, meet
 from engine.ranks.parallel import Parallel
 from engine.ranks.seeds import seed_for_initialisation
+from engine.ranks.signs import in_phase
 from engine.settings.layout import ParallelLayout
+from engine.settings.waiting import WaitingConfig
 
+_NUM_TRIES = 5  # at a name that is not known, a second apart; our choice
 _LOOPBACK = "lo"  # Linux's name of the interface that only the machine itself reaches
 
 
@@ -32,8 +42,7 @@ def open_store(timeout: datetime.timedelta) -> dist.Store:
     """
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.get("MASTER_PORT", "29500"))
-    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_master = rank_of_environment() == 0 and not is_torchruns
+    is_master = rank_of_environment() == 0 and not has_store_of_launcher()
     return dist.TCPStore(
         address,
         port,
@@ -72,20 +81,25 @@ def _listen_here(address: str, port: int) -> int:
         ) from None
 
 
-def start_parallel(layout: ParallelLayout, seed: int) -> Parallel:
+def start_parallel(
+    layout: ParallelLayout, seed: int, waiting: WaitingConfig | None = None
+) -> Parallel:
     """Join the other ranks, build the process groups and seed this rank's generators.
 
     The ranks come from torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_STEP_NUM_TASKS;
     MASTER_ADDR and MASTER_PORT are recipes/slurm/launch.sh's); a process started by neither is a
-    world of one. A second call in one process reuses the world.
+    world of one. A second call in one process reuses the world. Raises UserError where not all
+    ranks come in time.
     """
+    check_launch()
     device = start_device()
     rank = rank_of_environment()
     world_size = world_size_of_environment()
     layout.dp(world_size)  # or UserError, before any rank waits for another
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        store = dist.HashStore() if world_size == 1 else open_store(TIMEOUT)
+        waiting = waiting or WaitingConfig()
+        store = dist.HashStore() if world_size == 1 else _meet(rank, world_size, waiting)
         if _is_this_machine(os.environ["MASTER_ADDR"]) and _has_loopback():
             # By itself gloo listens on the address that the machine's name has.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
@@ -101,11 +115,57 @@ def start_parallel(layout: ParallelLayout, seed: int) -> Parallel:
             timeout=TIMEOUT,
         )
         if world_size > 1:
-            failure.listen()
+            failure.listen(waiting)
     parallel = place_in(layout, seed, device)
     vars(parallel_state).update(parallel.state)
     seed_for_initialisation(parallel)
     return parallel
+
+
+def _meet(rank: int, world_size: int, waiting: WaitingConfig) -> dist.Store:
+    """Return the store of this start's ranks, once all have come to it; raises UserError."""
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '29500')}"
+    arrival = Arrival(
+        rank=rank, world_size=world_size, address=address, seconds=waiting.join_seconds
+    )
+    with in_phase("meeting the other ranks", is_bounded=False), ending_where_stuck(arrival):
+        _check_address(os.environ["MASTER_ADDR"])
+        if rank > 0 or has_store_of_launcher():
+            _await_listener(arrival)
+        try:
+            store = open_store(datetime.timedelta(seconds=waiting.join_seconds))
+        except dist.DistError as error:
+            raise UserError(arrival.unreachable(str(error).splitlines()[0])) from None
+        store.set_timeout(TIMEOUT)
+        return meet(store, arrival)
+
+
+def _await_listener(arrival: Arrival) -> None:
+    """Wait until somebody listens where the ranks meet; raises UserError. torch waits too, with its
+    stack on stderr."""
+    address, _, port = arrival.address.rpartition(":")
+    last = time.monotonic() + arrival.seconds
+    while True:
+        try:
+            socket.create_connection((address, int(port)), timeout=arrival.seconds).close()
+            return
+        except OSError as error:
+            if time.monotonic() > last:
+                raise UserError(arrival.unreachable(error.strerror or str(error))) from None
+        time.sleep(0.5)
+
+
+def _check_address(address: str) -> None:
+    """Raise UserError for an address that is none: torch would look for it as long as it waits."""
+    for tries_left in reversed(range(_NUM_TRIES)):
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if not tries_left:
+                why = getattr(error, "strerror", None) or str(error)
+                raise UserError(f"MASTER_ADDR is {quoted(address)}: {why}") from None
+            time.sleep(1.0)
 
 
 def rearranged(parallel: Parallel, layout: ParallelLayout) -> Parallel:

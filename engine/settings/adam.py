@@ -37,13 +37,16 @@ class AdamConfig:
     """Steps in a row whose gradient is not finite before the run ends; each is skipped. Our choice:
     a bad batch or a flipped bit passes in a step or two. What lasts longer will not pass, since
     the weights stay the same. Of fp16's steps only those at its smallest loss scale count."""
+    min_loss_scale: float = 1.0
+    """In fp16, the smallest scale of the losses (megatron's default). Our choice: at 1 nothing is
+    scaled, and a gradient that is too large then is so by itself."""
 
     def __post_init__(self) -> None:
         check_numbers(
             self,
             "optimizer ",
             counts="max_skipped_steps",
-            positive="lr epsilon clip_norm",
+            positive="lr epsilon clip_norm min_loss_scale",
             not_negative="warmup weight_decay",
             shares="final_fraction warmup_start beta1 beta2",
         )

@@ -7,6 +7,7 @@ from typing import Literal
 import tyro
 
 from engine.settings.layout import ParallelLayout
+from engine.settings.waiting import WaitingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,3 +33,5 @@ class ConvertConfig:
     """export: largest file of weights, in 10^9 bytes (huggingface_hub's own choice)."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     """Ranks that share the model while it is converted; the result is the same under any."""
+    waiting: WaitingConfig = field(default_factory=WaitingConfig)
+    """How long ranks wait for one that does not come or is silent."""

@@ -7,6 +7,7 @@ from typing import Literal
 from engine.settings.checks import check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.sampling import SamplingConfig
+from engine.settings.waiting import WaitingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class GenerateConfig:
     """Seeds the draws."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     """Ranks that share the model; those left over share the prompts."""
+    waiting: WaitingConfig = field(default_factory=WaitingConfig)
+    """How long ranks wait for one that does not come or is silent."""
 
     def __post_init__(self) -> None:
         check_numbers(self, counts="num_samples", not_negative="seed")

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.errors import UserError
+from engine.settings.checks import check_numbers
+
 
 @dataclass(frozen=True, kw_only=True)
 class Numerics:
@@ -22,3 +25,18 @@ class Numerics:
     add up in a fixed order, more slowly; what cannot ends the run. Our kernels always do, and on
     CPUs nothing changes. PPO needs sampling.cache_gib besides: memory that happens to be free
     would decide which responses are decoded side by side."""
+    recheck_every: int = 0
+    """Optimizer steps between two whose forward and backward passes are computed twice, which must
+    agree to the last bit on every rank; 0: never. A number of a faulty chip so ends the run before
+    it is applied. Our choice; wants deterministic, and costs such a step its passes again."""
+    compare_every: int = 0
+    """Optimizer steps between two before which ranks compare the weights that they hold alike, by
+    their bits; so they do before a save then. 0: never. Our choice; reads the weights once."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "numerics.", not_negative="recheck_every compare_every")
+        if self.recheck_every and not self.deterministic:
+            raise UserError(
+                f"numerics.recheck_every {self.recheck_every} wants numerics.deterministic: "
+                "without it sound passes differ in their last bits"
+            )

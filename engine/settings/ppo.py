@@ -16,6 +16,8 @@ from engine.settings.numerics import Numerics
 from engine.settings.residency import ResidencyConfig
 from engine.settings.sampling import SamplingConfig
 from engine.settings.saving import SaveConfig
+from engine.settings.spikes import SpikeConfig
+from engine.settings.waiting import WaitingConfig
 
 EosRule = Literal["none", "penalty", "replace"]
 
@@ -127,6 +129,8 @@ class PPOConfig:
     """Which weights and optimizer state leave the GPU while nobody reads them."""
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     """When a number is called wrong."""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    """What is done about a loss or a gradient that leaps."""
     seed: int = 0
     """Shuffling and sampling."""
     accept_changed: tuple[str, ...] = ()
@@ -134,6 +138,8 @@ class PPOConfig:
     is recorded in identity.json."""
     saving: Annotated[SaveConfig, tyro.conf.arg(name="")] = field(default_factory=SaveConfig)
     """Checkpoints: when they are written and which are kept; its options have no prefix."""
+    waiting: WaitingConfig = field(default_factory=WaitingConfig)
+    """How long ranks wait for one that does not come or is silent."""
     num_shown: int = 2
     """Sample texts in the table of an iteration."""
     show_every: int = 10

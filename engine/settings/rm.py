@@ -11,6 +11,8 @@ from engine.settings.checks import check_epochs, check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.saving import SaveConfig
+from engine.settings.spikes import SpikeConfig
+from engine.settings.waiting import WaitingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,8 @@ class RMConfig:
     """Dtype and recomputation."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     """Parallelism."""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    """What is done about a loss or a gradient that leaps."""
     seed: int = 0
     """Shuffling and initialisation."""
     eval_every: int | None = None
@@ -78,6 +82,8 @@ class RMConfig:
     is recorded in identity.json."""
     saving: Annotated[SaveConfig, tyro.conf.arg(name="")] = field(default_factory=SaveConfig)
     """Checkpoints: when they are written and which are kept; its options have no prefix."""
+    waiting: WaitingConfig = field(default_factory=WaitingConfig)
+    """How long ranks wait for one that does not come or is silent."""
 
     def __post_init__(self) -> None:
         check_numbers(

@@ -16,6 +16,8 @@ from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
 from engine.settings.saving import SaveConfig
+from engine.settings.spikes import SpikeConfig
+from engine.settings.waiting import WaitingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,8 @@ class SFTConfig:
     """Dtype and recomputation."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     """Parallelism."""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    """What is done about a loss or a gradient that leaps."""
     seed: int = 0
     """Shuffling, initialisation, dropout."""
     eval_every: int | None = None
@@ -112,6 +116,8 @@ class SFTConfig:
     is recorded in identity.json."""
     saving: Annotated[SaveConfig, tyro.conf.arg(name="")] = field(default_factory=SaveConfig)
     """Checkpoints: when they are written and which are kept; its options have no prefix."""
+    waiting: WaitingConfig = field(default_factory=WaitingConfig)
+    """How long ranks wait for one that does not come or is silent."""
     save_every_epoch: bool = False
     """Write the weights at the end of each epoch, and keep them all; a selection does so too."""
     selection: SelectionConfig = field(default_factory=SelectionConfig)

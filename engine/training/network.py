@@ -39,11 +39,12 @@ class Network:
 
     No other file assigns its fields. They change by these methods, which are called by:
 
-    - become_trainable: engine/training/optimizer.py, once, before the first pass with gradients.
+    - become_trainable: engine/training/trainable.py, once, before the first pass with gradients.
     - scale_losses: engine/training/optimizer.py, once, as the optimizer is made.
     - mark_changed: whoever has changed the weights, at once. These are the optimizer, a checkpoint
       or model that was read, and the shift of a reward model's bias.
     - reducing: engine/training/passes.py, around each run through the pipeline.
+    - holding_back: engine/training/recheck.py, around the passes of a step that is computed twice.
     - train, evaluating: whoever reads a network that trains; generation, while it samples.
     - move_into, guest: engine/residency/seat.py, before the first iteration.
     - become_copy, mark_copied, mark_emptied: the refit, as it makes, fills and releases the copy.
@@ -59,6 +60,8 @@ class Network:
     config: Any  # megatron's TransformerConfig
     modules: list[Any]  # the bare pipeline chunks, one per virtual stage
     chunks: list[Any]  # what the schedules call: modules, or their data-parallel wrappers
+    numerics: Numerics = field(default_factory=Numerics)
+    """How its numbers are held, computed and checked."""
     weights_version: int = 0
     """Counts the changes of the weights: what was made from older ones is known as stale."""
     source: "Network | None" = None
@@ -67,6 +70,8 @@ class Network:
     """Where the weights come and go; none: they stay."""
     decoding: Any = field(default=None, repr=False, compare=False)
     """What generation keeps between rollouts (engine/generation/decoding.py)."""
+    holds_back: bool = False
+    """Whether backward passes leave the gradients to this rank: none starts their reduction."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,7 +157,7 @@ class Network:
         with contextlib.ExitStack() as stack:
             if not any(self.overlapping_groups):
                 pass
-            elif starts:
+            elif starts and not self.holds_back:
                 no_syncs = [chunk.no_sync for chunk in self.chunks]  # kept by all but the last
                 self.config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
                 stack.callback(setattr, self.config, "no_sync_func", None)
@@ -160,6 +165,18 @@ class Network:
                 for chunk in self.chunks:
                     stack.enter_context(chunk.no_sync())
             yield
+
+    @contextlib.contextmanager
+    def holding_back(self) -> Iterator[None]:
+        """Run a block whose backward passes leave the gradients as this rank computed them; start
+        the overlapped reduction at its end, unless that is an exception."""
+        self.holds_back = True
+        try:
+            yield
+        finally:
+            self.holds_back = False
+        for group in self.overlapping_groups:
+            group.start_grad_sync()
 
     @property
     def overlapping_groups(self) -> list[Any]:
@@ -238,7 +255,13 @@ def build_network(
     with parallel.active():
         modules = [_build_chunk(kind, size, parallel, config, n) for n in range(layout.virtual_pp)]
     network = Network(
-        kind=kind, size=size, parallel=parallel, config=config, modules=modules, chunks=modules
+        kind=kind,
+        size=size,
+        parallel=parallel,
+        config=config,
+        modules=modules,
+        chunks=modules,
+        numerics=numerics,
     )
     network.train(False)
     return network

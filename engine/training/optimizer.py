@@ -8,18 +8,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
-from engine.ranks.device import choices_for
 from engine.settings.adam import AdamConfig
+from engine.settings.spikes import SpikeConfig
+from engine.training.diagnosis import check_of, diagnose
 from engine.training.gradients import scale_gradients, sum_of_squares
 from engine.training.network import Network
 from engine.training.passes import finish_gradients
+from engine.training.reduce import StepMetrics, reduce_metrics
 from engine.training.skipped import SkippedSteps
+from engine.training.spikes import SpikeWatch, losses_of
+from engine.training.trainable import make_trainable
 
 Owned = tuple[torch.nn.Parameter, slice, torch.Tensor]
 """(parameter, range of its flattened elements, what this rank keeps in fp32 for that range)."""
@@ -30,28 +33,36 @@ class StepResult:
     """What one optimizer step did."""
 
     grad_norm: float
-    """Global gradient norm before clipping; inf or nan where a gradient was not finite."""
+    """Global gradient norm before clipping; inf or nan where a gradient or loss was not finite."""
     lr: float
     """Learning rate of the step."""
     was_skipped: bool
-    """True when the norm was not finite, and everything stayed as it was."""
+    """True when the norm was not finite or a spike, and everything stayed as it was."""
 
 
 class Optimizer:
     """The optimizer of one network; where in the schedule a step lies is the caller's to say."""
 
-    def __init__(self, network: Network, config: AdamConfig, *, total_steps: int) -> None:
+    def __init__(
+        self,
+        network: Network,
+        config: AdamConfig,
+        *,
+        total_steps: int,
+        spikes: SpikeConfig | None = None,
+    ) -> None:
         self.network = network
         self.config = config
         make_trainable(network)
         network.settle()  # all ranks hold the same: the first pass has nothing to wait for
         self.megatron = _distributed_adam(network, config)
         self.skipped = SkippedSteps(limit=config.max_skipped_steps)
+        self.loss_scale = 1.0  # of the last step; other than 1 in fp16 alone
+        self.spikes = SpikeWatch(spikes or SpikeConfig())
         self._use_fused_kernel()
         self._is_counted = self._counted_masters()
         self._await_state: Callable[[], None] = _at_hand
-        is_scaled = network.dtype is torch.float16
-        network.scale_losses(self.megatron.scale_loss if is_scaled else None)
+        network.scale_losses(self.megatron.scale_loss if self.is_scaled else None)
         is_cosine = config.schedule == "cosine"
         self.schedule = OptimizerParamScheduler(
             self.megatron,
@@ -77,9 +88,10 @@ class Optimizer:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()
 
-    def step(self, position: int) -> StepResult:
+    def step(self, position: int, metrics: StepMetrics | None = None) -> StepResult:
         """Reduce the gradients, clip and apply them with the learning rate of schedule position
-        `position` (from 0); or skip the step, on all ranks alike, where their norm is not finite.
+        `position` (from 0); or skip the step, on all ranks alike, where their norm is not finite,
+        or a loss among this rank's `metrics` of the step; or where one of these is a spike.
 
         A skipped step changes nothing but fp16's loss scale; its position is not taken again.
         """
@@ -88,23 +100,48 @@ class Optimizer:
         self.schedule.num_steps = position
         self.schedule.step(0)  # writes the learning rate of num_steps into the parameter groups
         with self.network.parallel.active():
-            norm, loss_scale = self._read_norm()
+            norm, loss_scale = self._read_norm(metrics or {})
+            self.loss_scale = loss_scale
             is_finite = math.isfinite(norm)
+            is_spike = is_finite and self._sees_spike(norm, metrics)
             for optimizer in self._distributed():
                 if optimizer.grad_scaler is not None:
                     optimizer.grad_scaler.update(not is_finite)
-            if is_finite:
+            if is_finite and not is_spike:
                 clip = min(1.0, self.config.clip_norm / (norm + 1e-6))
                 scale_gradients(self._gradients(), clip / loss_scale)
                 self.megatron.step_with_ready_grads()
                 self.network.mark_changed()
-        can_fall = loss_scale > self.megatron.config.min_loss_scale
+            found = None if is_finite else diagnose(self.network, metrics or {})
+        # A smaller loss scale mends gradients, which it scales, but no loss.
+        can_fall = self.is_scaled and loss_scale > self.config.min_loss_scale
         self.skipped.count(
             was_skipped=not is_finite,
-            is_explained=self.network.dtype is torch.float16 and can_fall,
+            is_explained=can_fall and found is not None and not found.losses,
+            reason="" if found is None else str(found),
         )
         lr = self.megatron.param_groups[0]["lr"]
-        return StepResult(grad_norm=norm, lr=lr, was_skipped=not is_finite)
+        return StepResult(grad_norm=norm, lr=lr, was_skipped=is_spike or not is_finite)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether losses are scaled before the backward pass, so that gradients survive fp16."""
+        return self.network.dtype is torch.float16
+
+    def numbers(self, result: StepResult) -> dict[str, float]:
+        """Return what a step says of itself, as metrics; of loss scale and spikes where there are
+        such."""
+        values = {
+            "grad_norm": result.grad_norm,
+            "skipped_steps": float(self.skipped.total),
+            "lr": result.lr,
+        }
+        if self.is_scaled:
+            values["loss_scale"] = self.loss_scale
+            values["scale_search_steps"] = float(self.skipped.num_searching)
+        if self.spikes.config.policy != "none":
+            values["spiked_steps"] = float(self.spikes.spiked.total)
+        return values
 
     def sync_weights(self) -> None:
         """Make the network's weights follow the fp32 masters, after something other than step()
@@ -196,9 +233,11 @@ class Optimizer:
 
     def counts(self) -> dict[str, Any]:
         """Return the rest of a checkpoint's state, as JSON has it: Adam's count of steps, fp16's
-        loss scale, skipped steps. The first rank writes it for all."""
+        loss scale, skipped steps and spikes. The first rank writes it for all."""
         self.prepare_state()
         found: dict[str, Any] = {"skipped": self.skipped.state_dict()}
+        if self.spikes.config.policy != "none":
+            found["spikes"] = self.spikes.state_dict()
         for optimizer in self._distributed():
             steps = {float(s["step"]) for s in optimizer.optimizer.state.values()}
             if steps:  # none where this rank owns nothing but padding
@@ -212,6 +251,7 @@ class Optimizer:
         """Take the rest of a checkpoint's state, whose masters and moments are in place; raises
         KeyError, TypeError or ValueError for what counts() does not return."""
         self.skipped.load_state_dict(counts["skipped"])
+        self.spikes.load_state_dict(counts.get("spikes", {}))
         self.prepare_state()
         for optimizer in self._distributed():
             for master, adam_state in optimizer.optimizer.state.items():
@@ -225,16 +265,23 @@ class Optimizer:
                 scale = torch.tensor([float(scaler["scale"])], device=self.network.parallel.device)
                 optimizer.grad_scaler.load_state_dict({**scaler, "scale": scale})
 
-    def _read_norm(self) -> tuple[float, float]:
-        """Return (norm of the gradients of all ranks, loss scale that they carry): the host waits
-        for the device here, once a step."""
+    def _read_norm(self, metrics: StepMetrics) -> tuple[float, float]:
+        """Return (norm of the gradients of all ranks, loss scale that they carry), the norm not
+        finite where a loss is not: the host waits for the device here, once a step."""
         for optimizer in self._distributed():
             optimizer._copy_model_grads_to_main_grads()
         total = sum_of_squares(self._gradients(), self._is_counted)
+        total = total + check_of(metrics, total)
         dist.all_reduce(total, group=self.megatron.get_grad_stats_parallel_group())
         numbers = torch.cat([total.sqrt(), self.megatron.get_loss_scale()])
         norm, loss_scale = numbers.tolist()  # sync: the only one
         return norm / loss_scale, loss_scale
+
+    def _sees_spike(self, norm: float, metrics: StepMetrics | None) -> bool:
+        losses: dict[str, float] = {}
+        if self.spikes.reads_losses and metrics is not None:
+            losses = losses_of(reduce_metrics(metrics, self.network.parallel))
+        return self.spikes.sees_spike(norm, losses)
 
     def _masters(self) -> list[torch.Tensor]:
         return [
@@ -283,7 +330,8 @@ def _distributed_adam(network: Network, config: AdamConfig) -> Any:
         fp16=network.dtype is torch.float16,
         bf16=network.dtype is torch.bfloat16,
         params_dtype=network.dtype,
-        initial_loss_scale=2.0**16,
+        initial_loss_scale=max(2.0**16, config.min_loss_scale),
+        min_loss_scale=config.min_loss_scale,
         adam_beta1=config.beta1,
         adam_beta2=config.beta2,
         adam_eps=config.epsilon,
@@ -294,60 +342,3 @@ def _distributed_adam(network: Network, config: AdamConfig) -> Any:
         return get_megatron_optimizer(
             megatron_config, network.chunks, use_gloo_process_groups=False
         )
-
-
-def make_trainable(network: Network) -> None:
-    """Give a network gradients: dropout on, and megatron's data-parallel wrapper around every
-    chunk."""
-    parallel = network.parallel
-    # Without other replicas there is nothing to overlap.
-    gains = parallel.num_replicas > 1 and choices_for(parallel.device).overlaps_replicas
-    overlaps_reduce, overlaps_gather = parallel.layout.overlaps(gains=gains)
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=True,
-        overlap_grad_reduce=overlaps_reduce,
-        overlap_param_gather=overlaps_gather,
-        bucket_size=parallel.layout.bucket_elements,
-        average_in_collective=False,
-        check_for_nan_in_grad=False,  # alarms and loss scaling look at the norm instead
-    )
-
-    def wrap(number: int, module: Any) -> DistributedDataParallel:
-        # On the first pipeline chunk buckets are reduced and gathered one by one; megatron makes
-        # one of the others, whose communication falls into bubbles. An fp32 head has a bucket of
-        # its own all the same: not every backend gathers two dtypes in one message.
-        is_one = number > 0 and len({p.dtype for p in module.parameters()}) == 1
-        chunk = DistributedDataParallel(network.config, config, module, disable_bucketing=is_one)
-        _await_head(chunk)
-        _gather_scalar_head_last(chunk)
-        return chunk
-
-    with parallel.active():
-        network.become_trainable(wrap)
-
-
-def _gather_scalar_head_last(chunk: DistributedDataParallel) -> None:
-    """Have an fp32 head's weights gathered behind the 16-bit ones, where that overlaps.
-
-    megatron starts with the last bucket of its list, whose parameters are read first; but the head
-    has a bucket of its own behind all others, for its dtype, and is read last.
-    """
-    if chunk.use_forward_hook and len(chunk.buffers) > 1 and len(chunk.bucket_groups) > 1:
-        *others, head = chunk.bucket_groups
-        head.next_param_gather_bucket_group = None
-        others[0].next_param_gather_bucket_group = head
-
-
-def _await_head(chunk: DistributedDataParallel) -> None:
-    """Have a last stage's head waited for before it is read, where weights are gathered meanwhile.
-
-    megatron waits for the weights of a module when that is called. The head's are read without
-    calling it (models/gpt.py), after the final norm; on a stage of its own they have their own
-    bucket.
-    """
-    head = getattr(chunk.module, "output_layer", None)
-    if head is None or not chunk.use_forward_hook:
-        return
-    wait = chunk._make_forward_pre_hook()
-    chunk.module.decoder.final_layernorm.register_forward_pre_hook(lambda *_: wait(head))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.data.batches import PackedBatch
 from engine.ranks.parallel import Parallel
+from engine.ranks.signs import come_further
 from engine.settings.layout import ParallelLayout
 from engine.training.network import Network
 from engine.training.reduce import StepMetrics, merge_metrics
@@ -176,6 +177,7 @@ def _logprobs(batch: PackedBatch, temperature: float) -> Logprobs:
 
 
 def _call(chunk: torch.nn.Module, batch: PackedBatch, parallel: Parallel, readout: Readout) -> Any:
+    come_further()
     share = None
     if parallel.layout.cp > 1:
         share = ContextShare(group=parallel.cp_group, num_tokens=len(batch.tokens))

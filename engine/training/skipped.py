@@ -19,28 +19,41 @@ class SkippedSteps:
     """In a row, before the run ends."""
     total: int = 0
     in_a_row: int = 0
+    num_searching: int = 0
+    """Those of the total in which fp16 looked for its loss scale."""
+    reason: str = ""
+    """What was not finite in the last step, where that is held against the run."""
 
     @property
     def is_stuck(self) -> bool:
         """Whether so many were skipped in a row that the run is to end."""
         return self.in_a_row >= self.limit
 
-    def count(self, *, was_skipped: bool, is_explained: bool) -> None:
+    def count(self, *, was_skipped: bool, is_explained: bool, reason: str = "") -> None:
         """Count a step. is_explained: a smaller loss scale may be all that it wants; fp16 looks for
         its scale so, which can take a dozen steps, and they are not held against the run."""
         self.total += was_skipped
+        self.reason = ""
         if not was_skipped:
             self.in_a_row = 0
-        elif not is_explained:
+        elif is_explained:
+            self.num_searching += 1
+        else:
             self.in_a_row += 1
+            self.reason = reason
 
     def state_dict(self) -> dict[str, int]:
         """Return what a resume continues from."""
-        return {"total": self.total, "in_a_row": self.in_a_row}
+        return {
+            "total": self.total,
+            "in_a_row": self.in_a_row,
+            "num_searching": self.num_searching,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue where state_dict() was taken; from 0 where a checkpoint has none."""
         self.total, self.in_a_row = state.get("total", 0), state.get("in_a_row", 0)
+        self.num_searching = state.get("num_searching", 0)
 
 
 def end_if_stuck(where: str, newest: Callable[[], str], **networks: SkippedSteps) -> None:

@@ -46,6 +46,25 @@ def test_file_screen_and_tensorboard_say_the_same(tmp_path, capsys):
     assert [e.value for e in board.Scalars("train/loss")] == pytest.approx([2.0, 1.9, 1.8])
 
 
+def test_run_that_is_set_back_shows_its_steps_once_and_keeps_its_alarms(tmp_path):
+    with Metrics(tmp_path, is_writer=True, num_steps=9) as metrics:
+        for step in (0, 1, 2, 3):
+            metrics.log(step, {"train/loss": float(step)})
+            metrics.log_samples(step, [{"prompt": str(step)}])
+            metrics.log_alarms(step, [Alarm("spike", f"at {step}")])
+        metrics.set_back(2)
+        metrics.log(2, {"train/loss": 20.0})
+        metrics.log_alarms(2, [Alarm("rewind", "to 2")])
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    expected = [(0, 0.0), (1, 1.0), (2, 20.0)]
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == expected
+    assert [(row["step"], row["train/loss"]) for row in read_metrics(tmp_path)] == expected
+    samples = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in samples] == [0, 1]
+    alarms = (tmp_path / "alarms.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in alarms] == [0, 1, 2, 3, 2]
+
+
 def test_tensorboard_shows_the_steps_of_a_resume_once(tmp_path):
     logged(tmp_path, range(6))
     logged(tmp_path, range(4, 8), first_step=4)

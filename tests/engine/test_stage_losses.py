@@ -17,8 +17,8 @@ from engine.losses import (
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.training.network import Network
-from engine.training.optimizer import make_trainable
 from engine.training.passes import forward_backward
+from engine.training.trainable import make_trainable
 from kernels.moments import Whitening
 from models.attention import PackedSequences
 from models.readouts import Logits, Readings, Readout

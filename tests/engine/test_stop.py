@@ -18,10 +18,11 @@ from engine.recipe import run_stage
 from engine.run import Run, start_run
 from engine.settings.layout import ParallelLayout
 from engine.settings.sft import SFTConfig
-from engine.stop import EXIT_STATUS, SIGNALS, noting_signals
+from engine.stop import EXIT_STATUS, SIGNALS, interruptible, leaving_at_signals, noting_signals
 from tests.ranks import run_ranks
+from tests.recipe_runs import TORCHRUN, saved_step, sft_command, start, steps_logged, until
 from tests.test_slurm import free_ports, wait_until
-from tests.tiny import ppo_config, rm_config, sft_config
+from tests.tiny import ppo_config, rm_config, sft_config, weights_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -178,3 +179,184 @@ def test_signals_while_ranks_wait_for_one_another_hang_none(tiny: Path, tmp_path
     finally:
         for process in filter(None, (late, early)):
             process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_signal_that_is_ignored_in_the_background_stays_ignored(number: signal.Signals):
+    signal.signal(number, signal.SIG_IGN)
+    with noting_signals():
+        os.kill(os.getpid(), number)
+        assert not stop.is_noted()
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
+def test_a_block_that_leaves_at_signals_tells_the_others_first():
+    told: list[tuple[str, int]] = []
+    with (
+        pytest.raises(SystemExit) as stopped,
+        leaving_at_signals(lambda line, status: told.append((line, status))),
+    ):
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(1.0)
+        pytest.fail("it went on")
+    assert stopped.value.code == EXIT_STATUS
+    assert told == [("stopped by a signal; the same command continues", EXIT_STATUS)]
+
+
+def test_what_an_inner_block_noted_too_late_is_acted_on_at_its_end():
+    with pytest.raises(SystemExit) as stopped, leaving_at_signals(lambda line, status: None):
+        with noting_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.is_noted()
+        pytest.fail("the next stage began")
+    assert stopped.value.code == EXIT_STATUS
+
+
+def test_an_interruptible_block_is_interrupted_as_often_as_one_likes():
+    with leaving_at_signals(lambda line, status: pytest.fail("it left")), interruptible():
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1.0)
+            time.sleep(0.3)
+
+
+STUCK = """
+import ctypes, sys
+from engine import stop
+with stop.noting_signals():
+    print("noting", flush=True)
+    ctypes.CDLL(None).sleep(60)  # no handler of Python's runs in there
+    while True:
+        pass
+"""
+
+
+def test_a_second_interrupt_ends_at_once_wherever_the_main_thread_is():
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # as `timeout` does, to the process and to its group
+    time.sleep(1.0)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == stop.INTERRUPTED
+    assert process.communicate()[1] == ""
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.4])
+def test_an_interrupt_while_a_recipe_is_imported_has_no_traceback(seconds: float):
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import engine.recipe, time; time.sleep(30)"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until(lambda: "stop" in maps(process) or process.poll() is not None)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) in (-signal.SIGINT, stop.INTERRUPTED)
+    assert process.communicate()[1] == ""
+
+
+def maps(process: subprocess.Popen) -> str:
+    """Which of our files a process has come to: it has loaded an extension of what they import."""
+    loaded = Path(f"/proc/{process.pid}/maps").read_text()
+    return "stop" if "fcntl" in loaded or "_ctypes" in loaded or "resource" in loaded else ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGXCPU])
+def test_signalled_recipe_saves_and_the_same_command_ends_it(
+    number: signal.Signals, tiny: Path, tmp_path: Path
+):
+    command = sft_command(tiny, tmp_path / "run", "--epochs", 12, "--save-every", 0)
+    run = start(command, tmp_path)
+    try:
+        until(lambda: steps_logged(tmp_path / "run") > 2)
+        run.process.send_signal(number)
+        assert run.wait(100) == EXIT_STATUS
+        assert "stopped by a signal at step" in run.said()
+        assert "Traceback" not in run.said()
+        assert saved_step(tmp_path / "run") >= 3
+    finally:
+        run.end()
+
+
+@pytest.mark.slow
+def test_interrupted_torchrun_leaves_a_checkpoint_of_all_ranks(tiny: Path, tmp_path: Path):
+    command = sft_command(tiny, tmp_path / "run", "--epochs", 900, "--layout.tp", 2)
+    launcher = [*TORCHRUN, "--standalone", "--nproc-per-node=2"]
+    run = start(command, tmp_path, launcher=launcher)
+    try:
+        until(lambda: steps_logged(tmp_path / "run") > 2)
+        run.process.send_signal(signal.SIGINT)
+        run.wait(100)
+        assert run.said().count("stopped by a signal at step") == 1
+    finally:
+        run.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_ranks_that_torchrun_starts_anew_resume_and_end_as_if_nothing_had_been(
+    num_ranks: int, number: int, tiny: Path, tmp_path: Path
+):
+    launcher = [*TORCHRUN, "--standalone", f"--nproc-per-node={num_ranks}", "--max-restarts=2"]
+
+    def command(name: str) -> list[str]:
+        return sft_command(tiny, tmp_path / name, "--epochs", 12, "--layout.tp", num_ranks)
+
+    whole = start(command("whole"), tmp_path / "1", launcher=launcher)
+    assert whole.wait(200) == 0, whole.said()
+    run = start(command("run"), tmp_path / "2", launcher=launcher)
+    try:
+        until(lambda: steps_logged(tmp_path / "run") > 3)
+        os.kill(run.ranks()[-1].pid, number)
+        assert run.wait(300) == 0, run.said()
+    finally:
+        run.end()
+    assert steps_logged(tmp_path / "run") == steps_logged(tmp_path / "whole")
+    expected, found = (weights_of(tmp_path / name, "policy") for name in ("whole", "run"))
+    assert all(expected[name].equal(found[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_answers_to_a_file_are_kept_where_a_signal_ends_them(
+    number: signal.Signals, tiny: Path, tmp_path: Path
+):
+    out = tmp_path / "out.jsonl"
+    words = ["recipes/generate.py", "--source", tiny / "policy", "--out", out]
+    words += ["--prompts", tiny / "prompts.jsonl", "--num-samples", 400]
+    run = start([str(word) for word in words], tmp_path)
+    try:
+        until(lambda: any(p.stat().st_size for p in tmp_path.glob("out.jsonl.partial/*.jsonl")))
+        run.process.send_signal(number)
+        assert run.wait(60) == EXIT_STATUS
+        assert run.said() == "stopped by a signal; the same command continues\n"
+        assert not out.exists()
+    finally:
+        run.end()
+
+
+@pytest.mark.slow
+def test_interrupt_ends_a_dialogue_politely(tiny: Path, tmp_path: Path):
+    words = ["recipes/generate.py", "--source", str(tiny / "policy")]
+    run = start(words, tmp_path, stdin=subprocess.PIPE)
+    try:
+        until(lambda: "Ctrl-D the dialogue" in run.said())
+        time.sleep(0.5)
+        run.process.send_signal(signal.SIGINT)
+        assert run.wait(60) == 0
+        assert "Traceback" not in run.said()
+    finally:
+        run.end()

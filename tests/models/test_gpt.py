@@ -14,7 +14,7 @@ from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.training.network import Network, build_network
-from engine.training.optimizer import make_trainable
+from engine.training.trainable import make_trainable
 from kernels.linear_logprobs import TokenLoss
 from models.attention import PackedSequences
 from models.readouts import Logits, Logprobs, Readout, TokenLosses

@@ -28,6 +28,9 @@ LOSSES: dict[int, dict[str, Any]] = {
         (Retention(last=1, highest="valid/loss"), {2, 10}),
         (Retention(last=1, every=6, lowest="valid/loss", highest="valid/loss"), {2, 6, 8, 10}),
         (Retention(last=1, lowest="another/metric"), {10}),
+        (Retention(last=1, newest_of=4), {8, 10}),
+        (Retention(last=1, newest_of=5), {10}),
+        (Retention(last=1, newest_of=7), {10}),
     ],
 )
 def test_rules_add_up(retention: Retention, kept: set[int]):

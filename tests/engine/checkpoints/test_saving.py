@@ -280,6 +280,15 @@ def test_saving_a_step_again_replaces_it_only_when_the_new_one_is_whole(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000003"]
 
 
+def test_rank_that_owns_nothing_writes_nothing(parallel: Parallel, tmp_path: Path):
+    checkpointer = Checkpointer(
+        directory=tmp_path, parallel=parallel, networks={}, optimizers={}, saving=SaveConfig()
+    )
+    checkpointer.save(3, {"kl_coef": 0.5})
+    checkpointer.finish()
+    assert checkpointer.resume() == {"step": 3, "kl_coef": 0.5}
+
+
 def test_leftovers_of_killed_runs_are_cleared_and_what_was_to_be_replaced_comes_back(
     tmp_path: Path,
 ):

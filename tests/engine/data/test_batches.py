@@ -267,6 +267,12 @@ def test_even_rows_stay_within_the_budget():
         assert [len(batch.tokens) for batch in batches] == [10, 10]
 
 
+def test_unit_over_the_budget_lends_its_room_to_no_others():
+    lengths = [67, 63, 300, 67, 22, 67, 42, 86]
+    batches = micro_batches(make_all(lengths), Cut(is_even=True), 216)
+    assert all(len(batch.tokens) <= 216 or batch.num_sequences == 1 for batch in batches)
+
+
 def test_spread_is_the_most_over_the_mean():
     assert spread([10, 30]) == 1.5
     assert spread([7]) == 1.0

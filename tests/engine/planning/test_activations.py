@@ -15,8 +15,8 @@ from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.training.network import build_network
-from engine.training.optimizer import make_trainable
 from engine.training.passes import forward_backward
+from engine.training.trainable import make_trainable
 from models.sizes import GPTSize
 from tests.ranks import run_ranks
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.recipe_runs import freeze, sft_command, start_ranks, steps_logged, until
+from tests.test_slurm import free_ports
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
@@ -165,3 +169,75 @@ def test_rank_that_ends_in_order_ends_no_other_and_nobody_complains(
         started = time.monotonic()
         assert rank.end(120) == (0, "", "")
     assert time.monotonic() - started < 9  # nobody waited for the rank that was gone
+
+
+ENDED = re.compile("error: .*(phase|--waiting)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_ends_the_run_with_one_message(stopped: int, tiny: Path, tmp_path: Path):
+    waiting = ("--waiting.silence-seconds", 20)
+    command = sft_command(tiny, tmp_path / "run", "--epochs", 4000, "--layout.tp", 2, *waiting)
+    ranks = start_ranks(command, tmp_path, free_ports()[0])
+    try:
+        until(lambda: steps_logged(tmp_path / "run") > 2)
+        freeze(ranks[stopped].process.pid)
+        living = ranks[1 - stopped]
+        assert living.wait(100) == 1
+        said = living.err.read_text()
+        assert len(ENDED.findall(said)) == 1
+        assert "Traceback" not in said
+        who = "rank 1 of 2 gave no sign of life" if stopped else "the first rank or torchrun keeps"
+        assert who in said
+        stacks = tmp_path / "run" / "stacks" / f"rank_{1 - stopped}.txt"
+        assert "most recent call first" in stacks.read_text()
+    finally:
+        for rank in ranks.values():
+            rank.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_ends_the_run_with_one_message(killed: int, tiny: Path, tmp_path: Path):
+    command = sft_command(tiny, tmp_path / "run", "--epochs", 4000, "--layout.tp", 2)
+    ranks = start_ranks(command, tmp_path, free_ports()[0])
+    try:
+        until(lambda: steps_logged(tmp_path / "run") > 2)
+        ranks[killed].process.kill()
+        living = ranks[1 - killed]
+        assert living.wait(100) == 1
+        assert len(ENDED.findall(living.err.read_text())) == 1
+        assert "Traceback" not in living.said()
+    finally:
+        for rank in ranks.values():
+            rank.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("present", [0, 1])
+def test_a_rank_that_never_comes_is_named(present: int, tiny: Path, tmp_path: Path):
+    waiting = ("--waiting.join-seconds", 4)
+    command = sft_command(tiny, tmp_path / "run", "--layout.tp", 2, *waiting)
+    (rank,) = start_ranks(command, tmp_path, free_ports()[0], [present]).values()
+    try:
+        assert rank.wait(100) == 2
+        (line,) = rank.err.read_text().splitlines()
+        assert ("rank 1 of 2 did not come" if present == 0 else "found nobody to meet") in line
+        assert not (tmp_path / "run").exists()
+    finally:
+        rank.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("present", [0, 1])
+def test_a_port_of_another_program_is_one_line(present: int, tiny: Path, tmp_path: Path):
+    waiting = ("--waiting.join-seconds", 3)
+    command = sft_command(tiny, tmp_path / "run", "--layout.tp", 2, *waiting)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        (rank,) = start_ranks(command, tmp_path, other.getsockname()[1], [present]).values()
+        try:
+            assert rank.wait(100) == 2
+            assert len(rank.err.read_text().splitlines()) == 1
+        finally:
+            rank.end()

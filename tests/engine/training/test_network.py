@@ -16,8 +16,8 @@ from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.training.network import Network, build_network
-from engine.training.optimizer import make_trainable
 from engine.training.passes import forward_backward
+from engine.training.trainable import make_trainable
 from tests.gpu_choices import choices_of_a_gpu
 from tests.tiny import SIZE
 

@@ -12,7 +12,6 @@ from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.training.network import Network
-from engine.training.optimizer import make_trainable
 from engine.training.passes import (
     Objective,
     _padded,
@@ -22,6 +21,7 @@ from engine.training.passes import (
     forward_backward,
 )
 from engine.training.reduce import reduce_metrics
+from engine.training.trainable import make_trainable
 from models.attention import PackedSequences
 from models.readouts import Readings
 from tests.tiny import random_network

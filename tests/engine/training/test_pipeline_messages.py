@@ -27,8 +27,8 @@ from engine.ranks.start import end_parallel, pretended_rank, start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.training.network import Network, build_network
-from engine.training.optimizer import make_trainable
 from engine.training.passes import forward, forward_backward
+from engine.training.trainable import make_trainable
 from models.sizes import GPTSize
 from tests.gpu_choices import choices_of_a_gpu
 from tests.ranks import run_ranks

@@ -80,14 +80,14 @@ def spoil(
     """Put `value` into one number of the gradient of a network, in those of its steps, from 0."""
     seen, step = Spoiled(), Optimizer.step
 
-    def spoiled_step(self: Optimizer, position: int) -> StepResult:
+    def spoiled_step(self: Optimizer, position: int, metrics=None) -> StepResult:
         if self.network.kind != kind:
-            return step(self, position)
+            return step(self, position, metrics)
         if len(seen.results) in steps:
             *_, parameter = self.network.modules[0].parameters()
             parameter.main_grad.view(-1)[0] = value
         before = state_of(self)
-        result = step(self, position)
+        result = step(self, position, metrics)
         pairs = zip(before, state_of(self), strict=True)
         seen.changed.append(not all(torch.equal(a, b) for a, b in pairs))
         seen.results.append(result)

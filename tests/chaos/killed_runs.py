@@ -1,7 +1,9 @@
-"""Runs that SIGKILL ends, at a line of a save or at any moment, and what is left of them.
+"""Runs that a blow ends, stops or asks to leave, at any moment of their lives, and what is left of
+them.
 
 Every rank is a process of its own, forked from one that has imported what it needs, in which a
-recipe's own frame runs the stage. It notes where a save stands in a file that outlives it.
+recipe's own frame runs the stage. It notes where it stands in a file that outlives it, and strikes
+itself when it comes to where it is to be struck.
 """
 
 import collections
@@ -12,22 +14,26 @@ import json
 import mmap
 import multiprocessing.connection
 import os
+import resource
 import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 
 import engine.metrics
 from engine import ppo, rm, sft
 from engine.checkpoints import background, saving
+from engine.checkpoints.checkpointer import Checkpointer
+from engine.metrics import Metrics
 from engine.ranks import failure
 from engine.recipe import run_stage
 from engine.settings.ppo import PPOConfig
@@ -35,7 +41,7 @@ from engine.settings.rm import RMConfig
 from engine.settings.sft import SFTConfig
 from tests.ranks import START_METHOD
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 Config = SFTConfig | RMConfig | PPOConfig
 STAGES: dict[type, Callable] = {SFTConfig: sft.train, RMConfig: rm.train, PPOConfig: ppo.train}
 # Between two lines of these the disk, or what the ranks know of each other, may change.
@@ -50,23 +56,49 @@ WATCHED = {
 UNWATCHED = {"header", "stage", "num_bytes", "_snapshot", "_as_tuple", "<genexpr>", "<dictcomp>"}
 CLOCKS = ("seconds", "tokens_per_s")
 LINE_BYTES = 80
+PHASE_AT, STEPS_AT = 128, 256  # bytes of a rank's notes
 SHORT_WRITE = 16384  # bytes of a write at most, so that files are torn within
+PATIENCE = 3.0  # seconds that ranks have to notice that another was killed by the system
+NO_LIMIT = resource.RLIM_INFINITY
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Death:
-    """How a run is to be killed: its rank at a line, or all ranks after some seconds."""
+class Blow:
+    """What befalls a run: signals to some ranks where they stand at a line or in a phase, or after
+    some seconds; files that may not grow."""
 
-    rank: int = 0
+    signals: tuple[signal.Signals, ...] = (signal.SIGKILL,)
+    """One after the other, a moment apart; none: nothing befalls it."""
+    ranks: tuple[int, ...] = (0,)
     line: str = ""
     """WHAT FILE:NUMBER, of a "save", by its thread, the "start" of one, or else in the "run"."""
+    phase: str = ""
+    """Where there is no line: the part of a run's life, of `Watch`, or a phase of its steps."""
     nth: int = 1
-    """The so manieth time that the rank comes to the line."""
+    """The so manieth time that the rank comes there."""
     seconds: float = 0.0
-    others_live: float = 0.0
-    """Seconds that the other ranks have to end by themselves before they are killed too."""
+    """After that, or after the run's start."""
+    pause: float = 0.0
+    """Seconds after which a rank that SIGSTOP has stopped goes on; 0: it does not."""
+    others_live: float = 60.0
+    """Seconds that ranks have to end by themselves before they are killed too."""
     sync_seconds: float = 0.0
     """Added to every sync: a save that takes its time."""
+    file_bytes: int = NO_LIMIT
+    """The longest that a file may get."""
+
+    @property
+    def kind(self) -> str:
+        """A word for it, for the record."""
+        if self.file_bytes != NO_LIMIT:
+            return "file limit"
+        if signal.SIGSTOP in self.signals:
+            return "pause" if self.pause else "halt"
+        names = " twice".join(["", ""][: len(self.signals)]).strip()
+        return " ".join([self.signals[0].name, names]).strip() if self.signals else "none"
+
+
+NOTHING = Blow(signals=())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,9 +108,13 @@ class End:
     codes: list[int]
     """Exit codes by rank."""
     lines: list[str]
-    """By rank: the line of a save that it stood at, "" outside of saves."""
+    """By rank: the line of a save that it stood at, "" outside of them or where none is watched."""
+    phases: list[str]
+    """By rank: the part of its life that it was in."""
+    steps: tuple[int, int] | None
+    """The step that it began with, and those that were done; none: it did not begin."""
     ended_alone: bool
-    """Whether no rank had to be killed because another was."""
+    """Whether no rank had to be killed because another was struck."""
     num_left: int
     """Processes of the run that lived on."""
     seconds: float
@@ -90,18 +126,47 @@ class End:
 
 
 class Watch:
-    """Where the saves of this process stand, in a file; kills the process at one line."""
+    """Where this process stands, in a file: a line of a save, a part of a run's life ("start", when
+    its ranks have yet to join, "join", "load", "steps" and what a stage times in them, "boundary",
+    "end", "over"), the steps done. Strikes the process where it is to be struck."""
 
-    def __init__(self, path: Path, death: Death | None) -> None:
+    def __init__(self, path: Path, blow: Blow) -> None:
         path.write_bytes(bytes(mmap.PAGESIZE))
         with path.open("r+b") as stream:
             self._shown = mmap.mmap(stream.fileno(), mmap.PAGESIZE)
-        self._death = death
+        self._blow = blow
         self._main = "run"  # what the main thread does: "start" a save, or not
+        self._has_struck = False
         self.counts: collections.Counter[str] = collections.Counter()
 
-    def install(self) -> None:
-        """Watch the saves' threads, and what the main thread does with files."""
+    def install(self, stage: Any, *, sees_lines: bool) -> None:
+        """Watch the run's life and, where lines are asked for, the saves' threads and what the main
+        thread does with files."""
+        self.enter("start")
+        self._wrap(stage, "join_ranks", "join", after="load")
+        self._wrap(Metrics, "__enter__", "steps")
+        self._wrap(Checkpointer, "boundary", "boundary", after="steps")
+        self._wrap(Metrics, "__exit__", "end")
+        phase, log, init = Metrics.phase, Metrics.log, Metrics.__init__
+
+        def entered_phase(metrics: Metrics, name: str) -> Any:
+            self.enter(name)
+            return phase(metrics, name)
+
+        def counted_log(metrics: Metrics, step: int, values: Mapping[str, float]) -> None:
+            log(metrics, step, values)
+            self._show(STEPS_AT, f"{metrics._first_step} {step + 1}")
+
+        def counted_init(metrics: Metrics, *arguments: Any, **named: Any) -> None:
+            init(metrics, *arguments, **named)
+            self._show(STEPS_AT, f"{metrics._first_step} {metrics._first_step}")
+
+        Metrics.phase, Metrics.log = entered_phase, counted_log  # type: ignore[method-assign, assignment]
+        Metrics.__init__ = counted_init  # type: ignore[method-assign, assignment]
+        if sees_lines:
+            self._install_lines()
+
+    def _install_lines(self) -> None:
         threading.settrace(self._call_in_thread)  # type: ignore[arg-type]
         work, start = background.Background._run, saving.Saver.start
 
@@ -117,6 +182,40 @@ class Watch:
         background.Background._run = watched_work  # type: ignore[method-assign]
         saving.Saver.start = watched_start  # type: ignore[method-assign]
         sys.settrace(self._call)  # type: ignore[arg-type]
+
+    def _wrap(self, owner: Any, name: str, phase: str, after: str = "") -> None:
+        """Have a function's call be a part of the run's life, and another come after it."""
+        function = getattr(owner, name)
+
+        def entered(*arguments: Any, **named: Any) -> Any:
+            self.enter(phase)
+            try:
+                return function(*arguments, **named)
+            finally:
+                if after:
+                    self.enter(after)
+
+        setattr(owner, name, entered)
+
+    def enter(self, phase: str) -> None:
+        """Come to a part of the run's life."""
+        self._show(PHASE_AT, phase)
+        key = f"phase {phase}"
+        self.counts[key] += 1
+        blow = self._blow
+        if blow.phase == phase and self.counts[key] == blow.nth and not self._has_struck:
+            self._has_struck = True
+            timer = threading.Timer(blow.seconds, self._strike)
+            timer.daemon = True  # a run that has ended does not wait for it
+            timer.start()
+
+    def _strike(self) -> None:
+        for number in self._blow.signals:
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
+
+    def _show(self, start: int, text: str) -> None:
+        self._shown[start : start + LINE_BYTES] = text.encode().ljust(LINE_BYTES)
 
     def _call_in_thread(self, frame: FrameType, event: str, argument: Any) -> Any:
         is_saving = threading.current_thread().name.startswith("saving ")
@@ -136,19 +235,26 @@ class Watch:
             self.counts[line] += 1
             if what != "run":  # a save, which has ended once byte 0 is 0
                 self._shown[:LINE_BYTES] = b"\1" + line.encode().ljust(LINE_BYTES - 1)
-            death = self._death
-            if death and line == death.line and self.counts[line] == death.nth:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if line == self._blow.line and self.counts[line] == self._blow.nth:
+                self._strike()
         return self._line
 
 
-def shown_in(path: Path) -> str:
-    """Return the line of a save that a watched process stands at, or stood at when it died."""
-    shown = path.read_bytes()[:LINE_BYTES] if path.exists() else bytes(1)
-    return shown[1:].decode().strip() if shown[0] else ""
+def shown_in(path: Path) -> tuple[str, str, tuple[int, int] | None]:
+    """Return the line of a save, the part of its life and the steps that a watched process stands
+    at, or stood at when it died."""
+    shown = path.read_bytes() if path.exists() else b""
+    if not shown:
+        return "", "", None
+    line = shown[1:LINE_BYTES].decode().strip() if shown[0] else ""
+    phase, steps = (
+        shown[start : start + LINE_BYTES].decode().strip("\0 ") for start in (PHASE_AT, STEPS_AT)
+    )
+    first, _, done = steps.partition(" ")
+    return line, phase, (int(first), int(done)) if steps else None
 
 
-def live(rank: int, config: Config, notes: Path, environment: dict[str, str], death: Death) -> None:
+def live(rank: int, config: Config, notes: Path, environment: dict[str, str], blow: Blow) -> None:
     """Be one rank of a run, watched, to its end."""
     os.setsid()  # whatever it starts is known by its group
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
@@ -159,23 +265,28 @@ def live(rank: int, config: Config, notes: Path, environment: dict[str, str], de
     write, sync = os.write, os.fsync
 
     def sync_slowly(number: int) -> None:
-        time.sleep(death.sync_seconds)
+        time.sleep(blow.sync_seconds)
         sync(number)
 
     os.write = lambda number, data: write(number, data[:SHORT_WRITE])
     os.fsync = sync_slowly  # type: ignore[assignment]
     engine.metrics.plot_curves = lambda run_dir: None  # takes longer than training
     gc.freeze()
-    watch = Watch(notes / f"line-{rank}", death if death.rank == rank else None)
-    watch.install()
+    is_struck = rank in blow.ranks
+    watch = Watch(notes / f"line-{rank}", blow if is_struck else NOTHING)
+    train = STAGES[type(config)]
+    watch.install(sys.modules[train.__module__], sees_lines=bool(blow.line) or blow == NOTHING)
+    if is_struck:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (blow.file_bytes, NO_LIMIT))
     try:
-        run_stage(STAGES[type(config)], config, [])
+        run_stage(train, config, [])
+        watch.enter("over")
     finally:
         failure.part()  # as Python does where multiprocessing does not end it
     (notes / f"counts-{rank}").write_text(json.dumps(watch.counts))
 
 
-def run(config: Config, notes: Path, *, num_ranks: int = 1, death: Death | None = None) -> End:
+def run(config: Config, notes: Path, *, num_ranks: int = 1, blow: Blow = NOTHING) -> End:
     """Run a stage on ranks of its own until it ends or dies; what they say goes to `notes`."""
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir(parents=True)
@@ -184,21 +295,20 @@ def run(config: Config, notes: Path, *, num_ranks: int = 1, death: Death | None 
         port = free.getsockname()[1]
     environment = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
     environment |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    death = death or Death()
     context = torch.multiprocessing.get_context(START_METHOD)
     ranks = [
-        context.Process(target=live, args=(rank, config, notes, environment, death))
+        context.Process(target=live, args=(rank, config, notes, environment, blow))
         for rank in range(num_ranks)
     ]
     start = time.monotonic()
     for process in ranks:
         process.start()
-    if death.seconds:
-        wait_for_any(ranks, death.seconds)
-    else:
-        wait_for_any(ranks, 120.0)
-        wait_for_all(ranks, death.others_live if any_killed(ranks) else 60.0)
-    lines = [shown_in(notes / f"line-{rank}") for rank in range(num_ranks)]
+    if not (blow.line or blow.phase) and blow.signals:
+        wait_for_any(ranks, blow.seconds)
+        for number in blow.signals:
+            strike([ranks[rank] for rank in blow.ranks], number)
+    wait_for_ends(ranks, blow)
+    shown = [shown_in(notes / f"line-{rank}") for rank in range(num_ranks)]
     ended_alone = not any(process.is_alive() for process in ranks)
     for process in ranks:
         process.kill()
@@ -206,26 +316,50 @@ def run(config: Config, notes: Path, *, num_ranks: int = 1, death: Death | None 
         process.join(60.0)
     return End(
         codes=[process.exitcode for process in ranks],  # type: ignore[misc]
-        lines=lines,
+        lines=[line for line, _, _ in shown],
+        phases=[phase for _, phase, _ in shown],
+        steps=shown[0][2],
         ended_alone=ended_alone,
         num_left=sum(has_processes(process.pid) for process in ranks),  # type: ignore[arg-type]
         seconds=time.monotonic() - start,
-        output="".join(path.read_text() for path in sorted(notes.glob("output-*"))),
+        output="".join(path.read_text(errors="replace") for path in sorted(notes.glob("output-*"))),
     )
 
 
-def any_killed(ranks: list) -> bool:
-    return any(process.exitcode == -signal.SIGKILL for process in ranks)
+def strike(ranks: list, number: signal.Signals) -> None:
+    for process in ranks:
+        if process.is_alive():
+            os.kill(process.pid, number)
+
+
+def wait_for_ends(ranks: list, blow: Blow) -> None:
+    """Wait until all ranks have ended, or those that were not struck have had their time."""
+    deadline = time.monotonic() + 120.0
+    is_struck = False
+    while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+        stopped = [process for process in ranks if is_stopped(process)]
+        if stopped and blow.pause:
+            time.sleep(blow.pause)
+            strike(stopped, signal.SIGCONT)
+        elif not is_struck and (stopped or any(p.exitcode not in (None, 0) for p in ranks)):
+            is_struck = True
+            is_dead = any((process.exitcode or 0) < 0 for process in ranks)
+            patience = min(blow.others_live, PATIENCE) if is_dead else blow.others_live
+            deadline = min(deadline, time.monotonic() + patience)
+        if is_struck and all(is_stopped(p) for p in ranks if p.is_alive()):
+            return  # nobody is left to end by himself
+        wait_for_any([process for process in ranks if process.is_alive()], 0.05)
+
+
+def is_stopped(process: Any) -> bool:
+    try:
+        return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_for_any(ranks: list, seconds: float) -> None:
     multiprocessing.connection.wait([process.sentinel for process in ranks], seconds)
-
-
-def wait_for_all(ranks: list, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    for process in ranks:
-        process.join(max(0.0, deadline - time.monotonic()))
 
 
 def has_processes(group: int) -> bool:
@@ -240,14 +374,14 @@ def has_processes(group: int) -> bool:
     return True
 
 
-def lines_in(notes: Path, rank: int) -> dict[str, int]:
-    """Return how often a rank that has ended came to each line of a save."""
+def counts_in(notes: Path, rank: int) -> dict[str, int]:
+    """Return how often a rank that has ended came to each line of a save and part of its life."""
     return json.loads((notes / f"counts-{rank}").read_text())
 
 
 def set_back(whole: Path, directory: Path) -> None:
     """Copy a run and have it go on from the checkpoint before its last, which it will replace."""
-    shutil.copytree(whole, directory)
+    shutil.copytree(whole, directory, dirs_exist_ok=True)
     steps = sorted(path.name for path in (directory / "checkpoints").glob("step_*"))
     (directory / "checkpoints" / "latest").write_text(steps[-2])
 

@@ -1,0 +1,144 @@
+"""How the ranks of one launch meet: all of them, or an error that names those that did not come.
+
+torchrun's store outlives the ranks that it starts anew (--max-restarts), and has what those of
+before have said; nor do its agents on several nodes count the restarts alike. So each rank
+comes with a token of its own. By these the first one tells those that are there which part of the
+store is theirs.
+"""
+
+import contextlib
+import datetime
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from engine.environment import tell_torchrun
+from engine.errors import UserError
+from engine.printable import say
+from engine.ranks.silence import ranks_named
+
+_PAUSE = 0.2  # seconds between two looks at who has come; our choice
+_GRACE = (
+    10.0  # seconds after the time is up, for who says so and for a library to return; our choice
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """A rank, of how many, where they meet, and how long the first to come waits."""
+
+    rank: int
+    world_size: int
+    address: str
+    seconds: float
+
+    @property
+    def _limit(self) -> str:
+        return f"within {self.seconds:g} s (--waiting.join-seconds)"
+
+    def missing(self, came: list[int]) -> str:
+        """Return in words who came and who did not."""
+        absent = sorted(set(range(self.world_size)) - set(came))
+        return (
+            f"{ranks_named(absent)} of {self.world_size} did not come to {self.address} "
+            f"{self._limit}; {ranks_named(came)} came"
+        )
+
+    def unreachable(self, why: str) -> str:
+        """Return in words that there is no store to meet at."""
+        return (
+            f"rank {self.rank} of {self.world_size} found nobody to meet at {self.address} "
+            f"{self._limit}: {why}"
+        )
+
+
+def meet(store: dist.Store, arrival: Arrival) -> dist.Store:
+    """Return the part of the store that the ranks of this start have to themselves, once all have
+    come.
+
+    Raises UserError where not all come: on the first rank alone, where that is there.
+    """
+    try:
+        name = _gather(store, arrival) if arrival.rank == 0 else _take_part(store, arrival)
+    except dist.DistError as error:
+        raise UserError(arrival.unreachable(str(error).splitlines()[0])) from None
+    return dist.PrefixStore(f"started/{name}", store)
+
+
+def _gather(store: dist.Store, arrival: Arrival) -> str:
+    """Tell every rank that comes, on the first; return the name of this start."""
+    deadline = time.monotonic() + arrival.seconds
+    name, told = uuid.uuid4().hex, dict.fromkeys(range(1, arrival.world_size), "")
+    absent = list(told)
+    while absent and time.monotonic() < deadline:
+        for rank in absent:
+            if store.check([f"meeting/{rank}"]):
+                token = store.get(f"meeting/{rank}").decode()
+                if token != told[rank]:  # else one of before, or one that has not yet said so
+                    told[rank] = token
+                    store.set(f"meeting/{token}/part", name)
+        absent = [rank for rank in absent if not store.check([f"meeting/{name}/{rank} is there"])]
+        time.sleep(_PAUSE if absent else 0)
+    came = [rank for rank in range(arrival.world_size) if rank not in absent]
+    message = arrival.missing(came) if absent else ""
+    store.set(f"meeting/{name}/said", message)
+    if message:
+        with contextlib.suppress(dist.DistError):  # the store goes with this process
+            for rank in came[1:]:
+                store.wait([f"meeting/{name}/{rank} goes"], datetime.timedelta(seconds=_GRACE))
+        raise UserError(message)
+    return name
+
+
+def _take_part(store: dist.Store, arrival: Arrival) -> str:
+    """Come to the first rank, and wait for the others; return the name of this start."""
+    token = uuid.uuid4().hex
+    store.set(f"meeting/{arrival.rank}", token)
+    name = _await(store, f"meeting/{token}/part", arrival)
+    store.set(f"meeting/{name}/{arrival.rank} is there", "")
+    if _await(store, f"meeting/{name}/said", arrival):
+        store.set(f"meeting/{name}/{arrival.rank} goes", "")
+        raise SystemExit(2)  # the first rank says why
+    return name
+
+
+def _await(store: dist.Store, key: str, arrival: Arrival) -> str:
+    """Return what the first rank sets; UserError on all ranks, the lowest before the others, where
+    it sets nothing."""
+    deadline = time.monotonic() + arrival.seconds + _GRACE  # it may have begun to wait later
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            came = [
+                rank for rank in range(1, arrival.world_size) if store.check([f"meeting/{rank}"])
+            ]
+            if arrival.rank != came[0]:
+                time.sleep(_GRACE)
+            raise UserError(arrival.missing(came))
+        time.sleep(_PAUSE)
+    return store.get(key).decode()
+
+
+@contextlib.contextmanager
+def ending_where_stuck(arrival: Arrival) -> Iterator[None]:
+    """End the process where this block, in which a library may wait without end for whatever
+    listens at the port, takes longer than ranks wait."""
+    is_over = threading.Event()
+
+    def end() -> None:
+        if not is_over.wait(arrival.seconds + _GRACE):
+            message = "error: " + arrival.unreachable("what listens there is not the first rank")
+            say(message, stream=sys.stderr)
+            tell_torchrun(message)
+            os._exit(2)
+
+    threading.Thread(target=end, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()

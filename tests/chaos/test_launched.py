@@ -1,0 +1,137 @@
+"""Recipes as they are started, alone or by torchrun, struck from without: while they import what
+they need, meet, train or save; torchrun's own process too."""
+
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engine.stop import EXIT_STATUS, SIGNALS
+from tests.chaos.killed_runs import ROOT
+from tests.chaos.test_chaos import Case, assert_same, prepared
+
+MARK = "TRIDENT_CHAOS"  # in the environment of all that a run starts
+MOST_SECONDS = 120.0  # in which ranks whose launcher is gone have ended
+RECIPES = {"sft": "sft_tiny", "rm": "rm_tiny", "ppo": "ppo_tiny"}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Launched:
+    """A run under way, with all of its processes."""
+
+    process: subprocess.Popen
+    mark: str
+    output: Path
+
+    def processes(self) -> list[psutil.Process]:
+        """All that live, the launcher first."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != "zombie":
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return sorted(found, key=lambda process: (process.pid != self.process.pid, process.pid))
+
+    def wait_for_all(self, seconds: float) -> float:
+        """Wait until none is left; return the seconds that took."""
+        start = time.monotonic()
+        while self.processes():
+            assert time.monotonic() < start + seconds, [p.cmdline() for p in self.processes()]
+            time.sleep(0.2)
+        self.process.wait()
+        return time.monotonic() - start
+
+
+def launch(case: Case, directory: Path) -> Launched:
+    recipe = ROOT / f"recipes/{RECIPES[case.name.partition('-')[0]]}.py"
+    options = [recipe, "--config", case.whole, "--directory", directory]
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.num_ranks}"]
+    command = [sys.executable, *(ranks if case.num_ranks > 1 else []), *options]
+    mark = uuid.uuid4().hex
+    output = case.whole.with_name(f"output-{mark}")
+    with output.open("wb") as stream:
+        process = subprocess.Popen(
+            [*map(str, command)],
+            cwd=ROOT,
+            env=os.environ | {MARK: mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+    return Launched(process=process, mark=mark, output=output)
+
+
+@pytest.fixture
+def launched() -> Iterator[list[Launched]]:
+    runs: list[Launched] = []
+    yield runs
+    for process in (process for each in runs for process in each.processes()):
+        process.kill()
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("name", ["sft-dp2", "ppo-1", "rm-tp2"])
+def test_struck_launches_leave_nobody_behind_and_lose_nothing(
+    name: str,
+    launched: list[Launched],
+    tiny: Path,
+    tmp_path: Path,
+    pytestconfig: pytest.Config,
+):
+    start = time.monotonic()
+    case = prepared(name, tiny, tmp_path, pytestconfig.getoption("--chaos-seed"))
+    draw: random.Random = case.draw
+    directory, whole_seconds = tmp_path / "run", 0.0
+    for number in range(max(1, pytestconfig.getoption("--chaos") // 30)):
+        run = launch(case, directory)
+        launched.append(run)
+        time.sleep(draw.uniform(0.5, whole_seconds or 14.0))
+        there = run.processes()
+        if not there:
+            assert run.process.wait() == 0, run.output.read_text()[-3000:]
+        elif name.endswith("1"):
+            strike = draw.choice([signal.SIGKILL, *SIGNALS])
+            run.process.send_signal(strike)
+            run.wait_for_all(MOST_SECONDS)
+            # Before the recipe notes signals, Python dies of them.
+            ends = (0, EXIT_STATUS, -strike, 130)
+            assert run.process.returncode in ends, run.output.read_text()[-3000:]
+            case.kinds[strike.name] += 1
+        else:
+            struck = 0 if len(there) == 1 else draw.choice((0, 0, draw.randrange(len(there))))
+            there[struck].kill()
+            case.seen["most_seconds"] = max(
+                case.seen["most_seconds"], int(run.wait_for_all(MOST_SECONDS))
+            )
+            case.kinds["agent killed" if struck == 0 else "rank under an agent killed"] += 1
+        case.phases["any moment of a launch"] += 1
+        if number % 3 == 2:
+            case.seen["ends_compared"] += 1
+            whole_seconds = finish(case, launched, directory)
+            subprocess.run(["rm", "-rf", directory], check=True)
+    if directory.exists() or not case.seen["ends_compared"]:
+        case.seen["ends_compared"] += 1
+        finish(case, launched, directory)
+    case.record(pytestconfig.getoption("--record"), time.monotonic() - start)
+
+
+def finish(case: Case, launched: list[Launched], directory: Path) -> float:
+    """Have the same command come to its end; return its seconds."""
+    start = time.monotonic()
+    run = launch(case, directory)
+    launched.append(run)
+    assert run.process.wait() == 0, run.output.read_text()[-3000:]
+    run.wait_for_all(5.0)
+    assert_same(directory, case.whole)
+    return time.monotonic() - start
