@@ -41,7 +41,7 @@ class Learner:
     @property
     def num_sequences(self) -> int:
         """The different sequences of pretraining text; 0 without ptx."""
-        return 0 if self.pretraining is None else len(self.pretraining.units)
+        return 0 if self.pretraining is None else self.pretraining.order.num_examples
 
 
 def learning_examples(rollout: Rollout, scored: Scored, advantages: Advantages) -> list[Example]:
