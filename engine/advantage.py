@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.printable import printable
 from engine.rollout import Rollout
 from engine.score import Scored
-from engine.settings.kl import KLConfig
+from engine.settings.kl import MAX_KL_ERROR, KLConfig
 from engine.settings.ppo import PPOConfig
 from kernels.gae import gae
 from kernels.moments import Whitening, merge_moments, whitening
@@ -86,11 +86,12 @@ class KLController:
             error = clip(kl / target - 1, -0.2, 0.2)
             coef *= 1 + error x num_responses / horizon     (Ziegler 2019, 2.2)
 
-        A KL that is not finite says nothing of the coefficient, which would not be a number again.
+        KLConfig.check_batch keeps the factor above 0. A KL that is not finite says nothing of the
+        coefficient, which would not be a number again.
         """
         if self.config.control == "fixed" or not math.isfinite(kl):
             return
-        error = min(max(kl / self.config.target - 1.0, -0.2), 0.2)
+        error = min(max(kl / self.config.target - 1.0, -MAX_KL_ERROR), MAX_KL_ERROR)
         self.coef *= 1.0 + error * num_responses / self.config.horizon
 
     def state_dict(self) -> float:

@@ -39,7 +39,8 @@ class Feed:
     units: Units
     """Examples or comparisons, read on every rank alike."""
     batch_size: int
-    """Units of a step's global batch."""
+    """Units of a step's global batch; where there are fewer, each step takes all of them once. Our
+    choice: what is twice in a batch teaches nothing more, and takes the time of two."""
     micro_batch_tokens: int
     """Token budget of one micro-batch on one rank."""
     seed: int
@@ -49,7 +50,8 @@ class Feed:
     @property
     def order(self) -> EpochOrder:
         """Which units each step takes."""
-        return EpochOrder(len(self.units), self.batch_size, self.seed)
+        num_units = len(self.units)
+        return EpochOrder(num_units, min(self.batch_size, num_units), self.seed)
 
     def step(self, number: int) -> StepBatch:
         """Return what step `number`, counted from 0, learns from."""

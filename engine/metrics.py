@@ -138,11 +138,24 @@ class Metrics:
             _drop_steps_from(self._run_dir / f"{name}.jsonl", step)
         self._events.start(step)
 
-    def note(self, *lines: str) -> None:
-        """Show lines that belong to no step, such as what was read and dropped."""
-        if self._is_writer:
-            for line in lines:
-                self._show(line, style="dim")
+    def note(self, *lines: str, cautions: Sequence[Alarm] = ()) -> None:
+        """Show lines that belong to no step, such as what was read and dropped.
+
+        cautions: what the run's settings do badly. They are recorded as alarms of its first step;
+        what an earlier start has recorded is not said again.
+        """
+        if not self._is_writer:
+            return
+        for line in lines:
+            self._show(line, style="dim")
+        path = self._run_dir / "alarms.jsonl"  # rid of damaged lines
+        rows = [json.loads(line) for line in _lines(path)] if path.exists() else []
+        recorded = {(str(row.get("name")), str(row.get("message"))) for row in rows}
+        for name, message in dict.fromkeys(cautions):
+            if (name, message) not in recorded:
+                row = {"step": self._first_step, "name": name, "message": message}
+                self._append("alarms", row)
+                self._show(f"WARNING {name}: {message}", style="bold yellow")
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -2,11 +2,10 @@
 
 from engine.advantage import KLController, estimate_advantages
 from engine.alarms import Alarms
+from engine.cautions.of_settings import ppo_cautions
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.course import Course, Kept
 from engine.data.batches import EpochOrder
-from engine.data.examples import Example
-from engine.data.prompts import prompt_examples, read_prompts
 from engine.errors import UserError
 from engine.evidence.keeper import Evidence
 from engine.feed import Feed
@@ -15,7 +14,7 @@ from engine.metrics import PPO_HEADLINE, Metrics
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import rearranged
 from engine.residency.residency import Residency
-from engine.rollout import generate_rollout
+from engine.rollout import generate_rollout, load_prompts
 from engine.run import Run, join_ranks, require_path, stage, start_run, tokenizer_path
 from engine.score import score_rollout
 from engine.settings.ppo import PPOConfig
@@ -37,7 +36,7 @@ def train(config: PPOConfig) -> dict[str, float]:
     # Build. The critic starts from the reward model.
     policy = inputs.start("policy", _build("language", "policy", config, run, inputs))
     critic = inputs.start("reward_model", _build("scalar", "reward_model", config, run, inputs))
-    prompts, notes = _load_prompts(config, run, policy)
+    prompts, notes, amiss = load_prompts(config, run, _contexts(inputs))
     policy_optimizer = Optimizer(
         policy, config.adam, total_steps=config.iterations, spikes=config.spikes
     )
@@ -86,7 +85,12 @@ def train(config: PPOConfig) -> dict[str, float]:
         headline=PPO_HEADLINE,
     )
     with metrics, checkpointer:
-        metrics.note(*inputs.notes, *notes, policy.attention)
+        metrics.note(
+            *inputs.notes,
+            *notes,
+            policy.attention,
+            cautions=amiss + ppo_cautions(config, parallel, len(prompts), learner.num_sequences),
+        )
         for iteration in course:
             # 1 prompt
             batch = [prompts[i] for i in order.indices(course.position)]
@@ -188,6 +192,13 @@ def _build(kind: Kind, name: str, config: PPOConfig, run: Run, inputs: Inputs) -
     return build_network(kind, inputs.size(name), parallel, numerics=config.numerics)
 
 
+def _contexts(inputs: Inputs) -> dict[str, int]:
+    """Return the context in tokens of each network that reads prompts and responses; the critic is
+    of the reward model's size."""
+    names = ("policy", "reward_model", "reference")
+    return {name.replace("_", " "): inputs.size(name).context_length for name in names}
+
+
 def _parallel_of(kind: Kind, config: PPOConfig, run: Run, inputs: Inputs) -> Parallel:
     """Return this rank's place in the layout of the language or of the scalar networks."""
     if kind == "language" or config.critic_layout is None:
@@ -197,28 +208,6 @@ def _parallel_of(kind: Kind, config: PPOConfig, run: Run, inputs: Inputs) -> Par
         return rearranged(run.parallel, config.critic_layout)
     except UserError as error:
         raise UserError(f"critic_layout: {error}") from None
-
-
-def _load_prompts(config: PPOConfig, run: Run, policy: Network) -> tuple[list[Example], list[str]]:
-    """Return the prompts that leave room for a whole response, and what reading them is to be told
-    about."""
-    data = config.data
-    texts, report = read_prompts(data.prompts, skip_bad_lines=data.skip_bad_lines)
-    room = policy.size.context_length - config.sampling.max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"sampling.max_new_tokens {config.sampling.max_new_tokens} leaves no room for a prompt "
-            f"in the context of {policy.size.context_length}"
-        )
-    prompts, lengths = prompt_examples(
-        texts,
-        run.tokenizer,
-        max_prompt_length=min(data.max_prompt_tokens, room),
-        prompt_suffix=data.prompt_suffix,
-    )
-    run.count("data.prompts", report)
-    run.count("data.prompts", lengths)
-    return prompts, [f"{data.prompts}: {report}; {lengths}"]
 
 
 def _pretraining_feed(config: PPOConfig, run: Run, policy: Network) -> Feed | None:

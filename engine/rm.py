@@ -1,17 +1,33 @@
 """The reward model, trained on rankings of K answers (InstructGPT 3.5 and C.2)."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from engine.alarms import LossAlarms
+from engine.alarms import Alarm, LossAlarms
+from engine.cautions.of_data import (
+    Reading,
+    held_out_cautions,
+    overlap_cautions,
+    reading_cautions,
+    repetition_cautions,
+    response_cautions,
+    twin_cautions,
+)
+from engine.cautions.of_settings import (
+    interval_cautions,
+    rank_cautions,
+    schedule_cautions,
+)
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.course import Course
-from engine.data.comparisons import comparison_examples, read_comparisons
+from engine.data.comparisons import Comparison, comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
+from engine.data.limits import Limit, context_limit, training_limits
 from engine.data.prompts import hold_out
 from engine.evidence.keeper import Evidence
 from engine.feed import Feed, pack_for
@@ -20,6 +36,7 @@ from engine.losses import comparison_loss, last_readings, pair_accuracy
 from engine.metrics import RM_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
 from engine.run import Run, join_ranks, require_path, size_named, stage, start_run, tokenizer_path
+from engine.settings.evaluation import is_evaluated
 from engine.settings.rm import RMConfig
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
@@ -46,10 +63,11 @@ def train(config: RMConfig) -> dict[str, float]:
     network = build_network("scalar", size, parallel, numerics=config.numerics)
     if config.init_from:
         inputs.start("init_from", network)
-    train_units, valid_units, demonstrations, notes = _load_data(config, run, size.context_length)
+    context = context_limit(size.context_length, can_grow=config.init_from is None)
+    data = _load_data(config, run, context)
     feed = Feed(
-        units=train_units,
-        batch_size=min(config.batch_size, len(train_units)),
+        units=data.train,
+        batch_size=config.batch_size,
         micro_batch_tokens=config.micro_batch_tokens,
         seed=config.seed,
         parallel=parallel,
@@ -81,19 +99,18 @@ def train(config: RMConfig) -> dict[str, float]:
         headline=RM_HEADLINE,
     )
     with metrics, checkpointer:
-        metrics.note(*inputs.notes, *notes, network.attention)
+        cautions = [*data.cautions, *_cautions(config, feed, num_steps)]
+        metrics.note(*inputs.notes, *data.notes, network.attention, cautions=cautions)
         for step in course:
             with metrics.phase("train"):
                 values = _train_step(step, network, optimizer, feed, course.passed_over)
             is_last = step + 1 == num_steps
-            if valid_units and (
-                is_last or (config.eval_every and (step + 1) % config.eval_every == 0)
-            ):
+            if data.valid and is_evaluated(step + 1, num_steps, config.eval_every):
                 with metrics.phase("valid"):
-                    loss, accuracy = pair_accuracy(network, valid_units, config.micro_batch_tokens)
+                    loss, accuracy = pair_accuracy(network, data.valid, config.micro_batch_tokens)
                 values |= {"valid/loss": loss, "valid/pair_accuracy": accuracy}
-            if is_last and demonstrations:
-                mean = _mean_score(network, demonstrations, config.micro_batch_tokens)
+            if is_last and data.demonstrations:
+                mean = _mean_score(network, data.demonstrations, config.micro_batch_tokens)
                 with checkpointer.named_after(f"step {step}"):
                     shift_bias(network, optimizer, -mean)
                 values["train/bias_shift"] = -mean
@@ -140,7 +157,7 @@ def _train_step(
     seed_for_step(network.parallel, step + passed_over)
     optimizer.zero_gradients()
     batch = feed.step(step + passed_over)
-    loss = comparison_loss(feed.batch_size)
+    loss = comparison_loss(feed.order.batch_size)
     sums = checked_gradients(
         optimizer,
         lambda: forward_backward(network, batch.batches, loss),
@@ -174,42 +191,96 @@ def _mean_score(network: Network, examples: list[Example], budget: int) -> float
     return float(total) / len(examples)
 
 
-def _load_data(
-    config: RMConfig, run: Run, context_length: int
-) -> tuple[list[list[Example]], list[list[Example]], list[Example], list[str]]:
-    """Return training and held-out comparisons, demonstrations, and what reading them is to be told
-    about."""
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    """What a run reads."""
+
+    train: list[list[Example]]
+    valid: list[list[Example]]
+    demonstrations: list[Example]
+    """Whose mean score is to be 0."""
+    notes: list[str]
+    """What reading the files is to be told about."""
+    cautions: list[Alarm]
+    """What is amiss with what was read."""
+
+
+def _load_data(config: RMConfig, run: Run, context: Limit) -> _Data:
+    """Read training and held-out comparisons, and demonstrations."""
     data = config.data
-    limits: dict[str, Any] = {
-        "max_length": min(data.max_tokens, context_length),
+    limits = training_limits(
+        max_tokens=data.max_tokens, max_prompt_tokens=data.max_prompt_tokens, context=context
+    )
+    options: dict[str, Any] = {
+        "max_length": min(data.max_tokens, context.tokens),
         "max_prompt_length": data.max_prompt_tokens,
         "prompt_suffix": data.prompt_suffix,
     }
     records, report = read_comparisons(data.train, skip_bad_lines=data.skip_bad_lines)
     run.count("data.train", report)
-    notes = [f"{data.train}: {report}"]
+    notes, num_read = [f"{data.train}: {report}"], len(records)
     if data.valid is not None:
-        held_out, report = read_comparisons(data.valid, skip_bad_lines=data.skip_bad_lines)
-        run.count("data.valid", report)
-        notes.append(f"{data.valid}: {report}")
+        held_out, valid_report = read_comparisons(data.valid, skip_bad_lines=data.skip_bad_lines)
+        run.count("data.valid", valid_report)
+        notes.append(f"{data.valid}: {valid_report}")
     else:
         records, held_out = hold_out(records, data.valid_fraction, config.seed)
-    train_units, lengths = comparison_examples(records, run.tokenizer, **limits)
+    train_units, lengths = comparison_examples(records, run.tokenizer, **options)
     run.count("data.train", lengths)
     notes.append(f"comparisons (train): {lengths}")
-    valid_units: list[list[Example]] = []
+    limits.check(lengths, f"--data.train {data.train}")
+    cautions = reading_cautions("comparisons", report, lengths, limits)
+    valid_units, lengths = comparison_examples(held_out, run.tokenizer, **options)
     if held_out:
-        valid_units, lengths = comparison_examples(held_out, run.tokenizer, **limits)
         run.count("data.train" if data.valid is None else "data.valid", lengths)
         notes.append(f"comparisons (valid): {lengths}")
+    cautions += held_out_cautions(
+        "comparisons",
+        len(valid_units),
+        lengths.num_dropped,
+        path=data.valid,
+        fraction=data.valid_fraction,
+        num_all=num_read,
+    )
+    prompts = [r.prompt for r in records]
+    cautions += overlap_cautions("comparisons", [r.prompt for r in held_out], prompts)
+    cautions += _text_cautions(records, train_units)
     demonstrations: list[Example] = []
     if data.demonstrations is not None:
         texts, report = read_demonstrations(data.demonstrations, skip_bad_lines=data.skip_bad_lines)
         run.count("data.demonstrations", report)
         notes.append(f"{data.demonstrations}: {report}")
         demonstrations, lengths = demonstration_examples(
-            texts[: data.num_demonstrations], run.tokenizer, **limits
+            texts[: data.num_demonstrations], run.tokenizer, **options
         )
         run.count("data.demonstrations", lengths)
         notes.append(f"demonstrations: {lengths}")
-    return train_units, valid_units, demonstrations, notes
+        limits.check(lengths, f"--data.demonstrations {data.demonstrations}")
+    return _Data(
+        train=train_units,
+        valid=valid_units,
+        demonstrations=demonstrations,
+        notes=notes,
+        cautions=cautions,
+    )
+
+
+def _text_cautions(records: list[Comparison], units: list[list[Example]]) -> list[Alarm]:
+    texts = [text for record in records for text in record.completions]
+    lengths = [len(each.tokens) - each.prompt_length for unit in units for each in unit]
+    return [
+        *twin_cautions([(record.completions, record.ranks) for record in records]),
+        *response_cautions("completions", texts, lengths),
+    ]
+
+
+def _cautions(config: RMConfig, feed: Feed, num_steps: int) -> list[Alarm]:
+    """Return what is amiss with the settings, now that the data are known."""
+    num_taken = num_steps * feed.order.batch_size
+    reading = Reading(len(feed.units), config.batch_size, num_taken, "Lower epochs")
+    return [
+        *schedule_cautions("adam", config.adam, num_steps),
+        *interval_cautions(config.saving, config.eval_every, num_steps),
+        *repetition_cautions({"comparisons": reading}),
+        *rank_cautions("batch_size", config.batch_size, feed.parallel.dp),
+    ]

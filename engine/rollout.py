@@ -4,7 +4,7 @@ Index convention, everywhere in Trident: position t of log-probs, values, reward
 returns and response_mask belongs to the token at t, which was chosen in the state before it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.alarms import Alarm
+from engine.cautions.of_data import reading_cautions
+from engine.cautions.of_settings import room_cautions
 from engine.data.batches import deal, spread
 from engine.data.examples import Example
+from engine.data.limits import prompt_limits
+from engine.data.prompts import prompt_examples, read_prompts
 from engine.data.tokenizer import Tokenizer
 from engine.generation.generate import Response, generate
+from engine.run import Run
+from engine.settings.ppo import PPOConfig
 from engine.settings.sampling import SamplingConfig
 from engine.training.network import Network
 
@@ -79,6 +86,33 @@ class Rollout:
             "rollout/eos_rate": float(self.has_eos.double().mean()),
             "rollout/length_spread": self.spread,
         }
+
+
+def load_prompts(
+    config: PPOConfig, run: Run, contexts: Mapping[str, int]
+) -> tuple[list[Example], list[str], list[Alarm]]:
+    """Return the prompts that leave room for a whole response, what reading them is to be told
+    about, and what is amiss with them.
+
+    contexts: tokens by network, each of which reads prompts and responses.
+    """
+    data = config.data
+    texts, report = read_prompts(data.prompts, skip_bad_lines=data.skip_bad_lines)
+    limits = prompt_limits(
+        contexts, config.sampling.max_new_tokens, max_prompt_tokens=data.max_prompt_tokens
+    )
+    prompts, lengths = prompt_examples(
+        texts,
+        run.tokenizer,
+        max_prompt_length=limits.prompt.tokens,
+        prompt_suffix=data.prompt_suffix,
+    )
+    run.count("data.prompts", report)
+    run.count("data.prompts", lengths)
+    limits.check(lengths, f"--data.prompts {data.prompts}")
+    cautions = reading_cautions("prompts", report, lengths, limits)
+    cautions += room_cautions(config.sampling, limits.prompt, min(contexts.values()))
+    return prompts, [f"{data.prompts}: {report}; {lengths}"], cautions
 
 
 def generate_rollout(  # noqa: PLR0913 - what a draw is keyed by, each named

@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.data.examples import Example
+from engine.data.limits import prompt_limits
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.errors import UserError
 from engine.files import replacing
@@ -96,13 +97,12 @@ def load_selection(
         return None
     selection.sampling.check()
     size = inputs.size("selection.reward_model")
-    context_length = min(policy.size.context_length, size.context_length)
-    room = context_length - selection.sampling.max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"selection.sampling.max_new_tokens {selection.sampling.max_new_tokens} leaves no room "
-            f"for a prompt in the context of {context_length}"
-        )
+    limits = prompt_limits(
+        {"policy": policy.size.context_length, "reward model": size.context_length},
+        selection.sampling.max_new_tokens,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        prefix="selection.",
+    )
     if selection.prompts is not None:
         skips = config.data.skip_bad_lines
         held_out, report = read_prompts(selection.prompts, skip_bad_lines=skips)
@@ -111,12 +111,13 @@ def load_selection(
         raise UserError(
             "no held-out prompts to select an epoch by: give --selection.prompts or --data.valid"
         )
-    prompts, _ = prompt_examples(
+    prompts, lengths = prompt_examples(
         list(dict.fromkeys(held_out))[: selection.num_prompts],
         run.tokenizer,
-        max_prompt_length=min(config.data.max_prompt_tokens, room),
+        max_prompt_length=limits.prompt.tokens,
         prompt_suffix=config.data.prompt_suffix,
     )
+    limits.check(lengths, "held-out prompts to select an epoch by")
     reward_model = build_network("scalar", size, run.parallel, numerics=config.numerics)
     inputs.load("selection.reward_model", reward_model)  # the same for all epochs
     return EpochSelection(

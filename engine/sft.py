@@ -8,11 +8,31 @@ give the policy that PPO starts from; pretraining text alone trains the base mod
 import math
 from dataclasses import dataclass, field
 
-from engine.alarms import LossAlarms
+from engine.alarms import Alarm, LossAlarms
+from engine.cautions.of_data import (
+    Reading,
+    held_out_cautions,
+    no_held_out_text,
+    overlap_cautions,
+    reading_cautions,
+    repetition_cautions,
+    response_cautions,
+)
+from engine.cautions.of_settings import (
+    interval_cautions,
+    rank_cautions,
+    schedule_cautions,
+)
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.course import Course, Kept
 from engine.data.batches import EpochOrder, Units
-from engine.data.demonstrations import demonstration_examples, read_demonstrations
+from engine.data.demonstrations import (
+    Demonstration,
+    demonstration_examples,
+    read_demonstrations,
+)
+from engine.data.examples import Example, LengthReport
+from engine.data.limits import Limit, context_limit, training_limits
 from engine.data.prompts import hold_out
 from engine.errors import UserError
 from engine.evidence.keeper import Evidence
@@ -23,6 +43,7 @@ from engine.metrics import SFT_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
 from engine.run import Run, join_ranks, require_path, size_named, stage, start_run, tokenizer_path
 from engine.selection import epoch_name, load_selection
+from engine.settings.evaluation import is_evaluated
 from engine.settings.sft import SFTConfig
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
@@ -49,12 +70,12 @@ def train(config: SFTConfig) -> dict[str, float]:
     )
     if config.init_from:
         inputs.start("init_from", network)
-    data = _load_data(config, run, size.context_length)
+    context = context_limit(size.context_length, can_grow=config.init_from is None)
+    data = _load_data(config, run, context)
     selection = load_selection(config, run, network, data.held_out_prompts, inputs)
     feeds = _feeds(config, data.train, run)
     lead = feeds.get("loss") or feeds["pretrain_loss"]
     num_steps = lead.order.num_steps(config.epochs)
-    epoch_at = _epoch_ends(config.epochs, lead.order)
     optimizer = Optimizer(network, config.adam, total_steps=num_steps, spikes=config.spikes)
     checkpointer = Checkpointer(
         directory=run.checkpoints,
@@ -84,18 +105,19 @@ def train(config: SFTConfig) -> dict[str, float]:
         headline=SFT_HEADLINE,
     )
     with metrics, checkpointer:
-        metrics.note(*inputs.notes, *data.notes, network.attention)
+        cautions = [*data.cautions, *_cautions(config, feeds, num_steps)]
+        metrics.note(*inputs.notes, *data.notes, network.attention, cautions=cautions)
         for step in course:
             with metrics.phase("train"):
                 share = config.data.pretraining_fraction
                 values = _train_step(step, network, optimizer, feeds, share, course.passed_over)
-            is_last, epoch = step + 1 == num_steps, epoch_at.get(step + 1)
-            if is_last or (config.eval_every and (step + 1) % config.eval_every == 0):
+            is_last = step + 1 == num_steps
+            epoch = _epoch_ended(config.epochs, lead.order, step + 1)
+            if is_evaluated(step + 1, num_steps, config.eval_every):
                 with metrics.phase("valid"):
                     values |= _validate(network, data.valid, config.micro_batch_tokens)
             if epoch and selection is not None:
-                named = checkpointer.named_after(f"step {step}")
-                with named, metrics.phase("select"):
+                with checkpointer.named_after(f"step {step}"), metrics.phase("select"):
                     values |= selection.score(network, epoch, step + 1)
             values["train/epoch"] = lead.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
@@ -192,11 +214,13 @@ def _feeds(config: SFTConfig, units: dict[str, Units], run: Run) -> dict[str, Fe
     }
 
 
-def _epoch_ends(epochs: float, order: EpochOrder) -> dict[int, int]:
-    """Return {steps taken: epoch, from 1} of every epoch's end; the run's end closes a broken
-    one."""
-    last = order.num_steps(epochs)
-    return {min(order.num_steps(e), last): e for e in range(1, math.ceil(epochs) + 1)}
+def _epoch_ended(epochs: float, order: EpochOrder, num_steps: int) -> int | None:
+    """Return the epoch, from 1, that these steps end, None where they end none; the run's end
+    closes a broken one."""
+    if num_steps == order.num_steps(epochs):
+        return math.ceil(epochs)
+    epoch = num_steps * order.batch_size // order.num_examples  # complete by then
+    return epoch if epoch and order.num_steps(epoch) == num_steps else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,43 +233,21 @@ class _Data:
     """Of the held-out demonstrations."""
     notes: list[str] = field(default_factory=list)
     """What reading the files is to be told about."""
+    cautions: list[Alarm] = field(default_factory=list)
+    """What is amiss with what was read."""
 
 
-def _load_data(config: SFTConfig, run: Run, context_length: int) -> _Data:
+def _load_data(config: SFTConfig, run: Run, context: Limit) -> _Data:
     """Read demonstrations and pretraining text, the training and the held-out ones."""
     data, loaded = config.data, _Data()
     if data.train is not None:
-        records, report = read_demonstrations(data.train, skip_bad_lines=data.skip_bad_lines)
-        run.count("data.train", report)
-        loaded.notes.append(f"{data.train}: {report}")
-        if data.valid is not None:
-            held_out, report = read_demonstrations(data.valid, skip_bad_lines=data.skip_bad_lines)
-            run.count("data.valid", report)
-            loaded.notes.append(f"{data.valid}: {report}")
-        else:
-            records, held_out = hold_out(records, data.valid_fraction, config.seed)
-        loaded.held_out_prompts.extend(r.prompt for r in held_out)
-        for units, name, chosen in (
-            (loaded.train, "train", records),
-            (loaded.valid, "valid", held_out),
-        ):
-            if not chosen:
-                continue
-            units["loss"], lengths = demonstration_examples(
-                chosen,
-                run.tokenizer,
-                max_length=min(data.max_tokens, context_length),
-                max_prompt_length=data.max_prompt_tokens,
-                prompt_suffix=data.prompt_suffix,
-            )
-            run.count("data.valid" if name == "valid" and data.valid else "data.train", lengths)
-            loaded.notes.append(f"demonstrations ({name}): {lengths}")
+        _load_demonstrations(config, run, context, loaded)
     wants_pretraining = data.train is None or data.pretraining_fraction > 0
     if wants_pretraining:
         if data.train is None and data.pretraining is None:
             raise UserError("--data.train or --data.pretraining is required")
         require_path(data.pretraining, "data.pretraining")
-        length = min(data.pretraining_tokens, context_length)
+        length = min(data.pretraining_tokens, context.tokens)
         for units, path, name in (
             (loaded.train, data.pretraining, "data.pretraining"),
             (loaded.valid, data.pretraining_valid, "data.pretraining_valid"),
@@ -255,4 +257,85 @@ def _load_data(config: SFTConfig, run: Run, context_length: int) -> _Data:
                 run.count(name, tokens.report)
                 units["pretrain_loss"] = tokens.sequences(length)
                 loaded.notes.append(f"{path}: {tokens.report}, {len(tokens.tokens)} tokens")
+    if not loaded.valid and data.train is None:
+        loaded.cautions.extend(no_held_out_text())
     return loaded
+
+
+def _load_demonstrations(config: SFTConfig, run: Run, context: Limit, loaded: _Data) -> None:
+    """Read the demonstrations into `loaded`, with what there is to say of them."""
+    data, path = config.data, config.data.train
+    assert path is not None
+    records, report = read_demonstrations(path, skip_bad_lines=data.skip_bad_lines)
+    run.count("data.train", report)
+    loaded.notes.append(f"{path}: {report}")
+    num_read = len(records)
+    if data.valid is not None:
+        held_out, valid_report = read_demonstrations(data.valid, skip_bad_lines=data.skip_bad_lines)
+        run.count("data.valid", valid_report)
+        loaded.notes.append(f"{data.valid}: {valid_report}")
+    else:
+        records, held_out = hold_out(records, data.valid_fraction, config.seed)
+    loaded.held_out_prompts.extend(r.prompt for r in held_out)
+    limits = training_limits(
+        max_tokens=data.max_tokens, max_prompt_tokens=data.max_prompt_tokens, context=context
+    )
+
+    def encode(name: str, chosen: list[Demonstration]) -> tuple[list[Example], LengthReport]:
+        examples, lengths = demonstration_examples(
+            chosen,
+            run.tokenizer,
+            max_length=context.tokens if limits.whole is None else limits.whole.tokens,
+            max_prompt_length=data.max_prompt_tokens,
+            prompt_suffix=data.prompt_suffix,
+        )
+        if chosen:
+            run.count("data.valid" if name == "valid" and data.valid else "data.train", lengths)
+            loaded.notes.append(f"demonstrations ({name}): {lengths}")
+        return examples, lengths
+
+    examples, lengths = encode("train", records)
+    limits.check(lengths, f"--data.train {path}")
+    loaded.train["loss"] = examples
+    valid, valid_lengths = encode("valid", held_out)
+    if valid:
+        loaded.valid["loss"] = valid
+    loaded.cautions.extend(
+        [
+            *reading_cautions("demonstrations", report, lengths, limits),
+            *held_out_cautions(
+                "demonstrations",
+                len(valid),
+                valid_lengths.num_dropped,
+                path=data.valid,
+                fraction=data.valid_fraction,
+                num_all=num_read,
+            ),
+            *overlap_cautions(
+                "demonstrations", [r.prompt for r in held_out], [r.prompt for r in records]
+            ),
+            *response_cautions(
+                "responses",
+                [r.response for r in records],
+                [len(each.tokens) - each.prompt_length for each in examples],
+            ),
+        ]
+    )
+
+
+def _cautions(config: SFTConfig, feeds: dict[str, Feed], num_steps: int) -> list[Alarm]:
+    """Return what is amiss with the settings, now that the data are known."""
+    names = {"loss": "demonstrations", "pretrain_loss": "pretraining sequences"}
+    readings = {
+        names[name]: Reading(
+            len(feed.units), feed.batch_size, num_steps * feed.order.batch_size, "Lower epochs"
+        )
+        for name, feed in feeds.items()
+    }
+    lead = next(iter(feeds.values()))
+    return [
+        *schedule_cautions("adam", config.adam, num_steps),
+        *interval_cautions(config.saving, config.eval_every, num_steps),
+        *repetition_cautions(readings),
+        *rank_cautions("batch_size", config.batch_size, lead.parallel.dp),
+    ]

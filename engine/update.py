@@ -53,6 +53,11 @@ class Learner:
         networks = {"policy": self.policy.skipped, "critic": self.critic.skipped}
         return {**networks, "rollouts": self.rollouts}
 
+    @property
+    def num_sequences(self) -> int:
+        """The different sequences of pretraining text; 0 without ptx."""
+        return 0 if self.pretraining is None else self.pretraining.order.num_examples
+
 
 def learning_examples(rollout: Rollout, scored: Scored, advantages: Advantages) -> list[Example]:
     """Return the responses as training examples that carry the numbers of their tokens."""

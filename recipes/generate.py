@@ -6,7 +6,7 @@ python recipes/generate.py --source runs/ppo --role ema --sampling.temperature 0
 Answers are kept in responses.jsonl.partial as they come, in any order; when all are there they
 become responses.jsonl, sorted by prompt and sample. The same command, on any layout, goes on where
 a stopped one was: it draws what is missing, and draws the same. With another model, other prompts
-or settings it says so and stops.
+or settings it says so and stops, also where responses.jsonl is finished; --overwrite replaces that.
 
 A model too large for one process, here on eight:
 torchrun --nproc-per-node=8 recipes/generate.py --source ... --prompts ... --layout.tp 8

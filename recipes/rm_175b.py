@@ -12,6 +12,7 @@ from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.rm import RMConfig, RMData
+from engine.settings.saving import SaveConfig
 
 config = RMConfig(
     directory=Path("runs/rm_175b"),
@@ -40,6 +41,8 @@ config = RMConfig(
     numerics=Numerics(dtype="bf16", recompute="full"),
     # Our choice: 512 or 1,024 GPUs; on 64 --layout.pp 8.
     layout=ParallelLayout(tp=8, pp=16, sequence_parallel=True),
+    # Our choice: a checkpoint is 2.5 TB (14 bytes a parameter); an hour keeps the disks free.
+    saving=SaveConfig(save_every_minutes=60.0),
     micro_batch_tokens=8192,  # our choice; a prompt's answers stay together, up to 9 x 2,048
 )
 

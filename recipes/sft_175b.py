@@ -11,6 +11,7 @@ from engine.recipe import run_stage
 from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.saving import SaveConfig
 from engine.settings.sft import SelectionConfig, SFTConfig, SFTData
 
 config = SFTConfig(
@@ -40,6 +41,8 @@ config = SFTConfig(
     numerics=Numerics(dtype="bf16"),
     # Our choice: 512 GPUs (dp 4) or 1,024 (dp 8: one sequence each); on 64 --layout.pp 8.
     layout=ParallelLayout(tp=8, pp=16, sequence_parallel=True),
+    # Our choice: a checkpoint is 2.5 TB (14 bytes a parameter); an hour keeps the disks free.
+    saving=SaveConfig(save_every_minutes=60.0),
     micro_batch_tokens=2048,  # our choice
 )
 

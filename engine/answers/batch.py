@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from engine.answers.kept import Answers, Origin, digest_of_prompts
+from engine.answers.kept import Answers, Origin, digest_of_prompts, digest_of_weights
 from engine.answers.load import find_weights
 from engine.data.batches import deal
+from engine.data.limits import Limit, Limits
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.data.tokenizer import Tokenizer
 from engine.generation.generate import generate
 from engine.printable import say
+from engine.ranks.first_rank import said_by_first_rank
 from engine.settings.generate import GenerateConfig
 from engine.training.network import Network
 
@@ -22,22 +24,23 @@ def answer_file(
     """
     parallel = network.parallel
     texts, read_report = read_prompts(prompts, skip_bad_lines=config.skip_bad_lines)
+    context_length = network.size.context_length
+    limit = Limit(context_length - 1, f"one less than the model's context of {context_length}")
     examples, length_report = prompt_examples(
         texts,
         tokenizer,
-        max_prompt_length=network.size.context_length - 1,
+        max_prompt_length=limit.tokens,
         prompt_suffix=config.prompt_suffix,
     )
-    origin = Origin(
-        weights=str(find_weights(config)[0].resolve()),
-        prompts=digest_of_prompts([e.tokens for e in examples], tokenizer.fingerprint()),
-        num_samples=config.num_samples,
-        sampling=config.sampling,
-        dtype=config.dtype,
-        seed=config.seed,
-    )
+    Limits(prompt=limit).check(length_report, f"{prompts}")
+    digest = digest_of_prompts([e.tokens for e in examples], tokenizer.fingerprint())
+    origin = _origin(config, digest)
     num_answers = len(examples) * config.num_samples
-    answers = Answers(config.out, origin, parallel, num_answers)
+    answers = Answers(config.out, origin, parallel, num_answers, overwrite=config.overwrite)
+    if answers.is_finished:
+        if parallel.is_writer:
+            say(f"{config.out}: finished, {num_answers} answers; --overwrite draws them again")
+        return
     if parallel.is_writer and answers.kept:
         say(f"{config.out}: {len(answers.kept)} of {num_answers} answers are there already")
     missing = [number for number in range(num_answers) if number not in answers.kept]
@@ -68,3 +71,19 @@ def answer_file(
     answers.finish()
     if parallel.is_writer:
         say(f"{config.out}: {num_answers} answers; {read_report}; prompts: {length_report}")
+
+
+def _origin(config: GenerateConfig, digest: str) -> Origin:
+    """Return what the answers depend on; digest: of the prompts."""
+    weights, is_huggingface = find_weights(config)
+    return Origin(
+        weights=str(weights.resolve()),
+        prompts=digest,
+        num_samples=config.num_samples,
+        sampling=config.sampling,
+        dtype=config.dtype,
+        seed=config.seed,
+        content=said_by_first_rank(
+            lambda: digest_of_weights(weights, is_huggingface=is_huggingface)
+        ),
+    )

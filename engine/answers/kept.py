@@ -2,9 +2,11 @@
 
 While a run goes on, OUT.partial holds what its answers depend on (origin.json) and one file of JSON
 lines a replica. Each line has its checksum. When all answers are there they become OUT, in the
-prompts' order and in one step, and the folder goes. One run at a time writes there.
+prompts' order and in one step, and the folder goes; OUT.origin.json says what OUT was made from.
+One run at a time writes there.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -41,20 +43,40 @@ class Origin:
     sampling: SamplingConfig
     dtype: str
     seed: int
+    content: str = ""
+    """Digest of what the weights' folder holds."""
+    answers: str = ""
+    """Digest of the finished file; none while it is not."""
 
 
 class Answers:
     """The answers to one file of prompts. All ranks make it, and finish it, together."""
 
-    def __init__(self, out: Path, origin: Origin, parallel: Parallel, num_answers: int) -> None:
+    def __init__(
+        self,
+        out: Path,
+        origin: Origin,
+        parallel: Parallel,
+        num_answers: int,
+        *,
+        overwrite: bool = False,
+    ) -> None:
         """Find what an earlier run has left of num_answers; raises UserError where that has another
-        origin or is damaged, and where another run writes there."""
+        origin or is damaged, and where another run writes there. overwrite: a finished file is
+        replaced, whatever it holds."""
         self.out = out
+        self._origin = origin
+        self._overwrite = overwrite
         self.num_answers = num_answers
         self.folder = out.with_name(f"{out.name}.partial")
-        self.kept: set[int] = set(json.loads(said_by_first_rank(lambda: self._open(origin))))
+        found = json.loads(said_by_first_rank(self._open))
+        self.is_finished = found is None
+        """Whether the file has all of these answers; nothing is to be done then."""
+        self.kept: set[int] = set(found or [])
         """The numbers of the answers that are there already."""
         self._part = None
+        if self.is_finished:
+            return
         if parallel.tp_rank == 0 and parallel.pp_rank == 0:  # one rank of a replica
             self._part = _open_part(self.folder / f"{parallel.replica_rank}.jsonl")
 
@@ -74,13 +96,21 @@ class Answers:
         dist.barrier()
         said_by_first_rank(self._write)
 
-    def _open(self, origin: Origin) -> str:
+    def _open(self) -> str:
         """Claim the folder; return the numbers of the kept answers, and leave a note of their
-        origin."""
+        origin. null where the file is finished."""
+        origin = self._origin
         claim(self.folder)
         clear_partials(self.folder)
         clear_partials(self.out.parent, self.out.name)
         numbers, note = [number for number, _ in self._read()], self.folder / "origin.json"
+        if os.path.lexists(self.out) and not self._overwrite:
+            problem = self._difference()
+            if problem is None or not numbers:
+                shutil.rmtree(self.folder)
+            if problem is None:
+                return "null"
+            raise UserError(f"{problem}; give another --out, or --overwrite to replace it")
         change = changed_setting(origin, note) if numbers else None
         if change is not None:
             raise UserError(
@@ -88,6 +118,21 @@ class Answers:
             )
         save_config(origin, note)
         return json.dumps(numbers)
+
+    def _difference(self) -> str | None:
+        """Return why the finished file is not this run's, None where it is."""
+        if not os.path.lexists(self._note):
+            return f"{self.out} exists, and nothing says what it was made from"
+        origin = dataclasses.replace(self._origin, answers=_digest_of_file(self.out))
+        change = changed_setting(origin, self._note)
+        if change is not None and change.startswith("answers "):
+            return f"{self.out} has changed since its answers were written"
+        return None if change is None else f"{self.out} has answers with {change}"
+
+    @property
+    def _note(self) -> Path:
+        """Where the origin of the finished file is kept."""
+        return self.out.with_name(f"{self.out.name}.origin.json")
 
     def _read(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield every (number, answer) of the parts; raises UserError for a damaged line."""
@@ -107,12 +152,29 @@ class Answers:
                 f"{self.folder} has {len(answers)} answers of {self.num_answers}: every rank must "
                 "see the same folder"
             )
+        lines = [
+            (json.dumps(answer, ensure_ascii=False) + "\n").encode()
+            for _, answer in sorted(answers.items())
+        ]
+        digest = xxhash.xxh3_128()
+        for line in lines:
+            digest.update(line)
+        # First: a note without its file stands in nobody's way.
+        save_config(dataclasses.replace(self._origin, answers=digest.hexdigest()), self._note)
         with replacing(self.out) as stream:
-            for _, answer in sorted(answers.items()):
-                stream.write((json.dumps(answer, ensure_ascii=False) + "\n").encode())
+            stream.writelines(lines)
         with writing(self.folder):
             shutil.rmtree(self.folder)
         return ""
+
+
+def digest_of_weights(folder: Path, *, is_huggingface: bool) -> str:
+    """Return a short name for what a network's folder holds: of ours by the checkpoint's manifest,
+    which has every file's checksum, of Hugging Face's by the files of weights."""
+    if not is_huggingface:
+        return _digest_of_file(folder.parent / "manifest.json")
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin")]
+    return xxhash.xxh3_128_hexdigest(" ".join(_digest_of_file(path) for path in files).encode())
 
 
 def digest_of_prompts(prompts: Iterable[np.ndarray], tokenizer_fingerprint: str) -> str:
@@ -120,6 +182,14 @@ def digest_of_prompts(prompts: Iterable[np.ndarray], tokenizer_fingerprint: str)
     digest = hashlib.blake2b(tokenizer_fingerprint.encode(), digest_size=8)
     for tokens in prompts:
         digest.update(np.array([len(tokens), *tokens], dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _digest_of_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open_file(path) as stream:
+        while content := stream.read(1 << 20):
+            digest.update(content)
     return digest.hexdigest()
 
 

@@ -142,11 +142,14 @@ class EpochOrder:
 
     def indices(self, step: int) -> list[int]:
         """Return the `batch_size` examples of this step, counted from 0."""
-        taken = range(step * self.batch_size, (step + 1) * self.batch_size)
-        read = (divmod(position, self.num_examples) for position in taken)
-        return [
-            int(_permutation(self.num_examples, self.seed, epoch)[index]) for epoch, index in read
-        ]
+        start, end = step * self.batch_size, (step + 1) * self.batch_size
+        found: list[int] = []
+        while start < end:
+            epoch, first = divmod(start, self.num_examples)
+            last = min(self.num_examples, first + end - start)
+            found += _permutation(self.num_examples, self.seed, epoch)[first:last].tolist()
+            start += last - first
+        return found
 
 
 def pack(

@@ -89,6 +89,8 @@ def _parse_ranking(record: dict[str, Any]) -> Comparison:
         parse_reply(reply, f"completions[{index}]", in_chat=in_chat)
         for index, reply in enumerate(replies)
     ]
+    if len(set(completions)) == 1:
+        raise BadRecord("has the same text each time", field="completions")
     return Comparison(prompt, completions, _parse_ranks(required(record, "ranks"), len(replies)))
 
 

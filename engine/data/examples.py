@@ -7,7 +7,6 @@ from typing import TypeVar
 import numpy as np
 
 from engine.data.tokenizer import Tokenizer
-from engine.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +54,11 @@ class LengthReport:
     num_long_sequences: int
     """Units dropped because prompt and response together are over the limit."""
 
+    @property
+    def num_dropped(self) -> int:
+        """Units that were too long."""
+        return self.num_long_prompts + self.num_long_sequences
+
     def __str__(self) -> str:
         return (
             f"{len(self.kept)} kept, {self.num_long_prompts} dropped for a long prompt, "
@@ -67,8 +71,8 @@ def drop_long(
 ) -> tuple[list[AnyUnit], LengthReport]:
     """Return the units within the limits (in tokens), in order, and what was dropped.
 
-    A unit of several sequences goes when one of them is too long. Raises UserError when none is
-    left.
+    A unit of several sequences goes when one of them is too long. Where none is left, the caller
+    knows whether that matters (engine/data/limits.py).
     """
     prompt_limit = max_length if max_prompt_length is None else max_prompt_length
     kept: list[int] = []
@@ -79,11 +83,6 @@ def drop_long(
             num_long_prompts += 1
         elif all(len(sequence.tokens) <= max_length for sequence in sequences):
             kept.append(index)
-    if units and not kept:
-        raise UserError(
-            f"all {len(units)} examples are too long, {num_long_prompts} with a prompt over "
-            f"{prompt_limit} tokens, the others over {max_length} in all; raise the limit"
-        )
     report = LengthReport(
         kept=kept,
         num_long_prompts=num_long_prompts,

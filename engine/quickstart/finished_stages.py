@@ -8,6 +8,7 @@ from torch import Tensor
 from engine.checkpoints.found import size_of
 from engine.checkpoints.weights import load_weights
 from engine.data.examples import Example, LengthReport
+from engine.data.limits import prompt_limits
 from engine.data.prompts import prompt_examples
 from engine.data.tokenizer import load_tokenizer
 from engine.ranks.parallel import Parallel
@@ -65,9 +66,17 @@ class FinishedStages:
         return read_rollout(network, rollout, self.ppo.micro_batch_tokens)
 
     def _encode(self, prompts: Sequence[str]) -> tuple[list[Example], LengthReport]:
-        return prompt_examples(
+        sampling, data = self.ppo.sampling, self.ppo.data
+        limits = prompt_limits(
+            {"policy": self.context_length},
+            sampling.max_new_tokens,
+            max_prompt_tokens=self.context_length,  # longer ones are judged too
+        )
+        examples, lengths = prompt_examples(
             prompts,
             self.tokenizer,
-            max_prompt_length=self.context_length - self.ppo.sampling.max_new_tokens,
-            prompt_suffix=self.ppo.data.prompt_suffix,
+            max_prompt_length=limits.prompt.tokens,
+            prompt_suffix=data.prompt_suffix,
         )
+        limits.check(lengths, "prompts")
+        return examples, lengths

@@ -5,7 +5,6 @@ describe. A scripted labeler ranks what the SFT model itself wrote, as the paper
 """
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ from typing import Any
 import torch.distributed as dist
 
 from engine.claim import holding_claims
-from engine.files import replacing
+from engine.files import read_object, replacing
 from engine.metrics import read_metrics
 from engine.ppo import train as train_ppo
 from engine.printable import open_console, say
 from engine.progress import LongWork
+from engine.quickstart.begun import FOLDERS, Begun, begin
 from engine.quickstart.comparisons import write_comparisons
 from engine.quickstart.files import Files, find_files, write_files, write_tokenizer
 from engine.quickstart.finished_stages import FinishedStages
@@ -26,6 +26,7 @@ from engine.quickstart.report import summary_table, write_report
 from engine.quickstart.settings import QuickstartConfig
 from engine.quickstart.stages import ppo_stage, pretraining_stage, rm_stage, sft_stage
 from engine.ranks.failure import leave_all
+from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
 from engine.rm import train as train_rm
@@ -38,40 +39,61 @@ from engine.stop import leaving_at_signals
 @holding_claims()
 def run(config: QuickstartConfig) -> dict[str, Any]:
     """Run every stage, judge the four models on held-out prompts, write summary.json and
-    report.html. UserError where another one writes into the folder."""
-    seconds: dict[str, float] = {}
-
-    def timed(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        start = time.perf_counter()
-        result = work(*arguments)
-        seconds[name] = round(time.perf_counter() - start, 1)
-        return result
-
+    report.html; what an earlier start has finished is kept. UserError where another one writes
+    into the folder, or it is of other settings or files."""
     parallel = start_parallel(config.layout, config.seed, config.waiting)
     claim_for_all(config.directory, "data", "tokens")
-    files = timed("data", prepare_files, config, parallel)
-    timed("pretrain", train_sft, pretraining_stage(config, files))
-    timed("sft", train_sft, sft_stage(config, files))
+    find_files(config)  # before anything is written
+    begun = begin(config, is_writer=parallel.is_writer)
+    if "data" in begun.finished:  # but for files that somebody has removed
+        files = prepare_files(config, parallel)
+    else:
+        files = begun.run("data", prepare_files, config, parallel)
+    begun.check_files(files)
+
+    def do(stage: str, work: Callable[..., Any], settings: Callable[[], Any]) -> None:
+        if stage not in begun.finished:
+            begun.run(stage, work, settings())
+
+    do("pretrain", train_sft, lambda: pretraining_stage(config, files))
+    do("sft", train_sft, lambda: sft_stage(config, files))
     finished = FinishedStages(
         config.directory, parallel, config.numerics, config.ppo, seed=config.seed
     )
-    if config.data is None:
-        timed("label", write_comparisons, config, files, finished)
-    rm_values = timed("rm", train_rm, rm_stage(config, files))
+    if config.data is None and not ("label" in begun.finished and files.comparisons.exists()):
+        begun.run("label", write_comparisons, config, files, finished)
+        begun.check_files(files)
+    do("rm", train_rm, lambda: rm_stage(config, files))
     for name in ("ppo", "ppo_ptx"):
-        timed(name, train_ppo, ppo_stage(config, files, name))
-    summary, samples = timed("judge", judge_models, config, files, finished)
-    summary = {
-        "rm_pair_accuracy": rm_values["valid/pair_accuracy"],
-        **summary,
-        "seconds": seconds,
-        "seed": config.seed,
-    }
-    if parallel.is_writer:
-        with LongWork("report", is_writer=True):
-            _write_results(config.directory, summary, samples)
+        do(name, train_ppo, lambda name=name: ppo_stage(config, files, name))  # type: ignore[misc]
+    return _results(config, files, finished, begun)
+
+
+def _results(
+    config: QuickstartConfig, files: Files, finished: FinishedStages, begun: Begun
+) -> dict[str, Any]:
+    """Judge the models, unless that is done, and return and print the summary."""
+    home, is_writer = config.directory, finished.parallel.is_writer
+    paths = (home / "summary.json", home / "report.html")
+    if "judge" in begun.finished and said_by_first_rank(
+        lambda: "there" if all(path.exists() for path in paths) else ""
+    ):
+        summary = json.loads(said_by_first_rank(lambda: json.dumps(read_object(paths[0]))))
+    else:
+        judged, samples = begun.run("judge", judge_models, config, files, finished)
+        accuracy = read_metrics(home / "rm")[-1]["valid/pair_accuracy"] if is_writer else None
+        summary = {
+            "rm_pair_accuracy": json.loads(said_by_first_rank(lambda: json.dumps(accuracy))),
+            **judged,
+            "seconds": begun.seconds,
+            "seed": config.seed,
+        }
+        if is_writer:
+            with LongWork("report", is_writer=True):
+                _write_results(home, summary, samples)
+    if is_writer:
         open_console().print(summary_table(summary))
-        say(f"report: {config.directory / 'report.html'}")
+        say(f"report: {home / 'report.html'}")
     return summary
 
 
@@ -91,6 +113,5 @@ def prepare_files(config: QuickstartConfig, parallel: Parallel) -> Files:
 def _write_results(home: Path, summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
     with replacing(home / "summary.json") as stream:
         stream.write(json.dumps(summary, indent=1).encode())
-    folders = {"pretrain": "base", "sft": "sft", "rm": "rm", "ppo": "ppo", "ppo_ptx": "ppo_ptx"}
-    curves = {stage: read_metrics(home / folder) for stage, folder in folders.items()}
+    curves = {stage: read_metrics(home / folder) for stage, folder in FOLDERS.items()}
     write_report(home / "report.html", summary, curves, samples)

@@ -27,7 +27,9 @@ class GenerateConfig:
     out: Path = Path("responses.jsonl")
     """Their answers: {"prompt", "response", "sample", "tokens", "logprob", "has_eos"} a line, in
     the prompts' order. Until all are there they are kept in OUT.partial, where the same command
-    goes on."""
+    goes on. An OUT that was made from anything else is not replaced."""
+    overwrite: bool = False
+    """Replace OUT, whatever it holds."""
     num_samples: int = 1
     """Answers to each prompt."""
     prompt_suffix: str = "\n"

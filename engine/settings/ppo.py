@@ -159,6 +159,7 @@ class PPOConfig:
                 f"rollout_batch_size {self.rollout_batch_size} must be a multiple of "
                 f"minibatch_size {self.minibatch_size}"
             )
+        self.kl.check_batch(self.rollout_batch_size)
 
     @property
     def num_updates(self) -> int:

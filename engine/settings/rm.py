@@ -78,8 +78,8 @@ class RMConfig:
     """What is done about a loss or a gradient that leaps."""
     seed: int = 0
     """Shuffling and initialisation."""
-    eval_every: int = 0
-    """Steps between held-out accuracies; 0: only at the end."""
+    eval_every: int | None = None
+    """Steps between held-out accuracies; none: about ten times over the run; 0: only at the end."""
     accept_changed: tuple[str, ...] = ()
     """What may differ from what the run was made from, for once: data.train, torch, code, ...; it
     is recorded in identity.json."""

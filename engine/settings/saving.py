@@ -12,9 +12,10 @@ class SaveConfig:
     """Checkpoints of one run; its newest is always kept."""
 
     save_every: int = 0
-    """Steps or iterations between checkpoints; 0: only at the end."""
-    save_every_minutes: float = 0.0
-    """Minutes between checkpoints, by the first rank's clock; 0: none is due for the time."""
+    """Steps or iterations between checkpoints; 0: none is due for the steps, but at the end."""
+    save_every_minutes: float = 15.0
+    """Minutes between checkpoints, by the first rank's clock; 0: none is due for the time. Our
+    choice: the most work that a killed run loses, and a write that a run does not notice."""
     keep: int = 2
     """Checkpoints kept, the last so many."""
     keep_every: int = 0

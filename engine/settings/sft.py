@@ -112,8 +112,8 @@ class SFTConfig:
     """What is done about a loss or a gradient that leaps."""
     seed: int = 0
     """Shuffling, initialisation, dropout."""
-    eval_every: int = 0
-    """Steps between held-out losses; 0: only at the end."""
+    eval_every: int | None = None
+    """Steps between held-out losses; none: about ten times over the run; 0: only at the end."""
     accept_changed: tuple[str, ...] = ()
     """What may differ from what the run was made from, for once: data.train, torch, code, ...; it
     is recorded in identity.json."""

@@ -108,3 +108,14 @@ def test_kl_that_is_not_finite_moves_no_coefficient(kl: float):
     controller = KLController(KLConfig(coef=0.1, control="adaptive", target=6.0, horizon=100))
     controller.update(kl, 64)
     assert controller.coef == 0.1
+
+
+@pytest.mark.parametrize("num_responses", [1, 64, 512])
+def test_coefficient_stays_positive_under_the_shortest_horizon(num_responses: int):
+    horizon = math.floor(0.2 * num_responses) + 1
+    config = KLConfig(coef=0.02, control="adaptive", horizon=horizon)
+    config.check_batch(num_responses)
+    controller = KLController(config)
+    for _ in range(20):
+        controller.update(0.0, num_responses)
+        assert controller.coef > 0.0

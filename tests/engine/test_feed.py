@@ -156,3 +156,11 @@ def test_batches_go_to_the_device_whole(parallel: Parallel):
     tensors = [value for value in vars(moved).values() if hasattr(value, "device")]
     assert len(tensors) >= 6
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_fewer_units_than_a_batch_are_taken_once_a_step(parallel: Parallel):
+    units = examples()
+    feed = Feed(units=units, batch_size=1000, micro_batch_tokens=12, seed=0, parallel=parallel)
+    assert sorted(feed.order.indices(3)) == list(range(len(units)))
+    assert feed.order.num_steps(2.0) == 2
+    assert feed.step(0).num_tokens == sum(len(each.tokens) for each in units)

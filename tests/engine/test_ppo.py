@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -107,7 +108,8 @@ def test_run_records_every_phase(tiny: Path, tmp_path: Path):
     samples = (tmp_path / "samples.jsonl").read_text().splitlines()
     assert len(samples) == 6  # three of the first iteration and of the last
     assert any(word in samples[0] for word in WORDS)
-    assert not (tmp_path / "alarms.jsonl").exists()
+    alarms = [json.loads(line) for line in (tmp_path / "alarms.jsonl").read_text().splitlines()]
+    assert [alarm["name"] for alarm in alarms] == ["average"]  # of four updates
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from engine.checkpoints.weights import load_weights
-from engine.data.batches import pack
+from engine.data.batches import EpochOrder, pack
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
 from engine.data.tokenizer import load_tokenizer
@@ -18,7 +19,7 @@ from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sft import SFTConfig, SFTData
-from engine.sft import _train_step
+from engine.sft import _epoch_ended, _train_step
 from engine.training.network import build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward_backward
@@ -141,3 +142,25 @@ def test_run_says_what_computes_attention(tiny: Path, tmp_path: Path, capsys):
     train(sft_config(tiny, tmp_path, epochs=0.2))
     backend = attention_backend(start_parallel(ParallelLayout(), seed=0).device, torch.float32)
     assert capsys.readouterr().out.count(f"attention: {backend}") == 1
+
+
+@pytest.mark.parametrize("epochs", [0.3, 1.0, 2.0, 2.5, 7.0])
+@pytest.mark.parametrize(("num_examples", "batch_size"), [(3, 3), (7, 3), (8, 4), (100, 7)])
+def test_the_steps_that_end_an_epoch_are_known(epochs: float, num_examples: int, batch_size: int):
+    order = EpochOrder(num_examples, batch_size, seed=0)
+    last = order.num_steps(epochs)
+    ends = {min(order.num_steps(e), last): e for e in range(1, math.ceil(epochs) + 1)}
+    found = {step: _epoch_ended(epochs, order, step) for step in range(1, last + 1)}
+    assert {step: epoch for step, epoch in found.items() if epoch} == ends
+
+
+def test_endless_epochs_take_no_memory():
+    order = EpochOrder(3, 3, seed=0)
+    assert order.num_steps(1e9) == 10**9
+    assert _epoch_ended(1e9, order, 123_456_789) == 123_456_789
+
+
+def test_fewer_demonstrations_than_a_batch_are_each_read_once_a_step(tiny: Path, tmp_path: Path):
+    config = sft_config(tiny, tmp_path, epochs=2.0, batch_size=1000)
+    train(dataclasses.replace(config, data=SFTData(train=tiny / "demonstrations.jsonl")))
+    assert [row["train/epoch"] for row in rows_of(tmp_path)] == [1.0, 2.0]

@@ -51,7 +51,10 @@ def test_an_answer_is_in_a_file_before_the_next_is_drawn(tmp_path):
         assert lines[-1].startswith(f'{{"number": {number}, "response": "ö {number}", "checksum": ')
     answers.finish()
     assert (tmp_path / "out.jsonl").read_text() == '{"response": "ö 0"}\n{"response": "ö 1"}\n'
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "out.jsonl",
+        "out.jsonl.origin.json",
+    ]
 
 
 def test_a_folder_that_lacks_answers_becomes_no_file(tmp_path):
@@ -172,3 +175,60 @@ def test_an_answer_that_cannot_be_written_is_one_line(tmp_path):
     answers._part = (tmp_path / "0.jsonl").open("ab", buffering=0)
     with pytest.raises(UserError, match="0.jsonl: cannot be written: No space left on device"):
         answers.add(0, {"response": ""})
+
+
+def test_a_finished_file_is_not_drawn_again(run, tmp_path, monkeypatch, capsys):
+    settings = config(run / "policy", tmp_path)
+    generate_text(settings)
+    written = settings.out.stat().st_mtime_ns
+    kill_after(0, monkeypatch)
+    generate_text(settings)
+    assert "out.jsonl: finished, 2 answers" in capsys.readouterr().out
+    assert settings.out.stat().st_mtime_ns == written
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"seed": 2}, "seed 1, not 2; give another --out, or --overwrite"),
+        ({"source": "reference"}, "weights .*policy/checkpoints.*, not .*reference/checkpoints"),
+        ({"prompt_suffix": " "}, "prompts [0-9a-f]{16}, not"),
+    ],
+)
+def test_a_finished_file_of_another_origin_is_replaced_on_request_alone(
+    run, tmp_path, change, match
+):
+    settings = config(run / "policy", tmp_path)
+    generate_text(settings)
+    content = settings.out.read_bytes()
+    change = {name: run / x if name == "source" else x for name, x in change.items()}
+    other = dataclasses.replace(settings, **change)
+    with pytest.raises(UserError, match=match):
+        generate_text(other)
+    assert settings.out.read_bytes() == content
+    assert not (tmp_path / "out.jsonl.partial").exists()
+    generate_text(dataclasses.replace(other, overwrite=True))
+    assert settings.out.read_bytes() != content
+    generate_text(other)  # now it is this one's
+
+
+def test_a_file_that_somebody_else_made_or_changed_is_not_replaced(run, tmp_path):
+    settings = config(run / "policy", tmp_path)
+    settings.out.write_text("mine")
+    with pytest.raises(UserError, match="out.jsonl exists, and nothing says what it was made from"):
+        generate_text(settings)
+    settings.out.unlink()
+    generate_text(settings)
+    with settings.out.open("a") as stream:
+        stream.write("a note\n")
+    with pytest.raises(UserError, match="has changed since its answers were written"):
+        generate_text(settings)
+
+
+def test_weights_of_another_content_in_the_same_folder_are_noticed(run, tmp_path, monkeypatch):
+    settings = config(run / "policy", tmp_path)
+    generate_text(settings)
+    monkeypatch.setattr("engine.answers.batch.digest_of_weights", lambda *a, **o: "other")
+    with pytest.raises(UserError, match="content [0-9a-f]{32}, not other"):
+        generate_text(settings)

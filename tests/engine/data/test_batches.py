@@ -64,6 +64,14 @@ def test_an_empty_order_is_refused() -> None:
 # Dealing and splitting
 
 
+def test_a_batch_of_many_epochs_is_read_at_once():
+    order = EpochOrder(7, 100_000, seed=1)
+    found = order.indices(3)
+    assert len(found) == 100_000
+    one_by_one = EpochOrder(7, 1, seed=1)
+    assert found[:20] == [one_by_one.indices(300_000 + n)[0] for n in range(20)]
+
+
 @given(lengths=LENGTHS, dp=st.integers(1, 5))
 def test_dealing_takes_each_once_and_balances_tokens(lengths: list[int], dp: int) -> None:
     dealt = deal(lengths, dp)

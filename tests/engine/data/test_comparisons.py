@@ -145,3 +145,12 @@ def test_real_pairs_are_read(data_pack: Path) -> None:
     comparisons, report = read_comparisons(data_pack / "pairs" / "hh_harmless.val.jsonl.gz")
     assert report.num_read == 236
     assert all(comparison.ranks == [1, 2] for comparison in comparisons)
+
+
+def test_a_ranking_of_equal_texts_says_nothing(tmp_path: Path):
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"prompt": "a", "completions": ["x", "x", "x"], "ranks": [1, 2, 3]}\n')
+    with pytest.raises(
+        UserError, match='c.jsonl:1: field "completions" has the same text each time'
+    ):
+        read_comparisons(path)

@@ -3,7 +3,6 @@ import pytest
 
 from engine.data.examples import Example, drop_long, encode_prompts, join_pair
 from engine.data.tokenizer import Tokenizer
-from engine.errors import UserError
 
 
 def example(prompt_length: int, length: int) -> Example:
@@ -38,9 +37,9 @@ def test_a_group_goes_when_one_of_its_sequences_is_too_long() -> None:
     assert len(kept[0]) == 1
 
 
-def test_nothing_left_is_an_error() -> None:
-    with pytest.raises(UserError, match="all 2 examples are too long, 1 with a prompt over 5"):
-        drop_long([example(6, 7), example(2, 20)], max_length=10, max_prompt_length=5)
+def test_all_may_go() -> None:
+    kept, report = drop_long([example(6, 7), example(2, 20)], max_length=10, max_prompt_length=5)
+    assert (kept, report.kept, report.num_dropped) == ([], [], 2)
 
 
 @pytest.mark.parametrize("prompt_length", [0, 5])

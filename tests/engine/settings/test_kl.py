@@ -5,6 +5,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.settings.kl import KLConfig
+from engine.settings.ppo import PPOConfig
 from kernels.kl_estimate import KlEstimator
 
 
@@ -34,3 +35,27 @@ def test_what_is_not_said_is_the_papers():
 def test_estimators_are_those_of_the_kernel():
     hint = typing.get_type_hints(KLConfig)["estimator"]
     assert typing.get_args(hint) == typing.get_args(KlEstimator)
+
+
+def test_a_coefficient_of_0_cannot_adapt():
+    with pytest.raises(UserError, match="kl.coef 0 stays 0"):
+        KLConfig(coef=0.0, control="adaptive")
+
+
+@pytest.mark.parametrize(("horizon", "fits"), [(13, True), (12, False), (10, False), (1, False)])
+def test_a_horizon_must_outlast_an_iteration(horizon: int, fits: bool):
+    config = KLConfig(control="adaptive", horizon=horizon)
+    if fits:  # 0.2 x 64 = 12.8
+        config.check_batch(64)
+        return
+    with pytest.raises(UserError) as error:
+        config.check_batch(64)
+    assert f"kl.horizon {horizon} must be over 0.2 x rollout_batch_size 64 = 12.8" in str(
+        error.value
+    )
+
+
+def test_a_horizon_at_the_limit_is_refused_with_the_config():
+    with pytest.raises(UserError, match="kl.horizon 102 must be over"):
+        PPOConfig(kl=KLConfig(control="adaptive", horizon=102))  # of 512 responses
+    PPOConfig(kl=KLConfig(control="fixed", horizon=102))

@@ -8,7 +8,7 @@ from engine.settings.saving import SaveConfig
 
 def test_by_default_the_last_two_are_kept_and_written_beside_training():
     config = SaveConfig()
-    assert (config.keep, config.save_every, config.save_every_minutes) == (2, 0, 0.0)
+    assert (config.keep, config.save_every, config.save_every_minutes) == (2, 0, 15.0)
     assert config.save_in_background and not config.strict
 
 

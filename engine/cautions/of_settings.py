@@ -1,0 +1,211 @@
+"""What a run's settings do badly, said before it does it: pure functions of numbers.
+
+None of this is an error: each run would end, with a result that its user may not have wanted. A
+stage asks once, at its start, and a resume says only what is new. Thresholds are our choice unless
+a source is named. Each message has the number and the remedy.
+"""
+
+from engine.alarms import Alarm
+from engine.cautions.of_data import Reading, repetition_cautions
+from engine.data.limits import Limit
+from engine.ranks.parallel import Parallel
+from engine.settings.adam import AdamConfig
+from engine.settings.ppo import PPOConfig
+from engine.settings.sampling import SamplingConfig
+from engine.settings.saving import SaveConfig
+
+# Adam moves a weight by about lr a step, and GPT's begin with a deviation of 0.02 (GPT-2).
+_MOST_LR = 0.02
+_LEAST_PROMPT_SHARE = 1 / 8  # of the shortest context
+_MOST_INIT_SHARE = 0.75  # of the averaged weights, that are still the policy's start
+_MOST_UPDATES = 64  # optimizer steps on one rollout; the paper has 8 (C.4)
+
+
+def schedule_cautions(
+    option: str, adam: AdamConfig, num_steps: int, counted: str = "steps"
+) -> list[Alarm]:
+    """Return what is amiss with an optimizer's learning rate over a run of num_steps."""
+    found = []
+    if adam.warmup >= num_steps:
+        start = adam.warmup_start
+        share = start + (1.0 - start) * (num_steps - 1) / adam.warmup
+        found.append(
+            Alarm(
+                "warmup",
+                f"{option}.warmup {adam.warmup} outlasts the run of {num_steps} {counted}: the "
+                f"learning rate ends at {share * adam.lr:.3g} and never reaches {option}.lr "
+                f"{adam.lr:g}; lower {option}.warmup, or train longer",
+            )
+        )
+    if adam.warmup and adam.warmup_start == 0.0:
+        found.append(
+            Alarm(
+                "zero_lr",
+                f"{option}.warmup_start 0 gives the first of the {counted} a learning rate of "
+                "0, and it teaches nothing; the paper starts at 0.1 (C.4)",
+            )
+        )
+    if adam.lr > _MOST_LR:
+        found.append(
+            Alarm(
+                "large_lr",
+                f"{option}.lr {adam.lr:g} moves each weight by about so much a step, where most "
+                f"begin within {_MOST_LR}: the model will be lost; the paper's are below 1e-5",
+            )
+        )
+    return found
+
+
+def interval_cautions(saving: SaveConfig, eval_every: int | None, num_steps: int) -> list[Alarm]:
+    """Return which of a run's intervals is longer than the run."""
+    found = []
+    if saving.save_every > num_steps:
+        others = (
+            f"the only ones before it are those of save_every_minutes {saving.save_every_minutes:g}"
+            if saving.save_every_minutes
+            else "a run that is killed has none"
+        )
+        found.append(
+            Alarm(
+                "save_every",
+                f"save_every {saving.save_every} is beyond the run's {num_steps} steps: a "
+                f"checkpoint is due at its end, and {others}; lower save_every",
+            )
+        )
+    elif not saving.save_every and not saving.save_every_minutes:
+        found.append(
+            Alarm(
+                "no_saves",
+                "save_every 0 and save_every_minutes 0 write a checkpoint at the end alone: a run "
+                "that is killed has none; set one of them",
+            )
+        )
+    if eval_every and eval_every > num_steps:
+        found.append(
+            Alarm(
+                "eval_every",
+                f"eval_every {eval_every} is beyond the run's {num_steps} steps: held-out numbers "
+                "come at its end alone, and make no curve; lower eval_every",
+            )
+        )
+    return found
+
+
+def rank_cautions(option: str, size: int, num_ranks: int) -> list[Alarm]:
+    """Return whether a batch of `size` leaves some of the ranks that share it without work."""
+    if size >= num_ranks:
+        return []
+    return [
+        Alarm(
+            "idle_ranks",
+            f"{option} {size} is shared by {num_ranks} data-parallel ranks: {num_ranks - size} of "
+            f"them have nothing to do; raise {option}, or take fewer ranks",
+        )
+    ]
+
+
+def ppo_cautions(
+    config: PPOConfig, parallel: Parallel, num_prompts: int, num_sequences: int
+) -> list[Alarm]:
+    """Return what is amiss with the settings of a PPO run; num_sequences: of pretraining text, 0
+    without any."""
+    found = schedule_cautions("adam", config.adam, config.iterations, "iterations")
+    found += schedule_cautions("critic_adam", config.critic_adam, config.iterations, "iterations")
+    found += interval_cautions(config.saving, None, config.iterations)
+    found += rank_cautions("minibatch_size", config.minibatch_size, parallel.dp)
+    found += rank_cautions("rollout_batch_size", config.rollout_batch_size, parallel.num_replicas)
+    found += _episode_cautions(config, num_prompts)
+    if num_sequences:
+        batch = config.ptx_examples_per_episode * config.minibatch_size
+        taken = config.iterations * config.num_updates * min(batch, num_sequences)
+        reading = Reading(num_sequences, batch, taken, "Lower ptx_examples_per_episode")
+        found += repetition_cautions({"pretraining sequences": reading})
+    found += _sampling_cautions(config.sampling)
+    if config.kl.coef == 0:
+        found.append(
+            Alarm(
+                "kl_coef",
+                "kl.coef 0: nothing holds the policy near the reference, and it will find what the "
+                "reward model pays for and no reader wants; the paper has 0.02 (C.4)",
+            )
+        )
+    if config.num_updates > _MOST_UPDATES:
+        found.append(
+            Alarm(
+                "many_updates",
+                f"{config.num_updates} optimizer steps on each rollout (ppo_epochs x "
+                "rollout_batch_size / minibatch_size), the last of them far from the policy that "
+                "drew it; the paper has 8 (C.4): raise minibatch_size",
+            )
+        )
+    share = config.ema_decay ** (config.iterations * config.num_updates)
+    if share > _MOST_INIT_SHARE:
+        found.append(
+            Alarm(
+                "average",
+                f"ema_decay {config.ema_decay:g} leaves the averaged weights {share:.0%} the "
+                f"policy's start after {config.iterations * config.num_updates} optimizer steps: "
+                "lower it, or take the policy and not its average (role ema)",
+            )
+        )
+    return found
+
+
+def _episode_cautions(config: PPOConfig, num_prompts: int) -> list[Alarm]:
+    episodes, batch = config.iterations * config.rollout_batch_size, config.rollout_batch_size
+    reading = Reading(num_prompts, 0, episodes, "Lower iterations")
+    found = repetition_cautions({"prompts": reading})
+    if num_prompts < batch:
+        found.append(
+            Alarm(
+                "small_data",
+                f"{num_prompts} prompts are fewer than rollout_batch_size {batch}: each is "
+                f"answered {batch / num_prompts:.3g} times in one iteration; lower it, or give "
+                "more prompts",
+            )
+        )
+    return found
+
+
+def room_cautions(sampling: SamplingConfig, prompt: Limit, context_length: int) -> list[Alarm]:
+    """Return whether prompts have little of the shortest context."""
+    if prompt.tokens >= _LEAST_PROMPT_SHARE * context_length:
+        return []
+    return [
+        Alarm(
+            "prompt_room",
+            f"prompts have at most {prompt}, beside sampling.max_new_tokens "
+            f"{sampling.max_new_tokens} in a context of {context_length}; longer ones are dropped: "
+            "lower max_new_tokens, or raise data.max_prompt_tokens",
+        )
+    ]
+
+
+def _sampling_cautions(sampling: SamplingConfig) -> list[Alarm]:
+    found = []
+    if sampling.top_k == 1:
+        found.append(
+            Alarm(
+                "greedy",
+                "sampling.top_k 1 draws the likeliest token each time: PPO has no other answers to "
+                "compare; set it to 0",
+            )
+        )
+    elif sampling.top_k or sampling.top_p < 1.0:
+        found.append(
+            Alarm(
+                "cut_distribution",
+                f"sampling.top_k {sampling.top_k} and sampling.top_p {sampling.top_p:g} draw from "
+                "another distribution than the one whose log-probs are scored: the KL comes out "
+                "wrong, often below 0; the paper draws from all of it (top_k 0, top_p 1)",
+            )
+        )
+    if sampling.min_new_tokens >= sampling.max_new_tokens:
+        found.append(
+            Alarm(
+                "no_end",
+                f"sampling.min_new_tokens {sampling.min_new_tokens} lets no response end before "
+                f"max_new_tokens {sampling.max_new_tokens}: none learns to end; lower it",
+            )
+        )
+    return found

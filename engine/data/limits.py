@@ -1,0 +1,88 @@
+"""How long sequences may be, and which setting or network says so."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from engine.data.examples import LengthReport
+from engine.errors import UserError
+from models.sizes import SIZES
+
+
+class Limit(NamedTuple):
+    """The most tokens of a sequence or a prompt, and who says so."""
+
+    tokens: int
+    source: str
+    """The setting, or whose context, with what has a longer one."""
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens ({self.source})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The limits that bind."""
+
+    prompt: Limit
+    whole: Limit | None = None
+    """Of prompt and response together; none: there are only prompts."""
+
+    def dropped(self, report: LengthReport) -> str:
+        """Return how many were too long and by which limit, "" where none was."""
+        parts = []
+        if report.num_long_prompts:
+            parts.append(f"{report.num_long_prompts} with a prompt over {self.prompt}")
+        if report.num_long_sequences:
+            parts.append(f"{report.num_long_sequences} over {self.whole} in all")
+        return ", ".join(parts)
+
+    def check(self, report: LengthReport, what: str) -> None:
+        """Raise UserError where all examples were too long; `what` names them."""
+        if report.num_dropped and not report.kept:
+            raise UserError(
+                f"{what}: all {report.num_dropped} examples are too long, {self.dropped(report)}"
+            )
+
+
+def training_limits(*, max_tokens: int, max_prompt_tokens: int, context: Limit) -> Limits:
+    """Return what of the settings and of the context binds in SFT and RM."""
+    return Limits(
+        prompt=_smallest(context, Limit(max_prompt_tokens, "data.max_prompt_tokens")),
+        whole=_smallest(context, Limit(max_tokens, "data.max_tokens")),
+    )
+
+
+def context_limit(context_length: int, *, can_grow: bool) -> Limit:
+    """Return the limit that a model's context is. can_grow: its size is an option's, and another
+    may be named."""
+    longer = {name: size.context_length for name, size in SIZES.items()}
+    found = next((name for name in longer if longer[name] > context_length), None)
+    if not can_grow or found is None:
+        return Limit(context_length, "the model's context")
+    return Limit(context_length, f"the model's context; --size {found} has {longer[found]}")
+
+
+def prompt_limits(
+    contexts: Mapping[str, int], max_new_tokens: int, *, max_prompt_tokens: int, prefix: str = ""
+) -> Limits:
+    """Return the limit of prompts that are answered, so that every response has room in the context
+    of each network.
+
+    contexts: tokens by the network's name. prefix: of sampling's options. Raises UserError where no
+    prompt has room.
+    """
+    whose = min(contexts, key=lambda name: contexts[name])
+    room = contexts[whose] - max_new_tokens
+    option = f"{prefix}sampling.max_new_tokens {max_new_tokens}"
+    if room < 1:
+        raise UserError(
+            f"{option} leaves no room for a prompt in the {whose}'s context of {contexts[whose]}"
+        )
+    left = Limit(room, f"what {option} leaves of the {whose}'s context of {contexts[whose]}")
+    return Limits(prompt=_smallest(left, Limit(max_prompt_tokens, "data.max_prompt_tokens")))
+
+
+def _smallest(first: Limit, second: Limit) -> Limit:
+    """Return the one that binds; of equal ones the first, which the other cannot lift."""
+    return min(first, second, key=lambda limit: limit.tokens)

@@ -1,0 +1,191 @@
+"""What an earlier start has left in a quickstart's folder, and whether this one may go on with it.
+
+    HOME/config.json    the settings it was begun with
+    HOME/stages.json    the seconds of each stage, whether it is finished, and the files' digests
+
+One folder has the result of one set of settings and files, or is refused.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from engine.errors import UserError
+from engine.files import open_file, read_object, replacing
+from engine.printable import say
+from engine.quickstart.files import Files
+from engine.quickstart.settings import QuickstartConfig
+from engine.ranks.first_rank import said_by_first_rank
+from engine.settings.saved import changed_fields, save_config
+
+# The folder of each stage, in their order; each is made from those before it, but ppo_ptx.
+FOLDERS = {"pretrain": "base", "sft": "sft", "rm": "rm", "ppo": "ppo", "ppo_ptx": "ppo_ptx"}
+# Where and how fast it runs, and what it writes beside its results. Files are known by content.
+_MAY_CHANGE = {
+    *("directory", "data", "task", "layout", "critic_layout", "generation_layout", "residency"),
+    *("saving", "eval_every", "num_shown", "show_every", "alarms", "accept_changed"),
+    *("num_slots", "prefill_tokens", "block_size", "cache_fraction", "cache_gib", "steps_per_sync"),
+    *("cuda_graphs", "micro_batch_tokens", "recompute", "gradient_accumulation_fusion"),
+    *("deterministic", "max_skipped_steps", "recheck_every", "compare_every", "spikes", "waiting"),
+}
+
+
+@dataclass(kw_only=True)
+class Begun:
+    """What is there, the same on every rank; only the first one writes."""
+
+    home: Path
+    is_writer: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By stage, over all starts."""
+    finished: set[str] = field(default_factory=set)
+    """Stages that need not run."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of the files, by name: what the stages were made from."""
+
+    def check_files(self, files: Files) -> None:
+        """Raise UserError, on every rank, where a file is another than this quickstart began with;
+        remember those that are new."""
+
+        def look() -> str:
+            paths = {f.name: getattr(files, f.name) for f in fields(files)}
+            paths["tokenizer"] = self.home / "tokenizer.model"
+            found = {name: _digest(path) for name, path in paths.items() if path.exists()}
+            for name, digest in found.items():
+                if self.digests.get(name, digest) != digest:
+                    raise UserError(
+                        f"{paths[name]}: other content than that which {self.home} was begun with; "
+                        "put it back, or give another --directory"
+                    )
+            return json.dumps(found)
+
+        self.digests |= json.loads(said_by_first_rank(look))
+        self._write()
+
+    def run(self, stage: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Do a stage's work, with its seconds added to those of earlier starts; what is judged of
+        it is out of date then."""
+        self.finished -= {stage, "judge"}
+        start, before = time.perf_counter(), self.seconds.get(stage, 0.0)
+        try:
+            result = work(*arguments)
+            self.finished.add(stage)
+        finally:
+            self.seconds[stage] = round(before + time.perf_counter() - start, 1)
+            self._write()
+        return result
+
+    def _write(self) -> None:
+        if not self.is_writer:
+            return
+        record = {
+            "seconds": self.seconds,
+            "finished": sorted(self.finished),
+            "digests": self.digests,
+        }
+        with replacing(self.home / "stages.json") as stream:
+            stream.write((json.dumps(record, indent=1) + "\n").encode())
+
+
+def begin(config: QuickstartConfig, *, is_writer: bool) -> Begun:
+    """Return what is there, and say it stage by stage; all ranks call together.
+
+    Raises UserError where it is of other settings, or of more than one pass.
+    """
+    home = config.directory
+    record = json.loads(said_by_first_rank(lambda: json.dumps(_look(config))))
+    begun = Begun(
+        home=home,
+        is_writer=is_writer,
+        seconds=record["seconds"],
+        finished=set(record["finished"]),
+        digests=record["digests"],
+    )
+    if is_writer and begun.digests:
+        for stage, folder in FOLDERS.items():
+            say(f"{stage}: {_state(begun, stage, folder)}")
+    return begun
+
+
+def _look(config: QuickstartConfig) -> dict[str, Any]:
+    """Return the record of the folder; where nothing has come of it yet, clear it and begin one."""
+    home = config.directory
+    record: dict[str, Any] = {"seconds": {}, "finished": [], "digests": {}}
+    if (home / "stages.json").exists():
+        record |= _checked(home / "stages.json")
+    steps = {stage: _newest(home / folder) for stage, folder in FOLDERS.items()}
+    if record["digests"]:
+        _check_settings(config)
+    elif any(steps.values()):
+        raise UserError(
+            f"{home} has stages of a quickstart, and no stages.json that says what they were made "
+            "from; give another --directory, or remove the folder"
+        )
+    else:  # what a start that was stopped within its files has left may be of other settings
+        for path in (home / "tokenizer.model", *sorted((home / "data").glob("*.jsonl"))):
+            path.unlink(missing_ok=True)
+    names = list(FOLDERS)
+    record["finished"] = [name for name in record["finished"] if steps.get(name, True)]
+    for index, stage in enumerate(names[:3]):
+        later = [name for name in names[index + 1 :] if steps[name]]
+        if stage not in record["finished"] and later:
+            raise UserError(
+                f"{home / FOLDERS[later[0]]} was made from another {stage} than will be there; "
+                f"remove it, or give another --directory"
+            )
+    save_config(config, home / "config.json")
+    return record
+
+
+def _check_settings(config: QuickstartConfig) -> None:
+    for name, (saved, now) in changed_fields(config, config.directory / "config.json").items():
+        if not set(name.split(".")) & _MAY_CHANGE:
+            raise UserError(
+                f"{config.directory} is a quickstart with {name} {saved}, not {now}; give another "
+                "--directory, or remove the folder to begin again"
+            )
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    record = read_object(path)
+    seconds, finished, digests = (record.get(n) for n in ("seconds", "finished", "digests"))
+    is_sound = (
+        isinstance(seconds, dict)
+        and all(type(value) in (int, float) for value in seconds.values())
+        and isinstance(finished, list)
+        and all(isinstance(name, str) for name in finished)
+        and isinstance(digests, dict)
+    )
+    if not is_sound:
+        raise UserError(f"{path}: not the record of a quickstart; remove the folder")
+    return {"seconds": seconds, "finished": finished, "digests": digests}
+
+
+def _newest(folder: Path) -> str:
+    """Return the name of a stage's newest checkpoint, "" where it has none."""
+    path = folder / "checkpoints" / "latest"
+    if not path.exists():
+        return ""
+    with open_file(path) as stream:
+        return stream.read(100).decode(errors="replace").strip()
+
+
+def _state(begun: Begun, stage: str, folder: str) -> str:
+    newest = _newest(begun.home / folder)
+    steps = newest.rpartition("_")[2].lstrip("0") or "0"
+    if stage in begun.finished:
+        return f"finished, {steps} steps; kept"
+    return f"goes on after step {steps}" if newest else "new"
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open_file(path) as stream:
+        while content := stream.read(1 << 20):
+            digest.update(content)
+    return digest.hexdigest()

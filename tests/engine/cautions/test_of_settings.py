@@ -1,0 +1,101 @@
+"""Each caution at its threshold, with its number; and what real runs say, once."""
+
+import dataclasses
+
+import pytest
+
+from engine.alarms import Alarm
+from engine.cautions.of_settings import (
+    interval_cautions,
+    ppo_cautions,
+    room_cautions,
+    schedule_cautions,
+)
+from engine.data.limits import Limit
+from engine.ranks.parallel import Parallel
+from engine.ranks.start import start_parallel
+from engine.settings.adam import AdamConfig
+from engine.settings.kl import KLConfig
+from engine.settings.layout import ParallelLayout
+from engine.settings.ppo import PPOConfig
+from engine.settings.sampling import SamplingConfig
+from engine.settings.saving import SaveConfig
+
+
+def names(found: list[Alarm]) -> list[str]:
+    return [alarm.name for alarm in found]
+
+
+def only(found: list[Alarm]) -> str:
+    (alarm,) = found
+    return alarm.message
+
+
+def test_a_warm_up_must_end_within_the_run():
+    adam = AdamConfig(lr=1e-3, warmup=20, warmup_start=0.1)
+    assert schedule_cautions("adam", adam, 21) == []
+    message = only(schedule_cautions("adam", adam, 20))
+    assert "adam.warmup 20 outlasts the run of 20 steps" in message
+    assert "ends at 0.000955 and never reaches adam.lr 0.001" in message  # 0.1 + 0.9 x 19 / 20
+
+
+def test_rates_that_teach_nothing_or_too_much():
+    adam = AdamConfig(warmup=2, warmup_start=0.0)
+    assert names(schedule_cautions("critic_adam", adam, 9)) == ["zero_lr"]
+    assert names(schedule_cautions("adam", AdamConfig(lr=0.02), 9)) == []
+    assert names(schedule_cautions("adam", AdamConfig(lr=1000.0), 9)) == ["large_lr"]
+
+
+def test_intervals_beyond_the_run():
+    assert interval_cautions(SaveConfig(save_every=22), 22, 22) == []
+    found = interval_cautions(SaveConfig(save_every=23), 23, 22)
+    assert names(found) == ["save_every", "eval_every"]
+    assert "save_every 23 is beyond the run's 22 steps" in found[0].message
+    never = SaveConfig(save_every_minutes=0.0)
+    assert names(interval_cautions(never, None, 22)) == ["no_saves"]
+    assert interval_cautions(SaveConfig(), 0, 22) == []
+
+
+def alone() -> Parallel:
+    return start_parallel(ParallelLayout(), seed=0)
+
+
+def ppo(**changes) -> list[str]:
+    config = dataclasses.replace(PPOConfig(), **changes)
+    return names(ppo_cautions(config, alone(), 31_000, 10**7))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, None),  # the paper's
+        ({"kl": KLConfig(coef=0.0)}, "kl_coef"),
+        ({"sampling": SamplingConfig(top_k=1)}, "greedy"),
+        ({"sampling": SamplingConfig(top_p=0.9)}, "cut_distribution"),
+        ({"sampling": SamplingConfig(top_k=50)}, "cut_distribution"),
+        ({"sampling": SamplingConfig(min_new_tokens=64)}, "no_end"),
+        ({"minibatch_size": 4}, "many_updates"),
+        ({"adam": AdamConfig(warmup=500)}, "warmup"),
+        ({"critic_adam": AdamConfig(warmup=500)}, "warmup"),
+        ({"ema_decay": 0.99999}, "average"),
+    ],
+)
+def test_settings_of_ppo(changes: dict, name: str | None):
+    assert ppo(**changes) == ([name] if name else [])
+
+
+def test_prompts_and_text_that_ppo_reads_often():
+    config = PPOConfig(iterations=100, rollout_batch_size=64, ptx_examples_per_episode=1)
+    found = ppo_cautions(config, alone(), 50, 100)
+    assert names(found) == ["repeated", "small_data", "repeated"]
+    assert "each of 50 prompts is read 128 times" in found[0].message
+    assert "each is answered 1.28 times in one iteration" in found[1].message
+    assert "each of 100 pretraining sequences is read 64 times" in found[2].message
+
+
+def test_a_room_that_is_tiny():
+    sampling = SamplingConfig(max_new_tokens=240)
+    assert room_cautions(sampling, Limit(32, "x"), 256) == []
+    assert "prompts have at most 31 tokens (x)" in only(
+        room_cautions(sampling, Limit(31, "x"), 256)
+    )
