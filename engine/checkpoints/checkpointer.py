@@ -22,7 +22,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,11 +149,12 @@ class Checkpointer:
                 f"checkpoints are to be kept by {missing[0]}, which not every step that is saved "
                 "has: give an --eval-every that divides --save-every, or another name"
             )
-        name = step_name(step)
+        name, is_in_doubt = step_name(step), self._is_in_doubt(progress)
 
         def publish() -> None:
             point(self.directory / "latest", name)
-            self._discard_superseded(step)
+            if not is_in_doubt:
+                self._discard_superseded(step)
 
         draft = Draft(folder=self.directory / name, step=step, published=publish)
         draft.texts["progress.json"] = json.dumps({"step": step, **progress}, indent=1)
@@ -265,16 +266,25 @@ class Checkpointer:
         if self.ema is not None:
             self._load_ema(folder / "ema")
         if not damage:
-            said_by_first_rank(lambda: self._tidy(progress["step"]))
+            is_in_doubt = self._is_in_doubt(progress)
+            said_by_first_rank(lambda: self._tidy(progress["step"], is_in_doubt=is_in_doubt))
         return progress
 
-    def _tidy(self, newest: int) -> str:
+    def _is_in_doubt(self, progress: Mapping[str, Any]) -> bool:
+        """Return whether the last step or iteration was skipped: finite weights may be why, and an
+        older checkpoint, which then stays, the last good one."""
+        rollouts = progress.get("skipped_rollouts", {})
+        rows = [optimizer.skipped.in_a_row for optimizer in self.optimizers.values()]
+        return any(rows) or rollouts.get("in_a_row", 0) > 0
+
+    def _tidy(self, newest: int, *, is_in_doubt: bool) -> str:
         """Do what a killed run had yet to do when checkpoint `newest` was whole: a run that is
         resumed at its end saves no more, and would leave it so."""
         if not os.path.lexists(self.directory / "latest"):
             point(self.directory / "latest", step_name(newest))
         try:
-            self._discard_superseded(newest)
+            if not is_in_doubt:
+                self._discard_superseded(newest)
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be removed: {error.strerror}") from None
         return ""

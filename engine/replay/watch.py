@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,10 @@ class PassWatch:
                 handles.append(part.register_forward_pre_hook(self._entering(spot)))
                 handles.append(part.register_forward_hook(self._leaving(spot, part is module)))
         try:
-            with torch.autograd.detect_anomaly(check_nan=False):  # we look at infinities, too
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Anomaly Detection has been enabled")
+                anomalies = torch.autograd.detect_anomaly(check_nan=False)  # infinities matter too
+            with anomalies:
                 yield
         finally:
             for handle in handles:

@@ -185,6 +185,30 @@ def test_a_resumed_run_ends_at_the_step_where_an_unbroken_one_does(
     assert [row["train/skipped_steps"] for row in rows_of(tmp_path)] == [0, 1, 2, 3]
 
 
+def test_checkpoints_of_before_a_row_stay_until_a_step_is_taken(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def kept() -> list[str]:
+        return sorted(path.name[-1] for path in (tmp_path / "checkpoints").glob("step_*"))
+
+    adam = dataclasses.replace(ADAM, max_skipped_steps=3)
+    config = config_of("sft", tiny, tmp_path, adam=adam)
+    config = dataclasses.replace(config, epochs=1.4)
+    with monkeypatch.context() as patch:
+        spoil(patch, "language", [2, 3, 4])
+        with pytest.raises(UserError, match="3 optimizer steps in a row"):
+            train(config)
+    # Weights that broke in the last step that was taken would be in all but the first of them.
+    assert kept() == ["1", "2", "3", "4"]
+    with monkeypatch.context() as patch:
+        spoil(patch, "language", [0])
+        with pytest.raises(UserError):  # the same command, which breaks again
+            train(config)
+    assert kept() == ["1", "2", "3", "4"]
+    train(config)
+    assert len(kept()) == 2
+
+
 def test_a_step_that_is_taken_ends_the_row():
     skipped = SkippedSteps(limit=2)
     for was_skipped in (True, False, True):
