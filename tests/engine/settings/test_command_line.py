@@ -95,7 +95,7 @@ def help_of(recipe: str, *, then: str = "") -> subprocess.CompletedProcess[str]:
     command = f"{sys.executable} {ROOT / 'recipes' / recipe} --help{then}"
     return subprocess.run(
         ["bash", "-c", command],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "400"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -104,8 +104,12 @@ def help_of(recipe: str, *, then: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def test_help_of_a_field_is_one_paragraph_whatever_its_docstring_wraps_at():
-    text = help_of("ppo_tiny.py").stdout
-    assert "it and the KL is measured to it. (default: runs/init_tiny)" in text
+    lines = [line.strip("│ ") for line in help_of("ppo_tiny.py").stdout.splitlines()]
+    start = lines.index("--policy PATH") + 1
+    assert lines[start : start + 2] == [  # in 66 columns, where its docstring has 100
+        "Run or checkpoint of the RLHF initialisation: the policy starts from",
+        "it and the KL is measured to it. (default: runs/init_tiny)",
+    ]
 
 
 def test_help_ends_quietly_when_its_reader_leaves():
