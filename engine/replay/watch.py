@@ -129,7 +129,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 def _caller(node: Any) -> str:
     """Return " of FILE:LINE, in FUNCTION", the innermost of ours that called an operation."""
     frames = _FRAME.findall("".join(node.metadata.get("traceback_", [])))
-    ours = [frame for frame in frames if Path(frame[0]).is_relative_to(_ROOT)]
+    ours = [f for f in frames if Path(f[0]).is_relative_to(_ROOT) and "site-packages" not in f[0]]
     for path, line, function in reversed(ours or frames):
         shown = Path(path).relative_to(_ROOT) if ours else Path(path).name
         return f" of {shown}:{line}, in {function}"

@@ -12,6 +12,7 @@ import torch
 from engine import ppo, score
 from engine.advantage import Advantages
 from engine.data.batches import PackedBatch
+from engine.identity.inputs import Inputs
 from engine.rollout import Rollout
 from engine.score import Scored
 from engine.settings.alarms import AlarmConfig
@@ -31,7 +32,7 @@ IN_DTYPES = pytest.mark.parametrize(
 
 def alarms_of(files: Path, run: Path, **changes: Any) -> set[str]:
     """Run two iterations and return the names of the alarms that rang."""
-    settings = {"alarms": ALARMS, "num_shown": 0}
+    settings = {"alarms": ALARMS, "num_shown": 0, "ema_decay": 0.5}  # an average of so few steps
     train(ppo_config(files, run, **{**settings, **changes}))
     path = run / "alarms.jsonl"
     return (
@@ -53,7 +54,10 @@ def test_sound_run_is_silent(dtype: str, source: str, tiny: Path, tmp_path: Path
     # Several packings, and iterations enough that the policy is no longer what it began as.
     settings = {"micro_batch_tokens": 64, "iterations": 4, "numerics": Numerics(dtype=dtype)}
     settings["policy_logprobs"] = source
-    assert alarms_of(tiny, tmp_path, **settings) == set()
+    found = alarms_of(tiny, tmp_path, **settings)
+    if dtype == "fp16":  # looks for its loss scale, which is said
+        found -= {"loss_scale_search", "skipped_steps"}
+    assert found == set()
 
 
 @IN_DTYPES
@@ -136,17 +140,18 @@ def test_old_logprobs_shifted_by_one(numerics, tiny: Path, tmp_path: Path, monke
 
 
 def test_responses_of_another_network(tiny: Path, tmp_path: Path, monkeypatch):
-    loaded: dict[Path, Network] = {}
+    loaded: dict[str, Network] = {}
+    load = Inputs.load
 
-    def keep(load: Callable[..., Network], kind: str, path: Path, *a: Any) -> Network:
-        loaded[path] = load(kind, path, *a)
-        return loaded[path]
+    def keep(inputs: Inputs, name: str, network: Network) -> None:
+        load(inputs, name, network)
+        loaded[name] = network
 
-    wrap(monkeypatch, "_load", keep)
+    monkeypatch.setattr(Inputs, "load", keep)
     wrap(
         monkeypatch,
         "generate_rollout",
-        lambda generate, policy, *a, **named: generate(loaded[tiny / "reference"], *a, **named),
+        lambda generate, policy, *a, **named: generate(loaded["reference"], *a, **named),
     )
     assert "logprob_mismatch" in alarms_of(tiny, tmp_path / "sampled")
     assert "negative_kl" in alarms_of(tiny, tmp_path / "scored", policy_logprobs="scored")
