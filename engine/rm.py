@@ -104,6 +104,12 @@ def train(config: RMConfig) -> dict[str, float]:
         for step in course:
             with metrics.phase("train"):
                 values = _train_step(step, network, optimizer, feed, course.passed_over)
+            evidence.look(
+                step,
+                "reward_model",
+                lambda: {"loss": feed.chosen(course.position)},
+                position=course.position,
+            )
             is_last = step + 1 == num_steps
             if data.valid and is_evaluated(step + 1, num_steps, config.eval_every):
                 with metrics.phase("valid"):
@@ -117,8 +123,6 @@ def train(config: RMConfig) -> dict[str, float]:
             values["train/epoch"] = feed.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
-            batch = {"loss": feed.chosen(course.position)}
-            evidence.look(step, "reward_model", batch, position=course.position)
             metrics.log_alarms(step, evidence.said() + alarms.check(values))
             end_if_stuck(f"step {step}", checkpointer.newest, reward_model=optimizer.skipped)
             if course.set_back(metrics):

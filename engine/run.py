@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,15 +38,19 @@ from models.sizes import GPTSize
 
 # What a run may change when it goes on: where and how fast it runs, how long, what it writes. Any
 # other change would make it neither the old run nor the new one.
-_MAY_CHANGE = (
+MANNER = (
     *("directory", "layout", "critic_layout", "generation_layout", "residency", "alarms"),
-    *("epochs", "iterations", "eval_every", "saving", "num_shown", "show_every"),
+    *("eval_every", "saving", "num_shown", "show_every"),
     *("num_slots", "prefill_tokens", "block_size", "cache_fraction", "cache_gib", "steps_per_sync"),
     *("cuda_graphs", "micro_batch_tokens", "recompute", "gradient_accumulation_fusion"),
     *("deterministic", "recheck_every", "compare_every", "spikes", "waiting"),
-    *("skip_bad_lines", "max_skipped_steps"),
+    *("max_skipped_steps", "accept_changed"),
+)
+"""Settings of where and how fast a run goes, and of what it writes beside its result."""
+_MAY_CHANGE = (
+    *MANNER,
+    *("epochs", "iterations", "skip_bad_lines"),
     "tokenizer",  # engine/identity/ knows which one it was
-    "accept_changed",
 )
 _STEP = re.compile(r"step_\d{8,12}", re.ASCII)  # the name of a checkpoint that a run goes on from
 
@@ -142,11 +146,20 @@ class Run:
             )
 
 
-def changed_setting(config: Any, path: Path) -> str | None:
+def changed_setting(
+    config: Any,
+    path: Path,
+    *,
+    may_change: Collection[str] = _MAY_CHANGE,
+    passing_over: Collection[str] = (),
+) -> str | None:
     """Return "NAME OLD, not NEW" of a setting that makes this another run than the one whose
-    settings save_config wrote to `path`; None where there is none."""
+    settings save_config wrote to `path`; None where there is none.
+
+    may_change: fields, at any depth, that may have another value; passing_over: dotted names.
+    """
     for name, (saved, now) in changed_fields(config, path).items():
-        if not set(name.split(".")) & set(_MAY_CHANGE):
+        if name not in passing_over and not set(name.split(".")) & set(may_change):
             return f"{name} {saved}, not {now}"
     return None
 

@@ -122,8 +122,12 @@ def train(config: SFTConfig) -> dict[str, float]:
             values["train/epoch"] = lead.order.epoch(step + 1)
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
-            batch = {name: feed.chosen(course.position) for name, feed in feeds.items()}
-            evidence.look(step, "policy", batch, position=course.position)
+            evidence.look(
+                step,
+                "policy",
+                lambda: {name: feed.chosen(course.position) for name, feed in feeds.items()},
+                position=course.position,
+            )
             metrics.log_alarms(step, evidence.said() + alarms.check(values))
             end_if_stuck(f"step {step}", checkpointer.newest, policy=optimizer.skipped)
             if course.set_back(metrics):

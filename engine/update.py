@@ -8,7 +8,7 @@ import torch
 
 from engine.advantage import Advantages, unsound_clause
 from engine.checkpoints.course import Course
-from engine.data.batches import PackedBatch
+from engine.data.batches import PackedBatch, Units
 from engine.data.examples import Example
 from engine.evidence.keeper import Evidence
 from engine.feed import Feed, StepBatch, pack_for, step_batch
@@ -144,11 +144,16 @@ def _keep_evidence(
     whitening: Whitening | None,
     step: int,
 ) -> None:
-    if any(s.begins_row or s.begins_search for s in learner.skipped.values()):
-        numbers = {} if whitening is None else {n: float(v) for n, v in whitening._asdict().items()}
+    def sources() -> dict[str, Units]:
         text = {} if learner.pretraining is None else {"ptx": learner.pretraining.chosen(step)}
-        evidence.look(step, "policy", {"episodes": minibatch, **text}, numbers)
-        evidence.look(step, "critic", {"episodes": minibatch})
+        return {"episodes": minibatch, **text}
+
+    def numbers() -> dict[str, float]:
+        fields = {} if whitening is None else whitening._asdict()
+        return {name: float(value) for name, value in fields.items()}  # sync
+
+    evidence.look(step, "policy", sources, numbers)
+    evidence.look(step, "critic", lambda: {"episodes": minibatch})
 
 
 def update(

@@ -20,6 +20,7 @@ import numpy as np
 import torch.distributed as dist
 import xxhash
 
+from engine.checkpoints.manifest import digest_of_file
 from engine.claim import claim
 from engine.errors import UserError
 from engine.files import clear_partials, open_file, read_lines, replacing, writing
@@ -186,11 +187,7 @@ def digest_of_prompts(prompts: Iterable[np.ndarray], tokenizer_fingerprint: str)
 
 
 def _digest_of_file(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open_file(path) as stream:
-        while content := stream.read(1 << 20):
-            digest.update(content)
-    return digest.hexdigest()
+    return digest_of_file(path).xxh3_128
 
 
 def _open_part(path: Path) -> Any:

@@ -8,6 +8,7 @@ from engine.checkpoints.checkpointer import Checkpointer
 from engine.errors import UserError
 from engine.metrics import Metrics
 from engine.settings.spikes import SpikeConfig
+from engine.training.skipped import last_in_words
 from engine.training.spikes import Spike
 
 _ADVICE = (
@@ -141,8 +142,7 @@ class Course:
                 kept.load_state_dict(progress[name])
 
     def _end(self, what: str, options: str) -> None:
-        newest = self._checkpointer.newest()
-        kept = f"The last good checkpoint is {newest}." if newest else "None has been written yet."
+        kept = last_in_words(self._checkpointer.newest)
         raise UserError(f"{what}. {kept}\n{_ADVICE.format(options=options)}")
 
 

@@ -7,7 +7,7 @@ A folder is written beside its place and renamed, as a checkpoint is. Of a row o
 first is kept, of a run the last few; those in which fp16 looks for its loss scale never are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,14 +45,15 @@ class Evidence:
         self,
         step: int,
         role: str,
-        sources: Mapping[str, Units],
-        numbers: Mapping[str, float] | None = None,
+        sources: Callable[[], Mapping[str, Units]],
+        numbers: Callable[[], dict[str, float]] = dict,
         position: int | None = None,
     ) -> None:
         """Say and keep the step that a network's optimizer has just been asked for, where it was
         skipped and begins a row; nothing may have changed the weights since.
 
-        sources: the units of the global batch, by the name of their loss. numbers: see Case.
+        sources: returns the units of the global batch, by the name of their loss. numbers: returns
+        those of Case. Both are called for such a step alone: they may wait for the device.
         position: the step's in the data, where that is another number than the step's.
         """
         optimizer = self.checkpointer.optimizers[role]
@@ -72,12 +73,12 @@ class Evidence:
             role=role,
             reason=optimizer.skipped.reason,
             loss_scale=optimizer.loss_scale,
-            numbers=dict(numbers or {}),
+            numbers=numbers(),
         )
         self.tell(
             "skipped_step",
             f"step {step} of the {role} was skipped, and left its weights as they were: "
-            f"{case.reason}. {self._keep(case, sources)}",
+            f"{case.reason}. {self._keep(case, sources())}",
         )
 
     def tell(self, name: str, message: str) -> None:

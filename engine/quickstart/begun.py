@@ -13,26 +13,19 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
+from engine.checkpoints.manifest import digest_of_file
 from engine.errors import UserError
 from engine.files import open_file, read_object, replacing
 from engine.printable import say
 from engine.quickstart.files import Files
 from engine.quickstart.settings import QuickstartConfig
 from engine.ranks.first_rank import said_by_first_rank
-from engine.settings.saved import changed_fields, save_config
+from engine.run import MANNER, changed_setting
+from engine.settings.saved import save_config
 
 # The folder of each stage, in their order; each is made from those before it, but ppo_ptx.
 FOLDERS = {"pretrain": "base", "sft": "sft", "rm": "rm", "ppo": "ppo", "ppo_ptx": "ppo_ptx"}
-# Where and how fast it runs, and what it writes beside its results. Files are known by content.
-_MAY_CHANGE = {
-    *("directory", "data", "task", "layout", "critic_layout", "generation_layout", "residency"),
-    *("saving", "eval_every", "num_shown", "show_every", "alarms", "accept_changed"),
-    *("num_slots", "prefill_tokens", "block_size", "cache_fraction", "cache_gib", "steps_per_sync"),
-    *("cuda_graphs", "micro_batch_tokens", "recompute", "gradient_accumulation_fusion"),
-    *("deterministic", "max_skipped_steps", "recheck_every", "compare_every", "spikes", "waiting"),
-}
+_FILES = ("data", "task")  # the quickstart's own two, and no stage's: files are known by content
 
 
 @dataclass(kw_only=True)
@@ -55,7 +48,9 @@ class Begun:
         def look() -> str:
             paths = {f.name: getattr(files, f.name) for f in fields(files)}
             paths["tokenizer"] = self.home / "tokenizer.model"
-            found = {name: _digest(path) for name, path in paths.items() if path.exists()}
+            found = {
+                name: digest_of_file(path).xxh3_128 for name, path in paths.items() if path.exists()
+            }
             for name, digest in found.items():
                 if self.digests.get(name, digest) != digest:
                     raise UserError(
@@ -143,12 +138,14 @@ def _look(config: QuickstartConfig) -> dict[str, Any]:
 
 
 def _check_settings(config: QuickstartConfig) -> None:
-    for name, (saved, now) in changed_fields(config, config.directory / "config.json").items():
-        if not set(name.split(".")) & _MAY_CHANGE:
-            raise UserError(
-                f"{config.directory} is a quickstart with {name} {saved}, not {now}; give another "
-                "--directory, or remove the folder to begin again"
-            )
+    # How long a stage is shapes those after it, which a stage by itself has not.
+    path = config.directory / "config.json"
+    change = changed_setting(config, path, may_change=MANNER, passing_over=_FILES)
+    if change is not None:
+        raise UserError(
+            f"{config.directory} is a quickstart with {change}; give another --directory, or "
+            "remove the folder to begin again"
+        )
 
 
 def _checked(path: Path) -> dict[str, Any]:
@@ -181,11 +178,3 @@ def _state(begun: Begun, stage: str, folder: str) -> str:
     if stage in begun.finished:
         return f"finished, {steps} steps; kept"
     return f"goes on after step {steps}" if newest else "new"
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open_file(path) as stream:
-        while content := stream.read(1 << 20):
-            digest.update(content)
-    return digest.hexdigest()

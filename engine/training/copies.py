@@ -9,10 +9,10 @@ flipped is gathered by all alike, and not seen here.
 from collections import Counter
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.training.diagnosis import named_weights
 from engine.training.digests import digests
 from engine.training.network import Network
 from engine.training.witness import end_if_seen, rank_in_words, some_of
@@ -74,10 +74,7 @@ def _alike(network: Network) -> list[_Alike]:
     """Return the groups, of more than one rank, that this rank holds weights alike in; the ranks of
     a group find it in the same order."""
     parallel = network.parallel
-    own: dict[str, torch.nn.Parameter] = {}
-    for number, module in enumerate(network.modules):
-        stage = f"stage {number} " if len(network.modules) > 1 else ""
-        own |= {f"{stage}{name}": weight for name, weight in module.named_parameters()}
+    own = dict(named_weights(network))
     shared = {n: w for n, w in own.items() if not getattr(w, "tensor_model_parallel", False)}
     tied = {n: w for n, w in own.items() if getattr(w, "shared_embedding", False)}
     groups = [(parallel.replica_group, own), (parallel.tp_group, shared)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.ranks.seeds import kept_generators
 from engine.training.copies import check_copies
+from engine.training.diagnosis import named_weights
 from engine.training.digests import digests
 from engine.training.network import Network
 from engine.training.optimizer import Optimizer
@@ -70,9 +71,7 @@ def _is_due(every: int, step: int) -> bool:
 def _digests_of(network: Network, metrics: StepMetrics) -> dict[str, Tensor]:
     """Return the digests, on the host, of what this rank's passes gave, by name."""
     found: dict[str, Tensor] = dict(metrics)
-    for number, module in enumerate(network.modules):
-        stage = f"stage {number} " if len(network.modules) > 1 else ""
-        for name, parameter in module.named_parameters():
-            found[f"{stage}{name}"] = parameter.main_grad
+    for name, parameter in named_weights(network):
+        found[name] = parameter.main_grad  # type: ignore[attr-defined]
     numbers = digests(list(found.values()), network.parallel.device).cpu()  # sync
     return dict(zip(found, numbers, strict=True))

@@ -82,13 +82,17 @@ def naming_the_last_good(where: str, newest: Callable[[], str]) -> Iterator[None
     try:
         yield
     except FloatingPointError as error:
-        message = f"{where}: {error}. {_kept(newest)}\n{_ADVICE}"
+        message = f"{where}: {error}. {last_in_words(newest)}\n{_ADVICE}"
     else:
         return
     raise UserError(message)
 
 
-def _kept(newest: Callable[[], str]) -> str:
+def last_in_words(newest: Callable[[], str]) -> str:
+    """Return what there is to go back to, in a sentence; all ranks call together.
+
+    newest: says where the newest checkpoint is, "" for none.
+    """
     found = newest()
     return f"The last checkpoint is {found}." if found else "No checkpoint has been written yet."
 
@@ -109,8 +113,8 @@ def end_if_stuck(where: str, newest: Callable[[], str], **networks: SkippedSteps
             last = f" In the last, {skipped.reason}." if skipped.reason else ""
             raise UserError(
                 f"{where}: {what} not finite in {skipped.in_a_row} {how} in a row, which were "
-                f"skipped and left the weights as they were.{last} {_kept(newest)}\nFind out what "
-                "was not finite first: recipes/replay.py reruns the first optimizer step of a row, "
+                f"skipped and left the weights as they were.{last} {last_in_words(newest)}\n"
+                "Find out what was not finite first: recipes/replay.py reruns the first optimizer step of a row, "
                 f"which lies in the run's folder skipped. {_ADVICE}. To pass over more, raise the "
                 "optimizer's max_skipped_steps"
             )

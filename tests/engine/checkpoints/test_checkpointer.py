@@ -9,7 +9,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from engine import stop
-from engine.checkpoints import checkpointer, manifest
+from engine.checkpoints import checkpointer, manifest, whole
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.found import find_network
 from engine.checkpoints.pointers import steps_in
@@ -245,7 +245,8 @@ def test_average_of_another_tokenizer_or_that_is_not_finite_is_not_resumed(
         training(tmp_path, parallel).checkpointer.resume()
 
 
-def test_checkpoints_are_kept_by_rule(parallel: Parallel, tmp_path: Path, capsys):
+def test_checkpoints_are_kept_by_rule(parallel: Parallel, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(whole, "_said", set())  # said once a process, which other tests share
     run = checkpointer_of(random_network("language", parallel), tmp_path)
     run = dataclasses.replace(
         run,

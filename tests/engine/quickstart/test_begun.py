@@ -82,6 +82,12 @@ def test_a_stages_own_settings_count_and_its_speed_does_not(config):
     rm = dataclasses.replace(config.rm, epochs=3.0)
     with pytest.raises(UserError, match=r"rm.epochs 1.0, not 3.0"):
         begin(dataclasses.replace(config, rm=rm), is_writer=True)
+    data = dataclasses.replace(config.rm.data, max_tokens=77)
+    with pytest.raises(UserError, match=r"rm.data.max_tokens \d+, not 77"):
+        begin(
+            dataclasses.replace(config, rm=dataclasses.replace(config.rm, data=data)),
+            is_writer=True,
+        )
     rm = dataclasses.replace(config.rm, micro_batch_tokens=64)
     begin(dataclasses.replace(config, rm=rm), is_writer=True)
 
