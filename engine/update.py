@@ -41,7 +41,11 @@ class Learner:
     @functools.cached_property
     def rollouts(self) -> SkippedSteps:
         """Iterations without any step, as what they were to learn from was not finite."""
-        return SkippedSteps(limit=self.policy.config.max_skipped_steps)
+        return SkippedSteps(
+            limit=self.policy.config.max_skipped_steps,
+            subject="what responses are learned from",
+            taken="iterations",
+        )
 
     def num_learned(self, rollout: Rollout) -> int:
         """Return of how many responses of the iteration's rollout it has learned."""

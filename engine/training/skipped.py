@@ -24,6 +24,10 @@ class SkippedSteps:
 
     limit: int
     """In a row, before the run ends."""
+    subject: str = "the loss or gradient of the {name}"
+    """What is not finite where one is skipped, in words."""
+    taken: str = "optimizer steps"
+    """What is counted, in words."""
     total: int = 0
     in_a_row: int = 0
     num_searching: int = 0
@@ -106,15 +110,12 @@ def end_if_stuck(where: str, newest: Callable[[], str], **networks: SkippedSteps
     """
     for name, skipped in networks.items():
         if skipped.is_stuck:
-            if name == "rollouts":
-                what, how = "what responses are learned from was", "iterations"
-            else:
-                what, how = f"the loss or gradient of the {name} was", "optimizer steps"
             last = f" In the last, {skipped.reason}." if skipped.reason else ""
             raise UserError(
-                f"{where}: {what} not finite in {skipped.in_a_row} {how} in a row, which were "
+                f"{where}: {skipped.subject.format(name=name)} was not finite in "
+                f"{skipped.in_a_row} {skipped.taken} in a row, which were "
                 f"skipped and left the weights as they were.{last} {last_in_words(newest)}\n"
-                "Find out what was not finite first: recipes/replay.py reruns the first optimizer step of a row, "
-                f"which lies in the run's folder skipped. {_ADVICE}. To pass over more, raise the "
+                "Find out what was not finite first: recipes/replay.py reruns the first optimizer "
+                f"step of a row, which lies in the run's folder skipped. {_ADVICE}. To pass over more, raise the "
                 "optimizer's max_skipped_steps"
             )
