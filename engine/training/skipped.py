@@ -116,6 +116,6 @@ def end_if_stuck(where: str, newest: Callable[[], str], **networks: SkippedSteps
                 f"{skipped.in_a_row} {skipped.taken} in a row, which were "
                 f"skipped and left the weights as they were.{last} {last_in_words(newest)}\n"
                 "Find out what was not finite first: recipes/replay.py reruns the first optimizer "
-                f"step of a row, which lies in the run's folder skipped. {_ADVICE}. To pass over more, raise the "
-                "optimizer's max_skipped_steps"
+                f"step of a row, which lies in the run's folder skipped. {_ADVICE}. To pass over "
+                "more, raise the optimizer's max_skipped_steps"
             )
