@@ -80,8 +80,9 @@ class Blow:
     """After that, or after the run's start."""
     pause: float = 0.0
     """Seconds after which a rank that SIGSTOP has stopped goes on; 0: it does not."""
-    others_live: float = 60.0
-    """Seconds that ranks have to end by themselves before they are killed too."""
+    others_live: float | None = None
+    """Seconds that ranks have to end by themselves before they are killed too; none: 60, where one
+    is dead already PATIENCE."""
     sync_seconds: float = 0.0
     """Added to every sync: a save that takes its time."""
     file_bytes: int = NO_LIMIT
@@ -344,7 +345,9 @@ def wait_for_ends(ranks: list, blow: Blow) -> None:
         elif not is_struck and (stopped or any(p.exitcode not in (None, 0) for p in ranks)):
             is_struck = True
             is_dead = any((process.exitcode or 0) < 0 for process in ranks)
-            patience = min(blow.others_live, PATIENCE) if is_dead else blow.others_live
+            patience = PATIENCE if is_dead else 60.0
+            if blow.others_live is not None:
+                patience = blow.others_live
             deadline = min(deadline, time.monotonic() + patience)
         if is_struck and all(is_stopped(p) for p in ranks if p.is_alive()):
             return  # nobody is left to end by himself

@@ -224,7 +224,7 @@ def strike_and_continue(case: Case, directory: Path, most: int) -> None:
         case.kinds[blow.kind] += 1
         case.phases[end.phases[blow.ranks[0]] or "before"] += 1
         case.seen["in a save"] += any(end.lines)
-        if blow.kind == "SIGKILL" and len(blow.ranks) < case.num_ranks and blow.others_live > 0:
+        if blow.kind == "SIGKILL" and len(blow.ranks) < case.num_ranks and blow.others_live != 0:
             case.seen["of one rank"] += 1
             case.seen["noticed in time"] += end.ended_alone
     end = case.run(directory)
