@@ -45,7 +45,12 @@ STAGES: dict[str, tuple[Callable[..., Config], dict[str, Any]]] = {
     ),
     "rm": (
         rm_config,
-        {"saving": SaveConfig(save_every=1, keep=1, keep_lowest="train/loss"), "eval_every": 1},
+        {
+            "saving": SaveConfig(
+                save_every=1, keep=1, keep_lowest="train/loss", save_in_background=False
+            ),
+            "eval_every": 1,
+        },
     ),
     "ppo": (ppo_config, {"iterations": 3, "num_shown": 8, "show_every": 1}),
 }
@@ -73,8 +78,6 @@ HALTED = (
     re.compile("rank 1 of 2 (gave no sign of life for .*, last seen in|did not come)"),
 )
 HALT_SECONDS = 60.0  # in which those that wait for a halted rank have ended
-# Of save intervals: one, and the steps that are trained while the save before is being written.
-MOST_REDONE = 2
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -127,6 +130,8 @@ class Case:
         rank = self.draw.randrange(self.num_ranks)
         what = self.draw.choice(("save", "save", "save", "save", "start", "run"))
         counts = self.counts[begins][rank]
+        if what == "save" and not self.config.saving.save_in_background:
+            what = "start"  # is the whole of a save
         line = self.draw.choice(sorted(line for line in counts if line.startswith(f"{what} ")))
         return Blow(
             ranks=(rank,),
@@ -275,7 +280,9 @@ def count_redone(case: Case, end: End, done: int) -> int:
     redone = max(0, done - first)
     case.seen["steps_redone"] += redone
     case.seen["most_redone"] = max(case.seen["most_redone"], redone)
-    assert redone <= MOST_REDONE * case.config.saving.save_every
+    # A save interval; and as many steps as are trained while the save before is being written.
+    saving = case.config.saving
+    assert redone <= saving.save_every * (2 if saving.save_in_background else 1)
     return now
 
 
