@@ -30,7 +30,7 @@ from models.sizes import Kind
 def train(config: PPOConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.
-    parallel = join_ranks(config.layout, config.seed, config.numerics, config.waiting)
+    parallel = join_ranks(config)
     run, inputs = _start(config, parallel)
 
     # Build. The critic starts from the reward model.

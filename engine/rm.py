@@ -50,7 +50,7 @@ from engine.training.skipped import end_if_stuck
 def train(config: RMConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.
-    parallel = join_ranks(config.layout, config.seed, config.numerics, config.waiting)
+    parallel = join_ranks(config)
     require_path(config.data.train, "data.train")
     run = start_run(
         directory=config.directory,

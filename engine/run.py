@@ -29,11 +29,8 @@ from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
 from engine.ranks.signs import keep_stacks_in
 from engine.ranks.start import start_parallel
-from engine.settings.layout import ParallelLayout
-from engine.settings.numerics import Numerics
 from engine.settings.saved import changed_fields, save_config
 from engine.settings.size import named_size
-from engine.settings.waiting import WaitingConfig
 from models.sizes import GPTSize
 
 # What a run may change when it goes on: where and how fast it runs, how long, what it writes. Any
@@ -172,14 +169,13 @@ def stage() -> Iterator[None]:
         yield
 
 
-def join_ranks(
-    layout: ParallelLayout, seed: int, numerics: Numerics, waiting: WaitingConfig
-) -> Parallel:
-    """Join the other ranks; before that make this process deterministic, where it is to be, so that
-    NCCL knows it from its first message on."""
-    if numerics.deterministic:
+def join_ranks(config: Any) -> Parallel:
+    """Join the other ranks of a stage, which all have the same config, or UserError; before that
+    make this process deterministic, where it is to be, so that NCCL knows it from its first message
+    on."""
+    if config.numerics.deterministic:
         make_deterministic()
-    return start_parallel(layout, seed, waiting)
+    return start_parallel(config.layout, config.seed, config.waiting, config)
 
 
 def start_run(*, directory: Path, parallel: Parallel, tokenizer: Path) -> Run:

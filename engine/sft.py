@@ -57,7 +57,7 @@ from engine.training.skipped import end_if_stuck
 def train(config: SFTConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.
-    parallel = join_ranks(config.layout, config.seed, config.numerics, config.waiting)
+    parallel = join_ranks(config)
     run = start_run(
         directory=config.directory,
         parallel=parallel,

@@ -16,7 +16,7 @@ from engine.training.network import Network, build_network
 
 def load_model(config: GenerateConfig) -> tuple[Network, Tokenizer]:
     """Return the language model at the source, on the ranks of the layout, and its tokenizer."""
-    parallel = start_parallel(config.layout, config.seed, config.waiting)
+    parallel = start_parallel(config.layout, config.seed, config.waiting, config)
     weights, is_huggingface = find_weights(config)
     if is_huggingface:
         size, beside = read_size(weights), weights

@@ -75,7 +75,7 @@ def import_huggingface(config: ConvertConfig) -> Path:
     A stage starts from it with `--init-from`. Raises UserError, naming the field or the tensor, for
     a model that is not ours.
     """
-    parallel = start_parallel(config.layout, 0, config.waiting)
+    parallel = start_parallel(config.layout, 0, config.waiting, config)
     source, out = require_path(config.source, "source"), _require_out(config)
     size = read_size(source)
     _find_tensors(source, size)
@@ -100,7 +100,7 @@ def import_huggingface(config: ConvertConfig) -> Path:
 
 def export_huggingface(config: ConvertConfig) -> Path:
     """Write a checkpoint's language model as a Hugging Face folder; return it. Raises UserError."""
-    parallel = start_parallel(config.layout, 0, config.waiting)
+    parallel = start_parallel(config.layout, 0, config.waiting, config)
     source, out = require_path(config.source, "source"), _require_out(config)
     found = network_at(source, config.role, strict=config.strict)
     size, beside = found.size, run_of(found.folder) / "tokenizer"

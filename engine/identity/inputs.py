@@ -52,7 +52,7 @@ from engine.identity.record import (
     read_identity,
     write_identity,
 )
-from engine.identity.software import code_commit, code_digest, package_versions
+from engine.process.software import code_commit, code_digest, package_versions
 from engine.ranks.first_rank import said_by_first_rank
 from engine.run import Run, has_begun, require_path
 from engine.training.network import Network

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.identity.software import PACKAGES
+from engine.process.software import PACKAGES
 from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
 from engine.settings.sft import SFTConfig

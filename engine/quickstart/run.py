@@ -41,7 +41,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     """Run every stage, judge the four models on held-out prompts, write summary.json and
     report.html; what an earlier start has finished is kept. UserError where another one writes
     into the folder, or it is of other settings or files."""
-    parallel = start_parallel(config.layout, config.seed, config.waiting)
+    parallel = start_parallel(config.layout, config.seed, config.waiting, config)
     claim_for_all(config.directory, "data", "tokens")
     find_files(config)  # before anything is written
     begun = begin(config, is_writer=parallel.is_writer)

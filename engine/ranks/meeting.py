@@ -1,4 +1,5 @@
-"""How the ranks of one launch meet: all of them, or an error that names those that did not come.
+"""How the ranks of one launch meet: all of them, started alike, or an error that names those that
+did not come or were started otherwise.
 
 torchrun's store outlives the ranks that it starts anew (--max-restarts), and has what those of
 before have said; nor do its agents on several nodes count the restarts alike. So each rank
@@ -17,10 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
+import xxhash
 
 from engine.environment import tell_torchrun
 from engine.errors import UserError
 from engine.printable import say
+from engine.ranks.likeness import differences
 from engine.ranks.silence import ranks_named
 
 _PAUSE = 0.2  # seconds between two looks at who has come; our choice
@@ -37,6 +40,13 @@ class Arrival:
     world_size: int
     address: str
     seconds: float
+    start: str = ""
+    """What it was started as (engine/ranks/likeness.py), which must be the same on all ranks."""
+
+    @property
+    def digest(self) -> str:
+        """Of what the rank was started as."""
+        return xxhash.xxh3_64_hexdigest(self.start.encode())
 
     @property
     def _limit(self) -> str:
@@ -62,7 +72,8 @@ def meet(store: dist.Store, arrival: Arrival) -> dist.Store:
     """Return the part of the store that the ranks of this start have to themselves, once all have
     come.
 
-    Raises UserError where not all come: on the first rank alone, where that is there.
+    Raises UserError where not all come, or not all were started alike: on the first rank alone,
+    where that is there.
     """
     try:
         name = _gather(store, arrival) if arrival.rank == 0 else _take_part(store, arrival)
@@ -75,7 +86,7 @@ def _gather(store: dist.Store, arrival: Arrival) -> str:
     """Tell every rank that comes, on the first; return the name of this start."""
     deadline = time.monotonic() + arrival.seconds
     name, told = uuid.uuid4().hex, dict.fromkeys(range(1, arrival.world_size), "")
-    absent = list(told)
+    absent, unlike = list(told), dict[str, list[int]]()
     while absent and time.monotonic() < deadline:
         for rank in absent:
             if store.check([f"meeting/{rank}"]):
@@ -83,10 +94,16 @@ def _gather(store: dist.Store, arrival: Arrival) -> str:
                 if token != told[rank]:  # else one of before, or one that has not yet said so
                     told[rank] = token
                     store.set(f"meeting/{token}/part", name)
-        absent = [rank for rank in absent if not store.check([f"meeting/{name}/{rank} is there"])]
+        there = [rank for rank in absent if store.check([_seat(name, rank)])]
+        absent = [rank for rank in absent if rank not in there]
+        for start, ranks in _started_otherwise(store, arrival, name, there).items():
+            unlike.setdefault(start, []).extend(ranks)
+            deadline = min(deadline, time.monotonic() + _GRACE)  # who comes late shall hear of it
         time.sleep(_PAUSE if absent else 0)
     came = [rank for rank in range(arrival.world_size) if rank not in absent]
     message = arrival.missing(came) if absent else ""
+    if unlike:
+        message = differences(arrival.start, unlike)
     store.set(f"meeting/{name}/said", message)
     if message:
         with contextlib.suppress(dist.DistError):  # the store goes with this process
@@ -96,16 +113,47 @@ def _gather(store: dist.Store, arrival: Arrival) -> str:
     return name
 
 
+def _started_otherwise(
+    store: dist.Store, arrival: Arrival, name: str, ranks: list[int]
+) -> dict[str, list[int]]:
+    """Return those of the ranks, which are there, that were started otherwise than the first, by
+    what they were started as. One round trip where all are alike."""
+    found: dict[str, list[int]] = {}
+    if not ranks:
+        return found
+    seats = store.multi_get([_seat(name, rank) for rank in ranks])
+    for rank, seat in zip(ranks, seats, strict=True):
+        token, _, digest = seat.decode().partition(" ")
+        if digest != arrival.digest:
+            key = f"meeting/{token}/start"  # which another version may not set
+            start = store.get(key).decode() if store.check([key]) else ""
+            found.setdefault(start, []).append(rank)
+    return found
+
+
 def _take_part(store: dist.Store, arrival: Arrival) -> str:
     """Come to the first rank, and wait for the others; return the name of this start."""
     token = uuid.uuid4().hex
+    store.set(f"meeting/{token}/start", arrival.start)
     store.set(f"meeting/{arrival.rank}", token)
     name = _await(store, f"meeting/{token}/part", arrival)
-    store.set(f"meeting/{name}/{arrival.rank} is there", "")
+    mine = f"{token} {arrival.digest}"
+    is_taken = store.compare_set(_seat(name, arrival.rank), "", mine).decode() != mine
     if _await(store, f"meeting/{name}/said", arrival):
-        store.set(f"meeting/{name}/{arrival.rank} goes", "")
+        if not is_taken:
+            store.set(f"meeting/{name}/{arrival.rank} goes", "")
         raise SystemExit(2)  # the first rank says why
+    if is_taken:
+        raise UserError(
+            f"another process has come to {arrival.address} as rank {arrival.rank} of "
+            f"{arrival.world_size}; give each run a MASTER_PORT of its own"
+        )
     return name
+
+
+def _seat(name: str, rank: int) -> str:
+    """Return the key under which the one process that is a rank of this start says so."""
+    return f"meeting/{name}/{rank} is there"
 
 
 def _await(store: dist.Store, key: str, arrival: Arrival) -> str:

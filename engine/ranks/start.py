@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -21,6 +22,7 @@ from engine.errors import UserError, quoted
 from engine.ranks import failure
 from engine.ranks.device import communication_backend, meta_device, start_device
 from engine.ranks.groups import TIMEOUT, forget_groups, place_in
+from engine.ranks.likeness import start_in_words
 from engine.ranks.lone_rank import LONE
 from engine.ranks.meeting import Arrival, ending_where_stuck, meet
 from engine.ranks.parallel import Parallel
@@ -82,14 +84,17 @@ def _listen_here(address: str, port: int) -> int:
 
 
 def start_parallel(
-    layout: ParallelLayout, seed: int, waiting: WaitingConfig | None = None
+    layout: ParallelLayout,
+    seed: int,
+    waiting: WaitingConfig | None = None,
+    config: Any = None,
 ) -> Parallel:
     """Join the other ranks, build the process groups and seed this rank's generators.
 
     The ranks come from torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_STEP_NUM_TASKS;
     MASTER_ADDR and MASTER_PORT are recipes/slurm/launch.sh's); a process started by neither is a
-    world of one. A second call in one process reuses the world. Raises UserError where not all
-    ranks come in time.
+    world of one. A second call in one process reuses the world. config: all that the ranks are to
+    do. Raises UserError where not all come in time, or one is to do something else.
     """
     check_launch()
     device = start_device()
@@ -99,7 +104,8 @@ def start_parallel(
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         waiting = waiting or WaitingConfig()
-        store = dist.HashStore() if world_size == 1 else _meet(rank, world_size, waiting)
+        config = {"layout": layout, "seed": seed} if config is None else config
+        store = dist.HashStore() if world_size == 1 else _meet(rank, world_size, waiting, config)
         if _is_this_machine(os.environ["MASTER_ADDR"]) and _has_loopback():
             # By itself gloo listens on the address that the machine's name has.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
@@ -122,11 +128,15 @@ def start_parallel(
     return parallel
 
 
-def _meet(rank: int, world_size: int, waiting: WaitingConfig) -> dist.Store:
+def _meet(rank: int, world_size: int, waiting: WaitingConfig, config: Any) -> dist.Store:
     """Return the store of this start's ranks, once all have come to it; raises UserError."""
     address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '29500')}"
     arrival = Arrival(
-        rank=rank, world_size=world_size, address=address, seconds=waiting.join_seconds
+        rank=rank,
+        world_size=world_size,
+        address=address,
+        seconds=waiting.join_seconds,
+        start=start_in_words(config, world_size),
     )
     with in_phase("meeting the other ranks", is_bounded=False), ending_where_stuck(arrival):
         _check_address(os.environ["MASTER_ADDR"])

@@ -29,12 +29,17 @@ def changed_fields(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
     """Return {dotted name: (saved, now)} of the fields that differ from what save_config wrote to
     `path`; a field that only one of the two has is left out."""
 
-    now, saved = _flat(_encode(config)), _flat(read_object(path, max_bytes=_MAX_BYTES))
+    now, saved = saved_fields(config), _flat(read_object(path, max_bytes=_MAX_BYTES))
     return {
         name: (saved[name], value)
         for name, value in now.items()
         if name in saved and saved[name] != value
     }
+
+
+def saved_fields(config: Any) -> dict[str, Any]:
+    """Return {dotted name: value} of what save_config writes."""
+    return _flat(_encode(config))
 
 
 def load_config(cls: type[_Config], path: Path) -> _Config:

@@ -1,18 +1,25 @@
-"""All ranks of a start meet, or those that did not come are named."""
+"""All ranks of a start meet, or those that did not come or were started otherwise are named."""
 
 import datetime
 import threading
+import time
+import uuid
 
 import pytest
 import torch.distributed as dist
 
 from engine.errors import UserError
 from engine.ranks import meeting
+from engine.ranks.likeness import start_in_words
 from engine.ranks.meeting import Arrival, meet
 
 
-def arrival(rank: int, world_size: int = 3, seconds: float = 20.0) -> Arrival:
-    return Arrival(rank=rank, world_size=world_size, address="node:1", seconds=seconds)
+def arrival(rank: int, world_size: int = 3, seconds: float = 20.0, start: str = "") -> Arrival:
+    return Arrival(rank=rank, world_size=world_size, address="node:1", seconds=seconds, start=start)
+
+
+def started(lr: float, world_size: int = 3) -> str:
+    return start_in_words({"lr": lr}, world_size)
 
 
 def together(store: dist.Store, seats: list[Arrival]) -> dict[int, object]:
@@ -96,3 +103,51 @@ def test_a_library_that_does_not_return_is_ended(
         "what listens there does not answer: no rank, or one that is stopped"
         in capsys.readouterr().err
     )
+
+
+def test_a_rank_that_was_started_otherwise_ends_all_and_the_first_alone_says_so():
+    starts = [started(0.1), started(0.1), started(0.5), started(0.1)]
+    results = together(dist.HashStore(), [arrival(r, 4, start=starts[r]) for r in range(4)])
+    assert isinstance(results[0], UserError)
+    assert str(results[0]).startswith("rank 2 was not started as rank 0 was: lr 0.5, not 0.1\n")
+    assert all(isinstance(results[rank], SystemExit) for rank in (1, 2, 3))
+    assert {results[rank].code for rank in (1, 2, 3)} == {2}
+
+
+def test_the_first_rank_waits_no_longer_where_one_was_started_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Rank 1 is of a launch of two, and rank 0 of one of three, whose others have not come."""
+    monkeypatch.setattr(meeting, "_GRACE", 0.5)
+    ours, theirs = started(0.1), started(0.1, world_size=2)
+    before = time.monotonic()
+    results = together(
+        dist.HashStore(), [arrival(0, 3, 60.0, start=ours), arrival(1, 2, 60.0, start=theirs)]
+    )
+    assert time.monotonic() - before < 30
+    assert "rank 1 was not started as rank 0 was: world_size 2, not 3\n" in str(results[0])
+    assert isinstance(results[1], SystemExit)
+
+
+def test_a_rank_that_says_nothing_of_its_start_is_of_another_version():
+    results = together(dist.HashStore(), [arrival(0, 2, start=started(0.1, 2)), arrival(1, 2)])
+    assert "rank 1 was not started as rank 0 was" in str(results[0])
+
+
+@pytest.mark.parametrize(("said", "status"), [("", None), ("rank 2 did not come", 2)])
+def test_one_process_alone_is_a_rank_where_two_come_as_the_same_one(
+    said: str, status: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    """Two runs on one port each bring a rank 1, and the first rank answers both."""
+    monkeypatch.setattr(meeting.uuid, "uuid4", lambda: uuid.UUID(int=5))
+    store = dist.HashStore()
+    store.set(f"meeting/{uuid.UUID(int=5).hex}/part", "start")
+    store.set("meeting/start/1 is there", "the other's token and digest")
+    store.set("meeting/start/said", said)
+    with pytest.raises((UserError, SystemExit)) as ended:
+        meet(store, arrival(1))
+    if status is None:
+        assert "another process has come to node:1 as rank 1 of 3" in str(ended.value)
+    else:  # the first rank has said it
+        assert ended.value.code == status
+    assert not store.check(["meeting/start/1 goes"])

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.identity import software
-from engine.identity.software import PACKAGES, code_commit, code_digest, package_versions
+from engine.process import software
+from engine.process.software import PACKAGES, code_commit, code_digest, package_versions
 
 
 @pytest.fixture

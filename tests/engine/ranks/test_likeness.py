@@ -1,0 +1,94 @@
+"""What ranks were started as is compared, and what differs is named."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.process.software import package_versions
+from engine.ranks import likeness
+from engine.ranks.likeness import differences, start_in_words
+from engine.settings.layout import ParallelLayout
+from engine.settings.ppo import PPOConfig
+from engine.settings.rm import RMConfig
+from engine.settings.sft import SFTConfig
+
+
+def difference(mine: str, theirs: str) -> str:
+    """What is said of rank 1."""
+    said, _, advice = differences(mine, {theirs: [1]}).partition("\n")
+    assert "MASTER_PORT of its own" in advice
+    return said.removeprefix("rank 1 was not started as rank 0 was: ")
+
+
+def test_ranks_that_were_started_alike_say_the_same():
+    config = PPOConfig(directory=Path("runs/a"))
+    assert start_in_words(config, 2) == start_in_words(dataclasses.replace(config), 2)
+
+
+def test_each_field_that_differs_is_named_with_both_values():
+    mine = SFTConfig(directory=Path("runs/a"), seed=1)
+    other = dataclasses.replace(
+        mine,
+        directory=Path("runs/b"),
+        seed=7,
+        adam=dataclasses.replace(mine.adam, lr=0.5),
+        data=dataclasses.replace(mine.data, train=Path("b.jsonl")),
+    )
+    said = difference(start_in_words(mine, 2), start_in_words(other, 2))
+    assert set(said.split("; ")) == {
+        "directory runs/b, not runs/a",
+        "seed 7, not 1",
+        f"adam.lr 0.5, not {mine.adam.lr}",
+        "data.train b.jsonl, not None",
+    }
+
+
+def test_a_part_that_only_one_of_them_has_is_named():
+    mine = PPOConfig(generation_layout=ParallelLayout(tp=2))
+    said = difference(start_in_words(mine, 2), start_in_words(PPOConfig(), 2))
+    assert "generation_layout.tp None, not 2" in said
+
+
+def test_another_stage_or_number_of_ranks_is_named_and_no_field_that_one_alone_has():
+    mine = start_in_words(SFTConfig(directory=Path("runs/a")), 2)
+    said = difference(mine, start_in_words(RMConfig(directory=Path("runs/b")), 4))
+    assert said.startswith("stage rm, not sft; world_size 4, not 2; ")
+    assert "directory runs/b, not runs/a" in said
+    assert "pretraining_fraction" not in said
+
+
+def test_other_code_and_other_packages_are_named(monkeypatch: pytest.MonkeyPatch):
+    mine = start_in_words(SFTConfig(), 2)
+    monkeypatch.setattr(likeness, "code_digest", lambda: "0123456789abcdef" * 2)
+    versions = package_versions() | {"torch": "1.0"}
+    monkeypatch.setattr(likeness, "package_versions", lambda: versions)
+    said = difference(mine, start_in_words(SFTConfig(), 2))
+    assert "code 0123456789abcdef, not " in said
+    assert "torch 1.0, not " in said
+
+
+def test_many_differences_and_many_kinds_of_ranks_are_a_few_lines():
+    many = {f"field_{number}": 0 for number in range(100)}
+    mine = start_in_words(many, 64)
+    theirs = {start_in_words(dict.fromkeys(many, n), 64): [n, n + 32] for n in range(1, 32)}
+    said = differences(mine, theirs)
+    first, *_, rest, _ = said.splitlines()
+    assert first.startswith("ranks 1, 33 were not started as rank 0 was: field_0 1, not 0; ")
+    assert first.endswith("; and 92 more")
+    assert rest.startswith("nor were ranks 4 to 31, ")
+    assert len(said) < 2000
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", "null", '{"launch": 3, "settings": 4}', "[" * 9999]
+)
+def test_what_another_program_says_is_a_difference_too(text: str):
+    assert difference(start_in_words(SFTConfig(), 2), text)
+
+
+def test_values_are_cut():
+    mine, theirs = (start_in_words({"name": letter * 10_000}, 2) for letter in "ab")
+    assert len(difference(mine, theirs)) < 400
+    assert json.loads(mine)["settings"] == {"name": "a" * 10_000}
