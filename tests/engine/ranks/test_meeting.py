@@ -1,9 +1,11 @@
 """All ranks of a start meet, or those that did not come or were started otherwise are named."""
 
 import datetime
+import shutil
 import threading
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -12,6 +14,8 @@ from engine.errors import UserError
 from engine.ranks import meeting
 from engine.ranks.likeness import start_in_words
 from engine.ranks.meeting import Arrival, meet
+from tests.recipe_runs import ROOT, sft_command, start, start_ranks
+from tests.test_slurm import free_ports
 
 
 def arrival(rank: int, world_size: int = 3, seconds: float = 20.0, start: str = "") -> Arrival:
@@ -151,3 +155,53 @@ def test_one_process_alone_is_a_rank_where_two_come_as_the_same_one(
     else:  # the first rank has said it
         assert ended.value.code == status
     assert not store.check(["meeting/start/1 goes"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [0, 1])
+def test_processes_that_were_started_otherwise_end_with_one_message(
+    first: int, tiny: Path, tmp_path: Path
+):
+    """Ranks of two runs, by srun without an agent: both end before the first step."""
+    port, other = free_ports()[0], ("--adam.lr", 0.5, "--seed", 7)
+    commands = [
+        sft_command(tiny, tmp_path / "a", "--layout.tp", 2),
+        sft_command(tiny, tmp_path / "b", "--layout.tp", 2, *other),
+    ]
+    started: dict = {}
+    try:
+        for rank in (first, 1 - first):
+            started |= start_ranks(commands[rank], tmp_path, port, [rank])
+        assert [started[rank].wait(100) for rank in (0, 1)] == [2, 2]
+        said, advice = started[0].err.read_text().splitlines()
+        assert said.startswith("error: rank 1 was not started as rank 0 was: ")
+        assert "adam.lr 0.5, not " in said
+        assert f"directory {tmp_path / 'b'}, not {tmp_path / 'a'}" in said
+        assert "seed 7, not 0" in said
+        assert "MASTER_PORT" in advice
+        assert (started[0].out.read_text(), started[1].said()) == ("", "")
+        assert not (tmp_path / "a").exists()
+    finally:
+        for rank in started.values():
+            rank.end()
+
+
+@pytest.mark.slow
+def test_a_rank_of_another_checkout_is_refused(tiny: Path, tmp_path: Path):
+    for floor in ("engine", "models", "kernels", "recipes"):
+        shutil.copytree(ROOT / floor, tmp_path / "other" / floor)
+    with (tmp_path / "other" / "engine" / "losses.py").open("a") as file:
+        file.write("# another line\n")
+    port, command = free_ports()[0], sft_command(tiny, tmp_path / "run", "--layout.tp", 2)
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    place |= {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(tmp_path / "other")}
+    script = [str(tmp_path / "other" / command[0]), *command[1:]]
+    first = start_ranks(command, tmp_path, port, [0])[0]
+    second = start(script, tmp_path / "rank_1", environment=place)
+    try:
+        assert (first.wait(100), second.wait(100)) == (2, 2)
+        assert "rank 1 was not started as rank 0 was: code " in first.said()
+        assert second.said() == ""
+    finally:
+        first.end()
+        second.end()
