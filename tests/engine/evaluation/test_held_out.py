@@ -41,6 +41,7 @@ from tests.tiny import (
 )
 
 NAMES = {"reward_mean", "kl", "response_tokens", "eos_rate", "pretrain_loss"}
+LOOKING = "engine.evaluation.held_out"
 HOST = ResidencyConfig(reference="host", reward_model="host", critic="host", optimizer="host")
 
 
@@ -133,7 +134,7 @@ def test_looking_changes_nothing_that_is_learned(
 
 
 def test_equal_prompts_are_on_one_side(tiny: Path, tmp_path: Path, monkeypatch):
-    seen: dict[str, list[tuple[int, ...]]] = {"ppo": [], "held_out": []}
+    seen: dict[str, list[tuple[int, ...]]] = {"engine.ppo": [], LOOKING: []}
 
     def noting(name: str) -> Callable[..., Rollout]:
         def note(policy: Network, prompts: list, *arguments: Any, **named: Any) -> Rollout:
@@ -143,13 +144,13 @@ def test_equal_prompts_are_on_one_side(tiny: Path, tmp_path: Path, monkeypatch):
         return note
 
     for name in seen:
-        monkeypatch.setattr(f"engine.{name}.generate_rollout", noting(name))
+        monkeypatch.setattr(f"{name}.generate_rollout", noting(name))
     lines = (tiny / "prompts.jsonl").read_text().splitlines()
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join([*lines, *lines[::-1], *lines[:5]]))
     config = ppo_config(tiny, tmp_path / "run", rollout_batch_size=40, minibatch_size=20)
     train(with_data(config, prompts=path))
-    trained, held_out = set(seen["ppo"]), seen["held_out"]
+    trained, held_out = set(seen["engine.ppo"]), seen[LOOKING]
     num_held_out = len(held_out_of(tiny))
     assert len(held_out) == len(set(held_out)) == num_held_out
     assert len(trained) == len(set(lines)) - num_held_out  # all others were answered
@@ -251,9 +252,7 @@ def poisoned(generate: Callable[..., Rollout], rank: int) -> Callable[..., Rollo
 
 def train_poisoned(config: PPOConfig, rank: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "engine.evaluation.held_out.generate_rollout", poisoned(generate_rollout, rank)
-        )
+        patch.setattr(f"{LOOKING}.generate_rollout", poisoned(generate_rollout, rank))
         train(config)
 
 
