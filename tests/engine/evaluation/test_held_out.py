@@ -157,17 +157,20 @@ def test_equal_prompts_are_on_one_side(tiny: Path, tmp_path: Path, monkeypatch):
     assert not trained & set(held_out)
 
 
-def test_a_file_gives_its_first_distinct_prompts(tiny: Path, tmp_path: Path, capsys):
+@pytest.mark.parametrize(("most", "num_answered"), [(3, 3), (9, 4)])
+def test_a_file_gives_its_first_distinct_prompts(
+    most: int, num_answered: int, tiny: Path, tmp_path: Path, capsys
+):
     texts = ["the mill", "a pub", "the mill", "fish", "the river"]
     valid = write_lines(tmp_path / "valid.jsonl", [{"prompt": text} for text in texts])
     config = ppo_config(tiny, tmp_path / "run", iterations=1, saving=EVERY_STEP)
-    train(with_data(config, valid=valid, num_valid=3))
+    train(with_data(config, valid=valid, num_valid=most))
     shown = capsys.readouterr().out
-    assert f"{valid}: 5 records, 3 to be answered" in shown
-    assert "prompts (valid): 3 kept" in shown
+    assert f"{valid}: 5 records, {num_answered} to be answered" in shown
+    assert f"prompts (valid): {num_answered} kept" in shown
     known = json.loads((tmp_path / "run" / "identity.json").read_text())["data"]
     assert known["data.valid"]["records"] == 5
-    assert known["data.valid"]["kept"] == 3
+    assert known["data.valid"]["kept"] == num_answered
     assert known["data.prompts"]["kept"] == 24  # none of them is held out
 
 
