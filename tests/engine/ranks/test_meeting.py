@@ -92,4 +92,7 @@ def test_a_library_that_does_not_return_is_ended(
     monkeypatch.setattr(meeting, "_GRACE", 0.1)
     with meeting.ending_where_stuck(arrival(1, seconds=0.1)):
         assert ended.wait(10)
-    assert "what listens there is not the first rank" in capsys.readouterr().err
+    assert (
+        "what listens there does not answer: no rank, or one that is stopped"
+        in capsys.readouterr().err
+    )
