@@ -88,6 +88,7 @@ def test_other_errors_of_the_system_keep_their_traceback(error):
 def test_ranks_above_zero_wait_for_rank_zero_to_speak(capsys, monkeypatch):
     waits = []
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr("engine.recipe.time.sleep", waits.append)
 
     def train(config: StageConfig) -> None:
