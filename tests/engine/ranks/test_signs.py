@@ -46,6 +46,18 @@ def test_phases_nest_and_every_step_is_a_sign():
     assert not own_signs().is_bounded
 
 
+def test_a_phase_that_begins_or_ends_and_a_step_are_progress():
+    counts = [own_signs().count]
+    with in_phase("rollout", is_bounded=True):
+        counts.append(own_signs().count)
+    counts.append(own_signs().count)
+    reach_step(1)
+    counts.append(own_signs().count)
+    end_training()
+    counts.append(own_signs().count)
+    assert counts == sorted(set(counts))
+
+
 def test_a_phase_that_fails_is_left():
     with pytest.raises(ZeroDivisionError), in_phase("rollout", is_bounded=True):
         raise ZeroDivisionError
@@ -54,10 +66,13 @@ def test_a_phase_that_fails_is_left():
 
 def test_stacks_are_written_into_the_runs_folder_once(tmp_path: Path):
     keep_stacks_in(tmp_path)
+    (tmp_path / "stacks").mkdir()
+    (tmp_path / "stacks" / "rank_2.txt").write_text("of the run before\n" * 10_000)
     with in_phase("score", is_bounded=True):
         assert str(tmp_path / "stacks") in write_stacks(2)
     text = (tmp_path / "stacks" / "rank_2.txt").read_text()
     assert text.startswith("rank 2, phase score, ")
+    assert "of the run before" not in text
     assert "test_stacks_are_written_into_the_runs_folder_once" in text
     (tmp_path / "stacks" / "rank_2.txt").unlink()
     write_stacks(2)
