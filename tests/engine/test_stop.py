@@ -195,16 +195,16 @@ def test_signal_that_is_ignored_in_the_background_stays_ignored(number: signal.S
 
 
 def test_a_block_that_leaves_at_signals_tells_the_others_first():
-    told: list[tuple[str, int]] = []
+    told: list[tuple[str, int, bool]] = []
     with (
         pytest.raises(SystemExit) as stopped,
-        leaving_at_signals(lambda line, status: told.append((line, status))),
+        leaving_at_signals(lambda line, status: told.append((line, status, stop.is_noted()))),
     ):
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(1.0)
         pytest.fail("it went on")
     assert stopped.value.code == EXIT_STATUS
-    assert told == [("stopped by a signal; the same command continues", EXIT_STATUS)]
+    assert told == [("stopped by a signal; the same command continues", EXIT_STATUS, True)]
 
 
 def test_what_an_inner_block_noted_too_late_is_acted_on_at_its_end():
