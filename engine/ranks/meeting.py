@@ -132,7 +132,9 @@ def ending_where_stuck(arrival: Arrival) -> Iterator[None]:
 
     def end() -> None:
         if not is_over.wait(arrival.seconds + _GRACE):
-            message = "error: " + arrival.unreachable("what listens there is not the first rank")
+            message = "error: " + arrival.unreachable(
+                "what listens there does not answer: no rank, or one that is stopped"
+            )
             say(message, stream=sys.stderr)
             tell_torchrun(message)
             os._exit(2)

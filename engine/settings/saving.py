@@ -17,7 +17,8 @@ class SaveConfig:
     """Minutes between checkpoints, by the first rank's clock; 0: none is due for the time. Our
     choice: the most work that a killed run loses, and a write that a run does not notice."""
     keep: int = 2
-    """Checkpoints kept, the last so many."""
+    """Checkpoints kept, the last so many; our choice. With 1, none is left where the update just
+    before it has spoiled the weights, which only the steps after it show."""
     keep_every: int = 0
     """Checkpoints of steps that this divides are kept besides; 0: none."""
     keep_lowest: str = ""
@@ -28,7 +29,8 @@ class SaveConfig:
     """Skipped steps, the last so many, whose batch and weights are kept in RUN/skipped, for
     recipes/replay.py; of several in a row the first. Our choice, as of checkpoints; 0: none."""
     save_in_background: bool = True
-    """Train on while a checkpoint is written, from a copy in host memory."""
+    """Train on while a checkpoint is written, from a copy in host memory. A run that is killed
+    meanwhile goes on from the one before."""
     strict: bool = False
     """Refuse a damaged newest checkpoint, instead of going on from the newest whole one."""
 

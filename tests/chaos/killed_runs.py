@@ -119,7 +119,13 @@ class End:
     num_left: int
     """Processes of the run that lived on."""
     seconds: float
-    output: str
+    outputs: list[str]
+    """What each rank said."""
+
+    @property
+    def output(self) -> str:
+        """What all said, rank by rank."""
+        return "".join(self.outputs)
 
     @property
     def was_killed(self) -> bool:
@@ -310,7 +316,7 @@ def run(config: Config, notes: Path, *, num_ranks: int = 1, blow: Blow = NOTHING
             strike([ranks[rank] for rank in blow.ranks], number)
     wait_for_ends(ranks, blow)
     shown = [shown_in(notes / f"line-{rank}") for rank in range(num_ranks)]
-    ended_alone = not any(process.is_alive() for process in ranks)
+    ended_alone = not any(process.is_alive() and not is_stopped(process) for process in ranks)
     for process in ranks:
         process.kill()
     for process in ranks:
@@ -323,7 +329,7 @@ def run(config: Config, notes: Path, *, num_ranks: int = 1, blow: Blow = NOTHING
         ended_alone=ended_alone,
         num_left=sum(has_processes(process.pid) for process in ranks),  # type: ignore[arg-type]
         seconds=time.monotonic() - start,
-        output="".join(path.read_text(errors="replace") for path in sorted(notes.glob("output-*"))),
+        outputs=[path.read_text(errors="replace") for path in sorted(notes.glob("output-*"))],
     )
 
 

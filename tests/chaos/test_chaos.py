@@ -21,6 +21,7 @@ from benchmarks.records import append_line
 from benchmarks.timing import machine
 from engine.settings.layout import ParallelLayout
 from engine.settings.saving import SaveConfig
+from engine.settings.waiting import WaitingConfig
 from engine.stop import EXIT_STATUS, SIGNALS
 from tests.chaos.killed_runs import (
     NOTHING,
@@ -44,7 +45,12 @@ STAGES: dict[str, tuple[Callable[..., Config], dict[str, Any]]] = {
     ),
     "rm": (
         rm_config,
-        {"saving": SaveConfig(save_every=1, keep=1, keep_lowest="train/loss"), "eval_every": 1},
+        {
+            "saving": SaveConfig(
+                save_every=1, keep=1, keep_lowest="train/loss", save_in_background=False
+            ),
+            "eval_every": 1,
+        },
     ),
     "ppo": (ppo_config, {"iterations": 3, "num_shown": 8, "show_every": 1}),
 }
@@ -52,12 +58,26 @@ WORLDS = {
     "1": (1, ParallelLayout()),
     "dp2": (2, ParallelLayout()),
     "tp2": (2, ParallelLayout(tp=2)),
+    "pp2": (2, ParallelLayout(pp=2)),
 }
-CASES = ("sft-1", "ppo-1", "rm-1", "sft-dp2", "rm-tp2", "ppo-dp2", "ppo-tp2", "rm-dp2", "sft-tp2")
+CASES = (
+    *("sft-1", "ppo-1", "rm-1", "sft-dp2", "rm-tp2"),
+    *("ppo-dp2", "ppo-tp2", "rm-dp2", "sft-tp2", "ppo-pp2"),
+)
 MOST_BLOWS = 4  # to one run, before it is left to come to its end
 LEAVES = re.compile(r"stopped by a signal .*; the same command continues")
-# Of save intervals: one, and the steps that are trained while the save before is being written.
-MOST_REDONE = 2
+# Shorter than by default, for every halt waits as long; longer than any pause.
+WAITING = WaitingConfig(join_seconds=20.0, silence_seconds=12.0)
+# That of rank 0 keeps the store, by which the others would know of it.
+HALTED = (
+    re.compile(
+        "rank 0 of 2 (gave no sign of life for .*, last seen in|did not come)"
+        "|the first rank or torchrun keeps"
+        "|found nobody to meet"
+    ),
+    re.compile("rank 1 of 2 (gave no sign of life for .*, last seen in|did not come)"),
+)
+HALT_SECONDS = 60.0  # in which those that wait for a halted rank have ended
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -88,7 +108,8 @@ class Case:
             return self._kill_at_line(begins, is_first)
         ranks = self._some_ranks()
         twice = ("twice",) if signal.SIGINT in SIGNALS else ()
-        kind = self.draw.choice(("kill", "kill", "ask", "ask", *twice, "pause", "limit"))
+        halt = ("halt",) if len(ranks) < self.num_ranks else ()  # somebody is left to notice it
+        kind = self.draw.choice(("kill", "kill", "ask", "ask", *twice, "pause", *halt, "limit"))
         if kind == "limit":  # from metrics to the longest of a checkpoint's files
             num_bytes = int(10 ** self.draw.uniform(3.7, 5.6))
             return Blow(signals=(), ranks=ranks, file_bytes=num_bytes, others_live=PATIENCE)
@@ -99,6 +120,8 @@ class Case:
             return Blow(ranks=ranks, signals=(self.draw.choice(SIGNALS),), **where)
         if kind == "twice":
             return Blow(ranks=ranks, signals=(signal.SIGINT,) * 2, others_live=PATIENCE, **where)
+        if kind == "halt":
+            return Blow(ranks=ranks, signals=(signal.SIGSTOP,), others_live=HALT_SECONDS, **where)
         pause = self.draw.uniform(0.1, 1.5)
         return Blow(ranks=ranks, signals=(signal.SIGSTOP,), pause=pause, **where)
 
@@ -107,6 +130,8 @@ class Case:
         rank = self.draw.randrange(self.num_ranks)
         what = self.draw.choice(("save", "save", "save", "save", "start", "run"))
         counts = self.counts[begins][rank]
+        if what == "save" and not self.config.saving.save_in_background:
+            what = "start"  # is the whole of a save
         line = self.draw.choice(sorted(line for line in counts if line.startswith(f"{what} ")))
         return Blow(
             ranks=(rank,),
@@ -156,7 +181,7 @@ def prepared(name: str, files: Path, folder: Path, seed: int = 0) -> Case:
     stage, _, world = name.partition("-")
     make_config, changes = STAGES[stage]
     num_ranks, layout = WORLDS[world]
-    changes = {"saving": EVERY_STEP, "layout": layout, **changes}
+    changes = {"saving": EVERY_STEP, "layout": layout, "waiting": WAITING, **changes}
     config = make_config(files, folder / "whole", **changes)
     case = Case(
         name=name,
@@ -197,14 +222,27 @@ def assert_as_documented(end: End, blow: Blow) -> None:
         assert set(end.codes) == {0} or LEAVES.search(end.output), said
     elif blow.pause:
         assert set(end.codes) == {0}, said
+    elif blow.kind == "halt":
+        assert_halt_is_named(end, blow.ranks[0], said)
     elif blow.kind == "file limit":
         assert end.ended_alone, said
         assert set(end.codes) in ({0}, {2}), said
-        assert set(end.codes) == {0} or os.strerror(27) in end.output, said
+        # What it says is a file too, which may be full.
+        is_silent = any(len(text.encode()) >= blow.file_bytes for text in end.outputs)
+        assert set(end.codes) == {0} or is_silent or os.strerror(27) in end.output, said
     elif blow.kind == "SIGKILL":
         assert -signal.SIGKILL in end.codes or set(end.codes) == {0}, said
     if not is_outside and -signal.SIGKILL not in end.codes:
         assert "Traceback" not in end.output, said
+
+
+def assert_halt_is_named(end: End, halted: int, said: str) -> None:
+    """See that the other rank ended by itself, with the word which it missed, and where it was."""
+    assert end.ended_alone, said
+    other = end.codes[1 - halted]
+    assert other in (0, 1, 2), said
+    if other != 0:
+        assert HALTED[halted].search(end.output), said
 
 
 def strike_and_continue(case: Case, directory: Path, most: int) -> None:
@@ -242,7 +280,9 @@ def count_redone(case: Case, end: End, done: int) -> int:
     redone = max(0, done - first)
     case.seen["steps_redone"] += redone
     case.seen["most_redone"] = max(case.seen["most_redone"], redone)
-    assert redone <= MOST_REDONE * case.config.saving.save_every
+    # A save interval; and as many steps as are trained while the save before is being written.
+    saving = case.config.saving
+    assert redone <= saving.save_every * (2 if saving.save_in_background else 1)
     return now
 
 

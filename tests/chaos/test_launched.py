@@ -43,14 +43,18 @@ class Launched:
                 continue
         return sorted(found, key=lambda process: (process.pid != self.process.pid, process.pid))
 
-    def wait_for_all(self, seconds: float) -> float:
-        """Wait until none is left; return the seconds that took."""
+    def wait_for_all(self, seconds: float, halted: psutil.Process | None = None) -> float:
+        """Wait until none is left, but for one that is halted, and kill that; return the seconds
+        that took."""
         start = time.monotonic()
-        while self.processes():
+        while [process for process in self.processes() if process != halted]:
             assert time.monotonic() < start + seconds, [p.cmdline() for p in self.processes()]
             time.sleep(0.2)
+        took = time.monotonic() - start
+        if halted is not None and halted.is_running():
+            halted.kill()
         self.process.wait()
-        return time.monotonic() - start
+        return took
 
 
 def launch(case: Case, directory: Path) -> Launched:
@@ -109,12 +113,9 @@ def test_struck_launches_leave_nobody_behind_and_lose_nothing(
             assert run.process.returncode in ends, run.output.read_text()[-3000:]
             case.kinds[strike.name] += 1
         else:
-            struck = 0 if len(there) == 1 else draw.choice((0, 0, draw.randrange(len(there))))
-            there[struck].kill()
-            case.seen["most_seconds"] = max(
-                case.seen["most_seconds"], int(run.wait_for_all(MOST_SECONDS))
-            )
-            case.kinds["agent killed" if struck == 0 else "rank under an agent killed"] += 1
+            took, kind = strike_one(run, there, draw)
+            case.seen["most_seconds"] = max(case.seen["most_seconds"], int(took))
+            case.kinds[kind] += 1
         case.phases["any moment of a launch"] += 1
         if number % 3 == 2:
             case.seen["ends_compared"] += 1
@@ -124,6 +125,25 @@ def test_struck_launches_leave_nobody_behind_and_lose_nothing(
         case.seen["ends_compared"] += 1
         finish(case, launched, directory)
     case.record(pytestconfig.getoption("--record"), time.monotonic() - start)
+
+
+def strike_one(
+    run: Launched, there: list[psutil.Process], draw: random.Random
+) -> tuple[float, str]:
+    """Strike torchrun, or a rank where there is one; return the seconds until all had ended, and
+    what was done."""
+    agent, *ranks = there
+    if ranks and draw.random() < 0.4:
+        halts = draw.random() < 0.3
+        struck, strike = draw.choice(ranks), signal.SIGSTOP if halts else signal.SIGKILL
+    else:
+        struck = agent
+        strike = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP, *SIGNALS))
+    struck.send_signal(strike)
+    # A rank that is halted is killed by the agent, which nobody ends where it is halted itself.
+    is_lasting = struck == agent and strike == signal.SIGSTOP
+    took = run.wait_for_all(MOST_SECONDS, agent if is_lasting else None)
+    return took, f"{strike.name} to {'the agent' if struck == agent else 'a rank under an agent'}"
 
 
 def finish(case: Case, launched: list[Launched], directory: Path) -> float:
