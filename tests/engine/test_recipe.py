@@ -134,6 +134,7 @@ def test_an_interrupt_that_nobody_notes_has_the_shells_status_and_no_words(capsy
     with pytest.raises(SystemExit) as ended:
         run_stage(train, StageConfig(), [], has_dry_run=False)
     assert ended.value.code == 130
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)  # once the recipe is over
     assert capsys.readouterr() == ("", "")
 
 
