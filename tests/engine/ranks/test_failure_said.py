@@ -242,8 +242,11 @@ def test_a_store_that_does_not_answer_ends_the_rank_without_it(
     capsys: pytest.CaptureFixture[str],
 ):
     mine = world(0, store=Gone(), answered_at=time.monotonic() - 44.5)
+    late = threading.Timer(10.0, mine.has_parted.set)
+    late.start()
     with pytest.raises(Ended, match="1"):
         failure._time_store(mine)  # at 45 s
+    late.cancel()
     assert "gave no answer for 45 s" in capsys.readouterr().err
 
 
