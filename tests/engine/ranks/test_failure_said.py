@@ -23,11 +23,21 @@ class Ended(BaseException):
     """Ends the process."""
 
 
+class Stopped:
+    """A store whose process is stopped: who asks it waits for ever."""
+
+    def __getattr__(self, name: str) -> Any:
+        pytest.fail("it was asked")
+
+
 class Gone:
     """A store whose process is gone."""
 
     def __getattr__(self, name: str) -> Any:
         raise dist.DistError("Connection reset by peer")
+
+
+END = failure._end
 
 
 @pytest.fixture(autouse=True)
@@ -241,7 +251,7 @@ def test_only_the_first_verdict_is_said(capsys: pytest.CaptureFixture[str]):
 def test_a_store_that_does_not_answer_ends_the_rank_without_it(
     capsys: pytest.CaptureFixture[str],
 ):
-    mine = world(0, store=Gone(), answered_at=time.monotonic() - 44.5)
+    mine = world(0, store=Stopped(), answered_at=time.monotonic() - 44.5)
     late = threading.Timer(10.0, mine.has_parted.set)
     late.start()
     with pytest.raises(Ended, match="1"):
@@ -335,3 +345,19 @@ def test_the_first_rank_alone_finds_that_nobody_comes_further(
     watch = failure._world.watch
     assert (watch.silence_seconds, watch.hang_seconds) == (9.0, hang_seconds)
     assert at_exit == [failure.part]
+
+
+def test_what_a_rank_has_said_is_written_before_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ends: list[int] = []
+    monkeypatch.setattr(failure.os, "_exit", ends.append)
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        monkeypatch.setattr("sys.stdout", out)
+        monkeypatch.setattr("sys.stderr", err)
+        out.write("said")
+        err.write("warned")
+        END(3)
+        assert (tmp_path / "out").read_text() == "said"
+        assert (tmp_path / "err").read_text() == "warned"
+    assert ends == [3]
