@@ -53,3 +53,14 @@ def up_to(first: Path, steps: Sequence[Path]) -> list[Path]:
     step = step_of(first.name)
     earlier = (other for other in steps if step is not None and (step_of(other.name) or 0) < step)
     return [first, *earlier]
+
+
+def newest_in_words(directory: Path) -> str:
+    """Return where the newest checkpoint in a folder is, with the names of the older ones beside
+    it; "" where `latest` is not there."""
+    latest = directory / "latest"
+    if not latest.exists():
+        return ""
+    newest = pointed_checkpoint(latest)
+    older = ", ".join(folder.name for folder in up_to(newest, steps_in(directory))[1:])
+    return f"{newest} (older ones beside it: {older})" if older else str(newest)
