@@ -52,6 +52,7 @@ def train(config: PPOConfig) -> dict[str, float]:
 
     checkpointer = Checkpointer(
         directory=run.checkpoints,
+        mark=run.mark,
         parallel=parallel,
         networks={"policy": policy, "critic": critic},
         optimizers={"policy": learner.policy, "critic": learner.critic},
