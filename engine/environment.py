@@ -28,6 +28,7 @@ _MAX_DIGITS = 9  # of a rank, or a number of them
 # By torchrun and by srun. SLURM_NTASKS would not do: the shell of a job has it too, and is alone.
 _RANK = ("RANK", "SLURM_PROCID")
 _WORLD_SIZE = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_LOCAL_RANK = ("LOCAL_RANK", "SLURM_LOCALID")
 
 
 def rank_of_environment() -> int:
@@ -51,15 +52,21 @@ def check_launch() -> None:
     if not 0 <= rank < world_size:
         why = f"{size_name} - 1" if size_name else f"{_WORLD_SIZE[0]} is not set"
         raise UserError(f"{rank_name} is {rank}, and must be from 0 to {world_size - 1}: {why}")
+    if rank_name == "RANK" and size_name is None:  # a job's own shell is SLURM_PROCID 0
+        raise UserError("RANK is set, and WORLD_SIZE is not: of how many ranks is this one?")
+    if rank_name is None and world_size > 1:
+        raise UserError(f"{size_name} is {world_size}, and RANK is not set: which one is this?")
     port = _number(("MASTER_PORT",), 29500)
     if not 0 < port < 1 << 16:
         raise UserError(f"MASTER_PORT is {port}, and must be from 1 to 65535")
-    _number(("LOCAL_RANK", "SLURM_LOCALID"), 0)
+    local_rank = _number(_LOCAL_RANK, 0)
+    if local_rank < 0:
+        raise UserError(f"{_set_one(_LOCAL_RANK)} is {local_rank}, and must be at least 0")
 
 
 def is_first_on_node() -> bool:
     """Return whether this is the first of its node's ranks."""
-    return _number(("LOCAL_RANK", "SLURM_LOCALID"), 0) == 0
+    return _number(_LOCAL_RANK, 0) == 0
 
 
 def has_store_of_launcher() -> bool:

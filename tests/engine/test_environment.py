@@ -74,6 +74,11 @@ def launch(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     [
         ("RANK=1", "RANK is 1, and must be from 0 to 0: WORLD_SIZE is not set"),
         ("RANK=-1", "RANK is -1, and must be from 0 to 0: WORLD_SIZE is not set"),
+        ("RANK=0", "RANK is set, and WORLD_SIZE is not"),
+        ("SLURM_PROCID=1", "SLURM_PROCID is 1, and must be from 0 to 0: WORLD_SIZE is not set"),
+        ("RANK=1 WORLD_SIZE=1", "RANK is 1, and must be from 0 to 0: WORLD_SIZE - 1"),
+        ("WORLD_SIZE=2", "WORLD_SIZE is 2, and RANK is not set"),
+        ("SLURM_STEP_NUM_TASKS=2", "SLURM_STEP_NUM_TASKS is 2, and RANK is not set"),
         ("RANK=2 WORLD_SIZE=2", "RANK is 2, and must be from 0 to 1: WORLD_SIZE - 1"),
         ("RANK=-1 WORLD_SIZE=2", "RANK is -1, and must be from 0 to 1: WORLD_SIZE - 1"),
         (
@@ -84,6 +89,7 @@ def launch(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
         ("WORLD_SIZE=two", "WORLD_SIZE must be a whole number, got 'two'"),
         ("RANK=1.0 WORLD_SIZE=2", "RANK must be a whole number, got '1.0'"),
         (f"WORLD_SIZE={'9' * 12}", "WORLD_SIZE must be a whole number, got '999"),
+        ("LOCAL_RANK=-1", "LOCAL_RANK is -1, and must be at least 0"),
         ("LOCAL_RANK=", "LOCAL_RANK must be a whole number, got ''"),
         ("MASTER_PORT=0", "MASTER_PORT is 0, and must be from 1 to 65535"),
         ("MASTER_PORT=65536", "MASTER_PORT is 65536, and must be from 1 to 65535"),
@@ -103,6 +109,9 @@ def test_a_launch_in_which_no_ranks_can_meet_is_an_error(words: str, said: str, 
         ("", False),
         ("SLURM_PROCID=0", False),  # the shell of a job
         ("RANK=0 WORLD_SIZE=1 MASTER_PORT=65535", False),
+        ("WORLD_SIZE=1", False),
+        ("SLURM_PROCID=1 WORLD_SIZE=2", False),  # a script that exports the latter alone
+        ("RANK=0 WORLD_SIZE=1 SLURM_LOCALID=5", False),  # a task of srun that is a run of its own
         ("RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 TORCHELASTIC_RUN_ID=x", True),
         ("SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=0", True),
         # torchrun's ranks, each node's started by srun
@@ -225,7 +234,7 @@ run_stage(train, SFTConfig(layout=ParallelLayout(tp=2)), [])
     rest = {name: value for name, value in os.environ.items() if name not in unset}
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=rest | {"WORLD_SIZE": "2"},
+        env=rest | {"RANK": "0", "WORLD_SIZE": "2"},
         capture_output=True,
         text=True,
         check=False,
