@@ -89,7 +89,7 @@ def train(config: RMConfig) -> dict[str, float]:
     inputs.keep(progress["step"])
     run.leave_if_asked()
 
-    evidence = Evidence(stage="rm", run=run, checkpointer=checkpointer)
+    evidence = Evidence(stage="rm", config=config, run=run, checkpointer=checkpointer)
     values: dict[str, float] = progress.get("metrics", {})
     metrics = Metrics(
         config.directory,

@@ -95,7 +95,7 @@ def train(config: SFTConfig) -> dict[str, float]:
     inputs.keep(progress["step"])
     run.leave_if_asked()
 
-    evidence = Evidence(stage="sft", run=run, checkpointer=checkpointer)
+    evidence = Evidence(stage="sft", config=config, run=run, checkpointer=checkpointer)
     values: dict[str, float] = progress.get("metrics", {})
     metrics = Metrics(
         config.directory,

@@ -10,6 +10,7 @@ first is kept, of a run the last few; those in which fp16 looks for its loss sca
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from engine.alarms import Alarm
 from engine.checkpoints.checkpointer import Checkpointer
@@ -21,6 +22,7 @@ from engine.errors import UserError
 from engine.evidence.case import BATCH, CASE, CONFIG, Case
 from engine.ranks.first_rank import said_by_first_rank
 from engine.run import Run
+from engine.settings.saved import config_text
 
 
 @dataclass(kw_only=True)
@@ -28,6 +30,8 @@ class Evidence:
     """What a run keeps of its skipped steps; all ranks make it, and call it, together."""
 
     stage: str
+    config: Any
+    """The stage's settings."""
     run: Run
     checkpointer: Checkpointer
     _alarms: list[Alarm] = field(default_factory=list, init=False)
@@ -99,7 +103,7 @@ class Evidence:
         draft = Draft(folder=self.folder / case.name, step=None)
         if self.checkpointer.parallel.is_writer:
             draft.texts[CASE] = case.as_text()
-            draft.texts[CONFIG] = (self.run.directory / "config.json").read_text()
+            draft.texts[CONFIG] = config_text(self.config)
             draft.blobs[BATCH] = units_as_bytes(sources)
         try:
             self.checkpointer.save_beside(draft, [case.role])

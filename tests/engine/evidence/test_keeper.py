@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.evidence.keeper import Evidence
 from engine.settings.numerics import Numerics
 from engine.settings.saving import SaveConfig
 from tests.engine.training.test_skipped import spoil
@@ -40,6 +41,25 @@ def test_first_step_of_a_row_is_said_and_kept_with_the_weights_that_it_left(
     assert all(torch.equal(kept[name], began[name]) for name in began)
     files = {path.name for path in (tmp_path / "skipped" / "step_00000000_policy").iterdir()}
     assert files == {"batch.safetensors", "case.json", "config.json", "manifest.json", "policy"}
+
+
+def test_settings_are_kept_though_the_runs_file_of_them_is_gone(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    wanted: list[str] = []
+    look = Evidence.look
+
+    def removing(self: Evidence, *args: object, **kwargs: object) -> None:
+        if not wanted:
+            wanted.append((tmp_path / "config.json").read_text())
+            (tmp_path / "config.json").unlink()
+        look(self, *args, **kwargs)
+
+    spoil(monkeypatch, "language", [0])
+    monkeypatch.setattr(Evidence, "look", removing)
+    train(sft_config(tiny, tmp_path))
+    kept = tmp_path / "skipped" / "step_00000000_policy" / "config.json"
+    assert [kept.read_text()] == wanted
 
 
 def test_last_few_rows_are_kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
