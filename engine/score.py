@@ -1,12 +1,13 @@
 """Phase 3 of PPO, score: what policy, reference, critic and reward model say of a rollout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engine.data.batches import PackedBatch
+from engine.data.examples import Example
 from engine.data.tokenizer import Tokenizer
 from engine.feed import pack_for
 from engine.losses import last_readings
@@ -113,6 +114,24 @@ def score_rollout(
         scores=apply_eos_rule(raw_scores, rollout.has_eos, config.eos_rule, config.eos_penalty),
         raw_scores=raw_scores,
     )
+
+
+def scored_examples(rollout: Rollout, scored: Scored) -> list[Example]:
+    """Return the responses as examples that carry what sampler and networks said of them: what a
+    rollout is made from again, and compared with."""
+    examples = rollout.carrying(
+        {
+            "sampled_logprobs": rollout.sampled_logprobs,
+            "logprobs": scored.logprobs,
+            "values": scored.values,
+            "ref_logprobs": scored.ref_logprobs,
+        }
+    )
+    ends, scores = rollout.has_eos.cpu().numpy(), scored.raw_scores.cpu().numpy()
+    return [
+        replace(example, fields={**example.fields, "has_eos": has_eos, "raw_score": score})
+        for example, has_eos, score in zip(examples, ends, scores, strict=True)
+    ]
 
 
 def apply_eos_rule(scores: Tensor, has_eos: Tensor, rule: EosRule, penalty: float) -> Tensor:
