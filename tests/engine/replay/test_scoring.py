@@ -152,7 +152,7 @@ def test_what_is_no_rollout_of_ppo_is_an_error_in_words(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     spoil_scores(monkeypatch, "values", [0], math.nan)
-    train(ppo_config(tiny, tmp_path, iterations=1))
+    train(ppo_config(tiny, tmp_path))
     kept = kept_in(tmp_path)
     os.rename(tmp_path / "sources", tmp_path / "elsewhere")
     with pytest.raises(UserError, match=f"{tmp_path}/sources/reference/policy: no checkpoint"):
