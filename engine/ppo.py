@@ -61,6 +61,7 @@ def train(config: PPOConfig) -> dict[str, float]:
 
     checkpointer = Checkpointer(
         directory=run.checkpoints,
+        mark=run.mark,
         parallel=parallel,
         networks={"policy": policy, "critic": critic},
         optimizers={"policy": policy_optimizer, "critic": critic_optimizer},

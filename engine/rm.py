@@ -76,6 +76,7 @@ def train(config: RMConfig) -> dict[str, float]:
     optimizer = Optimizer(network, config.adam, total_steps=num_steps, spikes=config.spikes)
     checkpointer = Checkpointer(
         directory=run.checkpoints,
+        mark=run.mark,
         parallel=parallel,
         networks={"reward_model": network},
         optimizers={"reward_model": optimizer},

@@ -79,6 +79,7 @@ def train(config: SFTConfig) -> dict[str, float]:
     optimizer = Optimizer(network, config.adam, total_steps=num_steps, spikes=config.spikes)
     checkpointer = Checkpointer(
         directory=run.checkpoints,
+        mark=run.mark,
         parallel=parallel,
         networks={"policy": network},
         optimizers={"policy": optimizer},

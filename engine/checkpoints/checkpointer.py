@@ -39,6 +39,7 @@ from engine.checkpoints.pointers import (
     newest_in_words,
     point,
     pointed_checkpoint,
+    remedy,
     steps_in,
     up_to,
 )
@@ -85,6 +86,8 @@ class Checkpointer:
     networks: dict[str, Network]
     optimizers: dict[str, Optimizer]
     ema: EMA | None = None
+    mark: Path | None = None
+    """A file outside of the directory that names the newest too: should all of it be lost."""
     saving: SaveConfig = dataclasses.field(default_factory=SaveConfig)
     tokenizer_fingerprint: str = ""
     iterations: SkippedSteps | None = None
@@ -168,6 +171,8 @@ class Checkpointer:
 
         def publish() -> None:
             point(self.directory / "latest", name)
+            if self.mark is not None:
+                point(self.mark, name)
             if not is_in_doubt:
                 self._discard_superseded(step, self._while_untried)
 
@@ -330,11 +335,10 @@ class Checkpointer:
             if len(steps) == 1:  # the first of a run that was killed before it could write `latest`
                 return json.dumps({"names": names, "damage": ""})
             if steps:
-                raise UserError(
-                    f"{latest} is gone, and {', '.join(names[:3])} are there: write the name of "
-                    "the one to go on from into it, or begin in a new directory"
-                )
+                raise UserError(f"{latest} is gone; {remedy(names)}")
             return "null"
+        if latest.is_dir():  # nor could the next save replace it
+            raise UserError(f"{latest} is a folder, no checkpoint's name; {remedy(names)}")
         damage = ""
         try:
             first = pointed_checkpoint(latest)
