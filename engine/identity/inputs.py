@@ -11,7 +11,7 @@ import dataclasses
 import datetime
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from engine.checkpoints.found import check_named_size, read_network
@@ -58,6 +58,8 @@ from engine.run import Run, has_begun, require_path
 from engine.training.network import Network
 from models.sizes import GPTSize
 
+_POLICY_COPIES = ("policy", "reference")  # the names that the copy of PPO's policy may have
+
 
 class Inputs:
     """The networks, files and software of a stage. All ranks make it, and call it, together.
@@ -67,11 +69,11 @@ class Inputs:
 
     def __init__(self, run: Run, config: RunConfig) -> None:
         self._run, self._config = run, config
-        self._networks = networks_of(config)
         self._recorded: Identity | None = None  # on the first rank, as all that is read from files
         self._accepted: list[Change] = []
         told = json.loads(said_by_first_rank(self._begin))
         run.check_settings(config)
+        self._networks = networks_of(config, told["policy_kept_as"])
         self.goes_on: bool = told["goes_on"]
         """Whether the run has a checkpoint, which holds what the stage has trained."""
         self._sources = self._take(set(told["kept"]))
@@ -126,7 +128,6 @@ class Inputs:
             remove(directory / UNFINISHED)
             if not goes_on:
                 remove(directory / "sources")
-        kept = []
         if goes_on:
             self._recorded = read_identity(directory)
             before, now = self._recorded and self._recorded.stage, stage_of(self._config)
@@ -134,26 +135,41 @@ class Inputs:
                 raise UserError(
                     f"{directory} is a run of {before}, and not of {now}; give another --directory"
                 )
-            folders = {network.kept_as: self._kept(network) for network in self._networks.values()}
-            kept = [name for name, folder in folders.items() if (folder / MANIFEST).exists()]
             if self._recorded is None:
                 warn(
                     f"{directory / IDENTITY} is gone: nobody knows what this run was made from; "
                     "it is written anew, of what is here now"
                 )
-        return json.dumps({"goes_on": goes_on, "kept": kept})
+        kept = [path.parent.name for path in (directory / "sources").glob(f"*/{MANIFEST}")]
+        told = {"goes_on": goes_on, "kept": kept, "policy_kept_as": self._policy_kept_as(kept)}
+        return json.dumps(told)
+
+    def _policy_kept_as(self, kept: Collection[str]) -> str:
+        """Return the name of a PPO run's copy of its policy: as the run began, whatever its paths
+        have come to mean; "" where nothing says it."""
+        record = self._recorded.networks.get("policy") if self._recorded else None
+        names = [name for name in _POLICY_COPIES if record and record.kept == f"sources/{name}"]
+        return next(iter(names or [name for name in _POLICY_COPIES if name in kept]), "")
 
     def _take(self, kept: set[str]) -> dict[str, Source]:
         """Copy the networks that the run has not kept; return those by the names of the copies."""
         taken: dict[str, Source] = {}
         for name, network in self._networks.items():
             if network.kept_as not in kept and network.kept_as not in taken:
-                path = require_path(network.path, name.replace("_", "-"))
+                option, path = self._origin(name)
+                require_path(path, option.replace("_", "-"))
                 folder = self._run.directory / UNFINISHED / network.kept_as
                 taken[network.kept_as] = take_source(
                     path, network.role, folder, strict=network.strict
                 )
         return taken
+
+    def _origin(self, name: str) -> tuple[str, Path]:
+        """Return the option whose path a network's copy is taken from, and that path: one copy for
+        policy and reference is the reference, which counts to the end."""
+        is_named = getattr(self._config, "reference", None) is not None
+        option = "reference" if is_named and self._networks[name].kept_as == "reference" else name
+        return option, self._networks[option].path
 
     def _compare(self) -> str:
         """Find out what is there; UserError where the run was made from something else."""
@@ -311,7 +327,7 @@ class Inputs:
             if not str(error).startswith(str(folder)):
                 raise
             raise UserError(
-                f"{error}; remove {folder}, and it is taken from {network.path} again"
+                f"{error}; remove {folder}, and it is taken from {self._origin(name)[1]} again"
             ) from None
 
 

@@ -179,6 +179,82 @@ def test_reference_of_its_own_is_kept_beside_the_policy(files: Path):
     assert_same(files / "ppo", files / "whole", ("policy", "critic"))
 
 
+def reference_is_a_link(files: Path) -> dict[str, Path]:
+    (files / "link").symlink_to(files / "sft")
+    return {"policy": files / "sft", "reference": files / "link"}
+
+
+def policy_is_a_link(files: Path) -> dict[str, Path]:
+    (files / "link").symlink_to(files / "sft")
+    return {"policy": files / "link", "reference": files / "sft"}
+
+
+def both_are_folders(files: Path) -> dict[str, Path]:
+    return {"policy": files / "sft", "reference": files / "reference"}
+
+
+def repoint(files: Path) -> None:
+    (files / "link").unlink()
+    (files / "link").symlink_to(files / "reference")
+
+
+def take_away(files: Path) -> None:
+    (files / "sft").rename(files / "sft_old")
+    (files / "link").unlink()
+
+
+def make_one(files: Path) -> None:
+    (files / "reference").rename(files / "reference_old")
+    (files / "reference").symlink_to(files / "sft")
+
+
+@pytest.mark.parametrize(
+    ("paths", "disturb"),
+    [
+        (policy_is_a_link, repoint),
+        (policy_is_a_link, take_away),
+        (reference_is_a_link, repoint),
+        (reference_is_a_link, take_away),
+        (both_are_folders, make_one),
+    ],
+)
+@pytest.mark.parametrize("has_identity", [True, False])
+def test_paths_that_come_to_mean_something_else_change_no_run(
+    paths: Callable[[Path], dict[str, Path]],
+    disturb: Callable[[Path], None],
+    has_identity: bool,
+    files: Path,
+):
+    config = ppo_run(files, "ppo", **paths(files))
+    train(dataclasses.replace(config, directory=files / "whole"))
+    train_until(config, 1)
+    run = files / "ppo"
+    before = {path.name: path.stat().st_mtime_ns for path in (run / "sources").iterdir()}
+    assert set(before) - {"reward_model"} == (
+        {"policy", "reference"} if paths is both_are_folders else {"reference"}
+    )
+    disturb(files)
+    if not has_identity:
+        (run / "identity.json").unlink()
+    train(config)
+    assert {path.name: path.stat().st_mtime_ns for path in (run / "sources").iterdir()} == before
+    assert_same(run, files / "whole", ("policy", "critic"))
+
+
+def test_copy_that_is_gone_is_taken_from_the_reference_again(files: Path):
+    config = ppo_run(files, "ppo", **policy_is_a_link(files))
+    train(dataclasses.replace(config, directory=files / "whole"))
+    train_until(config, 1)
+    repoint(files)
+    shutil.rmtree(files / "ppo" / "sources")
+    train(config)
+    assert_same(files / "ppo", files / "whole", ("policy", "critic"))
+    assert sorted(p.name for p in (files / "ppo" / "sources").iterdir()) == [
+        "reference",
+        "reward_model",
+    ]
+
+
 @pytest.mark.parametrize("stage", ["sft", "rm"])
 def test_supervised_run_goes_on_without_what_it_started_from(stage: str, files: Path):
     make_config = {"sft": sft_config, "rm": rm_config}[stage]
