@@ -194,7 +194,7 @@ def start_run(*, directory: Path, parallel: Parallel, tokenizer: Path) -> Run:
     def find() -> Path:
         if keeps_tokenizer(directory):
             return directory / "tokenizer"
-        return _tokenizer_beside(tokenizer)
+        return tokenizer_beside(tokenizer)
 
     loaded = load_shared_tokenizer(find)
     claim_for_all(directory, "tokens", "tokenizer")
@@ -204,7 +204,7 @@ def start_run(*, directory: Path, parallel: Parallel, tokenizer: Path) -> Run:
     return run
 
 
-def _tokenizer_beside(path: Path) -> Path:
+def tokenizer_beside(path: Path) -> Path:
     """Return the tokenizer that a path means: that of a run, also where one of its checkpoints or a
     network in one is named, or the path itself."""
     is_within = any((path / name).exists() for name in ("manifest.json", "network.json"))

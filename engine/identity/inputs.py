@@ -27,8 +27,6 @@ from engine.checkpoints.sources import (
 from engine.checkpoints.weights import load_weights
 from engine.checkpoints.whole import warn
 from engine.claim import UNFINISHED
-from engine.data.tokenizer import load_tokenizer
-from engine.data.tokenizer_files import read_tokenizer_files
 from engine.errors import UserError, cut, quoted
 from engine.files import MAX_SHOWN_PATH, sync_folder, writing
 from engine.identity.data_files import look_at
@@ -40,6 +38,7 @@ from engine.identity.made_from import (
     networks_of,
     stage_of,
 )
+from engine.identity.own_tokenizer import tokenizer_now
 from engine.identity.record import (
     IDENTITY,
     Acceptance,
@@ -47,7 +46,6 @@ from engine.identity.record import (
     Code,
     Identity,
     NetworkRecord,
-    TokenizerRecord,
     changes,
     read_identity,
     write_identity,
@@ -181,13 +179,15 @@ class Inputs:
                 name: look_at(path, earlier.data.get(name))
                 for name, path in files_of(self._config).items()
             },
-            tokenizer=self._tokenizer(earlier.tokenizer),
+            tokenizer=tokenizer_now(
+                self._run, getattr(self._config, "tokenizer", None), earlier.tokenizer
+            ),
             packages=package_versions(),
             code=Code(xxh3_128=code_digest(), commit=code_commit()),
             accepted=earlier.accepted,
         )
         if self._recorded is not None:
-            found = changes(earlier, self._now) + self._other_tokenizer(earlier)
+            found = changes(earlier, self._now)
             refused = [c for c in found if c.name not in self._config.accept_changed]
             if refused:
                 raise UserError(_refusal(self._run.directory, refused))
@@ -210,24 +210,6 @@ class Inputs:
             digest = digest_of_network(read_manifest(self._folder(name)), network.role)
         known = earlier.networks.get(name, NetworkRecord(path=str(network.path)))
         return dataclasses.replace(known, xxh3_128=digest, kept=kept)
-
-    def _tokenizer(self, earlier: TokenizerRecord) -> TokenizerRecord:
-        path: Path | None = getattr(self._config, "tokenizer", None)
-        record = TokenizerRecord(sha256=self._run.tokenizer.fingerprint())
-        if path is None or not path.exists():
-            return dataclasses.replace(earlier, sha256=record.sha256)
-        given = read_tokenizer_files(path).digest()
-        return dataclasses.replace(record, path=str(path), given=given)
-
-    def _other_tokenizer(self, earlier: Identity) -> list[Change]:
-        """Return the change where --tokenizer names another one than the run's own, which stays."""
-        now, old = self._now.tokenizer, earlier.tokenizer
-        if now.given in ("", old.given) or now.sha256 != old.sha256:
-            return []
-        other = load_tokenizer(Path(now.path)).fingerprint()
-        if other == old.sha256:
-            return []
-        return [Change(name="tokenizer", old=old.sha256[:8], new=f"{other[:8]} ({now.path})")]
 
     def _source_notes(self) -> list[str]:
         if not self.goes_on:

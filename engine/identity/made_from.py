@@ -109,5 +109,6 @@ def stage_of(config: RunConfig) -> str:
 
 
 def names_of(kind: type[RunConfig]) -> tuple[str, ...]:
-    """Return all names that --accept-changed may give for a stage."""
-    return (*_NAMES[kind], "tokenizer", "code", "python", *PACKAGES)
+    """Return all names that --accept-changed may give for a stage. The tokenizer is none: a run
+    keeps its own."""
+    return (*_NAMES[kind], "code", "python", *PACKAGES)

@@ -101,7 +101,9 @@ def write_identity(directory: Path, identity: Identity) -> None:
 
 
 def changes(old: Identity, new: Identity) -> list[Change]:
-    """Return what differs in what numbers depend on; paths, and times of files, are not."""
+    """Return what differs of what may be accepted and numbers depend on.
+
+    Paths and times of files are not among it; nor is the tokenizer, which no run exchanges."""
     found = []
     for name in (*old.networks, *(new.networks.keys() - old.networks.keys())):
         a, b = old.networks.get(name), new.networks.get(name)
@@ -111,9 +113,6 @@ def changes(old: Identity, new: Identity) -> list[Change]:
         file, now = old.data.get(name), new.data.get(name)
         if (file and file.xxh3_128) != (now and now.xxh3_128):
             found.append(Change(name=name, old=described(file), new=described_now(now)))
-    if old.tokenizer.sha256 != new.tokenizer.sha256:
-        before, after = (record.sha256[:_SHOWN] for record in (old.tokenizer, new.tokenizer))
-        found.append(Change(name="tokenizer", old=before, new=after))
     for name in sorted(old.packages.keys() | new.packages.keys()):
         before, after = (versions.get(name, "none") for versions in (old.packages, new.packages))
         if before != after:

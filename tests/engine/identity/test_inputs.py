@@ -202,7 +202,7 @@ def test_unknown_name_is_an_error_that_lists_the_names(stage: str, files: Path):
     config = make_config(files, files / "run", accept_changed=("torch", "dat.train"))
     with pytest.raises(UserError, match="'dat.train': no such name; there are ") as refused:
         train(config)
-    assert all(name in str(refused.value) for name in (*fields, "tokenizer", "code", "python"))
+    assert all(name in str(refused.value) for name in (*fields, "code", "python"))
     assert not (files / "run").exists()
 
 
@@ -249,23 +249,17 @@ def test_run_without_an_identity_is_told_of_and_gets_one(
     assert identity_of(files / "run")["data"] != before["data"]
 
 
-def test_other_tokenizer_is_named_and_the_run_keeps_its_own(files: Path):
+def test_no_name_lets_another_tokenizer_pass(files: Path):
     config = sft_config(files, files / "run", tokenizer=files / "tokenizer.json")
     train(config)
     other = write_tokenizer(files / "other.json", vocab_size=90)
-    said = refusal(dataclasses.replace(config, tokenizer=other))
-    assert f"({other})" in said
-    assert said.endswith("--accept-changed tokenizer")
-    shutil.copy(files / "tokenizer.json", files / "moved.json")
-    train(dataclasses.replace(more(config), tokenizer=files / "moved.json"))
-    (files / "tokenizer.json").unlink()
-    train(more(config))  # it has its own
-    shutil.copy(other, files / "tokenizer.json")
-    accepting = dataclasses.replace(more(config), accept_changed=("tokenizer",))
-    assert "tokenizer" in refusal(more(config))
-    train(accepting)
-    train(more(config))
-    assert len(identity_of(files / "run")["accepted"]) == 1
+    said = refusal(dataclasses.replace(more(config), tokenizer=other))
+    assert "which this run keeps: leave the option out" in said
+    assert "accept-changed" not in said
+    accepting = {"tokenizer": other, "accept_changed": ("tokenizer",)}
+    assert "no such name" in refusal(dataclasses.replace(more(config), **accepting))
+    train(dataclasses.replace(more(config), tokenizer=None))
+    assert identity_of(files / "run")["accepted"] == []
 
 
 def test_setting_that_changed_is_said_before_what_it_names(files: Path):

@@ -118,7 +118,6 @@ def test_every_change_is_named_with_old_and_new(tmp_path: Path):
         "reference": ("aaaaaaaa, step 37", "11111111, step 90"),
         "data.train": ("40 records, bbbbbbbb", "3 lines, 22222222"),
         "data.valid": ("none", "5 bytes, 33333333"),
-        "tokenizer": ("cccccccc", "44444444"),
         "numpy": ("2.0", "none"),
         "torch": ("2.13.0", "2.14.0"),
         "triton": ("none", "3.9"),
