@@ -6,6 +6,7 @@
         manifest.json                    every other file's bytes and checksum; written last
         progress.json                    step, KL coefficient, alarms, ...: what a stage resumes
         from
+        identity.json                    what the run was made from (engine/identity/)
         policy/                          one network
             network.json                 its kind, size and tokenizer
             tensors.json                 its tensors, and where their pieces lie
@@ -83,6 +84,8 @@ class Checkpointer:
     tokenizer_fingerprint: str = ""
     goes_back: bool = False
     """Keep what go_back() loads, beside what the saving keeps."""
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What each checkpoint of a step holds besides, by the names of its files."""
 
     def __post_init__(self) -> None:
         self._saver = Saver(self.parallel)
@@ -157,6 +160,7 @@ class Checkpointer:
                 self._discard_superseded(step)
 
         draft = Draft(folder=self.directory / name, step=step, published=publish)
+        draft.texts |= self.texts
         draft.texts["progress.json"] = json.dumps({"step": step, **progress}, indent=1)
         for role, network in self.networks.items():
             optimizer = self.optimizers.get(role)

@@ -14,6 +14,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.found import check_named_size, read_network
 from engine.checkpoints.manifest import MANIFEST, read_manifest
 from engine.checkpoints.saving import remove
@@ -47,7 +48,9 @@ from engine.identity.record import (
     Identity,
     NetworkRecord,
     changes,
+    identity_text,
     read_identity,
+    saved_identity,
     write_identity,
 )
 from engine.identity.software import code_commit, code_digest, package_versions
@@ -107,10 +110,11 @@ class Inputs:
             self.load(name, network)
         return network
 
-    def keep(self, step: int) -> None:
+    def keep(self, step: int, checkpointer: Checkpointer) -> None:
         """Write what the run is made from into its folder, and its settings, now that all is loaded
-        and it goes on from `step`; UserError where data was written to meanwhile."""
-        said_by_first_rank(lambda: self._keep(step))
+        and it goes on from `step`; each checkpoint has it too. UserError where data was written to
+        meanwhile."""
+        checkpointer.texts[IDENTITY] = said_by_first_rank(lambda: self._keep(step))
         self._run.write_settings(self._config)
 
     def _begin(self) -> str:
@@ -127,20 +131,29 @@ class Inputs:
             if not goes_on:
                 remove(directory / "sources")
         if goes_on:
-            self._recorded = read_identity(directory)
+            self._recorded = read_identity(directory) or self._recalled()
             before, now = self._recorded and self._recorded.stage, stage_of(self._config)
             if before not in (None, "", now):
                 raise UserError(
                     f"{directory} is a run of {before}, and not of {now}; give another --directory"
                 )
-            if self._recorded is None:
-                warn(
-                    f"{directory / IDENTITY} is gone: nobody knows what this run was made from; "
-                    "it is written anew, of what is here now"
-                )
         kept = [path.parent.name for path in (directory / "sources").glob(f"*/{MANIFEST}")]
         told = {"goes_on": goes_on, "kept": kept, "policy_kept_as": self._policy_kept_as(kept)}
         return json.dumps(told)
+
+    def _recalled(self) -> Identity | None:
+        """Return the identity that the run's checkpoints have, None of before identities; say that
+        its own is gone."""
+        gone = f"{self._run.directory / IDENTITY} is gone"
+        known = saved_identity(self._run.directory)
+        if known is None:
+            warn(
+                f"{gone}: nobody knows what this run was made from; it is written anew, of what is "
+                "here now"
+            )
+            return None
+        warn(f"{gone}: it is taken from {known[1]}")
+        return known[0]
 
     def _policy_kept_as(self, kept: Collection[str]) -> str:
         """Return the name of a PPO run's copy of its policy: as the run began, whatever its paths
@@ -268,11 +281,11 @@ class Inputs:
         accepted = [Acceptance(change=change, step=step, at=at) for change in self._accepted]
         with writing(directory):
             self._publish()
-        write_identity(
-            directory,
-            dataclasses.replace(self._now, data=data, accepted=(*self._now.accepted, *accepted)),
+        self._now = dataclasses.replace(
+            self._now, data=data, accepted=(*self._now.accepted, *accepted)
         )
-        return ""
+        write_identity(directory, self._now)
+        return identity_text(self._now)
 
     def _publish(self) -> None:
         """Give the copies that were taken their names."""

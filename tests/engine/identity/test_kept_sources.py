@@ -14,6 +14,7 @@ from engine.checkpoints import sources
 from engine.errors import UserError
 from engine.settings.saving import SaveConfig
 from engine.settings.sft import SelectionConfig
+from tests.engine.identity.before_identities import forget_identity
 from tests.tiny import (
     EVERY_STEP,
     ppo_config,
@@ -218,11 +219,11 @@ def make_one(files: Path) -> None:
         (both_are_folders, make_one),
     ],
 )
-@pytest.mark.parametrize("has_identity", [True, False])
+@pytest.mark.parametrize("forget", [None, forget_identity])
 def test_paths_that_come_to_mean_something_else_change_no_run(
     paths: Callable[[Path], dict[str, Path]],
     disturb: Callable[[Path], None],
-    has_identity: bool,
+    forget: Callable[[Path], None] | None,
     files: Path,
 ):
     config = ppo_run(files, "ppo", **paths(files))
@@ -234,8 +235,8 @@ def test_paths_that_come_to_mean_something_else_change_no_run(
         {"policy", "reference"} if paths is both_are_folders else {"reference"}
     )
     disturb(files)
-    if not has_identity:
-        (run / "identity.json").unlink()
+    if forget is not None:
+        forget(run)
     train(config)
     assert {path.name: path.stat().st_mtime_ns for path in (run / "sources").iterdir()} == before
     assert_same(run, files / "whole", ("policy", "critic"))
@@ -253,6 +254,28 @@ def test_copy_that_is_gone_is_taken_from_the_reference_again(files: Path):
         "reference",
         "reward_model",
     ]
+
+
+def test_run_whose_folder_was_emptied_keeps_its_reference(
+    files: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = ppo_run(files, "ppo")
+    train(dataclasses.replace(config, directory=files / "whole"))
+    train_until(config, 1)
+    (files / "ppo" / "identity.json").unlink()
+    shutil.rmtree(files / "ppo" / "sources")
+    (files / "sft").rename(files / "sft_old")
+    shutil.copytree(files / "reference", files / "sft")
+    with pytest.raises(UserError, match="made from something else") as refused:
+        train(config)
+    assert str(refused.value).endswith("--accept-changed policy reference")
+    assert rows_of(files / "ppo") == rows_of(files / "whole")[:1]
+    shutil.rmtree(files / "sft")
+    (files / "sft_old").rename(files / "sft")
+    train(config)
+    said = capsys.readouterr().err.replace("\n", "")
+    assert f"{files / 'ppo' / 'identity.json'} is gone: it is taken from " in said
+    assert_same(files / "ppo", files / "whole", ("policy", "critic"))
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm"])
