@@ -135,8 +135,15 @@ class Run:
         path = self.directory / "config.json"
 
         def compare() -> str:
-            is_begun = has_begun(self.directory) and path.exists()
-            return (changed_setting(config, path) if is_begun else None) or ""
+            if not has_begun(self.directory) or not os.path.lexists(path):
+                return ""
+            try:
+                return changed_setting(config, path) or ""
+            except UserError as error:
+                raise UserError(
+                    f"{error}; put it back, or remove it: it is written anew then, of the settings "
+                    "that are given"
+                ) from None
 
         change = said_by_first_rank(compare)
         if change:

@@ -59,6 +59,7 @@ from engine.run import Run, has_begun, require_path
 from engine.training.network import Network
 from models.sizes import GPTSize
 
+_UNHELD = "nothing holds this run to the settings that it began with; those given are taken"
 _POLICY_COPIES = ("policy", "reference")  # the names that the copy of PPO's policy may have
 
 
@@ -132,6 +133,8 @@ class Inputs:
                 remove(directory / "sources")
         if goes_on:
             self._recorded = read_identity(directory) or self._recalled()
+            if not os.path.lexists(directory / "config.json"):
+                warn(f"{directory / 'config.json'} is gone: {_UNHELD}")
             before, now = self._recorded and self._recorded.stage, stage_of(self._config)
             if before not in (None, "", now):
                 raise UserError(

@@ -307,6 +307,24 @@ def test_damaged_identity_says_how_to_go_on(content: bytes, files: Path):
     assert refusal(config).endswith("or remove it: it is written anew, of what is here then")
 
 
+def test_settings_that_are_gone_or_damaged_are_told_of(
+    files: Path, capsys: pytest.CaptureFixture[str]
+):
+    config, run = rm_config(files, files / "run"), files / "run"
+    train(config)
+    whole = (run / "config.json").read_bytes()
+    for content in (b"", whole[:40], b"null"):
+        (run / "config.json").write_bytes(content)
+        said = refusal(config)
+        assert said.startswith(str(run / "config.json"))
+        assert "put it back, or remove it" in said
+    (run / "config.json").unlink()
+    capsys.readouterr()
+    train(config)
+    assert f"{run / 'config.json'} is gone: nothing holds this run" in capsys.readouterr().err
+    assert (run / "config.json").read_bytes() == whole
+
+
 def test_identity_that_is_no_file_is_not_passed_over(files: Path):
     config, run = rm_config(files, files / "run"), files / "run"
     train(config)
