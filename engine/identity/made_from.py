@@ -41,7 +41,7 @@ def networks_of(config: RunConfig, policy_kept_as: str = "") -> dict[str, NamedN
     """Return the networks that a stage is made from, by the names of their options.
 
     policy_kept_as: the name of a PPO run's copy of its policy; "" where it has none yet. Then one
-    copy is policy and reference where both paths mean one place now.
+    copy is policy and reference where both paths mean the same now.
 
     What PPO reads as long as it runs is taken strictly: another reference, because one checkpoint
     was damaged, would be another run.
@@ -77,8 +77,8 @@ def networks_of(config: RunConfig, policy_kept_as: str = "") -> dict[str, NamedN
 
 def _policy_copy(config: PPOConfig) -> str:
     """Return the name that the copy of PPO's policy has where its paths decide."""
-    places = {os.path.realpath(path) for path in (config.policy, config.reference or config.policy)}
-    return "reference" if len(places) == 1 else "policy"
+    found = {os.path.realpath(path) for path in (config.policy, config.reference or config.policy)}
+    return "reference" if len(found) == 1 else "policy"
 
 
 def files_of(config: RunConfig) -> dict[str, Path]:
