@@ -61,12 +61,14 @@ def train(config: PPOConfig) -> dict[str, float]:
 
     checkpointer = Checkpointer(
         directory=run.checkpoints,
+        mark=run.mark,
         parallel=parallel,
         networks={"policy": policy, "critic": critic},
         optimizers={"policy": policy_optimizer, "critic": critic_optimizer},
         ema=learner.ema,
         saving=config.saving,
         tokenizer_fingerprint=run.tokenizer.fingerprint(),
+        iterations=learner.rollouts,
         goes_back=config.spikes.policy == "rewind",
     )
     progress = checkpointer.resume() or {"step": 0}
@@ -131,10 +133,10 @@ def train(config: PPOConfig) -> dict[str, float]:
             kl.update(values["score/kl"], learner.num_learned(rollout))
             metrics.log(iteration, values)
             metrics.log_alarms(iteration, learner.evidence.said() + alarms.check(values))
-            end_if_stuck(f"iteration {iteration}", checkpointer.newest, **learner.skipped)
+            is_last = iteration + 1 == config.iterations
+            end_if_stuck(f"iteration {iteration}", checkpointer.newest, is_last, **learner.skipped)
             if course.set_back(metrics):
                 continue
-            is_last = iteration + 1 == config.iterations
             if is_last or iteration % config.show_every == 0:
                 samples = scored.samples(rollout, run.tokenizer, config.num_shown)
                 metrics.log_samples(iteration, samples)

@@ -76,6 +76,7 @@ def train(config: RMConfig) -> dict[str, float]:
     optimizer = Optimizer(network, config.adam, total_steps=num_steps, spikes=config.spikes)
     checkpointer = Checkpointer(
         directory=run.checkpoints,
+        mark=run.mark,
         parallel=parallel,
         networks={"reward_model": network},
         optimizers={"reward_model": optimizer},
@@ -124,7 +125,9 @@ def train(config: RMConfig) -> dict[str, float]:
             values["train/tokens_per_s"] = values["train/tokens"] / metrics.phase_seconds["train"]
             metrics.log(step, values)
             metrics.log_alarms(step, evidence.said() + alarms.check(values))
-            end_if_stuck(f"step {step}", checkpointer.newest, reward_model=optimizer.skipped)
+            end_if_stuck(
+                f"step {step}", checkpointer.newest, is_last, reward_model=optimizer.skipped
+            )
             if course.set_back(metrics):
                 continue
             boundary = checkpointer.boundary(step + 1, is_last=is_last)

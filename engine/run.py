@@ -52,6 +52,8 @@ _MAY_CHANGE = (
     *("epochs", "iterations", "skip_bad_lines"),
     "tokenizer",  # engine/identity/ knows which one it was
 )
+MARK = "newest_checkpoint"
+"""A file in a run's folder, outside of checkpoints/, that says that there were some."""
 _STEP = re.compile(r"step_\d{8,12}", re.ASCII)  # the name of a checkpoint that a run goes on from
 
 
@@ -70,6 +72,11 @@ class Run:
     def checkpoints(self) -> Path:
         """Where this run's checkpoints lie."""
         return self.directory / "checkpoints"
+
+    @property
+    def mark(self) -> Path:
+        """The file that names the newest of them from without."""
+        return self.directory / MARK
 
     def count(self, name: str, found: ReadReport | LengthReport) -> None:
         """Note how reading the file of an option went, or how much of it was within the limits."""
@@ -266,12 +273,20 @@ def size_named(name: str, tokenizer: Tokenizer, context_length: int | None = Non
 
 
 def has_begun(directory: Path) -> bool:
-    """Return whether a run has a checkpoint to go on from, as this rank sees it."""
-    checkpoints = directory / "checkpoints"
+    """Return whether a run has a checkpoint to go on from, as this rank sees it; UserError where it
+    had some, and none is there."""
+    checkpoints, mark = directory / "checkpoints", directory / MARK
     if os.path.lexists(checkpoints / "latest"):
         return True
     steps = (path for path in checkpoints.glob("step_*") if _STEP.fullmatch(path.name))
-    return any(path.is_dir() for path in steps)
+    if any(path.is_dir() for path in steps):
+        return True
+    if os.path.lexists(mark):
+        raise UserError(
+            f"{checkpoints} has no checkpoint, and {mark} says that there were some: put them back "
+            "(is their disk there?), begin in a new directory, or remove that file to begin anew"
+        )
+    return False
 
 
 def keeps_tokenizer(directory: Path) -> bool:

@@ -79,6 +79,7 @@ def train(config: SFTConfig) -> dict[str, float]:
     optimizer = Optimizer(network, config.adam, total_steps=num_steps, spikes=config.spikes)
     checkpointer = Checkpointer(
         directory=run.checkpoints,
+        mark=run.mark,
         parallel=parallel,
         networks={"policy": network},
         optimizers={"policy": optimizer},
@@ -129,7 +130,7 @@ def train(config: SFTConfig) -> dict[str, float]:
                 position=course.position,
             )
             metrics.log_alarms(step, evidence.said() + alarms.check(values))
-            end_if_stuck(f"step {step}", checkpointer.newest, policy=optimizer.skipped)
+            end_if_stuck(f"step {step}", checkpointer.newest, is_last, policy=optimizer.skipped)
             if course.set_back(metrics):
                 continue
             if epoch and (config.save_every_epoch or selection is not None):

@@ -4,8 +4,7 @@
     RUN/checkpoints/selected             the name of the one that the run is known by, if not latest
     RUN/checkpoints/step_00000100/
         manifest.json                    every other file's bytes and checksum; written last
-        progress.json                    step, KL coefficient, alarms, ...: what a stage resumes
-        from
+        progress.json                    step, KL coefficient, ...: what a stage resumes from
         identity.json                    what the run was made from (engine/identity/)
         policy/                          one network
             network.json                 its kind, size and tokenizer
@@ -19,6 +18,7 @@ A checkpoint is written beside its place and renamed, and `latest` follows last:
 saving resumes from the one before. It holds numbers and text alone: nothing in it can run code.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -33,18 +33,24 @@ import torch.distributed as dist
 
 from engine import stop
 from engine.checkpoints.draft import Draft
-from engine.checkpoints.found import check_description, read_network
-from engine.checkpoints.manifest import Damage, read_manifest
-from engine.checkpoints.pointers import point, pointed_checkpoint, steps_in, up_to
+from engine.checkpoints.found import check_description, progress_in, read_network
+from engine.checkpoints.manifest import Damage
+from engine.checkpoints.pointers import (
+    newest_in_words,
+    point,
+    pointed_checkpoint,
+    remedy,
+    steps_in,
+    up_to,
+)
 from engine.checkpoints.reading import read_owned, read_shared
-from engine.checkpoints.recorded import check_counts, check_progress
+from engine.checkpoints.recorded import check_counts
 from engine.checkpoints.retention import Retention, step_name, step_of, superseded
 from engine.checkpoints.saving import Saver, clear_leftovers, discard
 from engine.checkpoints.shards import average_parts, optimizer_parts, weight_parts
 from engine.checkpoints.weights import not_finite_message
 from engine.checkpoints.whole import newest_whole, warn
 from engine.errors import UserError
-from engine.files import read_object
 from engine.ranks import failure
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
@@ -55,7 +61,7 @@ from engine.training.ema import EMA
 from engine.training.finite import check_finite
 from engine.training.network import Network
 from engine.training.optimizer import Optimizer
-from engine.training.skipped import naming_the_last_good
+from engine.training.skipped import SkippedSteps, naming_the_last_good
 
 # Seconds that a run which ends by an error waits for the save in flight, our choice: a rank that is
 # gone never ends its part of it.
@@ -80,8 +86,12 @@ class Checkpointer:
     networks: dict[str, Network]
     optimizers: dict[str, Optimizer]
     ema: EMA | None = None
+    mark: Path | None = None
+    """A file outside of the directory that names the newest too: should all of it be lost."""
     saving: SaveConfig = dataclasses.field(default_factory=SaveConfig)
     tokenizer_fingerprint: str = ""
+    iterations: SkippedSteps | None = None
+    """Those of PPO that were skipped without a step of any optimizer."""
     goes_back: bool = False
     """Keep what go_back() loads, beside what the saving keeps."""
     texts: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -96,8 +106,11 @@ class Checkpointer:
             highest=self.saving.keep_highest,
             newest_of=self.saving.save_every if self.goes_back else 0,
         )
+        # Whether the weights of the newest are good, only a step from there shows.
+        self._while_untried = dataclasses.replace(self._retention, last=max(2, self.saving.keep))
         self._saved_at = time.monotonic()
         self._damaged: set[int] = set()
+        self._untried: int | None = None  # the checkpoint that no step was taken from yet
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -105,6 +118,7 @@ class Checkpointer:
     def __exit__(self, kind: object, *exception: object) -> None:
         if kind is None:
             self.finish()
+            self._discard_tried()
             return
         failure.await_verdict(exception[0])  # where another rank is gone, no save becomes whole
         # What ends the run is said, not what became of the save; but that may still become whole.
@@ -131,6 +145,8 @@ class Checkpointer:
         is_asked, is_time, has_failed = (bool(flag) for flag in flags.tolist())
         if has_failed:
             self.finish()
+        if self._saver.is_over(0.0):
+            self._discard_tried()
         saves = is_last or is_asked or is_time or self._is_due(step)
         return Boundary(saves, is_asked and not is_last)
 
@@ -152,12 +168,15 @@ class Checkpointer:
                 f"checkpoints are to be kept by {missing[0]}, which not every step that is saved "
                 "has: give an --eval-every that divides --save-every, or another name"
             )
-        name, is_in_doubt = step_name(step), self._is_in_doubt(progress)
+        name, is_in_doubt = step_name(step), self._is_in_doubt()
+        self._untried = step
 
         def publish() -> None:
             point(self.directory / "latest", name)
+            if self.mark is not None:
+                point(self.mark, name)
             if not is_in_doubt:
-                self._discard_superseded(step)
+                self._discard_superseded(step, self._while_untried)
 
         draft = Draft(folder=self.directory / name, step=step, published=publish)
         draft.texts |= self.texts
@@ -201,13 +220,10 @@ class Checkpointer:
         self._saver.finish()
 
     def newest(self) -> str:
-        """Return the path of the newest checkpoint, once it is on the disk; "" where there is none.
-        All ranks call together."""
+        """Return the path of the newest checkpoint, once it is on the disk, with the names of the
+        older ones beside it; "" where there is none. All ranks call together."""
         self.finish()
-        latest = self.directory / "latest"
-        return said_by_first_rank(
-            lambda: str(pointed_checkpoint(latest)) if latest.exists() else ""
-        )
+        return said_by_first_rank(lambda: newest_in_words(self.directory))
 
     def named_after(self, where: str) -> AbstractContextManager[None]:
         """Run a block whose FloatingPointError becomes a UserError that says how far the run is, in
@@ -264,22 +280,37 @@ class Checkpointer:
             warn(f"{damage}\nWARNING: the run goes on from {folder}, the newest whole checkpoint")
             passed = candidates[: candidates.index(folder)]
             self._damaged = {step for c in passed if (step := step_of(c.name)) is not None}
-        progress = json.loads(said_by_first_rank(lambda: json.dumps(_progress_in(folder))))
+        progress = json.loads(said_by_first_rank(lambda: json.dumps(progress_in(folder))))
         for role, network in self.networks.items():
             self._load_network(folder / role, network, self.optimizers.get(role))
         if self.ema is not None:
             self._load_ema(folder / "ema")
+        self._untried = progress["step"]
         if not damage:
             is_in_doubt = self._is_in_doubt(progress)
             said_by_first_rank(lambda: self._tidy(progress["step"], is_in_doubt=is_in_doubt))
         return progress
 
-    def _is_in_doubt(self, progress: Mapping[str, Any]) -> bool:
+    def _is_in_doubt(self, progress: Mapping[str, Any] | None = None) -> bool:
         """Return whether the last step or iteration was skipped: finite weights may be why, and an
-        older checkpoint, which then stays, the last good one."""
-        rollouts = progress.get("skipped_rollouts", {})
-        rows = [optimizer.skipped.in_a_row for optimizer in self.optimizers.values()]
-        return any(rows) or rollouts.get("in_a_row", 0) > 0
+        older checkpoint, which then stays, the last good one. progress: of a checkpoint that is
+        being loaded, whose iterations the stage has yet to load."""
+        optimizers = self.optimizers.values()
+        if any(o.skipped.since_taken or o.spikes.spiked.since_taken for o in optimizers):
+            return True
+        if progress is not None:
+            return progress.get("skipped_rollouts", {}).get("in_a_row", 0) > 0
+        return self.iterations is not None and self.iterations.since_taken > 0
+
+    def _discard_tried(self) -> None:
+        """Discard what only stayed until a step was taken from the newest checkpoint, if one was;
+        or now that the run is over. The newest is whole."""
+        if self._untried is None or self._is_in_doubt():
+            return
+        newest, self._untried = self._untried, None
+        if self.parallel.is_writer:
+            with contextlib.suppress(OSError):  # the next save says so
+                self._discard_superseded(newest, self._retention)
 
     def _tidy(self, newest: int, *, is_in_doubt: bool) -> str:
         """Do what a killed run had yet to do when checkpoint `newest` was whole: a run that is
@@ -288,13 +319,13 @@ class Checkpointer:
             point(self.directory / "latest", step_name(newest))
         try:
             if not is_in_doubt:
-                self._discard_superseded(newest)
+                self._discard_superseded(newest, self._while_untried)
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be removed: {error.strerror}") from None
         return ""
 
-    def _discard_superseded(self, newest: int) -> None:
-        for old in superseded(self.directory, newest, self._retention, damaged=self._damaged):
+    def _discard_superseded(self, newest: int, retention: Retention) -> None:
+        for old in superseded(self.directory, newest, retention, damaged=self._damaged):
             discard(old)
 
     def _look(self) -> str:
@@ -307,11 +338,10 @@ class Checkpointer:
             if len(steps) == 1:  # the first of a run that was killed before it could write `latest`
                 return json.dumps({"names": names, "damage": ""})
             if steps:
-                raise UserError(
-                    f"{latest} is gone, and {', '.join(names[:3])} are there: write the name of "
-                    "the one to go on from into it, or begin in a new directory"
-                )
+                raise UserError(f"{latest} is gone; {remedy(names)}")
             return "null"
+        if latest.is_dir():  # nor could the next save replace it
+            raise UserError(f"{latest} is a folder, no checkpoint's name; {remedy(names)}")
         damage = ""
         try:
             first = pointed_checkpoint(latest)
@@ -367,15 +397,3 @@ class Checkpointer:
         check_description(found, network, self.tokenizer_fingerprint)
         read_owned(average_parts(self.ema), folder, found.index)
         check_finite(network, not_finite_message(folder), self.ema.shadows)
-
-
-def _progress_in(folder: Path) -> dict[str, Any]:
-    """Return the progress that a checkpoint of a step was saved with; raises UserError."""
-    progress, step = read_object(folder / "progress.json"), read_manifest(folder).step
-    if step is None or not progress.get("step") == step == step_of(folder.name):
-        raise Damage(f"{folder}: not the progress of step {step}")
-    try:
-        check_progress(progress)
-    except ValueError as error:
-        raise Damage(f"{folder / 'progress.json'}: {error}") from None
-    return progress

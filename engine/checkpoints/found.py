@@ -13,6 +13,8 @@ from typing import Any
 from engine.checkpoints.index import Index, read_index
 from engine.checkpoints.manifest import MANIFEST, Damage, read_manifest
 from engine.checkpoints.pointers import pointed_checkpoint, steps_in, up_to
+from engine.checkpoints.recorded import check_progress
+from engine.checkpoints.retention import step_of
 from engine.checkpoints.whole import newest_whole, warn
 from engine.errors import UserError
 from engine.files import read_object
@@ -199,3 +201,15 @@ def _check_tensors(found: FoundNetwork) -> None:
     words = tensors.get("embedding.word_embeddings.weight")
     if words is None or words.shape[1:] != (size.hidden_size,) or words.shape[0] < size.vocab_size:
         raise Damage(f"{found.folder}: its vocabulary is not {size.vocab_size} tokens, as said")
+
+
+def progress_in(folder: Path) -> dict[str, Any]:
+    """Return the progress that a checkpoint of a step was saved with; raises Damage."""
+    progress, step = read_object(folder / "progress.json"), read_manifest(folder).step
+    if step is None or not progress.get("step") == step == step_of(folder.name):
+        raise Damage(f"{folder}: not the progress of step {step}")
+    try:
+        check_progress(progress)
+    except ValueError as error:
+        raise Damage(f"{folder / 'progress.json'}: {error}") from None
+    return progress

@@ -17,8 +17,8 @@ class SaveConfig:
     """Minutes between checkpoints, by the first rank's clock; 0: none is due for the time. Our
     choice: the most work that a killed run loses, and a write that a run does not notice."""
     keep: int = 2
-    """Checkpoints kept, the last so many; our choice. With 1, none is left where the update just
-    before it has spoiled the weights, which only the steps after it show."""
+    """Checkpoints kept, the last so many; our choice. With 1 the one before stays until a step was
+    taken from the newest, which shows that its weights are good."""
     keep_every: int = 0
     """Checkpoints of steps that this divides are kept besides; 0: none."""
     keep_lowest: str = ""

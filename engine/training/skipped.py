@@ -32,6 +32,10 @@ class SkippedSteps:
     in_a_row: int = 0
     num_searching: int = 0
     """Those of the total in which fp16 looked for its loss scale."""
+    num_taken: int = 0
+    """Steps that were not skipped."""
+    since_taken: int = 0
+    """Steps that were skipped since the last that was not, whatever for."""
     reason: str = ""
     """What was not finite in the last step; "" where it was taken."""
     is_searching: bool = False
@@ -58,6 +62,8 @@ class SkippedSteps:
         self.total += was_skipped
         self.reason = reason if was_skipped else ""
         self.is_searching = was_skipped and is_explained
+        self.num_taken += not was_skipped
+        self.since_taken = self.since_taken + 1 if was_skipped else 0
         if not was_skipped:
             self.in_a_row = 0
         elif is_explained:
@@ -71,12 +77,17 @@ class SkippedSteps:
             "total": self.total,
             "in_a_row": self.in_a_row,
             "num_searching": self.num_searching,
+            "num_taken": self.num_taken,
+            "since_taken": self.since_taken,
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue where state_dict() was taken; from 0 where a checkpoint has none."""
         self.total, self.in_a_row = state.get("total", 0), state.get("in_a_row", 0)
         self.num_searching = state.get("num_searching", 0)
+        # Checkpoints of before these were counted are of runs that had learned something.
+        self.num_taken = state.get("num_taken", min(1, len(state)))
+        self.since_taken = state.get("since_taken", self.in_a_row)
 
 
 @contextlib.contextmanager
@@ -95,18 +106,20 @@ def naming_the_last_good(where: str, newest: Callable[[], str]) -> Iterator[None
 def last_in_words(newest: Callable[[], str]) -> str:
     """Return what there is to go back to, in a sentence; all ranks call together.
 
-    newest: says where the newest checkpoint is, "" for none.
+    newest: says where the newest checkpoint is, and which others are there; "" for none.
     """
     found = newest()
     return f"The last checkpoint is {found}." if found else "No checkpoint has been written yet."
 
 
-def end_if_stuck(where: str, newest: Callable[[], str], **networks: SkippedSteps) -> None:
-    """Raise UserError where optimizer steps of one of the networks were skipped too often in a row:
-    on all ranks alike, since they count the same.
+def end_if_stuck(
+    where: str, newest: Callable[[], str], is_last: bool, **networks: SkippedSteps
+) -> None:
+    """Raise UserError where optimizer steps of one of the networks were skipped too often in a row;
+    or all of them, in a run that is at its end: on all ranks alike, since they count the same.
 
-    where: how far the run is, such as "step 7". newest: says where the newest checkpoint is, "" for
-    none; all ranks call it together.
+    where: how far the run is, such as "step 7". newest: as for last_in_words; all ranks call it
+    together.
     """
     for name, skipped in networks.items():
         if skipped.is_stuck:
@@ -118,4 +131,12 @@ def end_if_stuck(where: str, newest: Callable[[], str], **networks: SkippedSteps
                 "Find out what was not finite first: recipes/replay.py reruns the first optimizer "
                 f"step of a row, which lies in the run's folder skipped. {_ADVICE}. To pass over "
                 "more, raise the optimizer's max_skipped_steps"
+            )
+        if is_last and skipped.total and not skipped.num_taken:
+            search = " while fp16 looked for its loss scale" if skipped.num_searching else ""
+            raise UserError(
+                f"{where}: the run is at its end and has learned nothing: "
+                f"{skipped.subject.format(name=name)} was not finite in any of the {skipped.total} "
+                f"{skipped.taken}, all of which were skipped{search}. To try: more steps, a lower "
+                "learning rate, bf16 or fp32 in place of fp16"
             )

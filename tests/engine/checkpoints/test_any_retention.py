@@ -78,7 +78,8 @@ def killed_after(num_changes: int) -> Iterator[None]:
 
 
 class Run(RuleBasedStateMachine):
-    """The model: by step, the metrics of the checkpoints that are there; and the newest."""
+    """The model: by step, the metrics of the checkpoints that are there; the newest, and whether a
+    step was taken from it. Until then there is one before it, whatever the rules say."""
 
     @initialize(saving=RULES)
     def begin(self, saving):
@@ -86,6 +87,7 @@ class Run(RuleBasedStateMachine):
         self.saving = saving
         self.there: dict[int, float | None] = {}
         self.newest = 0
+        self.is_tried = False
         self.start_again()
 
     def start_again(self):
@@ -103,6 +105,7 @@ class Run(RuleBasedStateMachine):
             value = progress["metrics"].get(METRIC)
             assert value == self.there[self.step] or value is self.there[self.step]
         assert self.step == self.newest
+        self.is_tried = False
         self.there = self.kept()
 
     def kept(self) -> dict[int, float | None]:
@@ -110,7 +113,8 @@ class Run(RuleBasedStateMachine):
         if not self.newest:
             return dict(self.there)
         older = sorted(step for step in self.there if step <= self.newest)
-        keep = set(older[-self.saving.keep :]) | {s for s in self.there if s > self.newest}
+        num_last = self.saving.keep if self.is_tried else max(2, self.saving.keep)
+        keep = set(older[-num_last:]) | {s for s in self.there if s > self.newest}
         if self.saving.keep_every:
             keep |= {step for step in older if step % self.saving.keep_every == 0}
         rated = {s: v for s in older if (v := self.there[s]) is not None and math.isfinite(v)}
@@ -120,12 +124,31 @@ class Run(RuleBasedStateMachine):
             keep.add(max(s for s, v in rated.items() if v == max(rated.values())))
         return {step: value for step, value in self.there.items() if step in keep}
 
-    @rule(gap=st.integers(1, 3), value=st.sampled_from([None, 0.0, 1.0, 1.0, 2.5, -3.0]))
+    @rule(
+        gap=st.integers(1, 3),
+        value=st.sampled_from([None, 0.0, 1.0, 1.0, 2.5, -3.0, math.inf, -math.inf]),
+    )
     def save(self, gap, value):
         self.step += gap
         self.checkpointer.save(self.step, self.progress(value))
-        self.there[self.step], self.newest = value, self.step
+        self.there[self.step], self.newest, self.is_tried = value, self.step, False
         self.there = self.kept()
+
+    @rule()
+    def take_a_step(self):
+        boundary = self.checkpointer.boundary(self.step + 1, is_last=False)
+        assert boundary == (False, False)
+        if self.newest:
+            self.is_tried = True
+            self.there = self.kept()
+
+    @rule()
+    def end_and_go_on(self):
+        with self.checkpointer:
+            pass
+        self.is_tried = True
+        self.there = self.kept()
+        self.start_again()
 
     @rule(
         gap=st.integers(1, 3),

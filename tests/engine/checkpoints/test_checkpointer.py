@@ -254,6 +254,8 @@ def test_checkpoints_are_kept_by_rule(parallel: Parallel, tmp_path: Path, capsys
     )
     for step, loss in ((2, 3.0), (3, 1.0), (4, 2.0), (5, 4.0), (6, 5.0)):
         run.save(step, {"metrics": {"valid/loss": loss}})
+    assert (tmp_path / "step_00000005").is_dir()  # no step has shown yet that the last is good
+    run.boundary(7, is_last=False)
     assert sorted(p.name for p in steps_in(tmp_path)) == [
         "step_00000003",
         "step_00000004",
@@ -262,6 +264,7 @@ def test_checkpoints_are_kept_by_rule(parallel: Parallel, tmp_path: Path, capsys
     assert capsys.readouterr().err == ""
     run.save(7, {"metrics": {"train/loss": 1.0}})
     run.save(8, {"metrics": {"train/loss": 1.0}})  # said once
+    run.boundary(9, is_last=False)
     (said,) = capsys.readouterr().err.splitlines()
     assert "kept by valid/loss, which not every step that is saved has: give an --eval" in said
     assert {p.name for p in steps_in(tmp_path)} == {

@@ -203,6 +203,15 @@ def test_new_level_ends_the_run_and_keeps_the_last_good_checkpoint(
     assert len(rows_of(tmp_path)) == 8
 
 
+def test_checkpoints_of_before_a_row_of_spikes_stay(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plant(monkeypatch, "language", range(4, 99))
+    spikes = dataclasses.replace(SKIP, max_in_a_row=4)
+    with pytest.raises(UserError, match="beside it: .*step_00000004, step_00000003"):
+        train(spiky_config("sft", tiny, tmp_path, spikes=spikes, saving=SaveConfig(save_every=1)))
+
+
 LAYOUTS = {
     "tp2_sequence": {"layout": ParallelLayout(tp=2, sequence_parallel=True)},
     "dp2_overlap": {

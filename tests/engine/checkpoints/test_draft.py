@@ -38,9 +38,8 @@ def test_network_has_a_file_of_weights_and_its_optimizer_one_of_state(
         "size": dataclasses.asdict(SIZE),
         "tokenizer": "a tokenizer",
     }
-    assert draft.counts == {
-        "policy": {"step": 0.0, "skipped": {"total": 0, "in_a_row": 0, "num_searching": 0}}
-    }
+    names = ("total", "in_a_row", "num_searching", "num_taken", "since_taken")
+    assert draft.counts == {"policy": {"step": 0.0, "skipped": dict.fromkeys(names, 0)}}
 
 
 def test_weights_alone_have_no_state(parallel: Parallel, tmp_path: Path):

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.checkpoints.checkpointer import _progress_in
-from engine.checkpoints.found import read_network
+from engine.checkpoints.found import progress_in, read_network
 from engine.checkpoints.pointers import pointed_checkpoint
 from engine.checkpoints.whole import damage_of
 from engine.ranks.start import start_parallel
@@ -54,7 +53,7 @@ def test_any_progress_is_read_or_refused(folder: Path, data: st.DataObject):
     before = path.read_bytes()
     path.write_text(json.dumps(data.draw(near(good))))  # it is read when its checksum was right
     try:
-        found = refused_or_read(lambda: _progress_in(folder))
+        found = refused_or_read(lambda: progress_in(folder))
         assert found is None or type(found["step"]) is int
     finally:
         path.write_bytes(before)

@@ -27,6 +27,7 @@ def test_a_pointer_names_a_checkpoint_beside_it(checkpoints: Path):
         ("", "is no checkpoint's name"),
         ("x", "is no checkpoint's name"),
         ("../checkpoints/step_00000009", "is no checkpoint's name"),
+        ("step_00000009/../../elsewhere", "is no checkpoint's name"),
         ("/etc", "is no checkpoint's name"),
         ("step_00000011", "names step_00000011, which is not there"),
         ("step_00000099", "names step_00000099, which is not there"),

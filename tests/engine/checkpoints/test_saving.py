@@ -109,7 +109,8 @@ def test_next_save_waits_for_the_one_before(gate: Gate, parallel: Parallel, tmp_
     thread.join()
     run.checkpointer.finish()
     assert whole(tmp_path / "step_00000001") and whole(tmp_path / "step_00000002")
-    assert run.checkpointer.newest() == str(tmp_path / "step_00000002")
+    both = f"{tmp_path / 'step_00000002'} (older ones beside it: step_00000001)"
+    assert run.checkpointer.newest() == both
 
 
 def test_exception_in_training_is_not_hidden_and_the_save_becomes_whole(

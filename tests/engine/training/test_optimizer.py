@@ -290,7 +290,8 @@ def test_counts_of_steps_lie_beside_the_masters_and_are_counted_apart(parallel: 
     other = Optimizer(random_network("language", parallel), AdamConfig(), total_steps=9)
     other.prepare_state()
     (inner,) = other._distributed()
-    assert state == {"step": 1.0, "skipped": {"total": 0, "in_a_row": 0, "num_searching": 0}}
+    counts = {"total": 0, "in_a_row": 0, "num_searching": 0, "num_taken": 1, "since_taken": 0}
+    assert state == {"step": 1.0, "skipped": counts}
     other.load_counts(state)
     assert all(group["fused"] for group in inner.optimizer.param_groups)
     take_step(other, 1)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.checkpoints.retention import step_name
 from engine.errors import UserError
 from engine.settings.numerics import Numerics
+from engine.settings.saving import SaveConfig
 from engine.training.optimizer import Optimizer, StepResult
 from engine.training.skipped import SkippedSteps
 from models.sizes import Kind
@@ -207,6 +209,53 @@ def test_checkpoints_of_before_a_row_stay_until_a_step_is_taken(
     assert kept() == ["1", "2", "3", "4"]
     train(config)
     assert len(kept()) == 2
+
+
+def test_with_one_kept_the_one_before_stays_until_a_step_shows_that_it_is_good(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    saving = SaveConfig(save_every=1, keep=1)
+    adam = dataclasses.replace(ADAM, max_skipped_steps=2)
+    config = dataclasses.replace(config_of("sft", tiny, tmp_path, adam=adam), saving=saving)
+    spoil(monkeypatch, "language", [2, 3])  # the weights of step 2 may be why
+    with pytest.raises(
+        UserError, match=r"step_00000003 \(older .*: step_00000002, step_00000001\)"
+    ):
+        train(config)
+    monkeypatch.undo()
+    train(config)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000004"]
+
+
+def test_search_for_a_loss_scale_leaves_the_checkpoints_of_before_it(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    adam = dataclasses.replace(ADAM, min_loss_scale=2.0**14)
+    config = config_of("sft", tiny, tmp_path, adam=adam, numerics=Numerics(dtype="fp16"))
+    config = dataclasses.replace(config, epochs=4.5)
+    seen = spoil(monkeypatch, "language", range(9, 99), math.inf)
+    with pytest.raises(UserError, match="5 optimizer steps in a row"):
+        train(config)
+    assert len(seen.results) > 9 + ADAM.max_skipped_steps  # it was searched for
+    last = max(step for step, result in enumerate(seen.results) if not result.was_skipped)
+    names = {path.name for path in (tmp_path / "checkpoints").glob("step_*")}
+    assert {step_name(last + 1), step_name(last)} <= names
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_run_that_learned_nothing_is_no_success(
+    stage: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    _, _, kind, role, _ = STAGES[stage]
+    adam = dataclasses.replace(ADAM, max_skipped_steps=99)
+    config = config_of(stage, tiny, tmp_path, adam=adam)
+    with monkeypatch.context() as patch:
+        spoil(patch, kind, range(99))
+        with pytest.raises(UserError, match=f"learned nothing: .* {role} was not finite in any of"):
+            train(config)
+        with pytest.raises(UserError, match="learned nothing"):  # from its last checkpoint
+            train(config)
+    train(config)
 
 
 def test_a_step_that_is_taken_ends_the_row():
