@@ -224,8 +224,9 @@ class Inputs:
             )
         with self._naming(name):
             digest = digest_of_network(read_manifest(self._folder(name)), network.role)
-        known = earlier.networks.get(name, NetworkRecord(path=str(network.path)))
-        return dataclasses.replace(known, xxh3_128=digest, kept=kept)
+        known = earlier.networks.get(name, NetworkRecord())
+        path = known.path or str(network.path)
+        return dataclasses.replace(known, path=path, xxh3_128=digest, kept=kept)
 
     def _source_notes(self) -> list[str]:
         if not self.goes_on:
