@@ -35,6 +35,7 @@ from engine.data.examples import Example, LengthReport
 from engine.data.limits import Limit, context_limit, training_limits
 from engine.data.prompts import hold_out
 from engine.errors import UserError
+from engine.evaluation.selection import epoch_name, load_selection
 from engine.evidence.keeper import Evidence
 from engine.feed import Feed, StepBatch
 from engine.identity.inputs import Inputs
@@ -42,7 +43,6 @@ from engine.losses import NegativeLogLikelihood, mean_language_loss
 from engine.metrics import SFT_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
 from engine.run import Run, join_ranks, require_path, size_named, stage, start_run, tokenizer_path
-from engine.selection import epoch_name, load_selection
 from engine.settings.evaluation import is_evaluated
 from engine.settings.sft import SFTConfig
 from engine.training.network import Network, build_network

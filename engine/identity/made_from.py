@@ -19,7 +19,10 @@ _NAMES: dict[Any, tuple[str, ...]] = {
         *("data.pretraining", "data.pretraining_valid", "selection.prompts"),
     ),
     RMConfig: ("init_from", "data.train", "data.valid", "data.demonstrations"),
-    PPOConfig: ("policy", "reference", "reward_model", "data.prompts", "data.pretraining"),
+    PPOConfig: (
+        *("policy", "reference", "reward_model", "data.prompts", "data.valid"),
+        *("data.pretraining", "data.pretraining_valid"),
+    ),
 }
 
 
@@ -85,16 +88,17 @@ def files_of(config: RunConfig) -> dict[str, Path]:
     """Return the files of data that a stage reads, by the names of their options."""
     data: Any = config.data
     if isinstance(config, PPOConfig):
-        found = {"data.prompts": data.prompts}
+        found = {"data.prompts": data.prompts, "data.valid": data.valid}
         if config.ptx_coef > 0:
             found["data.pretraining"] = data.pretraining
-        return found
-    found = {"data.train": data.train}
-    if data.train is not None:
-        found["data.valid"] = data.valid
+        found["data.pretraining_valid"] = data.pretraining_valid
+    else:
+        found = {"data.train": data.train}
+        if data.train is not None:
+            found["data.valid"] = data.valid
     if isinstance(config, RMConfig):
         found["data.demonstrations"] = data.demonstrations
-    else:
+    elif isinstance(config, SFTConfig):
         if data.train is None or data.pretraining_fraction > 0:
             found["data.pretraining"] = data.pretraining
             found["data.pretraining_valid"] = data.pretraining_valid

@@ -24,7 +24,7 @@ class SaveConfig:
     keep_lowest: str = ""
     """That with the lowest value of this metric is kept besides, such as valid/loss; none: none."""
     keep_highest: str = ""
-    """That with the highest value of this metric is kept besides, such as score/reward_mean."""
+    """That with the highest value of this metric is kept besides, such as valid/reward_mean."""
     keep_skipped: int = 2
     """Skipped steps, the last so many, whose batch and weights are kept in RUN/skipped, for
     recipes/replay.py; of several in a row the first. Our choice, as of checkpoints; 0: none."""

@@ -78,7 +78,11 @@ STAGES: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
     ),
     "ppo": (
         small_ppo,
-        {"data.prompts": "prompts.jsonl", "data.pretraining": "pretraining.jsonl"},
+        {
+            "data.prompts": "prompts.jsonl",
+            "data.pretraining": "pretraining.jsonl",
+            "data.pretraining_valid": "pretraining_valid.jsonl",
+        },
     ),
 }
 

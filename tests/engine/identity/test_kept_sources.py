@@ -54,6 +54,7 @@ def ppo_run(files: Path, name: str, **changes: Any) -> Any:
         reward_model=files / "rm",
         reference=None,
         saving=EVERY_STEP,
+        eval_every=1,  # a run that is made longer was looked at at its earlier end too
     )
     return dataclasses.replace(config, **changes)
 

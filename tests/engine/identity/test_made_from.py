@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from engine.identity.made_from import files_of, names_of, networks_of
-from engine.settings.ppo import PPOConfig
+from engine.settings.ppo import PPOConfig, PPOData
 from engine.settings.rm import RMConfig, RMData
 from engine.settings.saving import SaveConfig
 from engine.settings.sft import SelectionConfig, SFTConfig, SFTData
@@ -79,6 +79,9 @@ def test_files_are_those_that_are_read():
     assert files_of(rm) == {"data.train": A, "data.demonstrations": B}
     assert list(files_of(PPOConfig(ptx_coef=0.0))) == ["data.prompts"]
     assert list(files_of(PPOConfig(ptx_coef=1.0))) == ["data.prompts", "data.pretraining"]
+    held_out = PPOConfig(ptx_coef=0.0, data=PPOData(valid=A, pretraining_valid=B))
+    found = {name: path for name, path in files_of(held_out).items() if name != "data.prompts"}
+    assert found == {"data.valid": A, "data.pretraining_valid": B}
 
 
 @pytest.mark.parametrize("kind", [SFTConfig, RMConfig, PPOConfig])
@@ -92,7 +95,7 @@ def test_every_name_can_be_accepted(kind: type):
             selection=SelectionConfig(reward_model=A, prompts=A),
         ),
         RMConfig: RMConfig(init_from=A, data=RMData(valid=A, demonstrations=A)),
-        PPOConfig: PPOConfig(reference=B),
+        PPOConfig: PPOConfig(reference=B, data=PPOData(valid=A, pretraining_valid=A)),
     }[kind]
     names = names_of(kind)
     own = {*networks_of(full), *files_of(full)}
