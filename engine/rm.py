@@ -87,10 +87,10 @@ def train(config: RMConfig) -> dict[str, float]:
     progress = checkpointer.resume() or {"step": 0}
     alarms = LossAlarms(config.alarms, clip_norm=config.adam.clip_norm)
     course = Course(checkpointer, config.spikes, progress, num_steps, {"loss_alarms": alarms})
-    inputs.keep(progress["step"])
+    inputs.keep(progress["step"], checkpointer)
     run.leave_if_asked()
 
-    evidence = Evidence(stage="rm", run=run, checkpointer=checkpointer)
+    evidence = Evidence(stage="rm", config=config, run=run, checkpointer=checkpointer)
     values: dict[str, float] = progress.get("metrics", {})
     metrics = Metrics(
         config.directory,

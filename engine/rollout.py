@@ -5,7 +5,7 @@ returns and response_mask belongs to the token at t, which was chosen in the sta
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -63,6 +63,15 @@ class Rollout:
     def response_lengths(self) -> list[int]:
         """Tokens of every response."""
         return [len(e.tokens) - e.prompt_length for e in self.examples]
+
+    def carrying(self, columns: Mapping[str, Tensor]) -> list[Example]:
+        """Return the responses as examples that carry columns [T], each its own tokens' numbers."""
+        arrays = {name: column.cpu().numpy() for name, column in columns.items()}  # sync
+        bounds = np.cumsum([0] + [len(e.tokens) for e in self.examples])
+        return [
+            replace(example, fields={name: array[start:end] for name, array in arrays.items()})
+            for example, start, end in zip(self.examples, bounds[:-1], bounds[1:], strict=True)
+        ]
 
     def prompts(self, tokenizer: Tokenizer, count: int | None = None) -> list[str]:
         """Return the first `count` prompts as text; None: all."""

@@ -139,8 +139,15 @@ class Run:
         path = self.directory / "config.json"
 
         def compare() -> str:
-            is_begun = has_begun(self.directory) and path.exists()
-            return (changed_setting(config, path) if is_begun else None) or ""
+            if not has_begun(self.directory) or not os.path.lexists(path):
+                return ""
+            try:
+                return changed_setting(config, path) or ""
+            except UserError as error:
+                raise UserError(
+                    f"{error}; put it back, or remove it: it is written anew then, of the settings "
+                    "that are given"
+                ) from None
 
         change = said_by_first_rank(compare)
         if change:
@@ -197,7 +204,7 @@ def start_run(*, directory: Path, parallel: Parallel, tokenizer: Path) -> Run:
     def find() -> Path:
         if keeps_tokenizer(directory):
             return directory / "tokenizer"
-        return _tokenizer_beside(tokenizer)
+        return tokenizer_beside(tokenizer)
 
     loaded = load_shared_tokenizer(find)
     claim_for_all(directory, "tokens", "tokenizer")
@@ -207,7 +214,7 @@ def start_run(*, directory: Path, parallel: Parallel, tokenizer: Path) -> Run:
     return run
 
 
-def _tokenizer_beside(path: Path) -> Path:
+def tokenizer_beside(path: Path) -> Path:
     """Return the tokenizer that a path means: that of a run, also where one of its checkpoints or a
     network in one is named, or the path itself."""
     is_within = any((path / name).exists() for name in ("manifest.json", "network.json"))

@@ -93,10 +93,10 @@ def train(config: SFTConfig) -> dict[str, float]:
     if selection is not None:
         keeps["epochs"] = selection
     course = Course(checkpointer, config.spikes, progress, num_steps, keeps)
-    inputs.keep(progress["step"])
+    inputs.keep(progress["step"], checkpointer)
     run.leave_if_asked()
 
-    evidence = Evidence(stage="sft", run=run, checkpointer=checkpointer)
+    evidence = Evidence(stage="sft", config=config, run=run, checkpointer=checkpointer)
     values: dict[str, float] = progress.get("metrics", {})
     metrics = Metrics(
         config.directory,

@@ -4,8 +4,8 @@
     RUN/checkpoints/selected             the name of the one that the run is known by, if not latest
     RUN/checkpoints/step_00000100/
         manifest.json                    every other file's bytes and checksum; written last
-        progress.json                    step, KL coefficient, alarms, ...: what a stage resumes
-        from
+        progress.json                    step, KL coefficient, ...: what a stage resumes from
+        identity.json                    what the run was made from (engine/identity/)
         policy/                          one network
             network.json                 its kind, size and tokenizer
             tensors.json                 its tensors, and where their pieces lie
@@ -94,6 +94,8 @@ class Checkpointer:
     """Those of PPO that were skipped without a step of any optimizer."""
     goes_back: bool = False
     """Keep what go_back() loads, beside what the saving keeps."""
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What each checkpoint of a step holds besides, by the names of its files."""
 
     def __post_init__(self) -> None:
         self._saver = Saver(self.parallel)
@@ -177,6 +179,7 @@ class Checkpointer:
                 self._discard_superseded(step, self._while_untried)
 
         draft = Draft(folder=self.directory / name, step=step, published=publish)
+        draft.texts |= self.texts
         draft.texts["progress.json"] = json.dumps({"step": step, **progress}, indent=1)
         for role, network in self.networks.items():
             optimizer = self.optimizers.get(role)

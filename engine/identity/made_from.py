@@ -1,6 +1,7 @@
 """What a stage is made from, as its config names it: networks, files of data, and all else that a
 resume is held to."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,19 +40,19 @@ class NamedNetwork:
     """Whether a damaged newest checkpoint there is an error."""
 
 
-def networks_of(config: RunConfig) -> dict[str, NamedNetwork]:
+def networks_of(config: RunConfig, policy_kept_as: str = "") -> dict[str, NamedNetwork]:
     """Return the networks that a stage is made from, by the names of their options.
+
+    policy_kept_as: the name of a PPO run's copy of its policy; "" where it has none yet. Then one
+    copy is policy and reference where both paths mean the same now.
 
     What PPO reads as long as it runs is taken strictly: another reference, because one checkpoint
     was damaged, would be another run.
     """
     if isinstance(config, PPOConfig):
-        is_shared = config.reference is None or (
-            config.reference.resolve() == config.policy.resolve()
-        )
         anchor = config.reference or config.policy
         found = {
-            "policy": ("policy", config.policy, "reference" if is_shared else "policy"),
+            "policy": ("policy", config.policy, policy_kept_as or _policy_copy(config)),
             "reference": ("policy", anchor, "reference"),
             "reward_model": ("reward_model", config.reward_model, "reward_model"),
         }
@@ -75,6 +76,12 @@ def networks_of(config: RunConfig) -> dict[str, NamedNetwork]:
             strict=True,
         )
     return networks
+
+
+def _policy_copy(config: PPOConfig) -> str:
+    """Return the name that the copy of PPO's policy has where its paths decide."""
+    found = {os.path.realpath(path) for path in (config.policy, config.reference or config.policy)}
+    return "reference" if len(found) == 1 else "policy"
 
 
 def files_of(config: RunConfig) -> dict[str, Path]:
@@ -106,5 +113,6 @@ def stage_of(config: RunConfig) -> str:
 
 
 def names_of(kind: type[RunConfig]) -> tuple[str, ...]:
-    """Return all names that --accept-changed may give for a stage."""
-    return (*_NAMES[kind], "tokenizer", "code", "python", *PACKAGES)
+    """Return all names that --accept-changed may give for a stage. The tokenizer is none: a run
+    keeps its own."""
+    return (*_NAMES[kind], "code", "python", *PACKAGES)

@@ -24,9 +24,13 @@ did not do what its default does."""
 
 def save_config(config: Any, path: Path) -> None:
     """Write a config dataclass as JSON, whole or not at all; makes its folder."""
-    text = json.dumps(_encode(config), indent=2) + "\n"
     with replacing(path) as stream:
-        stream.write(text.encode())
+        stream.write(config_text(config).encode())
+
+
+def config_text(config: Any) -> str:
+    """Return a config dataclass as JSON, as save_config writes it."""
+    return json.dumps(_encode(config), indent=2) + "\n"
 
 
 def changed_fields(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:

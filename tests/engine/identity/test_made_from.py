@@ -34,6 +34,19 @@ def test_the_same_path_spelled_otherwise_is_one_copy(tmp_path: Path):
     assert networks_of(config)["policy"].kept_as == "reference"
 
 
+def test_copy_that_a_run_has_decides_and_no_path(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    linked = PPOConfig(policy=tmp_path / "a", reference=tmp_path / "link")
+    assert networks_of(linked)["policy"].kept_as == "reference"
+    assert networks_of(linked, "policy")["policy"].kept_as == "policy"
+    other = PPOConfig(policy=A, reference=B)
+    assert networks_of(other, "reference")["policy"].kept_as == "reference"
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    looped = PPOConfig(policy=tmp_path / "a", reference=tmp_path / "loop")
+    assert networks_of(looped)["policy"].kept_as == "policy"
+
+
 def test_supervised_stages_are_made_from_what_they_start_from():
     assert networks_of(SFTConfig()) == {}
     (found,) = networks_of(RMConfig(init_from=A)).values()
@@ -87,4 +100,5 @@ def test_every_name_can_be_accepted(kind: type):
     names = names_of(kind)
     own = {*networks_of(full), *files_of(full)}
     assert own == {name for name in names if "." in name or "_" in name or name in own}
-    assert {"tokenizer", "code", "python", "torch", "megatron-core"} <= {*names} - own
+    assert {"code", "python", "torch", "megatron-core"} <= {*names} - own
+    assert "tokenizer" not in names
