@@ -139,7 +139,9 @@ def _take_part(store: dist.Store, arrival: Arrival) -> str:
     name = _await(store, f"meeting/{token}/part", arrival)
     mine = f"{token} {arrival.digest}"
     is_taken = store.compare_set(_seat(name, arrival.rank), "", mine).decode() != mine
-    if _await(store, f"meeting/{name}/said", arrival):
+    message = _await(store, f"meeting/{name}/said", arrival)
+    if message:
+        tell_torchrun(f"error: {message}")  # that of this node, which says it nowhere else
         if not is_taken:
             store.set(f"meeting/{name}/{arrival.rank} goes", "")
         raise SystemExit(2)  # the first rank says why

@@ -162,6 +162,16 @@ def test_a_rank_that_was_started_otherwise_ends_all_and_the_first_alone_says_so(
     assert {results[rank].code for rank in (1, 2, 3)} == {2}
 
 
+def test_the_report_of_another_nodes_torchrun_says_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "told"))
+    starts = [started(0.1, 2), started(0.5, 2)]
+    together(dist.HashStore(), [arrival(r, 2, start=starts[r]) for r in range(2)])
+    told = json.loads((tmp_path / "told").read_text())["message"]["message"]
+    assert told.startswith("error: rank 1 was not started as rank 0 was: lr 0.5, not 0.1")
+
+
 def test_the_first_rank_waits_no_longer_where_one_was_started_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ):
