@@ -71,7 +71,8 @@ class Inputs:
         self._recorded: Identity | None = None  # on the first rank, as all that is read from files
         self._accepted: list[Change] = []
         told = json.loads(said_by_first_rank(self._begin))
-        run.check_settings(config)
+        self._known: list[str] = told["known"]
+        run.check_settings(config, self._known)
         self.goes_on: bool = told["goes_on"]
         """Whether the run has a checkpoint, which holds what the stage has trained."""
         self._sources = self._take(set(told["kept"]))
@@ -111,7 +112,7 @@ class Inputs:
         """Write what the run is made from into its folder, and its settings, now that all is loaded
         and it goes on from `step`; UserError where data was written to meanwhile."""
         said_by_first_rank(lambda: self._keep(step))
-        self._run.write_settings(self._config)
+        self._run.write_settings(self._config, self._known)
 
     def _begin(self) -> str:
         """Clear what an earlier start left, and read what the run's folder says."""
@@ -135,13 +136,39 @@ class Inputs:
                     f"{directory} is a run of {before}, and not of {now}; give another --directory"
                 )
             folders = {network.kept_as: self._kept(network) for network in self._networks.values()}
-            kept = [name for name, folder in folders.items() if (folder / MANIFEST).exists()]
+            others = {n.kept_as for name, n in self._networks.items() if self._is_another(name)}
+            kept = [
+                name
+                for name, folder in folders.items()
+                if (folder / MANIFEST).exists() and name not in others
+            ]
             if self._recorded is None:
                 warn(
                     f"{directory / IDENTITY} is gone: nobody knows what this run was made from; "
                     "it is written anew, of what is here now"
                 )
-        return json.dumps({"goes_on": goes_on, "kept": kept})
+        return json.dumps({"goes_on": goes_on, "kept": kept, "known": self._known_names()})
+
+    def _known_names(self) -> list[str]:
+        """Return the options whose paths are no settings: the run knows by content what each held,
+        or reads none of them, then and now."""
+        if self._recorded is None:
+            return []
+        then = {*self._recorded.networks, *self._recorded.data}
+        now = {*self._networks, *files_of(self._config)}
+        return [name for name in names_of(type(self._config)) if (name in then) == (name in now)]
+
+    def _is_another(self, name: str) -> bool:
+        """Return whether an option now has another path, and another network is there: what the run
+        has kept is not what is meant. UserError where nothing is there."""
+        network = self._networks[name]
+        known = self._recorded and self._recorded.networks.get(name)
+        if not known or Path(known.path).absolute() == network.path.absolute():
+            return False
+        if not network.path.exists():
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {network.path}: no such file or folder")
+        return newest_source(network.path, network.role)[1] != known.xxh3_128
 
     def _take(self, kept: set[str]) -> dict[str, Source]:
         """Copy the networks that the run has not kept; return those by the names of the copies."""
@@ -193,7 +220,7 @@ class Inputs:
         with self._naming(name):
             digest = digest_of_network(read_manifest(self._folder(name)), network.role)
         known = earlier.networks.get(name, NetworkRecord(path=str(network.path)))
-        return dataclasses.replace(known, xxh3_128=digest, kept=kept)
+        return dataclasses.replace(known, path=str(network.path), xxh3_128=digest, kept=kept)
 
     def _tokenizer(self, earlier: TokenizerRecord) -> TokenizerRecord:
         path: Path | None = getattr(self._config, "tokenizer", None)

@@ -268,15 +268,6 @@ def test_other_tokenizer_is_named_and_the_run_keeps_its_own(files: Path):
     assert len(identity_of(files / "run")["accepted"]) == 1
 
 
-def test_setting_that_changed_is_said_before_what_it_names(files: Path):
-    config = small_ppo(files, files / "run")
-    train(config)
-    for change in ({"policy": files / "reference"}, {"reward_model": files / "policy"}):
-        said = refusal(dataclasses.replace(config, **change))
-        (name,) = change
-        assert f"is a run with {name} {files / name}, not {change[name]}" in said
-
-
 def test_data_that_is_written_to_while_the_stage_loads_is_refused(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ):

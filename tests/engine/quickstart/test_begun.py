@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,15 @@ def test_files_of_another_content_are_refused_by_name(config):
         begin(config, is_writer=True).check_files(find_files(config))
     prompts.write_text(content)
     begin(config, is_writer=True).check_files(find_files(config))
+
+
+def test_files_may_lie_elsewhere_but_not_be_given_in_place_of_made_ones(config):
+    begun_with(config, "pretrain")
+    elsewhere = Path(shutil.copytree(config.data, config.data.with_name("moved")))
+    moved = dataclasses.replace(config, data=elsewhere)
+    begin(moved, is_writer=True).check_files(find_files(moved))
+    with pytest.raises(UserError, match=f"is a quickstart with data {elsewhere}, not None; give"):
+        begin(dataclasses.replace(config, data=None), is_writer=True)
 
 
 def test_stages_that_were_made_from_one_that_is_gone_are_refused(config):
