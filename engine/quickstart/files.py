@@ -57,12 +57,13 @@ def write_tokenizer(config: QuickstartConfig, files: Files, path: Path) -> None:
     """Train a sentencepiece tokenizer on the files' training text, unless it is there."""
     if path.exists():
         return
-    records, _ = read_demonstrations(files.demonstrations)
+    records, _ = read_demonstrations(files.demonstrations, skip_option="")
     texts = [f"{record.prompt}\n{record.response}" for record in records]
     texts += read_records(
         files.pretraining,
         lambda record: check_text(required(record, "text"), "text"),
         skip_bad_lines=False,
+        skip_option="",  # not all that reads a quickstart's files skips lines
     )[0]
     train_sentencepiece(texts, path, vocab_size=config.vocab_size)
 

@@ -4,14 +4,16 @@ Without files it makes its own data: the English of the installed Python, and in
 describe. A scripted labeler ranks what the SFT model itself wrote, as the paper's labelers did.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from engine.claim import holding_claims
+from engine.errors import UserError
 from engine.files import read_object, replacing
 from engine.metrics import read_metrics
 from engine.ppo import train as train_ppo
@@ -53,7 +55,8 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
 
     def do(stage: str, work: Callable[..., Any], settings: Callable[[], Any]) -> None:
         if stage not in begun.finished:
-            begun.run(stage, work, settings())
+            with _naming_the_options_of(stage):
+                begun.run(stage, work, settings())
 
     do("pretrain", train_sft, lambda: pretraining_stage(config, files))
     do("sft", train_sft, lambda: sft_stage(config, files))
@@ -67,6 +70,21 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     for name in ("ppo", "ppo_ptx"):
         do(name, train_ppo, lambda name=name: ppo_stage(config, files, name))  # type: ignore[misc]
     return _results(config, files, finished, begun)
+
+
+@contextlib.contextmanager
+def _naming_the_options_of(stage: str) -> Iterator[None]:
+    """Have a stage's error that names options say how the quickstart spells them."""
+    prefix = "ppo" if stage == "ppo_ptx" else stage
+    try:
+        yield
+    except UserError as error:
+        if "--" not in str(error):
+            raise
+        raise UserError(
+            f"{error}\n({stage}: those of its options that the quickstart does not have itself "
+            f"begin with --{prefix}. here)"
+        ) from None
 
 
 def _results(

@@ -44,7 +44,8 @@ def replay(config: ReplayConfig) -> None:
     folder = config.step
     case = read_case(folder)
     stage_config = config_in(folder, case)
-    parallel = start_parallel(config.layout or _layout(case, stage_config), stage_config.seed)
+    layout = config.layout or _layout(case, stage_config)
+    parallel = start_parallel(layout, stage_config.seed, config.waiting)
     _, damage = newest_whole([folder])
     if damage:
         raise UserError(damage)

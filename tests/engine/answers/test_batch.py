@@ -4,6 +4,7 @@ import dataclasses
 import pytest
 
 from engine.answers.answer import generate_text
+from engine.errors import UserError
 from engine.generation.generate import generate
 from engine.settings.generate import GenerateConfig
 from engine.settings.layout import ParallelLayout
@@ -23,6 +24,14 @@ def test_a_file_of_prompts_is_answered_in_order(run, tmp_path, capsys):
     assert all(1 <= a["tokens"] <= 6 and a["logprob"] < 0 for a in found)
     assert found[0]["response"] != found[1]["response"]
     assert "1 dropped for a long prompt" in capsys.readouterr().out
+
+
+def test_a_bad_line_names_the_option_that_skips_it_here(run, tmp_path):
+    settings = config(run / "policy", tmp_path)
+    with settings.prompts.open("a") as stream:
+        stream.write("{}\n")
+    with pytest.raises(UserError, match="jsonl:4: .*\ncorrect the line, or pass --skip-bad-lines$"):
+        generate_text(settings)
 
 
 @pytest.mark.slow

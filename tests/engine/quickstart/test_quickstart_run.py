@@ -10,7 +10,7 @@ from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 from engine.quickstart.files import find_files
 from engine.quickstart.places import render_facts
-from engine.quickstart.run import prepare_files, run
+from engine.quickstart.run import _naming_the_options_of, prepare_files, run
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from tests.engine.quickstart.small_recipe import data_folder, tiny_config
@@ -61,6 +61,15 @@ def test_a_second_quickstart_is_refused_before_any_work(tmp_path: Path):
             run(tiny_config(home, data_folder(tmp_path / "data")))
     assert sorted(path.name for path in home.iterdir()) == [".lock", "data"]
     assert killed.exists()
+
+
+@pytest.mark.parametrize(("stage", "prefix"), [("rm", "rm"), ("ppo_ptx", "ppo")])
+def test_a_stages_error_says_how_its_options_are_spelled_here(stage: str, prefix: str):
+    said = f"x --data.valid\n\\({stage}: .* the quickstart does not have .* --{prefix}. here\\)$"
+    with pytest.raises(UserError, match=said), _naming_the_options_of(stage):
+        raise UserError("x --data.valid")
+    with pytest.raises(UserError, match=r"^no option$"), _naming_the_options_of(stage):
+        raise UserError("no option")
 
 
 def test_given_files_stay_as_they_are_and_a_tokenizer_comes_of_them(tmp_path: Path):
