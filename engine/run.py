@@ -137,8 +137,15 @@ class Run:
         path = self.directory / "config.json"
 
         def compare() -> str:
-            is_begun = has_begun(self.directory) and path.exists()
-            return (changed_setting(config, path, passing_over=known) if is_begun else None) or ""
+            if not (has_begun(self.directory) and path.exists()):
+                return ""
+            try:
+                return changed_setting(config, path, passing_over=known) or ""
+            except UserError as error:
+                raise UserError(
+                    f"{error}; put a copy of it back, or remove it, and the settings of this start "
+                    "are the run's"
+                ) from None
 
         change = said_by_first_rank(compare)
         if change:

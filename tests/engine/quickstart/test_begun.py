@@ -136,8 +136,51 @@ def test_stages_without_a_record_are_refused(config):
 @pytest.mark.parametrize("text", ["[]", "{}", "", '{"seconds": {"a": "b"}}', "\0"])
 def test_a_damaged_record_is_named(config, text):
     (config.directory / "stages.json").write_text(text)
-    with pytest.raises(UserError, match="stages.json"):
+    with pytest.raises(UserError, match="stages.json.*; nobody knows .* give another --directory$"):
         begin(config, is_writer=True)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"seed": ', None])
+def test_damaged_settings_have_a_remedy(config, text):
+    begun_with(config, "pretrain")
+    (config.directory / "config.json").unlink()
+    if text is not None:
+        (config.directory / "config.json").write_text(text)
+    with pytest.raises(
+        UserError, match="config.json.*; nobody knows .* remove the folder to begin"
+    ):
+        begin(config, is_writer=True)
+
+
+def test_a_made_file_of_another_content_can_be_removed(config):
+    tokenizer = config.directory / "tokenizer.model"
+    tokenizer.write_text("whole")
+    begun = begun_with(dataclasses.replace(config, vocab_size=400))
+    tokenizer.write_text("who")
+    begun.digests["tokenizer"] = "of the whole one"
+    with pytest.raises(UserError, match="tokenizer.model: .* remove it, and it is made again, or "):
+        begun.check_files(find_files(config))
+
+
+def test_results_are_there_while_they_are_as_they_were_written(config, capsys):
+    names = ("summary.json", "report.html")
+    begun = begun_with(config)
+    assert not begun.has_results(names)
+    for name in names:
+        (config.directory / name).write_text("{}")
+    begun.keep_results(names)
+    again = begin(config, is_writer=True)
+    assert again.has_results(names)
+    capsys.readouterr()
+    for name, damage in (("summary.json", '{"a'), ("report.html", "")):
+        path = config.directory / name
+        path.write_text(damage)
+        assert not again.has_results(names)
+        assert f"{path}: changed or damaged; it is made again" in capsys.readouterr().out
+        path.write_text("{}")
+    assert again.has_results(names)
+    (config.directory / "report.html").unlink()
+    assert not again.has_results(names)
 
 
 def test_seconds_add_up_over_starts_that_end_early(config):
@@ -169,3 +212,12 @@ def test_a_finished_quickstart_prints_what_it_found_and_its_seconds_stay(config,
     summary = json.loads((config.directory / "summary.json").read_text())
     assert summary["seconds"] == first["seconds"]
     assert {path: path.stat().st_mtime_ns for path in written} == written
+    whole = (config.directory / "summary.json").read_bytes()
+    (config.directory / "summary.json").write_bytes(whole[: len(whole) // 2])
+    metrics = config.directory / "rm" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 99')
+    again = run(config)
+    assert "summary.json: changed or damaged" in capsys.readouterr().out
+    for summary in (again, first):
+        summary.pop("seconds")
+    assert json.loads(json.dumps(again)) == json.loads(json.dumps(first))
