@@ -24,6 +24,10 @@ _SHOWN = 40  # characters of a prompt; our choice
 class Advantages:
     """What the tokens of a rollout are to learn from, [T] each, 0 outside the responses."""
 
+    kl_coef: float
+    """What the KL estimates were multiplied by."""
+    kl: Tensor
+    """KL estimates to the reference."""
     rewards: Tensor
     """-kl_coef x KL estimate, and the score at the last response token."""
     advantages: Tensor
@@ -69,6 +73,8 @@ def estimate_advantages(
         rewards=rewards,
         advantages=advantages,
         returns=returns,
+        kl_coef=kl_coef,
+        kl=result.kl,
         whitening=whitening(merge_moments(result.stats)) if config.whiten_advantages else None,
     )
 
@@ -108,18 +114,7 @@ def unsound_clause(
 ) -> str:
     """Return a clause that says which output was not finite, the first in the order in which they
     are computed, and of which samples: by index in the rollout, with their prompts' beginnings."""
-    columns = {
-        "the sampler's log-probs": rollout.sampled_logprobs,
-        "the policy's log-probs": scored.logprobs,
-        "the critic's values": scored.values,
-        "the reference's log-probs": scored.ref_logprobs,
-        "the reward model's scores": scored.raw_scores,
-        "the rewards": advantages.rewards,
-        "the advantages": advantages.advantages,
-        "the returns": advantages.returns,
-    }
-    for name, column in columns.items():
-        samples = _broken_samples(column, rollout)
+    for name, samples in unsound_samples(rollout, scored, advantages).items():
         if not samples:
             continue
         named = [_shown(index, rollout, decode) for index in samples[:_NUM_NAMED]]
@@ -131,7 +126,26 @@ def unsound_clause(
     return "a number of its tokens is not finite"
 
 
-def _broken_samples(column: Tensor, rollout: Rollout) -> list[int]:
+def unsound_samples(
+    rollout: Rollout, scored: Scored, advantages: Advantages
+) -> dict[str, list[int]]:
+    """Return the samples, by index in the rollout, in which an output is not finite: for all that
+    an iteration learns from, in words, in the order in which they are computed."""
+    columns = {
+        "the sampler's log-probs": rollout.sampled_logprobs,
+        "the policy's log-probs": scored.logprobs,
+        "the critic's values": scored.values,
+        "the reference's log-probs": scored.ref_logprobs,
+        "the reward model's scores": scored.raw_scores,
+        "the KL estimates": advantages.kl,
+        "the rewards": advantages.rewards,
+        "the advantages": advantages.advantages,
+        "the returns": advantages.returns,
+    }
+    return {name: broken_samples(column, rollout) for name, column in columns.items()}
+
+
+def broken_samples(column: Tensor, rollout: Rollout) -> list[int]:
     """Return the samples in which a column, [B] or [T], is not finite."""
     is_broken = (~column.isfinite()).cpu()
     if len(is_broken) != rollout.num_tokens:

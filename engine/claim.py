@@ -29,7 +29,7 @@ UNFINISHED = "sources.partial"
 """A folder in a claimed one that does not outlive the claim, unless its process is killed."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 # A link could lead to another's file, and a pipe would wait for somebody.
-_OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
 _MAX_BYTES = 8192  # of what a lock says; our choice, above what we write
 _SHOWN_CHARACTERS = 200  # of a command, in an error; our choice
 _TRIES = 20  # at a file that its holder removes meanwhile; our choice

@@ -25,30 +25,32 @@ _SHARED = (
 )
 _MOUNTS = Path("/proc/self/mountinfo")
 _MAX_DIGITS = 9  # of a rank, or a number of them
+# By torchrun and by srun. SLURM_NTASKS would not do: the shell of a job has it too, and is alone.
+_RANK = ("RANK", "SLURM_PROCID")
+_WORLD_SIZE = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def rank_of_environment() -> int:
     """Return this process's global rank from torchrun's or srun's environment; 0 when launched
     alone. UserError where that is no number."""
-    return _number(("RANK", "SLURM_PROCID"), 0)
+    return _number(_RANK, 0)
 
 
 def world_size_of_environment() -> int:
     """Return the number of ranks of this launch; 1 when launched alone. UserError where that is no
-    number.
-
-    SLURM_NTASKS would not do: the shell of a job has it too, and is alone.
-    """
-    return _number(("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"), 1)
+    number."""
+    return _number(_WORLD_SIZE, 1)
 
 
 def check_launch() -> None:
     """Raise UserError for an environment in which no ranks can meet."""
     rank, world_size = rank_of_environment(), world_size_of_environment()
+    rank_name, size_name = _set_one(_RANK), _set_one(_WORLD_SIZE)
     if world_size < 1:
-        raise UserError(f"WORLD_SIZE is {world_size}, and must be at least 1")
-    if world_size > 1 and not 0 <= rank < world_size:
-        raise UserError(f"RANK is {rank}, and must be from 0 to {world_size - 1}: WORLD_SIZE - 1")
+        raise UserError(f"{size_name} is {world_size}, and must be at least 1")
+    if not 0 <= rank < world_size:
+        why = f"{size_name} - 1" if size_name else f"{_WORLD_SIZE[0]} is not set"
+        raise UserError(f"{rank_name} is {rank}, and must be from 0 to {world_size - 1}: {why}")
     port = _number(("MASTER_PORT",), 29500)
     if not 0 < port < 1 << 16:
         raise UserError(f"MASTER_PORT is {port}, and must be from 1 to 65535")
@@ -70,9 +72,14 @@ def is_launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
 
 
+def _set_one(names: tuple[str, ...]) -> str | None:
+    """Return the first of these variables that is there."""
+    return next((name for name in names if name in os.environ), None)
+
+
 def _number(names: tuple[str, ...], default: int) -> int:
     """Return the number in the first of these variables that is there."""
-    name = next((name for name in names if name in os.environ), None)
+    name = _set_one(names)
     if name is None:
         return default
     text = os.environ[name]

@@ -39,8 +39,7 @@ SFT_HEADLINE = (
 )
 RM_HEADLINE = ("train/loss", "train/pair_accuracy", "valid/pair_accuracy", "train/tokens_per_s")
 PPO_HEADLINE = (
-    "score/reward_mean",
-    "score/kl",
+    *("score/reward_mean", "score/kl", "valid/reward_mean", "valid/kl"),
     "rollout/response_tokens",
     "rollout/eos_rate",
     "update/policy_loss",

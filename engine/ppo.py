@@ -7,6 +7,7 @@ from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.course import Course, Kept
 from engine.data.batches import EpochOrder
 from engine.errors import UserError
+from engine.evaluation.held_out import load_held_out
 from engine.evidence.keeper import Evidence
 from engine.feed import Feed
 from engine.identity.inputs import Inputs
@@ -36,34 +37,25 @@ def train(config: PPOConfig) -> dict[str, float]:
     # Build. The critic starts from the reward model.
     policy = inputs.start("policy", _build("language", "policy", config, run, inputs))
     critic = inputs.start("reward_model", _build("scalar", "reward_model", config, run, inputs))
-    prompts, notes, amiss = load_prompts(config, run, _contexts(inputs))
-    policy_optimizer = Optimizer(
-        policy, config.adam, total_steps=config.iterations, spikes=config.spikes
-    )
-    critic_optimizer = Optimizer(
-        critic, config.critic_adam, total_steps=config.iterations, spikes=config.spikes
-    )
-    learner = Learner(
-        policy=policy_optimizer,
-        critic=critic_optimizer,
-        ema=EMA(policy_optimizer, config.ema_decay),
-        pretraining=_pretraining_feed(config, run, policy),
-    )
+    prompts = load_prompts(config, run, _contexts(inputs))
+    learner = _learner(config, run, policy, critic)
     residency = Residency(
-        config.residency, policy=policy_optimizer, critic=critic_optimizer, ema=learner.ema
+        config.residency, policy=learner.policy, critic=learner.critic, ema=learner.ema
     )
-    reference, reward_model = _load_frozen(residency, config, run, inputs)
+    networks = {"policy": policy, "critic": critic, **_load_frozen(residency, config, run, inputs)}
     if config.generation_layout is not None:
         residency.generate_in(config.generation_layout, numerics=config.numerics)
+    held_out = load_held_out(config, run, residency, networks, prompts.valid)
     kl = KLController(config.kl)
     alarms = Alarms(config.alarms, dtype=config.numerics.dtype, num_layers=policy.size.num_layers)
-    order = EpochOrder(len(prompts), config.rollout_batch_size, config.seed)
+    order = EpochOrder(len(prompts.train), config.rollout_batch_size, config.seed)
 
     checkpointer = Checkpointer(
         directory=run.checkpoints,
+        mark=run.mark,
         parallel=parallel,
         networks={"policy": policy, "critic": critic},
-        optimizers={"policy": policy_optimizer, "critic": critic_optimizer},
+        optimizers={"policy": learner.policy, "critic": learner.critic},
         ema=learner.ema,
         saving=config.saving,
         tokenizer_fingerprint=run.tokenizer.fingerprint(),
@@ -72,9 +64,9 @@ def train(config: PPOConfig) -> dict[str, float]:
     )
     progress = checkpointer.resume() or {"step": 0}
     keeps: dict[str, Kept] = {"kl_coef": kl, "alarms": alarms, "skipped_rollouts": learner.rollouts}
-    learner.evidence = Evidence(stage="ppo", run=run, checkpointer=checkpointer)
+    learner.evidence = Evidence(stage="ppo", config=config, run=run, checkpointer=checkpointer)
     course = Course(checkpointer, config.spikes, progress, config.iterations, keeps)
-    inputs.keep(progress["step"])
+    inputs.keep(progress["step"], checkpointer)
     run.leave_if_asked()
     values: dict[str, float] = progress.get("metrics", {})
 
@@ -88,13 +80,14 @@ def train(config: PPOConfig) -> dict[str, float]:
     with metrics, checkpointer:
         metrics.note(
             *inputs.notes,
-            *notes,
+            *prompts.notes,
             policy.attention,
-            cautions=amiss + ppo_cautions(config, parallel, len(prompts), learner.num_sequences),
+            cautions=prompts.cautions
+            + ppo_cautions(config, parallel, len(prompts.train), learner.num_sequences),
         )
         for iteration in course:
             # 1 prompt
-            batch = [prompts[i] for i in order.indices(course.position)]
+            batch = [prompts.train[i] for i in order.indices(course.position)]
             with (  # 2
                 checkpointer.named_after(f"iteration {iteration}"),
                 metrics.phase("rollout"),
@@ -109,14 +102,7 @@ def train(config: PPOConfig) -> dict[str, float]:
                     first_sample_index=course.position * config.rollout_batch_size,
                 )
             with metrics.phase("score"), residency.score():  # 3
-                scored = score_rollout(
-                    rollout,
-                    config,
-                    policy=policy,
-                    reference=reference,
-                    critic=critic,
-                    reward_model=reward_model,
-                )
+                scored = score_rollout(rollout, config, **networks)
             with metrics.phase("advantage"):  # 4
                 advantages = estimate_advantages(rollout, scored, config, kl_coef=kl.coef)
             with metrics.phase("update"), residency.update():  # 5
@@ -127,11 +113,15 @@ def train(config: PPOConfig) -> dict[str, float]:
             values |= advantages.metrics(rollout, scored) | updated
             values["update/tokens_per_s"] = rollout.num_tokens / seconds["update"]
             values["time/step_seconds"] = sum(seconds.values())
-            values |= residency.record(config.directory)
-            values["kl/coef"] = kl.coef
+            values |= residency.record(config.directory) | {"kl/coef": kl.coef}
             kl.update(values["score/kl"], learner.num_learned(rollout))
+            if held_out.is_due(iteration + 1):
+                with metrics.phase("valid"):
+                    values |= held_out.numbers()
             metrics.log(iteration, values)
-            metrics.log_alarms(iteration, learner.evidence.said() + alarms.check(values))
+            metrics.log_alarms(
+                iteration, learner.evidence.said() + held_out.said() + alarms.check(values)
+            )
             is_last = iteration + 1 == config.iterations
             end_if_stuck(f"iteration {iteration}", checkpointer.newest, is_last, **learner.skipped)
             if course.set_back(metrics):
@@ -166,10 +156,26 @@ def _start(config: PPOConfig, parallel: Parallel) -> tuple[Run, Inputs]:
     return run, inputs
 
 
+def _learner(config: PPOConfig, run: Run, policy: Network, critic: Network) -> Learner:
+    """Return what learns, with its optimizers and the policy's average as at a run's start."""
+    policy_optimizer = Optimizer(
+        policy, config.adam, total_steps=config.iterations, spikes=config.spikes
+    )
+    critic_optimizer = Optimizer(
+        critic, config.critic_adam, total_steps=config.iterations, spikes=config.spikes
+    )
+    return Learner(
+        policy=policy_optimizer,
+        critic=critic_optimizer,
+        ema=EMA(policy_optimizer, config.ema_decay),
+        pretraining=_pretraining_feed(config, run, policy),
+    )
+
+
 def _load_frozen(
     residency: Residency, config: PPOConfig, run: Run, inputs: Inputs
-) -> tuple[Network, Network]:
-    """Return reference and reward model, as they were when the run began."""
+) -> dict[str, Network]:
+    """Return reference and reward model, as they were when the run began, by role."""
 
     def load(kind: Kind, name: str, into: Network | None) -> Network:
         network = into or _build(kind, name, config, run, inputs)
@@ -184,7 +190,7 @@ def _load_frozen(
         inputs.size("reward_model"),
         lambda into: load("scalar", "reward_model", into),
     )
-    return reference, reward_model
+    return {"reference": reference, "reward_model": reward_model}
 
 
 def _build(kind: Kind, name: str, config: PPOConfig, run: Run, inputs: Inputs) -> Network:

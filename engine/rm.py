@@ -76,6 +76,7 @@ def train(config: RMConfig) -> dict[str, float]:
     optimizer = Optimizer(network, config.adam, total_steps=num_steps, spikes=config.spikes)
     checkpointer = Checkpointer(
         directory=run.checkpoints,
+        mark=run.mark,
         parallel=parallel,
         networks={"reward_model": network},
         optimizers={"reward_model": optimizer},
@@ -86,10 +87,10 @@ def train(config: RMConfig) -> dict[str, float]:
     progress = checkpointer.resume() or {"step": 0}
     alarms = LossAlarms(config.alarms, clip_norm=config.adam.clip_norm)
     course = Course(checkpointer, config.spikes, progress, num_steps, {"loss_alarms": alarms})
-    inputs.keep(progress["step"])
+    inputs.keep(progress["step"], checkpointer)
     run.leave_if_asked()
 
-    evidence = Evidence(stage="rm", run=run, checkpointer=checkpointer)
+    evidence = Evidence(stage="rm", config=config, run=run, checkpointer=checkpointer)
     values: dict[str, float] = progress.get("metrics", {})
     metrics = Metrics(
         config.directory,

@@ -5,7 +5,7 @@ returns and response_mask belongs to the token at t, which was chosen in the sta
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.alarms import Alarm
-from engine.cautions.of_data import reading_cautions
-from engine.cautions.of_settings import room_cautions
+from engine.cautions.of_data import held_out_cautions, overlap_cautions, reading_cautions
+from engine.cautions.of_settings import evaluation_cautions, room_cautions
 from engine.data.batches import deal, spread
-from engine.data.examples import Example
+from engine.data.examples import Example, LengthReport
 from engine.data.limits import prompt_limits
-from engine.data.prompts import prompt_examples, read_prompts
+from engine.data.prompts import hold_out_prompts, prompt_examples, read_prompts
 from engine.data.tokenizer import Tokenizer
 from engine.generation.generate import Response, generate
 from engine.run import Run
@@ -64,6 +64,15 @@ class Rollout:
         """Tokens of every response."""
         return [len(e.tokens) - e.prompt_length for e in self.examples]
 
+    def carrying(self, columns: Mapping[str, Tensor]) -> list[Example]:
+        """Return the responses as examples that carry columns [T], each its own tokens' numbers."""
+        arrays = {name: column.cpu().numpy() for name, column in columns.items()}  # sync
+        bounds = np.cumsum([0] + [len(e.tokens) for e in self.examples])
+        return [
+            replace(example, fields={name: array[start:end] for name, array in arrays.items()})
+            for example, start, end in zip(self.examples, bounds[:-1], bounds[1:], strict=True)
+        ]
+
     def prompts(self, tokenizer: Tokenizer, count: int | None = None) -> list[str]:
         """Return the first `count` prompts as text; None: all."""
         return [
@@ -88,31 +97,72 @@ class Rollout:
         }
 
 
-def load_prompts(
-    config: PPOConfig, run: Run, contexts: Mapping[str, int]
-) -> tuple[list[Example], list[str], list[Alarm]]:
-    """Return the prompts that leave room for a whole response, what reading them is to be told
-    about, and what is amiss with them.
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """The prompts of a run that leave room for a whole response."""
 
-    contexts: tokens by network, each of which reads prompts and responses.
+    train: list[Example]
+    valid: list[Example]
+    """Held out: no two of one text, and none of a training prompt's unless a file has it."""
+    notes: list[str]
+    """What reading the files is to be told about."""
+    cautions: list[Alarm]
+    """What is amiss with what was read."""
+
+
+def load_prompts(config: PPOConfig, run: Run, contexts: Mapping[str, int]) -> Prompts:
+    """Read the training prompts and the held-out ones.
+
+    contexts: tokens by network, each of which reads prompts and responses. Raises UserError where
+    no training prompt is left.
     """
     data = config.data
-    texts, report = read_prompts(data.prompts, skip_bad_lines=data.skip_bad_lines)
     limits = prompt_limits(
         contexts, config.sampling.max_new_tokens, max_prompt_tokens=data.max_prompt_tokens
     )
-    prompts, lengths = prompt_examples(
-        texts,
-        run.tokenizer,
-        max_prompt_length=limits.prompt.tokens,
-        prompt_suffix=data.prompt_suffix,
-    )
+    texts, report = read_prompts(data.prompts, skip_bad_lines=data.skip_bad_lines)
     run.count("data.prompts", report)
-    run.count("data.prompts", lengths)
+    notes, num_read = [f"{data.prompts}: {report}"], len(texts)
+    if data.valid is None:
+        texts, held_out = hold_out_prompts(
+            texts, data.valid_fraction, config.seed, most=data.num_valid
+        )
+    else:
+        read, valid_report = read_prompts(data.valid, skip_bad_lines=data.skip_bad_lines)
+        run.count("data.valid", valid_report)
+        held_out = list(dict.fromkeys(read))[: data.num_valid]
+        notes.append(f"{data.valid}: {valid_report}, {len(held_out)} to be answered")
+
+    def encode(name: str, chosen: list[str]) -> tuple[list[Example], LengthReport]:
+        examples, lengths = prompt_examples(
+            chosen,
+            run.tokenizer,
+            max_prompt_length=limits.prompt.tokens,
+            prompt_suffix=data.prompt_suffix,
+        )
+        if chosen:
+            run.count("data.valid" if name == "valid" and data.valid else "data.prompts", lengths)
+            notes.append(f"prompts ({name}): {lengths}")
+        return examples, lengths
+
+    prompts, lengths = encode("train", texts)
     limits.check(lengths, f"--data.prompts {data.prompts}")
-    cautions = reading_cautions("prompts", report, lengths, limits)
-    cautions += room_cautions(config.sampling, limits.prompt, min(contexts.values()))
-    return prompts, [f"{data.prompts}: {report}; {lengths}"], cautions
+    valid, valid_lengths = encode("valid", held_out)
+    cautions = [
+        *reading_cautions("prompts", report, lengths, limits),
+        *room_cautions(config.sampling, limits.prompt, min(contexts.values())),
+        *held_out_cautions(
+            "prompts",
+            len(valid),
+            valid_lengths.num_dropped,
+            path=data.valid,
+            fraction=data.valid_fraction,
+            num_all=num_read,
+        ),
+        *overlap_cautions("examples", held_out, texts),
+        *evaluation_cautions(config, len(valid)),
+    ]
+    return Prompts(train=prompts, valid=valid, notes=notes, cautions=cautions)
 
 
 def generate_rollout(  # noqa: PLR0913 - what a draw is keyed by, each named

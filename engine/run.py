@@ -52,6 +52,8 @@ _MAY_CHANGE = (
     *("epochs", "iterations", "skip_bad_lines"),
     "tokenizer",  # engine/identity/ knows which one it was
 )
+MARK = "newest_checkpoint"
+"""A file in a run's folder, outside of checkpoints/, that says that there were some."""
 _STEP = re.compile(r"step_\d{8,12}", re.ASCII)  # the name of a checkpoint that a run goes on from
 
 
@@ -70,6 +72,11 @@ class Run:
     def checkpoints(self) -> Path:
         """Where this run's checkpoints lie."""
         return self.directory / "checkpoints"
+
+    @property
+    def mark(self) -> Path:
+        """The file that names the newest of them from without."""
+        return self.directory / MARK
 
     def count(self, name: str, found: ReadReport | LengthReport) -> None:
         """Note how reading the file of an option went, or how much of it was within the limits."""
@@ -137,14 +144,14 @@ class Run:
         path = self.directory / "config.json"
 
         def compare() -> str:
-            if not (has_begun(self.directory) and path.exists()):
+            if not has_begun(self.directory) or not os.path.lexists(path):
                 return ""
             try:
                 return changed_setting(config, path, passing_over=known) or ""
             except UserError as error:
                 raise UserError(
-                    f"{error}; put a copy of it back, or remove it, and the settings of this start "
-                    "are the run's"
+                    f"{error}; put it back, or remove it: it is written anew then, of the settings "
+                    "that are given"
                 ) from None
 
         change = said_by_first_rank(compare)
@@ -205,7 +212,7 @@ def start_run(*, directory: Path, parallel: Parallel, tokenizer: Path) -> Run:
     def find() -> Path:
         if keeps_tokenizer(directory):
             return directory / "tokenizer"
-        return _tokenizer_beside(tokenizer)
+        return tokenizer_beside(tokenizer)
 
     loaded = load_shared_tokenizer(find)
     claim_for_all(directory, "tokens", "tokenizer")
@@ -215,7 +222,7 @@ def start_run(*, directory: Path, parallel: Parallel, tokenizer: Path) -> Run:
     return run
 
 
-def _tokenizer_beside(path: Path) -> Path:
+def tokenizer_beside(path: Path) -> Path:
     """Return the tokenizer that a path means: that of a run, also where one of its checkpoints or a
     network in one is named, or the path itself."""
     is_within = any((path / name).exists() for name in ("manifest.json", "network.json"))
@@ -270,12 +277,20 @@ def size_named(name: str, tokenizer: Tokenizer, context_length: int | None = Non
 
 
 def has_begun(directory: Path) -> bool:
-    """Return whether a run has a checkpoint to go on from, as this rank sees it."""
-    checkpoints = directory / "checkpoints"
+    """Return whether a run has a checkpoint to go on from, as this rank sees it; UserError where it
+    had some, and none is there."""
+    checkpoints, mark = directory / "checkpoints", directory / MARK
     if os.path.lexists(checkpoints / "latest"):
         return True
     steps = (path for path in checkpoints.glob("step_*") if _STEP.fullmatch(path.name))
-    return any(path.is_dir() for path in steps)
+    if any(path.is_dir() for path in steps):
+        return True
+    if os.path.lexists(mark):
+        raise UserError(
+            f"{checkpoints} has no checkpoint, and {mark} says that there were some: put them back "
+            "(is their disk there?), begin in a new directory, or remove that file to begin anew"
+        )
+    return False
 
 
 def keeps_tokenizer(directory: Path) -> bool:

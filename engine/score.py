@@ -1,12 +1,14 @@
 """Phase 3 of PPO, score: what policy, reference, critic and reward model say of a rollout."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engine.data.batches import PackedBatch
+from engine.data.examples import Example
 from engine.data.tokenizer import Tokenizer
 from engine.feed import pack_for
 from engine.losses import last_readings
@@ -96,23 +98,55 @@ def score_rollout(
         num_checked = -(-len(rollout) // CHECKED_SHARE)
         read_again = pack_for(rollout.examples[:num_checked], policy.parallel, budget)
     # Language and scalar models in turn: while one is read, residency swaps the other pair.
-    checked = _read(policy, read_again, rollout, temperature=temperature)
-    readings = _read(critic, scalar_batches, rollout)
+    readings = {
+        "policy": _read(policy, read_again, rollout, temperature=temperature),
+        "critic": _read(critic, scalar_batches, rollout),
+        "reference": _read(reference, batches, rollout, temperature=temperature),
+        "reward_model": _read(reward_model, scalar_batches, rollout),
+    }
+    return scored_from(rollout, config, readings, num_checked=num_checked)
+
+
+def scored_from(
+    rollout: Rollout, config: PPOConfig, readings: Mapping[str, Tensor], *, num_checked: int
+) -> Scored:
+    """Return log-probs, values and scores, of what the four networks read of a rollout: [T] each,
+    by role.
+
+    num_checked: how many responses the policy has read.
+    """
+    checked = readings["policy"]
     # A value is read one token before its own; a prompt has at least one token, so none crosses
     # sequences.
-    values = shift_right(readings).masked_fill(~rollout.response_mask, 0.0)
-    ref_logprobs = _read(reference, batches, rollout, temperature=temperature)
-    readings = _read(reward_model, scalar_batches, rollout)
-    raw_scores = last_readings(readings, rollout.cu_seqlens)
+    values = shift_right(readings["critic"]).masked_fill(~rollout.response_mask, 0.0)
+    raw_scores = last_readings(readings["reward_model"], rollout.cu_seqlens)
     return Scored(
         logprobs=checked if config.scores_policy else rollout.sampled_logprobs,
         checked_logprobs=None if config.scores_policy else checked,
         num_checked=num_checked,
-        ref_logprobs=ref_logprobs,
+        ref_logprobs=readings["reference"],
         values=values,
         scores=apply_eos_rule(raw_scores, rollout.has_eos, config.eos_rule, config.eos_penalty),
         raw_scores=raw_scores,
     )
+
+
+def scored_examples(rollout: Rollout, scored: Scored) -> list[Example]:
+    """Return the responses as examples that carry what sampler and networks said of them: what a
+    rollout is made from again, and compared with."""
+    examples = rollout.carrying(
+        {
+            "sampled_logprobs": rollout.sampled_logprobs,
+            "logprobs": scored.logprobs,
+            "values": scored.values,
+            "ref_logprobs": scored.ref_logprobs,
+        }
+    )
+    ends, scores = rollout.has_eos.cpu().numpy(), scored.raw_scores.cpu().numpy()
+    return [
+        replace(example, fields={**example.fields, "has_eos": has_eos, "raw_score": score})
+        for example, has_eos, score in zip(examples, ends, scores, strict=True)
+    ]
 
 
 def apply_eos_rule(scores: Tensor, has_eos: Tensor, rule: EosRule, penalty: float) -> Tensor:

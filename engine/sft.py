@@ -35,6 +35,7 @@ from engine.data.examples import Example, LengthReport
 from engine.data.limits import Limit, context_limit, training_limits
 from engine.data.prompts import hold_out
 from engine.errors import UserError
+from engine.evaluation.selection import epoch_name, load_selection
 from engine.evidence.keeper import Evidence
 from engine.feed import Feed, StepBatch
 from engine.identity.inputs import Inputs
@@ -42,7 +43,6 @@ from engine.losses import NegativeLogLikelihood, mean_language_loss
 from engine.metrics import SFT_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
 from engine.run import Run, join_ranks, require_path, size_named, stage, start_run, tokenizer_path
-from engine.selection import epoch_name, load_selection
 from engine.settings.evaluation import is_evaluated
 from engine.settings.sft import SFTConfig
 from engine.training.network import Network, build_network
@@ -79,6 +79,7 @@ def train(config: SFTConfig) -> dict[str, float]:
     optimizer = Optimizer(network, config.adam, total_steps=num_steps, spikes=config.spikes)
     checkpointer = Checkpointer(
         directory=run.checkpoints,
+        mark=run.mark,
         parallel=parallel,
         networks={"policy": network},
         optimizers={"policy": optimizer},
@@ -92,10 +93,10 @@ def train(config: SFTConfig) -> dict[str, float]:
     if selection is not None:
         keeps["epochs"] = selection
     course = Course(checkpointer, config.spikes, progress, num_steps, keeps)
-    inputs.keep(progress["step"])
+    inputs.keep(progress["step"], checkpointer)
     run.leave_if_asked()
 
-    evidence = Evidence(stage="sft", run=run, checkpointer=checkpointer)
+    evidence = Evidence(stage="sft", config=config, run=run, checkpointer=checkpointer)
     values: dict[str, float] = progress.get("metrics", {})
     metrics = Metrics(
         config.directory,

@@ -1,7 +1,7 @@
 """Phase 5 of PPO, update: the optimizer steps of policy and critic on an iteration's episodes."""
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from engine.feed import Feed, StepBatch, pack_for, step_batch
 from engine.losses import ClippedPolicyLoss, NegativeLogLikelihood, clipped_value_loss
 from engine.ranks.seeds import seed_for_step
 from engine.rollout import Rollout
-from engine.score import Scored
+from engine.score import Scored, scored_examples
 from engine.settings.ppo import PPOConfig
 from engine.training.ema import EMA
 from engine.training.optimizer import Optimizer
@@ -71,12 +71,7 @@ def learning_examples(rollout: Rollout, scored: Scored, advantages: Advantages) 
         "advantages": advantages.advantages,
         "returns": advantages.returns,
     }
-    arrays = {name: column.cpu().numpy() for name, column in columns.items()}  # sync
-    bounds = np.cumsum([0] + [len(e.tokens) for e in rollout.examples])
-    return [
-        replace(example, fields={name: array[start:end] for name, array in arrays.items()})
-        for example, start, end in zip(rollout.examples, bounds[:-1], bounds[1:], strict=True)
-    ]
+    return rollout.carrying(columns)
 
 
 def learn(
@@ -103,8 +98,12 @@ def learn(
     counts = {"update/skipped_rollouts": float(learner.rollouts.total)}
     if not is_sound:
         if learner.evidence is not None:
-            message = f"{clause}. No optimizer step was taken, and the KL coefficient stays"
-            learner.evidence.tell("skipped_rollout", message)
+            learner.evidence.look_at_rollout(
+                course.position * config.num_updates,
+                learner.rollouts,
+                lambda: {"episodes": scored_examples(rollout, scored)},
+                {"kl_coef": advantages.kl_coef},
+            )
         return counts
     whitening, passed_over = advantages.whitening, course.passed_over
     updated = run_updates(learner, config, examples, whitening, course.step, passed_over)

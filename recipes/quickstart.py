@@ -55,9 +55,10 @@ config = QuickstartConfig(
         eval_every=250,
     ),
     ppo=PPOConfig(
-        data=PPOData(pretraining_tokens=128),
+        data=PPOData(pretraining_tokens=128, num_valid=64),
         sampling=SamplingConfig(max_new_tokens=64, num_slots=256),
         iterations=60,
+        eval_every=15,  # a look takes the time of three quarters of an iteration
         rollout_batch_size=64,
         minibatch_size=32,
         micro_batch_tokens=4096,

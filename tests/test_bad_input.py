@@ -87,7 +87,9 @@ COMPARISON = {"prompt": "the mill", "completions": ["is cheap", "is a pub"], "ra
         ("rm", "--data.demonstrations"),
         ("rm", "--init-from"),
         ("ppo", "--data.prompts"),
+        ("ppo", "--data.valid"),
         ("ppo", "--data.pretraining"),
+        ("ppo", "--data.pretraining-valid"),
         ("ppo", "--policy"),
         ("ppo", "--reference"),
         ("ppo", "--reward-model"),
@@ -137,7 +139,9 @@ def test_bad_comparison(change: dict, cause: str, fails: Callable, tmp_path: Pat
 def test_bad_prompt_and_bad_pretraining_text(fails: Callable, tmp_path: Path):
     path = line_file(tmp_path, json.dumps({"prompt": "the mill"}), json.dumps({"text": "x"}))
     assert f'{path}:2: field "prompt" is missing' in fails("ppo", "--data.prompts", path)
+    assert f'{path}:2: field "prompt" is missing' in fails("ppo", "--data.valid", path)
     assert f'{path}:1: field "text" is missing' in fails("ppo", "--data.pretraining", path)
+    assert f'{path}:1: field "text" is missing' in fails("ppo", "--data.pretraining-valid", path)
     assert f'{path}:1: field "text" is missing' in fails("sft", "--data.pretraining", path)
 
 
@@ -171,7 +175,7 @@ def test_prompts_over_the_limit(tiny: Path, fails: Callable, tmp_path: Path, cap
         config = STAGES[stage][1](tiny, tmp_path / stage)
         key = "prompts" if stage == "ppo" else "train"
         data = dataclasses.replace(
-            config.data, **{key: path, "max_prompt_tokens": 24}, **no_held_out(stage)
+            config.data, **{key: path, "max_prompt_tokens": 24}, valid_fraction=0.0
         )
         capsys.readouterr()
         train(dataclasses.replace(config, data=data))
@@ -209,10 +213,6 @@ def test_errors_show_hostile_names_and_keys(stage: str, fails: Callable, tmp_pat
     assert dangers(fails(stage, f"--{HOSTILE}", "1")) == []
 
 
-def no_held_out(stage: str) -> dict[str, float]:
-    return {} if stage == "ppo" else {"valid_fraction": 0.0}
-
-
 def test_prompt_with_no_room_for_a_response(fails: Callable):
     assert "leaves no room for a prompt" in fails("ppo", "--sampling.max-new-tokens", 64)
 
@@ -231,11 +231,12 @@ def test_empty_file(content: str, fails: Callable, tmp_path: Path):
         ("sft", "--data.train"),
         ("rm", "--data.train"),
         ("ppo", "--data.prompts"),
+        ("ppo", "--data.valid"),
     ):
         assert "the file is empty" in fails(stage, option, path)
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm"])
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 def test_nothing_left_to_train_on(stage: str, fails: Callable):
     error = fails(stage, "--data.valid-fraction", 1.0)
     assert "valid-fraction" in error

@@ -76,6 +76,7 @@ def write_files(folder: Path) -> None:
     )
     write_lines(folder / "prompts.jsonl", ({"prompt": text(2, 8)} for _ in range(24)))
     write_lines(folder / "pretraining.jsonl", ({"text": text(5, 60)} for _ in range(60)))
+    write_lines(folder / "pretraining_valid.jsonl", ({"text": text(5, 60)} for _ in range(9)))
 
 
 def write_tokenizer(path: Path, *, vocab_size: int) -> Path:
@@ -165,7 +166,8 @@ def rm_config(files: Path, directory: Path, **changes: Any) -> RMConfig:
 
 
 def ppo_config(files: Path, directory: Path, **changes: Any) -> PPOConfig:
-    """Two iterations of two optimizer steps; another reference, so that the KL is never 0."""
+    """Two iterations of two optimizer steps, and a look at what is held out behind the second;
+    another reference, so that the KL is never 0."""
     config = PPOConfig(
         directory=directory,
         policy=files / "policy",
@@ -174,10 +176,13 @@ def ppo_config(files: Path, directory: Path, **changes: Any) -> PPOConfig:
         data=PPOData(
             prompts=files / "prompts.jsonl",
             pretraining=files / "pretraining.jsonl",
+            pretraining_valid=files / "pretraining_valid.jsonl",
             pretraining_tokens=32,
+            valid_fraction=0.35,
         ),
         sampling=SamplingConfig(max_new_tokens=24, num_slots=4, cache_gib=0.01),
         iterations=2,
+        eval_every=2,
         rollout_batch_size=8,
         minibatch_size=4,
         micro_batch_tokens=128,

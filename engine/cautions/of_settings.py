@@ -10,6 +10,7 @@ from engine.cautions.of_data import Reading, repetition_cautions
 from engine.data.limits import Limit
 from engine.ranks.parallel import Parallel
 from engine.settings.adam import AdamConfig
+from engine.settings.evaluation import num_evaluations
 from engine.settings.ppo import PPOConfig
 from engine.settings.sampling import SamplingConfig
 from engine.settings.saving import SaveConfig
@@ -19,6 +20,8 @@ _MOST_LR = 0.02
 _LEAST_PROMPT_SHARE = 1 / 8  # of the shortest context
 _MOST_INIT_SHARE = 0.75  # of the averaged weights, that are still the policy's start
 _MOST_UPDATES = 64  # optimizer steps on one rollout; the paper has 8 (C.4)
+_FEW_HELD_OUT = 16  # prompts whose mean reward is known to a quarter of its spread
+_MOST_EVALUATION = 1 / 4  # of a run's responses, that nothing is learned from
 
 
 def schedule_cautions(
@@ -111,7 +114,7 @@ def ppo_cautions(
     without any."""
     found = schedule_cautions("adam", config.adam, config.iterations, "iterations")
     found += schedule_cautions("critic_adam", config.critic_adam, config.iterations, "iterations")
-    found += interval_cautions(config.saving, None, config.iterations)
+    found += interval_cautions(config.saving, config.eval_every, config.iterations)
     found += rank_cautions("minibatch_size", config.minibatch_size, parallel.dp)
     found += rank_cautions("rollout_batch_size", config.rollout_batch_size, parallel.num_replicas)
     found += _episode_cautions(config, num_prompts)
@@ -179,6 +182,34 @@ def room_cautions(sampling: SamplingConfig, prompt: Limit, context_length: int) 
             "lower max_new_tokens, or raise data.max_prompt_tokens",
         )
     ]
+
+
+def evaluation_cautions(config: PPOConfig, num_held_out: int) -> list[Alarm]:
+    """Return whether PPO's held-out prompts are so few that they tell little, or so many that the
+    run is spent on them; none is another caution's."""
+    found = []
+    if 0 < num_held_out < _FEW_HELD_OUT:
+        found.append(
+            Alarm(
+                "few_held_out",
+                f"{num_held_out} prompts are held out: their mean reward is known to "
+                f"{num_held_out**-0.5:.0%} of its spread, and small changes are noise; give "
+                "--data.valid, or raise --data.valid-fraction",
+            )
+        )
+    times = num_evaluations(config.iterations, config.eval_every)
+    num_answers = times * num_held_out
+    share = num_answers / (num_answers + config.iterations * config.rollout_batch_size)
+    if share > _MOST_EVALUATION:
+        found.append(
+            Alarm(
+                "evaluation",
+                f"{num_held_out} held-out prompts are answered {times} times: {share:.0%} of the "
+                "run's responses, and nothing is learned from them; lower data.num_valid, or raise "
+                "eval_every",
+            )
+        )
+    return found
 
 
 def _sampling_cautions(sampling: SamplingConfig) -> list[Alarm]:

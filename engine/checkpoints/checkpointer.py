@@ -4,8 +4,8 @@
     RUN/checkpoints/selected             the name of the one that the run is known by, if not latest
     RUN/checkpoints/step_00000100/
         manifest.json                    every other file's bytes and checksum; written last
-        progress.json                    step, KL coefficient, alarms, ...: what a stage resumes
-        from
+        progress.json                    step, KL coefficient, ...: what a stage resumes from
+        identity.json                    what the run was made from (engine/identity/)
         policy/                          one network
             network.json                 its kind, size and tokenizer
             tensors.json                 its tensors, and where their pieces lie
@@ -39,6 +39,7 @@ from engine.checkpoints.pointers import (
     newest_in_words,
     point,
     pointed_checkpoint,
+    remedy,
     steps_in,
     up_to,
 )
@@ -85,12 +86,16 @@ class Checkpointer:
     networks: dict[str, Network]
     optimizers: dict[str, Optimizer]
     ema: EMA | None = None
+    mark: Path | None = None
+    """A file outside of the directory that names the newest too: should all of it be lost."""
     saving: SaveConfig = dataclasses.field(default_factory=SaveConfig)
     tokenizer_fingerprint: str = ""
     iterations: SkippedSteps | None = None
     """Those of PPO that were skipped without a step of any optimizer."""
     goes_back: bool = False
     """Keep what go_back() loads, beside what the saving keeps."""
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What each checkpoint of a step holds besides, by the names of its files."""
 
     def __post_init__(self) -> None:
         self._saver = Saver(self.parallel)
@@ -167,10 +172,13 @@ class Checkpointer:
 
         def publish() -> None:
             point(self.directory / "latest", name)
+            if self.mark is not None:
+                point(self.mark, name)
             if not is_in_doubt:
                 self._discard_superseded(step, self._while_untried)
 
         draft = Draft(folder=self.directory / name, step=step, published=publish)
+        draft.texts |= self.texts
         draft.texts["progress.json"] = json.dumps({"step": step, **progress}, indent=1)
         for role, network in self.networks.items():
             optimizer = self.optimizers.get(role)
@@ -329,11 +337,10 @@ class Checkpointer:
             if len(steps) == 1:  # the first of a run that was killed before it could write `latest`
                 return json.dumps({"names": names, "damage": ""})
             if steps:
-                raise UserError(
-                    f"{latest} is gone, and {', '.join(names[:3])} are there: write the name of "
-                    "the one to go on from into it, or begin in a new directory"
-                )
+                raise UserError(f"{latest} is gone; {remedy(names)}")
             return "null"
+        if latest.is_dir():  # nor could the next save replace it
+            raise UserError(f"{latest} is a folder, no checkpoint's name; {remedy(names)}")
         damage = ""
         try:
             first = pointed_checkpoint(latest)

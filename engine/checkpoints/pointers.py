@@ -5,12 +5,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.checkpoints.retention import step_of
+from engine.checkpoints.retention import step_name, step_of
 from engine.errors import UserError
 from engine.files import open_file, replacing
 
 _POINTER_BYTES = 256  # of a name and a newline
 _CHECKPOINT = re.compile(r"(step|epoch)_\d{4,12}", re.ASCII)
+_BY_HAND = re.compile(r"step_(\d{1,7})", re.ASCII)  # who goes back may write fewer digits
 
 
 def point(pointer: Path, name: str) -> None:
@@ -28,6 +29,8 @@ def pointed_checkpoint(pointer: Path) -> Path:
     except OSError as error:
         raise UserError(f"{pointer}: cannot be read: {error.strerror}") from None
     name = content.decode(errors="replace").strip()
+    if by_hand := _BY_HAND.fullmatch(name):
+        name = step_name(int(by_hand[1]))
     if not _CHECKPOINT.fullmatch(name):
         raise UserError(f"{pointer}: damaged: {name[:40]!r} is no checkpoint's name")
     folder = pointer.with_name(name)
@@ -64,3 +67,10 @@ def newest_in_words(directory: Path) -> str:
     newest = pointed_checkpoint(latest)
     older = ", ".join(folder.name for folder in up_to(newest, steps_in(directory))[1:])
     return f"{newest} (older ones beside it: {older})" if older else str(newest)
+
+
+def remedy(names: Sequence[str]) -> str:
+    """Return in words what to do about a `latest` that is gone; names: of the checkpoints beside
+    it."""
+    there = f"{', '.join(names[:3])} are there: write the name of the one to go on from into it, or"
+    return (f"{there} " if names else "") + "begin in a new directory"

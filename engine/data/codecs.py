@@ -40,6 +40,8 @@ class Codec:
     """What encode makes of a text before it looks for pieces."""
     steps: Sequence[str] = field(default=())
     """What its file says to do beside looking for pieces, as JSON."""
+    meaning: Callable[[], bytes]
+    """What the library has understood: the same however its file is laid out."""
     files: dict[str, bytes]
     """From which the same can be made again, by their names."""
 
@@ -95,6 +97,7 @@ def _open_sentencepiece(files: TokenizerFiles, num_threads: int) -> Codec:
         encode=encode,
         decode=decode,
         normalize=normalize,
+        meaning=lambda: model,
         files={"tokenizer.model": model},
     )
 
@@ -161,6 +164,10 @@ def _wrap(model: tokenizers.Tokenizer, eos: str, path: Path, files: dict[str, by
         with _one_line(path, "does not normalize a text"):
             return text if model.normalizer is None else model.normalizer.normalize_str(text)
 
+    def meaning() -> bytes:
+        with _one_line(path, "cannot be written"):
+            return model.to_str().encode()
+
     parts = (model.normalizer, model.pre_tokenizer, model.post_processor, model.decoder)
     return Codec(
         vocab_size=max(vocabulary.values()) + 1,
@@ -169,6 +176,7 @@ def _wrap(model: tokenizers.Tokenizer, eos: str, path: Path, files: dict[str, by
         decode=decode,
         normalize=normalize,
         steps=[part.__getstate__().decode() for part in parts if part is not None],
+        meaning=meaning,
         files=files,
     )
 

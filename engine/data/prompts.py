@@ -63,6 +63,20 @@ def hold_out(
     return [records[index] for index in kept], [records[index] for index in out]
 
 
+def hold_out_prompts(
+    prompts: Sequence[str], valid_fraction: float, seed: int, *, most: int
+) -> tuple[list[str], list[str]]:
+    """Return the prompts for training and the distinct ones held out, at most so many, as
+    split_by_prompt would; of more, those of the lowest hashes. Raises UserError where none is left
+    for training."""
+    _, out = split_by_prompt(distinct := list(dict.fromkeys(prompts)), valid_fraction, seed)
+    chosen = set(sorted((distinct[index] for index in out), key=lambda p: _hash(p, seed))[:most])
+    kept = [prompt for prompt in prompts if prompt not in chosen]
+    if not kept:
+        raise UserError(f"--data.valid-fraction {valid_fraction} holds out all prompts")
+    return kept, [prompt for prompt in distinct if prompt in chosen]
+
+
 def split_by_prompt(
     prompts: Sequence[str], valid_fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:
@@ -75,7 +89,10 @@ def split_by_prompt(
     train: list[int] = []
     valid: list[int] = []
     for index, prompt in enumerate(prompts):
-        digest = hashlib.sha256(f"{seed} {prompt}".encode()).digest()
-        is_valid = int.from_bytes(digest[:8]) < valid_fraction * 2**64
+        is_valid = _hash(prompt, seed) < valid_fraction * 2**64
         (valid if is_valid else train).append(index)
     return train, valid
+
+
+def _hash(prompt: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8])

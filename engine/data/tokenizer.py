@@ -38,12 +38,14 @@ class Tokenizer:
         encode: Callable[[list[str]], list[list[int]]],
         decode: Callable[[list[int]], str],
         files: dict[str, bytes],
+        meaning: Callable[[], bytes] | None = None,
     ) -> None:
         self.vocab_size = vocab_size
         self.eos_id = eos_id
         self._encode = encode
         self._decode = decode
         self._files = files
+        self._meaning = meaning
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, none of them a control token."""
@@ -60,11 +62,21 @@ class Tokenizer:
         return self._decode([int(token) for token in ids])
 
     def fingerprint(self) -> str:
-        """Return a sha256 of the tokenizer's files: equal exactly where all ids mean the same."""
+        """Return a sha256 of the tokenizer's files, which is equal only where all ids mean the
+        same; is_same_as() looks past how a file is laid out."""
         digest = hashlib.sha256()
         for name, content in sorted(self._files.items()):
             digest.update(f"{name} {len(content)} ".encode() + content)
         return digest.hexdigest()
+
+    def is_same_as(self, other: "Tokenizer") -> bool:
+        """Return whether two tokenizers mean the same: also where a JSON file of one has other
+        spaces, another order of keys, or an older way to write merges."""
+        if self.fingerprint() == other.fingerprint():
+            return True
+        if self._meaning is None or other._meaning is None or self.eos_id != other.eos_id:
+            return False
+        return self._meaning() == other._meaning()
 
     def save(self, directory: Path | str) -> None:
         """Write the files from which load_tokenizer(directory) makes the same tokenizer."""
@@ -106,6 +118,7 @@ def make_tokenizer(files: TokenizerFiles) -> Tokenizer:
         encode=codec.encode,
         decode=codec.decode,
         files=codec.files,
+        meaning=codec.meaning,
     )
 
 

@@ -1,7 +1,7 @@
-"""What is kept of a step that was skipped, as files beside the weights that it left as they were.
+"""What is kept of what was skipped, as files beside the weights that it left as they were.
 
     case.json          stage, step, network, and what was not finite
-    batch.safetensors  units of its global batch, which any layout packs
+    batch.safetensors  units of its global batch, or of its rollout, which any layout packs
     config.json        the run's settings
 
 No file of them can run code.
@@ -19,34 +19,42 @@ from engine.files import read_object
 CASE, BATCH, CONFIG = "case.json", "batch.safetensors", "config.json"
 """The names of the files."""
 _FORMAT = 1
+ROLLOUT = "rollout"
+"""In the place of a network: what all networks say of a rollout, which an iteration of PPO was to
+learn from."""
 _STAGES = ("sft", "rm", "ppo")
-_ROLES = ("policy", "critic", "reward_model")
+_ROLES = ("policy", "critic", "reward_model", ROLLOUT)
 _LARGEST = 1 << 53  # of a step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A step of one network's optimizer that was skipped."""
+    """A step of one network's optimizer that was skipped, or an iteration of PPO, all its steps."""
 
     stage: str
     """sft, rm or ppo."""
     step: int
-    """Of the run, from 0; PPO's minibatches counted through."""
+    """Of the run, from 0; PPO's minibatches counted through. Of an iteration: its first."""
     position: int
     """Of its batch in the data, which seeds dropout: the step's, and of batches passed over."""
     role: str
-    """Of the network in the run."""
+    """Of the network in the run; ROLLOUT for an iteration."""
     reason: str
     """What was not finite."""
     loss_scale: float = 1.0
     """What the losses were multiplied by."""
     numbers: dict[str, float] = field(default_factory=dict)
-    """What the loss took besides the batch, such as the whitening of the advantages."""
+    """What was computed with besides the batch, such as the whitening of the advantages."""
 
     @property
     def name(self) -> str:
         """Return the name of the case's folder."""
         return f"step_{self.step:08d}_{self.role}"
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Return the roles of the networks whose weights are kept with it."""
+        return ("policy", "critic") if self.role == ROLLOUT else (self.role,)
 
     def as_text(self) -> str:
         """Return the case as JSON."""

@@ -2,6 +2,7 @@
 which such a step leaves as they were.
 
     RUN/skipped/step_00000012_policy/   case.json, batch.safetensors, config.json, and the network
+    RUN/skipped/step_00000012_rollout/  an iteration's that took no step: policy and critic
 
 A folder is written beside its place and renamed, as a checkpoint is. Of a row of skipped steps the
 first is kept, of a run the last few; those in which fp16 looks for its loss scale never are.
@@ -10,6 +11,7 @@ first is kept, of a run the last few; those in which fp16 looks for its loss sca
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from engine.alarms import Alarm
 from engine.checkpoints.checkpointer import Checkpointer
@@ -18,9 +20,11 @@ from engine.checkpoints.saving import clear_leftovers, discard
 from engine.data.batches import Units
 from engine.data.unit_file import units_as_bytes
 from engine.errors import UserError
-from engine.evidence.case import BATCH, CASE, CONFIG, Case
+from engine.evidence.case import BATCH, CASE, CONFIG, ROLLOUT, Case
 from engine.ranks.first_rank import said_by_first_rank
 from engine.run import Run
+from engine.settings.saved import config_text
+from engine.training.skipped import SkippedSteps
 
 
 @dataclass(kw_only=True)
@@ -28,6 +32,8 @@ class Evidence:
     """What a run keeps of its skipped steps; all ranks make it, and call it, together."""
 
     stage: str
+    config: Any
+    """The stage's settings."""
     run: Run
     checkpointer: Checkpointer
     _alarms: list[Alarm] = field(default_factory=list, init=False)
@@ -81,6 +87,31 @@ class Evidence:
             f"{case.reason}. {self._keep(case, sources())}",
         )
 
+    def look_at_rollout(
+        self,
+        step: int,
+        skipped: SkippedSteps,
+        sources: Callable[[], Mapping[str, Units]],
+        numbers: dict[str, float],
+    ) -> None:
+        """Say that an iteration takes no step, and keep its rollout where it begins a row.
+
+        step: its first, had it taken any. skipped: counts such iterations, this one too. sources:
+        returns the responses, with what is known of their tokens. numbers: those of Case.
+        """
+        said = f"{skipped.reason}. No optimizer step was taken, and the KL coefficient stays"
+        if skipped.begins_row:
+            case = Case(
+                stage=self.stage,
+                step=step,
+                position=step,
+                role=ROLLOUT,
+                reason=skipped.reason,
+                numbers=numbers,
+            )
+            said += f". {self._keep(case, sources())}"
+        self.tell("skipped_rollout", said)
+
     def tell(self, name: str, message: str) -> None:
         """Have an alarm said with the next."""
         self._alarms.append(Alarm(name, message))
@@ -99,10 +130,10 @@ class Evidence:
         draft = Draft(folder=self.folder / case.name, step=None)
         if self.checkpointer.parallel.is_writer:
             draft.texts[CASE] = case.as_text()
-            draft.texts[CONFIG] = (self.run.directory / "config.json").read_text()
+            draft.texts[CONFIG] = config_text(self.config)
             draft.blobs[BATCH] = units_as_bytes(sources)
         try:
-            self.checkpointer.save_beside(draft, [case.role])
+            self.checkpointer.save_beside(draft, case.networks)
             said_by_first_rank(lambda: self._discard_others(case.name, most))
         except UserError as error:
             return f"It could not be kept: {error}"

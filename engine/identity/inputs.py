@@ -11,9 +11,10 @@ import dataclasses
 import datetime
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.found import check_named_size, read_network
 from engine.checkpoints.manifest import MANIFEST, read_manifest
 from engine.checkpoints.saving import remove
@@ -27,8 +28,6 @@ from engine.checkpoints.sources import (
 from engine.checkpoints.weights import load_weights
 from engine.checkpoints.whole import warn
 from engine.claim import UNFINISHED
-from engine.data.tokenizer import load_tokenizer
-from engine.data.tokenizer_files import read_tokenizer_files
 from engine.errors import UserError, cut, quoted
 from engine.files import MAX_SHOWN_PATH, sync_folder, writing
 from engine.identity.data_files import look_at
@@ -40,6 +39,7 @@ from engine.identity.made_from import (
     networks_of,
     stage_of,
 )
+from engine.identity.own_tokenizer import tokenizer_now
 from engine.identity.record import (
     IDENTITY,
     Acceptance,
@@ -47,9 +47,10 @@ from engine.identity.record import (
     Code,
     Identity,
     NetworkRecord,
-    TokenizerRecord,
     changes,
+    identity_text,
     read_identity,
+    saved_identity,
     write_identity,
 )
 from engine.identity.software import code_commit, code_digest, package_versions
@@ -57,6 +58,9 @@ from engine.ranks.first_rank import said_by_first_rank
 from engine.run import Run, has_begun, require_path
 from engine.training.network import Network
 from models.sizes import GPTSize
+
+_UNHELD = "nothing holds this run to the settings that it began with; those given are taken"
+_POLICY_COPIES = ("policy", "reference")  # the names that the copy of PPO's policy may have
 
 
 class Inputs:
@@ -67,12 +71,12 @@ class Inputs:
 
     def __init__(self, run: Run, config: RunConfig) -> None:
         self._run, self._config = run, config
-        self._networks = networks_of(config)
         self._recorded: Identity | None = None  # on the first rank, as all that is read from files
         self._accepted: list[Change] = []
         told = json.loads(said_by_first_rank(self._begin))
         self._known: list[str] = told["known"]
         run.check_settings(config, self._known)
+        self._networks = networks_of(config, told["policy_kept_as"])
         self.goes_on: bool = told["goes_on"]
         """Whether the run has a checkpoint, which holds what the stage has trained."""
         self._sources = self._take(set(told["kept"]))
@@ -108,10 +112,11 @@ class Inputs:
             self.load(name, network)
         return network
 
-    def keep(self, step: int) -> None:
+    def keep(self, step: int, checkpointer: Checkpointer) -> None:
         """Write what the run is made from into its folder, and its settings, now that all is loaded
-        and it goes on from `step`; UserError where data was written to meanwhile."""
-        said_by_first_rank(lambda: self._keep(step))
+        and it goes on from `step`; each checkpoint has it too. UserError where data was written to
+        meanwhile."""
+        checkpointer.texts[IDENTITY] = said_by_first_rank(lambda: self._keep(step))
         self._run.write_settings(self._config, self._known)
 
     def _begin(self) -> str:
@@ -127,60 +132,93 @@ class Inputs:
             remove(directory / UNFINISHED)
             if not goes_on:
                 remove(directory / "sources")
-        kept = []
         if goes_on:
-            self._recorded = read_identity(directory)
+            self._recorded = read_identity(directory) or self._recalled()
+            if not os.path.lexists(directory / "config.json"):
+                warn(f"{directory / 'config.json'} is gone: {_UNHELD}")
             before, now = self._recorded and self._recorded.stage, stage_of(self._config)
             if before not in (None, "", now):
                 raise UserError(
                     f"{directory} is a run of {before}, and not of {now}; give another --directory"
                 )
-            folders = {network.kept_as: self._kept(network) for network in self._networks.values()}
-            others = {n.kept_as for name, n in self._networks.items() if self._is_another(name)}
-            kept = [
-                name
-                for name, folder in folders.items()
-                if (folder / MANIFEST).exists() and name not in others
-            ]
-            if self._recorded is None:
-                warn(
-                    f"{directory / IDENTITY} is gone: nobody knows what this run was made from; "
-                    "it is written anew, of what is here now"
-                )
-        return json.dumps({"goes_on": goes_on, "kept": kept, "known": self._known_names()})
+        kept = [path.parent.name for path in (directory / "sources").glob(f"*/{MANIFEST}")]
+        policy_kept_as = self._policy_kept_as(kept)
+        networks = networks_of(self._config, policy_kept_as)
+        others = [name for name, network in networks.items() if self._is_another(name, network)]
+        if {"policy", "reference"} & {*others}:  # what their paths mean now decides anew
+            policy_kept_as, networks = "", networks_of(self._config)
+        dropped = {networks[name].kept_as for name in others}
+        return json.dumps(
+            {
+                "goes_on": goes_on,
+                "kept": [name for name in kept if name not in dropped],
+                "policy_kept_as": policy_kept_as,
+                "known": self._known_names({*networks}),
+            }
+        )
 
-    def _known_names(self) -> list[str]:
+    def _known_names(self, networks: set[str]) -> list[str]:
         """Return the options whose paths are no settings: the run knows by content what each held,
-        or reads none of them, then and now."""
+        or reads none of them, then and now. networks: the names of those that there are now."""
         if self._recorded is None:
             return []
-        then = {*self._recorded.networks, *self._recorded.data}
-        now = {*self._networks, *files_of(self._config)}
+        pathed = {name for name, record in self._recorded.networks.items() if record.path}
+        then, now = pathed | {*self._recorded.data}, networks | {*files_of(self._config)}
         return [name for name in names_of(type(self._config)) if (name in then) == (name in now)]
 
-    def _is_another(self, name: str) -> bool:
+    def _is_another(self, name: str, network: NamedNetwork) -> bool:
         """Return whether an option now has another path, and another network is there: what the run
         has kept is not what is meant. UserError where nothing is there."""
-        network = self._networks[name]
         known = self._recorded and self._recorded.networks.get(name)
-        if not known or Path(known.path).absolute() == network.path.absolute():
+        if not known or not known.path:  # of an identity without paths; config.json has them
+            return False
+        if Path(known.path).absolute() == network.path.absolute():
             return False
         if not network.path.exists():
             option = name.replace("_", "-")
             raise UserError(f"--{option} {network.path}: no such file or folder")
         return newest_source(network.path, network.role)[1] != known.xxh3_128
 
+    def _recalled(self) -> Identity | None:
+        """Return the identity that the run's checkpoints have, None of before identities; say that
+        its own is gone."""
+        gone = f"{self._run.directory / IDENTITY} is gone"
+        known = saved_identity(self._run.directory)
+        if known is None:
+            warn(
+                f"{gone}: nobody knows what this run was made from; it is written anew, of what is "
+                "here now"
+            )
+            return None
+        warn(f"{gone}: it is taken from {known[1]}")
+        return known[0]
+
+    def _policy_kept_as(self, kept: Collection[str]) -> str:
+        """Return the name of a PPO run's copy of its policy: as the run began, whatever its paths
+        have come to mean; "" where nothing says it."""
+        record = self._recorded.networks.get("policy") if self._recorded else None
+        names = [name for name in _POLICY_COPIES if record and record.kept == f"sources/{name}"]
+        return next(iter(names or [name for name in _POLICY_COPIES if name in kept]), "")
+
     def _take(self, kept: set[str]) -> dict[str, Source]:
         """Copy the networks that the run has not kept; return those by the names of the copies."""
         taken: dict[str, Source] = {}
         for name, network in self._networks.items():
             if network.kept_as not in kept and network.kept_as not in taken:
-                path = require_path(network.path, name.replace("_", "-"))
+                option, path = self._origin(name)
+                require_path(path, option.replace("_", "-"))
                 folder = self._run.directory / UNFINISHED / network.kept_as
                 taken[network.kept_as] = take_source(
                     path, network.role, folder, strict=network.strict
                 )
         return taken
+
+    def _origin(self, name: str) -> tuple[str, Path]:
+        """Return the option whose path a network's copy is taken from, and that path: one copy for
+        policy and reference is the reference, which counts to the end."""
+        is_named = getattr(self._config, "reference", None) is not None
+        option = "reference" if is_named and self._networks[name].kept_as == "reference" else name
+        return option, self._networks[option].path
 
     def _compare(self) -> str:
         """Find out what is there; UserError where the run was made from something else."""
@@ -192,13 +230,15 @@ class Inputs:
                 name: look_at(path, earlier.data.get(name))
                 for name, path in files_of(self._config).items()
             },
-            tokenizer=self._tokenizer(earlier.tokenizer),
+            tokenizer=tokenizer_now(
+                self._run, getattr(self._config, "tokenizer", None), earlier.tokenizer
+            ),
             packages=package_versions(),
             code=Code(xxh3_128=code_digest(), commit=code_commit()),
             accepted=earlier.accepted,
         )
         if self._recorded is not None:
-            found = changes(earlier, self._now) + self._other_tokenizer(earlier)
+            found = changes(earlier, self._now)
             refused = [c for c in found if c.name not in self._config.accept_changed]
             if refused:
                 raise UserError(_refusal(self._run.directory, refused))
@@ -219,26 +259,8 @@ class Inputs:
             )
         with self._naming(name):
             digest = digest_of_network(read_manifest(self._folder(name)), network.role)
-        known = earlier.networks.get(name, NetworkRecord(path=str(network.path)))
+        known = earlier.networks.get(name, NetworkRecord())
         return dataclasses.replace(known, path=str(network.path), xxh3_128=digest, kept=kept)
-
-    def _tokenizer(self, earlier: TokenizerRecord) -> TokenizerRecord:
-        path: Path | None = getattr(self._config, "tokenizer", None)
-        record = TokenizerRecord(sha256=self._run.tokenizer.fingerprint())
-        if path is None or not path.exists():
-            return dataclasses.replace(earlier, sha256=record.sha256)
-        given = read_tokenizer_files(path).digest()
-        return dataclasses.replace(record, path=str(path), given=given)
-
-    def _other_tokenizer(self, earlier: Identity) -> list[Change]:
-        """Return the change where --tokenizer names another one than the run's own, which stays."""
-        now, old = self._now.tokenizer, earlier.tokenizer
-        if now.given in ("", old.given) or now.sha256 != old.sha256:
-            return []
-        other = load_tokenizer(Path(now.path)).fingerprint()
-        if other == old.sha256:
-            return []
-        return [Change(name="tokenizer", old=old.sha256[:8], new=f"{other[:8]} ({now.path})")]
 
     def _source_notes(self) -> list[str]:
         if not self.goes_on:
@@ -297,11 +319,11 @@ class Inputs:
         accepted = [Acceptance(change=change, step=step, at=at) for change in self._accepted]
         with writing(directory):
             self._publish()
-        write_identity(
-            directory,
-            dataclasses.replace(self._now, data=data, accepted=(*self._now.accepted, *accepted)),
+        self._now = dataclasses.replace(
+            self._now, data=data, accepted=(*self._now.accepted, *accepted)
         )
-        return ""
+        write_identity(directory, self._now)
+        return identity_text(self._now)
 
     def _publish(self) -> None:
         """Give the copies that were taken their names."""
@@ -338,7 +360,7 @@ class Inputs:
             if not str(error).startswith(str(folder)):
                 raise
             raise UserError(
-                f"{error}; remove {folder}, and it is taken from {network.path} again"
+                f"{error}; remove {folder}, and it is taken from {self._origin(name)[1]} again"
             ) from None
 
 

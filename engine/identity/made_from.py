@@ -1,6 +1,7 @@
 """What a stage is made from, as its config names it: networks, files of data, and all else that a
 resume is held to."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ _NAMES: dict[Any, tuple[str, ...]] = {
         *("data.pretraining", "data.pretraining_valid", "selection.prompts"),
     ),
     RMConfig: ("init_from", "data.train", "data.valid", "data.demonstrations"),
-    PPOConfig: ("policy", "reference", "reward_model", "data.prompts", "data.pretraining"),
+    PPOConfig: (
+        *("policy", "reference", "reward_model", "data.prompts", "data.valid"),
+        *("data.pretraining", "data.pretraining_valid"),
+    ),
 }
 
 
@@ -36,19 +40,19 @@ class NamedNetwork:
     """Whether a damaged newest checkpoint there is an error."""
 
 
-def networks_of(config: RunConfig) -> dict[str, NamedNetwork]:
+def networks_of(config: RunConfig, policy_kept_as: str = "") -> dict[str, NamedNetwork]:
     """Return the networks that a stage is made from, by the names of their options.
+
+    policy_kept_as: the name of a PPO run's copy of its policy; "" where it has none yet. Then one
+    copy is policy and reference where both paths mean the same now.
 
     What PPO reads as long as it runs is taken strictly: another reference, because one checkpoint
     was damaged, would be another run.
     """
     if isinstance(config, PPOConfig):
-        is_shared = config.reference is None or (
-            config.reference.resolve() == config.policy.resolve()
-        )
         anchor = config.reference or config.policy
         found = {
-            "policy": ("policy", config.policy, "reference" if is_shared else "policy"),
+            "policy": ("policy", config.policy, policy_kept_as or _policy_copy(config)),
             "reference": ("policy", anchor, "reference"),
             "reward_model": ("reward_model", config.reward_model, "reward_model"),
         }
@@ -74,20 +78,27 @@ def networks_of(config: RunConfig) -> dict[str, NamedNetwork]:
     return networks
 
 
+def _policy_copy(config: PPOConfig) -> str:
+    """Return the name that the copy of PPO's policy has where its paths decide."""
+    found = {os.path.realpath(path) for path in (config.policy, config.reference or config.policy)}
+    return "reference" if len(found) == 1 else "policy"
+
+
 def files_of(config: RunConfig) -> dict[str, Path]:
     """Return the files of data that a stage reads, by the names of their options."""
     data: Any = config.data
     if isinstance(config, PPOConfig):
-        found = {"data.prompts": data.prompts}
+        found = {"data.prompts": data.prompts, "data.valid": data.valid}
         if config.ptx_coef > 0:
             found["data.pretraining"] = data.pretraining
-        return found
-    found = {"data.train": data.train}
-    if data.train is not None:
-        found["data.valid"] = data.valid
+        found["data.pretraining_valid"] = data.pretraining_valid
+    else:
+        found = {"data.train": data.train}
+        if data.train is not None:
+            found["data.valid"] = data.valid
     if isinstance(config, RMConfig):
         found["data.demonstrations"] = data.demonstrations
-    else:
+    elif isinstance(config, SFTConfig):
         if data.train is None or data.pretraining_fraction > 0:
             found["data.pretraining"] = data.pretraining
             found["data.pretraining_valid"] = data.pretraining_valid
@@ -102,5 +113,6 @@ def stage_of(config: RunConfig) -> str:
 
 
 def names_of(kind: type[RunConfig]) -> tuple[str, ...]:
-    """Return all names that --accept-changed may give for a stage."""
-    return (*_NAMES[kind], "tokenizer", "code", "python", *PACKAGES)
+    """Return all names that --accept-changed may give for a stage. The tokenizer is none: a run
+    keeps its own."""
+    return (*_NAMES[kind], "code", "python", *PACKAGES)

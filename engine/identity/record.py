@@ -1,9 +1,17 @@
-"""What a run was made from, as its folder keeps it (identity.json), and how that differs from what
-is there now."""
+"""What a run was made from, as its folder keeps it, and how that differs from what is there now.
 
-from dataclasses import dataclass, field
+RUN/identity.json                               what the run is held to
+RUN/checkpoints/step_00000100/identity.json     the same, should that be lost
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from engine.checkpoints.manifest import check_files, read_manifest
+from engine.checkpoints.pointers import pointed_checkpoint, steps_in
+from engine.errors import UserError
 from engine.identity.data_files import DataFile, described, described_now
 from engine.settings.saved import load_config, save_config
 
@@ -87,10 +95,63 @@ class Identity:
 
 
 def read_identity(directory: Path) -> Identity | None:
-    """Return what a run's folder says, None where it says nothing; raises UserError for what is no
-    such file."""
+    """Return what a run's folder says, None where it says nothing.
+
+    Raises UserError, with the way out of it, for what is no such file.
+    """
     path = directory / IDENTITY
-    return load_config(Identity, path) if path.exists() else None
+    if not os.path.lexists(path):
+        return None
+    try:
+        return load_config(Identity, path)
+    except UserError as error:
+        known = saved_identity(directory)
+        anew = f"it is taken from {known[1]}" if known else "it is written anew, of what is here"
+        raise UserError(f"{error}; put it back, or remove it: {anew} then") from None
+
+
+def saved_identity(directory: Path) -> tuple[Identity, Path] | None:
+    """Return what the newest of a run's checkpoints that says it has of its identity, and that
+    checkpoint; None where none does, as of before there were identities. Raises UserError."""
+    for folder in _newest_first(directory / "checkpoints"):
+        try:
+            manifest = read_manifest(folder)
+        except UserError:  # who resumes deals with a damaged one
+            continue
+        if IDENTITY in manifest.files and not check_files(folder, manifest, [IDENTITY]):
+            try:
+                return load_config(Identity, folder / IDENTITY), folder
+            except UserError as error:  # as it was written, and so not by this version
+                raise UserError(f"{error}; take the version that wrote it") from None
+    return None
+
+
+def identity_text(identity: Identity) -> str:
+    """Return what a checkpoint says of its run's identity: the same of any two runs that were made
+    from the same, wherever and whenever."""
+    networks = {k: replace(n, path="", checkpoint="") for k, n in identity.networks.items()}
+    files = {
+        name: replace(file, path="", mtime_ns=0, ctime_ns=0, inode=0)
+        for name, file in identity.data.items()
+    }
+    kept = replace(
+        identity,
+        networks=networks,
+        data=files,
+        tokenizer=replace(identity.tokenizer, path=""),
+        accepted=tuple(replace(each, at="") for each in identity.accepted),
+    )
+    return json.dumps(asdict(kept), indent=1)
+
+
+def _newest_first(checkpoints: Path) -> list[Path]:
+    """Return a run's checkpoints, that which it goes on from before the others."""
+    steps = steps_in(checkpoints)
+    try:
+        first = pointed_checkpoint(checkpoints / "latest")
+    except UserError:
+        return steps
+    return [first, *(folder for folder in steps if folder != first)]
 
 
 def write_identity(directory: Path, identity: Identity) -> None:
@@ -101,7 +162,9 @@ def write_identity(directory: Path, identity: Identity) -> None:
 
 
 def changes(old: Identity, new: Identity) -> list[Change]:
-    """Return what differs in what numbers depend on; paths, and times of files, are not."""
+    """Return what differs of what may be accepted and numbers depend on.
+
+    Paths and times of files are not among it; nor is the tokenizer, which no run exchanges."""
     found = []
     for name in (*old.networks, *(new.networks.keys() - old.networks.keys())):
         a, b = old.networks.get(name), new.networks.get(name)
@@ -111,9 +174,6 @@ def changes(old: Identity, new: Identity) -> list[Change]:
         file, now = old.data.get(name), new.data.get(name)
         if (file and file.xxh3_128) != (now and now.xxh3_128):
             found.append(Change(name=name, old=described(file), new=described_now(now)))
-    if old.tokenizer.sha256 != new.tokenizer.sha256:
-        before, after = (record.sha256[:_SHOWN] for record in (old.tokenizer, new.tokenizer))
-        found.append(Change(name="tokenizer", old=before, new=after))
     for name in sorted(old.packages.keys() | new.packages.keys()):
         before, after = (versions.get(name, "none") for versions in (old.packages, new.packages))
         if before != after:

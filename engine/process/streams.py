@@ -15,10 +15,12 @@ from engine.printable import accept_any_text
 
 def make_streams_last() -> None:
     """Have this process's stdout and stderr take any text, to the end, readable or not."""
-    for name, number in (("stdout", 1), ("stderr", 2)):
+    for number in (1, 2):
+        _keep(number)
+    for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, _open_nowhere(number))
+            setattr(sys, name, _nowhere())
         elif not isinstance(stream, _Lasting):
             accept_any_text(stream)
             setattr(sys, name, _Lasting(stream))
@@ -58,17 +60,21 @@ class _Lasting:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, number)
             os.close(nowhere)
-            self._stream.flush()
 
 
-def _open_nowhere(number: int) -> TextIO:
-    """Return a stream to nowhere, which takes the number of one that was closed: the next file that
-    is opened would get it, and what a library prints there."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+
+
+def _keep(number: int) -> None:
+    """Have a file's number lead nowhere where it was closed, in programs that are started too: the
+    next file that is opened would get it, and what a library prints there."""
     try:
         os.fstat(number)
     except OSError:
-        os.dup2(nowhere, number, inheritable=True)
-    if nowhere != number:
-        os.close(nowhere)
-    return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        if nowhere == number:
+            os.set_inheritable(number, True)
+        else:
+            os.dup2(nowhere, number, inheritable=True)
+            os.close(nowhere)

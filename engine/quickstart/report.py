@@ -42,11 +42,13 @@ _ACCURACY = (
 )
 _RL_PANELS = {
     "score/reward_mean": "reward",
+    "valid/reward_mean": "reward, held-out prompts",
     "score/kl": "KL to the init policy (nats)",
     "rollout/response_tokens": "response tokens",
     "rollout/eos_rate": "share that ends by itself",
     "update/value_loss": "value loss",
     "update/ptx_loss": "pretraining loss",
+    "valid/pretrain_loss": "pretraining loss, held-out text",
 }
 # Colours that matplotlib writes, and the CSS variables they become: the plots follow the page's
 # light or dark theme.

@@ -78,7 +78,13 @@ def ppo_stage(config: QuickstartConfig, files: Files, name: str) -> PPOConfig:
         policy=config.directory / "sft",
         reward_model=config.directory / "rm",
         ptx_coef=config.ppo.ptx_coef if name == "ppo_ptx" else 0.0,
-        data=replace(config.ppo.data, prompts=files.prompts, pretraining=files.pretraining),
+        data=replace(
+            config.ppo.data,
+            prompts=files.prompts,
+            valid=files.prompts_valid,
+            pretraining=files.pretraining,
+            pretraining_valid=files.pretraining_valid,
+        ),
         **_of_all(config, config.ppo),
     )
 

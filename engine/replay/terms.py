@@ -1,58 +1,20 @@
 """The loss of a skipped step, term by term, from what was kept of it."""
 
-from pathlib import Path
-from typing import Any
-
 import torch
 
-from engine.data.examples import Unit, sequences_of
+from engine.data.examples import Unit
 from engine.errors import UserError
-from engine.evidence.case import BATCH, CONFIG, Case
+from engine.evidence.case import Case
 from engine.feed import pack_for, step_batch
 from engine.losses import clipped_value_loss, comparison_loss
 from engine.ranks.parallel import Parallel
-from engine.settings.ppo import PPOConfig
+from engine.replay.kept import SOURCES, KeptConfig
 from engine.settings.rm import RMConfig
-from engine.settings.saved import load_config
 from engine.settings.sft import SFTConfig
 from engine.sft import supervised_objectives
 from engine.training.passes import Objective
 from engine.update import policy_objectives
 from kernels.moments import Whitening
-from models.sizes import GPTSize
-
-KeptConfig = SFTConfig | RMConfig | PPOConfig
-
-_CONFIGS: dict[str, Any] = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
-# By stage and network: the sources that there may be, and the fields of their sequences.
-_SOURCES: dict[tuple[str, str], dict[str, set[str]]] = {
-    ("sft", "policy"): {"loss": set(), "pretrain_loss": set()},
-    ("rm", "reward_model"): {"loss": {"ranks"}},
-    ("ppo", "policy"): {"episodes": {"logprobs", "advantages"}, "ptx": set()},
-    ("ppo", "critic"): {"episodes": {"values", "returns"}},
-}
-
-
-def config_in(folder: Path, case: Case) -> KeptConfig:
-    """Return the settings of the run whose step it was; raises UserError."""
-    return load_config(_CONFIGS[case.stage], folder / CONFIG)
-
-
-def check_sources(folder: Path, case: Case, sources: dict[str, list[Unit]], size: GPTSize) -> None:
-    """Raise UserError where a batch is not one that such a network learns from."""
-    path, allowed = folder / BATCH, _SOURCES.get((case.stage, case.role), {})
-    if not sources or not sources.keys() <= allowed.keys():
-        raise UserError(f"{path}: no batch of the {case.role} in {case.stage}")
-    if case.stage == "ppo" and "episodes" not in sources:
-        raise UserError(f"{path}: a batch without episodes")
-    for name, units in sources.items():
-        for sequence in (sequence for unit in units for sequence in sequences_of(unit)):
-            if int(sequence.tokens.max()) >= size.vocab_size:
-                raise UserError(f"{path}: tokens beyond the vocabulary of {size.vocab_size}")
-            if len(sequence.tokens) > size.context_length:
-                raise UserError(f"{path}: sequences beyond the context of {size.context_length}")
-            if not allowed[name] <= sequence.fields.keys():
-                raise UserError(f"{path}: sequences without {', '.join(sorted(allowed[name]))}")
 
 
 def terms_of(
@@ -62,7 +24,7 @@ def terms_of(
     budget = config.micro_batch_tokens
     if isinstance(config, SFTConfig):
         # In the order of the run: dropout is drawn in it.
-        names = [name for name in _SOURCES["sft", "policy"] if name in sources]
+        names = [name for name in SOURCES["sft", "policy"] if name in sources]
         taken = {name: step_batch(sources[name], parallel, budget) for name in names}
         fraction = config.data.pretraining_fraction
         return dict(zip(taken, supervised_objectives(taken, fraction), strict=True))

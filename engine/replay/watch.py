@@ -32,6 +32,9 @@ class Finding:
     """The loss whose pass it was in."""
     numbers: str
     """How many of them, and the largest that is finite."""
+    rows: tuple[int, ...] = ()
+    """Which rows of the first such tensor, of `num_rows`; a module's are tokens."""
+    num_rows: int = 0
 
     def __str__(self) -> str:
         """Return it as a clause."""
@@ -104,7 +107,8 @@ class PassWatch:
 
     def _look(self, spot: str, values: Any) -> None:
         if self.forward is None and (numbers := _described(values)):
-            self.forward = Finding(spot, self.term, numbers)
+            rows, num_rows = _broken_rows(values)
+            self.forward = Finding(spot, self.term, numbers, rows, num_rows)
 
 
 def _described(values: Any) -> str:
@@ -117,6 +121,19 @@ def _described(values: Any) -> str:
     sizes = [t[t.isfinite()].abs().double() for t in tensors]
     largest = max((float(s.max()) for s in sizes if len(s)), default=math.nan)
     return f"{num_broken} of {num_all} numbers are not finite, the largest other is {largest:.4g}"
+
+
+def _broken_rows(values: Any) -> tuple[tuple[int, ...], int]:
+    """Return the rows with a number that is not finite, and how many there are, of the first tensor
+    that has one: by its first dimension that is no 1. None of a vector: a bias has no tokens."""
+    for tensor in _tensors(values):
+        is_broken = ~torch.atleast_1d(tensor.detach().squeeze()).isfinite()
+        if is_broken.any():
+            if tensor.dim() < 2:
+                break
+            rows = is_broken.reshape(len(is_broken), -1).any(1).nonzero().flatten()
+            return tuple(rows.tolist()), len(is_broken)
+    return (), 0
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ from engine.settings.waiting import WaitingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
-    """One skipped step, rerun."""
+    """One skipped step, or rollout of a skipped iteration, rerun."""
 
     step: Path | None = None
     """Its folder, such as runs/sft/skipped/step_00000012_policy."""

@@ -17,19 +17,28 @@ _Config = TypeVar("_Config")
 
 _MAX_BYTES = 1 << 20  # of a config's file; our choice: ours have a few thousand
 
+EARLIER = "earlier"
+"""In a field's metadata: the value that a file from before the field stands for, where runs of then
+did not do what its default does."""
+
 
 def save_config(config: Any, path: Path) -> None:
     """Write a config dataclass as JSON, whole or not at all; makes its folder."""
-    text = json.dumps(_encode(config), indent=2) + "\n"
     with replacing(path) as stream:
-        stream.write(text.encode())
+        stream.write(config_text(config).encode())
+
+
+def config_text(config: Any) -> str:
+    """Return a config dataclass as JSON, as save_config writes it."""
+    return json.dumps(_encode(config), indent=2) + "\n"
 
 
 def changed_fields(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
     """Return {dotted name: (saved, now)} of the fields that differ from what save_config wrote to
-    `path`; a field that only one of the two has is left out."""
-
-    now, saved = _flat(_encode(config)), _flat(read_object(path, max_bytes=_MAX_BYTES))
+    `path`; a field that only one of the two has is left out, but for those with an EARLIER value.
+    """
+    now = _flat(_encode(config))
+    saved = _flat(_earlier(config)) | _flat(read_object(path, max_bytes=_MAX_BYTES))
     return {
         name: (saved[name], value)
         for name, value in now.items()
@@ -60,6 +69,18 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
             open_values += [(f"{prefix}{dot}{name}", inner) for name, inner in value.items()][::-1]
         else:
             found[prefix] = value
+    return found
+
+
+def _earlier(config: Any) -> dict[str, Any]:
+    """Return the EARLIER values of a config and of those in it, nested as they are."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if EARLIER in field.metadata:
+            found[field.name] = field.metadata[EARLIER]
+        elif dataclasses.is_dataclass(value):
+            found[field.name] = _earlier(value)
     return found
 
 

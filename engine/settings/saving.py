@@ -24,9 +24,9 @@ class SaveConfig:
     keep_lowest: str = ""
     """That with the lowest value of this metric is kept besides, such as valid/loss; none: none."""
     keep_highest: str = ""
-    """That with the highest value of this metric is kept besides, such as score/reward_mean."""
+    """That with the highest value of this metric is kept besides, such as valid/reward_mean."""
     keep_skipped: int = 2
-    """Skipped steps, the last so many, whose batch and weights are kept in RUN/skipped, for
+    """Skipped steps and iterations, the last so many, whose batch and weights RUN/skipped keeps for
     recipes/replay.py; of several in a row the first. Our choice, as of checkpoints; 0: none."""
     save_in_background: bool = True
     """Train on while a checkpoint is written, from a copy in host memory. A run that is killed

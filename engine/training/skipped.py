@@ -128,9 +128,10 @@ def end_if_stuck(
                 f"{where}: {skipped.subject.format(name=name)} was not finite in "
                 f"{skipped.in_a_row} {skipped.taken} in a row, which were "
                 f"skipped and left the weights as they were.{last} {last_in_words(newest)}\n"
-                "Find out what was not finite first: recipes/replay.py reruns the first optimizer "
-                f"step of a row, which lies in the run's folder skipped. {_ADVICE}. To pass over "
-                "more, raise the optimizer's max_skipped_steps"
+                "Find out what was not finite first: recipes/replay.py reruns the first step or "
+                "iteration of a row, which is kept in the run's folder skipped (not with "
+                f"keep-skipped 0). {_ADVICE}. To pass over more, raise the optimizer's "
+                "max_skipped_steps"
             )
         if is_last and skipped.total and not skipped.num_taken:
             search = " while fp16 looked for its loss scale" if skipped.num_searching else ""

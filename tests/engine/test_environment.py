@@ -12,11 +12,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from engine.environment import (
     cache_folders,
+    check_launch,
+    is_launched,
     library_settings,
+    prepare_libraries,
     rank_of_environment,
     shared_file_system,
     tell_torchrun,
 )
+from engine.errors import UserError
 from tests.hostile import EVERYTHING, dangers
 
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
@@ -51,6 +55,66 @@ def test_rank_comes_from_torchrun_or_srun(monkeypatch: pytest.MonkeyPatch):
     assert rank_of_environment() == 2
 
 
+LAUNCH = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
+    *("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+)
+
+
+def launch(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    """Have the environment of one launch, "NAME=VALUE NAME=VALUE"."""
+    for name in LAUNCH:
+        monkeypatch.delenv(name, raising=False)
+    for word in words.split():
+        monkeypatch.setenv(*word.split("=", 1))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("RANK=1", "RANK is 1, and must be from 0 to 0: WORLD_SIZE is not set"),
+        ("RANK=-1", "RANK is -1, and must be from 0 to 0: WORLD_SIZE is not set"),
+        ("RANK=2 WORLD_SIZE=2", "RANK is 2, and must be from 0 to 1: WORLD_SIZE - 1"),
+        ("RANK=-1 WORLD_SIZE=2", "RANK is -1, and must be from 0 to 1: WORLD_SIZE - 1"),
+        (
+            "SLURM_PROCID=3 SLURM_STEP_NUM_TASKS=2",
+            "SLURM_PROCID is 3, and must be from 0 to 1: SLURM_STEP_NUM_TASKS - 1",
+        ),
+        ("WORLD_SIZE=0", "WORLD_SIZE is 0, and must be at least 1"),
+        ("WORLD_SIZE=two", "WORLD_SIZE must be a whole number, got 'two'"),
+        ("RANK=1.0 WORLD_SIZE=2", "RANK must be a whole number, got '1.0'"),
+        (f"WORLD_SIZE={'9' * 12}", "WORLD_SIZE must be a whole number, got '999"),
+        ("LOCAL_RANK=", "LOCAL_RANK must be a whole number, got ''"),
+        ("MASTER_PORT=0", "MASTER_PORT is 0, and must be from 1 to 65535"),
+        ("MASTER_PORT=65536", "MASTER_PORT is 65536, and must be from 1 to 65535"),
+        ("MASTER_PORT=http", "MASTER_PORT must be a whole number, got 'http'"),
+    ],
+)
+def test_a_launch_in_which_no_ranks_can_meet_is_an_error(words: str, said: str, monkeypatch):
+    launch(monkeypatch, words)
+    with pytest.raises(UserError) as error:
+        check_launch()
+    assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("words", "has_launcher"),
+    [
+        ("", False),
+        ("SLURM_PROCID=0", False),  # the shell of a job
+        ("RANK=0 WORLD_SIZE=1 MASTER_PORT=65535", False),
+        ("RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 TORCHELASTIC_RUN_ID=x", True),
+        ("SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=0", True),
+        # torchrun's ranks, each node's started by srun
+        ("RANK=9 WORLD_SIZE=16 SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2", True),
+    ],
+)
+def test_a_launch_that_is_whole_is_accepted(words: str, has_launcher: bool, monkeypatch):
+    launch(monkeypatch, words)
+    check_launch()
+    assert is_launched() == has_launcher
+
+
 @pytest.mark.parametrize(("tp", "wanted"), [(1, None), (2, "1"), (8, "1")])
 def test_kernels_start_in_order_where_there_is_tensor_parallelism(tp: int, wanted: str | None):
     name = "CUDA_DEVICE_MAX_CONNECTIONS"
@@ -63,6 +127,27 @@ def test_several_ranks_compile_with_a_process_each():
     assert name not in settings({})
     assert settings({}, world_size=8)[name] == "1"
     assert name not in settings({name: "4"}, world_size=8)
+
+
+RECORDER = {
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "TORCH_FR_DUMP_TEMP_FILE": "runs/x/nccl_trace_rank_",
+}
+
+
+@pytest.mark.parametrize("site", [{}, {"TORCH_FR_BUFFER_SIZE": "7"}])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_collectives_of_several_ranks_are_recorded_in_the_runs_folder(
+    world_size: int, site: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    environment = {"WORLD_SIZE": str(world_size)} | site
+    monkeypatch.setattr("os.environ", environment)
+    prepare_libraries(1, Path("runs/x"))
+    found = {name: environment[name] for name in RECORDER if name in environment}
+    assert found == (RECORDER if world_size > 1 else {}) | site
+    # Or torch shows its own stack at each look at a store that is gone.
+    assert environment.get("TORCH_CPP_LOG_LEVEL") == ("ERROR" if world_size > 1 else None)
 
 
 def test_caches_leave_a_shared_file_system_unless_the_site_put_them_there():

@@ -150,7 +150,7 @@ def test_logits_that_are_not_finite_end_a_selection_in_words(tiny: Path, tmp_pat
     )
     config = sft_config(tiny, tmp_path, selection=selection, saving=EVERY_STEP)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.selection.generate_rollout", fail)
+        patch.setattr("engine.evaluation.selection.generate_rollout", fail)
         with pytest.raises(UserError, match=r"step 2: the logits of sample 0.*step_00000002"):
             train(config)
 

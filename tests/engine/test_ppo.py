@@ -109,7 +109,8 @@ def test_run_records_every_phase(tiny: Path, tmp_path: Path):
     assert len(samples) == 6  # three of the first iteration and of the last
     assert any(word in samples[0] for word in WORDS)
     alarms = [json.loads(line) for line in (tmp_path / "alarms.jsonl").read_text().splitlines()]
-    assert [alarm["name"] for alarm in alarms] == ["average"]  # of four updates
+    # Six prompts are held out, a third as many as there are episodes; and of four updates.
+    assert [alarm["name"] for alarm in alarms] == ["few_held_out", "evaluation", "average"]
 
 
 @pytest.mark.parametrize(

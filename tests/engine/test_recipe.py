@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import os
@@ -7,10 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.errors import UserError
+from engine.ranks import failure
 from engine.recipe import run_stage
+from engine.settings.layout import ParallelLayout
 from engine.settings.saved import save_config
+from engine.settings.sft import SFTConfig
+from engine.settings.waiting import WaitingConfig
 from tests.engine.settings.small_stage import DataConfig, StageConfig, fails_with
 from tests.hostile import EVERYTHING, dangers
 
@@ -51,6 +57,13 @@ def test_other_errors_keep_their_traceback():
         (OSError(errno.EFBIG, "File too large", "b"), "b: File too large"),
         (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: Permission denied"),
         (OSError(errno.EROFS, "Read-only file system", "/a"), "/a: Read-only file system"),
+        (OSError(errno.EDQUOT, "x", "/a"), f"/a: {os.strerror(errno.EDQUOT)}"),
+        (OSError(errno.ENFILE, "x"), f"the system: {os.strerror(errno.ENFILE)}"),
+        (PermissionError(errno.EPERM, "x", "/a"), f"/a: {os.strerror(errno.EPERM)}"),
+        (
+            OSError(errno.ESTALE, "Stale file handle", "/nowhere/at/all"),
+            "/nowhere/at/all: Stale file handle; its folder was moved or removed meanwhile",
+        ),
         (
             FileNotFoundError(errno.ENOENT, "No such file or directory", "/nowhere/at/all"),
             "/nowhere/at/all: No such file or directory; its folder was moved or removed meanwhile",
@@ -62,6 +75,97 @@ def test_what_the_system_refuses_is_one_line_wherever_it_is_met(error, line, cap
         raise error
 
     assert fails_with(capsys, [], train) == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        ImportError("libtorch.so: failed to map segment from shared object"),
+        ImportError("libgomp.so: Cannot allocate memory in static TLS block"),
+    ],
+)
+@pytest.mark.parametrize("limit", [resource.RLIM_INFINITY, 3_000_000_000])
+def test_memory_that_a_limit_keeps_back_is_one_line(limit: int, error, capsys, monkeypatch):
+    def train(config: StageConfig) -> None:
+        monkeypatch.setattr("engine.recipe.resource.getrlimit", lambda number: (limit, limit))
+        raise error
+
+    if limit == resource.RLIM_INFINITY:  # what there is does not suffice: where was it wanted?
+        with pytest.raises(type(error)):
+            run_stage(train, StageConfig(), [])
+        return
+    line = "no more memory: this process may have 3.0 GB (ulimit -v); raise that"
+    assert fails_with(capsys, [], train) == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "0"), ("RANK", "one")])
+def test_a_launch_that_is_none_is_said_before_anything_else(name, value, capsys, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert fails_with(capsys, ["--no-such-option"], pytest.fail).startswith(f"error: {name} ")
+
+
+def test_a_stage_runs_as_its_settings_have_the_launcher_watched_and_the_libraries_prepared(
+    tmp_path, monkeypatch
+):
+    seen: list[object] = []
+
+    @contextlib.contextmanager
+    def watching(seconds: float):
+        seen.append(seconds)
+        yield
+        seen.append("over")
+
+    monkeypatch.setattr("engine.recipe.watching_launcher", watching)
+    monkeypatch.setattr("engine.recipe.prepare_libraries", lambda *found: seen.append(found))
+    config = SFTConfig(
+        directory=tmp_path,
+        layout=ParallelLayout(tp=4),
+        waiting=WaitingConfig(orphan_seconds=7.0),
+    )
+    run_stage(lambda config: seen.append("runs"), config, [])
+    assert seen == [7.0, (4, tmp_path), "runs", "over"]
+
+
+def test_an_interrupt_that_nobody_notes_has_the_shells_status_and_no_words(capsys):
+    def train(config: StageConfig) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_stage(train, StageConfig(), [], has_dry_run=False)
+    assert ended.value.code == 130
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)  # once the recipe is over
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("no such file"), 2, "error: no such file"),
+        (ZeroDivisionError("of ours"), 1, "ZeroDivisionError: of ours"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), 1, None),
+    ],
+)
+def test_others_and_torchrun_hear_why_a_rank_fails(
+    error: Exception, status: int, line: str | None, tmp_path, monkeypatch
+):
+    heard: list[tuple[str, int, str]] = []
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "told"))
+    monkeypatch.setattr(failure, "await_verdict", lambda error: heard.append(("waits", 0, "")))
+    monkeypatch.setattr(failure, "tell_others", lambda *words: heard.append((*words, "")[:3]))
+
+    def train(config: StageConfig) -> None:
+        raise error
+
+    with pytest.raises((SystemExit, type(error))):
+        run_stage(train, StageConfig(), [])
+    line = line or "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
+    said, code, text = heard[-1]
+    assert (said, code) == (line, status)
+    assert json.loads((tmp_path / "told").read_text())["message"]["message"] == line
+    if status == 1:  # which may be another rank's fault
+        assert heard[0] == ("waits", 0, "")
+        assert text.startswith("Traceback")
 
 
 @pytest.mark.parametrize(
@@ -88,6 +192,7 @@ def test_other_errors_of_the_system_keep_their_traceback(error):
 def test_ranks_above_zero_wait_for_rank_zero_to_speak(capsys, monkeypatch):
     waits = []
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr("engine.recipe.time.sleep", waits.append)
 
     def train(config: StageConfig) -> None:

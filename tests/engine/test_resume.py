@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from engine.checkpoints import saving
 from engine.errors import UserError
 from engine.generation.scheduler import Scheduler
 from engine.metrics import Metrics
+from engine.run import has_begun
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.saving import SaveConfig
@@ -255,3 +257,24 @@ def test_two_ranks_continue_bit_for_bit(tiny: Path, tmp_path: Path):
     for name in LAYOUTS:
         roles = ("policy", "critic", "ema")
         assert_same_run(tmp_path / name / "stopped", tmp_path / name / "whole", roles)
+
+
+@pytest.mark.parametrize("lose", ["remove", "empty", "link to another disk"])
+def test_run_whose_checkpoints_are_lost_does_not_begin_anew(lose: str, tiny: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    config = sft_config(tiny, run, epochs=0.4, saving=EVERY_STEP)
+    train(config)
+    rows = (run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run / "checkpoints")
+    if lose == "empty":
+        (run / "checkpoints").mkdir()
+    elif lose == "link to another disk":
+        (tmp_path / "other").mkdir()
+        (run / "checkpoints").symlink_to(tmp_path / "other")
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"checkpoints has no checkpoint, and {run}/newest_"):
+            train(config)
+    assert (run / "metrics.jsonl").read_bytes() == rows
+    (run / "newest_checkpoint").unlink()  # the remedy that is named
+    train(config)
+    assert has_begun(run)

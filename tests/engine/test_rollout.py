@@ -37,6 +37,14 @@ def test_rollout_holds_prompts_and_responses_in_order(policy: Network):
     assert (rollout.sampled_logprobs[rollout.response_mask] < 0).all()
 
 
+def test_responses_carry_their_own_tokens_numbers(policy: Network):
+    rollout = sample(policy)
+    numbers = torch.arange(rollout.num_tokens)
+    carried = [example.fields["n"] for example in rollout.carrying({"n": numbers})]
+    assert [len(each) for each in carried] == [len(e.tokens) for e in rollout.examples]
+    assert [n for each in carried for n in each] == numbers.tolist()
+
+
 def test_draws_are_keyed_by_seed_and_sample_index(policy: Network):
     first = sample(policy)
     assert torch.equal(tokens_of(sample(policy)), tokens_of(first))

@@ -91,7 +91,7 @@ def test_damaged_settings_of_a_run_have_a_remedy(text: str, tiny: Path, tmp_path
     (run.checkpoints / "latest").write_text("step_00000001")
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(UserError, match="config.json: .*; put a copy of it back, or remove it, "):
+    with pytest.raises(UserError, match="config.json: .*; put it back, or remove it: "):
         run.write_settings(config)
     path.unlink()
     run.write_settings(config)

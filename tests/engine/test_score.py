@@ -146,7 +146,10 @@ def test_metrics_by_hand():
         **{name: columns[name] for name in ("logprobs", "ref_logprobs", "values")},
     )
     advantages = Advantages(
-        whitening=None, **{name: columns[name] for name in ("rewards", "advantages", "returns")}
+        whitening=None,
+        kl_coef=0.02,
+        kl=columns["logprobs"] - columns["ref_logprobs"],
+        **{name: columns[name] for name in ("rewards", "advantages", "returns")},
     )
     found = rollout.metrics(0.5) | scored.metrics(rollout)
     found |= advantages.metrics(rollout, scored)

@@ -1,10 +1,14 @@
 """A signal is noted from a stage's start on, and all ranks leave together at the next boundary."""
 
+import contextlib
+import fcntl
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -191,16 +195,16 @@ def test_signal_that_is_ignored_in_the_background_stays_ignored(number: signal.S
 
 
 def test_a_block_that_leaves_at_signals_tells_the_others_first():
-    told: list[tuple[str, int]] = []
+    told: list[tuple[str, int, bool]] = []
     with (
         pytest.raises(SystemExit) as stopped,
-        leaving_at_signals(lambda line, status: told.append((line, status))),
+        leaving_at_signals(lambda line, status: told.append((line, status, stop.is_noted()))),
     ):
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(1.0)
         pytest.fail("it went on")
     assert stopped.value.code == EXIT_STATUS
-    assert told == [("stopped by a signal; the same command continues", EXIT_STATUS)]
+    assert told == [("stopped by a signal; the same command continues", EXIT_STATUS, True)]
 
 
 def test_what_an_inner_block_noted_too_late_is_acted_on_at_its_end():
@@ -212,6 +216,129 @@ def test_what_an_inner_block_noted_too_late_is_acted_on_at_its_end():
     assert stopped.value.code == EXIT_STATUS
 
 
+def test_only_the_writer_says_that_a_run_leaves(capsys: pytest.CaptureFixture[str]):
+    for is_writer in (False, True):
+        with pytest.raises(SystemExit):
+            stop.leave("here", is_writer=is_writer)
+    assert capsys.readouterr().out == "stopped by a signal here; the same command continues\n"
+
+
+def test_who_else_hears_of_signals_hears_of_them_again_after_a_block():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer)
+    try:
+        with noting_signals():
+            assert signal.set_wakeup_fd(-1) != writer
+        assert signal.set_wakeup_fd(before) == writer
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "moments", "num_ends"),
+    [
+        ([signal.SIGINT], [10.0], 0),
+        ([signal.SIGINT] * 2, [10.0, 10.1], 0),  # as `timeout` sends it, once more to the group
+        ([signal.SIGINT] * 2, [10.0, 10.3], 1),
+        ([signal.SIGINT] * 3, [10.0, 10.1, 10.3], 1),
+        ([signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTERM], [10.0], 0),
+    ],
+)
+def test_only_a_second_interrupt_and_a_later_one_ends_at_once(
+    numbers: list[int], moments: list[float], num_ends: int, monkeypatch: pytest.MonkeyPatch
+):
+    ends: list[None] = []
+    monkeypatch.setattr(stop, "end_interrupted", lambda: ends.append(None))
+    monkeypatch.setattr(stop.time, "monotonic", iter(moments).__next__)
+    reader, writer = os.pipe()
+    os.write(writer, bytes([*numbers, 0]))
+    stop._count_interrupts(reader)
+    os.close(reader)
+    os.close(writer)
+    assert len(ends) == num_ends
+
+
+AT_TERMINAL = """
+import sys, time
+from engine import stop
+with stop.{block}:
+    print("ready", flush=True)
+    time.sleep(60)
+    time.sleep(60)
+"""
+PROMISE = "stopping at the end of this step; Ctrl-C again ends at once"
+
+
+@pytest.mark.parametrize(
+    ("block", "is_told", "num_presses", "status"),
+    [
+        ("noting_signals()", True, 2, stop.INTERRUPTED),
+        ("leaving_at_signals(lambda line, status: None)", False, 1, EXIT_STATUS),
+    ],
+)
+def test_who_presses_ctrl_c_at_a_terminal_is_told_what_it_does(
+    block: str, is_told: bool, num_presses: int, status: int
+):
+    mine, its = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", AT_TERMINAL.format(block=block)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(its)
+    said = b""
+    try:
+        while b"ready" not in said:
+            said += os.read(mine, 1000)
+        for number in range(num_presses):
+            os.write(mine, b"\x03")
+            while number < num_presses - 1 and PROMISE.encode() not in said:
+                said += os.read(mine, 1000)
+            time.sleep(0.3)
+        assert process.wait(30) == status
+        with contextlib.suppress(OSError):  # at the end of what a terminal says
+            while more := os.read(mine, 1000):
+                said += more
+    finally:
+        process.kill()
+        process.wait()
+        os.close(mine)
+    assert (PROMISE.encode() in said) == is_told
+    assert (b"stopped by a signal" in said) == (not is_told)
+    assert said.endswith(b"\x1b[?25h\r\n") == is_told  # the cursor, which a bar had hidden
+
+
+OUT_OF_TIME = """
+import resource
+from engine import stop
+hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+with stop.noting_signals():
+    resource.setrlimit(resource.RLIMIT_CPU, (1, hard))
+    while not stop.is_noted():
+        pass
+    assert resource.getrlimit(resource.RLIMIT_CPU) == (hard, hard)  # or it came every second
+    print("noted")
+"""
+
+
+def test_the_end_of_the_computing_time_is_noted_once():
+    answer = subprocess.run(
+        [sys.executable, "-c", OUT_OF_TIME],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (answer.returncode, answer.stdout, answer.stderr) == (0, "noted\n", "")
+
+
 def test_an_interruptible_block_is_interrupted_as_often_as_one_likes():
     with leaving_at_signals(lambda line, status: pytest.fail("it left")), interruptible():
         for _ in range(3):
@@ -219,6 +346,15 @@ def test_an_interruptible_block_is_interrupted_as_often_as_one_likes():
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(1.0)
             time.sleep(0.3)
+
+
+def test_after_an_interruptible_block_interrupts_are_noted_and_counted_again():
+    with noting_signals():
+        with interruptible():
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_noted()
+        assert stop._ends_at_second
 
 
 STUCK = """
@@ -241,14 +377,17 @@ def test_a_second_interrupt_ends_at_once_wherever_the_main_thread_is():
         text=True,
     )
     assert process.stdout is not None
-    process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)  # as `timeout` does, to the process and to its group
-    time.sleep(1.0)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(10) == stop.INTERRUPTED
-    assert process.communicate()[1] == ""
+    try:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)  # as `timeout` does, to the process and to its group
+        time.sleep(1.0)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == stop.INTERRUPTED
+        assert process.communicate()[1] == ""
+    finally:
+        process.kill()  # it would compute for ever
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.4])

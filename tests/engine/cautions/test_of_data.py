@@ -159,6 +159,24 @@ def test_a_held_out_part_that_is_too_long_ends_no_run(tiny: Path, tmp_path: Path
         "repeated",
         "small_data",
     }
+    valid = write_lines(tmp_path / "p.jsonl", [{"prompt": long_text}])
+    ppo_data = dataclasses.replace(ppo_config(tiny, tmp_path).data, valid=valid)
+    train(ppo_config(tiny, tmp_path / "ppo", data=ppo_data))
+    assert f"all 1 held-out prompts are too long (--data.valid {valid})" in capsys.readouterr().out
+
+
+def test_ppo_says_what_it_trains_on_of_what_it_holds_out(tiny: Path, tmp_path: Path):
+    lines = (tiny / "prompts.jsonl").read_text().splitlines()
+    valid = write_lines(tmp_path / "v.jsonl", [{"prompt": "a pub"}, json.loads(lines[0])])
+    data = dataclasses.replace(ppo_config(tiny, tmp_path).data, valid=valid)
+    train(ppo_config(tiny, tmp_path / "run", data=data, iterations=1))
+    found = {row["name"]: row["message"] for row in recorded(tmp_path / "run")}
+    assert found["overlap"].startswith("1 of 2 held-out examples have a prompt that is trained on")
+    assert found["few_held_out"].startswith("2 prompts are held out: ")
+    data = dataclasses.replace(data, valid=None, valid_fraction=0.0)
+    train(ppo_config(tiny, tmp_path / "none", data=data, iterations=1))
+    (message,) = (r["message"] for r in recorded(tmp_path / "none") if r["name"] == "held_out")
+    assert message.startswith("no prompts are held out (data.valid_fraction 0 of 24)")
 
 
 @pytest.mark.parametrize("role", ["reward_model", "reference"])

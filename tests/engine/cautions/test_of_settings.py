@@ -6,6 +6,7 @@ import pytest
 
 from engine.alarms import Alarm
 from engine.cautions.of_settings import (
+    evaluation_cautions,
     interval_cautions,
     ppo_cautions,
     room_cautions,
@@ -91,6 +92,22 @@ def test_prompts_and_text_that_ppo_reads_often():
     assert "each of 50 prompts is read 128 times" in found[0].message
     assert "each is answered 1.28 times in one iteration" in found[1].message
     assert "each of 100 pretraining sequences is read 64 times" in found[2].message
+
+
+def test_held_out_prompts_that_are_few_or_take_much_of_the_run():
+    config = PPOConfig(iterations=100, rollout_batch_size=64)  # looked at 10 times
+    assert evaluation_cautions(config, 0) == []
+    assert "15 prompts are held out: their mean reward is known to 26%" in only(
+        evaluation_cautions(config, 15)
+    )
+    assert evaluation_cautions(config, 16) == []
+    assert evaluation_cautions(config, 213) == []  # 2,130 beside 6,400
+    message = only(evaluation_cautions(config, 214))
+    assert "214 held-out prompts are answered 10 times: 25% of the run's responses" in message
+    assert evaluation_cautions(dataclasses.replace(config, eval_every=0), 214) == []
+    assert evaluation_cautions(PPOConfig(), 256) == []  # the paper's
+    never = dataclasses.replace(PPOConfig(), eval_every=501)
+    assert names(ppo_cautions(never, alone(), 31_000, 10**7)) == ["eval_every"]
 
 
 def test_a_room_that_is_tiny():

@@ -124,7 +124,10 @@ class Run(RuleBasedStateMachine):
             keep.add(max(s for s, v in rated.items() if v == max(rated.values())))
         return {step: value for step, value in self.there.items() if step in keep}
 
-    @rule(gap=st.integers(1, 3), value=st.sampled_from([None, 0.0, 1.0, 1.0, 2.5, -3.0]))
+    @rule(
+        gap=st.integers(1, 3),
+        value=st.sampled_from([None, 0.0, 1.0, 1.0, 2.5, -3.0, math.inf, -math.inf]),
+    )
     def save(self, gap, value):
         self.step += gap
         self.checkpointer.save(self.step, self.progress(value))

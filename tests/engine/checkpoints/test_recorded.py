@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engine.alarms import Alarms
 from engine.checkpoints.recorded import check_counts, check_progress
-from engine.selection import best_epoch
+from engine.evaluation.selection import best_epoch
 from engine.settings.alarms import AlarmConfig
 from engine.settings.kl import KLConfig
 from engine.settings.spikes import SpikeConfig

@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.data.demonstrations import Demonstration
-from engine.data.prompts import hold_out, prompt_examples, read_prompts, split_by_prompt
+from engine.data.prompts import (
+    hold_out,
+    hold_out_prompts,
+    prompt_examples,
+    read_prompts,
+    split_by_prompt,
+)
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
 
@@ -49,6 +55,29 @@ def test_equal_prompts_are_on_one_side(
     # What was decided for a prompt stays when others come.
     more_train, _ = split_by_prompt([*prompts, "another"], valid_fraction, seed)
     assert [index for index in more_train if index < len(prompts)] == train
+
+
+@given(
+    prompts=st.lists(st.text("ab", max_size=3), min_size=1),
+    valid_fraction=st.floats(0, 1),
+    most=st.integers(1, 5),
+)
+def test_no_prompt_is_answered_twice_nor_trained_on_where_it_is_held_out(
+    prompts: list[str], valid_fraction: float, most: int
+) -> None:
+    _, would_be = split_by_prompt(prompts, valid_fraction, 0)
+    would_be_held_out = {prompts[index] for index in would_be}
+    num_held_out = min(most, len(would_be_held_out))
+    if num_held_out == len(set(prompts)):
+        with pytest.raises(UserError, match="holds out all prompts"):
+            hold_out_prompts(prompts, valid_fraction, 0, most=most)
+        return
+    kept, held_out = hold_out_prompts(prompts, valid_fraction, 0, most=most)
+    assert len(held_out) == len(set(held_out)) == num_held_out
+    assert set(held_out) <= would_be_held_out
+    assert kept == [prompt for prompt in prompts if prompt not in held_out]
+    # The order of the file decides nothing of it.
+    assert set(hold_out_prompts(prompts[::-1], valid_fraction, 0, most=most)[1]) == set(held_out)
 
 
 def test_the_fraction_is_about_right_and_the_seed_matters() -> None:

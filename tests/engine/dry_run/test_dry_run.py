@@ -131,6 +131,7 @@ def test_other_recipes_have_no_dry_run(capsys):
 
 def test_other_ranks_of_the_launch_are_silent(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     run_stage(pytest.fail, config_of("sft_tiny"), ["--dry-run", "4"])
     assert capsys.readouterr().out == ""
 

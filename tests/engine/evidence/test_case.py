@@ -1,5 +1,6 @@
 """A case is what was written, or an error in words."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -27,7 +28,9 @@ FOUND = Case(
 def test_a_case_comes_back_and_names_its_folder(tmp_path: Path):
     (tmp_path / CASE).write_text(FOUND.as_text())
     assert repr(read_case(tmp_path)) == repr(FOUND)
-    assert FOUND.name == "step_00000012_policy"
+    assert FOUND.name == "step_00000012_policy" and FOUND.networks == ("policy",)
+    rollout = dataclasses.replace(FOUND, role="rollout")
+    assert rollout.name == "step_00000012_rollout" and rollout.networks == ("policy", "critic")
 
 
 @pytest.mark.parametrize(

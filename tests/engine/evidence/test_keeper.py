@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.data.examples import Example
+from engine.data.unit_file import read_units
+from engine.evidence.case import read_case
+from engine.evidence.keeper import Evidence
 from engine.settings.numerics import Numerics
 from engine.settings.saving import SaveConfig
+from tests.engine.test_planted_numbers import spoil_scores
 from tests.engine.training.test_skipped import spoil
-from tests.tiny import ADAM, Killed, sft_config, train, weights_of
+from tests.tiny import ADAM, EVERY_STEP, Killed, ppo_config, sft_config, train, weights_of
 
 
 def alarms_of(run: Path) -> list[dict]:
@@ -40,6 +45,46 @@ def test_first_step_of_a_row_is_said_and_kept_with_the_weights_that_it_left(
     assert all(torch.equal(kept[name], began[name]) for name in began)
     files = {path.name for path in (tmp_path / "skipped" / "step_00000000_policy").iterdir()}
     assert files == {"batch.safetensors", "case.json", "config.json", "manifest.json", "policy"}
+
+
+def test_settings_are_kept_though_the_runs_file_of_them_is_gone(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    wanted: list[str] = []
+    look = Evidence.look
+
+    def removing(self: Evidence, *args: object, **kwargs: object) -> None:
+        if not wanted:
+            wanted.append((tmp_path / "config.json").read_text())
+            (tmp_path / "config.json").unlink()
+        look(self, *args, **kwargs)
+
+    spoil(monkeypatch, "language", [0])
+    monkeypatch.setattr(Evidence, "look", removing)
+    train(sft_config(tiny, tmp_path))
+    kept = tmp_path / "skipped" / "step_00000000_policy" / "config.json"
+    assert [kept.read_text()] == wanted
+
+
+def test_first_iteration_of_a_row_is_kept_with_its_rollout_policy_and_critic(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    spoil_scores(monkeypatch, "raw_scores", [1, 2], math.nan)
+    train(ppo_config(tiny, tmp_path, iterations=3, saving=EVERY_STEP, ptx_coef=0.0))
+    first, second = (a for a in alarms_of(tmp_path) if a["name"] == "skipped_rollout")
+    assert kept_in(tmp_path) == ["step_00000002_rollout"]  # iterations have two steps each
+    kept = tmp_path / "skipped" / "step_00000002_rollout"
+    assert first["step"] == 1 and f"replay.py --step {kept}" in first["message"]
+    assert second["step"] == 2 and "replay.py" not in second["message"]
+    names = ("batch.safetensors", "case.json", "config.json", "critic", "manifest.json", "policy")
+    assert sorted(path.name for path in kept.iterdir()) == sorted(names)
+    for role in ("policy", "critic"):  # no step was taken since
+        ended, found = weights_of(tmp_path, role), weights_of(kept, role)
+        assert all(torch.equal(found[name], ended[name]) for name in ended), role
+    case, episodes = read_case(kept), read_units(kept / "batch.safetensors")["episodes"]
+    assert case.numbers.keys() == {"kl_coef"} and "reward model's scores" in case.reason
+    scores = [episode.fields["raw_score"] for episode in episodes if isinstance(episode, Example)]
+    assert [math.isnan(score) for score in scores] == [n == 3 for n in range(8)]
 
 
 def test_last_few_rows_are_kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -17,6 +17,7 @@ from engine.settings.layout import ParallelLayout
 from engine.settings.saved import load_config
 from engine.settings.saving import SaveConfig
 from engine.settings.sft import SelectionConfig, SFTConfig
+from tests.engine.identity.before_identities import forget_identity
 from tests.ranks import run_ranks
 from tests.tiny import (
     ppo_config,
@@ -77,7 +78,11 @@ STAGES: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
     ),
     "ppo": (
         small_ppo,
-        {"data.prompts": "prompts.jsonl", "data.pretraining": "pretraining.jsonl"},
+        {
+            "data.prompts": "prompts.jsonl",
+            "data.pretraining": "pretraining.jsonl",
+            "data.pretraining_valid": "pretraining_valid.jsonl",
+        },
     ),
 }
 
@@ -202,7 +207,7 @@ def test_unknown_name_is_an_error_that_lists_the_names(stage: str, files: Path):
     config = make_config(files, files / "run", accept_changed=("torch", "dat.train"))
     with pytest.raises(UserError, match="'dat.train': no such name; there are ") as refused:
         train(config)
-    assert all(name in str(refused.value) for name in (*fields, "tokenizer", "code", "python"))
+    assert all(name in str(refused.value) for name in (*fields, "code", "python"))
     assert not (files / "run").exists()
 
 
@@ -233,39 +238,121 @@ def test_start_before_the_first_checkpoint_writes_all_anew(
     )
 
 
-def test_run_without_an_identity_is_told_of_and_gets_one(
+def test_run_of_before_identities_is_told_of_and_gets_one(
     files: Path, capsys: pytest.CaptureFixture[str]
 ):
     config = rm_config(files, files / "run")
     train(config)
     before = identity_of(files / "run")
-    (files / "run" / "identity.json").unlink()
+    forget_identity(files / "run")
     reverse(files / "comparisons.jsonl")
     capsys.readouterr()
     train(config)
     assert "WARNING: " in (said := capsys.readouterr().err)
-    assert f"{files / 'run' / 'identity.json'} is gone" in said
+    assert f"{files / 'run' / 'identity.json'} is gone: nobody knows" in said
     assert identity_of(files / "run")["packages"] == before["packages"]
     assert identity_of(files / "run")["data"] != before["data"]
 
 
-def test_other_tokenizer_is_named_and_the_run_keeps_its_own(files: Path):
+@pytest.mark.parametrize("stage", STAGES)
+def test_identity_that_is_gone_is_taken_from_the_newest_checkpoint(stage: str, files: Path):
+    make_config, fields = STAGES[stage]
+    config, run = make_config(files, files / "run"), files / "run"
+    train(config)
+    before = identity_of(run)
+    (saved,) = (run / "checkpoints").glob("step_*/identity.json")
+    assert str(files) not in saved.read_text()
+    (run / "identity.json").unlink()
+    name, file = next(iter(fields.items()))
+    whole = (files / file).read_bytes()
+    cut(files / file)
+    with pytest.raises(UserError, match=f"something else .*: {name} ") as refused:
+        train(more(config))
+    assert not (run / "identity.json").exists()
+    (files / file).write_bytes(whole)
+    train(config)
+    found = identity_of(run)
+    for part in ("packages", "code", "stage", "accepted"):
+        assert found[part] == before[part]
+    assert found["data"].keys() == before["data"].keys()
+    (run / "identity.json").unlink()
+    cut(files / file)
+    accepting = str(refused.value).partition("--accept-changed ")[2].split()
+    train(dataclasses.replace(more(config), accept_changed=(*accepting, "torch")))
+    assert [each["change"]["name"] for each in identity_of(run)["accepted"]] == accepting
+    (run / "identity.json").unlink()
+    train(more(config))
+    assert [each["change"]["name"] for each in identity_of(run)["accepted"]] == accepting
+
+
+DAMAGE = {
+    "empty": b"",
+    "cut off": b'{"stage": "rm", "netw',
+    "null": b"null",
+    "of later": b'{"stage": "rm", "weather": 1}',
+    "of another type": b'{"stage": 7}',
+    "no text": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_identity_says_how_to_go_on(content: bytes, files: Path):
+    config, run = rm_config(files, files / "run"), files / "run"
+    train(config)
+    (run / "identity.json").write_bytes(content)
+    said = refusal(config)
+    assert said.startswith(str(run / "identity.json"))
+    (checkpoint,) = (run / "checkpoints").glob("step_*")
+    assert said.endswith(f"put it back, or remove it: it is taken from {checkpoint} then")
+    (run / "identity.json").unlink()
+    train(more(config))
+    forget_identity(run)
+    (run / "identity.json").write_bytes(content)
+    assert refusal(config).endswith("or remove it: it is written anew, of what is here then")
+
+
+def test_settings_that_are_gone_or_damaged_are_told_of(
+    files: Path, capsys: pytest.CaptureFixture[str]
+):
+    config, run = rm_config(files, files / "run"), files / "run"
+    train(config)
+    whole = (run / "config.json").read_bytes()
+    for content in (b"", whole[:40], b"null"):
+        (run / "config.json").write_bytes(content)
+        said = refusal(config)
+        assert said.startswith(str(run / "config.json"))
+        assert "put it back, or remove it" in said
+    (run / "config.json").unlink()
+    capsys.readouterr()
+    train(config)
+    assert f"{run / 'config.json'} is gone: nothing holds this run" in capsys.readouterr().err
+    assert (run / "config.json").read_bytes() == whole
+
+
+def test_identity_that_is_no_file_is_not_passed_over(files: Path):
+    config, run = rm_config(files, files / "run"), files / "run"
+    train(config)
+    (run / "identity.json").unlink()
+    (run / "identity.json").symlink_to(files / "nowhere")
+    with pytest.raises(UserError, match=r"identity\.json.* or remove it"):
+        train(config)
+    (run / "identity.json").unlink()
+    (run / "identity.json").mkdir()
+    with pytest.raises(UserError, match=r"identity\.json.* or remove it"):
+        train(config)
+
+
+def test_no_name_lets_another_tokenizer_pass(files: Path):
     config = sft_config(files, files / "run", tokenizer=files / "tokenizer.json")
     train(config)
     other = write_tokenizer(files / "other.json", vocab_size=90)
-    said = refusal(dataclasses.replace(config, tokenizer=other))
-    assert f"({other})" in said
-    assert said.endswith("--accept-changed tokenizer")
-    shutil.copy(files / "tokenizer.json", files / "moved.json")
-    train(dataclasses.replace(more(config), tokenizer=files / "moved.json"))
-    (files / "tokenizer.json").unlink()
-    train(more(config))  # it has its own
-    shutil.copy(other, files / "tokenizer.json")
-    accepting = dataclasses.replace(more(config), accept_changed=("tokenizer",))
-    assert "tokenizer" in refusal(more(config))
-    train(accepting)
-    train(more(config))
-    assert len(identity_of(files / "run")["accepted"]) == 1
+    said = refusal(dataclasses.replace(more(config), tokenizer=other))
+    assert "which this run keeps: leave the option out" in said
+    assert "accept-changed" not in said
+    accepting = {"tokenizer": other, "accept_changed": ("tokenizer",)}
+    assert "no such name" in refusal(dataclasses.replace(more(config), **accepting))
+    train(dataclasses.replace(more(config), tokenizer=None))
+    assert identity_of(files / "run")["accepted"] == []
 
 
 def test_data_that_is_written_to_while_the_stage_loads_is_refused(

@@ -14,6 +14,7 @@ from engine.checkpoints import sources
 from engine.errors import UserError
 from engine.settings.saving import SaveConfig
 from engine.settings.sft import SelectionConfig
+from tests.engine.identity.before_identities import forget_identity
 from tests.tiny import (
     EVERY_STEP,
     ppo_config,
@@ -53,6 +54,7 @@ def ppo_run(files: Path, name: str, **changes: Any) -> Any:
         reward_model=files / "rm",
         reference=None,
         saving=EVERY_STEP,
+        eval_every=1,  # a run that is made longer was looked at at its earlier end too
     )
     return dataclasses.replace(config, **changes)
 
@@ -176,6 +178,104 @@ def test_reference_of_its_own_is_kept_beside_the_policy(files: Path):
     removed(files)
     shutil.rmtree(files / "reference")
     train(dataclasses.replace(config, iterations=2))
+    assert_same(files / "ppo", files / "whole", ("policy", "critic"))
+
+
+def reference_is_a_link(files: Path) -> dict[str, Path]:
+    (files / "link").symlink_to(files / "sft")
+    return {"policy": files / "sft", "reference": files / "link"}
+
+
+def policy_is_a_link(files: Path) -> dict[str, Path]:
+    (files / "link").symlink_to(files / "sft")
+    return {"policy": files / "link", "reference": files / "sft"}
+
+
+def both_are_folders(files: Path) -> dict[str, Path]:
+    return {"policy": files / "sft", "reference": files / "reference"}
+
+
+def repoint(files: Path) -> None:
+    (files / "link").unlink()
+    (files / "link").symlink_to(files / "reference")
+
+
+def take_away(files: Path) -> None:
+    (files / "sft").rename(files / "sft_old")
+    (files / "link").unlink()
+
+
+def make_one(files: Path) -> None:
+    (files / "reference").rename(files / "reference_old")
+    (files / "reference").symlink_to(files / "sft")
+
+
+@pytest.mark.parametrize(
+    ("paths", "disturb"),
+    [
+        (policy_is_a_link, repoint),
+        (policy_is_a_link, take_away),
+        (reference_is_a_link, repoint),
+        (reference_is_a_link, take_away),
+        (both_are_folders, make_one),
+    ],
+)
+@pytest.mark.parametrize("forget", [None, forget_identity])
+def test_paths_that_come_to_mean_something_else_change_no_run(
+    paths: Callable[[Path], dict[str, Path]],
+    disturb: Callable[[Path], None],
+    forget: Callable[[Path], None] | None,
+    files: Path,
+):
+    config = ppo_run(files, "ppo", **paths(files))
+    train(dataclasses.replace(config, directory=files / "whole"))
+    train_until(config, 1)
+    run = files / "ppo"
+    before = {path.name: path.stat().st_mtime_ns for path in (run / "sources").iterdir()}
+    assert set(before) - {"reward_model"} == (
+        {"policy", "reference"} if paths is both_are_folders else {"reference"}
+    )
+    disturb(files)
+    if forget is not None:
+        forget(run)
+    train(config)
+    assert {path.name: path.stat().st_mtime_ns for path in (run / "sources").iterdir()} == before
+    assert_same(run, files / "whole", ("policy", "critic"))
+
+
+def test_copy_that_is_gone_is_taken_from_the_reference_again(files: Path):
+    config = ppo_run(files, "ppo", **policy_is_a_link(files))
+    train(dataclasses.replace(config, directory=files / "whole"))
+    train_until(config, 1)
+    repoint(files)
+    shutil.rmtree(files / "ppo" / "sources")
+    train(config)
+    assert_same(files / "ppo", files / "whole", ("policy", "critic"))
+    assert sorted(p.name for p in (files / "ppo" / "sources").iterdir()) == [
+        "reference",
+        "reward_model",
+    ]
+
+
+def test_run_whose_folder_was_emptied_keeps_its_reference(
+    files: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = ppo_run(files, "ppo")
+    train(dataclasses.replace(config, directory=files / "whole"))
+    train_until(config, 1)
+    (files / "ppo" / "identity.json").unlink()
+    shutil.rmtree(files / "ppo" / "sources")
+    (files / "sft").rename(files / "sft_old")
+    shutil.copytree(files / "reference", files / "sft")
+    with pytest.raises(UserError, match="made from something else") as refused:
+        train(config)
+    assert str(refused.value).endswith("--accept-changed policy reference")
+    assert not (files / "ppo" / "sources").exists()
+    shutil.rmtree(files / "sft")
+    (files / "sft_old").rename(files / "sft")
+    train(config)
+    said = capsys.readouterr().err.replace("\n", "")
+    assert f"{files / 'ppo' / 'identity.json'} is gone: it is taken from " in said
     assert_same(files / "ppo", files / "whole", ("policy", "critic"))
 
 

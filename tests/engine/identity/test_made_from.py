@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from engine.identity.made_from import files_of, names_of, networks_of
-from engine.settings.ppo import PPOConfig
+from engine.settings.ppo import PPOConfig, PPOData
 from engine.settings.rm import RMConfig, RMData
 from engine.settings.saving import SaveConfig
 from engine.settings.sft import SelectionConfig, SFTConfig, SFTData
@@ -32,6 +32,19 @@ def test_the_same_path_spelled_otherwise_is_one_copy(tmp_path: Path):
     (tmp_path / "a").mkdir()
     config = PPOConfig(policy=tmp_path / "a", reference=tmp_path / "a" / ".." / "a")
     assert networks_of(config)["policy"].kept_as == "reference"
+
+
+def test_copy_that_a_run_has_decides_and_no_path(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    linked = PPOConfig(policy=tmp_path / "a", reference=tmp_path / "link")
+    assert networks_of(linked)["policy"].kept_as == "reference"
+    assert networks_of(linked, "policy")["policy"].kept_as == "policy"
+    other = PPOConfig(policy=A, reference=B)
+    assert networks_of(other, "reference")["policy"].kept_as == "reference"
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    looped = PPOConfig(policy=tmp_path / "a", reference=tmp_path / "loop")
+    assert networks_of(looped)["policy"].kept_as == "policy"
 
 
 def test_supervised_stages_are_made_from_what_they_start_from():
@@ -66,6 +79,9 @@ def test_files_are_those_that_are_read():
     assert files_of(rm) == {"data.train": A, "data.demonstrations": B}
     assert list(files_of(PPOConfig(ptx_coef=0.0))) == ["data.prompts"]
     assert list(files_of(PPOConfig(ptx_coef=1.0))) == ["data.prompts", "data.pretraining"]
+    held_out = PPOConfig(ptx_coef=0.0, data=PPOData(valid=A, pretraining_valid=B))
+    found = {name: path for name, path in files_of(held_out).items() if name != "data.prompts"}
+    assert found == {"data.valid": A, "data.pretraining_valid": B}
 
 
 @pytest.mark.parametrize("kind", [SFTConfig, RMConfig, PPOConfig])
@@ -79,9 +95,10 @@ def test_every_name_can_be_accepted(kind: type):
             selection=SelectionConfig(reward_model=A, prompts=A),
         ),
         RMConfig: RMConfig(init_from=A, data=RMData(valid=A, demonstrations=A)),
-        PPOConfig: PPOConfig(reference=B),
+        PPOConfig: PPOConfig(reference=B, data=PPOData(valid=A, pretraining_valid=A)),
     }[kind]
     names = names_of(kind)
     own = {*networks_of(full), *files_of(full)}
     assert own == {name for name in names if "." in name or "_" in name or name in own}
-    assert {"tokenizer", "code", "python", "torch", "megatron-core"} <= {*names} - own
+    assert {"code", "python", "torch", "megatron-core"} <= {*names} - own
+    assert "tokenizer" not in names

@@ -9,6 +9,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.settings.saved import load_config
+from tests.engine.identity.before_identities import forget_identity
 from tests.engine.identity.test_inputs import (
     STAGES,
     cut,
@@ -158,10 +159,28 @@ def test_a_path_that_is_read_neither_then_nor_now_is_no_setting(files: Path):
 def test_paths_are_settings_where_nobody_knows_what_they_held(files: Path):
     config = rm_config(files, files / "run")
     train(config)
-    path = moved(config, "data.train")
-    (files / "run" / "identity.json").unlink()
-    with pytest.raises(UserError, match=f"is a run with data.train .*, not {path}"):
-        train(with_value(config, "data.train", path))
+    elsewhere = {name: moved(config, name) for name in ("data.train", "init_from")}
+    identity = files / "run" / "identity.json"
+    hidden = identity.rename(files / "hidden")  # checkpoints know the contents, and no paths
+    said = f"is a run with init_from .*, not {elsewhere['init_from']}"
+    with pytest.raises(UserError, match=said):
+        train(with_value(config, "init_from", elsewhere["init_from"]))
+    hidden.rename(identity)
+    forget_identity(files / "run")
+    for name, path in elsewhere.items():
+        with pytest.raises(UserError, match=f"is a run with {name} .*, not {path}"):
+            train(with_value(config, name, path))
+
+
+def test_another_policy_is_named_where_one_copy_is_policy_and_reference(files: Path):
+    config = small_ppo(files, files / "run", reference=files / "policy")
+    train(config)
+    for name in ("policy", "reference"):
+        said = refusal(with_value(config, name, files / "reference"))
+        assert said.endswith(f"--accept-changed {name}")
+    train(with_value(more(config), "policy", moved(config, "policy")))
+    sources = sorted(path.name for path in (files / "run" / "sources").iterdir())
+    assert sources == ["reference", "reward_model"]
 
 
 def test_a_setting_that_changed_is_said_before_what_moved(files: Path):

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.checkpoints.manifest import MANIFEST, Manifest, digest_of_bytes, write_manifest
+from engine.checkpoints.retention import step_name
 from engine.errors import UserError
 from engine.identity.data_files import DataFile
 from engine.identity.record import (
@@ -18,7 +20,9 @@ from engine.identity.record import (
     NetworkRecord,
     TokenizerRecord,
     changes,
+    identity_text,
     read_identity,
+    saved_identity,
     write_identity,
 )
 from tests.engine.checkpoints.near_json import near
@@ -88,6 +92,58 @@ def test_any_identity_is_read_or_refused_in_a_line(data: st.DataObject):
         }
 
 
+def write_checkpoint(run: Path, step: int, identity: str | None) -> Path:
+    """Write what a checkpoint says of its run, and no network."""
+    folder = run / "checkpoints" / step_name(step)
+    folder.mkdir(parents=True)
+    files = {}
+    if identity is not None:
+        (folder / IDENTITY).write_text(identity)
+        files[IDENTITY] = digest_of_bytes(identity.encode())
+    write_manifest(folder, Manifest(step=step, files=files))
+    return folder
+
+
+def test_checkpoints_say_the_same_of_runs_that_were_made_from_the_same():
+    (accepted,) = IDENTITY_OF_A_RUN.accepted
+    elsewhere = dataclasses.replace(
+        IDENTITY_OF_A_RUN,
+        networks={"reference": NetworkRecord(path="old/sft", step=37, xxh3_128="a" * 32)},
+        data={
+            "data.train": DataFile(
+                path="x", bytes=9, xxh3_128="b" * 32, records=40, mtime_ns=5, ctime_ns=6, inode=7
+            )
+        },
+        tokenizer=TokenizerRecord(path="t.json", sha256="c" * 64),
+        accepted=(dataclasses.replace(accepted, at="later"),),
+    )
+    assert identity_text(elsewhere) == identity_text(IDENTITY_OF_A_RUN)
+    other = dataclasses.replace(IDENTITY_OF_A_RUN, packages={"torch": "2.14.0", "numpy": "2.0"})
+    assert identity_text(other) != identity_text(IDENTITY_OF_A_RUN)
+
+
+def test_the_checkpoint_that_the_run_goes_on_from_speaks_first(tmp_path: Path):
+    assert saved_identity(tmp_path) is None
+    write_checkpoint(tmp_path, 1, None)
+    assert saved_identity(tmp_path) is None
+    folders = [write_checkpoint(tmp_path, n, identity_text(Identity(stage=f"{n}"))) for n in (2, 3)]
+    assert saved_identity(tmp_path) == (Identity(stage="3"), folders[1])
+    (tmp_path / "checkpoints" / "latest").write_text(step_name(2))
+    assert saved_identity(tmp_path) == (Identity(stage="2"), folders[0])
+    (tmp_path / "checkpoints" / "latest").write_text(step_name(1))  # of before identities
+    assert saved_identity(tmp_path) == (Identity(stage="3"), folders[1])
+    (folders[1] / IDENTITY).write_text("{}")  # damaged
+    assert saved_identity(tmp_path) == (Identity(stage="2"), folders[0])
+    (folders[0] / MANIFEST).write_text("{}")
+    assert saved_identity(tmp_path) is None
+
+
+def test_checkpoint_of_a_later_version_is_no_run_of_before_identities(tmp_path: Path):
+    write_checkpoint(tmp_path, 1, '{"weather": 1}')
+    with pytest.raises(UserError, match="unknown field weather; take the version that wrote it"):
+        saved_identity(tmp_path)
+
+
 def test_equal_identities_have_no_changes_whatever_paths_and_times():
     moved = dataclasses.replace(
         IDENTITY_OF_A_RUN,
@@ -118,7 +174,6 @@ def test_every_change_is_named_with_old_and_new(tmp_path: Path):
         "reference": ("aaaaaaaa, step 37", "11111111, step 90"),
         "data.train": ("40 records, bbbbbbbb", "3 lines, 22222222"),
         "data.valid": ("none", "5 bytes, 33333333"),
-        "tokenizer": ("cccccccc", "44444444"),
         "numpy": ("2.0", "none"),
         "torch": ("2.13.0", "2.14.0"),
         "triton": ("none", "3.9"),

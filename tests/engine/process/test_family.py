@@ -4,12 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from engine import stop
+from engine.process import family
 from tests.recipe_runs import (
     ROOT,
     TORCHRUN,
@@ -83,6 +86,88 @@ def test_a_rank_whose_launcher_is_killed_is_asked_to_stop_and_ends(way: str, tmp
     parent.kill()
     until(lambda: not psutil.pid_exists(rank) or not is_living(psutil.Process(rank)), 30)
     assert asked.exists() == (way == "stops")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "has_store_of_launcher", "seconds"),
+    [
+        ("1", True, 60.0),
+        ("2", False, 60.0),  # they met at a store of their own, which is there
+        ("2", True, 20.0),
+    ],
+)
+def test_ranks_that_can_save_nothing_together_wait_no_longer_than_to_say_so(
+    world_size: str, has_store_of_launcher: bool, seconds: float, monkeypatch
+):
+    limits: list[float] = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(has_store_of_launcher))
+    monkeypatch.setattr(family, "_watch", lambda parent, is_over, last: limits.append(last))
+    with family.watching_launcher(60.0):
+        until(lambda: limits, 10)
+    assert limits == [seconds]
+
+
+def test_a_rank_that_leaves_in_time_is_not_ended(monkeypatch, capsys):
+    is_over = threading.Event()
+    monkeypatch.setattr(family.stop, "ask", is_over.set)  # and it does
+    monkeypatch.setattr(family.os, "_exit", pytest.fail)
+    family._watch(os.getppid() + 1, is_over, 60.0)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_the_first_rank_of_a_node_says_that_its_launcher_is_gone(
+    local_rank: str, monkeypatch, capsys
+):
+    ended: list[int] = []
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(family.stop, "ask", lambda: None)
+    monkeypatch.setattr(family.os, "_exit", ended.append)
+    family._watch(os.getppid() + 1, threading.Event(), 0.01)
+    assert ended == [stop.EXIT_STATUS]
+    said = capsys.readouterr().err
+    assert ("launcher of this node's ranks is gone, and 0.01 s later" in said) == (
+        local_rank == "0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("parent", "command", "is_adopted"),
+    [
+        (2, b"/sbin/init", False),
+        (1, b"/sbin/init", True),
+        (1, b"docker-init\0--", True),
+        (1, b"python\0-m\0torch.distributed.run", False),  # a container's only command
+        (1, b"/usr/bin/torchrun\0--standalone", False),
+        (1, b"slurmstepd: [7.0]", False),
+        (1, b"/usr/bin/python3\0launch.py", False),
+    ],
+)
+def test_who_has_become_inits_child_has_lost_its_launcher(
+    parent: int, command: bytes, is_adopted: bool, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(family, "_INIT", tmp_path / "cmdline")
+    assert not family._is_adopted(parent)  # nobody knows
+    (tmp_path / "cmdline").write_bytes(command)
+    assert family._is_adopted(parent) == is_adopted
+    asked: list[str] = []
+    monkeypatch.setattr(family.os, "getppid", lambda: parent)
+    monkeypatch.setattr(family.stop, "ask", lambda: asked.append("to stop"))
+    is_over = threading.Event()
+    is_over.set()
+    family._watch(parent, is_over, 60.0)
+    assert asked == ["to stop"] * is_adopted
+
+
+def test_nobody_looks_at_a_launcher_once_the_run_is_over(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    before = set(threading.enumerate())
+    with family.watching_launcher(60.0):
+        (watch,) = set(threading.enumerate()) - before
+    watch.join(10)
+    assert not watch.is_alive()
 
 
 def test_a_process_that_no_launcher_has_started_may_outlive_its_parent(tmp_path: Path):

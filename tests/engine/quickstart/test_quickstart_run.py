@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from engine.quickstart.places import render_facts
 from engine.quickstart.run import _naming_the_options_of, _pair_accuracy, prepare_files, run
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
+from engine.stop import EXIT_STATUS
 from tests.engine.quickstart.small_recipe import data_folder, tiny_config
 from tests.ranks import run_ranks
+from tests.recipe_runs import saved_step, steps_logged, until
+from tests.recipe_runs import start as start_process
 
 
 def start(home: Path, data: Path, layout: ParallelLayout) -> dict:
@@ -109,3 +113,55 @@ def test_given_files_stay_as_they_are_and_a_tokenizer_comes_of_them(tmp_path: Pa
     written = tokenizer.stat().st_mtime_ns
     prepare_files(config, parallel)
     assert tokenizer.stat().st_mtime_ns == written
+
+
+QUICKSTART = """
+import sys
+from pathlib import Path
+from engine.quickstart.run import run
+from engine.recipe import run_stage
+from tests.engine.quickstart.small_recipe import tiny_config
+config = tiny_config(Path(sys.argv[1]), Path(sys.argv[2]))
+run_stage(run, config, [], has_dry_run=False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_quickstart_saves_its_stage_and_the_same_command_goes_on(
+    number: signal.Signals, tmp_path: Path
+):
+    home = tmp_path / "run"
+    command = ["-c", QUICKSTART, str(home), str(data_folder(tmp_path / "data"))]
+    first = start_process(command, tmp_path / "1")
+    try:
+        until(lambda: steps_logged(home / "rm") > 1, 300)
+        first.process.send_signal(number)
+        assert first.wait(100) == EXIT_STATUS
+        step = saved_step(home / "rm")
+        assert step > 0
+        line = f"stopped by a signal at step {step}; the same command continues"
+        assert first.said().count(line) == 1
+        assert "Traceback" not in first.said()
+    finally:
+        first.end()
+    assert not (home / "ppo").exists()
+    assert not (home / ".lock").exists()
+    second = start_process(command, tmp_path / "2")
+    try:
+        until(lambda: "ppo_ptx" in json.loads((home / "stages.json").read_text())["finished"], 300)
+        second.process.send_signal(number)  # which judging does not note
+        assert second.wait(100) == EXIT_STATUS
+        assert second.said().count("stopped by a signal; the same command continues") == 1
+        assert "Traceback" not in second.said()
+        assert f"rm: goes on after step {step}" in second.said()
+    finally:
+        second.end()
+    assert not (home / "summary.json").exists()
+    third = start_process(command, tmp_path / "3")
+    try:
+        assert third.wait(300) == 0
+        assert "ppo_ptx: finished, 2 steps; kept" in third.said()
+        assert (home / "summary.json").exists()
+    finally:
+        third.end()

@@ -78,4 +78,6 @@ def test_held_out_files_are_read_where_they_judge_and_nowhere_else(config, files
     assert (sft.data.train, sft.data.valid) == (files.demonstrations, files.demonstrations_valid)
     assert (rm.data.train, rm.data.valid) == (files.comparisons, files.comparisons_valid)
     assert rm.data.demonstrations == files.demonstrations
-    assert (ppo.data.prompts, ppo.data.pretraining) == (files.prompts, files.pretraining)
+    assert (ppo.data.prompts, ppo.data.valid) == (files.prompts, files.prompts_valid)
+    assert ppo.data.pretraining == files.pretraining
+    assert ppo.data.pretraining_valid == files.pretraining_valid

@@ -1,7 +1,10 @@
 """All ranks of a start meet, or those that did not come are named."""
 
 import datetime
+import json
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -45,7 +48,8 @@ def test_a_later_start_sees_nothing_of_the_one_before():
     store = dist.HashStore()
     first = together(store, [arrival(r) for r in range(3)])
     first[0].set("said", "once")
-    again = together(store, [arrival(r) for r in range(3)])
+    # The first rank comes last: what it has told those of before is still there.
+    again = together(store, [arrival(r, seconds=3.0) for r in (2, 1, 0)])
     assert [again[rank].check(["said"]) for rank in range(3)] == [False] * 3
     again[1].set("new", "")
     assert again[2].check(["new"])
@@ -69,9 +73,34 @@ def test_the_first_rank_names_those_that_did_not_come_and_the_others_are_silent(
     assert results[2].code == 2
 
 
-def test_without_the_first_rank_the_others_say_so(monkeypatch: pytest.MonkeyPatch):
+class Written(dist.HashStore):
+    """A store that knows which keys were set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: list[str] = []
+
+    def set(self, key: str, value: str) -> None:  # type: ignore[override]
+        super().set(key, value)
+        self.keys.append(key)
+
+
+def test_the_first_rank_and_its_store_stay_until_those_that_came_have_heard():
+    store = Written()
+    other = threading.Thread(target=together, args=(store, [arrival(2, 3, 1.0)]))
+    other.start()
+    with pytest.raises(UserError):
+        meet(store, arrival(0, 3, 1.0))
+    assert store.keys[-1].endswith("/2 goes")
+    other.join()
+
+
+def test_without_the_first_rank_the_others_say_so_the_lowest_before_them(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setattr(meeting, "_GRACE", 0.5)
-    results = together(dist.HashStore(), [arrival(1, 3, 0.5), arrival(2, 3, 0.5)])
+    results = together(dist.HashStore(), [arrival(2, 3, 0.5), arrival(1, 3, 0.5)])
+    assert list(results) == [1, 2]
     assert all("rank 0 of 3 did not come" in str(results[rank]) for rank in (1, 2))
 
 
@@ -84,15 +113,32 @@ def test_a_store_that_is_gone_is_one_line():
         meet(client, arrival(1))
 
 
-def test_a_library_that_does_not_return_is_ended(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Whether the process was ended; in a tenth of the time that it has."""
     ended = threading.Event()
     monkeypatch.setattr(meeting.os, "_exit", lambda status: ended.set())
     monkeypatch.setattr(meeting, "_GRACE", 0.1)
+    return ended
+
+
+def test_a_library_that_does_not_return_is_ended(
+    ended: threading.Event,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "told"))
     with meeting.ending_where_stuck(arrival(1, seconds=0.1)):
         assert ended.wait(10)
-    assert (
-        "what listens there does not answer: no rank, or one that is stopped"
-        in capsys.readouterr().err
-    )
+    words = "what listens there does not answer: no rank, or one that is stopped"
+    assert words in capsys.readouterr().err
+    told = json.loads((tmp_path / "told").read_text())["message"]["message"]
+    assert words in told
+
+
+def test_a_library_that_has_returned_is_not_ended(ended: threading.Event):
+    with meeting.ending_where_stuck(arrival(1, seconds=0.1)):
+        pass
+    time.sleep(0.5)
+    assert not ended.is_set()

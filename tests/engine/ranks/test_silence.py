@@ -36,6 +36,18 @@ def test_a_rank_without_a_beat_is_named_with_its_phase_and_those_that_live():
     )
 
 
+def test_the_silence_that_is_named_is_that_of_all_and_not_every_place_is():
+    seen = watch(world_size=7)
+    for now in (0, 10):
+        seen.hear({rank: told(0 if rank else now, 1, f"p{rank}") for rank in range(6)}, now)
+    seen.hear({6: told(0, 1, "p6")}, 10)
+    assert seen.verdict(56, 40.0) == (
+        "ranks 0 to 6 of 7 gave no sign of life for 46 s, last seen in phase p0, after step 7 "
+        "(rank 0), phase p1, after step 7 (rank 1), phase p2, after step 7 (rank 2), phase p3, "
+        "after step 7 (rank 3), ..."
+    )
+
+
 def test_after_a_connection_broke_less_silence_is_enough():
     seen = watch()
     for now in (0, 5, 10, 15, 20):

@@ -1,18 +1,33 @@
+import contextlib
+import datetime
 import os
 import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from engine.errors import UserError
+from engine.ranks import start
+from engine.ranks.device import communication_backend
+from engine.ranks.groups import TIMEOUT
+from engine.ranks.lone_rank import LONE
 from engine.ranks.parallel import Parallel
-from engine.ranks.start import _is_this_machine, end_parallel, pretended_rank, start_parallel
+from engine.ranks.start import (
+    _check_address,
+    _is_this_machine,
+    end_parallel,
+    pretended_rank,
+    start_parallel,
+)
 from engine.settings.layout import ParallelLayout
+from engine.settings.waiting import WaitingConfig
 
 
 @pytest.mark.parametrize("degree", [{"tp": 2}, {"tp": 0}, {"pp": 0}, {"cp": -1}])
@@ -129,6 +144,172 @@ def test_ranks_of_one_machine_are_reached_from_nowhere_else(address: str):
 )
 def test_a_name_that_is_another_machine_elsewhere_is_not_this_one(address: str, is_here: bool):
     assert _is_this_machine(address) == is_here
+
+
+@pytest.mark.parametrize("address", ["", "no-such-node", "a" * 300, "b\u00fccher..example"])
+def test_an_address_that_is_none_is_an_error_once_it_was_tried_for_a_while(
+    address: str, monkeypatch: pytest.MonkeyPatch
+):
+    def look_up(address: str, port: None) -> None:
+        address.encode("idna")  # as it does
+        raise socket.gaierror(-2, "Name or service not known")
+
+    waits: list[float] = []
+    monkeypatch.setattr("engine.ranks.start.socket.getaddrinfo", look_up)
+    monkeypatch.setattr("engine.ranks.start.time.sleep", waits.append)
+    with pytest.raises(UserError, match="MASTER_ADDR is '.*': "):
+        _check_address(address)
+    assert waits == [1.0] * 4
+
+
+def test_an_address_that_is_known_a_little_later_is_taken(monkeypatch: pytest.MonkeyPatch):
+    answers = [socket.gaierror(-3, "Temporary failure in name resolution"), None]
+
+    def look_up(address: str, port: None) -> None:
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr("engine.ranks.start.socket.getaddrinfo", look_up)
+    monkeypatch.setattr("engine.ranks.start.time.sleep", lambda seconds: None)
+    _check_address("node-1")
+    assert answers == []
+
+
+class Met(dist.HashStore):
+    """A store at which ranks meet; it knows how long it waits."""
+
+    def set_timeout(self, timeout: datetime.timedelta) -> None:
+        self.waits = timeout
+        super().set_timeout(timeout)
+
+
+class Placed(Exception):
+    """Ends a start where a rank's place is looked for: it has joined."""
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a start of one of two ranks comes to, none of which is done."""
+    found: list[Any] = []
+
+    def note(name: str, result: object = None) -> Callable[..., Any]:
+        return lambda *words, **named: (found.append(name), result)[1]
+
+    @contextlib.contextmanager
+    def bounded(arrival: object) -> Iterator[None]:
+        found.append("bounded")
+        yield
+        found.append("in time")
+
+    def open_store(*address: object, is_master: bool, **named: object) -> dist.Store:
+        found.append("opens" if is_master else "comes")
+        return Met()
+
+    def join(backend: str, *, store: Met, **named: object) -> None:
+        found.append((backend, store.waits))
+
+    def place(*words: object) -> None:
+        raise Placed
+
+    end_parallel()
+    monkeypatch.setattr(start, "ending_where_stuck", bounded)
+    monkeypatch.setattr(start, "_check_address", note("knows the address"))
+    monkeypatch.setattr(start, "_await_listener", note("waits for a listener"))
+    monkeypatch.setattr(start, "meet", lambda store, arrival: (found.append("meets"), store)[1])
+    monkeypatch.setattr(start, "place_in", place)
+    monkeypatch.setattr(start.dist, "TCPStore", open_store)
+    monkeypatch.setattr(start.dist, "init_process_group", join)
+    monkeypatch.setattr(start.failure, "listen", lambda waiting: found.append(waiting))
+    monkeypatch.setattr(start, "_has_loopback", lambda: True)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+    return found
+
+
+WAITING = WaitingConfig(silence_seconds=9.0)
+
+
+@pytest.mark.parametrize(
+    ("rank", "has_store_of_launcher", "comes"),
+    [
+        (0, False, ["opens"]),
+        (1, False, ["waits for a listener", "comes"]),
+        (0, True, ["waits for a listener", "comes"]),  # torchrun has opened it
+        (1, True, ["waits for a listener", "comes"]),
+    ],
+)
+def test_ranks_meet_in_bounded_time_and_listen_from_then_on(
+    rank: int,
+    has_store_of_launcher: bool,
+    comes: list[str],
+    events: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(has_store_of_launcher))
+    with pytest.raises(Placed):
+        start_parallel(ParallelLayout(tp=2), 0, WAITING)
+    joined = ["bounded", "knows the address", *comes, "meets", "in time"]
+    assert events == [*joined, (communication_backend(torch.device("cpu")), TIMEOUT), WAITING]
+    assert "GLOO_SOCKET_IFNAME" not in os.environ  # the other one is elsewhere
+
+
+def test_ranks_of_one_machine_talk_over_its_loopback(
+    events: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with pytest.raises(Placed):
+        start_parallel(ParallelLayout(tp=2), 0, WAITING)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_a_store_that_cannot_be_reached_is_one_line(
+    events: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*words: object, **named: object) -> None:
+        raise dist.DistNetworkError("no route to host\nframe #0")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(start.dist, "TCPStore", fail)
+    with pytest.raises(UserError) as error:
+        start_parallel(ParallelLayout(tp=2), 0, WAITING)
+    assert str(error.value) == (
+        "rank 1 of 2 found nobody to meet at 10.0.0.1:29500 within 90 s "
+        "(--waiting.join-seconds): no route to host"
+    )
+
+
+def test_a_rank_alone_opens_no_port_and_listens_to_nobody(
+    events: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    def join(backend: str, *, store: dist.Store, **named: object) -> None:
+        events.append((backend, type(store)))
+
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(start.dist, "init_process_group", join)
+    with pytest.raises(Placed):
+        start_parallel(ParallelLayout(), 0, WAITING)
+    assert events == [(LONE, dist.HashStore)]
+
+
+def test_who_leaves_the_ranks_listens_no_more(monkeypatch: pytest.MonkeyPatch):
+    start_parallel(ParallelLayout(), 0)
+    seen: list[bool] = []
+    monkeypatch.setattr(start.failure, "part", lambda: seen.append(dist.is_initialized()))
+    end_parallel()
+    assert seen == [True]  # while there is a store to say so
+    assert not dist.is_initialized()
+
+
+def test_a_rank_that_is_none_waits_for_nobody(events: list[Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(UserError, match="RANK is 2, and must be from 0 to 1"):
+        start_parallel(ParallelLayout(tp=2), 0, WAITING)
+    assert events == []
 
 
 def test_a_port_that_is_taken_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch):

@@ -22,7 +22,9 @@ HUGE = {"fp32": 3e38, "bf16": 3e38, "fp16": 6e4}
 PLACE = "decoder.layers.2.mlp.linear_fc1"
 
 
-def plant(files: Path, into: Path, role: str, value: float, name: str = PLACE) -> Path:
+def plant(  # noqa: PLR0913 - where, each named
+    files: Path, into: Path, role: str, value: float, name: str = PLACE, row: int = 3
+) -> Path:
     """Write a run as a role's in `files`, with half a row of a matrix at `value`; return it."""
     kind = "language" if role == "policy" else "scalar"
     network = build_network(
@@ -30,7 +32,7 @@ def plant(files: Path, into: Path, role: str, value: float, name: str = PLACE) -
     )
     load_weights(network, files / role, role=role)
     with torch.no_grad():
-        network.modules[0].get_submodule(name).weight[3, ::2] = value
+        network.modules[0].get_submodule(name).weight[row, ::2] = value
     tokenizer = load_tokenizer(files / "tokenizer.json")
     Checkpointer(
         directory=into / "checkpoints",

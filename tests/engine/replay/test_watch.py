@@ -67,6 +67,23 @@ def test_what_overflows_between_modules_is_found_where_it_enters_one(network: Ne
     assert found.spot == "what enters decoder.layers.2.mlp.linear_fc2 (RowParallelLinear)"
 
 
+def test_rows_of_a_finding_are_the_tokens_that_are_not_finite(network: Network):
+    weight = network.modules[0].get_submodule("embedding.position_embeddings").weight
+    with torch.no_grad():
+        weight[7, 0] = weight[11, 1] = math.nan
+    found = watched(network).forward
+    assert found is not None and found.rows == (7, 11) and found.num_rows == 40
+
+
+def test_a_bias_that_is_not_finite_has_no_rows(network: Network):
+    linear = network.modules[0].decoder.layers[1].mlp.linear_fc1
+    with torch.no_grad():
+        linear.bias[2] = math.nan
+    found = watched(network).forward
+    assert found is not None and "decoder.layers.1.mlp.linear_fc1" in found.spot
+    assert found.rows == () and found.num_rows == 0
+
+
 def test_operation_is_found_with_the_line_that_called_it(network: Network):
     make_trainable(network)
     watch = PassWatch(network)

@@ -1,6 +1,6 @@
 import pytest
 
-from engine.settings.evaluation import is_evaluated
+from engine.settings.evaluation import is_evaluated, num_evaluations
 
 
 def steps_of(total: int, eval_every: int | None) -> list[int]:
@@ -23,3 +23,9 @@ def test_the_steps_between_may_be_named_and_0_is_the_end_alone():
     assert steps_of(10, 4) == [4, 8, 10]
     assert steps_of(10, 0) == [10]
     assert steps_of(10, 11) == [10]
+
+
+@pytest.mark.parametrize("total", [1, 9, 10, 19, 1234])
+@pytest.mark.parametrize("every", [None, 0, 1, 4, 5000])
+def test_looks_are_counted(total: int, every: int | None):
+    assert num_evaluations(total, every) == len(steps_of(total, every))

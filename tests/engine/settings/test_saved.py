@@ -1,9 +1,10 @@
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from engine.errors import UserError
-from engine.settings.saved import changed_fields, load_config, save_config
+from engine.settings.saved import EARLIER, changed_fields, load_config, save_config
 from tests.engine.settings.small_stage import DataConfig, Rule, StageConfig
 
 
@@ -75,6 +76,29 @@ def test_saved_settings_are_compared_however_deep_they_are(tmp_path, monkeypatch
     assert changed_fields(StageConfig(), tmp_path / "c.json") == {"lr": (2.0, 1e-3)}
     with pytest.raises(UserError, match=r"c\.json: unknown field data\.data"):
         load_config(StageConfig, tmp_path / "c.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaterData:
+    path: Path | None = None
+    share: float = field(default=0.05, metadata={EARLIER: 0.0})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaterStage:
+    data: LaterData = LaterData()
+    count: int = field(default=2, metadata={EARLIER: 1})
+
+
+def test_a_file_from_before_a_field_is_compared_by_what_runs_did_then(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"data": {"path": null}}')
+    assert changed_fields(LaterStage(), path) == {"data.share": (0.0, 0.05), "count": (1, 2)}
+    assert changed_fields(LaterStage(data=LaterData(share=0.0), count=1), path) == {}
+    path.write_text("{}")
+    assert changed_fields(LaterStage(), path) == {"data.share": (0.0, 0.05), "count": (1, 2)}
+    save_config(LaterStage(), path)
+    assert changed_fields(LaterStage(), path) == {}
 
 
 def test_a_file_of_megabytes_is_no_config(tmp_path):

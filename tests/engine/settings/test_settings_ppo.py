@@ -5,7 +5,7 @@ import pytest
 from engine.errors import UserError
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
-from engine.settings.ppo import PPOConfig
+from engine.settings.ppo import PPOConfig, PPOData
 
 
 def test_defaults_are_the_papers():
@@ -41,6 +41,7 @@ def test_learning_rates_are_constant_after_ten_iterations_from_a_tenth():
         ({"eos_penalty": -1.0}, "eos_penalty must be at least 0, got -1.0"),
         ({"ptx_coef": -1.0}, "ptx_coef must be at least 0, got -1.0"),
         ({"num_shown": -1}, "num_shown must be at least 0, got -1"),
+        ({"eval_every": -1}, "eval_every must be at least 0, got -1"),
         ({"gamma": 1.1}, "gamma must be from 0 to 1, got 1.1"),
         ({"lam": 1.1}, "lam must be from 0 to 1, got 1.1"),
         ({"ema_decay": 1.1}, "ema_decay must be from 0 to 1, got 1.1"),
@@ -49,6 +50,19 @@ def test_learning_rates_are_constant_after_ten_iterations_from_a_tenth():
 def test_a_number_that_means_nothing_is_an_error(change: dict[str, float], cause: str):
     with pytest.raises(UserError) as error:
         PPOConfig(**change)
+    assert str(error.value) == cause
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"valid_fraction": 1.5}, "data.valid_fraction must be from 0 to 1, got 1.5"),
+        ({"num_valid": 0}, "data.num_valid must be at least 1, got 0"),
+    ],
+)
+def test_a_held_out_part_that_means_nothing_is_an_error(change: dict[str, float], cause: str):
+    with pytest.raises(UserError) as error:
+        PPOData(**change)
     assert str(error.value) == cause
 
 

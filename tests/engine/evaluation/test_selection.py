@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from engine import selection
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.found import find_network
 from engine.checkpoints.weights import load_weights
 from engine.data.prompts import prompt_examples
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
+from engine.evaluation import selection
+from engine.evaluation.selection import best_epoch
 from engine.losses import last_readings
 from engine.ranks.start import start_parallel
 from engine.rollout import generate_rollout
 from engine.score import read_rollout
-from engine.selection import best_epoch
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
