@@ -119,30 +119,32 @@ class Run:
         if self.is_asked_to_stop():
             stop.leave("before its first step", is_writer=self.parallel.is_writer)
 
-    def write_settings(self, config: Any) -> None:
+    def write_settings(self, config: Any, known: Collection[str] = ()) -> None:
         """Write config.json and the tokenizer into the run's folder.
 
         The stages do so once everything is loaded: a mistake of the user's so leaves no folder, and
-        changes none that an earlier run has written. UserError, on every rank, where the folder's
-        checkpoints are of a run with other settings.
+        changes none that an earlier run has written. UserError as check_settings.
         """
-        self.check_settings(config)
+        self.check_settings(config, known)
         if self.parallel.is_writer:
             self.tokenizer.save(self.directory / "tokenizer")
             if hasattr(config, "accept_changed"):  # once, and not for whoever starts from it
                 config = dataclasses.replace(config, accept_changed=())
             save_config(config, self.directory / "config.json")
 
-    def check_settings(self, config: Any) -> None:
+    def check_settings(self, config: Any, known: Collection[str] = ()) -> None:
         """Raise UserError, on every rank, where the folder's checkpoints are of a run with other
-        settings."""
+        settings.
+
+        known: the dotted names of paths that may be others, for what is there is compared.
+        """
         path = self.directory / "config.json"
 
         def compare() -> str:
             if not has_begun(self.directory) or not os.path.lexists(path):
                 return ""
             try:
-                return changed_setting(config, path) or ""
+                return changed_setting(config, path, passing_over=known) or ""
             except UserError as error:
                 raise UserError(
                     f"{error}; put it back, or remove it: it is written anew then, of the settings "
@@ -167,10 +169,12 @@ def changed_setting(
     """Return "NAME OLD, not NEW" of a setting that makes this another run than the one whose
     settings save_config wrote to `path`; None where there is none.
 
-    may_change: fields, at any depth, that may have another value; passing_over: dotted names.
+    may_change: fields, at any depth, that may have another value; passing_over: dotted names that
+    may have another one, where both have one.
     """
     for name, (saved, now) in changed_fields(config, path).items():
-        if name not in passing_over and not set(name.split(".")) & set(may_change):
+        is_other = name in passing_over and saved is not None and now is not None
+        if not is_other and not set(name.split(".")) & set(may_change):
             return f"{name} {saved}, not {now}"
     return None
 

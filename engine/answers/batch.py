@@ -23,7 +23,9 @@ def answer_file(
     What an earlier run of the same settings has answered is kept.
     """
     parallel = network.parallel
-    texts, read_report = read_prompts(prompts, skip_bad_lines=config.skip_bad_lines)
+    texts, read_report = read_prompts(
+        prompts, skip_bad_lines=config.skip_bad_lines, skip_option="--skip-bad-lines"
+    )
     context_length = network.size.context_length
     limit = Limit(context_length - 1, f"one less than the model's context of {context_length}")
     examples, length_report = prompt_examples(

@@ -28,7 +28,7 @@ from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
 from engine.run import changed_setting
 from engine.settings.sampling import SamplingConfig
-from engine.settings.saved import save_config
+from engine.settings.saved import changed_fields, save_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class Answers:
             if problem is None:
                 return "null"
             raise UserError(f"{problem}; give another --out, or --overwrite to replace it")
-        change = changed_setting(origin, note) if numbers else None
+        change = _changed(origin, note) if numbers else None
         if change is not None:
             raise UserError(
                 f"{self.folder} has answers with {change}; give another --out, or remove the folder"
@@ -125,7 +125,7 @@ class Answers:
         if not os.path.lexists(self._note):
             return f"{self.out} exists, and nothing says what it was made from"
         origin = dataclasses.replace(self._origin, answers=_digest_of_file(self.out))
-        change = changed_setting(origin, self._note)
+        change = _changed(origin, self._note)
         if change is not None and change.startswith("answers "):
             return f"{self.out} has changed since its answers were written"
         return None if change is None else f"{self.out} has answers with {change}"
@@ -184,6 +184,14 @@ def digest_of_prompts(prompts: Iterable[np.ndarray], tokenizer_fingerprint: str)
     for tokens in prompts:
         digest.update(np.array([len(tokens), *tokens], dtype=np.int64).tobytes())
     return digest.hexdigest()
+
+
+def _changed(origin: Origin, note: Path) -> str | None:
+    """Return changed_setting of an origin; the same network in another folder is no change."""
+    changed = changed_fields(origin, note)
+    names = {Path(str(path)).name for path in changed.get("weights", ())}
+    is_moved = "content" not in changed and len(names) == 1
+    return changed_setting(origin, note, passing_over=("weights",) if is_moved else ())
 
 
 def _digest_of_file(path: Path) -> str:

@@ -110,6 +110,7 @@ class Checkpointer:
         self._while_untried = dataclasses.replace(self._retention, last=max(2, self.saving.keep))
         self._saved_at = time.monotonic()
         self._damaged: set[int] = set()
+        self._missed: set[str] = set()  # metrics of which was said that not every step has them
         self._untried: int | None = None  # the checkpoint that no step was taken from yet
 
     def __enter__(self) -> "Checkpointer":
@@ -163,11 +164,9 @@ class Checkpointer:
                 check_copies(network, f"before the checkpoint of step {step}", role)
         self._saved_at = time.monotonic()
         missing = self._retention.missing(progress.get("metrics", {}))
-        if missing:
-            warn(
-                f"checkpoints are to be kept by {missing[0]}, which not every step that is saved "
-                "has: give an --eval-every that divides --save-every, or another name"
-            )
+        for metric in sorted(missing.keys() - self._missed):
+            warn(missing[metric])
+        self._missed |= missing.keys()
         name, is_in_doubt = step_name(step), self._is_in_doubt()
         self._untried = step
 

@@ -1,6 +1,7 @@
 """Which of a run's checkpoints are kept when a new one is whole. Imports neither torch nor
 megatron."""
 
+import difflib
 import math
 import re
 from collections.abc import Collection
@@ -44,9 +45,11 @@ class Retention:
                 found.add(max(rated, key=lambda step: (sign * values[step], step)))  # type: ignore[operator]
         return found
 
-    def missing(self, metrics: dict[str, Any]) -> list[str]:
-        """Return the metrics that checkpoints are kept by and a new one does not have."""
-        return [name for name in (self.lowest, self.highest) if name and name not in metrics]
+    def missing(self, metrics: Collection[str]) -> dict[str, str]:
+        """Return in words, by the metrics that checkpoints are kept by and a new one does not have,
+        which it has; the nearest names first."""
+        names = {name for name in (self.lowest, self.highest) if name and name not in metrics}
+        return {name: _in_words(name, metrics) for name in sorted(names)}
 
 
 def step_name(step: int) -> str:
@@ -82,6 +85,18 @@ def _metrics_in(folder: Path) -> dict[str, Any]:
     except (UserError, OSError):
         return {}
     return metrics if isinstance(metrics, dict) else {}
+
+
+def _in_words(missing: str, metrics: Collection[str]) -> str:
+    def distance(name: str) -> tuple[float, str]:
+        return -difflib.SequenceMatcher(None, missing, name).ratio(), name
+
+    there = f"has {', '.join(sorted(metrics, key=distance))}" if metrics else "has none"
+    return (
+        f"checkpoints are to be kept by {missing}, a metric which not every step that is saved "
+        f"has; this one {there}: name one of these, or give an --eval-every that divides "
+        "--save-every, where only a step with an evaluation has it"
+    )
 
 
 def _is_finite(value: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.data.chat import check_messages, parse_prompt, parse_reply, render_prompt, render_reply
 from engine.data.examples import Example, LengthReport, drop_long, encode_prompts, join_pair
-from engine.data.jsonl import ReadReport, read_records, required
+from engine.data.jsonl import SKIP_OPTION, ReadReport, read_records, required
 from engine.data.tokenizer import Tokenizer
 
 
@@ -20,13 +20,14 @@ class Demonstration:
 
 
 def read_demonstrations(
-    path: Path | str, *, skip_bad_lines: bool = False
+    path: Path | str, *, skip_bad_lines: bool = False, skip_option: str = SKIP_OPTION
 ) -> tuple[list[Demonstration], ReadReport]:
-    """Read {"prompt", "response"} or {"messages"} from .jsonl or .jsonl.gz; raises UserError.
+    """Read {"prompt", "response"} or {"messages"} from .jsonl or .jsonl.gz; raises UserError, which
+    names the option that skips bad lines.
 
     Of `messages` the last one, the assistant's, is the response and all before it the prompt.
     """
-    return read_records(path, _parse, skip_bad_lines=skip_bad_lines)
+    return read_records(path, _parse, skip_bad_lines=skip_bad_lines, skip_option=skip_option)
 
 
 def demonstration_examples(

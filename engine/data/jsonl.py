@@ -12,6 +12,8 @@ from engine.files import MAX_SHOWN_PATH, read_lines, replacing
 
 _Record = TypeVar("_Record")
 
+SKIP_OPTION = "--data.skip-bad-lines"
+"""The stages' option to skip bad lines."""
 _NUM_FIRST_ERRORS = 5  # enough to see the pattern, few enough to print
 _NUM_SHOWN_KEYS = 8
 _UTF8_BOM = b"\xef\xbb\xbf"  # Windows editors put it before the first line
@@ -46,17 +48,24 @@ class RecordReader(Generic[_Record]):
 
     `parse` turns one JSON object into a record or raises BadRecord. A bad line raises UserError, or
     is counted when `skip_bad_lines` is set. A file without one good record raises UserError in both
-    cases. Empty lines are no records and no errors.
+    cases. Empty lines are no records and no errors. skip_option: what sets `skip_bad_lines` where
+    the file is read for a command that has such an option.
     """
 
     def __init__(
-        self, path: Path | str, parse: Callable[[dict[str, Any]], _Record], *, skip_bad_lines: bool
+        self,
+        path: Path | str,
+        parse: Callable[[dict[str, Any]], _Record],
+        *,
+        skip_bad_lines: bool,
+        skip_option: str = SKIP_OPTION,
     ) -> None:
         self.path = Path(path)
         self._name = named(path, MAX_SHOWN_PATH)
         self.share_read = 0.0  # of the file's bytes
         self._parse = parse
         self._skip_bad_lines = skip_bad_lines
+        self._advice = "correct the line" + (f", or pass {skip_option}" if skip_option else "")
         self._num_read = 0
         self._num_bad = 0
         self._first_errors: list[str] = []
@@ -91,7 +100,7 @@ class RecordReader(Generic[_Record]):
 
     def _reject(self, error: str) -> None:
         if not self._skip_bad_lines:
-            raise UserError(f"{error}\ncorrect the line, or pass --data.skip-bad-lines") from None
+            raise UserError(f"{error}\n{self._advice}") from None
         self._num_bad += 1
         if len(self._first_errors) < _NUM_FIRST_ERRORS:
             self._first_errors.append(error)
@@ -105,10 +114,17 @@ class RecordReader(Generic[_Record]):
 
 
 def read_records(
-    path: Path | str, parse: Callable[[dict[str, Any]], _Record], *, skip_bad_lines: bool
+    path: Path | str,
+    parse: Callable[[dict[str, Any]], _Record],
+    *,
+    skip_bad_lines: bool,
+    skip_option: str = SKIP_OPTION,
 ) -> tuple[list[_Record], ReadReport]:
-    """Return all records of a file and the report; UserError where memory does not hold them."""
-    reader = RecordReader(path, parse, skip_bad_lines=skip_bad_lines)
+    """Return all records of a file and the report; UserError where memory does not hold them.
+
+    The options are those of RecordReader.
+    """
+    reader = RecordReader(path, parse, skip_bad_lines=skip_bad_lines, skip_option=skip_option)
     try:
         records = list(reader)
     except MemoryError:

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 from engine.data.chat import parse_prompt
 from engine.data.examples import Example, LengthReport, drop_long, encode_prompts
-from engine.data.jsonl import ReadReport, read_records
+from engine.data.jsonl import SKIP_OPTION, ReadReport, read_records
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
 
@@ -23,9 +23,17 @@ class HasPrompt(Protocol):
 AnyRecord = TypeVar("AnyRecord", bound=HasPrompt)
 
 
-def read_prompts(path: Path | str, *, skip_bad_lines: bool = False) -> tuple[list[str], ReadReport]:
-    """Read {"prompt"} or {"messages"} from .jsonl or .jsonl.gz; raises UserError."""
-    return read_records(path, lambda record: parse_prompt(record)[0], skip_bad_lines=skip_bad_lines)
+def read_prompts(
+    path: Path | str, *, skip_bad_lines: bool = False, skip_option: str = SKIP_OPTION
+) -> tuple[list[str], ReadReport]:
+    """Read {"prompt"} or {"messages"} from .jsonl or .jsonl.gz; raises UserError, which names the
+    option that skips bad lines."""
+    return read_records(
+        path,
+        lambda record: parse_prompt(record)[0],
+        skip_bad_lines=skip_bad_lines,
+        skip_option=skip_option,
+    )
 
 
 def prompt_examples(

@@ -74,7 +74,8 @@ class Inputs:
         self._recorded: Identity | None = None  # on the first rank, as all that is read from files
         self._accepted: list[Change] = []
         told = json.loads(said_by_first_rank(self._begin))
-        run.check_settings(config)
+        self._known: list[str] = told["known"]
+        run.check_settings(config, self._known)
         self._networks = networks_of(config, told["policy_kept_as"])
         self.goes_on: bool = told["goes_on"]
         """Whether the run has a checkpoint, which holds what the stage has trained."""
@@ -116,7 +117,7 @@ class Inputs:
         and it goes on from `step`; each checkpoint has it too. UserError where data was written to
         meanwhile."""
         checkpointer.texts[IDENTITY] = said_by_first_rank(lambda: self._keep(step))
-        self._run.write_settings(self._config)
+        self._run.write_settings(self._config, self._known)
 
     def _begin(self) -> str:
         """Clear what an earlier start left, and read what the run's folder says."""
@@ -141,8 +142,42 @@ class Inputs:
                     f"{directory} is a run of {before}, and not of {now}; give another --directory"
                 )
         kept = [path.parent.name for path in (directory / "sources").glob(f"*/{MANIFEST}")]
-        told = {"goes_on": goes_on, "kept": kept, "policy_kept_as": self._policy_kept_as(kept)}
-        return json.dumps(told)
+        policy_kept_as = self._policy_kept_as(kept)
+        networks = networks_of(self._config, policy_kept_as)
+        others = [name for name, network in networks.items() if self._is_another(name, network)]
+        if {"policy", "reference"} & {*others}:  # what their paths mean now decides anew
+            policy_kept_as, networks = "", networks_of(self._config)
+        dropped = {networks[name].kept_as for name in others}
+        return json.dumps(
+            {
+                "goes_on": goes_on,
+                "kept": [name for name in kept if name not in dropped],
+                "policy_kept_as": policy_kept_as,
+                "known": self._known_names({*networks}),
+            }
+        )
+
+    def _known_names(self, networks: set[str]) -> list[str]:
+        """Return the options whose paths are no settings: the run knows by content what each held,
+        or reads none of them, then and now. networks: the names of those that there are now."""
+        if self._recorded is None:
+            return []
+        pathed = {name for name, record in self._recorded.networks.items() if record.path}
+        then, now = pathed | {*self._recorded.data}, networks | {*files_of(self._config)}
+        return [name for name in names_of(type(self._config)) if (name in then) == (name in now)]
+
+    def _is_another(self, name: str, network: NamedNetwork) -> bool:
+        """Return whether an option now has another path, and another network is there: what the run
+        has kept is not what is meant. UserError where nothing is there."""
+        known = self._recorded and self._recorded.networks.get(name)
+        if not known or not known.path:  # of an identity without paths; config.json has them
+            return False
+        if Path(known.path).absolute() == network.path.absolute():
+            return False
+        if not network.path.exists():
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {network.path}: no such file or folder")
+        return newest_source(network.path, network.role)[1] != known.xxh3_128
 
     def _recalled(self) -> Identity | None:
         """Return the identity that the run's checkpoints have, None of before identities; say that
@@ -225,8 +260,7 @@ class Inputs:
         with self._naming(name):
             digest = digest_of_network(read_manifest(self._folder(name)), network.role)
         known = earlier.networks.get(name, NetworkRecord())
-        path = known.path or str(network.path)
-        return dataclasses.replace(known, path=path, xxh3_128=digest, kept=kept)
+        return dataclasses.replace(known, path=str(network.path), xxh3_128=digest, kept=kept)
 
     def _source_notes(self) -> list[str]:
         if not self.goes_on:

@@ -93,7 +93,9 @@ def proposal_lines(plans: list[Plan], default: StageConfig, count: int = 8) -> l
     """Return the first plans as a table: seconds of a step, memory, and the options that turn the
     recipe `default` into them."""
     if not plans:
-        return ["no layout fits: take more or larger GPUs, or let --residency park more"]
+        can_park = isinstance(default, PPOConfig)
+        parked = ", or --residency.optimizer host and the like" if can_park else ""
+        return [f"no layout fits: take more or larger GPUs{parked}"]
     step = plans[0].estimate.step_name
     lines = [f"{'s/' + step:>12}{'GB':>8}{'MFU':>6}{'dollars':>12}   options"]
     for found in plans[:count]:

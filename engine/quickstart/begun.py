@@ -1,14 +1,15 @@
 """What an earlier start has left in a quickstart's folder, and whether this one may go on with it.
 
     HOME/config.json    the settings it was begun with
-    HOME/stages.json    the seconds of each stage, whether it is finished, and the files' digests
+    HOME/stages.json    the seconds of each stage, whether it is finished, and the digests of the
+                        files that the stages were made from, and of those that came of them
 
 One folder has the result of one set of settings and files, or is refused.
 """
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ from engine.settings.saved import save_config
 
 # The folder of each stage, in their order; each is made from those before it, but ppo_ptx.
 FOLDERS = {"pretrain": "base", "sft": "sft", "rm": "rm", "ppo": "ppo", "ppo_ptx": "ppo_ptx"}
+_BEGIN_AGAIN = (
+    "; nobody knows what the stages here were made from: put a copy of the file back, remove the "
+    "folder to begin again, or give another --directory"
+)
 _FILES = ("data", "task")  # the quickstart's own two, and no stage's: files are known by content
 
 
@@ -40,6 +45,8 @@ class Begun:
     """Stages that need not run."""
     digests: dict[str, str] = field(default_factory=dict)
     """Of the files, by name: what the stages were made from."""
+    results: dict[str, str] = field(default_factory=dict)
+    """Digests of the files that came of the stages, by their names in the folder."""
 
     def check_files(self, files: Files) -> None:
         """Raise UserError, on every rank, where a file is another than this quickstart began with;
@@ -53,9 +60,11 @@ class Begun:
             }
             for name, digest in found.items():
                 if self.digests.get(name, digest) != digest:
+                    is_made = self.home in paths[name].parents
+                    remedy = "remove it, and it is made again" if is_made else "put it back"
                     raise UserError(
                         f"{paths[name]}: other content than that which {self.home} was begun with; "
-                        "put it back, or give another --directory"
+                        f"{remedy}, or give another --directory"
                     )
             return json.dumps(found)
 
@@ -75,6 +84,25 @@ class Begun:
             self._write()
         return result
 
+    def keep_results(self, names: Collection[str]) -> None:
+        """Remember the files that came of the stages, as they are now."""
+        if self.is_writer:
+            self.results = self._digests_of(names)
+            self._write()
+
+    def has_results(self, names: Collection[str]) -> bool:
+        """Return whether those files are as they were written, on the rank that asks; say which is
+        not."""
+        found = self._digests_of(names)
+        for name in names:
+            if name in found and found[name] != self.results.get(name):
+                say(f"{self.home / name}: changed or damaged; it is made again")
+        return all(name in found and found[name] == self.results.get(name) for name in names)
+
+    def _digests_of(self, names: Collection[str]) -> dict[str, str]:
+        paths = {name: self.home / name for name in names}
+        return {n: digest_of_file(path).xxh3_128 for n, path in paths.items() if path.exists()}
+
     def _write(self) -> None:
         if not self.is_writer:
             return
@@ -82,6 +110,7 @@ class Begun:
             "seconds": self.seconds,
             "finished": sorted(self.finished),
             "digests": self.digests,
+            "results": self.results,
         }
         with replacing(self.home / "stages.json") as stream:
             stream.write((json.dumps(record, indent=1) + "\n").encode())
@@ -100,6 +129,7 @@ def begin(config: QuickstartConfig, *, is_writer: bool) -> Begun:
         seconds=record["seconds"],
         finished=set(record["finished"]),
         digests=record["digests"],
+        results=record["results"],
     )
     if is_writer and begun.digests:
         for stage, folder in FOLDERS.items():
@@ -110,7 +140,7 @@ def begin(config: QuickstartConfig, *, is_writer: bool) -> Begun:
 def _look(config: QuickstartConfig) -> dict[str, Any]:
     """Return the record of the folder; where nothing has come of it yet, clear it and begin one."""
     home = config.directory
-    record: dict[str, Any] = {"seconds": {}, "finished": [], "digests": {}}
+    record: dict[str, Any] = {"seconds": {}, "finished": [], "digests": {}, "results": {}}
     if (home / "stages.json").exists():
         record |= _checked(home / "stages.json")
     steps = {stage: _newest(home / folder) for stage, folder in FOLDERS.items()}
@@ -140,7 +170,10 @@ def _look(config: QuickstartConfig) -> dict[str, Any]:
 def _check_settings(config: QuickstartConfig) -> None:
     # How long a stage is shapes those after it, which a stage by itself has not.
     path = config.directory / "config.json"
-    change = changed_setting(config, path, may_change=MANNER, passing_over=_FILES)
+    try:
+        change = changed_setting(config, path, may_change=MANNER, passing_over=_FILES)
+    except UserError as error:
+        raise UserError(f"{error}{_BEGIN_AGAIN}") from None
     if change is not None:
         raise UserError(
             f"{config.directory} is a quickstart with {change}; give another --directory, or "
@@ -149,18 +182,23 @@ def _check_settings(config: QuickstartConfig) -> None:
 
 
 def _checked(path: Path) -> dict[str, Any]:
-    record = read_object(path)
+    try:
+        record = read_object(path)
+    except UserError as error:
+        raise UserError(f"{error}{_BEGIN_AGAIN}") from None
     seconds, finished, digests = (record.get(n) for n in ("seconds", "finished", "digests"))
+    results = record.get("results", {})  # which earlier versions did not have
     is_sound = (
         isinstance(seconds, dict)
         and all(type(value) in (int, float) for value in seconds.values())
         and isinstance(finished, list)
         and all(isinstance(name, str) for name in finished)
         and isinstance(digests, dict)
+        and isinstance(results, dict)
     )
     if not is_sound:
-        raise UserError(f"{path}: not the record of a quickstart; remove the folder")
-    return {"seconds": seconds, "finished": finished, "digests": digests}
+        raise UserError(f"{path}: not the record of a quickstart{_BEGIN_AGAIN}")
+    return {"seconds": seconds, "finished": finished, "digests": digests, "results": results}
 
 
 def _newest(folder: Path) -> str:

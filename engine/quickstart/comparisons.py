@@ -19,7 +19,7 @@ def write_comparisons(config: QuickstartConfig, files: Files, finished: Finished
 
     Prompts whose completions all tie say nothing and are left out, as a labeler's ties are.
     """
-    if files.comparisons.exists():
+    if files.has_comparisons():
         return
     facts = fact_lists("prompts", config.num_compared, seed=config.seed + 1)
     num_completions = [4 + i % 6 for i in range(len(facts))]  # K, paper C.2

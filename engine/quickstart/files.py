@@ -7,7 +7,7 @@ from engine.data.demonstrations import read_demonstrations
 from engine.data.jsonl import check_text, read_records, required, write_jsonl
 from engine.data.tokenizer import train_sentencepiece
 from engine.errors import UserError
-from engine.quickstart.places import demonstrations, fact_lists, render_facts
+from engine.quickstart.places import Split, demonstrations, fact_lists, render_facts
 from engine.quickstart.python_text import python_documents, split_documents
 from engine.quickstart.settings import QuickstartConfig
 
@@ -24,6 +24,10 @@ class Files:
     prompts_valid: Path
     pretraining: Path
     pretraining_valid: Path
+
+    def has_comparisons(self) -> bool:
+        """Return whether both files of comparisons are there."""
+        return self.comparisons.exists() and self.comparisons_valid.exists()
 
 
 def find_files(config: QuickstartConfig) -> Files:
@@ -57,31 +61,38 @@ def write_tokenizer(config: QuickstartConfig, files: Files, path: Path) -> None:
     """Train a sentencepiece tokenizer on the files' training text, unless it is there."""
     if path.exists():
         return
-    records, _ = read_demonstrations(files.demonstrations)
+    records, _ = read_demonstrations(files.demonstrations, skip_option="")
     texts = [f"{record.prompt}\n{record.response}" for record in records]
     texts += read_records(
         files.pretraining,
         lambda record: check_text(required(record, "text"), "text"),
         skip_bad_lines=False,
+        skip_option="",  # not all that reads a quickstart's files skips lines
     )[0]
     train_sentencepiece(texts, path, vocab_size=config.vocab_size)
 
 
 def write_files(config: QuickstartConfig, files: Files) -> None:
-    """Write what the quickstart makes itself, except the comparisons, which need the SFT model."""
-    if files.pretraining_valid.exists():  # written last
-        return
+    """Write what is not there of what the quickstart makes itself, except the comparisons, which
+    need the SFT model."""
     seed = config.seed
-    for path, pairs in (
-        (files.demonstrations, demonstrations("train", config.num_demonstrations, seed=seed)),
-        (files.demonstrations_valid, demonstrations("valid", 200, seed=seed)),
-    ):
-        write_jsonl(path, [{"prompt": p, "response": r} for p, r in pairs])
-    for path, listed in (
-        (files.prompts, fact_lists("prompts", config.num_prompts, seed=seed + 2)),
-        (files.prompts_valid, fact_lists("valid", config.num_judged, seed=seed + 2)),
-    ):
-        write_jsonl(path, [{"prompt": render_facts(facts)} for facts in listed])
-    train, valid = split_documents(python_documents())
-    write_jsonl(files.pretraining, [{"text": text} for text in train])
-    write_jsonl(files.pretraining_valid, [{"text": text} for text in valid])
+    described: tuple[tuple[Path, Split, int], ...] = (
+        (files.demonstrations, "train", config.num_demonstrations),
+        (files.demonstrations_valid, "valid", 200),
+    )
+    for path, split, number in described:
+        if not path.exists():
+            pairs = demonstrations(split, number, seed=seed)
+            write_jsonl(path, [{"prompt": p, "response": r} for p, r in pairs])
+    asked: tuple[tuple[Path, Split, int], ...] = (
+        (files.prompts, "prompts", config.num_prompts),
+        (files.prompts_valid, "valid", config.num_judged),
+    )
+    for path, split, number in asked:
+        if not path.exists():
+            listed = fact_lists(split, number, seed=seed + 2)
+            write_jsonl(path, [{"prompt": render_facts(facts)} for facts in listed])
+    texts = (files.pretraining, files.pretraining_valid)
+    if not all(path.exists() for path in texts):
+        for path, documents in zip(texts, split_documents(python_documents()), strict=True):
+            write_jsonl(path, [{"text": text} for text in documents])

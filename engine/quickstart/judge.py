@@ -25,7 +25,8 @@ def judge_models(
 
     The judge is the scripted labeler where the prompts list facts, else the reward model.
     """
-    prompts = finished.fitting(read_prompts(files.prompts_valid)[0])[: config.num_judged]
+    read, _ = read_prompts(files.prompts_valid, skip_option="")  # the quickstart has none
+    prompts = finished.fitting(read)[: config.num_judged]
     init = finished.load("sft", "language")
     reward_model = finished.load("rm", "scalar")
     label = _labeler(config, files, prompts)

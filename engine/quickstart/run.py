@@ -4,14 +4,16 @@ Without files it makes its own data: the English of the installed Python, and in
 describe. A scripted labeler ranks what the SFT model itself wrote, as the paper's labelers did.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from engine.claim import holding_claims
+from engine.errors import UserError
 from engine.files import read_object, replacing
 from engine.metrics import read_metrics
 from engine.ppo import train as train_ppo
@@ -34,6 +36,8 @@ from engine.run import claim_for_all
 from engine.sft import train as train_sft
 from engine.stop import leaving_at_signals
 
+_RESULTS = ("summary.json", "report.html")
+
 
 @leaving_at_signals(leave_all)
 @holding_claims()
@@ -53,14 +57,15 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
 
     def do(stage: str, work: Callable[..., Any], settings: Callable[[], Any]) -> None:
         if stage not in begun.finished:
-            begun.run(stage, work, settings())
+            with _naming_the_options_of(stage):
+                begun.run(stage, work, settings())
 
     do("pretrain", train_sft, lambda: pretraining_stage(config, files))
     do("sft", train_sft, lambda: sft_stage(config, files))
     finished = FinishedStages(
         config.directory, parallel, config.numerics, config.ppo, seed=config.seed
     )
-    if config.data is None and not ("label" in begun.finished and files.comparisons.exists()):
+    if config.data is None and not ("label" in begun.finished and files.has_comparisons()):
         begun.run("label", write_comparisons, config, files, finished)
         begun.check_files(files)
     do("rm", train_rm, lambda: rm_stage(config, files))
@@ -69,21 +74,36 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     return _results(config, files, finished, begun)
 
 
+@contextlib.contextmanager
+def _naming_the_options_of(stage: str) -> Iterator[None]:
+    """Have a stage's error that names options say how the quickstart spells them."""
+    prefix = "ppo" if stage == "ppo_ptx" else stage
+    try:
+        yield
+    except UserError as error:
+        if "--" not in str(error):
+            raise
+        raise UserError(
+            f"{error}\n({stage}: those of its options that the quickstart does not have itself "
+            f"begin with --{prefix}. here)"
+        ) from None
+
+
 def _results(
     config: QuickstartConfig, files: Files, finished: FinishedStages, begun: Begun
 ) -> dict[str, Any]:
     """Judge the models, unless that is done, and return and print the summary."""
     home, is_writer = config.directory, finished.parallel.is_writer
-    paths = (home / "summary.json", home / "report.html")
     if "judge" in begun.finished and said_by_first_rank(
-        lambda: "there" if all(path.exists() for path in paths) else ""
+        lambda: "there" if begun.has_results(_RESULTS) else ""
     ):
-        summary = json.loads(said_by_first_rank(lambda: json.dumps(read_object(paths[0]))))
+        said = said_by_first_rank(lambda: json.dumps(read_object(home / _RESULTS[0])))
+        summary = json.loads(said)
     else:
         judged, samples = begun.run("judge", judge_models, config, files, finished)
-        accuracy = read_metrics(home / "rm")[-1]["valid/pair_accuracy"] if is_writer else None
+        accuracy = json.loads(said_by_first_rank(lambda: json.dumps(_pair_accuracy(home / "rm"))))
         summary = {
-            "rm_pair_accuracy": json.loads(said_by_first_rank(lambda: json.dumps(accuracy))),
+            "rm_pair_accuracy": accuracy,
             **judged,
             "seconds": begun.seconds,
             "seed": config.seed,
@@ -91,10 +111,23 @@ def _results(
         if is_writer:
             with LongWork("report", is_writer=True):
                 _write_results(home, summary, samples)
+            begun.keep_results(_RESULTS)
     if is_writer:
         open_console().print(summary_table(summary))
         say(f"report: {home / 'report.html'}")
     return summary
+
+
+def _pair_accuracy(folder: Path) -> float | None:
+    """Return the last share of held-out pairs that a reward model's run had right, None where its
+    metrics do not say."""
+    found = [row.get("valid/pair_accuracy") for row in _rows(folder)]
+    return next((value for value in reversed(found) if value is not None), None)
+
+
+def _rows(folder: Path) -> list[dict[str, float]]:
+    """Return the metrics of a finished stage, none where somebody has removed them."""
+    return read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
 
 
 def prepare_files(config: QuickstartConfig, parallel: Parallel) -> Files:
@@ -111,7 +144,7 @@ def prepare_files(config: QuickstartConfig, parallel: Parallel) -> Files:
 
 
 def _write_results(home: Path, summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-    with replacing(home / "summary.json") as stream:
+    with replacing(home / _RESULTS[0]) as stream:
         stream.write(json.dumps(summary, indent=1).encode())
-    curves = {stage: read_metrics(home / folder) for stage, folder in FOLDERS.items()}
-    write_report(home / "report.html", summary, curves, samples)
+    curves = {stage: _rows(home / folder) for stage, folder in FOLDERS.items()}
+    write_report(home / _RESULTS[1], summary, curves, samples)

@@ -45,7 +45,7 @@ def replay(config: ReplayConfig) -> None:
     case = read_case(folder)
     stage_config = config_in(folder, case)
     layout = config.layout or _layout(case, stage_config)
-    parallel = start_parallel(layout, stage_config.seed, config=config)
+    parallel = start_parallel(layout, stage_config.seed, config.waiting, config)
     _, damage = newest_whole([folder])
     if damage:
         raise UserError(damage)

@@ -82,6 +82,22 @@ def test_run_with_checkpoints_keeps_what_makes_it_the_run_it_is(tiny: Path, tmp_
     assert load_config(SFTConfig, tmp_path / "config.json") == faster
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"seed": 7'])
+def test_damaged_settings_of_a_run_have_a_remedy(text: str, tiny: Path, tmp_path: Path):
+    run = start(tiny / "policy", tmp_path)
+    config = SFTConfig(directory=tmp_path)
+    run.write_settings(config)
+    run.checkpoints.mkdir()
+    (run.checkpoints / "latest").write_text("step_00000001")
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="config.json: .*; put it back, or remove it: "):
+        run.write_settings(config)
+    path.unlink()
+    run.write_settings(config)
+    assert load_config(SFTConfig, path) == config
+
+
 def test_tokenizer_is_its_own_options_or_the_runs_it_starts_from(tiny: Path, tmp_path: Path):
     file, run = tiny / "tokenizer.json", tiny / "policy"
     assert tokenizer_path(file, run) == tokenizer_path(file, None) == file

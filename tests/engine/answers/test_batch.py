@@ -1,9 +1,11 @@
 import contextlib
 import dataclasses
+import shutil
 
 import pytest
 
 from engine.answers.answer import generate_text
+from engine.errors import UserError
 from engine.generation.generate import generate
 from engine.settings.generate import GenerateConfig
 from engine.settings.layout import ParallelLayout
@@ -23,6 +25,34 @@ def test_a_file_of_prompts_is_answered_in_order(run, tmp_path, capsys):
     assert all(1 <= a["tokens"] <= 6 and a["logprob"] < 0 for a in found)
     assert found[0]["response"] != found[1]["response"]
     assert "1 dropped for a long prompt" in capsys.readouterr().out
+
+
+def test_the_same_network_in_another_folder_goes_on_and_another_does_not(
+    run, tmp_path, monkeypatch, capsys
+):
+    settings = config(run / "policy", tmp_path, num_samples=2)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(2, patch)
+        generate_text(settings)
+    moved = shutil.copytree(run / "policy", tmp_path / "moved")
+    elsewhere = dataclasses.replace(settings, source=moved)
+    other = dataclasses.replace(settings, source=run / "reference")
+    with pytest.raises(UserError, match="has answers with weights .*/policy, not .*/policy; give"):
+        generate_text(other)
+    generate_text(elsewhere)
+    assert "2 of 4 answers are there already" in capsys.readouterr().out
+    generate_text(settings)
+    assert "finished, 4 answers" in capsys.readouterr().out
+    with pytest.raises(UserError, match="has answers with weights .*/policy, not .*/policy; give"):
+        generate_text(other)
+
+
+def test_a_bad_line_names_the_option_that_skips_it_here(run, tmp_path):
+    settings = config(run / "policy", tmp_path)
+    with settings.prompts.open("a") as stream:
+        stream.write("{}\n")
+    with pytest.raises(UserError, match="jsonl:4: .*\ncorrect the line, or pass --skip-bad-lines$"):
+        generate_text(settings)
 
 
 @pytest.mark.slow

@@ -263,15 +263,35 @@ def test_checkpoints_are_kept_by_rule(parallel: Parallel, tmp_path: Path, capsys
     ]
     assert capsys.readouterr().err == ""
     run.save(7, {"metrics": {"train/loss": 1.0}})
-    run.save(8, {"metrics": {"train/loss": 1.0}})  # said once
+    run.save(8, {"metrics": {"train/loss": 1.0, "train/lr": 1.0}})  # said once
     run.boundary(9, is_last=False)
     (said,) = capsys.readouterr().err.splitlines()
-    assert "kept by valid/loss, which not every step that is saved has: give an --eval" in said
+    assert "kept by valid/loss, a metric which not every step that is saved has" in said
     assert {p.name for p in steps_in(tmp_path)} == {
         "step_00000003",
         "step_00000004",
         "step_00000008",
     }
+
+
+def test_metrics_that_no_step_has_are_said_at_the_first_save(
+    parallel: Parallel, tmp_path: Path, capsys, monkeypatch
+):
+    monkeypatch.setattr(whole, "_said", set())  # said once a process, which other tests share
+    run = checkpointer_of(random_network("language", parallel), tmp_path)
+    saving = SaveConfig(keep_lowest="valid/los", keep_highest="train/tokns")
+    run = dataclasses.replace(run, saving=saving)
+    metrics = {"train/loss": 1.0, "train/tokens": 9, "valid/loss": 2.0}
+    with run:
+        run.save(1, {"metrics": metrics})
+    train, valid = sorted(capsys.readouterr().err.splitlines())
+    assert "kept by train/tokns, " in train
+    assert "this one has train/tokens, train/loss, valid/loss: name one of these" in train
+    assert "kept by valid/los, " in valid
+    assert "this one has valid/loss, train/loss, train/tokens: name one of these" in valid
+    with run:
+        run.save(2, {"metrics": metrics})
+    assert capsys.readouterr().err == ""
 
 
 def test_damaged_checkpoint_that_was_passed_over_makes_room(parallel: Parallel, tmp_path: Path):

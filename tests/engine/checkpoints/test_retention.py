@@ -47,9 +47,12 @@ def test_value_that_is_no_finite_number_rates_nothing():
 
 def test_metrics_that_checkpoints_are_kept_by_and_a_new_one_lacks():
     retention = Retention(last=1, lowest="a/b", highest="c/d")
-    assert retention.missing({"c/d": 1.0}) == ["a/b"]
-    assert retention.missing({"a/b": math.nan, "c/d": 1.0}) == []
-    assert Retention(last=1).missing({}) == []
+    (said,) = retention.missing({"c/d": 1.0, "a/c": 1.0}).values()
+    assert "by a/b, " in said and "this one has a/c, c/d: name" in said
+    assert [*retention.missing({})] == ["a/b", "c/d"]
+    assert "this one has none" in retention.missing({})["a/b"]
+    assert retention.missing({"a/b": math.nan, "c/d": 1.0}) == {}
+    assert Retention(last=1).missing({}) == {}
 
 
 def test_name_says_the_step():

@@ -8,11 +8,14 @@ from engine.data.jsonl import ReadReport, check_text, read_records, required
 from engine.errors import UserError
 
 
-def read_texts(path: Path, *, skip_bad_lines: bool = False) -> tuple[list[str], ReadReport]:
+def read_texts(
+    path: Path, *, skip_bad_lines: bool = False, **named: str
+) -> tuple[list[str], ReadReport]:
     return read_records(
         path,
         lambda record: check_text(required(record, "text"), "text"),
         skip_bad_lines=skip_bad_lines,
+        **named,
     )
 
 
@@ -108,3 +111,11 @@ def test_a_line_that_takes_all_memory_is_bad(
     monkeypatch.setattr("engine.data.jsonl.json.loads", takes_all)
     with pytest.raises(UserError, match=r"wide\.jsonl:1: as JSON it takes more memory"):
         read_texts(path)
+
+
+@pytest.mark.parametrize(("option", "advice"), [("--skip", ", or pass --skip"), ("", "")])
+def test_advice_names_the_commands_own_option(tmp_path: Path, option: str, advice: str) -> None:
+    (tmp_path / "some.jsonl").write_text("{}")
+    with pytest.raises(UserError) as error:
+        read_texts(tmp_path / "some.jsonl", skip_option=option)
+    assert str(error.value).endswith(f"\ncorrect the line{advice}")

@@ -355,15 +355,6 @@ def test_no_name_lets_another_tokenizer_pass(files: Path):
     assert identity_of(files / "run")["accepted"] == []
 
 
-def test_setting_that_changed_is_said_before_what_it_names(files: Path):
-    config = small_ppo(files, files / "run")
-    train(config)
-    for change in ({"policy": files / "reference"}, {"reward_model": files / "policy"}):
-        said = refusal(dataclasses.replace(config, **change))
-        (name,) = change
-        assert f"is a run with {name} {files / name}, not {change[name]}" in said
-
-
 def test_data_that_is_written_to_while_the_stage_loads_is_refused(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -111,6 +112,15 @@ def test_files_of_another_content_are_refused_by_name(config):
     begin(config, is_writer=True).check_files(find_files(config))
 
 
+def test_files_may_lie_elsewhere_but_not_be_given_in_place_of_made_ones(config):
+    begun_with(config, "pretrain")
+    elsewhere = Path(shutil.copytree(config.data, config.data.with_name("moved")))
+    moved = dataclasses.replace(config, data=elsewhere)
+    begin(moved, is_writer=True).check_files(find_files(moved))
+    with pytest.raises(UserError, match=f"is a quickstart with data {elsewhere}, not None; give"):
+        begin(dataclasses.replace(config, data=None), is_writer=True)
+
+
 def test_stages_that_were_made_from_one_that_is_gone_are_refused(config):
     begun_with(config, "pretrain", "sft", "rm")
     (config.directory / "sft/checkpoints/latest").unlink()
@@ -127,8 +137,51 @@ def test_stages_without_a_record_are_refused(config):
 @pytest.mark.parametrize("text", ["[]", "{}", "", '{"seconds": {"a": "b"}}', "\0"])
 def test_a_damaged_record_is_named(config, text):
     (config.directory / "stages.json").write_text(text)
-    with pytest.raises(UserError, match="stages.json"):
+    with pytest.raises(UserError, match="stages.json.*; nobody knows .* give another --directory$"):
         begin(config, is_writer=True)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"seed": ', None])
+def test_damaged_settings_have_a_remedy(config, text):
+    begun_with(config, "pretrain")
+    (config.directory / "config.json").unlink()
+    if text is not None:
+        (config.directory / "config.json").write_text(text)
+    with pytest.raises(
+        UserError, match="config.json.*; nobody knows .* remove the folder to begin"
+    ):
+        begin(config, is_writer=True)
+
+
+def test_a_made_file_of_another_content_can_be_removed(config):
+    tokenizer = config.directory / "tokenizer.model"
+    tokenizer.write_text("whole")
+    begun = begun_with(dataclasses.replace(config, vocab_size=400))
+    tokenizer.write_text("who")
+    begun.digests["tokenizer"] = "of the whole one"
+    with pytest.raises(UserError, match="tokenizer.model: .* remove it, and it is made again, or "):
+        begun.check_files(find_files(config))
+
+
+def test_results_are_there_while_they_are_as_they_were_written(config, capsys):
+    names = ("summary.json", "report.html")
+    begun = begun_with(config)
+    assert not begun.has_results(names)
+    for name in names:
+        (config.directory / name).write_text("{}")
+    begun.keep_results(names)
+    again = begin(config, is_writer=True)
+    assert again.has_results(names)
+    capsys.readouterr()
+    for name, damage in (("summary.json", '{"a'), ("report.html", "")):
+        path = config.directory / name
+        path.write_text(damage)
+        assert not again.has_results(names)
+        assert f"{path}: changed or damaged; it is made again" in capsys.readouterr().out
+        path.write_text("{}")
+    assert again.has_results(names)
+    (config.directory / "report.html").unlink()
+    assert not again.has_results(names)
 
 
 def test_a_stage_that_runs_again_is_judged_again(config):
@@ -170,3 +223,12 @@ def test_a_finished_quickstart_prints_what_it_found_and_its_seconds_stay(config,
     summary = json.loads((config.directory / "summary.json").read_text())
     assert summary["seconds"] == first["seconds"]
     assert {path: path.stat().st_mtime_ns for path in written} == written
+    whole = (config.directory / "summary.json").read_bytes()
+    (config.directory / "summary.json").write_bytes(whole[: len(whole) // 2])
+    metrics = config.directory / "rm" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 99')
+    again = run(config)
+    assert "summary.json: changed or damaged" in capsys.readouterr().out
+    for summary in (again, first):
+        summary.pop("seconds")
+    assert json.loads(json.dumps(again)) == json.loads(json.dumps(first))

@@ -20,6 +20,16 @@ def test_files_of_another_task_are_not_taken(tmp_path: Path):
         find_files(tiny_config(tmp_path / "run", data, task="chat"))
 
 
+def test_comparisons_are_there_with_both_of_their_files(tmp_path: Path):
+    files = find_files(tiny_config(tmp_path / "run", data_folder(tmp_path / "data")))
+    assert files.has_comparisons()
+    for path in (files.comparisons, files.comparisons_valid):
+        text = path.read_text()
+        path.unlink()
+        assert not files.has_comparisons()
+        path.write_text(text)
+
+
 def test_a_bad_line_of_pretraining_text_is_named_by_the_tokenizers_training(tmp_path: Path):
     config = tiny_config(tmp_path / "run", data_folder(tmp_path / "data"))
     files = find_files(config)

@@ -11,7 +11,7 @@ from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 from engine.quickstart.files import find_files
 from engine.quickstart.places import render_facts
-from engine.quickstart.run import prepare_files, run
+from engine.quickstart.run import _naming_the_options_of, _pair_accuracy, prepare_files, run
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.stop import EXIT_STATUS
@@ -65,6 +65,38 @@ def test_a_second_quickstart_is_refused_before_any_work(tmp_path: Path):
             run(tiny_config(home, data_folder(tmp_path / "data")))
     assert sorted(path.name for path in home.iterdir()) == [".lock", "data"]
     assert killed.exists()
+
+
+@pytest.mark.parametrize(("stage", "prefix"), [("rm", "rm"), ("ppo_ptx", "ppo")])
+def test_a_stages_error_says_how_its_options_are_spelled_here(stage: str, prefix: str):
+    said = f"x --data.valid\n\\({stage}: .* the quickstart does not have .* --{prefix}. here\\)$"
+    with pytest.raises(UserError, match=said), _naming_the_options_of(stage):
+        raise UserError("x --data.valid")
+    with pytest.raises(UserError, match=r"^no option$"), _naming_the_options_of(stage):
+        raise UserError("no option")
+
+
+def test_made_files_that_somebody_has_removed_are_made_again_the_same(tmp_path: Path):
+    config = tiny_config(tmp_path / "run", None, num_prompts=9)
+    parallel = start_parallel(ParallelLayout(), seed=0)
+    files = prepare_files(config, parallel)
+    tokenizer = config.directory / "tokenizer.model"
+    made = {p: p.read_bytes() for p in (*config.directory.glob("data/*.jsonl"), tokenizer)}
+    assert len(made) == 7
+    for path in (files.demonstrations, files.prompts_valid, files.pretraining, tokenizer):
+        path.unlink()
+    untouched = files.prompts.stat().st_mtime_ns
+    prepare_files(config, parallel)
+    assert {path: path.read_bytes() for path in made} == made
+    assert files.prompts.stat().st_mtime_ns == untouched
+
+
+def test_accuracy_is_the_last_that_the_metrics_say(tmp_path: Path):
+    assert _pair_accuracy(tmp_path) is None
+    rows = [{"step": 0, "valid/pair_accuracy": 0.5}, {"step": 1, "valid/pair_accuracy": 0.75}]
+    lines = [json.dumps(row) + "\n" for row in (*rows, {"step": 2, "train/loss": 1.0})]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 3, "val')
+    assert _pair_accuracy(tmp_path) == 0.75
 
 
 def test_given_files_stay_as_they_are_and_a_tokenizer_comes_of_them(tmp_path: Path):
