@@ -214,8 +214,8 @@ def assert_as_documented(end: End, blow: Blow) -> None:
     said = f"{blow}\n{end}"
     assert end.num_left == 0, said
     asks = len(blow.signals) == 1 and blow.signals[0] in SIGNALS
-    # Signals are not yet noted, or no more.
-    is_outside = bool({"start", "over"} & set(end.phases))
+    # Signals are not yet noted, or no more; "": the process has only just begun.
+    is_outside = bool({"", "start", "over"} & set(end.phases))
     if asks and not is_outside:
         assert end.ended_alone, said
         assert set(end.codes) in ({0}, {EXIT_STATUS}), said

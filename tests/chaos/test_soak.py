@@ -1,6 +1,7 @@
 """Long runs take no more at their end than near their beginning: memory, descriptors, threads and
 disk. Each is a process of its own, which looks at itself as it trains."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -90,7 +91,8 @@ def bytes_beneath(folder: Path, without: set[Path]) -> int:
     total = 0
     for path in folder.iterdir():
         if path not in without:
-            total += bytes_beneath(path, without) if path.is_dir() else path.stat().st_size
+            with contextlib.suppress(FileNotFoundError):  # it was written, and has its name now
+                total += bytes_beneath(path, without) if path.is_dir() else path.stat().st_size
     return total
 
 
@@ -153,7 +155,8 @@ def test_a_long_run_takes_no_more_at_its_end(
     print(json.dumps(record))  # what a long run is read for (pytest -s)
 
     assert len(read_metrics(run)) == last >= num_steps
-    assert [alarm for alarm in alarms if alarm["name"] != "repeated"] == []  # so few records
+    # There are so few records, and it looks at them so often.
+    assert {alarm["name"] for alarm in alarms} <= {"repeated", "few_held_out", "evaluation"}
     bound = max(SETTLING_MIB * 1024, KIB_A_STEP * (last - later[0]["step"]))
     assert grown["rss_bytes"] / 1024 * (last - later[0]["step"]) < bound
     assert abs(grown["other_bytes"]) < 1.0

@@ -92,7 +92,9 @@ def test_steps_are_listed_newest_first(tmp_path: Path):
     assert steps_in(tmp_path / "nowhere") == []
 
 
-@pytest.mark.parametrize("content", ["step_00000002", "step_00000002\n", " step_00000002 \r\n"])
+@pytest.mark.parametrize(
+    "content", ["step_00000002", "step_00000002\n", " step_00000002 \r\n", "step_2"]
+)
 def test_pointer_names_a_checkpoint_beside_it(content: str, tmp_path: Path):
     (tmp_path / "step_00000002").mkdir()
     (tmp_path / "latest").write_text(content)
@@ -101,7 +103,7 @@ def test_pointer_names_a_checkpoint_beside_it(content: str, tmp_path: Path):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "\0", "..", "../step_00000002", "/tmp/step_00000002", "step_00000002/policy", "step_2"]
+    ["", "\0", "..", "../step_00000002", "/tmp/step_00000002", "step_00000002/policy", "step_x2"]
     + ["step_00000002\nstep_00000003", "STEP_00000002", "step_٠٠٠٠٠٠٠٢", "x" * 10**6],
 )
 def test_pointer_to_anything_else_is_damage(content: str, tmp_path: Path):
