@@ -89,9 +89,16 @@ def start(
         [*launcher, *command],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (environment or {}),
+        preexec_fn=heed_signals,
         **({"stdout": out.open("wb"), "stderr": err.open("wb")} | options),  # type: ignore[call-overload]
     )
     return Started(process, out, err)
+
+
+def heed_signals() -> None:
+    """Have this process heed what whoever runs the tests ignores, as with nohup or behind "&"."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def start_ranks(command: list[str], folder: Path, port: int, ranks: Iterable[int] = (0, 1)) -> dict:
