@@ -154,7 +154,8 @@ def test_a_long_run_takes_no_more_at_its_end(
         append_line(Path(pytestconfig.getoption("--record")), json.dumps(record))
     print(json.dumps(record))  # what a long run is read for (pytest -s)
 
-    assert len(read_metrics(run)) == last >= num_steps
+    num_rows = len(read_metrics(run))
+    assert num_rows >= num_steps and 0 <= num_rows - last < max(1, num_rows // LOOKS)
     # There are so few records, and it looks at them so often.
     assert {alarm["name"] for alarm in alarms} <= {"repeated", "few_held_out", "evaluation"}
     bound = max(SETTLING_MIB * 1024, KIB_A_STEP * (last - later[0]["step"]))
