@@ -165,7 +165,8 @@ def test_a_long_run_takes_no_more_at_its_end(
     middle = len(later) // 2
     for name in ("num_descriptors", "num_threads"):
         values = [look[name] for look in later]
-        assert np.median(values[middle:]) <= np.median(values[:middle])
+        # One more where more of the looks fell into a save; what leaks leaks many times.
+        assert np.median(values[middle:]) <= np.median(values[:middle]) + 1
         assert max(values) <= min(values) + SAVING_NOW
     # Two that are the last, one that was the best, and those of every quarter.
     assert (
