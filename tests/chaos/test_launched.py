@@ -48,13 +48,18 @@ class Launched:
         that took."""
         start = time.monotonic()
         while [process for process in self.processes() if process != halted]:
-            assert time.monotonic() < start + seconds, [p.cmdline() for p in self.processes()]
+            assert time.monotonic() < start + seconds, self.left()
             time.sleep(0.2)
         took = time.monotonic() - start
         if halted is not None and halted.is_running():
             halted.kill()
         self.process.wait()
         return took
+
+    def left(self) -> str:
+        """Return in words who lives, in which state, and what was said last."""
+        lines = [f"{p.pid} {p.status()} {' '.join(p.cmdline())[:120]}" for p in self.processes()]
+        return "\n".join(["", *lines, self.output.read_text()[-3000:]])
 
 
 def launch(case: Case, directory: Path) -> Launched:
@@ -97,53 +102,57 @@ def test_struck_launches_leave_nobody_behind_and_lose_nothing(
     case = prepared(name, tiny, tmp_path, pytestconfig.getoption("--chaos-seed"))
     draw: random.Random = case.draw
     directory, whole_seconds = tmp_path / "run", 0.0
-    for number in range(max(1, pytestconfig.getoption("--chaos") // 30)):
-        run = launch(case, directory)
-        launched.append(run)
-        time.sleep(draw.uniform(0.5, whole_seconds or 14.0))
-        there = run.processes()
-        if not there:
-            assert run.process.wait() == 0, run.output.read_text()[-3000:]
-        elif name.endswith("1"):
-            strike = draw.choice([signal.SIGKILL, *SIGNALS])
-            run.process.send_signal(strike)
-            run.wait_for_all(MOST_SECONDS)
-            # Before the recipe notes signals, Python dies of them.
-            ends = (0, EXIT_STATUS, -strike, 130)
-            assert run.process.returncode in ends, run.output.read_text()[-3000:]
-            case.kinds[strike.name] += 1
-        else:
-            took, kind = strike_one(run, there, draw)
-            case.seen["most_seconds"] = max(case.seen["most_seconds"], int(took))
-            case.kinds[kind] += 1
-        case.phases["any moment of a launch"] += 1
-        if number % 3 == 2:
+    try:
+        for number in range(max(1, pytestconfig.getoption("--chaos") // 30)):
+            run = launch(case, directory)
+            launched.append(run)
+            time.sleep(draw.uniform(0.5, whole_seconds or 14.0))
+            strike_launch(case, run)
+            case.phases["any moment of a launch"] += 1
+            if number % 3 == 2:
+                case.seen["ends_compared"] += 1
+                whole_seconds = finish(case, launched, directory)
+                subprocess.run(["rm", "-rf", directory], check=True)
+        if directory.exists() or not case.seen["ends_compared"]:
             case.seen["ends_compared"] += 1
-            whole_seconds = finish(case, launched, directory)
-            subprocess.run(["rm", "-rf", directory], check=True)
-    if directory.exists() or not case.seen["ends_compared"]:
-        case.seen["ends_compared"] += 1
-        finish(case, launched, directory)
-    case.record(pytestconfig.getoption("--record"), time.monotonic() - start)
+            finish(case, launched, directory)
+    finally:
+        case.record(pytestconfig.getoption("--record"), time.monotonic() - start)
 
 
-def strike_one(
-    run: Launched, there: list[psutil.Process], draw: random.Random
-) -> tuple[float, str]:
-    """Strike torchrun, or a rank where there is one; return the seconds until all had ended, and
-    what was done."""
+def strike_launch(case: Case, run: Launched) -> None:
+    """Strike what there is of a launch, and see that it ends in time with nobody left."""
+    there, draw = run.processes(), case.draw
+    if not there:
+        assert run.process.wait() == 0, run.output.read_text()[-3000:]
+    elif case.num_ranks == 1:
+        strike = draw.choice([signal.SIGKILL, *SIGNALS])
+        case.kinds[strike.name] += 1
+        run.process.send_signal(strike)
+        run.wait_for_all(MOST_SECONDS)
+        # Before the recipe notes signals, Python dies of them.
+        ends = (0, EXIT_STATUS, -strike, 130)
+        assert run.process.returncode in ends, run.output.read_text()[-3000:]
+    else:
+        strike_one(case, run, there)
+
+
+def strike_one(case: Case, run: Launched, there: list[psutil.Process]) -> None:
+    """Strike torchrun, or a rank where there is one, and see all of them end."""
     agent, *ranks = there
+    draw = case.draw
     if ranks and draw.random() < 0.4:
         halts = draw.random() < 0.3
         struck, strike = draw.choice(ranks), signal.SIGSTOP if halts else signal.SIGKILL
     else:
         struck = agent
         strike = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP, *SIGNALS))
+    case.kinds[f"{strike.name} to {'the agent' if struck == agent else 'a rank under it'}"] += 1
     struck.send_signal(strike)
     # A rank that is halted is killed by the agent, which nobody ends where it is halted itself.
     is_lasting = struck == agent and strike == signal.SIGSTOP
     took = run.wait_for_all(MOST_SECONDS, agent if is_lasting else None)
-    return took, f"{strike.name} to {'the agent' if struck == agent else 'a rank under an agent'}"
+    case.seen["most_seconds"] = max(case.seen["most_seconds"], int(took))
 
 
 def finish(case: Case, launched: list[Launched], directory: Path) -> float:
