@@ -76,9 +76,19 @@ class Run:
         return self.directory / MARK
 
     def count(self, name: str, found: ReadReport | LengthReport) -> None:
-        """Note how reading the file of an option went, or how much of it was within the limits."""
+        """Note how reading the file of an option went, or how much of it was within the limits; all
+        ranks call together.
+
+        Each rank reads the files for itself. UserError on one whose file is another than the first
+        rank's: they would train together on batches of neither.
+        """
         counts = self.counts.setdefault(name, {})
         if isinstance(found, ReadReport):
+            if said_by_first_rank(lambda: found.xxh3_128) != found.xxh3_128:
+                raise UserError(
+                    f"--{name.replace('_', '-')}: rank {dist.get_rank()} reads another file there "
+                    "than the first rank; have all nodes see the same files"
+                )
             counts |= {"records": found.num_read, "skipped": found.num_bad}
             return
         dropped = found.num_long_prompts + found.num_long_sequences
@@ -154,8 +164,8 @@ class Run:
         change = said_by_first_rank(compare)
         if change:
             raise UserError(
-                f"{self.directory} is a run with {change}; give another --directory,\nor change "
-                f"{path} to go on with the new value"
+                f"{self.directory} is a run with {change}; give another --directory,\ngo on with "
+                f"the value that it had, or change {path} to go on with the new one"
             )
 
 

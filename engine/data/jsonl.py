@@ -3,9 +3,11 @@
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+import xxhash
 
 from engine.errors import UserError, named
 from engine.files import MAX_SHOWN_PATH, read_lines, replacing
@@ -36,6 +38,8 @@ class ReadReport:
     """Bad lines that were skipped; 0 unless skip_bad_lines."""
     first_errors: tuple[str, ...]
     """What was wrong with the first few bad lines."""
+    xxh3_128: str = field(default="", compare=False)
+    """Of the file's lines as they were read; "" where one rank reads for all."""
 
     def __str__(self) -> str:
         if not self.num_bad:
@@ -69,6 +73,7 @@ class RecordReader(Generic[_Record]):
         self._num_read = 0
         self._num_bad = 0
         self._first_errors: list[str] = []
+        self._digest = xxhash.xxh3_128()
 
     def __iter__(self) -> Iterator[_Record]:
         for number, line in read_lines(self.path, self._reached):
@@ -77,6 +82,7 @@ class RecordReader(Generic[_Record]):
             line = line.rstrip()
             if not line:
                 continue
+            self._digest.update(line + b"\n")
             try:
                 record = self._parse(_parse_object(line))
             except BadRecord as error:
@@ -93,6 +99,7 @@ class RecordReader(Generic[_Record]):
             num_read=self._num_read,
             num_bad=self._num_bad,
             first_errors=tuple(self._first_errors),
+            xxh3_128=self._digest.hexdigest(),
         )
 
     def _reached(self, share: float) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from engine import run as run_module
 from engine import stop
 from engine.data.pretraining import make_token_file
+from engine.data.prompts import read_prompts
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 from engine.ranks.start import start_parallel
@@ -122,6 +123,30 @@ def read_text(files: Path, directory: Path) -> tuple[int, list[int], str]:
         with pytest.raises(UserError) as error:
             run.token_file(directory / "bad.jsonl", skip_bad_lines=False)
     return len(sources), found.tokens.tolist(), str(error.value)
+
+
+def read_prompts_of_this_rank(files: Path, directory: Path) -> str:
+    """Return what a rank says of prompts that are in another order on the second rank."""
+    run = start(files / "policy", directory)
+    prompts = directory / f"prompts_{dist.get_rank()}.jsonl"
+    lines = [{"prompt": text} for text in ("a", "b", "c")]
+    write_lines(prompts, lines[:: -1 if dist.get_rank() else 1])
+    same, report = read_prompts(files / "prompts.jsonl")
+    run.count("data.valid", report)
+    assert len(same) == run.counts["data.valid"]["records"]
+    try:
+        run.count("data.prompts", read_prompts(prompts)[1])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_read_unlike_files_are_an_error_that_names_option_and_rank(
+    tiny: Path, tmp_path: Path
+):
+    first, second = run_ranks(read_prompts_of_this_rank, 2, tiny, tmp_path)
+    assert first == ""
+    assert second.startswith("--data.prompts: rank 1 reads another file there than the first rank")
 
 
 def test_one_rank_reads_pretraining_text_for_all(tiny: Path, tmp_path: Path):
