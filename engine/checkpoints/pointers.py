@@ -28,7 +28,7 @@ def pointed_checkpoint(pointer: Path) -> Path:
             content = stream.read(_POINTER_BYTES)
     except OSError as error:
         raise UserError(f"{pointer}: cannot be read: {error.strerror}") from None
-    name = content.decode(errors="replace").strip()
+    name = content.decode(errors="replace").strip().removesuffix("/")  # as a shell completes it
     if by_hand := _BY_HAND.fullmatch(name):
         name = step_name(int(by_hand[1]))
     if not _CHECKPOINT.fullmatch(name):

@@ -93,7 +93,7 @@ def test_steps_are_listed_newest_first(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "content", ["step_00000002", "step_00000002\n", " step_00000002 \r\n", "step_2"]
+    "content", ["step_00000002", "step_00000002\n", " step_00000002 \r\n", "step_2", "step_2/\n"]
 )
 def test_pointer_names_a_checkpoint_beside_it(content: str, tmp_path: Path):
     (tmp_path / "step_00000002").mkdir()
