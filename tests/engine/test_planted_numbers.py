@@ -106,6 +106,29 @@ def test_a_few_such_iterations_in_a_row_end_the_run_also_over_a_resume(
     assert progress_of(tmp_path)["step"] == 4
 
 
+def test_checkpoints_of_before_a_row_of_such_iterations_stay_also_over_a_resume(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def kept() -> list[int]:
+        return sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").glob("step_*"))
+
+    adam = dataclasses.replace(STUCK, max_skipped_steps=3)
+    config = ppo_config(
+        tiny, tmp_path, iterations=6, saving=EVERY_STEP, adam=adam, critic_adam=adam
+    )
+    with monkeypatch.context() as patch:
+        spoil_scores(patch, "values", [2, 3], math.nan)
+        train_until(config, 4)
+    assert kept() == [1, 2, 3, 4]
+    with monkeypatch.context() as patch:
+        spoil_scores(patch, "values", [0], math.nan)
+        with pytest.raises(UserError, match="beside it: .*step_00000002, step_00000001"):
+            train(config)
+    assert kept() == [1, 2, 3, 4]
+    train(config)
+    assert kept() == [5, 6]
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_a_reward_model_of_huge_weights_ends_in_words(dtype: str, tiny: Path, tmp_path: Path):
     said = stuck_run("ppo", tiny, tmp_path, dtype)
