@@ -58,7 +58,7 @@ config = QuickstartConfig(
         data=PPOData(pretraining_tokens=128, num_valid=64),
         sampling=SamplingConfig(max_new_tokens=64, num_slots=256),
         iterations=60,
-        eval_every=15,  # a look takes the time of three quarters of an iteration
+        eval_every=15,  # a look takes half an iteration's time, or all of it
         rollout_batch_size=64,
         minibatch_size=32,
         micro_batch_tokens=4096,
