@@ -31,6 +31,9 @@ class Launched:
     process: subprocess.Popen
     mark: str
     output: Path
+    directory: Path
+    whole: Path
+    """That of an undisturbed run."""
 
     def processes(self) -> list[psutil.Process]:
         """All that live, the launcher first."""
@@ -56,6 +59,18 @@ class Launched:
         self.process.wait()
         return took
 
+    def is_left_to(self, agent: psutil.Process, halted: psutil.Process) -> bool:
+        """Return whether the other ranks come to the run's end, its last step saved, and leave a
+        halted one to an agent that waits for it: nobody is there to miss it."""
+        last = time.monotonic() + 10.0  # no rank that waits for another ends so soon
+        while {*self.processes()} - {agent, halted}:
+            if time.monotonic() > last:
+                return False
+            time.sleep(0.2)
+        saved = [folder / "checkpoints/latest" for folder in (self.directory, self.whole)]
+        is_over = saved[0].exists() and saved[0].read_text() == saved[1].read_text()
+        return is_over and halted.is_running()
+
     def left(self) -> str:
         """Return in words who lives, in which state, and what was said last."""
         lines = [f"{p.pid} {p.status()} {' '.join(p.cmdline())[:120]}" for p in self.processes()]
@@ -78,7 +93,9 @@ def launch(case: Case, directory: Path) -> Launched:
             stderr=stream,
             start_new_session=True,
         )
-    return Launched(process=process, mark=mark, output=output)
+    return Launched(
+        process=process, mark=mark, output=output, directory=directory, whole=case.whole
+    )
 
 
 @pytest.fixture
@@ -151,6 +168,9 @@ def strike_one(case: Case, run: Launched, there: list[psutil.Process]) -> None:
     struck.send_signal(strike)
     # A rank that is halted is killed by the agent, which nobody ends where it is halted itself.
     is_lasting = struck == agent and strike == signal.SIGSTOP
+    if struck != agent and strike == signal.SIGSTOP and run.is_left_to(agent, struck):
+        case.seen["halted after the others' end"] += 1
+        struck.kill()
     took = run.wait_for_all(MOST_SECONDS, agent if is_lasting else None)
     case.seen["most_seconds"] = max(case.seen["most_seconds"], int(took))
 
