@@ -97,7 +97,9 @@ def transformer_config(
         # it is handed F.gelu; without the fusion the approximation has to be asked for.
         activation_func=F.gelu if fuses_elementwise else gelu,
         bias_activation_fusion=fuses_elementwise,
-        bias_dropout_fusion=fuses_elementwise,
+        # Its gradient of the bias is a sum, whose order its compiler takes from the first length it
+        # meets: a resumed run meets another one first.
+        bias_dropout_fusion=fuses_elementwise and not arithmetic.deterministic,
         masked_softmax_fusion=False,
         init_method_std=0.02,
         tensor_model_parallel_size=degrees.tp,

@@ -41,6 +41,8 @@ WORDS = ["the", "mill", "is", "a", "cheap", "pub", "near", "the", "river", "and"
 # attention's key biases, of a ranking loss's bias), which Adam scales up to whole steps.
 ADAM = AdamConfig(lr=1e-3, epsilon=1e-6)
 EVERY_STEP = SaveConfig(save_every=1)
+# So that runs on a GPU can be compared to the last bit, as those on a CPU are.
+NUMERICS = Numerics(deterministic=torch.cuda.is_available())
 ROLES = {"policy": "language", "reference": "language", "reward_model": "scalar"}
 
 
@@ -141,6 +143,7 @@ def sft_config(files: Path, directory: Path, **changes: Any) -> SFTConfig:
         batch_size=8,
         micro_batch_tokens=96,
         adam=ADAM,
+        numerics=NUMERICS,
         dropout=0.0,
     )
     return dataclasses.replace(config, **changes)
@@ -161,6 +164,7 @@ def rm_config(files: Path, directory: Path, **changes: Any) -> RMConfig:
         batch_size=6,
         micro_batch_tokens=256,
         adam=ADAM,
+        numerics=NUMERICS,
     )
     return dataclasses.replace(config, **changes)
 
@@ -191,6 +195,7 @@ def ppo_config(files: Path, directory: Path, **changes: Any) -> PPOConfig:
         ptx_examples_per_episode=1,
         adam=dataclasses.replace(ADAM, schedule="constant"),
         critic_adam=dataclasses.replace(ADAM, schedule="constant"),
+        numerics=NUMERICS,
     )
     return dataclasses.replace(config, **changes)
 
@@ -238,13 +243,14 @@ def train_until(config: SFTConfig | RMConfig | PPOConfig, step: int) -> None:
         train(config)
 
 
+def without_measured(row: Mapping[str, float]) -> dict[str, float]:
+    """Return a step's metrics without the clock's and the memory's."""
+    measured = ("seconds", "tokens_per_s")
+    return {
+        k: v for k, v in row.items() if not k.endswith(measured) and not k.startswith("memory/")
+    }
+
+
 def rows_of(run: Path) -> list[dict[str, float]]:
-    """Return a run's metrics by step, without the clock's and the memory's."""
-    return [
-        {
-            k: v
-            for k, v in row.items()
-            if not k.endswith(("seconds", "tokens_per_s")) and not k.startswith("memory/")
-        }
-        for row in read_metrics(run)
-    ]
+    """Return a run's metrics by step, without what the clock and the memory say."""
+    return [without_measured(row) for row in read_metrics(run)]

@@ -56,6 +56,12 @@ FULL: tuple[tuple[str, float, str], ...] = (
     ("whole residency", 90, "residency --size 1.3b --num-samples 1"),
 )
 """On a GPU, the most valuable first."""
+RUNS = (
+    *("tests/engine/test_resume.py", "tests/engine/test_planted_numbers.py"),
+    *("tests/engine/training/test_recheck.py", "tests/engine/training/test_skipped.py"),
+    *("tests/engine/replay/test_replay.py", "tests/engine/evaluation/test_held_out.py"),
+)
+"""Tests whose runs take the GPU where there is one."""
 QUICK: tuple[tuple[str, float, str], ...] = (
     ("time logprobs", 60, "kernels --ops logprobs --quick --limit 5 --no-plots"),
     ("time linear_loss", 60, "kernels --ops linear_loss --quick --limit 5 --no-plots"),
@@ -85,6 +91,7 @@ def all_steps(device: str, out: Path, *, is_quick: bool) -> list[Step]:
         *_kernel_checks(device, out),
         *_tests(device),
         *_measurements(device, out, is_quick=is_quick),
+        *([_runs_of_one_rank()] if device == "cuda" else []),
     ]
 
 
@@ -116,6 +123,14 @@ def _tests(device: str) -> Iterator[Step]:
 def _looks_at_whole_device(path: str) -> bool:
     """True for tests that no other process may run beside: they ask how much memory is free."""
     return "mem_get_info" in (ROOT / path).read_text()
+
+
+def _runs_of_one_rank() -> Step:
+    """Whole runs on the GPU: stopped, resumed, spoiled, replayed; tests that a CPU passes, too."""
+    beside = ("-n", "12", "--dist", "worksteal")
+    chosen = ("-k", "not rank and not layout")  # those start several
+    command = ("-m", "pytest", "-q", *beside, *chosen, *RUNS)
+    return Step(name="runs of one rank", command=command, limit=240)
 
 
 def files_with_gpu_tests() -> list[str]:

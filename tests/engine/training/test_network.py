@@ -185,6 +185,9 @@ def test_deterministic_networks_have_torch_and_megatron_add_up_in_order(
             network = build_network("language", SIZE, parallel, numerics=numerics)
             assert network.config.deterministic_mode is is_asked
             assert torch.are_deterministic_algorithms_enabled() is is_asked
+            with choices_of_a_gpu():  # what is compiled adds up in an order of its own
+                on_a_gpu = build_network("language", SIZE, parallel, numerics=numerics)
+            assert on_a_gpu.config.bias_dropout_fusion is not is_asked
             make_trainable(network)
             forward_backward(network, [batch], NegativeLogLikelihood(35))
             parameters = network.modules[0].parameters()

@@ -20,6 +20,7 @@ from tests.tiny import rows_of, train, weights_of
 
 TWICE = Numerics(deterministic=True, recheck_every=2, compare_every=3)
 SOUND = Numerics(deterministic=True)
+DEVICE = f"device {'cuda' if torch.cuda.is_available() else 'cpu'}"
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_elements": 5_000}
 LAYOUTS = {
     "tp2_sequence": ParallelLayout(tp=2, sequence_parallel=True),
@@ -84,7 +85,7 @@ def test_flipped_bit_is_named_and_nothing_is_applied(
     with pytest.raises(UserError) as error:
         train(config)
     message = str(error.value)
-    for words in ("step 3:", f"of the {ROLES[stage]},", "rank 0 (node ", "device cpu", "at fault"):
+    for words in ("step 3:", f"of the {ROLES[stage]},", "rank 0 (node ", DEVICE, "at fault"):
         assert words in message
     if what == "gradient":
         assert "final_layernorm.bias" in message or "scalar_head.bias" in message
