@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.context_parallel import ContextShare, gather_row, join_readings
+from models.rotary import Rotation
 
 _FLASH_ATTENTION = {"flash-attn 4": "flash_attn.cute", "flash-attn 2": "flash_attn"}
 
@@ -69,6 +70,8 @@ class PackedSequences(PackedSeqParams):
     qkv_format: str = "thd"
     share: ContextShare | None = None
     """The part of the row that this rank holds; none: all of it."""
+    rotation: Rotation | None = None
+    """Of the tokens that this rank holds; none: positions are learned."""
 
     @classmethod
     def of(
@@ -159,7 +162,8 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
-        self.softmax_scale = softmax_scale or config.kv_channels**-0.5
+        scale = softmax_scale or config.kv_channels**-0.5
+        self.softmax_scale = scale / layer_number if config.form.scales_by_layer else scale
 
     def forward(
         self,
@@ -172,6 +176,9 @@ class PackedAttention(MegatronModule):
         **unused: Any,
     ) -> Tensor:
         """Return the attention output [T, heads x dim] of query, key, value [T, heads, dim]."""
+        rotation = getattr(packed_seq_params, "rotation", None)
+        if rotation is not None:
+            query, key = rotation.turn(query), rotation.turn(key)
         if getattr(packed_seq_params, "share", None) is not None:
             sequences = cast(PackedSequences, packed_seq_params)
             out = shared_attention(query, key, value, sequences, self.softmax_scale)

@@ -1,12 +1,10 @@
-"""The GPT-3 language model, policy and reference: megatron's GPTModel read out as token
-log-probs."""
+"""The language model, policy and reference: megatron's GPTModel read out as token log-probs."""
 
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from models.attention import PackedSequences
-from models.layers import block_spec, order_positions
+from models.layers import LayerConfig, block_spec, order_positions, position_type
 from models.paged_attention import PagedSequences
 from models.paged_forward import paged_embedding, paged_forward
 from models.readouts import LanguageHead, LanguageReadout
@@ -15,11 +13,11 @@ from models.trunk import run_trunk
 
 
 class GPT(GPTModel):
-    """One pipeline chunk of a GPT with learned positions and tied embeddings."""
+    """One pipeline chunk of a GPT."""
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: LayerConfig,
         size: GPTSize,
         *,
         pre_process: bool,
@@ -33,8 +31,8 @@ class GPT(GPTModel):
             max_sequence_length=size.context_length,
             pre_process=pre_process,
             post_process=post_process,
-            share_embeddings_and_output_weights=True,
-            position_embedding_type="learned_absolute",
+            share_embeddings_and_output_weights=size.form.is_tied,
+            position_embedding_type=position_type(size.form),
             vp_stage=vp_stage,
         )
         self.size = size
@@ -75,14 +73,17 @@ class GPT(GPTModel):
         group, hidden = self.pg_collection.tp, None
         if self.pre_process:
             hidden = paged_embedding(self.embedding, tokens, positions, group)
-        hidden = paged_forward(self.decoder, hidden, sequences, group)
+        hidden = paged_forward(self.decoder, hidden, positions, sequences, group)
         if not self.post_process:
             return hidden
         return readout.read(self._head(False), hidden[:, 0], tokens, sequences)
 
     def _head(self, sequence_parallel: bool) -> LanguageHead:
+        is_tied = self.share_embeddings_and_output_weights
         return LanguageHead(
-            weight=self.shared_embedding_or_output_weight(),
+            weight=self.shared_embedding_or_output_weight()
+            if is_tied
+            else self.output_layer.weight,
             group=self.pg_collection.tp,
             sequence_parallel=sequence_parallel,
             num_valid_vocab=self.size.vocab_size,

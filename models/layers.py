@@ -1,5 +1,4 @@
-"""What a transformer layer is made of: megatron's linear layers, our norm and our attention,
-GPT-3's GELU."""
+"""What a transformer layer is made of: megatron's linear layers, our norms, MLP and attention."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,7 +12,6 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -26,10 +24,11 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from kernels.gelu import gelu
 from kernels.layer_norm import layer_norm
 from kernels.linear_chunks import add_matmul
 from models.attention import PackedAttention
+from models.form import GPT3_FORM, Form
+from models.mlp import MLP
 from models.sizes import GPTSize
 
 Recompute = Literal["none", "selective", "full"]
@@ -72,31 +71,45 @@ class Arithmetic:
     deterministic: bool = False
 
 
+@dataclass
+class LayerConfig(TransformerConfig):
+    """megatron's configuration, and the form of the layers."""
+
+    form: Form = GPT3_FORM
+
+
 def transformer_config(
     size: GPTSize, degrees: Degrees, arithmetic: Arithmetic, *, dropout: float
-) -> TransformerConfig:
-    """Return megatron's configuration of a GPT-3 of that size.
+) -> LayerConfig:
+    """Return megatron's configuration of a GPT of that size.
 
     Initialisation is GPT-2's, which GPT-3 keeps: normal with std 0.02, and 0.02 / sqrt(2 x layers)
     for the matrices that write to the residual stream (Radford et al. 2019, section 2.3).
     """
-    fuses_elementwise, dtype = arithmetic.fuses_elementwise, arithmetic.dtype
+    fuses_elementwise, dtype, form = arithmetic.fuses_elementwise, arithmetic.dtype, size.form
+    has_fused_gelu = (form.activation, form.is_gated, form.bias) == ("gelu_tanh", False, "all")
     if fuses_elementwise:
         _allow_variants()
     if arithmetic.fuses_gradient_accumulation:
         _provide_gradient_fusion()
-    return TransformerConfig(
+    return LayerConfig(
+        form=form,
         num_layers=size.num_layers,
         hidden_size=size.hidden_size,
         num_attention_heads=size.num_heads,
-        ffn_hidden_size=4 * size.hidden_size,
+        num_query_groups=size.num_kv_heads,
+        kv_channels=size.head_dim,
+        ffn_hidden_size=size.ffn_size,
+        add_bias_linear=form.bias == "all",
+        add_qkv_bias=form.bias == "qkv",
+        qk_layernorm=form.norms_heads,
+        normalization="LayerNorm" if form.norm == "layer" else "RMSNorm",
         hidden_dropout=dropout,
         attention_dropout=0.0,
-        layernorm_epsilon=1e-5,
-        # GPT's GELU is the tanh approximation. megatron's fused bias + GELU computes that one when
-        # it is handed F.gelu; without the fusion the approximation has to be asked for.
-        activation_func=F.gelu if fuses_elementwise else gelu,
-        bias_activation_fusion=fuses_elementwise,
+        layernorm_epsilon=form.norm_epsilon,
+        # megatron's fused bias + GELU is the tanh approximation, and goes by F.gelu's name.
+        activation_func=F.gelu,
+        bias_activation_fusion=fuses_elementwise and has_fused_gelu,
         # Its gradient of the bias is a sum, whose order its compiler takes from the first length it
         # meets: a resumed run meets another one first.
         bias_dropout_fusion=fuses_elementwise and not arithmetic.deterministic,
@@ -158,12 +171,78 @@ class LayerNorm(torch.nn.Module):
         self.bias = torch.nn.Parameter(
             torch.zeros(hidden_size, device=device, dtype=config.params_dtype)
         )
-        for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        _tell_of_sequence_parallel(self, config)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x, shape [..., hidden]."""
         return layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+class RMSNorm(torch.nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in fp32 within (Zhang and Sennrich 2019); its weight
+    tells megatron what LayerNorm's does."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, **unused: Any
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        device = torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, device=device, dtype=config.params_dtype)
+        )
+        _tell_of_sequence_parallel(self, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised x, shape [..., hidden]."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+_NORMS = {"layer": LayerNorm, "rms": RMSNorm}
+
+
+def _tell_of_sequence_parallel(norm: torch.nn.Module, config: TransformerConfig) -> None:
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class ParallelLayer(TransformerLayer):
+    """x + attention(norm(x)) + MLP(norm'(x)): both read the same (Wang and Komatsuzaki 2021)."""
+
+    def forward(self, hidden_states: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        """Return what the next layer reads, [T, 1, H]."""
+        attended, context = self._forward_attention(hidden_states, **rest)
+        out = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        return _added(self, self.mlp_bda, out, attended), context
+
+
+class PostNormLayer(TransformerLayer):
+    """y = norm(x + attention(x)), norm'(y + MLP(y)): the first Transformer's (Vaswani et al.
+    2017)."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: Any = None,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the next layer reads, [T, 1, H]."""
+        out = self.self_attention(
+            hidden_states, attention_mask=attention_mask, packed_seq_params=packed_seq_params
+        )
+        attended = self.input_layernorm(_added(self, self.self_attn_bda, out, hidden_states))
+        out = _added(self, self.mlp_bda, self.mlp(attended), attended)
+        return self.pre_mlp_layernorm(out), None
+
+
+def _added(layer: TransformerLayer, bda: Any, branch: Any, residual: Tensor) -> Tensor:
+    """A branch's output with its bias and dropout, added to what the layer read."""
+    add = bda(layer.training, layer.config.bias_dropout_fusion)
+    with layer.bias_dropout_add_exec_handler():
+        out: Tensor = add(branch, residual, layer.hidden_dropout)
+    return out
 
 
 class _OrderedEmbedding(torch.nn.Embedding):
@@ -173,6 +252,11 @@ class _OrderedEmbedding(torch.nn.Embedding):
         return self.weight[numbers]
 
 
+def position_type(form: Form) -> Literal["learned_absolute", "none"]:
+    """Return megatron's word for what is added to the tokens' embeddings; our attention rotates."""
+    return "learned_absolute" if form.rotary is None else "none"
+
+
 def order_positions(embedding: Any, config: TransformerConfig) -> None:
     """In the deterministic mode, have the gradient of megatron's learned positions added up in a
     fixed order, as megatron has that of the tokens.
@@ -180,18 +264,23 @@ def order_positions(embedding: Any, config: TransformerConfig) -> None:
     The backward pass of torch's own embedding has a race, rare but without a mode that closes it
     (pytorch pull request 187687).
     """
-    if config.deterministic_mode:
+    if config.deterministic_mode and embedding.add_position_embedding:
         embedding.position_embeddings = _OrderedEmbedding.from_pretrained(
             embedding.position_embeddings.weight, freeze=False
         )
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Return the layers of this pipeline stage: pre-norm attention and MLP, and the final norm."""
+def block_spec(config: LayerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Return the layers of this pipeline stage: attention, MLP, their norms, and the final one."""
+    norm = _NORMS[config.form.norm]
+    norm_of_heads = norm if config.form.norms_heads else IdentityOp
+    is_after = config.form.norm_place == "after"
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=PostNormLayer
+        if is_after
+        else (ParallelLayer if config.form.is_parallel else TransformerLayer),
         submodules=TransformerLayerSubmodules(
-            input_layernorm=LayerNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -199,20 +288,17 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
                     linear_qkv=ColumnParallelLinear,
                     core_attention=PackedAttention,
                     linear_proj=RowParallelLinear,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    q_layernorm=norm_of_heads,
+                    k_layernorm=norm_of_heads,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=LayerNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-                ),
-            ),
+            pre_mlp_layernorm=norm,
+            mlp=MLP,
             mlp_bda=get_bias_dropout_add,
         ),
     )
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LayerNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * num_layers, layer_norm=None if is_after else norm
+    )

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from kernels.gelu import gelu
+from models.mlp import activate
 from models.paged_attention import PagedSequences
+from models.rotary import Rotation, rotation_at
 
 
 def paged_embedding(
@@ -36,31 +37,72 @@ def paged_embedding(
         hidden = F.embedding(number.masked_fill_(is_elsewhere, 0), words.weight)
         hidden.masked_fill_(is_elsewhere[:, None], 0.0)
         dist.all_reduce(hidden, group=group)
-    return hidden.add_(F.embedding(positions, embedding.position_embeddings.weight))[:, None]
+    if embedding.add_position_embedding:
+        hidden.add_(F.embedding(positions, embedding.position_embeddings.weight))
+    return hidden[:, None]
 
 
 def paged_forward(
-    decoder: Any, hidden: Tensor | None, sequences: PagedSequences, group: ProcessGroup
+    decoder: Any,
+    hidden: Tensor | None,
+    positions: Tensor,
+    sequences: PagedSequences,
+    group: ProcessGroup,
 ) -> Tensor:
     """Return what megatron's TransformerBlock `decoder` makes of hidden: [T, 1, hidden size].
 
-    hidden: None takes what the stage before has sent. group: the tensor-parallel ranks. Not for
+    positions: [T] int64. hidden: None takes what the stage before has sent. group: the tensor-parallel ranks. Not for
     training: no gradients, no dropout.
     """
     hidden = (decoder.input_tensor if hidden is None else hidden)[:, 0]
+    size = decoder.config
+    rotary, rotation = size.form.rotary, None
+    if rotary is not None:
+        rotation = rotation_at(positions, rotary, size.kv_channels)
     for layer in decoder.layers:
-        attention, mlp = layer.self_attention, layer.mlp
-        qkv = _column_parallel(layer.input_layernorm(hidden), attention.linear_qkv)
-        heads = attention.num_attention_heads_per_partition
-        query, key, value = qkv.unflatten(1, (heads, -1)).chunk(3, dim=2)  # [T, heads / tp, dim]
-        scale = attention.core_attention.softmax_scale
-        out = sequences.attend(layer.layer_number, query, key, value, scale).flatten(1)
-        hidden = _row_parallel(out, attention.linear_proj, group).add_(hidden)
-        inner = _column_parallel(layer.pre_mlp_layernorm(hidden), mlp.linear_fc1)
-        hidden = _row_parallel(gelu(inner), mlp.linear_fc2, group).add_(hidden)
+        hidden = _layer(layer, hidden, rotation, sequences, group)
     if decoder.final_layernorm is not None:
         hidden = decoder.final_layernorm(hidden)
     return hidden[:, None]
+
+
+def _layer(
+    layer: Any,
+    hidden: Tensor,
+    rotation: Rotation | None,
+    sequences: PagedSequences,
+    group: ProcessGroup,
+) -> Tensor:
+    form, mlp = layer.config.form, layer.mlp
+    is_after = form.norm_place == "after"
+    read = hidden if is_after else layer.input_layernorm(hidden)
+    attended = _attention(layer, read, rotation, sequences, group).add_(hidden)
+    if is_after:
+        attended = layer.input_layernorm(attended)
+    read = attended if is_after else layer.pre_mlp_layernorm(hidden if form.is_parallel else attended)
+    inner = _column_parallel(read, mlp.linear_fc1)
+    out = _row_parallel(activate(inner, form), mlp.linear_fc2, group).add_(attended)
+    return layer.pre_mlp_layernorm(out) if is_after else out
+
+
+def _attention(
+    layer: Any,
+    hidden: Tensor,
+    rotation: Rotation | None,
+    sequences: PagedSequences,
+    group: ProcessGroup,
+) -> Tensor:
+    attention = layer.self_attention
+    qkv = _column_parallel(hidden, attention.linear_qkv)
+    # Of each head of keys: its heads of queries, the key and the value.
+    qkv = qkv.unflatten(1, (attention.num_query_groups_per_partition, -1, layer.config.kv_channels))
+    query, key, value = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]
+    query, key = attention.q_layernorm(query), attention.k_layernorm(key)
+    if rotation is not None:
+        query, key = rotation.turn(query), rotation.turn(key)
+    scale = attention.core_attention.softmax_scale
+    out = sequences.attend(layer.layer_number, query, key, value, scale).flatten(1)
+    return _row_parallel(out, attention.linear_proj, group)
 
 
 def _column_parallel(x: Tensor, linear: Any) -> Tensor:
@@ -74,4 +116,4 @@ def _row_parallel(x: Tensor, linear: Any, group: ProcessGroup) -> Tensor:
         return F.linear(x, linear.weight, linear.bias)
     part = F.linear(x, linear.weight)
     dist.all_reduce(part, group=group)
-    return part.add_(linear.bias)
+    return part if linear.bias is None else part.add_(linear.bias)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from models.attention import PackedSequences
-from models.layers import block_spec, order_positions
+from models.layers import LayerConfig, block_spec, order_positions, position_type
 from models.readouts import Readings
 from models.sizes import GPTSize
 from models.trunk import run_trunk
@@ -61,7 +61,7 @@ class ScalarGPT(LanguageModule):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: LayerConfig,
         size: GPTSize,
         *,
         pre_process: bool,
@@ -79,7 +79,7 @@ class ScalarGPT(LanguageModule):
                 config=config,
                 vocab_size=size.padded_vocab_size,
                 max_sequence_length=size.context_length,
-                position_embedding_type="learned_absolute",
+                position_embedding_type=position_type(size.form),
                 tp_group=self.pg_collection.tp,
             )
             order_positions(self.embedding, config)

@@ -11,6 +11,7 @@ from engine.checkpoints.tensor_file import TensorFile, tensor_file
 from engine.training.ema import EMA
 from engine.training.network import Network
 from engine.training.optimizer import Optimizer
+from models.sizes import size_as_json
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -71,7 +72,7 @@ class Draft:
         self.counts[role] = counts
         description = {
             "kind": network.kind,
-            "size": dataclasses.asdict(network.size),
+            "size": size_as_json(network.size),
             "tokenizer": tokenizer,
         }
         self.texts[f"{role}/network.json"] = json.dumps(description, indent=1)

@@ -21,9 +21,7 @@ from engine.files import read_object
 from engine.ranks.first_rank import said_by_first_rank
 from engine.settings.size import named_size
 from engine.training.network import Network
-from models.sizes import GPTSize, Kind
-
-_LARGEST = 1 << 40  # of a size's numbers: what is beyond is no size
+from models.sizes import GPTSize, Kind, size_of_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,19 +70,15 @@ def read_network(folder: Path) -> FoundNetwork:
     path = folder / "network.json"
     description = read_object(path)
     kind, size, tokenizer = (description.get(key) for key in ("kind", "size", "tokenizer"))
-    names = {field.name for field in dataclasses.fields(GPTSize)}
-    if (
-        kind not in ("language", "scalar")
-        or not isinstance(size, dict)
-        or not isinstance(tokenizer, str)
-        or size.keys() != names
-        or any(type(n) is not int or not 0 < n < _LARGEST for n in size.values())
-        or size["hidden_size"] % size["num_heads"]
-    ):
+    if kind not in ("language", "scalar") or not isinstance(tokenizer, str):
         raise Damage(f"{path}: not the kind, size and tokenizer of a network")
+    try:
+        found_size = size_of_json(size)
+    except ValueError as error:
+        raise Damage(f"{path}: not the size of a network: {error}") from None
     index = read_index(folder, read_manifest(folder.parent))
     found = FoundNetwork(
-        folder=folder, kind=kind, size=GPTSize(**size), tokenizer=tokenizer, index=index
+        folder=folder, kind=kind, size=found_size, tokenizer=tokenizer, index=index
     )
     _check_tensors(found)
     return found
@@ -189,12 +183,19 @@ def _check_tensors(found: FoundNetwork) -> None:
     """Raise Damage where tensors are not of the network's size: nothing is built from a size that
     the files do not have."""
     size, tensors = found.size, found.index.tensors
-    wanted = {
-        "embedding.position_embeddings.weight": (size.context_length, size.hidden_size),
+    wanted: dict[str, tuple[int, ...]] = {
+        "decoder.layers.self_attention.linear_qkv.weight": (
+            *(size.num_layers, size.qkv_width, size.hidden_size),
+        ),
         "decoder.layers.self_attention.linear_proj.weight": (
-            *(size.num_layers, size.hidden_size, size.hidden_size),
+            *(size.num_layers, size.hidden_size, size.num_heads * size.head_dim),
+        ),
+        "decoder.layers.mlp.linear_fc1.weight": (
+            *(size.num_layers, size.fc1_width, size.hidden_size),
         ),
     }
+    if size.form.rotary is None:
+        wanted["embedding.position_embeddings.weight"] = (size.context_length, size.hidden_size)
     for name, shape in wanted.items():
         if name not in tensors or tensors[name].shape != shape:
             raise Damage(f"{found.folder}: {name} is not {list(shape)}, as network.json says")

@@ -69,6 +69,15 @@ class ParallelLayout:
         self._check_degrees()
         if size.num_heads % self.tp:
             raise UserError(f"layout.tp {self.tp} must divide the model's {size.num_heads} heads")
+        if size.num_kv_heads % self.tp:
+            raise UserError(
+                f"layout.tp {self.tp} must divide the model's {size.num_kv_heads} heads of keys and "
+                "values, which are not copied; take a smaller tp, and pp instead"
+            )
+        if size.ffn_size % self.tp:
+            raise UserError(
+                f"layout.tp {self.tp} must divide the {size.ffn_size} columns of the model's MLP"
+            )
         if size.padded_vocab_size % self.tp:
             raise UserError(
                 f"layout.tp {self.tp} must divide the padded vocabulary {size.padded_vocab_size}"
