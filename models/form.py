@@ -69,11 +69,11 @@ class Form:
     is_parallel: bool = False
     """Attention and MLP read the same hidden states, and both are added (GPT-NeoX)."""
     scales_by_layer: bool = False
-    """Attention's scores of layer n, from 1, are divided by n (Mistral's GPT-2 of Stanford CRFM)."""
+    """Attention's scores of layer n, from 1, are divided by n (the GPT-2 of Stanford CRFM)."""
     window: int = 0
     """Tokens that a token attends to, itself included; 0: all before it."""
     windowed_layers: Literal["all", "every second"] = "all"
-    """Which layers have the window. every second: the second, fourth and so on, as GPT-3's locally
+    """Which layers have the window. every second: the second, fourth and so on, GPT-3's locally
     banded ones (Brown et al. 2020, 2.1); the paper states no band."""
 
     def __post_init__(self) -> None:

@@ -51,14 +51,13 @@ def paged_forward(
 ) -> Tensor:
     """Return what megatron's TransformerBlock `decoder` makes of hidden: [T, 1, hidden size].
 
-    positions: [T] int64. hidden: None takes what the stage before has sent. group: the tensor-parallel ranks. Not for
-    training: no gradients, no dropout.
+    positions: [T] int64. hidden: None takes what the stage before has sent. group: the
+    tensor-parallel ranks. Not for training: no gradients, no dropout.
     """
     hidden = (decoder.input_tensor if hidden is None else hidden)[:, 0]
-    size = decoder.config
-    rotary, rotation = size.form.rotary, None
-    if rotary is not None:
-        rotation = rotation_at(positions, rotary, size.kv_channels)
+    config, rotation = decoder.config, None
+    if config.form.rotary is not None:
+        rotation = rotation_at(positions, config.form.rotary, config.kv_channels)
     for layer in decoder.layers:
         hidden = _layer(layer, hidden, rotation, sequences, group)
     if decoder.final_layernorm is not None:
@@ -79,7 +78,9 @@ def _layer(
     attended = _attention(layer, read, rotation, sequences, group).add_(hidden)
     if is_after:
         attended = layer.input_layernorm(attended)
-    read = attended if is_after else layer.pre_mlp_layernorm(hidden if form.is_parallel else attended)
+    read = hidden if form.is_parallel else attended
+    if not is_after:
+        read = layer.pre_mlp_layernorm(read)
     inner = _column_parallel(read, mlp.linear_fc1)
     out = _row_parallel(activate(inner, form), mlp.linear_fc2, group).add_(attended)
     return layer.pre_mlp_layernorm(out) if is_after else out

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021): queries and keys turn by an angle that grows with the position.
+"""Rotary positions (Su et al. 2021): queries and keys turn by an angle that grows with the token.
 
     (x_i, x_{i + r/2})  ->  rotated by  p * f_i,     f_i = base^(-2 i / r),  i < r / 2
 

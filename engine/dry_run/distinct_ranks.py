@@ -202,35 +202,45 @@ def expected_tensors(kind: Kind, size: GPTSize) -> dict[str, tuple[tuple[int, ..
 
     A tensor of every layer has the layers as its first dimension.
     """
-    hidden, layers = size.hidden_size, size.num_layers
+    hidden, layers, form = size.hidden_size, size.num_layers, size.form
+    Tensors = dict[str, tuple[tuple[int, ...], int | None]]
 
-    def column(out: int) -> dict[str, tuple[tuple[int, ...], int | None]]:
-        return {"weight": ((layers, out, hidden), 1), "bias": ((layers, out), 1)}
+    def column(out: int, *, has_bias: bool) -> Tensors:
+        bias: Tensors = {"bias": ((layers, out), 1)}
+        return {"weight": ((layers, out, hidden), 1)} | (bias if has_bias else {})
 
-    def row(into: int) -> dict[str, tuple[tuple[int, ...], int | None]]:
-        return {"weight": ((layers, hidden, into), 2), "bias": ((layers, hidden), None)}
+    def row(into: int) -> Tensors:
+        bias: Tensors = {"bias": ((layers, hidden), None)}
+        return {"weight": ((layers, hidden, into), 2)} | (bias if form.bias == "all" else {})
 
-    norm: dict[str, tuple[tuple[int, ...], int | None]] = {
-        "weight": ((layers, hidden), None),
-        "bias": ((layers, hidden), None),
-    }
+    def norm(*shape: int) -> Tensors:
+        names = ("weight", "bias") if form.norm == "layer" else ("weight",)
+        return dict.fromkeys(names, (shape, None))
+
     layer = {
-        "input_layernorm": norm,
-        "self_attention.linear_qkv": column(3 * hidden),
-        "self_attention.linear_proj": row(hidden),
-        "pre_mlp_layernorm": norm,
-        "mlp.linear_fc1": column(4 * hidden),
-        "mlp.linear_fc2": row(4 * hidden),
+        "input_layernorm": norm(layers, hidden),
+        "self_attention.linear_qkv": column(size.qkv_width, has_bias=form.bias != "none"),
+        "self_attention.linear_proj": row(size.num_heads * size.head_dim),
+        "pre_mlp_layernorm": norm(layers, hidden),
+        "mlp.linear_fc1": column(size.fc1_width, has_bias=form.bias == "all"),
+        "mlp.linear_fc2": row(size.ffn_size),
     }
+    if form.norms_heads:
+        layer["self_attention.q_layernorm"] = norm(layers, size.head_dim)
+        layer["self_attention.k_layernorm"] = norm(layers, size.head_dim)
     tensors: dict[str, tuple[tuple[int, ...], int | None]] = {
         f"decoder.layers.{module}.{name}": tensor
         for module, parts in layer.items()
         for name, tensor in parts.items()
     }
     tensors["embedding.word_embeddings.weight"] = ((size.padded_vocab_size, hidden), 0)
-    tensors["embedding.position_embeddings.weight"] = ((size.context_length, hidden), None)
-    tensors["decoder.final_layernorm.weight"] = ((hidden,), None)
-    tensors["decoder.final_layernorm.bias"] = ((hidden,), None)
+    if form.rotary is None:
+        tensors["embedding.position_embeddings.weight"] = ((size.context_length, hidden), None)
+    if form.norm_place == "before":
+        for name, tensor in norm(hidden).items():
+            tensors[f"decoder.final_layernorm.{name}"] = tensor
+    if kind == "language" and not form.is_tied:
+        tensors["output_layer.weight"] = ((size.padded_vocab_size, hidden), 0)
     if kind == "scalar":
         tensors["scalar_head.weight"] = ((1, hidden), None)
         tensors["scalar_head.bias"] = ((1,), None)

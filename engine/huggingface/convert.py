@@ -130,9 +130,10 @@ def load_huggingface(network: Network, folder: Path) -> None:
     if network.kind != "language":
         raise ValueError("a Hugging Face GPT-2 is a language model; load it into one")
     size = read_size(folder)
-    for name, value in dataclasses.asdict(size).items():
-        if value != (mine := getattr(network.size, name)):
-            raise UserError(f"{folder}: {name} is {value}, this run's model has {mine}")
+    for field in dataclasses.fields(size):
+        value, mine = getattr(size, field.name), getattr(network.size, field.name)
+        if value != mine:
+            raise UserError(f"{folder}: {field.name} is {value}, this run's model has {mine}")
     found = _find_tensors(folder, size)
     layout, tp_rank = network.parallel.layout, network.parallel.tp_rank
     for name, parameter in _parameters(network):

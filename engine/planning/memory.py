@@ -16,6 +16,7 @@ from engine.planning.parameters import (
     buffer_elements,
     head_parameters,
     largest_parameter,
+    layer_parameters,
     network_parameters,
     owned_parameters,
 )
@@ -59,14 +60,18 @@ class PlannedNetwork:
     def num_parameters(self) -> int:
         """Parameters of the network, the padding of the vocabulary aside."""
         size = self.size
-        return size.num_parameters + (size.hidden_size + 1 if self.kind == "scalar" else 0)
+        if self.kind == "language":
+            return size.num_parameters
+        head = 0 if size.form.is_tied else size.vocab_size * size.hidden_size
+        return size.num_parameters - head + size.hidden_size + 1
 
     @property
     def num_counted(self) -> int:
         """The N of 6 N a token: all parameters, as GPT-3's Table D.1 counts, since the embedding is
-        the head too; without the embedding where the head is one number."""
+        the head too; without the embedding where it is not."""
         embedding = self.size.vocab_size * self.size.hidden_size
-        return self.num_parameters - (embedding if self.kind == "scalar" else 0)
+        is_head = self.kind == "language" and self.size.form.is_tied
+        return self.num_parameters - (0 if is_head else embedding)
 
     def weight_bytes(self, pp_rank: int) -> int:
         """Return the bytes of the weights on a stage, the padding of buffers (kilobytes) aside."""
@@ -156,14 +161,16 @@ class PlannedNetwork:
         size, tp, cp, width = self.size, self.layout.tp, self.layout.cp, self.element_bytes
         hidden, held_tokens = size.hidden_size, row_tokens / cp
         # Gathered input, the MLP's two wide tensors, the layer's output and their gradients.
-        a_token = width * hidden * (4 + 8 / tp) * (2 if trains else 1)
+        wide = (size.fc1_width + size.ffn_size) / tp
+        a_token = width * (4 * hidden + wide) * (2 if trains else 1)
         total = a_token * held_tokens
         if cp > 1:
             # The row's keys and values as they arrive and in their order; the gradients of both.
-            total += width * hidden * 4 / tp * (2 if trains else 1) * row_tokens
+            keys = size.num_kv_heads * size.head_dim
+            total += width * keys * 4 / tp * (2 if trains else 1) * row_tokens
         if trains and self.numerics.gradient_accumulation_fusion is False:
             # The widest matrix's gradient, before it adds.
-            total += 4 * hidden * hidden / tp * width
+            total += max(size.fc1_width, size.qkv_width) * hidden / tp * width
         columns = size.padded_vocab_size / tp
         if pp_rank == self.layout.pp - 1 and self.kind == "language":
             logits = min(HEAD_WORKSPACE, 4 * min(HEAD_ROWS, held_tokens) * columns)
@@ -177,17 +184,17 @@ class PlannedNetwork:
         """What the head holds of its weight's gradient from the forward to the backward pass.
 
         It makes the gradient in fp32 in one pass (kernels/linear_logprobs.py). In fp16 it takes
-        two passes, which add to the buffer at once. A last stage whose weight is a copy of the
+        two passes, which add to the buffer at once. A last stage whose weight is a copy of a tied
         embedding holds zeros besides: megatron's hook wants them (models/vocab_parallel.py).
         """
         elements = self.size.hidden_size * self.size.padded_vocab_size / self.layout.tp
         one_pass = 0 if self.numerics.dtype == "fp16" else 4 * elements
-        return one_pass + (self.element_bytes * elements if self.layout.pp > 1 else 0)
+        is_copy = self.layout.pp > 1 and self.size.form.is_tied
+        return one_pass + (self.element_bytes * elements if is_copy else 0)
 
     def layer_weight_bytes(self) -> int:
         """Return the bytes of one layer's weights on a rank."""
-        hidden, tp = self.size.hidden_size, self.layout.tp
-        return self.element_bytes * (12 * hidden * hidden // tp + 7 * hidden // tp + 6 * hidden)
+        return self.element_bytes * sum(layer_parameters(self.size, self.layout.tp))
 
     def end_bytes(self, pp_rank: int) -> int:
         """Return the bytes of a stage's weights outside of its layers: embeddings, norm, head."""
@@ -197,15 +204,25 @@ class PlannedNetwork:
     def cache_bytes_a_token(self) -> int:
         """Return the bytes of the keys and values of one token on a rank."""
         layers = self.size.num_layers // self.layout.pp
-        return 2 * layers * self.size.hidden_size // self.layout.tp * self.element_bytes
+        heads = self.size.num_kv_heads // self.layout.tp
+        return 2 * layers * heads * self.size.head_dim * self.element_bytes
 
     def _layer_bytes_a_token(self) -> float:
-        """What a layer keeps of a token. In hidden-sized tensors: inputs of both norms and of both
-        column-parallel matrices; query, key, value and attention's output; 4 + 4 of the MLP. With
-        2 bytes a number and dropout: 10 h + 24 h / tp (Korthikanti et al. 2022, eq. 2)."""
-        hidden, width = self.size.hidden_size, self.element_bytes
+        """What a layer keeps of a token: inputs of both norms and of both column-parallel matrices;
+        query, key, value and attention's output; of the MLP what goes in and out of the activation.
+        GPT-3 with 2 bytes a number and dropout: 10 h + 24 h / tp (Korthikanti et al. 2022, eq. 2).
+
+        A gated MLP keeps the activation by itself, too; queries and keys are kept before and after
+        each norm and rotation.
+        """
+        size, width, form = self.size, self.element_bytes, self.size.form
+        hidden = size.hidden_size
         outside = 4 * width * hidden + (2 * hidden if self.has_dropout else 0)  # masks: a byte
-        return self._sequence_share(outside) + 12 * width * hidden / self.layout.tp
+        kept = size.qkv_width + size.num_heads * size.head_dim
+        kept += size.fc1_width + size.ffn_size * (2 if form.is_gated else 1)
+        changes = form.norms_heads + (form.rotary is not None)
+        kept += changes * (size.num_heads + size.num_kv_heads) * size.head_dim
+        return self._sequence_share(outside) + width * kept / self.layout.tp
 
     def _shared_bytes_a_token(self) -> float:
         """What a layer keeps besides of each token that a rank holds, where ranks share rows.
@@ -213,9 +230,9 @@ class PlannedNetwork:
         The keys and values of all these ranks, and the attention's output once more: attention
         keeps it in two pieces, the projection after it in one.
         """
-        cp = self.layout.cp
-        hidden_sized = 2 * cp + 1 if cp > 1 else 0
-        return hidden_sized * self.element_bytes * self.size.hidden_size / self.layout.tp
+        cp, size = self.layout.cp, self.size
+        heads = 2 * cp * size.num_kv_heads + size.num_heads if cp > 1 else 0
+        return heads * size.head_dim * self.element_bytes / self.layout.tp
 
     def _sequence_share(self, num_bytes: float) -> float:
         """Bytes of what sequence parallelism, where it is on, splits over tp."""

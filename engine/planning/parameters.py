@@ -49,8 +49,8 @@ class PipelineStage:
 def network_parameters(stage: PipelineStage) -> int:
     """Return the parameters that a rank of a stage holds.
 
-    The last stage holds a copy of the tied embedding. Raises UserError where the layout cannot
-    hold the size.
+    The last stage holds a copy of a tied embedding. Raises UserError where the layout cannot hold
+    the size.
     """
     stage.layout.check(stage.size)
     return head_parameters(stage) + sum(
@@ -118,30 +118,50 @@ def _chunk_parameters(stage: PipelineStage, chunk: int) -> list[tuple[int, bool]
     size, layout = stage.size, stage.layout
     hidden, tp = size.hidden_size, layout.tp
     # Both ends of a pipeline hold the tied embedding, and split its state over replicas alike.
-    is_shared = stage.kind == "language" and layout.pp > 1
+    has_head, form = stage.kind == "language", size.form
+    is_shared = has_head and form.is_tied and layout.pp > 1
     found: list[tuple[int, bool]] = []
     if stage.is_first(chunk):
         found.append((size.padded_vocab_size // tp * hidden, is_shared))
-        found.append((size.context_length * hidden, False))
-    norm = [hidden, hidden]
-    # Column-parallel matrices split their bias too, row-parallel ones and norms do not.
-    layer = [
-        *norm,
-        *(hidden * hidden // tp, hidden),  # attention's output
-        *(3 * hidden // tp * hidden, 3 * hidden // tp),  # query, key and value
-        *norm,
-        *(4 * hidden // tp * hidden, 4 * hidden // tp),
-        *(hidden * 4 * hidden // tp, hidden),
-    ]
+        if form.rotary is None:
+            found.append((size.context_length * hidden, False))
     num_layers = size.num_layers // (layout.pp * layout.virtual_pp)
-    whole_layer = [(elements, False) for elements in layer]
+    whole_layer = [(elements, False) for elements in layer_parameters(size, tp)]
     for _ in range(num_layers):
         found += whole_layer
     if stage.is_last(chunk):
-        found += [(elements, False) for elements in norm]
-        if is_shared:
+        if form.norm_place == "before":
+            found += [(elements, False) for elements in _norm_parameters(size, hidden)]
+        if is_shared or (has_head and not form.is_tied):
             found.append((size.padded_vocab_size // tp * hidden, is_shared))
     return found
+
+
+def layer_parameters(size: GPTSize, tp: int) -> list[int]:
+    """Return the elements of each parameter of a layer on a rank, in the order of its modules."""
+    hidden, form = size.hidden_size, size.form
+
+    # Column-parallel matrices split their bias too, row-parallel ones and norms do not.
+    def column(out: int, *, has_bias: bool) -> list[int]:
+        return [out // tp * hidden, *([out // tp] if has_bias else [])]
+
+    def row(into: int) -> list[int]:
+        return [hidden * (into // tp), *([hidden] if form.bias == "all" else [])]
+
+    heads = 2 * _norm_parameters(size, size.head_dim) if form.norms_heads else []
+    return [
+        *_norm_parameters(size, hidden),
+        *row(size.num_heads * size.head_dim),  # attention's output
+        *column(size.qkv_width, has_bias=form.bias != "none"),
+        *heads,
+        *_norm_parameters(size, hidden),
+        *column(size.fc1_width, has_bias=form.bias == "all"),
+        *row(size.ffn_size),
+    ]
+
+
+def _norm_parameters(size: GPTSize, width: int) -> list[int]:
+    return [width] * (2 if size.form.norm == "layer" else 1)
 
 
 def _buckets(stage: PipelineStage, chunk: int) -> Buckets:

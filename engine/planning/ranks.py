@@ -227,12 +227,13 @@ def _working_bytes(
 def _generation_bytes(ppo: PPONetworks, cluster: Cluster, stage: int, held: int) -> BytesByUse:
     """The key-value cache and the workspace of decoding; see engine/generation/cache.py."""
     network, sampling = ppo.generator, ppo.sampling
-    width, hidden, tp = network.element_bytes, network.size.hidden_size, network.layout.tp
+    width, size, tp = network.element_bytes, network.size, network.layout.tp
     slots = num_slots(ppo)
     # Inputs, queries, the MLP's wide tensors and the output of a step's tokens; fp32 logits and
     # their copy for sampling.
     tokens = slots / network.layout.pp + sampling.prefill_tokens
-    workspace = tokens * width * hidden * (4 + 12 / tp)
+    wide = size.qkv_width + size.num_heads * size.head_dim + size.fc1_width + size.ffn_size
+    workspace = tokens * width * (4 * size.hidden_size + wide / tp)
     if ppo.is_refitted or stage == network.layout.pp - 1:
         workspace += 2 * 4 * slots / network.layout.pp * network.size.padded_vocab_size / tp
     free = max(0, cluster.free_bytes - held - round(workspace))

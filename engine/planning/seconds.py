@@ -232,9 +232,11 @@ def gather_seconds(network: PlannedNetwork, cluster: Cluster) -> float:
 
 def layer_flops(network: PlannedNetwork, span: float) -> tuple[float, float]:
     """Return the forward FLOPs a token of one layer: (of its matrices, of attention's)."""
-    hidden = network.size.hidden_size
-    # 2 x 12 h^2; scores and values of the span / 2 keys that a causal token sees on average.
-    return 24.0 * hidden * hidden, 4.0 * hidden * span / 2
+    size = network.size
+    heads = size.num_heads * size.head_dim
+    matrices = size.hidden_size * (size.qkv_width + heads + size.fc1_width + size.ffn_size)
+    # GPT-3: 2 x 12 h^2; scores and values of the span / 2 keys that a causal token sees on average.
+    return 2.0 * matrices, 4.0 * heads * span / 2
 
 
 def head_flops(network: PlannedNetwork) -> float:

@@ -71,8 +71,8 @@ class ParallelLayout:
             raise UserError(f"layout.tp {self.tp} must divide the model's {size.num_heads} heads")
         if size.num_kv_heads % self.tp:
             raise UserError(
-                f"layout.tp {self.tp} must divide the model's {size.num_kv_heads} heads of keys and "
-                "values, which are not copied; take a smaller tp, and pp instead"
+                f"layout.tp {self.tp} must divide the {size.num_kv_heads} heads of keys and "
+                "values, which are not copied; take a smaller tp, and pp"
             )
         if size.ffn_size % self.tp:
             raise UserError(

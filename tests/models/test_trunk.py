@@ -41,7 +41,7 @@ def test_only_the_first_chunk_embeds(is_first: bool):
     tokens, positions, sequences = row(3, 2)
 
     class Chunk:
-        pre_process = is_first
+        pre_process, size = is_first, SIZE
 
         def embedding(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             assert is_first and tokens.shape == positions.shape == (1, 5)
