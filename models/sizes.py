@@ -35,6 +35,16 @@ class GPTSize:
             )
 
     @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values, each for num_heads / num_kv_heads query heads."""
+        return self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of a head."""
+        return self.hidden_size // self.num_heads
+
+    @property
     def padded_vocab_size(self) -> int:
         """vocab_size rounded up to a multiple of 128; the columns beyond vocab_size are masked
         everywhere."""

@@ -197,7 +197,8 @@ class PlannedNetwork:
     def cache_bytes_a_token(self) -> int:
         """Return the bytes of the keys and values of one token on a rank."""
         layers = self.size.num_layers // self.layout.pp
-        return 2 * layers * self.size.hidden_size // self.layout.tp * self.element_bytes
+        width = self.size.num_kv_heads * self.size.head_dim
+        return 2 * layers * width // self.layout.tp * self.element_bytes
 
     def _layer_bytes_a_token(self) -> float:
         """What a layer keeps of a token. In hidden-sized tensors: inputs of both norms and of both
