@@ -28,7 +28,7 @@ class PagedCache:
         dtype: torch.dtype,
         lanes: Sequence[Tensor],
     ) -> None:
-        """shape: [blocks, block_size, heads / tp, dim]; layer_numbers are megatron's. lanes: the
+        """shape: [blocks, block_size, kv_heads / tp, dim]; layer_numbers are megatron's. lanes: the
         memory, [bytes] uint8 at least, of each layer's keys and then its values."""
         self.num_blocks, self.block_size = shape[:2]
         self.blocks_per_sequence = blocks_per_sequence
@@ -69,34 +69,48 @@ class PagedSequences(PackedSequences):
     copies: Sequence[tuple[int, int, int]] = ()
     """(first block read, first written, how many): what every layer copies, in this order, between
     writing the new tokens and reading."""
-    decode_groups: DecodeGroups | None = field(default=None, init=False)
-    """On the CPU, made by the first layer for all; whoever changes a length puts it to None."""
+    decode_groups: dict[int | None, DecodeGroups] = field(default_factory=dict, init=False)
+    """On the CPU, of each window, made by its first layer for all; whoever changes a length clears
+    it."""
 
     def attend(
-        self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+        self,
+        layer_number: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None = None,
     ) -> Tensor:
-        """Store key and value and return the attention, all [T, heads, dim]."""
+        """Store key and value [T, kv_heads, dim] and return the attention [T, heads, dim] of query.
+
+        window: how many tokens a token of this layer sees, itself among them; None for all.
+        """
         keys, values = self.cache.layer(layer_number)
         append_kv(key, value, keys, values, self.slots)
         for source, target, count in self.copies:
             for lane in (keys, values):
                 lane[target : target + count] = lane[source : source + count]
         if self.prompts is None:
-            return self._decode(query, keys, values, scale)
+            return self._decode(query, keys, values, scale, window)
         num_decodes = len(self.context_lengths)
         if self.prompt_slots is None:
             key, value = key[num_decodes:], value[num_decodes:]
         else:
             key = keys.flatten(0, 1)[self.prompt_slots]
             value = values.flatten(0, 1)[self.prompt_slots]
-        out = packed_attention(query[num_decodes:], key, value, self.prompts, scale)
+        out = packed_attention(query[num_decodes:], key, value, self.prompts, scale, window)
         if num_decodes == 0:
             return out
-        return torch.cat([self._decode(query[:num_decodes], keys, values, scale), out])
+        return torch.cat([self._decode(query[:num_decodes], keys, values, scale, window), out])
 
-    def _decode(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        if self.decode_groups is None and not query.is_cuda:
-            self.decode_groups = decode_groups(keys, self.block_tables, self.context_lengths)
+    def _decode(
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        groups = self.decode_groups.get(window)
+        if groups is None and not query.is_cuda:
+            groups = decode_groups(keys, self.block_tables, self.context_lengths, window)
+            self.decode_groups[window] = groups
         return decode_attention(
             query,
             keys,
@@ -104,5 +118,6 @@ class PagedSequences(PackedSequences):
             self.block_tables,
             self.context_lengths,
             scale=scale,
-            groups=self.decode_groups,
+            window=window,
+            groups=groups,
         )

@@ -101,9 +101,9 @@ def _attention(
     query, key = attention.q_layernorm(query), attention.k_layernorm(key)
     if rotation is not None:
         query, key = rotation.turn(query), rotation.turn(key)
-    scale = attention.core_attention.softmax_scale
-    out = sequences.attend(layer.layer_number, query, key, value, scale).flatten(1)
-    return _row_parallel(out, attention.linear_proj, group)
+    core = attention.core_attention
+    out = sequences.attend(layer.layer_number, query, key, value, core.softmax_scale, core.window)
+    return _row_parallel(out.flatten(1), attention.linear_proj, group)
 
 
 def _column_parallel(x: Tensor, linear: Any) -> Tensor:

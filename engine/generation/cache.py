@@ -24,7 +24,7 @@ class CacheShape:
     num_blocks: int
     block_size: int
     """Tokens."""
-    heads: int
+    kv_heads: int
     """Of this rank."""
     dim: int
     blocks_per_sequence: int
@@ -37,13 +37,13 @@ class CacheShape:
     @property
     def block_bytes(self) -> int:
         """Bytes of a block in one lane: a layer's keys, or its values."""
-        return self.block_size * self.heads * self.dim * self.dtype.itemsize
+        return self.block_size * self.kv_heads * self.dim * self.dtype.itemsize
 
     def build(self, lanes: list[Tensor]) -> PagedCache:
         """Return the cache in these lanes of num_blocks * block_bytes."""
         return PagedCache(
             self.layer_numbers,
-            (self.num_blocks, self.block_size, self.heads, self.dim),
+            (self.num_blocks, self.block_size, self.kv_heads, self.dim),
             blocks_per_sequence=self.blocks_per_sequence,
             dtype=self.dtype,
             lanes=lanes,
@@ -70,8 +70,8 @@ def choose_cache(
     """
     parallel, size = network.parallel, network.size
     layers = [layer for module in network.modules for layer in module.decoder.layers]
-    heads, dim = size.num_heads // parallel.layout.tp, size.hidden_size // size.num_heads
-    block_bytes = 2 * len(layers) * config.block_size * heads * dim * network.dtype.itemsize
+    kv_heads, dim = size.num_kv_heads // parallel.layout.tp, size.head_dim
+    block_bytes = 2 * len(layers) * config.block_size * kv_heads * dim * network.dtype.itemsize
     cache_bytes = config.cache_gib * 2**30
     if not cache_bytes:
         cache_bytes = config.cache_fraction * free_bytes(parallel.device)
@@ -94,7 +94,7 @@ def choose_cache(
         layer_numbers=tuple(layer.layer_number for layer in layers),
         num_blocks=num_usable,
         block_size=config.block_size,
-        heads=heads,
+        kv_heads=kv_heads,
         dim=dim,
         blocks_per_sequence=table_width(max_length, config.block_size),
         dtype=network.dtype,

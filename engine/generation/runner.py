@@ -229,7 +229,7 @@ class Runner:
         sampled = torch.empty((2, num_rows), dtype=torch.int32, device=self.device)
 
         def work() -> None:
-            mine.paged.decode_groups = None  # the lengths are another step's now
+            mine.paged.decode_groups.clear()  # the lengths are another step's now
             made = self._compute(virtual_stage, mine, taken, sampled)
             if made is not None and output is not None:
                 output.copy_(made)

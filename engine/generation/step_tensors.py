@@ -52,7 +52,7 @@ class StepTensors:
         cache_slots = block * block_size + self.positions % block_size
         paged.slots.copy_(cache_slots.masked_fill_(self.is_idle, -1))
         paged.context_lengths.copy_((self.positions + 1).masked_fill_(self.is_idle, 0))
-        paged.decode_groups = None
+        paged.decode_groups.clear()
 
     def clone(self) -> "StepTensors":
         """Return a decoding step of the same contents that shares no tensor with this one."""

@@ -66,7 +66,7 @@ def test_attention_is_the_naive_one(lengths: tuple[int, ...]):
 
 def test_padded_attention_matches_sequences_one_by_one():
     inputs = draw(sum(EVEN))
-    padded = attention._padded_attention(*inputs, packed(EVEN), SCALE)
+    padded = attention._padded_attention(*inputs, packed(EVEN), SCALE, None)
     torch.testing.assert_close(
         padded, packed_attention(*inputs, packed(EVEN), SCALE), rtol=1e-5, atol=1e-6
     )
