@@ -18,6 +18,7 @@ import torch
 
 from engine import ppo, rm, sft
 from engine.checkpoints.checkpointer import Checkpointer
+from engine.checkpoints.found import size_of
 from engine.checkpoints.weights import load_weights
 from engine.data.tokenizer import load_tokenizer
 from engine.metrics import Metrics, read_metrics
@@ -207,7 +208,7 @@ def weights_of(run: Path, role: str, kind: Kind | None = None) -> dict[str, torc
     """
     parallel = start_parallel(ParallelLayout(), seed=0)
     kind = kind or ("language" if role in ("policy", "ema") else "scalar")
-    network = build_network(kind, SIZE, parallel, numerics=Numerics())
+    network = build_network(kind, size_of(run, role), parallel, numerics=Numerics())
     load_weights(network, run, role=role)
     (module,) = network.modules
     return {name: p.detach().clone() for name, p in module.named_parameters()}
