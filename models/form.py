@@ -51,9 +51,9 @@ class Form:
     norm: Literal["layer", "rms"] = "layer"
     """layer: with mean and bias (Ba et al. 2016); rms: without (Zhang and Sennrich 2019)."""
     norm_epsilon: float = 1e-5
-    norm_place: Literal["before", "after"] = "before"
-    """before: of what a branch reads, and once at the end; after: of the sum behind a branch, as in
-    OPT-350m."""
+    is_post_norm: bool = False
+    """Norms are of the sum behind a branch, as in OPT-350m; else of what a branch reads, and once
+    more at the end."""
     norms_heads: bool = False
     """Queries and keys have a norm of each head of their own (Qwen 3)."""
     activation: Activation = "gelu_tanh"
@@ -77,7 +77,7 @@ class Form:
     banded ones (Brown et al. 2020, 2.1); the paper states no band."""
 
     def __post_init__(self) -> None:
-        if self.is_parallel and self.norm_place == "after":
+        if self.is_parallel and self.is_post_norm:
             raise ValueError("is_parallel is of layers with their norms before")
 
 

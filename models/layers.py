@@ -22,10 +22,12 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from kernels.layer_norm import layer_norm
 from kernels.linear_chunks import add_matmul
+from kernels.rms_norm import rms_norm
 from models.attention import PackedAttention
 from models.form import GPT3_FORM, Form
 from models.mlp import MLP
@@ -195,7 +197,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x, shape [..., hidden]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, eps=self.eps)
 
 
 _NORMS = {"layer": LayerNorm, "rms": RMSNorm}
@@ -234,7 +236,7 @@ class PostNormLayer(TransformerLayer):
         )
         attended = self.input_layernorm(_added(self, self.self_attn_bda, out, hidden_states))
         out = _added(self, self.mlp_bda, self.mlp(attended), attended)
-        return self.pre_mlp_layernorm(out), None
+        return _viewless(self.pre_mlp_layernorm(out)), None
 
 
 def _added(layer: TransformerLayer, bda: Any, branch: Any, residual: Tensor) -> Tensor:
@@ -242,6 +244,12 @@ def _added(layer: TransformerLayer, bda: Any, branch: Any, residual: Tensor) -> 
     add = bda(layer.training, layer.config.bias_dropout_fusion)
     with layer.bias_dropout_add_exec_handler():
         out: Tensor = add(branch, residual, layer.hidden_dropout)
+    return _viewless(out)
+
+
+def _viewless(hidden: Tensor) -> Tensor:
+    """A pipeline frees what it has sent, which no view of another tensor may be."""
+    out: Tensor = make_viewless_tensor(hidden, hidden.requires_grad, keep_graph=True)
     return out
 
 
@@ -274,7 +282,7 @@ def block_spec(config: LayerConfig, vp_stage: int | None) -> TransformerBlockSub
     """Return the layers of this pipeline stage: attention, MLP, their norms, and the final one."""
     norm = _NORMS[config.form.norm]
     norm_of_heads = norm if config.form.norms_heads else IdentityOp
-    is_after = config.form.norm_place == "after"
+    is_after = config.form.is_post_norm
     layer = ModuleSpec(
         module=PostNormLayer
         if is_after

@@ -73,7 +73,7 @@ def _layer(
     group: ProcessGroup,
 ) -> Tensor:
     form, mlp = layer.config.form, layer.mlp
-    is_after = form.norm_place == "after"
+    is_after = form.is_post_norm
     read = hidden if is_after else layer.input_layernorm(hidden)
     attended = _attention(layer, read, rotation, sequences, group).add_(hidden)
     if is_after:

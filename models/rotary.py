@@ -58,8 +58,10 @@ def _linear(frequencies: Tensor, scaling: RotaryScaling, base: float) -> Tensor:
 
 
 def _llama3(frequencies: Tensor, scaling: RotaryScaling, base: float) -> Tensor:
-    """As they are where a context has more than `high` turns, divided by the factor where it has
-    fewer than `low`, and between by their share (Llama 3.1's reference code)."""
+    """As they are where a context has more than `high` turns (Llama 3.1's reference code).
+
+    Divided by the factor where it has fewer than `low`, and between by their share.
+    """
     turns = scaling.original_context * frequencies / (2 * math.pi)
     kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies

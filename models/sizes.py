@@ -101,7 +101,7 @@ class GPTSize:
         layer += 2 * self.head_dim * norm // hidden if form.norms_heads else 0
         embeddings = self.vocab_size * (1 if form.is_tied else 2)
         embeddings += 0 if form.rotary else self.context_length
-        last = norm if form.norm_place == "before" else 0
+        last = norm if not form.is_post_norm else 0
         return self.num_layers * layer + embeddings * hidden + last
 
 

@@ -39,7 +39,8 @@ FORMS = {
         **_DIMENSIONS,
         form=Form(activation="gelu", rotary=Rotary(fraction=0.5), is_tied=False, is_parallel=True),
     ),
-    "post-norm": GPTSize(**_DIMENSIONS, form=Form(norm_place="after", activation="relu")),
+    # No ReLU: its kinks turn rounding into whole steps of Adam, which layouts would differ by.
+    "post-norm": GPTSize(**_DIMENSIONS, form=Form(is_post_norm=True, activation="gelu")),
     "banded": GPTSize(
         **_DIMENSIONS, form=Form(window=5, windowed_layers="every second", scales_by_layer=True)
     ),

@@ -20,13 +20,14 @@ from tests.sources import (
 )
 
 MEGATRON_FILES = {
-    *(f"models/{name}.py" for name in ("gpt", "scalar_gpt", "layers", "attention")),
+    *(f"models/{name}.py" for name in ("gpt", "scalar_gpt", "layers", "mlp", "attention")),
     *(f"models/{name}.py" for name in ("readouts", "vocab_parallel")),
     *(f"engine/ranks/{name}.py" for name in ("device", "groups", "parallel", "seeds", "start")),
     *(f"engine/training/{name}.py" for name in ("passes", "optimizer", "trainable")),
     "engine/checkpoints/shards.py",
 }
 LIGHT_FILES = {
+    "models/form.py",
     "models/sizes.py",
     *(f"engine/{name}.py" for name in ("errors", "files", "environment", "recipe", "plan_command")),
     "engine/stop.py",

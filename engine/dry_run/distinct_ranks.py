@@ -236,7 +236,7 @@ def expected_tensors(kind: Kind, size: GPTSize) -> dict[str, tuple[tuple[int, ..
     tensors["embedding.word_embeddings.weight"] = ((size.padded_vocab_size, hidden), 0)
     if form.rotary is None:
         tensors["embedding.position_embeddings.weight"] = ((size.context_length, hidden), None)
-    if form.norm_place == "before":
+    if not form.is_post_norm:
         for name, tensor in norm(hidden).items():
             tensors[f"decoder.final_layernorm.{name}"] = tensor
     if kind == "language" and not form.is_tied:

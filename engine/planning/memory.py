@@ -212,16 +212,22 @@ class PlannedNetwork:
         query, key, value and attention's output; of the MLP what goes in and out of the activation.
         GPT-3 with 2 bytes a number and dropout: 10 h + 24 h / tp (Korthikanti et al. 2022, eq. 2).
 
-        A gated MLP keeps the activation by itself, too; queries and keys are kept before and after
-        each norm and rotation.
+        Parallel branches share the input of their norms. A gated MLP keeps the activation by
+        itself, too. Attention keeps queries and keys that were changed since the matrix made them.
+        A rotation is a part of what it computes again.
         """
         size, width, form = self.size, self.element_bytes, self.size.form
         hidden = size.hidden_size
-        outside = 4 * width * hidden + (2 * hidden if self.has_dropout else 0)  # masks: a byte
+        inputs = 3 if form.is_parallel else 4
+        outside = inputs * width * hidden + (2 * hidden if self.has_dropout else 0)  # masks: a byte
         kept = size.qkv_width + size.num_heads * size.head_dim
         kept += size.fc1_width + size.ffn_size * (2 if form.is_gated else 1)
-        changes = form.norms_heads + (form.rotary is not None)
-        kept += changes * (size.num_heads + size.num_kv_heads) * size.head_dim
+        turns = form.rotary is not None and self.numerics.recompute != "selective"
+        if form.norms_heads or turns:
+            kept += (size.num_heads + size.num_kv_heads) * size.head_dim
+        # Queries that share a head of keys are copied out of the matrix's output.
+        if size.num_kv_heads < size.num_heads and not (turns and not form.norms_heads):
+            kept += size.num_heads * size.head_dim
         return self._sequence_share(outside) + width * kept / self.layout.tp
 
     def _shared_bytes_a_token(self) -> float:

@@ -130,7 +130,7 @@ def _chunk_parameters(stage: PipelineStage, chunk: int) -> list[tuple[int, bool]
     for _ in range(num_layers):
         found += whole_layer
     if stage.is_last(chunk):
-        if form.norm_place == "before":
+        if not form.is_post_norm:
             found += [(elements, False) for elements in _norm_parameters(size, hidden)]
         if is_shared or (has_head and not form.is_tied):
             found.append((size.padded_vocab_size // tp * hidden, is_shared))

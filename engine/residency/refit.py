@@ -151,7 +151,8 @@ def _plan(resharding: Resharding, source: Network, target: Network) -> list[Roun
         if tensor.stage == source.parallel.pp_rank
     }
     found = {name: tuple(p.shape) for name, p in by_model_name(source.modules).items()}
-    found.pop("output_layer.weight", None)  # the last stage's copy of the embedding
+    if source.size.form.is_tied:
+        found.pop("output_layer.weight", None)  # the last stage's copy of the embedding
     if found != here:
         names = [name for name in found | here if found.get(name) != here.get(name)]
         raise RuntimeError(f"refit expects other parameters on this rank: {names}")

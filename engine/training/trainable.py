@@ -56,11 +56,14 @@ def _await_head(chunk: DistributedDataParallel) -> None:
     """Have a last stage's head waited for before it is read, where weights are gathered meanwhile.
 
     megatron waits for the weights of a module when that is called. The head's are read without
-    calling it (models/gpt.py), after the final norm; on a stage of its own they have their own
+    calling it (models/gpt.py), after the last norm; on a stage of its own they have their own
     bucket.
     """
     head = getattr(chunk.module, "output_layer", None)
     if head is None or not chunk.use_forward_hook:
         return
     wait = chunk._make_forward_pre_hook()
-    chunk.module.decoder.final_layernorm.register_forward_pre_hook(lambda *_: wait(head))
+    decoder = chunk.module.decoder
+    # Where norms come after what they read there is no final one.
+    last_norm = decoder.final_layernorm or decoder.layers[-1].pre_mlp_layernorm
+    last_norm.register_forward_pre_hook(lambda *_: wait(head))

@@ -41,7 +41,7 @@ def test_a_form_is_stored_by_what_differs_and_read_again(form: Form):
         ({"rotary": 3}, "rotary is no object"),
         ({"rotary": {"scaling": {"kind": "yarn"}}}, "lacks fields"),
         ({"rotary": {"scaling": {"kind": "ntk", "factor": 2.0}}}, "kind is 'ntk'"),
-        ({"is_parallel": True, "norm_place": "after"}, "norms before"),
+        ({"is_parallel": True, "is_post_norm": True}, "norms before"),
     ],
 )
 def test_what_is_no_form_is_an_error_that_names_it(stored, words):

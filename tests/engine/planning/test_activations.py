@@ -1,6 +1,7 @@
 """Activations are planned as a layer keeps them, whole rows and rows that two ranks share."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,17 @@ from engine.training.network import build_network
 from engine.training.passes import forward_backward
 from engine.training.trainable import make_trainable
 from models.sizes import GPTSize
+from tests.forms import FORMS
 from tests.ranks import run_ranks
 
 SIZE = GPTSize(num_layers=2, hidden_size=64, num_heads=4, vocab_size=100, context_length=512)
-DEEP = dataclasses.replace(SIZE, num_layers=4)
+SIZES = {
+    "gpt3": SIZE,
+    **{
+        name: dataclasses.replace(form, num_layers=2, context_length=512)
+        for name, form in FORMS.items()
+    },
+}
 RECOMPUTE = ("none", "selective", "full")
 NUM_TOKENS = 512
 
@@ -47,7 +55,11 @@ class LossThatStops(NegativeLogLikelihood):
         raise StopIteration
 
 
-def kept_bytes(layout: ParallelLayout) -> dict[str, float]:
+def deeper(size: GPTSize) -> GPTSize:
+    return dataclasses.replace(size, num_layers=4)
+
+
+def kept_bytes(layout: ParallelLayout, of: GPTSize) -> dict[str, float]:
     """Return by recomputation the bytes that a layer keeps when a forward pass is through: what two
     more layers add, halved."""
     parallel = start_parallel(layout, seed=1)
@@ -57,7 +69,7 @@ def kept_bytes(layout: ParallelLayout) -> dict[str, float]:
         patch.setattr("models.attention.packed_attention", lambda q, k, v, *_: _flash(q, k, v))
         for recompute in RECOMPUTE:
             counts = []
-            for size in (SIZE, DEEP):
+            for size in (of, deeper(of)):
                 network = build_network(
                     "language", size, parallel, numerics=Numerics(recompute=recompute)
                 )
@@ -91,7 +103,19 @@ def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
 @pytest.mark.parametrize("cp", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_layer_keeps_the_activations_that_are_planned(cp: int):
     layout = ParallelLayout(cp=cp)
-    for rank in run_ranks(kept_bytes, cp, layout):
+    assert_as_planned(layout, SIZE, run_ranks(kept_bytes, cp, layout, SIZE))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_layer_of_a_form_keeps_the_activations_that_are_planned(name: str):
+    layout = ParallelLayout()
+    assert_as_planned(layout, SIZES[name], [kept_bytes(layout, SIZES[name])])
+
+
+def assert_as_planned(
+    layout: ParallelLayout, of: GPTSize, ranks: Sequence[dict[str, float]]
+) -> None:
+    for rank in ranks:
         for recompute, kept in rank.items():
             few, many = (
                 PlannedNetwork(
@@ -101,7 +125,7 @@ def test_layer_keeps_the_activations_that_are_planned(cp: int):
                     numerics=Numerics(recompute=recompute),
                     dp=1,
                 ).activation_bytes(0, 1, NUM_TOKENS)
-                for size in (SIZE, DEEP)
+                for size in (of, deeper(of))
             )
             # The statistics of the norms, two numbers a token, are not planned.
             assert kept == pytest.approx((many - few) / 2, rel=0.04), recompute

@@ -22,6 +22,7 @@ from engine.settings.numerics import Numerics
 from engine.training.network import build_network
 from engine.training.optimizer import Optimizer
 from models.sizes import SIZES, GPTSize
+from tests.forms import FORMS
 from tests.ranks import run_ranks
 
 # Sizes that divide by nothing convenient, so that every padding shows.
@@ -59,7 +60,7 @@ def build_and_count(stage: PipelineStage) -> list[int]:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
         place = start_parallel(layout, seed=0)
         assert (place.pp_rank, place.replica_rank) == (stage.pp_rank, replica_rank)
-        network = build_network(stage.kind, SIZE, place, numerics=Numerics(dtype=stage.dtype))
+        network = build_network(stage.kind, stage.size, place, numerics=Numerics(dtype=stage.dtype))
         num_parameters = sum(p.numel() for module in network.modules for p in module.parameters())
         optimizer = Optimizer(network, AdamConfig(), total_steps=1)
         optimizer.prepare_state()
@@ -91,14 +92,16 @@ def test_parameters_and_optimizer_state_are_those_of_the_real_network():
             ),
             pp_rank,
             kind=kind,
-            size=SIZE,
+            size=size,
             dp=3,
             dtype=dtype,
         )
-        for kind, layouts, dtype in (
-            ("language", LAYOUTS, "bf16"),
-            ("scalar", LAYOUTS[1:4] + LAYOUTS[-1:], "bf16"),
-            ("scalar", LAYOUTS[1:4], "fp32"),
+        for size, kind, layouts, dtype in (
+            (SIZE, "language", LAYOUTS, "bf16"),
+            (SIZE, "scalar", LAYOUTS[1:4] + LAYOUTS[-1:], "bf16"),
+            (SIZE, "scalar", LAYOUTS[1:4], "fp32"),
+            *((form, "language", LAYOUTS[:4], "bf16") for form in FORMS.values()),
+            *((form, "scalar", LAYOUTS[3:4], "bf16") for form in FORMS.values()),
         )
         for layout in layouts
         for pp_rank in {0, layout.pp // 2, layout.pp - 1}

@@ -1,4 +1,4 @@
-"""Networks of every form train alike in every layout, in all stages, and so do their checkpoints."""
+"""Networks of every form train alike in every layout, in all stages, and save alike."""
 
 from pathlib import Path
 
