@@ -160,7 +160,8 @@ class PlannedNetwork:
         total = a_token * held_tokens
         if cp > 1:
             # The row's keys and values as they arrive and in their order; the gradients of both.
-            total += width * hidden * 4 / tp * (2 if trains else 1) * row_tokens
+            keys = size.num_kv_heads * size.head_dim
+            total += width * keys * 4 / tp * (2 if trains else 1) * row_tokens
         if trains and self.numerics.gradient_accumulation_fusion is False:
             # The widest matrix's gradient, before it adds.
             total += 4 * hidden * hidden / tp * width
@@ -214,9 +215,9 @@ class PlannedNetwork:
         The keys and values of all these ranks, and the attention's output once more: attention
         keeps it in two pieces, the projection after it in one.
         """
-        cp = self.layout.cp
-        hidden_sized = 2 * cp + 1 if cp > 1 else 0
-        return hidden_sized * self.element_bytes * self.size.hidden_size / self.layout.tp
+        cp, size = self.layout.cp, self.size
+        numbers = 2 * cp * size.num_kv_heads + size.num_heads if cp > 1 else 0
+        return numbers * size.head_dim * self.element_bytes / self.layout.tp
 
     def _sequence_share(self, num_bytes: float) -> float:
         """Bytes of what sequence parallelism, where it is on, splits over tp."""
