@@ -39,6 +39,10 @@ READS_ROWS = {
     "kernels.full_kl _kl_state_kernel",
     "kernels.full_kl _kl_gradient_kernel",
 }
+READS_AHEAD = {
+    "kernels.decode_attention _split_kernel",
+    "kernels.decode_attention _group_split_kernel",
+}
 # One 64-bit value, which the assembler of Triton 3.7 puts aside once in some kernels.
 MAX_STACK_BYTES = 8
 # What a program may take of a multiprocessor's on an A100; 227 KiB on an H100.
@@ -110,7 +114,15 @@ def decode_launches() -> None:
         query = leaf(3, 12, dim, dtype=dtype).detach()
         tables = torch.zeros(3, 20, dtype=torch.int32)
         append_kv(query, query, cache[0], cache[1], torch.arange(3))
-        decode_attention(query, cache[0], cache[1], tables, tables[:, 0].contiguous(), scale=0.1)
+        inputs = (query, cache[0], cache[1], tables, tables[:, 0].contiguous())
+        decode_attention(*inputs, scale=0.1)
+        wide = leaf(3, 84, dim, dtype=dtype).detach()  # groups of 7
+        decode_attention(wide, *inputs[1:], scale=0.1)
+        if dim > 80:
+            decode_attention(*inputs, scale=0.1, window=100)
+            decode_attention(wide, *inputs[1:], scale=0.1, window=100)
+            cache = torch.zeros(2, 40, 16, 1, dim, dtype=dtype)
+            decode_attention(wide, cache[0], cache[1], *inputs[3:], scale=0.1)  # a group of 84
 
 
 def logprob_launches() -> None:
@@ -194,7 +206,7 @@ def compile_launch(kernel: triton.JITFunction, *args: object, **options: object)
         narrow = re.findall(r"ld\.global\.b(?:16|32) ", compiled.asm["ptx"])
         assert "ld.global.v4" in compiled.asm["ptx"], name
         assert len(narrow) <= NUM_SCALARS, f"{name} reads single columns: {values}"
-    if name == "kernels.decode_attention _split_kernel":
+    if name in READS_AHEAD:
         assert "cp.async.cg" in compiled.asm["ptx"], "loads do not run ahead of the loop"
     print(name)
 

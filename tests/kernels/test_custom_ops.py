@@ -56,7 +56,8 @@ def arguments() -> dict[str, tuple]:
         "merge_sample_states": (torch.zeros(2, 3, 4, dtype=torch.int32),),
         "merge_samples": (torch.zeros(2, 3, 4, dtype=torch.int32),),
         "append_kv": (query, query, cache[0].clone(), cache[1].clone(), torch.tensor([0, -1, 9])),
-        "decode_attention": (query, cache[0].clone(), cache[1].clone(), tables, lengths, 0.5),
+        "decode_attention": (floats(3, 6, 4), cache[0].clone(), cache[1].clone(), tables, lengths,
+                             0.5, 7),
         "layer_norm": (logits, weight, weight, 1e-5),
         "layer_norm_backward": (logits, ref_logits, statistics, weight),
     }  # fmt: skip

@@ -22,27 +22,31 @@ def small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def random_cache(
-    contexts: tuple[int, ...] = CONTEXTS, *, dtype: torch.dtype = torch.float32
+    contexts: tuple[int, ...] = CONTEXTS, *, dtype: torch.dtype = torch.float32, group: int = 1
 ) -> tuple[Tensor, ...]:
-    """query, k_cache, v_cache, block_tables in shuffled order, context_lengths."""
+    """query of `group` heads a key-value head, k_cache, v_cache, block_tables in shuffled order,
+    context_lengths."""
     batch, max_blocks = len(contexts), -(-max(contexts) // BLOCK_SIZE) + 1
     blocks = torch.randperm(batch * max_blocks).view(batch, max_blocks).to(torch.int32)
     cache = torch.randn(2, batch * max_blocks, BLOCK_SIZE, HEADS, DIM).to(dtype)
-    query = torch.randn(batch, HEADS, DIM).to(dtype)
+    query = torch.randn(batch, group * HEADS, DIM).to(dtype)
     return query, *cache.unbind(), blocks, torch.tensor(contexts, dtype=torch.int32)
 
 
-def exact_attention(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor, scale: float
-) -> Tensor:
-    """fp64, one sequence at a time."""
+def exact_attention(*inputs: Tensor, scale: float, window: int | None = None) -> Tensor:
+    """fp64, one sequence and one query head at a time."""
+    query, k_cache, v_cache, tables, lengths = inputs
     out = torch.zeros(query.shape, dtype=torch.float64)
+    group = query.shape[1] // k_cache.shape[2]
     for b, length in enumerate(lengths.tolist()):
+        first = 0 if window is None else max(0, length - window)
         keys, values = (
-            cache[tables[b].long()].flatten(0, 1)[:length].double() for cache in (k_cache, v_cache)
+            cache[tables[b].long()].flatten(0, 1)[first:length].double()
+            for cache in (k_cache, v_cache)
         )
-        weights = (torch.einsum("hd,nhd->hn", query[b].double(), keys) * scale).softmax(1)
-        out[b] = torch.einsum("hn,nhd->hd", weights, values)
+        for head in range(query.shape[1]):
+            logits = keys[:, head // group] @ query[b, head].double() * scale
+            out[b, head] = logits.softmax(0) @ values[:, head // group]
     return out
 
 
@@ -53,6 +57,26 @@ def test_matches_fp64(backend: str, dtype: torch.dtype, tolerance: float) -> Non
     exact = exact_attention(*inputs, scale=0.3)
     assert out.dtype == dtype
     assert largest_difference(out, exact) < tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 64, 100, 1000])
+@pytest.mark.parametrize("group", [1, 2, 4, 7, 8])
+def test_groups_and_windows_match_fp64(backend: str, group: int, window: int | None) -> None:
+    inputs = random_cache(group=group)
+    out = decode_attention(*inputs, scale=0.3, window=window)
+    exact = exact_attention(*inputs, scale=0.3, window=window)
+    assert largest_difference(out, exact) < 2e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("group", "dtype"), [(16, torch.float16), (17, torch.bfloat16), (40, torch.bfloat16)]
+)  # of 32 heads at a time
+def test_large_groups_in_two_bytes_match_fp64(backend: str, group: int, dtype: torch.dtype) -> None:
+    inputs = random_cache(dtype=dtype, group=group)
+    out = decode_attention(*inputs, scale=0.3, window=70)
+    exact = exact_attention(*inputs, scale=0.3, window=70)
+    assert out.dtype == dtype
+    assert largest_difference(out, exact) < 1.6e-2 * exact.abs().max()
 
 
 def test_idle_slots_give_zeros(backend: str) -> None:
@@ -75,6 +99,25 @@ def test_nothing_beyond_the_context_is_read(backend: str) -> None:
     assert torch.equal(decode_attention(query, k_cache, v_cache, tables, lengths, scale=0.3), want)
 
 
+@pytest.mark.parametrize("group", [1, 4])
+def test_nothing_before_the_window_counts(backend: str, group: int) -> None:
+    query, k_cache, v_cache, tables, lengths = random_cache(group=group)
+    want = decode_attention(query, k_cache, v_cache, tables, lengths, scale=0.3, window=20)
+    for b, length in enumerate(lengths.tolist()):
+        for token in range(length - 20):
+            k_cache[tables[b, token // BLOCK_SIZE], token % BLOCK_SIZE] = 1e4
+            v_cache[tables[b, token // BLOCK_SIZE], token % BLOCK_SIZE] = 1e4
+        tables[b, : max(0, length - 20) // BLOCK_SIZE] = 0  # blocks whole before it: anybody's
+    out = decode_attention(query, k_cache, v_cache, tables, lengths, scale=0.3, window=20)
+    assert torch.equal(out, want)
+
+
+def test_a_window_as_long_as_the_context_changes_no_bit(backend: str) -> None:
+    inputs = random_cache(group=2)
+    whole = decode_attention(*inputs, scale=0.3)
+    assert torch.equal(decode_attention(*inputs, scale=0.3, window=max(CONTEXTS)), whole)
+
+
 def test_a_cache_may_have_more_than_2_31_elements(interpreter: None) -> None:
     query, k_cache, v_cache, tables, lengths = random_cache(dtype=torch.bfloat16)
     want = decode_attention(query, k_cache, v_cache, tables, lengths, scale=0.3)
@@ -87,26 +130,32 @@ def test_a_cache_may_have_more_than_2_31_elements(interpreter: None) -> None:
     assert torch.equal(out, want)
 
 
-def test_a_nan_stays_in_its_sequence(backend: str) -> None:
-    query, k_cache, v_cache, tables, lengths = random_cache()
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_nan_stays_in_its_sequence(backend: str, group: int) -> None:
+    query, k_cache, v_cache, tables, lengths = random_cache(group=group)
     k_cache[tables[3, 1], 2] = torch.nan
     out = decode_attention(query, k_cache, v_cache, tables, lengths, scale=0.3)
     assert out.isnan().flatten(1).any(1).tolist() == [False, False, False, True, False, False]
 
 
-def test_extreme_logits_stay_finite(backend: str) -> None:
-    inputs = random_cache()
+@pytest.mark.parametrize("group", [1, 4])
+def test_extreme_logits_stay_finite(backend: str, group: int) -> None:
+    inputs = random_cache(group=group)
     out = decode_attention(*inputs, scale=1e4)
     assert largest_difference(out, exact_attention(*inputs, scale=1e4)) < 1e-3
 
 
-def test_a_sequence_does_not_depend_on_its_batch(interpreter: None) -> None:
-    query, k_cache, v_cache, tables, lengths = random_cache()
-    whole = decode_attention(query, k_cache, v_cache, tables, lengths, scale=0.3)
+@pytest.mark.parametrize(("group", "window"), [(1, None), (4, None), (1, 70), (4, 70)])
+def test_a_sequence_does_not_depend_on_its_batch(
+    interpreter: None, group: int, window: int | None
+) -> None:
+    query, k_cache, v_cache, tables, lengths = random_cache(group=group)
+    options = {"scale": 0.3, "window": window}
+    whole = decode_attention(query, k_cache, v_cache, tables, lengths, **options)
     wider = torch.nn.functional.pad(tables, (0, 30))  # tables for a longer context: more splits
     for b in range(len(lengths)):
         alone = decode_attention(
-            query[b : b + 1], k_cache, v_cache, wider[b : b + 1], lengths[b : b + 1], scale=0.3
+            query[b : b + 1], k_cache, v_cache, wider[b : b + 1], lengths[b : b + 1], **options
         )
         assert torch.equal(alone[0], whole[b])
 
@@ -142,13 +191,24 @@ def test_a_strided_cache_is_refused() -> None:
         decode_attention(query, k_cache[:, ::2], v_cache, tables, lengths, scale=1.0)
 
 
-def test_repeats_bit_for_bit_and_compiles(interpreter: None) -> None:
-    query, k_cache, v_cache, tables, lengths = random_cache()
+def test_heads_that_are_no_groups_and_windows_of_nothing_are_refused(backend: str) -> None:
+    query, k_cache, v_cache, tables, lengths = random_cache(group=2)
+    with pytest.raises(ValueError, match="5 query heads must be a multiple of 3 key-value heads"):
+        decode_attention(query[:, :5], k_cache, v_cache, tables, lengths, scale=1.0)
+    with pytest.raises(ValueError, match="a window of 0 tokens"):
+        decode_attention(query, k_cache, v_cache, tables, lengths, scale=1.0, window=0)
+
+
+@pytest.mark.parametrize(("group", "window"), [(1, None), (4, 70)])
+def test_repeats_bit_for_bit_and_compiles(
+    interpreter: None, group: int, window: int | None
+) -> None:
+    query, k_cache, v_cache, tables, lengths = random_cache(group=group)
     slots = torch.tensor([5, 6, -1, 7, 8, 9])
 
     def step(query: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        append_kv(query, query, k_cache, v_cache, slots)
-        return decode_attention(query, k_cache, v_cache, tables, lengths, scale=0.3)
+        append_kv(query[:, :HEADS], query[:, -HEADS:], k_cache, v_cache, slots)
+        return decode_attention(query, k_cache, v_cache, tables, lengths, scale=0.3, window=window)
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     caches = [(k_cache.clone(), v_cache.clone()) for _ in range(3)]
@@ -159,20 +219,25 @@ def test_repeats_bit_for_bit_and_compiles(interpreter: None) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dim", [64, 80, 128])
-def test_on_a_gpu(dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("group", "window"), [(1, None), (1, 300), (4, None), (7, 100), (40, None)]
+)
+def test_on_a_gpu(
+    dtype: torch.dtype, dim: int, group: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(f"{__name__}.DIM", dim)
-    inputs = random_cache((1, 1024, 0, 300, 2048, 17, 256, 257), dtype=dtype)
-    exact = exact_attention(*inputs, scale=dim**-0.5)
+    inputs = random_cache((1, 1024, 0, 300, 2048, 17, 256, 257), dtype=dtype, group=group)
+    exact = exact_attention(*inputs, scale=dim**-0.5, window=window)
     on_gpu = [x.cuda() for x in inputs]
     slots = torch.arange(len(exact), device="cuda") + 3
-    new = on_gpu[0].clone()
+    new = on_gpu[0][:, :HEADS].clone()
 
     def step() -> Tensor:
         append_kv(new, new, on_gpu[1].clone(), on_gpu[2].clone(), slots)
-        return decode_attention(*on_gpu, scale=dim**-0.5)
+        return decode_attention(*on_gpu, scale=dim**-0.5, window=window)
 
     step()
     torch.cuda.synchronize()

@@ -26,31 +26,39 @@ class Calls(TorchDispatchMode):
 
 
 def batch(
-    starts: list[int], lengths: list[int], num_blocks: int = 40, dtype: torch.dtype = torch.float32
+    starts: list[int],
+    lengths: list[int],
+    num_blocks: int = 40,
+    dtype: torch.dtype = torch.float32,
+    group: int = 1,
 ) -> tuple[Tensor, ...]:
     """query, k_cache, v_cache, block_tables of runs from the blocks `starts` on, lengths."""
     torch.manual_seed(0)
     cache = torch.randn(2, num_blocks, BLOCK_SIZE, HEADS, DIM).to(dtype)
     tables = torch.tensor(starts, dtype=torch.int32)[:, None] + torch.arange(RUN, dtype=torch.int32)
-    query = torch.randn(len(starts), HEADS, DIM).to(dtype)
+    query = torch.randn(len(starts), group * HEADS, DIM).to(dtype)
     return query, *cache.unbind(), tables, torch.tensor(lengths, dtype=torch.int32)
 
 
-def groups_of(inputs: tuple[Tensor, ...]) -> list[View | Gather]:
+def groups_of(inputs: tuple[Tensor, ...], window: int | None = None) -> list[View | Gather]:
     _, k_cache, _, tables, lengths = inputs
-    return decode_groups(k_cache, tables, lengths).groups
+    return decode_groups(k_cache, tables, lengths, window).groups
 
 
-def check(inputs: tuple[Tensor, ...], tolerance: float = 2e-6) -> None:
+def check(inputs: tuple[Tensor, ...], tolerance: float = 2e-6, window: int | None = None) -> None:
     """Compare with fp64, one sequence at a time."""
     query, k_cache, v_cache, tables, lengths = inputs
-    out = decode_attention(*inputs, scale=0.3)
+    out = decode_attention(*inputs, scale=0.3, window=window)
     for b, length in enumerate(lengths.tolist()):
         if length == 0:
             assert (out[b] == 0).all()
             continue
         blocks = tables[b, : -(-length // BLOCK_SIZE)].long()
-        keys, values = (x[blocks].flatten(0, 1)[:length].double() for x in (k_cache, v_cache))
+        seen = slice(0 if window is None else max(0, length - window), length)
+        keys, values = (
+            x[blocks].flatten(0, 1)[seen].double().repeat_interleave(query.shape[1] // HEADS, 1)
+            for x in (k_cache, v_cache)
+        )
         weights = (torch.einsum("hd,nhd->hn", query[b].double(), keys) * 0.3).softmax(1)
         exact = torch.einsum("hn,nhd->hd", weights, values)
         assert largest_difference(out[b], exact) <= tolerance * max(1.0, float(values.abs().max()))
@@ -133,6 +141,39 @@ def test_no_view_reaches_into_the_next_run_or_beyond_the_cache(starts, lengths, 
         last = view.start + (view.num_rows - 1) * view.stride
         assert last + view.length == ends[last // BLOCK_SIZE]
     check(inputs)
+
+
+def test_a_group_reads_its_keys_in_place_and_once():
+    inputs = batch([5, 10, 15, 20], [33] * 4, group=4)
+    with Calls() as calls:
+        decode_attention(*inputs, scale=0.3)
+    # torch's attention of one call; no key is repeated for the queries that share it.
+    assert not {"index_select", "index", "cat", "clone", "copy_", "repeat_interleave"} & set(
+        calls.names
+    )
+    assert sum("attention" in name for name in calls.names) == 1
+    check(inputs)
+
+
+def test_blocks_before_the_window_are_not_read():
+    inputs = batch([0, 5, 10, 15], [33, 34, 35, 35], group=2)
+    (view,) = groups_of(inputs, window=12)  # from tokens 21 to 23 on: past two blocks
+    assert (view.num_rows, view.start, view.length) == (4, 2 * BLOCK_SIZE, 35 - 2 * BLOCK_SIZE)
+    assert (view.bias == 0).sum(-1).flatten().tolist() == [12] * 4
+    check(inputs, window=12)
+    # A window of exactly the blocks that are left needs no mask.
+    (view,) = groups_of(batch([0, 5], [32, 32]), window=16)
+    assert (view.start, view.length, view.bias) == (16, 16, None)
+
+
+@pytest.mark.parametrize("window", [1, 8, 9, 20, 39, 40])
+def test_windows_over_runs_and_scattered_blocks_are_right(window: int):
+    inputs = batch([20, 0, 10, 30, 5], [12, 40, 17, 0, 40], group=3)
+    inputs[3][2] = torch.tensor([36, 31, 38, 2, 3])
+    inputs[3][4] = torch.tensor([7, 26, 27, 28, 29])  # a run behind its first block
+    gathered = [g.num_rows for g in groups_of(inputs, window) if isinstance(g, Gather)]
+    assert sum(gathered) == (window > 1) + (window > 32)  # a window of one block is a run
+    check(inputs, window=window)
 
 
 def test_a_nan_stays_in_its_run():

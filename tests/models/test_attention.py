@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,15 +31,26 @@ def packed(lengths: tuple[int, ...]) -> PackedSequences:
     return PackedSequences.of(bounds, max(lengths))
 
 
-def draw(num_tokens: int, seed: int = 0, heads: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+def draw(num_tokens: int, seed: int = 0, group: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """query of 3 x group heads, key and value of 3."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(
-        torch.randn(num_tokens, heads, 8, generator=generator, requires_grad=True) for _ in range(3)
+        torch.randn(num_tokens, heads, 8, generator=generator, requires_grad=True)
+        for heads in (3 * group, 3, 3)
     )
 
 
-def naive(query: Tensor, key: Tensor, value: Tensor, cu_queries: Tensor, cu_keys: Tensor) -> Tensor:
+def naive(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    window: int | None = None,
+) -> Tensor:
     """The formula over the whole row: a softmax of what a token may see, in fp64."""
+    shared_by = torch.arange(query.shape[1]) // (query.shape[1] // key.shape[1])
+    key, value = key[:, shared_by], value[:, shared_by]
     num_queries, num_keys = len(query), len(key)
     query_ids = torch.bucketize(torch.arange(num_queries), cu_queries[1:], right=True)
     key_ids = torch.bucketize(torch.arange(num_keys), cu_keys[1:], right=True)
@@ -45,6 +58,8 @@ def naive(query: Tensor, key: Tensor, value: Tensor, cu_queries: Tensor, cu_keys
     query_place = torch.arange(num_queries) - cu_queries[1:][query_ids]
     key_place = torch.arange(num_keys) - cu_keys[1:][key_ids]
     sees = (query_ids[:, None] == key_ids) & (key_place <= query_place[:, None])
+    if window is not None:
+        sees &= key_place > query_place[:, None] - window
     logits = SCALE * torch.einsum("qhd,khd->hqk", query.double(), key.double())
     weights = logits.masked_fill(~sees, -torch.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, value.double()).float()
@@ -62,6 +77,43 @@ def test_attention_is_the_naive_one(lengths: tuple[int, ...]):
     reference = torch.autograd.grad((expected * weight).sum(), inputs)
     for ours, theirs in zip(found, reference, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 30])
+@pytest.mark.parametrize("group", [1, 2, 7])
+@pytest.mark.parametrize("lengths", [EVEN, UNEVEN, EMPTY, (8, 8), (60, 50)])
+def test_groups_and_windows_are_the_naive_ones(
+    lengths: tuple[int, ...], group: int, window: int | None
+):
+    sequences = packed(lengths)
+    inputs = draw(sum(lengths), group=group)
+    out = packed_attention(*inputs, sequences, SCALE, window)
+    expected = naive(*inputs, sequences.cu_seqlens_q, sequences.cu_seqlens_q, window)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad((out * weight).sum(), inputs)
+    reference = torch.autograd.grad((expected * weight).sum(), inputs)
+    for ours, theirs in zip(found, reference, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_window_longer_than_all_sequences_changes_no_bit():
+    for lengths in (EVEN, UNEVEN):
+        inputs = draw(sum(lengths), group=2)
+        whole = packed_attention(*inputs, packed(lengths), SCALE)
+        wide = packed_attention(*inputs, packed(lengths), SCALE, max(lengths))
+        assert torch.equal(wide, whole)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_layer_sees_through_its_own_window(group: int):
+    config = TransformerConfig(num_layers=1, hidden_size=24, num_attention_heads=3, kv_channels=8)
+    layer = attention.PackedAttention(config, 1, AttnMaskType.causal, "self", SCALE)
+    inputs, sequences = draw(sum(UNEVEN), group=group), packed(UNEVEN)
+    for window in (None, 4):
+        layer.window = window or layer.window
+        expected = packed_attention(*inputs, sequences, SCALE, window)
+        assert torch.equal(layer(*inputs, packed_seq_params=sequences), expected.flatten(1))
 
 
 def test_padded_attention_matches_sequences_one_by_one():
@@ -102,15 +154,16 @@ def test_a_sequence_says_the_same_alone_and_packed():
         torch.testing.assert_close(out, together.split(EVEN)[part], rtol=1e-5, atol=1e-6)
 
 
-def test_queries_are_the_last_tokens_where_there_are_more_keys():
+@pytest.mark.parametrize(("group", "window"), [(1, None), (2, None), (1, 3), (2, 3), (2, 8)])
+def test_queries_are_the_last_tokens_where_there_are_more_keys(group: int, window: int | None):
     num_queries, num_keys = (2, 4, 1), (6, 4, 9)
     sequences = packed(num_queries)
     sequences.cu_seqlens_kv = torch.tensor([0, *num_keys]).cumsum(0).int()
     sequences.max_seqlen_kv = max(num_keys)
-    query, _, _ = draw(sum(num_queries))
+    query, _, _ = draw(sum(num_queries), group=group)
     _, key, value = draw(sum(num_keys), seed=1)
-    out = packed_attention(query, key, value, sequences, SCALE)
-    expected = naive(query, key, value, sequences.cu_seqlens_q, sequences.cu_seqlens_kv)
+    out = packed_attention(query, key, value, sequences, SCALE, window)
+    expected = naive(query, key, value, sequences.cu_seqlens_q, sequences.cu_seqlens_kv, window)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -174,13 +227,43 @@ def test_the_backend_is_that_of_the_device_and_the_dtype(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs it")
-def test_torch_takes_our_call_of_its_flash_attention(monkeypatch):
+@pytest.mark.parametrize(("heads", "window"), [(3, None), (1, None), (3, 2), (1, 2)])
+def test_torch_takes_our_call_of_its_flash_attention(heads, window, monkeypatch):
     monkeypatch.setattr(attention, "_flash_attn_varlen", None)
     with FakeTensorMode(), torch.no_grad():  # shapes on a GPU that is not there
-        query = torch.empty(sum(EMPTY), 3, 64, device="cuda:0", dtype=torch.bfloat16)
+        query, key = (
+            torch.empty(sum(EMPTY), n, 64, device="cuda:0", dtype=torch.bfloat16)
+            for n in (3, heads)
+        )
         bounds = torch.empty(len(EMPTY) + 1, device="cuda:0", dtype=torch.int32)
-        out = packed_attention(query, query, query, PackedSequences.of(bounds, 5), SCALE)
+        out = packed_attention(query, key, key, PackedSequences.of(bounds, 5), SCALE, window)
     assert (out.shape, out.dtype, out.device.type) == (query.shape, query.dtype, "cuda")
+
+
+def test_flash_attention_is_told_of_a_window_that_hides_something(monkeypatch):
+    calls = []
+
+    def flash(query: Tensor, key: Tensor, value: Tensor, **named: Any) -> Tensor:
+        calls.append(named)
+        return query
+
+    monkeypatch.setattr(attention, "_takes_flash", lambda device, dtype: True)
+    monkeypatch.setattr(attention, "_flash_attn_varlen", flash)
+    for window in (None, 1, 6, 8):
+        packed_attention(*draw(sum(EVEN)), packed(EVEN), SCALE, window)
+    assert [call.get("window_size") for call in calls] == [None, (0, 0), (5, 0), None]
+    assert all(call["causal"] for call in calls)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_cudnn_is_not_asked_for_a_window(window: int | None, monkeypatch):
+    calls = []
+    monkeypatch.setattr(attention, "_takes_flash", lambda device, dtype: True)
+    monkeypatch.setattr(attention, "_flash_attn_varlen", None)
+    for name in ("_cudnn_attention", "_varlen_attention"):
+        monkeypatch.setattr(attention, name, lambda *_, name=name: calls.append(name))
+    packed_attention(*draw(256), packed((128, 128)), SCALE, window)
+    assert calls == ["_cudnn_attention" if window is None else "_varlen_attention"]
 
 
 @pytest.mark.parametrize(
@@ -201,8 +284,9 @@ def test_cudnn_takes_rows_of_one_round_length(lengths: tuple[int, ...], suits: b
     assert not _suits_cudnn(sequences, sum(lengths))
 
 
-def test_cudnn_attention_is_the_naive_one():
-    query, key, value = (torch.randn(256, 3, 64) for _ in range(3))
+@pytest.mark.parametrize("heads", [3, 1])
+def test_cudnn_attention_is_the_naive_one(heads: int):
+    query, key, value = (torch.randn(256, n, 64) for n in (3, heads, heads))
     sequences = packed((128, 128))
     out = _cudnn_attention(query, key, value, 128, SCALE)  # on a CPU by the second choice
     expected = naive(query, key, value, sequences.cu_seqlens_q, sequences.cu_seqlens_q)
@@ -210,20 +294,24 @@ def test_cudnn_attention_is_the_naive_one():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("group", "window"), [(1, None), (4, None), (1, 100), (4, 5)])
 @pytest.mark.parametrize("lengths", [EVEN, UNEVEN, EMPTY, (700, 1, 1300), (256,) * 3, (1024,)])
-def test_flash_attention_is_the_naive_one(lengths: tuple[int, ...]):
+def test_attention_of_a_gpu_is_the_naive_one(
+    lengths: tuple[int, ...], group: int, window: int | None, dtype: torch.dtype
+):
     generator = torch.Generator().manual_seed(0)
-    shape = (sum(lengths), 3, 64)
-    exact = [torch.randn(shape, generator=generator).bfloat16().float() for _ in range(3)]
+    shapes = [(sum(lengths), heads, 64) for heads in (3 * group, 3, 3)]
+    exact = [torch.randn(shape, generator=generator).bfloat16().float() for shape in shapes]
     exact = [x.requires_grad_() for x in exact]
     sequences = packed(lengths)
-    expected = naive(*exact, sequences.cu_seqlens_q, sequences.cu_seqlens_q)
-    weight = torch.randn(shape, generator=generator)
+    expected = naive(*exact, sequences.cu_seqlens_q, sequences.cu_seqlens_q, window)
+    weight = torch.randn(shapes[0], generator=generator)
     reference = torch.autograd.grad((expected * weight).sum(), exact)
 
-    inputs = [x.detach().cuda().bfloat16().requires_grad_() for x in exact]
+    inputs = [x.detach().cuda().to(dtype).requires_grad_() for x in exact]
     bounds = sequences.cu_seqlens_q.cuda()
-    out = packed_attention(*inputs, PackedSequences.of(bounds, max(lengths)), SCALE)
+    out = packed_attention(*inputs, PackedSequences.of(bounds, max(lengths)), SCALE, window)
     torch.testing.assert_close(out.float().cpu(), expected, rtol=2e-2, atol=2e-2)
     found = torch.autograd.grad((out * weight.cuda()).sum(), inputs)
     for ours, theirs in zip(found, reference, strict=True):
@@ -232,19 +320,22 @@ def test_flash_attention_is_the_naive_one(lengths: tuple[int, ...]):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [(2000, 1, 1500), (1024, 1024)])
-def test_deterministic_gradients_have_the_same_bits_every_time(monkeypatch, lengths):
+@pytest.mark.parametrize(("kv_heads", "window"), [(8, None), (2, None), (2, 700)])
+def test_deterministic_gradients_have_the_same_bits_every_time(
+    monkeypatch, lengths, kv_heads, window
+):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # and put back after the test
     monkeypatch.setenv("NCCL_ALGO", "Ring")
     # Many blocks of keys add to a query's gradient.
     inputs = [
-        torch.randn(sum(lengths), 8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for _ in range(3)
+        torch.randn(sum(lengths), n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for n in (8, kv_heads, kv_heads)
     ]
     sequences = PackedSequences.of(torch.tensor([0, *lengths]).cumsum(0).int().cuda(), max(lengths))
     make_deterministic()
     try:
         runs = [
-            torch.autograd.grad(packed_attention(*inputs, sequences, SCALE).sum(), inputs)
+            torch.autograd.grad(packed_attention(*inputs, sequences, SCALE, window).sum(), inputs)
             for _ in range(5)
         ]
     finally:

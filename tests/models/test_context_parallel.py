@@ -37,18 +37,19 @@ def test_ranks_hold_each_token_once_and_see_as_many_keys(cp: int):
     assert len(set(num_keys)) == 1
 
 
+@pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("cp", [2, 4])
-def test_queries_of_a_piece_see_the_keys_of_their_sequences(cp: int):
+def test_queries_of_a_piece_see_the_keys_of_their_sequences(cp: int, window: int | None):
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(32, 2, 8, generator=generator) for _ in range(3))
+    query, key, value = (torch.randn(32, n, 8, generator=generator) for n in (4, 2, 2))
     whole = PackedSequences.of(CU_SEQLENS, max(LENGTHS))
-    expected = packed_attention(query, key, value, whole, 0.3)
+    expected = packed_attention(query, key, value, whole, 0.3, window)
     for share in shares(cp):
         sequences = PackedSequences.of(CU_SEQLENS, max(LENGTHS), share)
         for piece, (end, seen) in zip(share.pieces, sequences.pieces, strict=True):
             assert end == piece.stop
             queries = query[piece.start : piece.stop]
-            found = packed_attention(queries, key[:end], value[:end], seen, 0.3)
+            found = packed_attention(queries, key[:end], value[:end], seen, 0.3, window)
             torch.testing.assert_close(found, expected[piece.start : piece.stop])
             assert seen.max_seqlen_q >= seen.cu_seqlens_q.diff().max()
             assert seen.max_seqlen_kv >= seen.cu_seqlens_kv.diff().max()

@@ -9,11 +9,15 @@ from models.paged_attention import PagedCache, PagedSequences
 HEADS, DIM, BLOCK = 2, 8, 4
 
 
-def causal(query, key, value, scale):
+def causal(query, key, value, scale, window=None):
     """Plain attention of one sequence in fp64."""
     q, k, v = (x.double().transpose(0, 1) for x in (query, key, value))
+    k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
     scores = scale * q @ k.transpose(1, 2)
-    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(k.shape[1] - q.shape[1] + 1)
+    ahead = k.shape[1] - q.shape[1]
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(ahead + 1)
+    if window is not None:
+        hidden |= torch.ones_like(hidden).tril(ahead - window)
     return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1)
 
 
@@ -43,7 +47,8 @@ def test_queries_are_the_last_tokens_of_their_sequences(query_lengths):
     assert (out - expected).abs().max() < 1e-5
 
 
-def test_a_step_of_decoding_rows_and_chunks_attends_to_all_tokens_so_far():
+@pytest.mark.parametrize(("group", "window"), [(1, None), (3, None), (1, 4), (3, 4)])
+def test_a_step_of_decoding_rows_and_chunks_attends_to_all_tokens_so_far(group, window):
     torch.manual_seed(0)
     shape = (8, BLOCK, HEADS, DIM)
     lanes = [torch.empty(4 * math.prod(shape), dtype=torch.uint8) for _ in range(2)]
@@ -54,10 +59,14 @@ def test_a_step_of_decoding_rows_and_chunks_attends_to_all_tokens_so_far():
     keys, values = cache.layer(5)
     every = {}
     for name, held in blocks.items():
-        every[name] = torch.randn(3, old[name] + new[name], HEADS, DIM)  # query, key, value
+        every[name] = torch.randn(2 + group, old[name] + new[name], HEADS, DIM)  # key, value, query
         for token in range(old[name]):
-            keys[held[token // BLOCK], token % BLOCK] = every[name][1, token]
-            values[held[token // BLOCK], token % BLOCK] = every[name][2, token]
+            keys[held[token // BLOCK], token % BLOCK] = every[name][0, token]
+            values[held[token // BLOCK], token % BLOCK] = every[name][1, token]
+
+    def queries(drawn: torch.Tensor) -> torch.Tensor:
+        """[T, group x HEADS, DIM], the heads of a group side by side."""
+        return drawn[2:].permute(1, 2, 0, 3).flatten(1, 2)
 
     def slots(name: str, start: int) -> list[int]:
         tokens = range(start, old[name] + new[name])
@@ -76,12 +85,19 @@ def test_a_step_of_decoding_rows_and_chunks_attends_to_all_tokens_so_far():
         prompt_slots=torch.tensor(slots("continued", 0) + slots("new", 0)),
     )
     fresh = [every[name][:, old[name] :] for name in order]
-    idle = torch.randn(3, 1, HEADS, DIM)
+    idle = torch.randn(2 + group, 1, HEADS, DIM)
     row = torch.cat([fresh[0], idle, *fresh[1:]], 1)
-    out = paged.attend(5, *row, 0.3)
-    expected = [causal(every[n][0, old[n] :], every[n][1], every[n][2], 0.3) for n in order]
+    out = paged.attend(5, queries(row), row[0], row[1], 0.3, window)
+    expected = [
+        causal(queries(every[n])[old[n] :], every[n][0], every[n][1], 0.3, window) for n in order
+    ]
     assert (out[:1] - expected[0]).abs().max() < 1e-5
     assert (out[1] == 0).all()
     assert (out[2:] - torch.cat(expected[1:])).abs().max() < 1e-5
-    assert torch.equal(keys[7, 0], every["continued"][1, 8])
+    assert torch.equal(keys[7, 0], every["continued"][0, 8])
     assert (keys[4:6] == 0).all()  # blocks of nobody
+    # Another layer's window over the same step.
+    wider = paged.attend(5, queries(row), row[0], row[1], 0.3, 5)
+    expected = [causal(queries(every[n])[old[n] :], *every[n][:2], 0.3, 5) for n in order]
+    assert (wider[:1] - expected[0]).abs().max() < 1e-5
+    assert (wider[2:] - torch.cat(expected[1:])).abs().max() < 1e-5

@@ -46,4 +46,5 @@ def test_heads_must_divide_the_width():
 
 def test_heads_are_of_64_to_128_dimensions():
     for name in MILLIONS:
-        assert 64 <= SIZES[name].hidden_size // SIZES[name].num_heads <= 128
+        assert 64 <= SIZES[name].head_dim <= 128
+        assert SIZES[name].num_kv_heads == SIZES[name].num_heads  # GPT-3 shares none

@@ -4,6 +4,7 @@ import torch
 from engine.errors import UserError
 from engine.generation.cache import choose_cache, num_lanes, table_width
 from engine.settings.sampling import SamplingConfig
+from models.sizes import GPTSize
 
 BLOCK_BYTES = 4 * 2 * 16 * 64 * 4  # layers x (keys, values) x tokens x width x fp32
 
@@ -17,6 +18,17 @@ def test_the_cache_is_no_larger_than_its_sequences_need(network):
     assert cache.layer(4)[0].shape == (9, 16, 4, 16)
     assert (torch.cat(lanes) == 0).all()
     assert cache.addresses == tuple(lane.data_ptr() for lane in lanes)
+
+
+def test_the_cache_holds_heads_of_keys_and_no_more(network, monkeypatch):
+    monkeypatch.setattr(GPTSize, "num_kv_heads", property(lambda self: 2))
+    monkeypatch.setattr(GPTSize, "head_dim", property(lambda self: 24))
+    config = SamplingConfig(cache_gib=1 / 2**10)
+    shape = choose_cache(network, config, num_sequences=10**6, max_length=33)
+    assert (shape.kv_heads, shape.dim) == (2, 24)
+    taken = num_lanes(network) * shape.num_blocks * shape.block_bytes
+    assert 2**20 - num_lanes(network) * shape.block_bytes < taken <= 2**20
+    assert shape.block_bytes == 16 * 2 * 24 * 4  # tokens x heads x dimensions x fp32
 
 
 def test_the_cache_is_no_larger_than_it_may_be(network):

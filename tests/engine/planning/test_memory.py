@@ -32,6 +32,13 @@ def planned(tp: int = 1, pp: int = 1, dtype: str = "bf16", **changes: object) ->
     return dataclasses.replace(network, **changes)
 
 
+def test_a_tokens_cache_is_its_heads_of_keys_and_values(monkeypatch):
+    assert planned(tp=2, pp=4).cache_bytes_a_token() == 2 * 6 * 8 * 128 * 2  # 24 layers, 16 heads
+    monkeypatch.setattr(GPTSize, "num_kv_heads", property(lambda self: 4))
+    monkeypatch.setattr(GPTSize, "head_dim", property(lambda self: 96))
+    assert planned(tp=2, pp=4).cache_bytes_a_token() == 2 * 6 * 2 * 96 * 2
+
+
 @pytest.mark.parametrize("num_tokens", [100, 10**5])
 @pytest.mark.parametrize("tp", [1, 8])
 def test_the_head_has_the_workspace_that_the_kernels_take(tp: int, num_tokens: int) -> None:
