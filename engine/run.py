@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from engine import stop
-from engine.claim import claim, holding_claims
+from engine.claim import LOCK, claim, holding_claims
 from engine.data.examples import LengthReport
 from engine.data.jsonl import ReadReport
 from engine.data.pretraining import TokenFile, make_token_file, read_token_file
@@ -27,6 +27,7 @@ from engine.files import check_writable, clear_partials
 from engine.ranks.device import make_deterministic
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
+from engine.ranks.same_folder import check_same_folder
 from engine.ranks.signs import keep_stacks_in
 from engine.ranks.start import start_parallel
 from engine.settings.saved import changed_fields, save_config
@@ -242,7 +243,8 @@ def claim_for_all(directory: Path, *inner: str) -> None:
     """Claim a folder, on the first rank for all, who call together.
 
     What killed runs were writing there, and into the named folders in it, is cleared. Checkpoints
-    clear their own; that they can be written is seen now, not at the first save.
+    clear their own; that they can be written is seen now, not at the first save. UserError, on
+    every rank, where it is another folder on some.
     """
 
     def take() -> str:
@@ -255,6 +257,7 @@ def claim_for_all(directory: Path, *inner: str) -> None:
         return ""
 
     said_by_first_rank(take)
+    check_same_folder(directory, directory / LOCK, "directory")
 
 
 def load_shared_tokenizer(find: Callable[[], Path]) -> Tokenizer:
