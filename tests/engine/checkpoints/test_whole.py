@@ -177,12 +177,6 @@ def test_ranks_that_find_another_whole_checkpoint_of_that_name_are_named(tmp_pat
     write_manifest(other, Manifest(step=1, files=files))
     name = Path(folder.name)
     said = run_ranks(look_from, 3, [folder.parent, other.parent, folder.parent], name)
-    assert (
-        said
-        == [
-            f"{name}: rank 1 found another checkpoint there than rank 0; have all nodes see the same "
-            "files"
-        ]
-        * 3
-    )
+    words = "rank 1 found another checkpoint there than rank 0; have all nodes see the same files"
+    assert said == [f"{name}: {words}"] * 3
     assert run_ranks(look_from, 3, [folder.parent] * 3, name) == [""] * 3
