@@ -160,11 +160,13 @@ def decline(why: str) -> None:
     """Tell the other ranks, which wait for this one, that it does not come and why.
 
     Without effect where it has come, or is alone, or an agent of torchrun's sees it end and ends
-    the others; and where nobody is reached in time. To say it takes the libraries' import and as
+    the others; and where nobody is reached in time. Nor where the launch names no MASTER_PORT: at
+    the default one the ranks of any run may meet, and those would be told. To say it takes the libraries' import and as
     long as the first rank takes to come: seconds, where they would wait for a minute and a half.
     """
     rank, world_size = rank_of_environment(), world_size_of_environment()
-    if _has_come or world_size == 1 or is_under_torchrun():
+    has_place = "MASTER_PORT" in os.environ
+    if _has_come or world_size == 1 or is_under_torchrun() or not has_place:
         return
     arrival = Arrival(rank=rank, world_size=world_size, address=_address(), seconds=_DECLINING)
     with contextlib.suppress(UserError, dist.DistError), ending_where_stuck(arrival):
