@@ -161,8 +161,8 @@ def decline(why: str) -> None:
 
     Without effect where it has come, or is alone, or an agent of torchrun's sees it end and ends
     the others; and where nobody is reached in time. Nor where the launch names no MASTER_PORT: at
-    the default one the ranks of any run may meet, and those would be told. To say it takes the libraries' import and as
-    long as the first rank takes to come: seconds, where they would wait for a minute and a half.
+    the default one the ranks of any run may meet, and those would be told. To say it takes the
+    libraries' import, and as long as the first rank takes to come: seconds.
     """
     rank, world_size = rank_of_environment(), world_size_of_environment()
     has_place = "MASTER_PORT" in os.environ
