@@ -83,6 +83,8 @@ class Inputs:
         told = json.loads(said_by_first_rank(self._compare))
         self.notes: list[str] = told["notes"]
         """What is to be told of where the networks come from."""
+        self.digests: dict[str, str] = told["digests"]
+        """Of the networks, by the names of their copies in RUN/sources."""
 
     def size(self, name: str) -> GPTSize:
         """Return the size of a network, by the name of its option."""
@@ -243,7 +245,9 @@ class Inputs:
             if refused:
                 raise UserError(_refusal(self._run.directory, refused))
             self._accepted = found
-        return json.dumps({"notes": self._source_notes()})
+        networks = self._now.networks.items()
+        digests = {self._networks[name].kept_as: record.xxh3_128 for name, record in networks}
+        return json.dumps({"notes": self._source_notes(), "digests": digests})
 
     def _record(self, name: str, earlier: Identity) -> NetworkRecord:
         network = self._networks[name]
