@@ -111,8 +111,8 @@ def _recalled(directory: Path) -> Identity | None:
 
 
 def _with_paths(identity: Identity, config: RunConfig, changed: Changed) -> Identity:
-    """Return an identity whose networks lie where the run's settings say that they did, where it
-    does not say so itself, as that of a checkpoint."""
+    """Return an identity with the paths of networks that the run's settings have, where it has none
+    itself, as that of a checkpoint."""
     then = saved_fields(config) | {name: saved for name, (saved, _) in changed.items()}
     then["reference"] = then.get("reference") or then.get("policy")
     networks = {
