@@ -7,7 +7,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -50,6 +50,22 @@ def changed_fields(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
 def saved_fields(config: Any, of_path: Callable[[Path], str] = str) -> dict[str, Any]:
     """Return {dotted name: value} of what save_config writes; of_path: what stands for a path."""
     return _flat(_encode(config, of_path))
+
+
+def with_saved_fields(config: _Config, values: Mapping[str, Any]) -> _Config:
+    """Return a config with other values, by the fields' dotted names, as save_config writes them;
+    raises UserError for what is no value of its field."""
+    nested = _encode(config)
+    for name, value in values.items():
+        *path, last = name.split(".")
+        inner = nested
+        for part in path:
+            inner = inner[part]
+        inner[last] = value
+    try:
+        return _decode(type(config), nested, "")
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def load_config(cls: type[_Config], path: Path) -> _Config:

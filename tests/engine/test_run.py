@@ -98,8 +98,14 @@ def test_run_with_checkpoints_keeps_what_makes_it_the_run_it_is(tiny: Path, tmp_
         ({"data": SFTData(train=tmp_path)}, f"data.train None, not {tmp_path}"),
         ({"adam": AdamConfig(lr=1.0)}, "adam.lr 9.65e-06, not 1.0"),
     ):
-        with pytest.raises(UserError, match=f"is a run with {cause}; give another --directory"):
+        with pytest.raises(
+            UserError, match=f"is a run with {cause}; give another --directory"
+        ) as no:
             run.write_settings(dataclasses.replace(faster, **change))
+        name, value = cause.split(",")[0].split()
+        assert str(no.value).endswith(
+            f"go on with those it had by --{name.replace('_', '-')} {value}"
+        )
     assert load_config(SFTConfig, tmp_path / "config.json") == faster
 
 
