@@ -74,9 +74,7 @@ def no_pointer(
 ) -> str:
     """Return in words what is wrong with `latest`, and what to do about it: name one of the
     checkpoints beside it, where there are names, or something else."""
-    is_or_are = "is" if len(names) == 1 else "are"
-    there = (
-        f"{', '.join(names[:3])} {is_or_are} there: write the name of the one to go on from into it, "
-        "or"
-    )
+    verb = "is" if len(names) == 1 else "are"
+    shown = ", ".join(names[:3])
+    there = f"{shown} {verb} there: write the name of the one to go on from into it, or"
     return f"{latest} is {what}; " + (f"{there} " if names else "") + otherwise
