@@ -31,6 +31,7 @@ _MAX_EMPTY_BYTES = 4 << 20  # by which empty lines may outweigh all others; our 
 _MAX_EXPANSION = 100
 _MIN_BOMB_BYTES = 128 << 20
 _MAX_EMPTY_MEMBERS = 1000  # in a row; our choice: block gzip (BGZF) ends with one
+_FILE_ENDINGS = (".json", ".jsonl", ".gz", ".txt", ".csv", ".parquet", ".model", ".bpe")
 _PACKED_BYTES = 1 << 16
 _UNPACKED_BYTES = 1 << 17
 _MAX_NAMES = 10_000  # of a folder that are compared with one that is missing
@@ -58,6 +59,19 @@ def open_file(path: Path) -> BufferedReader:
         raise UserError(f"{name} cannot be a path: {error}") from None
     kind = "a folder; name one file in it" if path.is_dir() else "no regular file, and is not read"
     raise UserError(f"{name} is {kind}")
+
+
+def hub_name(path: Path) -> str:
+    """Return what to say of a path that does not exist and may be a name on Hugging Face's hub."""
+    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(path))
+    if not is_name or len(path.parts) > 1 and Path(path.parts[0]).exists():
+        return ""
+    if path.suffix in _FILE_ENDINGS:
+        return ""
+    return (
+        "; if that is a name on Hugging Face's hub: nothing here uses the network. "
+        f"`hf download {path}` fetches it and says into which folder; give that one"
+    )
 
 
 def read_lines(

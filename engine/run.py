@@ -23,7 +23,13 @@ from engine.data.tokenizer import Tokenizer, make_tokenizer
 from engine.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from engine.data.tokenizer_trial import try_tokenizer
 from engine.errors import UserError, named
-from engine.files import MAX_SHOWN_PATH, check_replaceable, check_writable, clear_partials
+from engine.files import (
+    MAX_SHOWN_PATH,
+    check_replaceable,
+    check_writable,
+    clear_partials,
+    hub_name,
+)
 from engine.ranks.device import make_deterministic
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
@@ -368,5 +374,5 @@ def require_path(path: Path | None, option: str) -> Path:
     if path is None:
         raise UserError(f"--{option} is required")
     if not said_by_first_rank(lambda: "there" if path.exists() else ""):
-        raise UserError(f"--{option} {path}: no such file or folder")
+        raise UserError(f"--{option} {path}: no such file or folder{hub_name(path)}")
     return path

@@ -29,6 +29,7 @@ MEGATRON_FILES = {
 LIGHT_FILES = {
     "models/form.py",
     "models/sizes.py",
+    *(f"models/huggingface/{n}.py" for n in ("families", "fields", "config", "rotary", "windows")),
     *(f"engine/{name}.py" for name in ("errors", "files", "environment", "recipe", "plan_command")),
     "engine/stop.py",
     "engine/printable.py",

@@ -5,7 +5,8 @@ from pathlib import Path
 from engine.checkpoints.found import find_network, run_of, size_of
 from engine.checkpoints.weights import load_weights
 from engine.data.tokenizer import Tokenizer
-from engine.huggingface.convert import load_huggingface, read_size
+from engine.huggingface.convert import load_huggingface
+from engine.huggingface.model_folder import read_size
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.start import start_parallel
 from engine.run import load_shared_tokenizer, require_path

@@ -1,4 +1,4 @@
-"""From a Hugging Face GPT-2 folder to one of our checkpoints and back, on the ranks of any layout.
+"""From a Hugging Face folder to one of our checkpoints and back, on the ranks of any layout.
 
     FOLDER/  config.json  model.safetensors (or parts and an index)  tokenizer.json
     RUN/     config.json  checkpoints/step_00000000/policy/          tokenizer/
@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,8 +29,10 @@ from engine.checkpoints.weights import load_weights
 from engine.claim import claim, holding_claims
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
-from engine.files import read_object, replacing, sync, sync_folder, writing
-from engine.huggingface.weight_files import StoredTensor, open_weights
+from engine.files import replacing, sync, sync_folder, writing
+from engine.huggingface.model_folder import ModelFolder, find_model
+from engine.huggingface.weight_files import StoredTensor
+from engine.printable import say
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
 from engine.ranks.same_folder import check_same_folder
@@ -39,22 +42,12 @@ from engine.settings.convert import ConvertConfig
 from engine.settings.numerics import Numerics
 from engine.settings.saved import save_config
 from engine.training.network import Network, build_network
-from models.huggingface import (
-    TIED_HEAD,
-    WORD_EMBEDDING,
-    canonical_name,
-    config_of_size,
-    from_shards,
-    huggingface_name,
-    size_of_config,
-    tensor_shapes,
-    to_shard,
-)
+from models.form import Form
+from models.huggingface.config import config_of_size, family_of_size
+from models.huggingface.families import Family
+from models.huggingface.tensors import HEAD, from_shards, stored_tensors, to_shard
 from models.sizes import GPTSize
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MAX_CONFIG_BYTES = 1 << 20  # of config.json, which has a few hundred; our choice
-_MOST_SHOWN = 80  # characters of a text from a file in an error; our choice
 # Hugging Face's names of GPT-2's two tokenizer files, which have the same content.
 _BPE_FILES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
 
@@ -78,8 +71,7 @@ def import_huggingface(config: ConvertConfig) -> Path:
     """
     parallel = start_parallel(config.layout, 0, config.waiting, config)
     source, out = require_path(config.source, "source"), _require_out(config)
-    size = read_size(source)
-    _find_tensors(source, size)
+    size = find_model(source).size
     tokenizer = _load_tokenizer(config.tokenizer or source, size)
     network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))
     load_huggingface(network, source)
@@ -113,15 +105,6 @@ def export_huggingface(config: ConvertConfig) -> Path:
     return out
 
 
-def read_size(folder: Path) -> GPTSize:
-    """Return the size of the GPT-2 in a Hugging Face folder; raises UserError if it is not ours."""
-    path = folder / "config.json"
-    try:
-        return size_of_config(read_object(path, max_bytes=_MAX_CONFIG_BYTES))
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
 def load_huggingface(network: Network, folder: Path) -> None:
     """Fill a language model from a Hugging Face folder, with this rank's share of each tensor.
 
@@ -129,29 +112,48 @@ def load_huggingface(network: Network, folder: Path) -> None:
     for another size, and for a tensor that is missing, of another shape, or not finite.
     """
     if network.kind != "language":
-        raise ValueError("a Hugging Face GPT-2 is a language model; load it into one")
-    size = read_size(folder)
-    for field in dataclasses.fields(size):
-        value, mine = getattr(size, field.name), getattr(network.size, field.name)
-        if value != mine:
-            raise UserError(f"{folder}: {field.name} is {value}, this run's model has {mine}")
-    found = _find_tensors(folder, size)
+        raise ValueError("a Hugging Face folder holds a language model; load it into one")
+    model = find_model(folder)
+    for name, value, mine in _differences(model.size, network.size):
+        raise UserError(f"{folder}: {name} is {value}, this run's model has {mine}")
     layout, tp_rank = network.parallel.layout, network.parallel.tp_rank
     for name, parameter in _parameters(network):
-        theirs = huggingface_name(name)
-        stored = found[theirs]
-        shard = to_shard(name, stored.read(), size, tp=layout.tp, tp_rank=tp_rank)
+        stored = [model.tensors[t.name] for t in stored_tensors(name, model.family, model.size)]
+        parts = [tensor.read() for tensor in stored]
+        shard = to_shard(name, parts, model.family, model.size, tp=layout.tp, tp_rank=tp_rank)
         parameter.data.copy_(shard)
         if not parameter.data.isfinite().all():  # sync
-            raise UserError(f"{stored.path}: {theirs} is not finite in {parameter.dtype}")
-        if theirs == WORD_EMBEDDING and TIED_HEAD in found:
-            head = to_shard(name, found[TIED_HEAD].read(), size, tp=layout.tp, tp_rank=tp_rank)
-            if not (head == shard).all():
-                raise UserError(
-                    f"{found[TIED_HEAD].path}: {TIED_HEAD} differs from {WORD_EMBEDDING}; "
-                    "here the head is always the embedding"
-                )
+            raise _not_finite(name, stored, parts, model, parameter.dtype)
     network.mark_changed()
+    if model.left_out and network.parallel.is_writer:
+        say(f"{folder}: {', '.join(model.left_out)} left out: a value head is no language model's")
+
+
+def _differences(theirs: Any, mine: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (field, theirs, mine) of two sizes where they differ, their forms' fields by name."""
+    for field in dataclasses.fields(theirs):
+        values = getattr(theirs, field.name), getattr(mine, field.name)
+        if values[0] == values[1]:
+            continue
+        if isinstance(values[0], Form):
+            yield from _differences(*values)
+        else:
+            yield field.name, *values
+
+
+def _not_finite(
+    name: str,
+    stored: list[StoredTensor],
+    parts: list[Tensor],
+    model: ModelFolder,
+    dtype: torch.dtype,
+) -> UserError:
+    """Return the error that names the first of a parameter's tensors that is not finite."""
+    theirs = stored_tensors(name, model.family, model.size)
+    for tensor, found, part in zip(theirs, stored, parts, strict=True):
+        if not part.to(dtype).isfinite().all():
+            return UserError(f"{found.path}: {tensor.name} is not finite in {dtype}")
+    raise AssertionError("a shard has what no part has")
 
 
 @holding_claims()
@@ -161,34 +163,37 @@ def save_huggingface(
     """Write a language model as a new Hugging Face folder, whole or not at all; all ranks call it.
 
     The first data-parallel replica writes. Each pipeline stage has its own files, of at most
-    `file_bytes` bytes or one tensor; a tensor's shards meet on the first tensor-parallel rank.
+    `file_bytes` bytes or one of our parameters, whose shards meet on the first tensor-parallel
+    rank. Raises UserError for a size that no family of Hugging Face's has.
     """
     if network.kind != "language":
-        raise ValueError("only a language model is a Hugging Face GPT-2")
+        raise ValueError("only a language model is exported as one")
     parallel, size = network.parallel, network.size
+    family = _export_family(size)
     parameters = {
-        huggingface_name(name): (name, parameter)
+        name: parameter
         for name, parameter in _parameters(network)
-        if name != "output_layer.weight"  # the first stage holds it as the embedding
+        if name != HEAD or not size.form.is_tied  # the first stage holds it as the embedding
     }
     files = _plan_files(network, list(parameters), file_bytes)
     with _becoming(folder, parallel) as partial:
         for file_name, (stage, names) in files.items():
             if stage != parallel.pp_rank or parallel.dp_rank > 0:
                 continue
-            tensors = {}
-            for theirs in names:
-                name, parameter = parameters[theirs]
-                shards = _gather(parameter.data, parallel)
+            tensors: dict[str, Tensor] = {}
+            for name in names:
+                shards = _gather(parameters[name].data, parallel)
                 if shards:
-                    tensors[theirs] = from_shards(name, shards, size)
+                    tensors |= from_shards(name, shards, family, size)
             if tensors:
                 _write_tensors(partial / file_name, tensors)
         dist.barrier()
         if parallel.is_writer:
             if len(files) > 1:
-                _write_json(partial / "model.safetensors.index.json", _index(files, network))
-            config = config_of_size(size, dtype=network.dtype, eos_id=tokenizer.eos_id)
+                index = _index(files, family, network)
+                _write_json(partial / "model.safetensors.index.json", index)
+            dtype = str(network.dtype).removeprefix("torch.")
+            config = config_of_size(size, dtype=dtype, eos_id=tokenizer.eos_id)
             _write_json(partial / "config.json", config)
             _save_tokenizer(tokenizer, partial, size.context_length)
 
@@ -244,46 +249,6 @@ def _require_out(config: ConvertConfig) -> Path:
     return config.out
 
 
-def _find_tensors(folder: Path, size: GPTSize) -> dict[str, StoredTensor]:
-    """Return the tensors of that model by GPT2LMHeadModel's names, after checking all of them."""
-    stored_tensors = open_weights(folder)
-    paths = {stored.path for stored in stored_tensors.values()}
-    where = next(iter(paths)) if len(paths) == 1 else folder
-    found: dict[str, StoredTensor] = {}
-    for stored_name, stored in stored_tensors.items():
-        name = canonical_name(stored_name)
-        if name in found:
-            raise UserError(f"{stored.path}: {name!r:.{_MOST_SHOWN}} is there twice")
-        if name is not None:
-            found[name] = stored
-    expected, num_bytes = {TIED_HEAD}, 0
-    for name, shape in tensor_shapes(size):  # however many layers: it ends with the first missing
-        if name not in found:
-            raise UserError(f"{where}: tensor {name} is missing")
-        _check_tensor(name, found[name], shape)
-        expected.add(name)
-        num_bytes += math.prod(shape) * found[name].dtype.itemsize
-    if TIED_HEAD in found:
-        _check_tensor(TIED_HEAD, found[TIED_HEAD], (size.vocab_size, size.hidden_size))
-    for name in found.keys() - expected:
-        shown = f"{name!r:.{_MOST_SHOWN}}"
-        raise UserError(f"{found[name].path}: {shown} is no tensor of a GPT-2 of {size}")
-    # Tensors of a torch file may share their numbers: a small file, and a model of any size.
-    if num_bytes > sum(path.stat().st_size for path in paths):
-        raise UserError(f"{where}: tensors of {num_bytes} bytes in fewer bytes: some are the same")
-    return found
-
-
-def _check_tensor(name: str, stored: StoredTensor, shape: tuple[int, ...]) -> None:
-    if stored.shape != shape:
-        raise UserError(
-            f"{stored.path}: {name} has shape {list(stored.shape)!s:.{_MOST_SHOWN}}, "
-            f"config.json asks for {list(shape)}"
-        )
-    if stored.dtype not in _FLOATS:
-        raise UserError(f"{stored.path}: {name} is {stored.dtype}, not a float of 16 bits or more")
-
-
 def _parameters(network: Network) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield this rank's parameters, by names whose layer numbers count in the whole model."""
     for module in network.modules:
@@ -309,36 +274,49 @@ def _gather(shard: Tensor, parallel: Parallel) -> list[Tensor]:
 def _plan_files(
     network: Network, names: list[str], file_bytes: int
 ) -> dict[str, tuple[int, list[str]]]:
-    """Return {file: (pipeline stage, tensors)}, alike on all ranks; `names` are this stage's."""
+    """Return {file: (pipeline stage, our parameters)}, alike on all ranks; `names` are those of
+    this stage."""
     parallel = network.parallel
     by_stage: list[list[str]] = [[]] * parallel.layout.pp
     dist.all_gather_object(by_stage, names, group=parallel.pp_group)
-    num_bytes = _tensor_bytes(network)
+    family = _export_family(network.size)
     groups: list[tuple[int, list[str]]] = []
     for stage, stage_names in enumerate(by_stage):
         room = -1
         for name in stage_names:
-            if num_bytes[name] > room:
+            num_bytes = _stored_bytes(name, family, network)
+            if num_bytes > room:
                 groups.append((stage, []))
                 room = file_bytes
             groups[-1][1].append(name)
-            room -= num_bytes[name]
+            room -= num_bytes
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     total = len(groups)
     return {f"model-{i:05d}-of-{total:05d}.safetensors": g for i, g in enumerate(groups, start=1)}
 
 
-def _index(files: dict[str, tuple[int, list[str]]], network: Network) -> dict:
-    total = sum(_tensor_bytes(network).values())
-    file_of = {name: file for file, (_, names) in files.items() for name in names}
+def _index(files: dict[str, tuple[int, list[str]]], family: Family, network: Network) -> dict:
+    file_of: dict[str, str] = {}
+    total = 0
+    for file, (_, names) in files.items():
+        for name in names:
+            file_of |= {t.name: file for t in stored_tensors(name, family, network.size)}
+            total += _stored_bytes(name, family, network)
     return {"metadata": {"total_size": total}, "weight_map": file_of}
 
 
-def _tensor_bytes(network: Network) -> dict[str, int]:
-    """Return the bytes of every tensor in the network's dtype."""
-    shapes = tensor_shapes(network.size)
-    return {name: torch.Size(shape).numel() * network.dtype.itemsize for name, shape in shapes}
+def _stored_bytes(name: str, family: Family, network: Network) -> int:
+    """Return the bytes of what our parameter is exported as, in the network's dtype."""
+    stored = stored_tensors(name, family, network.size)
+    return sum(math.prod(tensor.shape) for tensor in stored) * network.dtype.itemsize
+
+
+def _export_family(size: GPTSize) -> Family:
+    try:
+        return family_of_size(size)
+    except ValueError as error:
+        raise UserError(f"this model cannot be exported: {error}") from None
 
 
 def _load_tokenizer(path: Path, size: GPTSize) -> Tokenizer:

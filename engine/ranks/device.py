@@ -170,6 +170,10 @@ def meta_device() -> Iterator[torch.device]:
 
 @functools.cache  # once a process: wrapping a wrapper would pile up
 def _install_cpu_stand_ins() -> None:
+    # torch lists its factories once, for `with torch.device(...)`: as they are before they are
+    # wrapped. Otherwise transformers, which builds models on "meta", leaves rotary frequencies
+    # uninitialised.
+    torch.utils._device._device_constructors()  # type: ignore[attr-defined]
     _replace(_stand_ins())
 
 

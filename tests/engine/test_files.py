@@ -15,6 +15,7 @@ from engine.files import (
     check_replaceable,
     check_writable,
     clear_partials,
+    hub_name,
     open_file,
     read_lines,
     read_object,
@@ -305,3 +306,16 @@ def test_the_name_that_is_cleared_is_the_one_that_is_written(tmp_path: Path) -> 
         stream.write(b"half")
         clear_partials(tmp_path)
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "EleutherAI/pythia-1.4b", "Qwen/Qwen2.5-0.5B"])
+def test_what_may_be_a_name_on_the_hub_is_answered_with_the_network(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"nothing here uses the network. `hf download {name}` fetches" in hub_name(Path(name))
+
+
+@pytest.mark.parametrize("name", ["/a/b", "runs/sft", "../gpt2", "a/b/c", "train.jsonl", "a b"])
+def test_other_paths_are_no_names_on_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert hub_name(Path(name)) == ""

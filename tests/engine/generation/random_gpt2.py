@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from engine.huggingface.convert import load_huggingface, read_size
+from engine.huggingface.convert import load_huggingface
+from engine.huggingface.model_folder import read_size
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics

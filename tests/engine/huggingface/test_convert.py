@@ -25,9 +25,9 @@ from engine.errors import UserError
 from engine.huggingface.convert import (
     convert,
     load_huggingface,
-    read_size,
     save_huggingface,
 )
+from engine.huggingface.model_folder import read_size
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
 from engine.settings.convert import ConvertConfig
@@ -358,7 +358,7 @@ def refusal(folder: Path, **options) -> str:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("activation_function", "gelu"), ("n_inner", 100), ("model_type", "bert")]
+    ("field", "value"), [("activation_function", "tanh"), ("n_inner", -1), ("model_type", "bert")]
 )
 def test_a_foreign_config_is_named_by_file_and_field(copy, field, value):
     config = json.loads((copy / "config.json").read_text())
@@ -374,11 +374,12 @@ def test_a_foreign_config_is_named_by_file_and_field(copy, field, value):
             {"transformer.h.0.attn.c_attn.weight": torch.zeros(192, 64)},
             "h.0.attn.c_attn.weight has shape [192, 64], config.json asks for [64, 192]",
         ),
-        ({"transformer.h.4.ln_1.weight": torch.zeros(64)}, "h.4.ln_1.weight' is no tensor of"),
-        ({"score.weight": torch.zeros(2, 64)}, "score.weight' is no tensor of"),
+        (
+            {"transformer.h.4.ln_1.weight": torch.zeros(64)},
+            "h.4.ln_1.weight' is no tensor of the GPT-2",
+        ),
         ({"transformer.ln_f.bias": torch.zeros(64).byte()}, "ln_f.bias is torch.uint8"),
         ({"transformer.ln_f.bias": torch.full((64,), torch.nan)}, "ln_f.bias is not finite"),
-        ({"lm_head.weight": torch.zeros(300, 64)}, "lm_head.weight differs from"),
     ],
 )
 def test_foreign_tensors_are_named_by_file_and_tensor(copy, change, expected):

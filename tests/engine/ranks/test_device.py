@@ -8,6 +8,7 @@ from engine.ranks.device import (
     start_device,
     synchronize,
 )
+from tests.ranks import run_ranks
 
 if torch.cuda.is_available():
     pytest.skip("the stand-ins are for machines without a GPU", allow_module_level=True)
@@ -50,6 +51,17 @@ def test_type_names_say_cuda_and_conversions_still_convert():
     assert tensor.type() == "torch.cuda.FloatTensor"
     assert tensor.bfloat16().type() == "torch.cuda.BFloat16Tensor"
     assert tensor.type(torch.float64).dtype is torch.float64
+
+
+def meta_factories() -> list[bool]:
+    start_device()
+    with torch.device("meta"):
+        return [torch.arange(3).is_meta, torch.empty(3).is_meta, torch.zeros(3).is_meta]
+
+
+def test_a_device_as_a_context_reaches_the_factories_that_stand_in():
+    """In a fresh process: torch lists its factories at the first such context."""
+    assert run_ranks(meta_factories, 1) == [[True] * 3]
 
 
 def test_second_start_wraps_nothing_twice():

@@ -1,0 +1,118 @@
+"""What lies where a model's folder of Hugging Face's was meant, in words: other formats, a cache, a
+file, and what to do with each."""
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+from engine.errors import UserError, named
+from engine.files import MAX_SHOWN_PATH, hub_name
+
+_MAX_NAMES = 10_000  # of a folder that are looked at; our choice
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# What a folder without our weights holds instead: a pattern of names, and what that is.
+_FORMATS: tuple[tuple[str, str], ...] = (
+    (
+        r"adapter_(config\.json|model\.(safetensors|bin))",
+        "a LoRA adapter: merge it into its base model (peft: merge_and_unload, then "
+        "save_pretrained) and give that folder",
+    ),
+    (
+        r".*\.gguf",
+        "GGUF, llama.cpp's format: give the folder of safetensors that it was made from",
+    ),
+    (
+        r"tf_model.*\.h5|flax_model.*\.msgpack",
+        "weights of TensorFlow or Flax: transformers 4 loads them (from_tf, from_flax), and its "
+        "save_pretrained makes the folder to give",
+    ),
+    (
+        r"(model|pytorch_model)\.(\w+)(-\d+-of-\d+)?\.(safetensors|bin)"
+        r"|(model\.safetensors|pytorch_model\.bin)\.index\.\w+\.json",
+        "a variant, which the name before its ending says: give it the name model.safetensors or "
+        "pytorch_model.bin, its index likewise",
+    ),
+    (
+        r"consolidated.*\.(pth|safetensors)|params\.json",
+        "the format of Meta's or Mistral's own releases: take the one with a config.json and "
+        "model.safetensors",
+    ),
+    (
+        r"zero_to_fp32\.py|(zero|mp_rank|bf16_zero)_.*|global_step\d+",
+        "DeepSpeed's parts: python zero_to_fp32.py . NEW makes the weights to give",
+    ),
+    (
+        r".*\.distcp|pytorch_model_fsdp.*",
+        "FSDP's parts: accelerate merge-weights makes the file to give",
+    ),
+    (
+        r".*\.(onnx|nemo|ckpt|pth|pt|ot|mlmodel)",
+        "another program's format: transformers' save_pretrained makes the folder to give",
+    ),
+    (
+        r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)",
+        "parts of the weights without their index (model.safetensors.index.json): download it too",
+    ),
+)
+
+
+def require_model_folder(folder: Path) -> None:
+    """Raise UserError, saying what it is and what to do, where `folder` is none with a config.json
+    of Hugging Face's."""
+    name = named(folder, MAX_SHOWN_PATH)
+    if folder.is_dir():
+        if not os.path.lexists(folder / "config.json"):
+            raise UserError(f"{name} holds no config.json{held_instead(folder)}")
+        return
+    if not folder.exists():
+        raise UserError(f"{name}: no such folder{hub_name(folder)}")
+    what = _format(folder.name)
+    if what is None or folder.suffix in (".safetensors", ".bin"):
+        what = f"a file: give its folder, {named(folder.parent, MAX_SHOWN_PATH)}"
+    raise UserError(f"{name} is {what}")
+
+
+def held_instead(folder: Path) -> str:
+    """Return what to say of a folder that lacks a model's files: the first thing in it that says
+    what it is."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry, _ in zip(entries, range(_MAX_NAMES), strict=False))
+    except OSError:
+        return ""
+    if "snapshots" in names:
+        return _snapshot(folder)
+    if any(name.startswith("models--") for name in names):
+        first = next(name for name in names if name.startswith("models--"))
+        return f"; it is a cache of the hub: give a model's snapshot, {named(first)}/snapshots/HASH"
+    for name in names:
+        if (what := _format(name)) is not None:
+            return f"; its {named(name)} is {what}"
+    steps = [int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name))]
+    if steps:
+        newest = folder / f"checkpoint-{max(steps)}"
+        return f"; it is a Trainer's output: give a checkpoint, {newest}"
+    for name in names:
+        if (folder / name / "config.json").is_file():
+            return f"; {named(name)} in it does: give that folder"
+    return ""
+
+
+def _snapshot(folder: Path) -> str:
+    """Return what to say of a model's folder in the hub's cache, whose files are in a snapshot."""
+    found, main = [], ""
+    with contextlib.suppress(OSError):
+        found = sorted(path.name for path in (folder / "snapshots").iterdir() if path.is_dir())
+        main = (folder / "refs" / "main").read_text(errors="replace")[:80].strip()
+    if not found:
+        return "; it is a cache of the hub without a snapshot: download the model again"
+    chosen = main if main in found else found[-1]
+    return f"; it is a cache of the hub: give {folder / 'snapshots' / chosen}"
+
+
+def _format(name: str) -> str | None:
+    for pattern, what in _FORMATS:
+        if re.fullmatch(pattern, name):
+            return what
+    return None

@@ -1,0 +1,180 @@
+"""The model in a Hugging Face folder: its family, its size and its tensors, all checked before a
+number is read."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.errors import UserError, named
+from engine.files import read_object
+from engine.huggingface.foreign import require_model_folder
+from engine.huggingface.weight_files import StoredTensor, open_weights
+from models.huggingface.config import family_of_config, size_of_config
+from models.huggingface.families import Family
+from models.huggingface.tensors import (
+    EMBEDDING,
+    HEAD,
+    canonical_name,
+    parameter_names,
+    stored_tensors,
+)
+from models.sizes import GPTSize
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_CONFIG_BYTES = 1 << 20  # of config.json, which has a few hundred; our choice
+_MOST_SHOWN = 80  # characters of a text from a file in an error; our choice
+_ROWS = 1024  # of two matrices that are compared at a time; our choice
+# What TRL's models with a value head have beside the language model, and what others have.
+_VALUE_HEAD = re.compile(r"(.+\.)?v_head\..+")
+_LORA = re.compile(r"(.+\.)?lora_(A|B|embedding_A|embedding_B)\..+")
+_QUANTISED = re.compile(
+    r".+\.(SCB|qweight|qzeros|g_idx|weight_scale|weight_format|absmax|quant_map|weight\.(absmax|"
+    r"quant_map|nested_absmax|quant_state\..+))"
+)
+# Networks on a trunk that say something else than the next token: {ending of the class: what}.
+_OTHER_TASKS = {
+    "ForSequenceClassification": "a reward model or classifier: it scores texts and writes none",
+    "ForTokenClassification": "a classifier of tokens, and writes none",
+    "ForQuestionAnswering": "a reader of answers, and writes none",
+}
+_OTHER_HEADS = re.compile(r"(\w+\.)?(score|classifier)\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A language model in a folder of Hugging Face's."""
+
+    family: Family
+    size: GPTSize
+    tensors: dict[str, StoredTensor]
+    """By the family's names; a tied head that is stored is not among them."""
+    left_out: tuple[str, ...]
+    """Names of the value head, where the file has one: it is no part of a language model."""
+
+
+def read_size(folder: Path) -> GPTSize:
+    """Return the size of the model in a Hugging Face folder; raises UserError if it is not ours."""
+    size = _described(folder)[1]
+    # Only a stored head can say otherwise, for which the files have to be opened.
+    return find_model(folder).size if size.form.is_tied else size
+
+
+def find_model(folder: Path) -> ModelFolder:
+    """Return the language model in a Hugging Face folder, its tensors found and not yet read.
+
+    A head that is stored and differs from the embedding, where config.json says that they are one,
+    makes the model untied, as in transformers. Raises UserError, naming the file and the tensor.
+    """
+    family, size, config = _described(folder)
+    stored = open_weights(folder)
+    _refuse_other_models(folder, config, stored)
+    left_out = tuple(sorted(name for name in stored if _VALUE_HEAD.fullmatch(name)))
+    found: dict[str, StoredTensor] = {}
+    names: dict[str, str] = {}
+    for stored_name, tensor in stored.items():
+        name = None if stored_name in left_out else canonical_name(stored_name, family)
+        if name in found:
+            raise UserError(f"{tensor.path}: {name!r:.{_MOST_SHOWN}} is there twice")
+        if name is not None:
+            found[name], names[name] = tensor, stored_name
+    paths = {tensor.path for tensor in stored.values()}
+    where = next(iter(paths)) if len(paths) == 1 else folder
+    (head,) = stored_tensors(HEAD, family, _untied(size))
+    expected, num_bytes = {head.name}, 0
+    for name, shape in _wanted(family, size):  # however many layers: ends with the first missing
+        if name not in found:
+            raise UserError(f"{where}: tensor {name} is missing")
+        _check_tensor(name, found[name], shape)
+        expected.add(name)
+        num_bytes += math.prod(shape) * found[name].dtype.itemsize
+    for name in found.keys() - expected:
+        shown = f"{names[name]!r:.{_MOST_SHOWN}}"
+        raise UserError(
+            f"{found[name].path}: {shown} is no tensor of the {family.name} in config.json"
+        )
+    # Tensors of a torch file may share their numbers: a small file, and a model of any size.
+    if num_bytes > sum(path.stat().st_size for path in paths):
+        raise UserError(f"{where}: tensors of {num_bytes} bytes in fewer bytes: some are the same")
+    if size.form.is_tied and head.name in found:
+        _check_tensor(head.name, found[head.name], head.shape)
+        (embedding,) = stored_tensors(EMBEDDING, family, size)
+        if _differ(found[head.name], found[embedding.name]):
+            size = _untied(size)
+        else:
+            del found[head.name]
+    return ModelFolder(family, size, found, left_out)
+
+
+def _described(folder: Path) -> tuple[Family, GPTSize, dict[str, Any]]:
+    """Return what a folder's config.json says."""
+    require_model_folder(folder)
+    path = folder / "config.json"
+    try:
+        config = read_object(path, max_bytes=_MAX_CONFIG_BYTES)
+        return family_of_config(config), size_of_config(config), config
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _refuse_other_models(
+    folder: Path, config: dict[str, Any], stored: dict[str, StoredTensor]
+) -> None:
+    """Raise UserError for an adapter, for quantised weights, and for a trunk of ours under another
+    head than a language model's."""
+    for name in stored:
+        if _LORA.fullmatch(name):
+            raise UserError(
+                f"{stored[name].path}: {named(name)} is of a LoRA adapter; merge it into its base "
+                "model (peft: merge_and_unload, then save_pretrained) and give that folder"
+            )
+        if _QUANTISED.fullmatch(name):
+            raise UserError(
+                f"{stored[name].path}: {named(name)} is of quantised weights; weights convert as "
+                "floats of 16 bits or more: save the model without quantization"
+            )
+    architectures = config.get("architectures")
+    classes = architectures if isinstance(architectures, list) else []
+    heads = [name for name in stored if _OTHER_HEADS.fullmatch(name)]
+    for kind in (*map(str, classes), *heads):
+        task = "ForSequenceClassification" if kind in heads else kind
+        for ending, what in _OTHER_TASKS.items():
+            if task.endswith(ending):
+                raise UserError(
+                    f"{folder} holds {what} ({named(kind)}); a language model is needed here"
+                )
+
+
+def _wanted(family: Family, size: GPTSize) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield (name, shape) of every tensor that a model of that size is made of."""
+    for ours in parameter_names(size):
+        for stored in stored_tensors(ours, family, size):
+            yield stored.name, stored.shape
+
+
+def _check_tensor(name: str, stored: StoredTensor, shape: tuple[int, ...]) -> None:
+    if stored.shape != shape:
+        raise UserError(
+            f"{stored.path}: {name} has shape {list(stored.shape)!s:.{_MOST_SHOWN}}, "
+            f"config.json asks for {list(shape)}"
+        )
+    if stored.dtype not in _FLOATS:
+        raise UserError(f"{stored.path}: {name} is {stored.dtype}, not a float of 16 bits or more")
+
+
+def _differ(head: StoredTensor, embedding: StoredTensor) -> bool:
+    """Return whether two matrices of one shape differ, a few rows in memory at a time."""
+    first, second = head.read(), embedding.read()
+    return any(
+        bool((first[row : row + _ROWS] != second[row : row + _ROWS]).any())
+        for row in range(0, len(first), _ROWS)
+    )
+
+
+def _untied(size: GPTSize) -> GPTSize:
+    return dataclasses.replace(size, form=dataclasses.replace(size.form, is_tied=False))

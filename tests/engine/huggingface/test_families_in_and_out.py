@@ -1,0 +1,156 @@
+"""Every family from transformers' folder through our trunk and back, on one rank and on two."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from engine.data.batches import pack
+from engine.data.examples import Example
+from engine.data.tokenizer import load_tokenizer
+from engine.errors import UserError
+from engine.huggingface.convert import load_huggingface, save_huggingface
+from engine.huggingface.model_folder import read_size
+from engine.ranks.start import start_parallel
+from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
+from engine.training.network import Network, build_network
+from engine.training.passes import forward
+from models.attention import PackedSequences
+from models.readouts import Logits
+from tests.families import CONFIGS, CONTEXT, VOCAB, save_family
+from tests.ranks import run_ranks
+
+LAYOUTS = {"tp2": ParallelLayout(tp=2), "pp2": ParallelLayout(pp=2)}
+# One of ours is exported as the other: they compute the same.
+RENAMED = {"gpt2_relu": "OPTForCausalLM"}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders of all families, each with a tokenizer."""
+    folder = tmp_path_factory.mktemp("zoo")
+    for name in CONFIGS:
+        save_family(name, folder / name)
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<|endoftext|>"], initial_alphabet=byte_level.alphabet()
+    )
+    tokenizer.train_from_iterator(["the mill is a cheap pub"] * 8, trainer)
+    for name in CONFIGS:
+        tokenizer.save(str(folder / name / "tokenizer.json"))
+    return folder
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, VOCAB, (CONTEXT,), generator=torch.Generator().manual_seed(1))
+
+
+def load(folder: Path, layout: ParallelLayout | None = None) -> Network:
+    parallel = start_parallel(layout or ParallelLayout(), seed=1)
+    network = build_network("language", read_size(folder), parallel, numerics=Numerics())
+    load_huggingface(network, folder)
+    return network
+
+
+def their_logits(folder: Path) -> Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder).eval()(tokens()[None]).logits[0]
+
+
+def assert_same_tensors(name: str, exported: dict[str, Tensor], folder: Path) -> None:
+    theirs = load_file(folder / "model.safetensors")
+    if name in RENAMED:
+        assert len(exported) > len(theirs)  # queries, keys and values in three
+        return
+    assert exported.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        first = 2 if key.endswith("embed_positions.weight") else 0  # OPT's rows of padding
+        assert torch.equal(exported[key][first:], tensor[first:]), key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_transformers_and_come_back(zoo, tmp_path, name):
+    network = load(zoo / name)
+    (module,) = network.modules
+    sequences = PackedSequences.of(torch.tensor([0, CONTEXT], dtype=torch.int32), CONTEXT)
+    everywhere = torch.arange(CONTEXT)
+    with torch.no_grad():
+        logits = module(tokens(), everywhere, sequences, Logits(everywhere))[:, :VOCAB]
+    theirs = their_logits(zoo / name)
+    assert theirs.std() > 0.3
+    torch.testing.assert_close(logits, theirs, atol=1e-5, rtol=0)
+    save_huggingface(network, tmp_path / "out", load_tokenizer(zoo / name))
+    assert read_size(tmp_path / "out") == network.size
+    assert_same_tensors(name, load_file(tmp_path / "out" / "model.safetensors"), zoo / name)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(back).__name__ == RENAMED.get(name, type(back).__name__)
+    torch.testing.assert_close(their_logits(tmp_path / "out"), theirs, atol=3e-6, rtol=0)
+
+
+def our_logprobs(network: Network) -> Tensor:
+    batch = pack([Example(tokens=tokens().numpy(), prompt_length=1)], multiple_of=1)
+    return forward(network, [batch])[0]
+
+
+def go_around(zoo: Path, out: Path) -> dict[tuple[str, str], Tensor]:
+    """Load and export every family under every layout; return the tokens' log-probs."""
+    answers = {}
+    for layout_name, layout in LAYOUTS.items():
+        for name in CONFIGS:
+            network = load(zoo / name, layout)
+            answers[name, layout_name] = our_logprobs(network)
+            tokenizer = load_tokenizer(zoo / name)
+            save_huggingface(network, out / f"{name}-{layout_name}", tokenizer, file_bytes=100_000)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def two_ranks(zoo, tmp_path_factory) -> tuple[Path, list[dict[tuple[str, str], Tensor]]]:
+    out = tmp_path_factory.mktemp("out")
+    return out, run_ranks(go_around, 2, zoo, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_say_the_same_and_write_the_same(zoo, two_ranks, name, layout):
+    out, answers = two_ranks
+    folder = out / f"{name}-{layout}"
+    logprobs = their_logits(zoo / name).double().log_softmax(-1)[:-1]
+    expected = logprobs.gather(1, tokens()[1:, None])[:, 0].float()
+    found = next(a[name, layout] for a in reversed(answers) if a[name, layout] is not None)
+    torch.testing.assert_close(found[1:], expected, atol=1e-4, rtol=0)
+    exported: dict[str, Tensor] = {}
+    files = sorted(folder.glob("model-*.safetensors"))
+    assert len(files) > 2
+    for path in files:
+        exported |= load_file(path)
+    assert_same_tensors(name, exported, zoo / name)
+    torch.testing.assert_close(their_logits(folder), their_logits(zoo / name), atol=3e-6, rtol=0)
+
+
+def test_a_network_of_another_form_is_refused_by_the_field(zoo):
+    network = load(zoo / "gpt2")
+    with pytest.raises(UserError, match=r"activation is gelu, this run's model has gelu_tanh"):
+        load_huggingface(network, zoo / "cerebras")
+    with pytest.raises(UserError, match="rotary is Rotary.* this run's model has Rotary"):
+        load_huggingface(load(zoo / "qwen2"), zoo / "qwen2_yarn")
+
+
+def test_a_size_of_no_family_is_not_exported(zoo, tmp_path):
+    size = read_size(zoo / "gpt2")
+    size = dataclasses.replace(size, form=dataclasses.replace(size.form, window=8))
+    parallel = start_parallel(ParallelLayout(), seed=1)
+    network = build_network("language", size, parallel, numerics=Numerics())
+    with pytest.raises(UserError, match="cannot be exported: no family of Hugging Face's"):
+        save_huggingface(network, tmp_path / "out", load_tokenizer(zoo / "gpt2"))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,116 @@
+"""Tiny random models of every family that converts, as transformers builds and saves them. Their
+config.json has the keys of a public one."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 300  # padded to 384 here: masking the padding matters
+CONTEXT = 64
+_ENDS = {"bos_token_id": 0, "eos_token_id": 0}
+_GPT2 = {
+    "model_type": "gpt2",
+    **{"n_layer": 4, "n_embd": 64, "n_head": 4, "vocab_size": VOCAB, "n_positions": CONTEXT},
+    **_ENDS,
+}
+_COMMON = {
+    **{"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4},
+    **{"vocab_size": VOCAB, "max_position_embeddings": CONTEXT},
+    **_ENDS,
+}
+_OPT = {
+    "model_type": "opt",
+    **_COMMON,
+    **{"ffn_dim": 256, "word_embed_proj_dim": 64, "pad_token_id": 1, "activation_function": "relu"},
+}
+_NEOX = {"model_type": "gpt_neox", **_COMMON, "intermediate_size": 256}
+_LLAMA = {"model_type": "llama", **_COMMON, "intermediate_size": 176, "num_key_value_heads": 4}
+_QWEN2 = {"model_type": "qwen2", **_COMMON, "intermediate_size": 160, "num_key_value_heads": 2}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2": _GPT2,
+    "cerebras": _GPT2 | {"activation_function": "gelu", "n_inner": 256},
+    "gpt2_wide_silu": _GPT2
+    | {"n_inner": 96, "activation_function": "swish", "layer_norm_epsilon": 1e-3},
+    "gpt2_relu": _GPT2 | {"activation_function": "relu"},
+    "gpt2_by_layer": _GPT2 | {"scale_attn_by_inverse_layer_idx": True},
+    "gpt2_untied": _GPT2 | {"tie_word_embeddings": False, "activation_function": "quick_gelu"},
+    "opt": _OPT,
+    "opt_norm_after": _OPT | {"do_layer_norm_before": False},
+    "opt_without_bias": _OPT | {"enable_bias": False, "activation_function": "gelu"},
+    "pythia": _NEOX,
+    "neox_serial": _NEOX
+    | {
+        "use_parallel_residual": False,
+        "hidden_act": "gelu_fast",
+        "rotary_pct": 1.0,
+        "rotary_emb_base": 500,
+        "tie_word_embeddings": True,
+    },
+    "llama": _LLAMA,
+    "llama_31": _LLAMA
+    | {
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "rope_theta": 500.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "llama_linear_biases": _LLAMA
+    | {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    },
+    "mistral": _LLAMA
+    | {
+        "model_type": "mistral",
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "sliding_window": 7,
+        "rope_theta": 1e6,
+    },
+    "mistral_without_window": _LLAMA | {"model_type": "mistral", "sliding_window": None},
+    "qwen2": _QWEN2 | {"tie_word_embeddings": True, "rope_theta": 1000000.0},
+    "qwen2_windows": _QWEN2
+    | {
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+    },
+    "qwen2_yarn": _QWEN2
+    | {
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "qwen3": _QWEN2 | {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
+}
+
+
+def build_family(name: str) -> PreTrainedModel:
+    """Return that model, every weight random and none at a value that hides it."""
+    config = AutoConfig.for_model(**CONFIGS[name])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.15, generator=generator)
+        if parameter.dim() == 1:
+            parameter.data += 0.5
+    return model
+
+
+def save_family(name: str, folder: Path) -> PreTrainedModel:
+    """Write the model's folder as transformers does, and return it."""
+    model = build_family(name)
+    model.save_pretrained(folder)
+    return model
