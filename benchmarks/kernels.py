@@ -109,7 +109,7 @@ def chosen_sizes(sizes: Sequence[Size], wanted: Sequence[Size]) -> list[Size]:
         return list(sizes)
     found: list[Size] = []
     for wish in wanted:
-        if wish.keys() <= sizes[0].keys():
+        if wish.keys() <= set().union(*sizes):
             agreeing = [size for size in sizes if wish.items() <= size.items()]
             found += agreeing or [sizes[0] | wish]
     return found

@@ -1,4 +1,5 @@
-"""Does a kernel compile, and is it right: one operation at an odd and at a real size against fp64.
+"""Does a kernel compile, and is it right: one operation at an odd and at a real size against fp64,
+decode attention in groups of heads besides.
 
     python -m benchmarks.gpu.kernel_checks --operation gae --device cuda --out DIR
 
@@ -37,6 +38,11 @@ ODD: dict[str, Size] = {
     "decode_attention": {"sequences": 5, "context": 333, "heads": 3, "block_size": 64},
 }
 """Sizes that no power of two divides, as far as the operation allows; by operation."""
+
+GROUPED: dict[str, Size] = {
+    "decode_attention": ODD["decode_attention"] | {"heads": 21, "kv_heads": 3}
+}
+"""Where query heads share key-value heads, which another kernel computes; by operation."""
 
 Verdict = Literal["begun", "right", "wrong", "does not compile", "fails"]
 
@@ -100,6 +106,8 @@ def main() -> None:
     operation, where = OPERATIONS[arguments.operation], machine(device)
     path = records_path(arguments.out, device)
     sizes = {"odd": _odd(operation, device), "real": operation.sizes[device.type][0]}
+    if operation.name in GROUPED:
+        sizes["grouped"] = GROUPED[operation.name]
     is_right = True
     for kind, size in sizes.items():
         for mode in operation.modes:

@@ -22,16 +22,19 @@ _DIM = 128
 _NUM_CHECKED = 8
 
 
-def _batch(sequences: int, context: int, heads: int, block_size: int) -> Size:
+def _batch(sequences: int, context: int, heads: int, block_size: int, **kv_heads: int) -> Size:
+    """kv_heads: where there are fewer of them than query heads."""
     return {
         "sequences": sequences,
         "context": context,
         "heads": heads,
         "block_size": block_size,
+        **kv_heads,
     }
 
 
-# flash-attn 2 wants blocks of 256 tokens; 16 heads of 128 are the 1.3B model, 32 the 6.7B one.
+# flash-attn 2 wants blocks of 256 tokens; 16 heads of 128 are the 1.3B model, 32 the 6.7B one, and
+# 32 in groups of 4 Llama 3's of 8B (Grattafiori et al. 2024, Table 3).
 _SIZES = {
     "cuda": [
         _batch(64, 1024, 16, 256),
@@ -39,8 +42,9 @@ _SIZES = {
         _batch(256, 1024, 16, 256),
         _batch(64, 1024, 32, 256),
         _batch(8, 8192, 16, 256),
+        _batch(64, 1024, 32, 256, kv_heads=8),
     ],
-    "cpu": [_batch(4, 256, 4, 64), _batch(16, 1024, 4, 64)],
+    "cpu": [_batch(4, 256, 4, 64), _batch(16, 1024, 4, 64), _batch(16, 1024, 8, 64, kv_heads=2)],
 }
 
 
@@ -49,7 +53,7 @@ def _inputs(size: Size, device: torch.device) -> Inputs:
     blocks_each = -(-size["context"] // block_size)
     num_blocks = num_sequences * blocks_each
     options: Any = {"dtype": torch.bfloat16, "device": device}
-    cache = (num_blocks, block_size, heads, _DIM)
+    cache = (num_blocks, block_size, size.get("kv_heads", heads), _DIM)
     lengths = torch.randint(size["context"] // 2, size["context"] + 1, (num_sequences,))
     return {
         "query": torch.randn(num_sequences, heads, _DIM, **options),
@@ -87,14 +91,13 @@ def _ours(*arguments: Tensor) -> Tensor:
 def _gathered(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, lengths: Tensor
 ) -> Tensor:
-    """Blocks gathered to [B, heads, longest, dim], then torch's attention with a mask."""
+    """Blocks gathered to [B, kv_heads, longest, dim], then torch's attention with a mask."""
     shape = (len(query), -1, *k_cache.shape[2:])
     keys, values = (x[block_tables].view(shape).transpose(1, 2) for x in (k_cache, v_cache))
     inside = torch.arange(keys.shape[2], device=query.device) < lengths[:, None]
-    out = F.scaled_dot_product_attention(
-        query[:, :, None], keys, values, attn_mask=inside[:, None, None]
-    )
-    return out[:, :, 0]
+    queries = query.unflatten(1, (keys.shape[1], -1))  # a group's heads as one head's tokens
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=inside[:, None, None])
+    return out.flatten(1, 2)
 
 
 def _flash_attn() -> Any:
