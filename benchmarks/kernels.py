@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.command_line import command, mistakes_in_one_line, seconds
 from benchmarks.kernel_suite.case import Effort, cases
-from benchmarks.kernel_suite.decode_attention import DECODE_ATTENTION
+from benchmarks.kernel_suite.decode_attention import DECODE_ATTENTION, GROUPED_DECODE_ATTENTION
 from benchmarks.kernel_suite.full_kl import FULL_KL
 from benchmarks.kernel_suite.gae import GAE
 from benchmarks.kernel_suite.layer_norm import LAYER_NORM
@@ -50,6 +50,7 @@ OPERATIONS = {
         SAMPLE_TOP_P,
         LAYER_NORM,
         DECODE_ATTENTION,
+        GROUPED_DECODE_ATTENTION,
     )
 }
 FULL = Effort(min_samples=20, max_samples=100, seconds=3.0)
@@ -109,7 +110,7 @@ def chosen_sizes(sizes: Sequence[Size], wanted: Sequence[Size]) -> list[Size]:
         return list(sizes)
     found: list[Size] = []
     for wish in wanted:
-        if wish.keys() <= set().union(*sizes):
+        if wish.keys() <= sizes[0].keys():
             agreeing = [size for size in sizes if wish.items() <= size.items()]
             found += agreeing or [sizes[0] | wish]
     return found

@@ -1,5 +1,4 @@
-"""Does a kernel compile, and is it right: one operation at an odd and at a real size against fp64,
-decode attention in groups of heads besides.
+"""Does a kernel compile, and is it right: one operation at an odd and at a real size against fp64.
 
     python -m benchmarks.gpu.kernel_checks --operation gae --device cuda --out DIR
 
@@ -36,13 +35,15 @@ ODD: dict[str, Size] = {
     "sample_top_p": {"rows": 7, "vocab": 50257},
     "layer_norm": {"tokens": 77, "hidden": 1000},
     "decode_attention": {"sequences": 5, "context": 333, "heads": 3, "block_size": 64},
+    "decode_attention_grouped": {
+        "sequences": 5,
+        "context": 333,
+        "heads": 21,
+        "block_size": 64,
+        "kv_heads": 3,
+    },
 }
 """Sizes that no power of two divides, as far as the operation allows; by operation."""
-
-GROUPED: dict[str, Size] = {
-    "decode_attention": ODD["decode_attention"] | {"heads": 21, "kv_heads": 3}
-}
-"""Where query heads share key-value heads, which another kernel computes; by operation."""
 
 Verdict = Literal["begun", "right", "wrong", "does not compile", "fails"]
 
@@ -106,8 +107,6 @@ def main() -> None:
     operation, where = OPERATIONS[arguments.operation], machine(device)
     path = records_path(arguments.out, device)
     sizes = {"odd": _odd(operation, device), "real": operation.sizes[device.type][0]}
-    if operation.name in GROUPED:
-        sizes["grouped"] = GROUPED[operation.name]
     is_right = True
     for kind, size in sizes.items():
         for mode in operation.modes:

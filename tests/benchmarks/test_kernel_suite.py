@@ -175,8 +175,6 @@ def test_sizes_are_chosen_by_some_of_their_numbers():
     assert chosen_sizes(sizes, [{"hidden": 4}]) == sizes[1:]
     assert chosen_sizes(sizes, [{"tokens": 7}]) == [{"tokens": 7, "hidden": 2}]
     assert chosen_sizes(sizes, [{"sequences": 7}]) == []
-    sizes.append({"tokens": 3, "hidden": 4, "groups": 2})  # what only one of them has
-    assert chosen_sizes(sizes, [{"groups": 2}]) == sizes[3:]
 
 
 def test_the_targets_sizes_are_among_those_of_a_gpu():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.kernel_checks import GROUPED, ODD
+from benchmarks.gpu.kernel_checks import ODD
 from benchmarks.gpu.steps import all_steps, files_with_gpu_tests
 from benchmarks.gpu.targets import TARGETS
 from benchmarks.kernels import OPERATIONS
@@ -91,7 +91,6 @@ def test_every_kernel_has_an_odd_size_and_every_target_a_step(tmp_path):
     assert ODD.keys() == OPERATIONS.keys()
     for name, operation in OPERATIONS.items():
         assert ODD[name].keys() == operation.sizes["cuda"][0].keys()
-        assert (name in GROUPED) == any("kv_heads" in size for size in operation.sizes["cuda"])
     steps = [step.name for step in all_steps("cuda", tmp_path, is_quick=False)]
     assert len(steps) == len(set(steps))
     for target in TARGETS:
