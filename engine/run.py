@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from engine import stop
-from engine.claim import claim, holding_claims
+from engine.claim import LOCK, claim, holding_claims
 from engine.data.examples import LengthReport
 from engine.data.jsonl import ReadReport
 from engine.data.pretraining import TokenFile, make_token_file, read_token_file
@@ -23,10 +23,11 @@ from engine.data.tokenizer import Tokenizer, make_tokenizer
 from engine.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from engine.data.tokenizer_trial import try_tokenizer
 from engine.errors import UserError
-from engine.files import check_writable, clear_partials
+from engine.files import check_replaceable, check_writable, clear_partials
 from engine.ranks.device import make_deterministic
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
+from engine.ranks.same_folder import check_same_folder
 from engine.ranks.signs import keep_stacks_in
 from engine.ranks.start import start_parallel
 from engine.settings.saved import changed_fields, save_config
@@ -51,6 +52,8 @@ _MAY_CHANGE = (
 )
 MARK = "newest_checkpoint"
 """A file in a run's folder, outside of checkpoints/, that says that there were some."""
+_LATE_FILES = (MARK, "checkpoints/selected", "selected.json", "memory.txt")
+_LATE_FOLDERS = ("checkpoints", "skipped")
 _STEP = re.compile(r"step_\d{8,12}", re.ASCII)  # the name of a checkpoint that a run goes on from
 
 
@@ -242,19 +245,23 @@ def claim_for_all(directory: Path, *inner: str) -> None:
     """Claim a folder, on the first rank for all, who call together.
 
     What killed runs were writing there, and into the named folders in it, is cleared. Checkpoints
-    clear their own; that they can be written is seen now, not at the first save.
+    clear their own. What is first written after steps is seen to be writable now. UserError, on
+    every rank, where it is another folder on some.
     """
 
     def take() -> str:
         claim(directory)
         for folder in (directory, *(directory / name for name in inner)):
             clear_partials(folder)
-        checkpoints = directory / "checkpoints"
-        if os.path.lexists(checkpoints):
-            check_writable(checkpoints)
+        for name in _LATE_FILES:
+            check_replaceable(directory / name)
+        for folder in (directory / name for name in _LATE_FOLDERS):
+            if os.path.lexists(folder):
+                check_writable(folder)
         return ""
 
     said_by_first_rank(take)
+    check_same_folder(directory, directory / LOCK, "directory")
 
 
 def load_shared_tokenizer(find: Callable[[], Path]) -> Tokenizer:
@@ -291,6 +298,7 @@ def has_begun(directory: Path) -> bool:
     steps = (path for path in checkpoints.glob("step_*") if _STEP.fullmatch(path.name))
     if any(path.is_dir() for path in steps):
         return True
+    check_replaceable(mark)
     if os.path.lexists(mark):
         raise UserError(
             f"{checkpoints} has no checkpoint, and {mark} says that there were some: put them back "
