@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.command_line import command, mistakes_in_one_line, seconds
 from benchmarks.kernel_suite.case import Effort, cases
-from benchmarks.kernel_suite.decode_attention import DECODE_ATTENTION
+from benchmarks.kernel_suite.decode_attention import DECODE_ATTENTION, GROUPED_DECODE_ATTENTION
 from benchmarks.kernel_suite.full_kl import FULL_KL
 from benchmarks.kernel_suite.gae import GAE
 from benchmarks.kernel_suite.layer_norm import LAYER_NORM
@@ -50,6 +50,7 @@ OPERATIONS = {
         SAMPLE_TOP_P,
         LAYER_NORM,
         DECODE_ATTENTION,
+        GROUPED_DECODE_ATTENTION,
     )
 }
 FULL = Effort(min_samples=20, max_samples=100, seconds=3.0)

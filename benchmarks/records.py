@@ -9,7 +9,7 @@ Record = dict[str, Any]
 
 _KERNEL_SIZES = (
     *("sequences", "length", "context", "block_size", "prompts", "completions", "rows"),
-    *("tokens", "hidden", "heads", "vocab"),
+    *("tokens", "hidden", "heads", "kv_heads", "vocab"),
 )
 
 

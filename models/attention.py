@@ -260,9 +260,8 @@ def _attention_of_one(
     """Attention [n, heads, dim] of the last n of a sequence's m tokens; key and value are [m,
     kv_heads, dim]."""
     if window is not None:
-        num_seen = (
-            len(query) + window - 1
-        )  # the first query's window begins there, or before it all
+        # What the first query's window begins with, or all where it reaches beyond the first key.
+        num_seen = len(query) + window - 1
         key, value = key[-num_seen:], value[-num_seen:]
     num_queries, num_keys = len(query), len(key)
     mask = None

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.decode_attention import append_kv, decode_attention
+from kernels.append_kv import append_kv
+from kernels.decode_attention import decode_attention
 from kernels.decode_groups import DecodeGroups, decode_groups
 from models.attention import PackedSequences, packed_attention
 

@@ -35,6 +35,13 @@ ODD: dict[str, Size] = {
     "sample_top_p": {"rows": 7, "vocab": 50257},
     "layer_norm": {"tokens": 77, "hidden": 1000},
     "decode_attention": {"sequences": 5, "context": 333, "heads": 3, "block_size": 64},
+    "decode_attention_grouped": {
+        "sequences": 5,
+        "context": 333,
+        "heads": 21,
+        "block_size": 64,
+        "kv_heads": 3,
+    },
 }
 """Sizes that no power of two divides, as far as the operation allows; by operation."""
 

@@ -1,5 +1,6 @@
 """Attention of one new token a sequence over a paged key-value cache in bf16."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ _SIZES = {
     ],
     "cpu": [_batch(4, 256, 4, 64), _batch(16, 1024, 4, 64)],
 }
+# 32 heads over 8 are those of Llama 3's 8B (Grattafiori et al. 2024, Table 3).
+_GROUPED_SIZES = {
+    "cuda": [_batch(64, 1024, 32, 256) | {"kv_heads": 8}],
+    "cpu": [_batch(16, 1024, 8, 64) | {"kv_heads": 2}],
+}
 
 
 def _inputs(size: Size, device: torch.device) -> Inputs:
@@ -49,7 +55,7 @@ def _inputs(size: Size, device: torch.device) -> Inputs:
     blocks_each = -(-size["context"] // block_size)
     num_blocks = num_sequences * blocks_each
     options: Any = {"dtype": torch.bfloat16, "device": device}
-    cache = (num_blocks, block_size, heads, _DIM)
+    cache = (num_blocks, block_size, size.get("kv_heads", heads), _DIM)
     lengths = torch.randint(size["context"] // 2, size["context"] + 1, (num_sequences,))
     return {
         "query": torch.randn(num_sequences, heads, _DIM, **options),
@@ -87,14 +93,13 @@ def _ours(*arguments: Tensor) -> Tensor:
 def _gathered(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, lengths: Tensor
 ) -> Tensor:
-    """Blocks gathered to [B, heads, longest, dim], then torch's attention with a mask."""
+    """Blocks gathered to [B, kv_heads, longest, dim], then torch's attention with a mask."""
     shape = (len(query), -1, *k_cache.shape[2:])
     keys, values = (x[block_tables].view(shape).transpose(1, 2) for x in (k_cache, v_cache))
     inside = torch.arange(keys.shape[2], device=query.device) < lengths[:, None]
-    out = F.scaled_dot_product_attention(
-        query[:, :, None], keys, values, attn_mask=inside[:, None, None]
-    )
-    return out[:, :, 0]
+    queries = query.unflatten(1, (keys.shape[1], -1))  # a group's heads as one head's tokens
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=inside[:, None, None])
+    return out.flatten(1, 2)
 
 
 def _flash_attn() -> Any:
@@ -119,4 +124,8 @@ DECODE_ATTENTION = Operation(
         Provider("torch, gathered", plain(_gathered)),
         Provider("flash-attn", _flash_attn, needs_gpu=True),
     ),
+)
+
+GROUPED_DECODE_ATTENTION = replace(
+    DECODE_ATTENTION, name="decode_attention_grouped", sizes=_GROUPED_SIZES
 )

@@ -29,7 +29,8 @@ TINY = {
     "completions": 4,
     "rows": 3,
     "context": 64,
-    "heads": 2,
+    "heads": 6,
+    "kv_heads": 2,
     "block_size": 32,
 }
 EFFORT = Effort(min_samples=2, max_samples=2, seconds=0.0)

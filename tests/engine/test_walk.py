@@ -20,7 +20,7 @@ rollout.generate_rollout generation/generate.generate generation/scheduler.Sched
 generation/runner.Runner.launch generation/step_tensors.upload models/attention.PackedSequences.of
 models/gpt.GPT.forward_paged models/paged_forward.paged_embedding
 models/paged_forward.paged_forward models/layers.LayerNorm.forward kernels/layer_norm.layer_norm
-models/paged_attention.PagedSequences.attend kernels/decode_attention.append_kv
+models/paged_attention.PagedSequences.attend kernels/append_kv.append_kv
 models/attention.packed_attention kernels/gelu.gelu models/readouts.Logits.read
 generation/draws.Draws.__call__ models/vocab_parallel.vocab_parallel_sample
 kernels/sample_state.sample_state kernels/sample.merge_samples generation/runner.Runner.collect

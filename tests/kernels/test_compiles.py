@@ -107,7 +107,8 @@ def sample_launches() -> None:
 
 
 def decode_launches() -> None:
-    from kernels.decode_attention import append_kv, decode_attention
+    from kernels.append_kv import append_kv
+    from kernels.decode_attention import decode_attention
 
     for dim, dtype in itertools.product((64, 80, 128, 256), (torch.bfloat16, torch.float32)):
         cache = torch.zeros(2, 40, 16, 12, dim, dtype=dtype)

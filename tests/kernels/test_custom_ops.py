@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels.append_kv
 import kernels.decode_attention
 import kernels.full_kl
 import kernels.gae

@@ -1,4 +1,4 @@
-"""Attention of one query a sequence over a paged cache, and the append to it."""
+"""Attention of one query a sequence over a paged cache."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from torch import Tensor
 
 from kernels import decode_attention as decode_module
 from kernels import decode_groups as groups_module
-from kernels.decode_attention import append_kv, decode_attention
+from kernels.append_kv import append_kv
+from kernels.decode_attention import decode_attention
 from tests.kernels.oracle import largest_difference
 
 HEADS, DIM, BLOCK_SIZE = 3, 20, 8
@@ -160,29 +161,10 @@ def test_a_sequence_does_not_depend_on_its_batch(
         assert torch.equal(alone[0], whole[b])
 
 
-def test_append_writes_each_token_to_its_slot(backend: str) -> None:
-    _, k_cache, v_cache, _, _ = random_cache()
-    # The keys and values of one projection: strided views, as the attention layer hands them over.
-    projection = torch.randn(6, HEADS, 3 * DIM)
-    k_new, v_new = projection[..., DIM : 2 * DIM], projection[..., 2 * DIM :]
-    slots = torch.tensor([3, -1, 17, 100, 101, k_cache.shape[0] * BLOCK_SIZE - 1])
-    want_k, want_v = k_cache.clone(), v_cache.clone()
-    for token, slot in enumerate(slots.tolist()):
-        if slot >= 0:
-            want_k[slot // BLOCK_SIZE, slot % BLOCK_SIZE] = k_new[token]
-            want_v[slot // BLOCK_SIZE, slot % BLOCK_SIZE] = v_new[token]
-    append_kv(k_new, v_new, k_cache, v_cache, slots)
-    assert torch.equal(k_cache, want_k)
-    assert torch.equal(v_cache, want_v)
-
-
-def test_no_sequences_and_no_tokens(backend: str) -> None:
+def test_no_sequences(backend: str) -> None:
     query, k_cache, v_cache, tables, lengths = random_cache()
     out = decode_attention(query[:0], k_cache, v_cache, tables[:0], lengths[:0], scale=1.0)
     assert out.shape == (0, HEADS, DIM)
-    before = k_cache.clone()
-    append_kv(query[:0], query[:0], k_cache, v_cache, lengths[:0])
-    assert torch.equal(k_cache, before)
 
 
 def test_a_strided_cache_is_refused() -> None:
