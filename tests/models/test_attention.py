@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -18,6 +17,8 @@ from models.attention import (
     attention_backend,
     packed_attention,
 )
+from models.form import Form
+from models.layers import LayerConfig
 
 TORCH = "torch varlen (FlashAttention 2), cuDNN for equal lengths"
 SCALE = 0.4
@@ -107,13 +108,18 @@ def test_a_window_longer_than_all_sequences_changes_no_bit():
 
 @pytest.mark.parametrize("group", [1, 4])
 def test_a_layer_sees_through_its_own_window(group: int):
-    config = TransformerConfig(num_layers=1, hidden_size=24, num_attention_heads=3, kv_channels=8)
-    layer = attention.PackedAttention(config, 1, AttnMaskType.causal, "self", SCALE)
     inputs, sequences = draw(sum(UNEVEN), group=group), packed(UNEVEN)
-    for window in (None, 4):
-        layer.window = window or layer.window
-        expected = packed_attention(*inputs, sequences, SCALE, window)
-        assert torch.equal(layer(*inputs, packed_seq_params=sequences), expected.flatten(1))
+    for form, windows in (
+        (Form(), [None, None]),
+        (Form(window=4), [4, 4]),
+        (Form(window=4, windowed_layers="every second"), [None, 4]),
+    ):
+        dimensions = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 3}
+        config = LayerConfig(**dimensions, kv_channels=8, form=form)
+        for number, window in enumerate(windows, start=1):
+            layer = attention.PackedAttention(config, number, AttnMaskType.causal, "self", SCALE)
+            expected = packed_attention(*inputs, sequences, SCALE, window)
+            assert torch.equal(layer(*inputs, packed_seq_params=sequences), expected.flatten(1))
 
 
 def test_padded_attention_matches_sequences_one_by_one():
