@@ -62,7 +62,7 @@ class Form:
     """The MLP multiplies the activation of one matrix by another's output (Shazeer 2020)."""
     rotary: Rotary | None = None
     """None: learned positions, added to the tokens' embeddings."""
-    bias: Literal["all", "qkv", "none"] = "all"
+    bias: Literal["all", "qkv", "attention", "mlp", "none"] = "all"
     """Which matrices have one; qkv: those of queries, keys and values alone (Qwen 2)."""
     is_tied: bool = True
     """The head is the tokens' embedding."""
@@ -79,6 +79,12 @@ class Form:
     def __post_init__(self) -> None:
         if self.is_parallel and self.is_post_norm:
             raise ValueError("is_parallel is of layers with their norms before")
+
+    def has_bias(self, matrix: Literal["qkv", "attention", "mlp"]) -> bool:
+        """Return whether a matrix of layers has a bias: that of queries, keys and values, that of
+        attention's output, or those of the MLP."""
+        with_qkv = ("attention", "qkv") if matrix == "qkv" else (matrix,)
+        return self.bias in ("all", *with_qkv)
 
 
 GPT3_FORM = Form()

@@ -1,5 +1,6 @@
 """The two matrices of a layer's MLP, and what lies between them."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -45,9 +46,11 @@ class MLP(MegatronMLP):
     """megatron's MLP of any form's activation."""
 
     def __init__(self, config: Any) -> None:
-        """config: a LayerConfig."""
+        """config: a LayerConfig; attention may have a bias where the MLP has none."""
+        own = copy.copy(config)
+        own.add_bias_linear = config.form.has_bias("mlp")
         super().__init__(
-            config,
+            own,
             MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ffn_hidden_size=config.ffn_hidden_size * (2 if config.form.is_gated else 1),
         )

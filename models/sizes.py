@@ -96,8 +96,9 @@ class GPTSize:
         norm = hidden * (2 if form.norm == "layer" else 1)
         layer = hidden * (self.qkv_width + self.num_heads * self.head_dim)
         layer += hidden * (self.fc1_width + self.ffn_size) + 2 * norm
-        layer += self.qkv_width if form.bias != "none" else 0
-        layer += 2 * hidden + self.fc1_width if form.bias == "all" else 0
+        layer += self.qkv_width if form.has_bias("qkv") else 0
+        layer += hidden if form.has_bias("attention") else 0
+        layer += hidden + self.fc1_width if form.has_bias("mlp") else 0
         layer += 2 * self.head_dim * norm // hidden if form.norms_heads else 0
         embeddings = self.vocab_size * (1 if form.is_tied else 2)
         embeddings += 0 if form.rotary else self.context_length

@@ -41,6 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "opt_norm_after": _OPT | {"do_layer_norm_before": False},
     "opt_without_bias": _OPT | {"enable_bias": False, "activation_function": "gelu"},
     "pythia": _NEOX,
+    "neox_biases_of_mlp": _NEOX | {"attention_bias": False},
     "neox_serial": _NEOX
     | {
         "use_parallel_residual": False,
@@ -69,6 +70,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mlp_bias": True,
         "rope_scaling": {"type": "linear", "factor": 2.0},
     },
+    "llama_biases_of_attention": _LLAMA | {"attention_bias": True},
+    "llama_biases_of_mlp": _LLAMA | {"mlp_bias": True},
     "mistral": _LLAMA
     | {
         "model_type": "mistral",
@@ -94,6 +97,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
     "qwen3": _QWEN2 | {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
+    "qwen3_biases_of_attention": _QWEN2
+    | {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
 }
 
 

@@ -37,7 +37,13 @@ FORMS = {
     ),
     "neox": GPTSize(
         **_DIMENSIONS,
-        form=Form(activation="gelu", rotary=Rotary(fraction=0.5), is_tied=False, is_parallel=True),
+        form=Form(
+            activation="gelu",
+            rotary=Rotary(fraction=0.5),
+            bias="mlp",
+            is_tied=False,
+            is_parallel=True,
+        ),
     ),
     # No ReLU: its kinks turn rounding into whole steps of Adam, which layouts would differ by.
     "post-norm": GPTSize(**_DIMENSIONS, form=Form(is_post_norm=True, activation="gelu")),

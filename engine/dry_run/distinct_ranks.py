@@ -209,9 +209,9 @@ def expected_tensors(kind: Kind, size: GPTSize) -> dict[str, tuple[tuple[int, ..
         bias: Tensors = {"bias": ((layers, out), 1)}
         return {"weight": ((layers, out, hidden), 1)} | (bias if has_bias else {})
 
-    def row(into: int) -> Tensors:
+    def row(into: int, *, has_bias: bool) -> Tensors:
         bias: Tensors = {"bias": ((layers, hidden), None)}
-        return {"weight": ((layers, hidden, into), 2)} | (bias if form.bias == "all" else {})
+        return {"weight": ((layers, hidden, into), 2)} | (bias if has_bias else {})
 
     def norm(*shape: int) -> Tensors:
         names = ("weight", "bias") if form.norm == "layer" else ("weight",)
@@ -219,11 +219,13 @@ def expected_tensors(kind: Kind, size: GPTSize) -> dict[str, tuple[tuple[int, ..
 
     layer = {
         "input_layernorm": norm(layers, hidden),
-        "self_attention.linear_qkv": column(size.qkv_width, has_bias=form.bias != "none"),
-        "self_attention.linear_proj": row(size.num_heads * size.head_dim),
+        "self_attention.linear_qkv": column(size.qkv_width, has_bias=form.has_bias("qkv")),
+        "self_attention.linear_proj": row(
+            size.num_heads * size.head_dim, has_bias=form.has_bias("attention")
+        ),
         "pre_mlp_layernorm": norm(layers, hidden),
-        "mlp.linear_fc1": column(size.fc1_width, has_bias=form.bias == "all"),
-        "mlp.linear_fc2": row(size.ffn_size),
+        "mlp.linear_fc1": column(size.fc1_width, has_bias=form.has_bias("mlp")),
+        "mlp.linear_fc2": row(size.ffn_size, has_bias=form.has_bias("mlp")),
     }
     if form.norms_heads:
         layer["self_attention.q_layernorm"] = norm(layers, size.head_dim)

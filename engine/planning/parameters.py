@@ -145,18 +145,18 @@ def layer_parameters(size: GPTSize, tp: int) -> list[int]:
     def column(out: int, *, has_bias: bool) -> list[int]:
         return [out // tp * hidden, *([out // tp] if has_bias else [])]
 
-    def row(into: int) -> list[int]:
-        return [hidden * (into // tp), *([hidden] if form.bias == "all" else [])]
+    def row(into: int, *, has_bias: bool) -> list[int]:
+        return [hidden * (into // tp), *([hidden] if has_bias else [])]
 
     heads = 2 * _norm_parameters(size, size.head_dim) if form.norms_heads else []
     return [
         *_norm_parameters(size, hidden),
-        *row(size.num_heads * size.head_dim),  # attention's output
-        *column(size.qkv_width, has_bias=form.bias != "none"),
+        *row(size.num_heads * size.head_dim, has_bias=form.has_bias("attention")),
+        *column(size.qkv_width, has_bias=form.has_bias("qkv")),
         *heads,
         *_norm_parameters(size, hidden),
-        *column(size.fc1_width, has_bias=form.bias == "all"),
-        *row(size.ffn_size),
+        *column(size.fc1_width, has_bias=form.has_bias("mlp")),
+        *row(size.ffn_size, has_bias=form.has_bias("mlp")),
     ]
 
 

@@ -196,11 +196,11 @@ GPT_NEOX = Family(
     choices=(
         _activation("hidden_act", "gelu"),
         _flag("use_parallel_residual", "is_parallel", True),
+        Choice(("attention_bias",), "bias", (((True,), "all"), ((False,), "mlp")), (True,)),
         _flag("tie_word_embeddings", "is_tied", False),
     ),
     form=Form(),
     epsilon=("layer_norm_eps", 1e-5),
-    fixed={"attention_bias": True},
     rotary={
         "rope_theta": ("rotary_emb_base", "rope_theta"),
         "partial_rotary_factor": ("rotary_pct", "partial_rotary_factor"),
@@ -280,7 +280,12 @@ LLAMA = _like_llama(
         Choice(
             ("attention_bias", "mlp_bias"),
             "bias",
-            (((False, False), "none"), ((True, True), "all")),
+            (
+                ((False, False), "none"),
+                ((True, True), "all"),
+                ((True, False), "attention"),
+                ((False, True), "mlp"),
+            ),
             (False, False),
         ),
     ),
@@ -300,8 +305,10 @@ QWEN3 = _like_llama(
     "qwen3",
     default_groups=32,
     default_head_dim=128,
-    form=Form(norm="rms", is_gated=True, bias="none", norms_heads=True),
-    fixed={"attention_bias": False},
+    choices=(
+        Choice(("attention_bias",), "bias", (((False,), "none"), ((True,), "attention")), (False,)),
+    ),
+    form=Form(norm="rms", is_gated=True, norms_heads=True),
     window="by layer",
 )
 

@@ -262,5 +262,6 @@ def _kinds(module: str, ours: _Ours, form: Form) -> tuple[str, ...]:
     elif module in _OUTSIDE:
         has_bias = False
     else:
-        has_bias = form.bias == "all" or (form.bias == "qkv" and module == _QKV)
+        part = "qkv" if module == _QKV else module.partition(".")[0].removeprefix("self_")
+        has_bias = form.has_bias(part)  # type: ignore[arg-type]
     return ("weight", "bias") if has_bias else ("weight",)

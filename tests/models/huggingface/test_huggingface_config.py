@@ -265,12 +265,11 @@ def test_llama_splits_its_width_by_heads_and_mistral_need_not():
         ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine is False"),
         ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm is True"),
         ("opt", {"ffn_dim": None}, "ffn_dim is None"),
-        ("pythia", {"attention_bias": False}, "attention_bias is False; here every GPT-NeoX"),
-        ("llama", {"attention_bias": True}, "attention_bias is True and mlp_bias is False; what"),
+        ("pythia", {"attention_bias": None}, "attention_bias is None"),
+        ("llama", {"mlp_bias": "yes"}, "mlp_bias is 'yes'"),
         ("llama", {"num_key_value_heads": 3}, "must be a multiple of query_groups 3"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type is 'dynamic'"),
         ("llama", {"quantization_config": {"load_in_8bit": True}}, "without quantization"),
-        ("qwen3", {"attention_bias": True}, "attention_bias is True; here every Qwen3"),
     ],
 )
 def test_a_model_that_computes_something_else_is_named_by_its_field(name, changes, said):

@@ -83,7 +83,7 @@ def test_a_rank_projects_the_queries_of_its_heads_their_keys_and_their_values(mo
     family, size, state = model
     x = torch.randn(5, size.hidden_size)
     dim, heads, kv = size.head_dim, size.num_heads, size.num_kv_heads
-    has_bias = size.form.bias != "none"
+    has_bias = size.form.has_bias("qkv")
     for kind in ("weight", "bias") if has_bias else ("weight",):
         parts = [
             t.T if kind == "weight" and family is GPT2 else t for t in whole(f"{QKV}.{kind}", model)
