@@ -29,7 +29,9 @@ from engine.claim import claim, holding_claims
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
 from engine.files import read_object, replacing, sync, sync_folder, writing
+from engine.huggingface.export_tokenizer import export_tokenizer
 from engine.huggingface.weight_files import StoredTensor, open_weights
+from engine.printable import say
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
@@ -54,8 +56,6 @@ from models.sizes import GPTSize
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_CONFIG_BYTES = 1 << 20  # of config.json, which has a few hundred; our choice
 _MOST_SHOWN = 80  # characters of a text from a file in an error; our choice
-# Hugging Face's names of GPT-2's two tokenizer files, which have the same content.
-_BPE_FILES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
 
 
 def convert(config: ConvertConfig) -> None:
@@ -171,6 +171,9 @@ def save_huggingface(
     }
     files = _plan_files(network, list(parameters), file_bytes)
     with _becoming(folder, parallel) as partial:
+        note = said_by_first_rank(lambda: export_tokenizer(tokenizer, partial, size.context_length))
+        if note and parallel.is_writer:
+            say(note)
         for file_name, (stage, names) in files.items():
             if stage != parallel.pp_rank or parallel.dp_rank > 0:
                 continue
@@ -188,7 +191,6 @@ def save_huggingface(
                 _write_json(partial / "model.safetensors.index.json", _index(files, network))
             config = config_of_size(size, dtype=network.dtype, eos_id=tokenizer.eos_id)
             _write_json(partial / "config.json", config)
-            _save_tokenizer(tokenizer, partial, size.context_length)
 
 
 @contextlib.contextmanager
@@ -341,24 +343,8 @@ def _load_tokenizer(path: Path, size: GPTSize) -> Tokenizer:
     """Return the tokenizer, which must fit the model."""
     require_path(path, "tokenizer")
     tokenizer = load_shared_tokenizer(lambda: path)
-    if tokenizer.vocab_size > size.vocab_size:
-        raise UserError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {size.vocab_size}"
-        )
+    tokenizer.check_fits(size.vocab_size)
     return tokenizer
-
-
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
-    """Write the tokenizer's files under the names that transformers.AutoTokenizer looks for."""
-    tokenizer.save(folder)
-    path = folder / "tokenizer_config.json"
-    settings = {"model_max_length": context_length}
-    if path.exists():  # beside tokenizer.json: it names the end of text
-        _write_json(path, json.loads(path.read_text()) | settings)
-    elif (folder / "encoder.json").exists():
-        for theirs, ours in _BPE_FILES.items():
-            (folder / ours).rename(folder / theirs)
-        _write_json(path, {"tokenizer_class": "GPT2Tokenizer", **settings})
 
 
 def _write_json(path: Path, value: dict) -> None:
