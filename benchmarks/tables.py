@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.command_line import command
 from benchmarks.gpu.summary import target_lines
 from benchmarks.gpu.targets import TARGETS
 from benchmarks.records import Record, kernel_case, kernel_size, newest, read_records
@@ -243,6 +244,7 @@ def _join(parts: Iterable[str]) -> str:
 
 def main(write: Callable[[str], object] = print) -> None:
     """Write the documents; say which of them changed."""
+    command("tables").parse_args()
     for path, text in documents(ROOT).items():
         if path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")

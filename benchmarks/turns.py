@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.command_line import command
 from benchmarks.real_job import RealJob
 from benchmarks.timing import free_memory, synchronize, tensor_bytes, watched_memory
 
@@ -102,12 +103,17 @@ def fastest_passes(job: RealJob, device: torch.device, run: Callable[[Turns, int
 
 def main() -> None:
     """Try the numbers of passes at the first line on stdin, then take a step a line."""
-    folder, provider = Path(sys.argv[1]), sys.argv[2]
+    parser = command("turns")
+    parser.add_argument("folder", type=Path, help="has job.pickle and the weights")
+    names = " or ".join(repr(name) for name in PROVIDERS)
+    parser.add_argument("provider", choices=PROVIDERS, metavar="provider", help=names)
+    chosen = parser.parse_args()
+    folder: Path = chosen.folder
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     warnings.filterwarnings("ignore")
     job, device = pickle.loads((folder / "job.pickle").read_bytes())
-    module = importlib.import_module(PROVIDERS[provider])
+    module = importlib.import_module(PROVIDERS[chosen.provider])
 
     def tell(found: dict[str, Any]) -> None:
         answers.write(json.dumps(found) + "\n")

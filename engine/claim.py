@@ -93,6 +93,7 @@ def claim(folder: Path, lock: Path | None = None) -> None:
             try:
                 os.ftruncate(number, 0)
                 os.pwrite(number, held.words, 0)
+                os.fsync(number)  # over a network it may else be seen when the file is closed
             except BaseException:
                 _give_up(held)
                 raise
@@ -118,6 +119,15 @@ def check_claim(folder: Path) -> None:
             f"{folder}: the folder was moved while a run wrote into it, and is another's now: "
             f"{_holder(held.lock)}"
         )
+
+
+def words_of(lock: Path) -> str:
+    """Return what the holder of a lock has written into it, "" where none is to be read."""
+    try:
+        with open_file(lock) as stream:
+            return stream.read(_MAX_BYTES).decode(errors="replace")
+    except (UserError, OSError):
+        return ""
 
 
 def _make_folders(folder: Path) -> tuple[Path, ...]:
@@ -166,10 +176,9 @@ def _words() -> bytes:
 def _holder(lock: Path) -> str:
     """Return who holds a lock, in words, as far as its file says it: on one line."""
     try:
-        with open_file(lock) as stream:
-            words = json.loads(stream.read(_MAX_BYTES))
+        words = json.loads(words_of(lock))
         told = [str(words[key]) for key in ("pid", "node", "started", "command")]
-    except (UserError, OSError, ValueError, RecursionError, TypeError, KeyError):
+    except (ValueError, RecursionError, TypeError, KeyError):
         return f"its process has not said who it is in {lock}"
     pid, node, started, command = (
         "".join(c if c.isprintable() else "?" for c in text)[:_SHOWN_CHARACTERS] for text in told

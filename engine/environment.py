@@ -74,9 +74,14 @@ def has_store_of_launcher() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
+def is_under_torchrun() -> bool:
+    """Return whether torchrun has started this process, and ends all others when it fails."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def is_launched() -> bool:
     """Return whether torchrun or srun has started this process, and would see it end."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
+    return is_under_torchrun() or "SLURM_STEP_NUM_TASKS" in os.environ
 
 
 def _set_one(names: tuple[str, ...]) -> str | None:

@@ -231,6 +231,12 @@ def check_writable(folder: Path) -> None:
             probe.unlink(missing_ok=True)
 
 
+def check_replaceable(path: Path) -> None:
+    """Raise UserError where `replacing` could write no file, since a folder has its name."""
+    if path.is_dir() and not path.is_symlink():
+        raise UserError(f"{path} is a folder where a file is to be written; remove or rename it")
+
+
 def clear_partials(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes were writing into a folder by `replacing`: all of it, or what
     would have become `name`. Only for who knows that nobody is writing there now."""

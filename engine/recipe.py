@@ -2,6 +2,7 @@
 
 from engine.stop import INTERRUPTED, noting_signals, pass_over_interrupts  # isort: split
 
+import contextlib
 import dataclasses
 import errno
 import importlib
@@ -18,10 +19,12 @@ import tyro
 
 from engine.environment import (
     check_launch,
+    is_under_torchrun,
     prepare_libraries,
     quiet_libraries,
     rank_of_environment,
     tell_torchrun,
+    world_size_of_environment,
 )
 from engine.errors import UserError, quoted
 from engine.printable import (
@@ -66,6 +69,7 @@ def run_stage(
     many GPUs as it names, or on `num_gpus`, those of the recipe's launch.
     """
     _make_streams_safe()
+    is_expected = True  # by the other ranks
     try:
         check_launch()
         if not has_dry_run:
@@ -80,6 +84,7 @@ def run_stage(
             with noting_signals():
                 _call(train, job.stage)
         elif rank_of_environment() == 0:
+            is_expected = False
             quiet_libraries()
             dry_run = importlib.import_module("engine.dry_run.dry_run").dry_run
             dry_run(job.stage, _named_gpus(job.dry_run), usual=num_gpus)
@@ -91,13 +96,13 @@ def run_stage(
             message = printable(f"error: {said}", limit=ERROR_CHARACTERS)
             _print_once(message)
             tell_torchrun(message)
-            _tell_others(message, 2)
+            _tell_others(message, 2, is_expected=is_expected)
             sys.exit(2)
         _await_verdict(error)
         text = _traceback(error)
         last_line = printable(text.rpartition("\n")[2], limit=ERROR_CHARACTERS)
         tell_torchrun(last_line)
-        _tell_others(last_line, 1, text)
+        _tell_others(last_line, 1, text, is_expected=is_expected)
         raise
 
 
@@ -156,11 +161,16 @@ def _await_verdict(error: Exception) -> None:
         failure.await_verdict(error)
 
 
-def _tell_others(message: str, status: int, text: str = "") -> None:
-    """End the other ranks and this process with a text, where it has joined any."""
+def _tell_others(message: str, status: int, text: str = "", *, is_expected: bool) -> None:
+    """End the other ranks and this process with a text, where it has joined any. Where they expect
+    it, and it has not come to join them, tell them; return then."""
     failure = sys.modules.get("engine.ranks.failure")
-    if failure is not None:  # not imported, there is nobody
+    if failure is not None:  # not imported, it has joined nobody
         failure.tell_others(message, status, text)
+    with contextlib.suppress(Exception):  # what ends this rank is said, not why no other heard it
+        if is_expected and world_size_of_environment() > 1 and not is_under_torchrun():
+            prepare_libraries(1)
+            importlib.import_module("engine.ranks.start").decline(message)
 
 
 def _call(train: Callable[[_Config], object] | str, config: _Config) -> None:

@@ -15,20 +15,22 @@ import torch
 import torch.distributed as dist
 
 from engine import stop
-from engine.claim import claim, holding_claims
+from engine.claim import LOCK, claim, holding_claims
 from engine.data.examples import LengthReport
 from engine.data.jsonl import ReadReport
 from engine.data.pretraining import TokenFile, make_token_file, read_token_file
 from engine.data.tokenizer import Tokenizer, make_tokenizer
 from engine.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from engine.data.tokenizer_trial import try_tokenizer
-from engine.errors import UserError
-from engine.files import check_writable, clear_partials
+from engine.errors import UserError, named
+from engine.files import MAX_SHOWN_PATH, check_replaceable, check_writable, clear_partials
 from engine.ranks.device import make_deterministic
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
+from engine.ranks.same_folder import check_same_folder
 from engine.ranks.signs import keep_stacks_in
 from engine.ranks.start import start_parallel
+from engine.settings.command_line import as_options
 from engine.settings.saved import changed_fields, save_config
 from engine.settings.size import named_size
 from models.sizes import GPTSize
@@ -51,6 +53,10 @@ _MAY_CHANGE = (
 )
 MARK = "newest_checkpoint"
 """A file in a run's folder, outside of checkpoints/, that says that there were some."""
+_LATE_FILES = (MARK, "checkpoints/selected", "selected.json", "memory.txt")
+_LATE_FOLDERS = ("checkpoints", "skipped")
+Changed = dict[str, tuple[Any, Any]]
+"""Fields by their dotted names: (as a run has them, as they are given now)."""
 _STEP = re.compile(r"step_\d{8,12}", re.ASCII)  # the name of a checkpoint that a run goes on from
 
 
@@ -64,6 +70,10 @@ class Run:
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By the option that names a file of data: its records that were read, the bad lines that were
     skipped, and the records that were kept or dropped for their length."""
+
+    @property
+    def _settings(self) -> Path:
+        return self.directory / "config.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -140,7 +150,7 @@ class Run:
             self.tokenizer.save(self.directory / "tokenizer")
             if hasattr(config, "accept_changed"):  # once, and not for whoever starts from it
                 config = dataclasses.replace(config, accept_changed=())
-            save_config(config, self.directory / "config.json")
+            save_config(config, self._settings)
 
     def check_settings(self, config: Any, known: Collection[str] = ()) -> None:
         """Raise UserError, on every rank, where the folder's checkpoints are of a run with other
@@ -148,25 +158,48 @@ class Run:
 
         known: the dotted names of paths that may be others, for what is there is compared.
         """
-        path = self.directory / "config.json"
 
         def compare() -> str:
-            if not has_begun(self.directory) or not os.path.lexists(path):
+            found = settings_among(self.saved_changes(config), known)
+            if not found:
                 return ""
-            try:
-                return changed_setting(config, path, passing_over=known) or ""
-            except UserError as error:
-                raise UserError(
-                    f"{error}; put it back, or remove it: it is written anew then, of the settings "
-                    "that are given"
-                ) from None
-
-        change = said_by_first_rank(compare)
-        if change:
+            options = as_options(config, {name: saved for name, (saved, _) in found.items()})
             raise UserError(
-                f"{self.directory} is a run with {change}; give another --directory,\ngo on with "
-                f"the value that it had, or change {path} to go on with the new one"
+                f"{self.settings_in_words(found)}; give another --directory,\nchange "
+                f"{self._settings} to go on with the new ones, or go on with those it had by "
+                f"{options}"
             )
+
+        said_by_first_rank(compare)
+
+    def saved_changes(self, config: Any) -> Changed:
+        """Return changed_fields of what the run was started with, on the rank that asks; nothing
+        where it has no checkpoint, or has not kept it. UserError, with the way out of it, where
+        that is no file of settings."""
+        if not has_begun(self.directory) or not os.path.lexists(self._settings):
+            return {}
+        try:
+            return changed_fields(config, self._settings)
+        except UserError as error:
+            raise UserError(
+                f"{error}; put it back, or remove it: it is written anew then, of the settings "
+                "that are given"
+            ) from None
+
+    def settings_in_words(self, found: Changed) -> str:
+        """Return that the run has other settings, and which."""
+        words = ((n, *(named(v, MAX_SHOWN_PATH) for v in both)) for n, both in found.items())
+        said = "; ".join(f"{name} {saved}, not {now}" for name, saved, now in words)
+        return f"{self.directory} is a run with {said}"
+
+
+def settings_among(changed: Changed, known: Collection[str] = ()) -> Changed:
+    """Return those of a run's changed fields that it may not change; known: as check_settings."""
+    return {
+        name: both
+        for name, both in changed.items()
+        if name not in known and not set(name.split(".")) & set(_MAY_CHANGE)
+    }
 
 
 def changed_setting(
@@ -242,19 +275,23 @@ def claim_for_all(directory: Path, *inner: str) -> None:
     """Claim a folder, on the first rank for all, who call together.
 
     What killed runs were writing there, and into the named folders in it, is cleared. Checkpoints
-    clear their own; that they can be written is seen now, not at the first save.
+    clear their own. What is first written after steps is seen to be writable now. UserError, on
+    every rank, where it is another folder on some.
     """
 
     def take() -> str:
         claim(directory)
         for folder in (directory, *(directory / name for name in inner)):
             clear_partials(folder)
-        checkpoints = directory / "checkpoints"
-        if os.path.lexists(checkpoints):
-            check_writable(checkpoints)
+        for name in _LATE_FILES:
+            check_replaceable(directory / name)
+        for folder in (directory / name for name in _LATE_FOLDERS):
+            if os.path.lexists(folder):
+                check_writable(folder)
         return ""
 
     said_by_first_rank(take)
+    check_same_folder(directory, directory / LOCK, "directory")
 
 
 def load_shared_tokenizer(find: Callable[[], Path]) -> Tokenizer:
@@ -291,6 +328,7 @@ def has_begun(directory: Path) -> bool:
     steps = (path for path in checkpoints.glob("step_*") if _STEP.fullmatch(path.name))
     if any(path.is_dir() for path in steps):
         return True
+    check_replaceable(mark)
     if os.path.lexists(mark):
         raise UserError(
             f"{checkpoints} has no checkpoint, and {mark} says that there were some: put them back "

@@ -21,11 +21,12 @@ import torch.distributed as dist
 import xxhash
 
 from engine.checkpoints.manifest import digest_of_file
-from engine.claim import claim
+from engine.claim import LOCK, claim
 from engine.errors import UserError
 from engine.files import clear_partials, open_file, read_lines, replacing, writing
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
+from engine.ranks.same_folder import check_same_folder
 from engine.run import changed_setting
 from engine.settings.sampling import SamplingConfig
 from engine.settings.saved import changed_fields, save_config
@@ -62,9 +63,15 @@ class Answers:
         *,
         overwrite: bool = False,
     ) -> None:
-        """Find what an earlier run has left of num_answers; raises UserError where that has another
-        origin or is damaged, and where another run writes there. overwrite: a finished file is
-        replaced, whatever it holds."""
+        """Find what an earlier run has left of num_answers; overwrite: a finished file is replaced,
+        whatever it holds. Raises UserError where what is left has another origin or is damaged, and
+        where another run writes there. So it does where ranks have other prompts or another folder.
+        """
+        if said_by_first_rank(lambda: origin.prompts) != origin.prompts:
+            raise UserError(
+                f"--prompts: rank {dist.get_rank()} reads another file there than the first rank; "
+                "have all nodes see the same files"
+            )
         self.out = out
         self._origin = origin
         self._overwrite = overwrite
@@ -78,6 +85,7 @@ class Answers:
         self._part = None
         if self.is_finished:
             return
+        check_same_folder(self.folder, self.folder / LOCK, "out")
         if parallel.tp_rank == 0 and parallel.pp_rank == 0:  # one rank of a replica
             self._part = _open_part(self.folder / f"{parallel.replica_rank}.jsonl")
 

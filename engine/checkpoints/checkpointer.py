@@ -37,9 +37,9 @@ from engine.checkpoints.found import check_description, progress_in, read_networ
 from engine.checkpoints.manifest import Damage
 from engine.checkpoints.pointers import (
     newest_in_words,
+    no_pointer,
     point,
     pointed_checkpoint,
-    remedy,
     steps_in,
     up_to,
 )
@@ -337,10 +337,10 @@ class Checkpointer:
             if len(steps) == 1:  # the first of a run that was killed before it could write `latest`
                 return json.dumps({"names": names, "damage": ""})
             if steps:
-                raise UserError(f"{latest} is gone; {remedy(names)}")
+                raise UserError(no_pointer(latest, "gone", names))
             return "null"
         if latest.is_dir():  # nor could the next save replace it
-            raise UserError(f"{latest} is a folder, no checkpoint's name; {remedy(names)}")
+            raise UserError(no_pointer(latest, "a folder, no checkpoint's name", names))
         damage = ""
         try:
             first = pointed_checkpoint(latest)

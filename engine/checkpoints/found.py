@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.checkpoints.index import Index, read_index
 from engine.checkpoints.manifest import MANIFEST, Damage, read_manifest
-from engine.checkpoints.pointers import pointed_checkpoint, steps_in, up_to
+from engine.checkpoints.pointers import no_pointer, pointed_checkpoint, steps_in, up_to
 from engine.checkpoints.recorded import check_progress
 from engine.checkpoints.retention import step_of
 from engine.checkpoints.whole import newest_whole, warn
@@ -141,10 +141,8 @@ def candidates_at(path: Path, role: str) -> dict[str, Any]:
         pointers = [p for p in (parent / "selected", parent / "latest") if os.path.lexists(p)]
         steps = steps_in(parent)
         if not pointers and steps:
-            raise UserError(
-                f"{parent / 'latest'} is gone, and {', '.join(step.name for step in steps[:3])} "
-                "are there: name one of them"
-            )
+            names = [step.name for step in steps]
+            raise UserError(no_pointer(parent / "latest", "gone", names, "name that checkpoint"))
         if pointers:
             folders, damage = _pointed(pointers[0], steps)
             break

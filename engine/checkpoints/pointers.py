@@ -69,8 +69,12 @@ def newest_in_words(directory: Path) -> str:
     return f"{newest} (older ones beside it: {older})" if older else str(newest)
 
 
-def remedy(names: Sequence[str]) -> str:
-    """Return in words what to do about a `latest` that is gone; names: of the checkpoints beside
-    it."""
-    there = f"{', '.join(names[:3])} are there: write the name of the one to go on from into it, or"
-    return (f"{there} " if names else "") + "begin in a new directory"
+def no_pointer(
+    latest: Path, what: str, names: Sequence[str], otherwise: str = "begin in a new directory"
+) -> str:
+    """Return in words what is wrong with `latest`, and what to do about it: name one of the
+    checkpoints beside it, where there are names, or something else."""
+    verb = "is" if len(names) == 1 else "are"
+    shown = ", ".join(names[:3])
+    there = f"{shown} {verb} there: write the name of the one to go on from into it, or"
+    return f"{latest} is {what}; " + (f"{there} " if names else "") + otherwise

@@ -1,6 +1,7 @@
 """Whether a checkpoint on disk is whole, which all ranks find out together: each reads its share of
 the files, and all learn what is wrong with any."""
 
+import json
 import os
 import re
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
+import xxhash
 
 from engine.checkpoints.manifest import (
     MANIFEST,
@@ -21,6 +23,7 @@ from engine.environment import rank_of_environment
 from engine.errors import UserError
 from engine.printable import ERROR_CHARACTERS, say
 from engine.ranks.decision import Council
+from engine.ranks.silence import ranks_named
 
 _NEWER = "newer: "  # before what a rank reports of a checkpoint that is no damage
 _RANK_IN_NAME = re.compile(r"-(\d+)\.safetensors$")
@@ -33,16 +36,24 @@ def damage_of(folder: Path, is_needed: Callable[[str], bool] = lambda name: True
     """Return what is wrong with a checkpoint, in a line, "" where nothing is: with its manifest, or
     the files that are needed. All ranks call together.
 
-    Raises UserError where it is of a later version: it is no damage, and not passed over.
+    Raises UserError where it is of a later version, or another one on some ranks, whose disks are
+    their own: that is no damage, and not passed over.
     """
 
-    def first(reports: Sequence[str]) -> str:
+    def first(told: Sequence[str]) -> str:
+        manifests, reports = zip(*(json.loads(text) for text in told), strict=True)
         found = next((report for report in reports if report), "")
         if found.startswith(_NEWER):
             raise UserError(found.removeprefix(_NEWER))
+        others = [rank for rank, text in enumerate(manifests) if text not in ("", manifests[0])]
+        if others and manifests[0]:
+            raise UserError(
+                f"{folder}: {ranks_named(others)} found another checkpoint there than rank 0; have "
+                "all nodes see the same files"
+            )
         return found
 
-    return Council().decide(_damage_here(folder, is_needed), first)
+    return Council().decide(json.dumps(_damage_here(folder, is_needed)), first)
 
 
 def newest_whole(
@@ -67,10 +78,14 @@ def warn(message: str) -> None:
         say(f"WARNING: {message}", stream=sys.stderr, limit=ERROR_CHARACTERS)
 
 
-def _damage_here(folder: Path, is_needed: Callable[[str], bool]) -> str:
-    """Return what this rank finds wrong with its share of the files."""
+def _damage_here(folder: Path, is_needed: Callable[[str], bool]) -> tuple[str, str]:
+    """Return a digest of the manifest, and what this rank finds wrong with its share of the files.
+    The digest is "" where the manifest cannot be read, which is damage too."""
+    digest = ""
     try:
         manifest = read_manifest(folder)
+        listed = repr((manifest.step, sorted(manifest.files.items())))
+        digest = xxhash.xxh3_128_hexdigest(listed.encode())
         if (step := step_of(folder.name)) is not None and manifest.step != step:
             raise UserError(f"{folder / MANIFEST}: damaged: it is that of step {manifest.step}")
         mine = [name for name in sorted(manifest.files) if is_needed(name) and _is_mine(name)]
@@ -79,12 +94,12 @@ def _damage_here(folder: Path, is_needed: Callable[[str], bool]) -> str:
         if not damage:
             _seen.update(_state(folder, manifest, name) for name in unseen)
     except NewerForm as error:
-        return f"{_NEWER}{error}"
+        return digest, f"{_NEWER}{error}"
     except UserError as error:
-        return str(error)
+        return digest, str(error)
     except OSError as error:  # a file is gone, or cannot be looked at
-        return f"{error.filename}: {error.strerror}"
-    return damage
+        return digest, f"{error.filename}: {error.strerror}"
+    return digest, damage
 
 
 def _is_mine(name: str) -> bool:

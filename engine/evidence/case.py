@@ -45,6 +45,9 @@ class Case:
     """What the losses were multiplied by."""
     numbers: dict[str, float] = field(default_factory=dict)
     """What was computed with besides the batch, such as the whitening of the advantages."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Digests of the run's own copies of networks that read the batch too, by their names there.
+    None of them where nobody knows, as of before this was kept."""
 
     @property
     def name(self) -> str:
@@ -67,7 +70,7 @@ def read_case(folder: Path) -> Case:
     found = read_object(path, max_bytes=1 << 20)
     if found.pop("format", None) != _FORMAT:
         raise UserError(f"{path}: not a skipped step of format {_FORMAT}")
-    numbers = found.get("numbers")
+    numbers, sources = found.get("numbers"), found.setdefault("sources", {})
     checks = {
         "stage": found.get("stage") in _STAGES,
         "role": found.get("role") in _ROLES,
@@ -76,6 +79,8 @@ def read_case(folder: Path) -> Case:
         "reason": type(found.get("reason")) is str,
         "loss_scale": _is_number(found.get("loss_scale")) and found["loss_scale"] > 0,
         "numbers": isinstance(numbers, dict) and all(map(_is_number, numbers.values())),
+        "sources": isinstance(sources, dict)
+        and all(isinstance(digest, str) for digest in sources.values()),
     }
     wrong = [name for name, is_right in checks.items() if not is_right]
     if wrong or found.keys() != checks.keys():

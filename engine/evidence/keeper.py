@@ -36,6 +36,8 @@ class Evidence:
     """The stage's settings."""
     run: Run
     checkpointer: Checkpointer
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the networks in RUN/sources that read PPO's rollouts, by their names there."""
     _alarms: list[Alarm] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -108,6 +110,7 @@ class Evidence:
                 role=ROLLOUT,
                 reason=skipped.reason,
                 numbers=numbers,
+                sources=dict(self.sources),
             )
             said += f". {self._keep(case, sources())}"
         self.tell("skipped_rollout", said)

@@ -34,6 +34,7 @@ from engine.huggingface.weight_files import StoredTensor, open_weights
 from engine.printable import say
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
+from engine.ranks.same_folder import check_same_folder
 from engine.ranks.start import start_parallel
 from engine.run import load_shared_tokenizer, require_path
 from engine.settings.convert import ConvertConfig
@@ -198,9 +199,10 @@ def _becoming(folder: Path, parallel: Parallel) -> Iterator[Path]:
     """Yield a new folder that all ranks write into, and that becomes `folder` when they are
     through, or goes. UserError, on all, where `folder` is there or another process makes it."""
     partial = folder.with_name(f"{folder.name}.partial")
+    lock = folder.with_name(f".{folder.name}.lock")
 
     def begin() -> str:
-        claim(folder, folder.with_name(f".{folder.name}.lock"))
+        claim(folder, lock)
         if os.path.lexists(folder):
             raise UserError(f"--out {folder} exists already; name a new folder")
         with writing(partial):
@@ -217,6 +219,7 @@ def _becoming(folder: Path, parallel: Parallel) -> Iterator[Path]:
 
     said_by_first_rank(begin)
     try:
+        check_same_folder(folder, lock, "out")
         yield partial
         dist.barrier()
         said_by_first_rank(end)

@@ -17,6 +17,7 @@ from pathlib import Path
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.found import check_named_size, read_network
 from engine.checkpoints.manifest import MANIFEST, read_manifest
+from engine.checkpoints.retention import step_name
 from engine.checkpoints.saving import remove
 from engine.checkpoints.sources import (
     Source,
@@ -26,11 +27,11 @@ from engine.checkpoints.sources import (
     take_source,
 )
 from engine.checkpoints.weights import load_weights
-from engine.checkpoints.whole import warn
 from engine.claim import UNFINISHED
-from engine.errors import UserError, cut, quoted
-from engine.files import MAX_SHOWN_PATH, sync_folder, writing
+from engine.errors import UserError, quoted
+from engine.files import sync_folder, writing
 from engine.identity.data_files import look_at
+from engine.identity.held_to import HeldTo, at_odds, held_to, odds_in_words
 from engine.identity.made_from import (
     NamedNetwork,
     RunConfig,
@@ -48,18 +49,19 @@ from engine.identity.record import (
     Identity,
     NetworkRecord,
     changes,
+    disagreements,
+    identity_in,
     identity_text,
-    read_identity,
-    saved_identity,
     write_identity,
 )
+from engine.identity.refusal import refusal
 from engine.process.software import code_commit, code_digest, package_versions
 from engine.ranks.first_rank import said_by_first_rank
-from engine.run import Run, has_begun, require_path
+from engine.run import Changed, Run, has_begun, require_path
+from engine.settings.saved import with_saved_fields
 from engine.training.network import Network
 from models.sizes import GPTSize
 
-_UNHELD = "nothing holds this run to the settings that it began with; those given are taken"
 _POLICY_COPIES = ("policy", "reference")  # the names that the copy of PPO's policy may have
 
 
@@ -75,14 +77,21 @@ class Inputs:
         self._accepted: list[Change] = []
         told = json.loads(said_by_first_rank(self._begin))
         self._known: list[str] = told["known"]
-        run.check_settings(config, self._known)
-        self._networks = networks_of(config, told["policy_kept_as"])
         self.goes_on: bool = told["goes_on"]
         """Whether the run has a checkpoint, which holds what the stage has trained."""
-        self._sources = self._take(set(told["kept"]))
-        told = json.loads(said_by_first_rank(self._compare))
+        settings: Changed = {name: tuple(both) for name, both in told["settings"].items()}
+        with self._saying(settings):
+            if settings:  # what else keeps the run from going on is seen with those it had
+                before = {name: old for name, (old, _) in settings.items()}
+                self._config = with_saved_fields(config, before)
+            told |= json.loads(said_by_first_rank(self._clear))
+            self._networks = networks_of(self._config, told["policy_kept_as"])
+            self._sources = self._take(set(told["kept"]))
+        told = json.loads(said_by_first_rank(lambda: self._compare(settings)))
         self.notes: list[str] = told["notes"]
         """What is to be told of where the networks come from."""
+        self.digests: dict[str, str] = told["digests"]
+        """Of the networks, by the names of their copies in RUN/sources."""
 
     def size(self, name: str) -> GPTSize:
         """Return the size of a network, by the name of its option."""
@@ -120,27 +129,26 @@ class Inputs:
         self._run.write_settings(self._config, self._known)
 
     def _begin(self) -> str:
-        """Clear what an earlier start left, and read what the run's folder says."""
-        directory, known = self._run.directory, names_of(type(self._config))
+        """Read what the run's folder says, for all ranks."""
+        known = names_of(type(self._config))
         unknown = [name for name in self._config.accept_changed if name not in known]
         if unknown:
             raise UserError(
                 f"--accept-changed {quoted(unknown[0])}: no such name; there are {', '.join(known)}"
             )
-        goes_on = has_begun(directory)
+        found = HeldTo(identity=None, settings={}, known=())
+        if goes_on := has_begun(self._run.directory):
+            found = held_to(self._run, self._config)
+        self._recorded = found.identity
+        return json.dumps({"goes_on": goes_on, "known": found.known, "settings": found.settings})
+
+    def _clear(self) -> str:
+        """Clear what an earlier start left; find out which copies of networks are the run's."""
+        directory = self._run.directory
         with writing(directory):
             remove(directory / UNFINISHED)
-            if not goes_on:
+            if not self.goes_on:
                 remove(directory / "sources")
-        if goes_on:
-            self._recorded = read_identity(directory) or self._recalled()
-            if not os.path.lexists(directory / "config.json"):
-                warn(f"{directory / 'config.json'} is gone: {_UNHELD}")
-            before, now = self._recorded and self._recorded.stage, stage_of(self._config)
-            if before not in (None, "", now):
-                raise UserError(
-                    f"{directory} is a run of {before}, and not of {now}; give another --directory"
-                )
         kept = [path.parent.name for path in (directory / "sources").glob(f"*/{MANIFEST}")]
         policy_kept_as = self._policy_kept_as(kept)
         networks = networks_of(self._config, policy_kept_as)
@@ -148,23 +156,18 @@ class Inputs:
         if {"policy", "reference"} & {*others}:  # what their paths mean now decides anew
             policy_kept_as, networks = "", networks_of(self._config)
         dropped = {networks[name].kept_as for name in others}
-        return json.dumps(
-            {
-                "goes_on": goes_on,
-                "kept": [name for name in kept if name not in dropped],
-                "policy_kept_as": policy_kept_as,
-                "known": self._known_names({*networks}),
-            }
-        )
+        kept = [name for name in kept if name not in dropped]
+        return json.dumps({"kept": kept, "policy_kept_as": policy_kept_as})
 
-    def _known_names(self, networks: set[str]) -> list[str]:
-        """Return the options whose paths are no settings: the run knows by content what each held,
-        or reads none of them, then and now. networks: the names of those that there are now."""
-        if self._recorded is None:
-            return []
-        pathed = {name for name, record in self._recorded.networks.items() if record.path}
-        then, now = pathed | {*self._recorded.data}, networks | {*files_of(self._config)}
-        return [name for name in names_of(type(self._config)) if (name in then) == (name in now)]
+    @contextlib.contextmanager
+    def _saying(self, settings: Changed) -> Iterator[None]:
+        """Have an error of a block say which settings keep the run from going on too."""
+        try:
+            yield
+        except UserError as error:
+            if not settings:
+                raise
+            raise UserError(f"{refusal(self._run, self._config, settings, [])}\n{error}") from None
 
     def _is_another(self, name: str, network: NamedNetwork) -> bool:
         """Return whether an option now has another path, and another network is there: what the run
@@ -175,23 +178,10 @@ class Inputs:
         if Path(known.path).absolute() == network.path.absolute():
             return False
         if not network.path.exists():
-            option = name.replace("_", "-")
+            is_policy = name == "reference" and getattr(self._config, name) is None
+            option = "policy" if is_policy else name.replace("_", "-")
             raise UserError(f"--{option} {network.path}: no such file or folder")
         return newest_source(network.path, network.role)[1] != known.xxh3_128
-
-    def _recalled(self) -> Identity | None:
-        """Return the identity that the run's checkpoints have, None of before identities; say that
-        its own is gone."""
-        gone = f"{self._run.directory / IDENTITY} is gone"
-        known = saved_identity(self._run.directory)
-        if known is None:
-            warn(
-                f"{gone}: nobody knows what this run was made from; it is written anew, of what is "
-                "here now"
-            )
-            return None
-        warn(f"{gone}: it is taken from {known[1]}")
-        return known[0]
 
     def _policy_kept_as(self, kept: Collection[str]) -> str:
         """Return the name of a PPO run's copy of its policy: as the run began, whatever its paths
@@ -220,10 +210,29 @@ class Inputs:
         option = "reference" if is_named and self._networks[name].kept_as == "reference" else name
         return option, self._networks[option].path
 
-    def _compare(self) -> str:
-        """Find out what is there; UserError where the run was made from something else."""
+    def _compare(self, settings: Changed) -> str:
+        """Find out what is there; UserError where the run was made from something else, or has
+        other settings, or its folder is of two runs."""
         earlier = self._recorded or Identity()
-        self._now = Identity(
+        with self._saying(settings):
+            self._now = self._found(earlier)
+        odds, found = "", changes(earlier, self._now) if self._recorded is not None else []
+        if self._recorded is not None:
+            odds, saved, apart = at_odds(self._run.directory, self._recorded)
+            if saved is not None and odds:  # what is as either says is not what has changed
+                neither = {c.name for c in changes(saved, self._now)}
+                names = {c.name for c in apart}
+                found = [c for c in found if c.name in neither or c.name not in names]
+        if refused := refusal(self._run, self._config, settings, found, odds):
+            raise UserError(refused)
+        self._accepted = found
+        networks = self._now.networks.items()
+        digests = {self._networks[name].kept_as: record.xxh3_128 for name, record in networks}
+        return json.dumps({"notes": self._source_notes(), "digests": digests})
+
+    def _found(self, earlier: Identity) -> Identity:
+        """Return what is there."""
+        return Identity(
             stage=stage_of(self._config),
             networks={name: self._record(name, earlier) for name in self._networks},
             data={
@@ -237,13 +246,6 @@ class Inputs:
             code=Code(xxh3_128=code_digest(), commit=code_commit()),
             accepted=earlier.accepted,
         )
-        if self._recorded is not None:
-            found = changes(earlier, self._now)
-            refused = [c for c in found if c.name not in self._config.accept_changed]
-            if refused:
-                raise UserError(_refusal(self._run.directory, refused))
-            self._accepted = found
-        return json.dumps({"notes": self._source_notes()})
 
     def _record(self, name: str, earlier: Identity) -> NetworkRecord:
         network = self._networks[name]
@@ -308,6 +310,11 @@ class Inputs:
 
     def _keep(self, step: int) -> str:
         directory, counts = self._run.directory, self._run.counts
+        if self._recorded is not None:
+            folder = self._run.checkpoints / step_name(step)
+            found = disagreements(identity_in(folder) or self._recorded, self._recorded)
+            if found:  # of an older checkpoint than was looked at: that is damaged
+                raise UserError(odds_in_words(directory, folder, found))
         for name, file in self._now.data.items():
             if not file.is_still_there():
                 raise UserError(f"--{name} {file.path}: written to while it was read; start again")
@@ -362,14 +369,3 @@ class Inputs:
             raise UserError(
                 f"{error}; remove {folder}, and it is taken from {self._origin(name)[1]} again"
             ) from None
-
-
-def _refusal(directory: Path, refused: list[Change]) -> str:
-    """Return what changed, and the option that accepts it."""
-    words = ((c.name, cut(c.old, MAX_SHOWN_PATH), cut(c.new, MAX_SHOWN_PATH)) for c in refused)
-    said = "; ".join(f"{name} {old} -> {new}" for name, old, new in words)
-    return (
-        f"{directory} was made from something else than what is here: {said}\n"
-        "put that back, give another --directory, or go on with this by "
-        f"--accept-changed {' '.join(change.name for change in refused)}"
-    )

@@ -25,6 +25,14 @@ _NAMES: dict[Any, tuple[str, ...]] = {
     ),
 }
 
+UNCHANGING = {
+    "init_from": "whether a run starts from a network is settled with its first step",
+    "data.train": "with demonstrations and without them are two kinds of run",
+    "selection.reward_model": "an epoch is selected among all epochs or not at all",
+}
+"""Options of networks and files that a run has to its end, or never, and why. What lies there may
+be accepted as another."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NamedNetwork:

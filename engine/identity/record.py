@@ -6,6 +6,7 @@ RUN/checkpoints/step_00000100/identity.json     the same, should that be lost
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from engine.settings.saved import load_config, save_config
 
 IDENTITY = "identity.json"
 _SHOWN = 8  # characters of a digest; our choice
+_COUNTS = re.compile(r"^\d+ (records|lines|bytes), |, step \d+$| \(commit .*\)$", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +121,21 @@ def saved_identity(directory: Path) -> tuple[Identity, Path] | None:
         except UserError:  # who resumes deals with a damaged one
             continue
         if IDENTITY in manifest.files and not check_files(folder, manifest, [IDENTITY]):
-            try:
-                return load_config(Identity, folder / IDENTITY), folder
-            except UserError as error:  # as it was written, and so not by this version
-                raise UserError(f"{error}; take the version that wrote it") from None
+            found = identity_in(folder)
+            if found is not None:
+                return found, folder
     return None
+
+
+def identity_in(checkpoint: Path) -> Identity | None:
+    """Return what a whole checkpoint says of its run's identity, None of before there were any;
+    UserError where another version wrote it."""
+    if not os.path.lexists(checkpoint / IDENTITY):
+        return None
+    try:
+        return load_config(Identity, checkpoint / IDENTITY)
+    except UserError as error:  # as it was written, and so not by this version
+        raise UserError(f"{error}; take the version that wrote it") from None
 
 
 def identity_text(identity: Identity) -> str:
@@ -166,11 +178,11 @@ def changes(old: Identity, new: Identity) -> list[Change]:
 
     Paths and times of files are not among it; nor is the tokenizer, which no run exchanges."""
     found = []
-    for name in (*old.networks, *(new.networks.keys() - old.networks.keys())):
+    for name in (*old.networks, *(name for name in new.networks if name not in old.networks)):
         a, b = old.networks.get(name), new.networks.get(name)
         if (a and a.xxh3_128) != (b and b.xxh3_128):
             found.append(Change(name=name, old=_network(a), new=_network(b)))
-    for name in (*old.data, *(new.data.keys() - old.data.keys())):
+    for name in (*old.data, *(name for name in new.data if name not in old.data)):
         file, now = old.data.get(name), new.data.get(name)
         if (file and file.xxh3_128) != (now and now.xxh3_128):
             found.append(Change(name=name, old=described(file), new=described_now(now)))
@@ -181,6 +193,35 @@ def changes(old: Identity, new: Identity) -> list[Change]:
     if old.code.xxh3_128 != new.code.xxh3_128:
         found.append(Change(name="code", old=_code(old.code), new=_code(new.code)))
     return found
+
+
+def disagreements(saved: Identity, own: Identity) -> list[Change]:
+    """Return what a checkpoint's identity, the `old` side, and its run's own say otherwise, but for
+    what was accepted since the checkpoint was written."""
+    found = []
+    for name in ("stage", "tokenizer"):
+        a, b = (each.stage if name == "stage" else each.tokenizer.sha256 for each in (saved, own))
+        if a and b and a != b:
+            found.append(Change(name=name, old=a[:_SHOWN], new=b[:_SHOWN]))
+    before, after = ([replace(each, at="") for each in one.accepted] for one in (saved, own))
+    since = after[len(before) :]
+    if after[: len(before)] != before:
+        names = (" ".join(e.change.name for e in one) or "nothing" for one in (before, after))
+        found.append(Change(name="accepted", old=next(names), new=next(names)))
+        since = []
+    for change in changes(saved, own):
+        let_pass = [each.change for each in since if each.change.name == change.name]
+        if not let_pass or (_content(let_pass[0].old), _content(let_pass[-1].new)) != (
+            _content(change.old),
+            _content(change.new),
+        ):
+            found.append(change)
+    return found
+
+
+def _content(words: str) -> str:
+    """Return of a change's words what its content is known by: a digest, a version, "none"."""
+    return _COUNTS.sub("", words)
 
 
 def _network(record: NetworkRecord | None) -> str:

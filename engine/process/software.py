@@ -30,8 +30,10 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+@functools.lru_cache(maxsize=1)
 def code_digest() -> str:
-    """Return a digest of the project's code that runs, by the names and contents of its files."""
+    """Return a digest of the project's code that runs, by the names and contents of its files: as
+    this process first saw them, since what it has loaded does not change with them."""
     state = xxhash.xxh3_128()
     for floor in _FLOORS:
         for path in sorted((_ROOT / floor).rglob("*.py")):

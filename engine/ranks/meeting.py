@@ -9,6 +9,7 @@ store is theirs.
 
 import contextlib
 import datetime
+import json
 import os
 import sys
 import threading
@@ -30,6 +31,8 @@ _PAUSE = 0.2  # seconds between two looks at who has come; our choice
 _GRACE = (
     10.0  # seconds after the time is up, for who says so and for a library to return; our choice
 )
+_DECLINED, _CALLED_OFF = "meeting/declined", "meeting/called off"
+"""Where a rank says that it does not come, and where the first one does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,11 @@ class Arrival:
     def digest(self) -> str:
         """Of what the rank was started as."""
         return xxhash.xxh3_64_hexdigest(self.start.encode())
+
+    def declined(self, told: str) -> str:
+        """Return in words that a rank said it does not come; told: what it set."""
+        rank, why = json.loads(told)
+        return f"rank {rank} of {self.world_size} did not come to {self.address}: {why}"
 
     @property
     def _limit(self) -> str:
@@ -82,11 +90,27 @@ def meet(store: dist.Store, arrival: Arrival) -> dist.Store:
     return dist.PrefixStore(f"started/{name}", store)
 
 
+def stay_away(store: dist.Store, arrival: Arrival, why: str) -> None:
+    """Tell the ranks that meet that this one does not come, in a line that the first one prints.
+
+    The first one itself waits as long as the arrival says for all others to have heard: the store
+    goes with it. Not for ranks that an agent ends, whose store outlives them.
+    """
+    if arrival.rank > 0:
+        store.compare_set(_DECLINED, "", json.dumps([arrival.rank, why]))
+        store.add(f"{_CALLED_OFF}/heard", 1)
+        return
+    store.set(_CALLED_OFF, why)
+    last = time.monotonic() + arrival.seconds
+    while store.add(f"{_CALLED_OFF}/heard", 0) < arrival.world_size - 1 and time.monotonic() < last:
+        time.sleep(_PAUSE)
+
+
 def _gather(store: dist.Store, arrival: Arrival) -> str:
     """Tell every rank that comes, on the first; return the name of this start."""
     deadline = time.monotonic() + arrival.seconds
     name, told = uuid.uuid4().hex, dict.fromkeys(range(1, arrival.world_size), "")
-    absent, unlike = list(told), dict[str, list[int]]()
+    absent, unlike, declined = list(told), dict[str, list[int]](), ""
     while absent and time.monotonic() < deadline:
         for rank in absent:
             if store.check([f"meeting/{rank}"]):
@@ -99,9 +123,14 @@ def _gather(store: dist.Store, arrival: Arrival) -> str:
         for start, ranks in _started_otherwise(store, arrival, name, there).items():
             unlike.setdefault(start, []).extend(ranks)
             deadline = min(deadline, time.monotonic() + _GRACE)  # who comes late shall hear of it
+        if absent and not declined and store.check([_DECLINED]):
+            declined = store.get(_DECLINED).decode()
+            deadline = min(deadline, time.monotonic() + _GRACE)
         time.sleep(_PAUSE if absent else 0)
     came = [rank for rank in range(arrival.world_size) if rank not in absent]
     message = arrival.missing(came) if absent else ""
+    if declined and absent:
+        message = arrival.declined(declined)
     if unlike:
         message = differences(arrival.start, unlike)
     store.set(f"meeting/{name}/said", message)
@@ -163,6 +192,9 @@ def _await(store: dist.Store, key: str, arrival: Arrival) -> str:
     it sets nothing."""
     deadline = time.monotonic() + arrival.seconds + _GRACE  # it may have begun to wait later
     while not store.check([key]):
+        if store.check([_CALLED_OFF]):  # by the first rank, which says why
+            store.add(f"{_CALLED_OFF}/heard", 1)
+            raise SystemExit(2)
         if time.monotonic() > deadline:
             came = [
                 rank for rank in range(1, arrival.world_size) if store.check([f"meeting/{rank}"])

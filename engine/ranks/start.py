@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from engine.environment import (
     check_launch,
     has_store_of_launcher,
+    is_under_torchrun,
     rank_of_environment,
     world_size_of_environment,
 )
@@ -24,7 +25,7 @@ from engine.ranks.device import communication_backend, meta_device, start_device
 from engine.ranks.groups import TIMEOUT, forget_groups, place_in
 from engine.ranks.likeness import start_in_words
 from engine.ranks.lone_rank import LONE
-from engine.ranks.meeting import Arrival, ending_where_stuck, meet
+from engine.ranks.meeting import Arrival, ending_where_stuck, meet, stay_away
 from engine.ranks.parallel import Parallel
 from engine.ranks.seeds import seed_for_initialisation
 from engine.ranks.signs import in_phase
@@ -32,6 +33,8 @@ from engine.settings.layout import ParallelLayout
 from engine.settings.waiting import WaitingConfig
 
 _NUM_TRIES = 5  # at a name that is not known, a second apart; our choice
+_DECLINING = 30.0  # seconds for a rank that does not come to say so; our choice
+_has_come = False  # to the store, or on the way to it
 _LOOPBACK = "lo"  # Linux's name of the interface that only the machine itself reaches
 
 
@@ -42,6 +45,8 @@ def open_store(timeout: datetime.timedelta) -> dist.Store:
     Rank 0 opens it where torchrun has not: to this machine alone, where the address says that all
     ranks are here. Raises dist.DistError when nothing answers there.
     """
+    global _has_come
+    _has_come = True
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.get("MASTER_PORT", "29500"))
     is_master = rank_of_environment() == 0 and not has_store_of_launcher()
@@ -130,11 +135,12 @@ def start_parallel(
 
 def _meet(rank: int, world_size: int, waiting: WaitingConfig, config: Any) -> dist.Store:
     """Return the store of this start's ranks, once all have come to it; raises UserError."""
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '29500')}"
+    global _has_come
+    _has_come = True  # what is wrong with the way is no news to whoever waits there
     arrival = Arrival(
         rank=rank,
         world_size=world_size,
-        address=address,
+        address=_address(),
         seconds=waiting.join_seconds,
         start=start_in_words(config, world_size),
     )
@@ -148,6 +154,30 @@ def _meet(rank: int, world_size: int, waiting: WaitingConfig, config: Any) -> di
             raise UserError(arrival.unreachable(str(error).splitlines()[0])) from None
         store.set_timeout(TIMEOUT)
         return meet(store, arrival)
+
+
+def decline(why: str) -> None:
+    """Tell the other ranks, which wait for this one, that it does not come and why.
+
+    Without effect where it has come, or is alone, or an agent of torchrun's sees it end and ends
+    the others; and where nobody is reached in time. Nor where the launch names no MASTER_PORT: at
+    the default one the ranks of any run may meet, and those would be told. To say it takes the
+    libraries' import, and as long as the first rank takes to come: seconds.
+    """
+    rank, world_size = rank_of_environment(), world_size_of_environment()
+    has_place = "MASTER_PORT" in os.environ
+    if _has_come or world_size == 1 or is_under_torchrun() or not has_place:
+        return
+    arrival = Arrival(rank=rank, world_size=world_size, address=_address(), seconds=_DECLINING)
+    with contextlib.suppress(UserError, dist.DistError), ending_where_stuck(arrival):
+        if rank > 0:
+            _await_listener(arrival)
+        stay_away(open_store(datetime.timedelta(seconds=_DECLINING)), arrival, why)
+
+
+def _address() -> str:
+    place = (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500"))
+    return ":".join(os.environ.get(name, default) for name, default in place)
 
 
 def _await_listener(arrival: Arrival) -> None:

@@ -6,6 +6,7 @@ copies, RUN/sources, beside the folder RUN/skipped that the rollout lies in.
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from engine.advantage import broken_samples, estimate_advantages, unsound_samples
+from engine.checkpoints.manifest import read_manifest
+from engine.checkpoints.sources import digest_of_network
 from engine.data.batches import PackedBatch
 from engine.data.examples import Example, Unit, sequences_of
 from engine.data.unit_file import read_units
@@ -22,6 +25,7 @@ from engine.errors import UserError
 from engine.evidence.case import BATCH, Case
 from engine.feed import pack_for
 from engine.generation.sequence import Response
+from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
 from engine.replay.kept import KeptConfig, check_sources, network_in
 from engine.replay.report import of_batch, of_pass, of_weights
@@ -32,6 +36,11 @@ from engine.settings.ppo import PPOConfig
 from engine.training.network import Network
 from models.sizes import Kind
 
+_SOURCES = {  # in RUN/sources
+    "reference": Path("reference/policy"),
+    "reward_model": Path("reward_model/reward_model"),
+}
+_SHOWN = 8  # characters of a digest; our choice
 _NUM_NAMED = 8  # samples that are named; our choice: a line on screen holds them
 
 
@@ -54,6 +63,7 @@ def rerun_scoring(
         of_batch(sources),
     ]
     readings: dict[str, Tensor] = {}
+    lines += json.loads(said_by_first_rank(lambda: _sameness(folder, case)))
     for role, (kind, path) in _networks(folder).items():
         network = network_in(path, config, parallels[kind])
         if network.kind != kind:
@@ -80,9 +90,28 @@ def _networks(folder: Path) -> dict[str, tuple[Kind, Path]]:
     return {
         "policy": ("language", folder / "policy"),
         "critic": ("scalar", folder / "critic"),
-        "reference": ("language", sources / "reference" / "policy"),
-        "reward_model": ("scalar", sources / "reward_model" / "reward_model"),
+        "reference": ("language", sources / _SOURCES["reference"]),
+        "reward_model": ("scalar", sources / _SOURCES["reward_model"]),
     }
+
+
+def _sameness(folder: Path, case: Case) -> str:
+    """Return lines, as JSON, on networks of RUN/sources of which nobody knows whether they are
+    those that read the rollout; UserError where they are others: the run began anew, from them."""
+    lines = []
+    for name, path in _SOURCES.items():
+        copy = folder.resolve().parents[1] / "sources" / path.parent
+        if not copy.exists():  # which whoever loads it says
+            continue
+        read, there = case.sources.get(name), digest_of_network(read_manifest(copy), path.name)
+        if read is None:
+            lines.append(f"{name}: nobody knows whether {copy} is the one that read this rollout")
+        elif read != there:
+            raise UserError(
+                f"{copy}: not the {name} that read this rollout ({read[:_SHOWN]} -> "
+                f"{there[:_SHOWN]}): the run has begun anew since; put that back to rerun it"
+            )
+    return json.dumps(lines)
 
 
 def _rollout_in(path: Path, units: Sequence[Unit], parallel: Parallel) -> Rollout:

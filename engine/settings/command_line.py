@@ -1,13 +1,15 @@
-"""From a command line to a config: tyro's options over a default, its errors in two lines."""
+"""From a command line to a config, tyro's options over a default, its errors in two lines; and
+from values to the options that give them."""
 
 import contextlib
 import dataclasses
 import functools
 import io
 import os
+import shlex
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import docstring_parser
@@ -52,6 +54,44 @@ def parse_config(default: _Config, arguments: Sequence[str] | None = None) -> _C
         raise
     check_values(found, nameless=_NAMELESS)
     return found
+
+
+def as_options(config: Any, values: Mapping[str, Any]) -> str:
+    """Return the options that give a config other values, as a shell takes them.
+
+    values: by the fields' dotted names, as engine.settings.saved writes them.
+    """
+    return " ".join(_option(_hint(type(config), name), name, v) for name, v in values.items())
+
+
+def _hint(cls: Any, name: str) -> Any:
+    first, _, rest = name.partition(".")
+    hint = typing.get_type_hints(cls)[first]
+    classes = [c for c in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(c)]
+    return _hint(classes[0], rest) if rest and classes else hint
+
+
+def _option(hint: Any, name: str, value: Any) -> str:
+    option = f"--{name.replace('_', '-')}"
+    if hint is bool:  # a flag, which has another name where it is off
+        before, dot, last = option.removeprefix("--").rpartition(".")
+        return option if value else f"--{before}{dot}no-{last}"
+    if isinstance(value, list):
+        return " ".join((option, *(_for_shell(str(each)) for each in value)))
+    text = _for_shell(str(value))
+    return f"{option}={text}" if text.startswith("-") else f"{option} {text}"
+
+
+def _for_shell(text: str) -> str:
+    """Return a word of a command line; what does not print is written by its escapes."""
+    if text.isprintable():
+        return shlex.quote(text)
+    kept = (c if c.isprintable() and c not in "\\'" else _escaped(c) for c in text)
+    return f"$'{''.join(kept)}'"
+
+
+def _escaped(character: str) -> str:
+    return f"\\{character}" if character in "\\'" else character.encode("unicode_escape").decode()
 
 
 def _in_one_paragraph(read: Callable[..., Any]) -> Callable[..., Any]:

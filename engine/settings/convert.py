@@ -6,6 +6,7 @@ from typing import Literal
 
 import tyro
 
+from engine.settings.checks import check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.waiting import WaitingConfig
 
@@ -35,3 +36,6 @@ class ConvertConfig:
     """Ranks that share the model while it is converted; the result is the same under any."""
     waiting: WaitingConfig = field(default_factory=WaitingConfig)
     """How long ranks wait for one that does not come or is silent."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, positive="file_gigabytes")

@@ -7,6 +7,7 @@ import json
 import sys
 import types
 import typing
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -46,9 +47,25 @@ def changed_fields(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def saved_fields(config: Any) -> dict[str, Any]:
-    """Return {dotted name: value} of what save_config writes."""
-    return _flat(_encode(config))
+def saved_fields(config: Any, of_path: Callable[[Path], str] = str) -> dict[str, Any]:
+    """Return {dotted name: value} of what save_config writes; of_path: what stands for a path."""
+    return _flat(_encode(config, of_path))
+
+
+def with_saved_fields(config: _Config, values: Mapping[str, Any]) -> _Config:
+    """Return a config with other values, by the fields' dotted names, as save_config writes them;
+    raises UserError for what is no value of its field."""
+    nested = _encode(config)
+    for name, value in values.items():
+        *path, last = name.split(".")
+        inner = nested
+        for part in path:
+            inner = inner[part]
+        inner[last] = value
+    try:
+        return _decode(type(config), nested, "")
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def load_config(cls: type[_Config], path: Path) -> _Config:
@@ -89,17 +106,17 @@ def _earlier(config: Any) -> dict[str, Any]:
     return found
 
 
-def _encode(value: Any) -> Any:
+def _encode(value: Any, of_path: Callable[[Path], str] = str) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: _encode(getattr(value, f.name), of_path) for f in dataclasses.fields(value)}
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, Path):
-        return str(value)
+        return of_path(value)
     if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
+        return [_encode(item, of_path) for item in value]
     if isinstance(value, dict):
-        return {str(key): _encode(item) for key, item in value.items()}
+        return {str(key): _encode(item, of_path) for key, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a config cannot hold a {type(value).__name__}: {value!r}")

@@ -6,6 +6,7 @@ import inspect
 import pytest
 
 from benchmarks.command_line import command, count, count_or_none, mistakes_in_one_line, seconds
+from benchmarks.rivals import ROOT
 from engine.errors import UserError
 
 COUNTS = {
@@ -43,6 +44,29 @@ def test_no_benchmark_reads_a_number_that_nobody_checks():
         source = inspect.getsource(importlib.import_module(module))
         assert "type=int" not in source
         assert "type=float" not in source
+
+
+STARTED = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "benchmarks").rglob("*.py"))
+    if '__name__ == "__main__"' in path.read_text()
+]
+
+
+@pytest.mark.parametrize("module", STARTED)
+def test_every_benchmark_says_what_it_takes(module, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [module, "--help"])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(module).main()
+    assert end.value.code == 0
+    name = module.removesuffix(".__main__")
+    assert capsys.readouterr().out.startswith(f"usage: python -m {name} ")
+
+
+@pytest.mark.parametrize("words", [(), ("folder",), ("folder", "nobody")])
+def test_a_provider_that_is_not_named_is_one_line(words, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmarks.turns", *words])
+    assert "provider" in line_of(importlib.import_module("benchmarks.turns").main, capsys)
 
 
 @pytest.mark.parametrize(

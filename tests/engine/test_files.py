@@ -12,6 +12,7 @@ from engine import files
 from engine.errors import UserError
 from engine.files import (
     MAX_LINE_BYTES,
+    check_replaceable,
     check_writable,
     clear_partials,
     open_file,
@@ -20,6 +21,7 @@ from engine.files import (
     replacing,
     writing,
 )
+from tests.special_files import KINDS, make_special
 
 
 def test_a_missing_file_is_answered_with_near_names(tmp_path: Path) -> None:
@@ -266,6 +268,23 @@ def test_a_folder_that_can_be_written_is_as_it_was(tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         with pytest.raises(UserError, match=f"{folder}: cannot be written"):
             check_writable(folder)
+
+
+@pytest.mark.parametrize("kind", [None, "file", *KINDS])
+def test_only_a_folder_stands_where_no_file_can_be_put(tmp_path: Path, kind: str | None) -> None:
+    path = tmp_path / "name"
+    if kind == "file":
+        path.touch()
+    elif kind is not None:
+        make_special(path, kind)
+    if kind == "folder":
+        with pytest.raises(UserError, match=f"{path} is a folder where a file is to be written"):
+            check_replaceable(path)
+        return
+    check_replaceable(path)
+    with replacing(path) as stream:
+        stream.write(b"there")
+    assert path.read_bytes() == b"there"
 
 
 def test_partial_files_are_cleared_of_one_name_or_of_all(tmp_path: Path) -> None:

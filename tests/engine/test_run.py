@@ -54,6 +54,26 @@ def test_tokenizer_comes_from_a_file_a_folder_or_an_earlier_run(
     assert run.checkpoints == tmp_path / "run" / "checkpoints"
 
 
+@pytest.mark.parametrize(
+    "name", ["newest_checkpoint", "checkpoints/selected", "selected.json", "memory.txt"]
+)
+def test_a_folder_where_a_file_is_written_after_steps_is_an_error_at_the_start(
+    name: str, tiny: Path, tmp_path: Path
+):
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{tmp_path / name} is a folder where a file is to be"):
+        start(tiny / "policy", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "skipped"])
+def test_a_file_where_a_folder_is_written_after_steps_is_an_error_at_the_start(
+    name: str, tiny: Path, tmp_path: Path
+):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"{tmp_path / name}: cannot be written"):
+        start(tiny / "policy", tmp_path)
+
+
 def test_settings_are_written_when_the_stage_says_so(tiny: Path, tmp_path: Path):
     run = start(tiny / "policy", tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
@@ -78,8 +98,14 @@ def test_run_with_checkpoints_keeps_what_makes_it_the_run_it_is(tiny: Path, tmp_
         ({"data": SFTData(train=tmp_path)}, f"data.train None, not {tmp_path}"),
         ({"adam": AdamConfig(lr=1.0)}, "adam.lr 9.65e-06, not 1.0"),
     ):
-        with pytest.raises(UserError, match=f"is a run with {cause}; give another --directory"):
+        with pytest.raises(
+            UserError, match=f"is a run with {cause}; give another --directory"
+        ) as no:
             run.write_settings(dataclasses.replace(faster, **change))
+        name, value = cause.split(",")[0].split()
+        assert str(no.value).endswith(
+            f"go on with those it had by --{name.replace('_', '-')} {value}"
+        )
     assert load_config(SFTConfig, tmp_path / "config.json") == faster
 
 

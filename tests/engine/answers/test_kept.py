@@ -1,13 +1,17 @@
 import dataclasses
 import fcntl
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.multiprocessing import ProcessRaisedException
 
 from engine.answers.answer import generate_text
 from engine.answers.kept import Answers, Origin, digest_of_prompts
 from engine.claim import holding_claims
 from engine.errors import UserError
+from engine.ranks import same_folder
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.sampling import SamplingConfig
@@ -17,6 +21,7 @@ from tests.engine.answers.answering import (
     config,
     kill_after,
 )
+from tests.ranks import run_ranks
 
 ORIGIN = Origin(
     weights="w", prompts="p", num_samples=1, sampling=SamplingConfig(), dtype="fp32", seed=1
@@ -232,3 +237,36 @@ def test_weights_of_another_content_in_the_same_folder_are_noticed(run, tmp_path
     monkeypatch.setattr("engine.answers.batch.digest_of_weights", lambda *a, **o: "other")
     with pytest.raises(UserError, match="content [0-9a-f]{32}, not other"):
         generate_text(settings)
+
+
+def open_from(folders: list[Path], prompts: list[str]) -> str:
+    """What a rank hears that opens the answers of its own folder, to its own prompts."""
+    rank = int(os.environ["RANK"])
+    os.chdir(folders[rank])
+    same_folder._DELAY = 1.0
+    parallel = start_parallel(ParallelLayout(), seed=0)
+    origin = dataclasses.replace(ORIGIN, prompts=prompts[rank])
+    with holding_claims():
+        try:
+            Answers(Path("out.jsonl"), origin, parallel, 2)
+        except UserError as error:
+            return str(error)
+    return "open"
+
+
+def test_ranks_whose_folder_or_prompts_are_others_are_refused(tmp_path: Path):
+    places = [tmp_path / "a", tmp_path / "b"]
+    for place in places:
+        place.mkdir()
+    assert run_ranks(open_from, 2, [places[0]] * 2, ["p", "p"]) == ["open"] * 2
+    said = run_ranks(open_from, 2, places, ["p", "p"])
+    assert said[0] == said[1]
+    assert said[0].startswith("--out is another folder on rank 1 than on rank 0, which has ")
+    with pytest.raises(ProcessRaisedException, match="--prompts: rank 1 reads another file"):
+        run_ranks(open_failing, 2, [places[0]] * 2, ["p", "q"])
+
+
+def open_failing(folders: list[Path], prompts: list[str]) -> None:
+    """End the rank that is refused, which ends the others."""
+    if (said := open_from(folders, prompts)) != "open":
+        raise RuntimeError(said)

@@ -328,8 +328,9 @@ def test_latest_that_leads_through_a_link_is_read(run: Resumer):
 def test_latest_that_is_gone_is_an_error_that_names_the_checkpoints(run: Resumer):
     with restored(run):
         (run.checkpoints / "latest").unlink()
+        both = f"{run.newest.name}, {run.before.name}"
         for attempt in (run.resume, lambda: run.load(ROLES[run.stage][0])):
-            with pytest.raises(UserError, match=f"gone.* {run.newest.name}, {run.before.name} are"):
+            with pytest.raises(UserError, match=f"gone.* {both} are there: write the name"):
                 attempt()
 
 

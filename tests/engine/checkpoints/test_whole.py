@@ -157,3 +157,26 @@ def test_ranks_share_the_files_and_all_learn_of_damage(damaged: str | None, tmp_
     if damaged != "manifest.json":
         assert first["read"] == [NAMES[1], NAMES[0]]
         assert second["read"] == [NAMES[2]]
+
+
+def look_from(folders: list[Path], checkpoint: Path) -> str:
+    """What a rank finds of a checkpoint whose path is relative, each in a folder of its own."""
+    start_parallel(ParallelLayout(tp=3), seed=0)
+    os.chdir(folders[int(os.environ["RANK"])])
+    try:
+        return damage_of(checkpoint)
+    except UserError as error:
+        return str(error)
+
+
+def test_ranks_that_find_another_whole_checkpoint_of_that_name_are_named(tmp_path: Path):
+    folder = checkpoint(tmp_path / "a", 1)
+    other = checkpoint(tmp_path / "b", 1)
+    (other / NAMES[0]).write_text("another")
+    files = {name: digest_of_file(other / name) for name in NAMES}
+    write_manifest(other, Manifest(step=1, files=files))
+    name = Path(folder.name)
+    said = run_ranks(look_from, 3, [folder.parent, other.parent, folder.parent], name)
+    words = "rank 1 found another checkpoint there than rank 0; have all nodes see the same files"
+    assert said == [f"{name}: {words}"] * 3
+    assert run_ranks(look_from, 3, [folder.parent] * 3, name) == [""] * 3

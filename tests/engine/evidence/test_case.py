@@ -22,6 +22,7 @@ FOUND = Case(
     reason="policy_loss is nan",
     loss_scale=512.0,
     numbers={"mean": math.nan, "rstd": 1.5},
+    sources={"reference": "0f" * 16},
 )
 
 
@@ -44,6 +45,7 @@ def test_a_case_comes_back_and_names_its_folder(tmp_path: Path):
         ("reason", None),
         ("loss_scale", 0),
         ("numbers", {"mean": "x"}),
+        ("sources", {"reference": 7}),
         ("more", 1),
     ],
 )
@@ -52,6 +54,12 @@ def test_other_values_are_refused(name: str, value: Any, tmp_path: Path):
     (tmp_path / CASE).write_text(json.dumps(case))
     with pytest.raises(UserError, match=f"case.json: '{name}' cannot be"):
         read_case(tmp_path)
+
+
+def test_a_case_of_before_sources_were_kept_is_read(tmp_path: Path):
+    case = {k: value for k, value in json.loads(FOUND.as_text()).items() if k != "sources"}
+    (tmp_path / CASE).write_text(json.dumps(case))
+    assert repr(read_case(tmp_path)) == repr(dataclasses.replace(FOUND, sources={}))
 
 
 def test_another_format_is_refused(tmp_path: Path):

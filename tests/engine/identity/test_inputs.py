@@ -167,7 +167,9 @@ def test_accepted_changes_are_recorded_and_then_the_runs_own(
     monkeypatch.setattr(inputs, "code_digest", lambda: "0123456789")
     assert "data.prompts code" in refusal(config)
     partly = dataclasses.replace(config, accept_changed=("code",))
-    assert refusal(partly).endswith("--accept-changed data.prompts")
+    said = refusal(partly)
+    assert "code " not in said.splitlines()[0]
+    assert said.endswith("--accept-changed data.prompts code")  # that given last counts alone
     accepting = ("data.prompts", "code", "torch", "policy")  # two of them did not change
     train(dataclasses.replace(more(config), accept_changed=accepting))
     first, second = identity_of(files / "run")["accepted"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from engine.errors import UserError
+from engine.identity.made_from import UNCHANGING
 from engine.settings.saved import load_config
 from tests.engine.identity.before_identities import forget_identity
 from tests.engine.identity.test_inputs import (
@@ -129,25 +130,75 @@ def test_another_network_at_another_path_is_named_until_it_is_accepted(files: Pa
     assert said.endswith("--accept-changed reference")
 
 
-def test_a_path_where_there_was_none_or_none_where_there_was_one_is_named(files: Path):
-    paths = {
-        "sft": ("data.valid", "data.pretraining_valid", "init_from", "selection.reward_model"),
-        "rm": ("data.demonstrations",),
-        "ppo": ("reference",),
-    }
-    for stage, names in paths.items():
-        config = dataclasses.replace(made(stage, files), directory=files / f"run_{stage}")
-        train(config)
-        for name in names:
-            with pytest.raises(UserError, match=f"is a run with {name} {value_of(config, name)}, "):
-                train(with_value(config, name, None))
+OPTIONAL = {
+    "sft": ("data.valid", "data.pretraining_valid", "selection.prompts"),
+    "rm": ("data.demonstrations",),
+    "ppo": ("data.pretraining_valid",),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_file_where_there_was_none_and_none_where_there_was_one_is_accepted(
+    stage: str, files: Path
+):
+    config, names = made(stage, files), OPTIONAL[stage]
+    train(config)
+    without = config
+    for name in names:
+        without = with_value(without, name, None)
+    saying = f"--accept-changed {' '.join(names)}"
+    said = refusal(without)
+    assert all(f"{name} " in said for name in names) and said.count(" -> none") == len(names)
+    assert said.endswith(saying)
+    train(dataclasses.replace(more(without), accept_changed=names))
+    train(more(without))
+    said = refusal(more(config))
+    assert said.count(" none -> ") == len(names) and said.endswith(saying)
+    train(dataclasses.replace(more(config), accept_changed=names))
+    train(more(config))
+    accepted = identity_of(files / "run")["accepted"]
+    assert [each["change"]["name"] for each in accepted] == [*names, *names]
+    assert [each["change"]["new"] == "none" for each in accepted] == (
+        [True] * len(names) + [False] * len(names)
+    )
+
+
+def test_held_out_comparisons_of_their_own_may_come_later(files: Path):
     config = rm_config(files, files / "run")
     train(config)
-    valid = moved(config, "data.train")
-    accepting = dataclasses.replace(config, accept_changed=("data.valid",))
-    for started in (config, accepting):
-        with pytest.raises(UserError, match=f"is a run with data.valid None, not {valid}"):
-            train(with_value(started, "data.valid", valid))
+    other = with_value(config, "data.valid", moved(config, "data.train"))
+    assert refusal(other).endswith("--accept-changed data.valid")
+    train(dataclasses.replace(more(other), accept_changed=("data.valid",)))
+    assert identity_of(files / "run")["accepted"][0]["change"]["old"] == "none"
+
+
+def test_content_alone_says_whether_a_reference_is_another(files: Path):
+    config = small_ppo(files, files / "run")
+    train(config)
+    train(with_value(config, "reference", moved(config, "policy")))  # the policy's own start
+    train(config)
+    other = with_value(config, "reference", files / "reference")
+    assert refusal(other).endswith("--accept-changed reference")
+    train(dataclasses.replace(other, accept_changed=("reference",)))
+    assert refusal(config).endswith("--accept-changed reference")
+    train(dataclasses.replace(config, accept_changed=("reference",)))
+    names = [each["change"]["name"] for each in identity_of(files / "run")["accepted"]]
+    assert names == ["reference", "reference"]
+
+
+@pytest.mark.parametrize("name", UNCHANGING)
+def test_what_a_run_has_to_its_end_or_never_is_not_accepted_and_why(name: str, files: Path):
+    config = made("sft", files)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, valid=None))
+    selection = dataclasses.replace(config.selection, prompts=files / "prompts.jsonl")
+    config = dataclasses.replace(config, selection=selection, tokenizer=files / "tokenizer.json")
+    train(config)
+    accepting = dataclasses.replace(config, accept_changed=(name,))
+    said = refusal(with_value(accepting, name, None))
+    path = value_of(config, name)
+    assert said.startswith(f"{files / 'run'} is a run with {name} {path}, not None ")
+    assert f"(--accept-changed lets none of it pass: {name}: {UNCHANGING[name]})" in said
+    assert said.endswith(f"--{name.replace('_', '-')} {path}")
 
 
 def test_a_path_that_is_read_neither_then_nor_now_is_no_setting(files: Path):
@@ -159,17 +210,31 @@ def test_a_path_that_is_read_neither_then_nor_now_is_no_setting(files: Path):
 def test_paths_are_settings_where_nobody_knows_what_they_held(files: Path):
     config = rm_config(files, files / "run")
     train(config)
-    elsewhere = {name: moved(config, name) for name in ("data.train", "init_from")}
-    identity = files / "run" / "identity.json"
-    hidden = identity.rename(files / "hidden")  # checkpoints know the contents, and no paths
-    said = f"is a run with init_from .*, not {elsewhere['init_from']}"
-    with pytest.raises(UserError, match=said):
-        train(with_value(config, "init_from", elsewhere["init_from"]))
-    hidden.rename(identity)
     forget_identity(files / "run")
-    for name, path in elsewhere.items():
+    for name in ("data.train", "init_from"):
+        path = moved(config, name)
         with pytest.raises(UserError, match=f"is a run with {name} .*, not {path}"):
             train(with_value(config, name, path))
+    other = with_value(config, "data.valid", moved(config, "data.train"))
+    with pytest.raises(UserError, match="lets none of it pass: data.valid: nobody knows what it"):
+        train(dataclasses.replace(other, accept_changed=("data.valid",)))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_content_decides_where_a_checkpoint_alone_knows_it(stage: str, files: Path):
+    config, elsewhere = made(stage, files), made(stage, files)
+    train(config)
+    (files / "run" / "identity.json").unlink()  # checkpoints know the contents, and no paths
+    for name in NETWORKS[stage]:
+        elsewhere = with_value(elsewhere, name, moved(config, name))
+    train(elsewhere)
+    assert identity_of(files / "run")["accepted"] == []
+    (files / "run" / "identity.json").unlink()
+    name = NETWORKS[stage][0]
+    other = files / ("policy" if name == "reward_model" else "reference")
+    with pytest.raises(UserError, match="made from something else") as refused:
+        train(with_value(elsewhere, name, other))
+    assert str(refused.value).endswith(f"--accept-changed {name}")
 
 
 def test_another_policy_is_named_where_one_copy_is_policy_and_reference(files: Path):
@@ -183,10 +248,12 @@ def test_another_policy_is_named_where_one_copy_is_policy_and_reference(files: P
     assert sources == ["reference", "reward_model"]
 
 
-def test_a_setting_that_changed_is_said_before_what_moved(files: Path):
+def test_settings_and_what_moved_are_one_error(files: Path):
     config = selecting(files, files / "run")
     train(config)
     write_lines(files / "other.jsonl", [{"prompt": "a", "response": "b"}] * 9)
     other = with_value(config, "data.train", files / "other.jsonl")
     said = refusal(dataclasses.replace(other, seed=99))
     assert f"is a run with seed {config.seed}, not 99" in said
+    assert "was made from something else than what is here: data.train 40 records" in said
+    assert said.endswith(f"--seed {config.seed} --accept-changed data.train")

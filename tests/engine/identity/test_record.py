@@ -20,6 +20,7 @@ from engine.identity.record import (
     NetworkRecord,
     TokenizerRecord,
     changes,
+    disagreements,
     identity_text,
     read_identity,
     saved_identity,
@@ -180,3 +181,41 @@ def test_every_change_is_named_with_old_and_new(tmp_path: Path):
         "code": ("dddddddd (commit 76be561)", "55555555"),
     }
     assert {change.name for change in changes(now, IDENTITY_OF_A_RUN)} == found.keys()
+
+
+def test_disagreements_are_all_but_what_was_accepted_since():
+    def accepting(own: Identity, *found: tuple[str, str, str]) -> Identity:
+        more = (Acceptance(change=Change(name=n, old=a, new=b), step=9) for n, a, b in found)
+        return dataclasses.replace(own, accepted=(*own.accepted, *more))
+
+    saved = IDENTITY_OF_A_RUN
+    own = dataclasses.replace(
+        saved,
+        data={"data.train": DataFile(path="y", bytes=7, xxh3_128="2" * 32, records=3)},
+        code=Code(xxh3_128="5" * 32, commit="later"),
+        accepted=tuple(dataclasses.replace(each, at="") for each in saved.accepted),
+    )
+    data, code = (
+        ("data.train", "40 records, bbbbbbbb", "9 lines, 77777777"),
+        ("code", "dddddddd (commit 76be561)", "55555555 (commit then)"),
+    )
+    again = ("data.train", "9 records, 77777777", "3 lines, 22222222")
+    assert disagreements(saved, saved) == []
+    assert [c.name for c in disagreements(saved, own)] == ["data.train", "code"]
+    assert [c.name for c in disagreements(saved, accepting(own, code))] == ["data.train"]
+    assert disagreements(saved, accepting(own, data, code, again)) == []
+    for partly in ((code, data), (code, again)):  # another content than was accepted
+        assert [c.name for c in disagreements(saved, accepting(own, *partly))] == ["data.train"]
+    fewer = dataclasses.replace(saved, accepted=())
+    assert disagreements(saved, fewer) == [Change(name="accepted", old="torch", new="nothing")]
+    assert disagreements(fewer, saved) == []
+    for name, other in (
+        ("stage", dataclasses.replace(saved, stage="rm")),
+        (
+            "tokenizer",
+            dataclasses.replace(saved, stage="sft", tokenizer=TokenizerRecord(sha256="9" * 64)),
+        ),
+    ):
+        mine = dataclasses.replace(saved, stage="sft")
+        assert [c.name for c in disagreements(mine, other)] == [name]
+        assert disagreements(mine, dataclasses.replace(mine, stage="")) == []

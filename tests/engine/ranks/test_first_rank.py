@@ -107,7 +107,10 @@ def test_a_rank_that_sees_less_does_what_the_first_one_does(tiny: Path, run_fold
 def test_what_the_first_rank_does_not_see_is_an_error_of_all(tiny: Path, run_folder: Path):
     first, second = run_ranks(resume, 2, tiny, run_folder, 0)
     assert first == second
-    assert ["latest is gone, and step_00000000" in str(text) for text in first[:2]] == [True, True]
+    assert ["latest is gone; step_00000000 is there" in str(text) for text in first[:2]] == [
+        True,
+        True,
+    ]
     assert "no such file or folder" in str(first[2])
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.errors import UserError
 from engine.process.software import package_versions
 from engine.ranks import likeness
 from engine.ranks.likeness import differences, start_in_words
@@ -43,6 +44,50 @@ def test_each_field_that_differs_is_named_with_both_values():
         f"adam.lr 0.5, not {mine.adam.lr}",
         "data.train b.jsonl, not None",
     }
+
+
+def test_relative_paths_are_compared_by_where_they_lead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    here, there = tmp_path / "a", tmp_path / "b"
+    data = dataclasses.replace(SFTConfig().data, train=Path("a.jsonl"))
+    config = SFTConfig(directory=Path("runs/a"), init_from=Path("/models/base"), data=data)
+    texts = []
+    for place in (here, there):
+        place.mkdir()
+        monkeypatch.chdir(place)
+        texts.append(start_in_words(config, 2))
+    said, *advice = differences(texts[0], {texts[1]: [1]}).splitlines()
+    assert set(said.removeprefix("rank 1 was not started as rank 0 was: ").split("; ")) == {
+        f"directory {there}/runs/a, not {here}/runs/a",
+        f"data.train {there}/a.jsonl, not {here}/a.jsonl",
+    }
+    assert "start all ranks in one" in advice[0]
+
+
+def test_ranks_in_unlike_folders_are_alike_where_their_paths_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    texts = set()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for place, directory in (("/", "/runs/a"), ("/usr", "/runs/a")):
+        monkeypatch.chdir(place)
+        texts.add(start_in_words(SFTConfig(directory=Path(directory)), 2))
+    assert len(texts) == 1
+    for place in (tmp_path, tmp_path / "link"):
+        monkeypatch.chdir(place)
+        texts.add(start_in_words(SFTConfig(directory=Path("runs/a")), 2))
+    assert len(texts) == 2
+
+
+def test_a_working_directory_that_is_gone_is_a_mistake_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UserError, match="the working directory: No such file"):
+        start_in_words(SFTConfig(directory=Path("runs/a")), 2)
 
 
 def test_a_part_that_only_one_of_them_has_is_named():

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from engine.errors import UserError
 from engine.ranks import meeting
 from engine.ranks.likeness import start_in_words
-from engine.ranks.meeting import Arrival, meet
+from engine.ranks.meeting import Arrival, meet, stay_away
 from tests.recipe_runs import ROOT, sft_command, start, start_ranks
 from tests.test_slurm import free_ports
 
@@ -80,6 +80,41 @@ def test_the_first_rank_names_those_that_did_not_come_and_the_others_are_silent(
     )
     assert isinstance(results[2], SystemExit)
     assert results[2].code == 2
+
+
+def test_a_rank_that_does_not_come_is_named_with_its_reason_before_the_time_is_up(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(meeting, "_GRACE", 1.0)
+    store = dist.HashStore()
+    stay_away(store, arrival(1), "error: no such option")
+    stay_away(store, arrival(1), "error: of a later one, which nobody hears")
+    began = time.monotonic()
+    results = together(store, [arrival(0), arrival(2)])
+    assert time.monotonic() - began < 10
+    assert str(results[0]) == "rank 1 of 3 did not come to node:1: error: no such option"
+    assert isinstance(results[2], SystemExit)
+    assert results[2].code == 2
+
+
+def test_a_first_rank_that_does_not_come_stays_until_all_others_have_heard():
+    store, ended = dist.HashStore(), []
+    others = threading.Thread(
+        target=lambda: ended.append(together(store, [arrival(1), arrival(2)]))
+    )
+    others.start()
+    began = time.monotonic()
+    stay_away(store, arrival(0), "error: no such option")
+    assert time.monotonic() - began < 10
+    others.join(30)
+    assert [results.code for results in ended[0].values()] == [2, 2]  # type: ignore[attr-defined]
+
+
+def test_ranks_that_all_do_not_come_wait_for_none():
+    store, began = dist.HashStore(), time.monotonic()
+    for rank in (2, 1, 0):
+        stay_away(store, arrival(rank), "error: no such option")
+    assert time.monotonic() - began < 1
 
 
 class Written(dist.HashStore):
@@ -238,6 +273,30 @@ def test_processes_that_were_started_otherwise_end_with_one_message(
     finally:
         for rank in started.values():
             rank.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistaken", [0, 1])
+def test_a_rank_whose_options_are_a_mistake_keeps_no_other_waiting(
+    mistaken: int, tiny: Path, tmp_path: Path
+):
+    """Ranks by srun, without an agent that would end the others."""
+    port = free_ports()[0]
+    command = sft_command(tiny, tmp_path / "run", "--layout.tp", 2)
+    commands = {1 - mistaken: command, mistaken: [*command, "--no-such-option", "1"]}
+    began, started = time.monotonic(), {}
+    try:
+        for rank in (1, 0):
+            started |= start_ranks(commands[rank], tmp_path, port, [rank])
+        assert [started[rank].wait(80) for rank in (0, 1)] == [2, 2]  # of the 90 s that ranks wait
+        said = started[0].err.read_text()
+        assert "--no-such-option" in said
+        assert said.startswith("error: rank 1 of 2 did not come" if mistaken else "error: ")
+        assert "Traceback" not in said + started[1].said()
+    finally:
+        for rank in started.values():
+            rank.end()
+    assert time.monotonic() - began < 80
 
 
 @pytest.mark.slow

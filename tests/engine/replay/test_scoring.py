@@ -168,6 +168,33 @@ def test_what_is_no_rollout_of_ppo_is_an_error_in_words(
         said_of(kept)
 
 
+def test_other_sources_than_read_the_rollout_are_an_error_and_unknown_ones_are_told_of(
+    tiny: Path, tmp_path: Path
+):
+    planted = plant(tiny, tmp_path / "planted", "policy", HUGE["fp32"])
+    run = tmp_path / "run"
+    stuck_iterations(tiny, run, reference=planted)
+    kept, moved = kept_in(run), run / "moved"
+    os.rename(kept, moved)  # as a start that is killed before its first checkpoint leaves it
+    scalar = plant(tiny, tmp_path / "scalar", "reward_model", HUGE["fp32"])
+    stuck_iterations(tiny, run, reward_model=scalar)
+    shutil.rmtree(kept)
+    os.rename(moved, kept)
+    case = read_case(kept)
+    with pytest.raises(UserError, match="sources/reference: not the reference that read this"):
+        said_of(kept)
+    rewrite(kept, CASE, dataclasses.replace(case, sources={}).as_text().encode())
+    said = said_of(kept)
+    for name in ("reference", "reward_model"):
+        assert f"{name}: nobody knows whether {run / 'sources' / name} is the one that" in said
+    found = {"reward_model": case.sources["reward_model"]}
+    rewrite(kept, CASE, dataclasses.replace(case, sources=found).as_text().encode())
+    with pytest.raises(UserError, match="reward_model: not the reward_model that read this"):
+        said_of(kept)
+    stuck_iterations(tiny, run, reference=planted)
+    assert "nobody knows" not in said_of(kept)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_replay_on_the_ranks_of_the_run_and_on_one_process(layout: str, tiny: Path, tmp_path: Path):

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from engine.recipe import run_stage
-from engine.settings.command_line import parse_config
+from engine.settings.command_line import as_options, parse_config
 from engine.settings.layout import ParallelLayout
 from engine.settings.ppo import PPOConfig
-from tests.engine.settings.small_stage import DataConfig, StageConfig, fails_with
+from engine.settings.saved import changed_fields, save_config
+from tests.engine.settings.small_stage import DataConfig, Rule, StageConfig, fails_with
 
 ROOT = Path(__file__).parents[3]
 
@@ -24,6 +25,37 @@ def test_options_replace_fields_of_the_default():
 
 def test_no_option_leaves_the_default():
     assert parse_config(StageConfig(steps=7), []) == StageConfig(steps=7)
+
+
+@pytest.mark.parametrize(
+    "path", [None, "a b", "it's", "-x", "tab\there, it's \\t", "naïve\n", "$HOME"]
+)
+def test_values_as_options_are_those_values_again_through_a_shell(path, tmp_path):
+    wanted = StageConfig(
+        data=DataConfig(path=path and Path(path), skip_bad_lines=path is None),
+        lr=1e-7,
+        mode="adaptive",
+        rule=Rule.replace,
+        betas=(0.5, 0.25),
+        seeds=() if path is None else (1, 2),
+    )
+    given = StageConfig(
+        data=DataConfig(path=Path("z"), skip_bad_lines=path is not None), seeds=(3,)
+    )
+    save_config(wanted, tmp_path / "c.json")
+    changed = changed_fields(given, tmp_path / "c.json")
+    options = as_options(given, {name: saved for name, (saved, _) in changed.items()})
+    assert options.isprintable()
+    command = ["bash", "-c", f"printf '%s\\0' {options}"]
+    words = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    assert parse_config(given, words[:-1]) == wanted
+
+
+def test_a_flag_that_is_wanted_or_not_has_a_name_where_the_value_may_be_none_too():
+    values = {"numerics.deterministic": False, "reference": None, "data.skip_bad_lines": True}
+    options = as_options(PPOConfig(), values)
+    assert "--reference None --data.skip-bad-lines" in options
+    assert parse_config(PPOConfig(), options.split()).numerics.deterministic is False
 
 
 def test_optional_part_is_there_once_an_option_names_a_field_of_it(capsys):

@@ -4,7 +4,13 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from engine.settings.saved import EARLIER, changed_fields, load_config, save_config
+from engine.settings.saved import (
+    EARLIER,
+    changed_fields,
+    load_config,
+    save_config,
+    with_saved_fields,
+)
 from tests.engine.settings.small_stage import DataConfig, Rule, StageConfig
 
 
@@ -27,6 +33,19 @@ def test_saved_config_reads_back_equal(tmp_path, config):
     save_config(config, tmp_path / "run" / "config.json")
     assert load_config(StageConfig, tmp_path / "run" / "config.json") == config
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_saved_fields_are_put_back_however_deep_they_are(tmp_path):
+    old = StageConfig(data=DataConfig(path=Path("/x")), lr=2.0, rule=Rule.replace, seeds=(1, 2))
+    new = StageConfig(steps=3, mode="adaptive")
+    save_config(old, tmp_path / "c.json")
+    changed = changed_fields(new, tmp_path / "c.json")
+    assert with_saved_fields(new, {name: saved for name, (saved, _) in changed.items()}) == old
+    assert with_saved_fields(new, {}) == new
+    with pytest.raises(UserError, match=r"data\.path cannot be 7"):
+        with_saved_fields(new, {"data.path": 7})
+    with pytest.raises(UserError, match="steps 0 must be at least 1"):
+        with_saved_fields(new, {"steps": 0})
 
 
 def test_missing_field_takes_its_default_and_an_integer_serves_as_a_float(tmp_path):

@@ -43,3 +43,9 @@ def test_files_are_as_large_as_huggingface_hubs():
     theirs = inspect.signature(huggingface_hub.split_torch_state_dict_into_shards).parameters
     gigabytes = ConvertConfig(direction="export").file_gigabytes
     assert theirs["max_shard_size"].default == f"{gigabytes:g}GB"
+
+
+@pytest.mark.parametrize("gigabytes", ["0", "-1", "nan", "inf"])
+def test_files_of_no_size_are_an_error_that_names_the_option(gigabytes: str):
+    with pytest.raises(UserError, match=r"file.gigabytes must be (positive|finite), got"):
+        parsed("export", "--source", "runs/sft", "--file-gigabytes", gigabytes)
