@@ -149,8 +149,11 @@ def make_tokenizer(files: TokenizerFiles) -> Tokenizer:
     codec = open_codec(files)
     settings = files.settings
     generation = dict(settings.generation)
-    if codec.also_stops:  # as config.json may have said, which a run has not
+    # As it was found, which may be by config.json: a run has none to say so, or which ids to pass.
+    if codec.also_stops:
         generation["eos_token_id"] = [codec.eos_id, *codec.also_stops]
+    elif "eos_token_id" in generation:
+        generation["eos_token_id"] = codec.eos_id
     beside = {"tokenizer_config.json": settings.tokenizer, "generation_config.json": generation}
     return Tokenizer(codec, files.path, beside)
 

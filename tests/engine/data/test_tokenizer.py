@@ -297,3 +297,15 @@ def test_an_id_of_another_token_is_an_error_that_names_both(
     (tmp_path / "added_tokens.json").write_text('{"<pad>": 400}')
     with pytest.raises(UserError, match="'<pad>' is not special"):
         load_tokenizer(tmp_path)
+
+
+def test_a_run_keeps_no_end_that_is_beyond_the_model(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.save(tmp_path / "hf")
+    ids = {"eos_token_id": 50256}  # transformers' default for a GPT-2
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(ids))
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(ids | {"vocab_size": 500}))
+    load_tokenizer(tmp_path / "hf").save(tmp_path / "run")
+    assert load_tokenizer(tmp_path / "run").eos_id == tokenizer.eos_id
+    assert load_tokenizer(tmp_path / "run").kept("generation_config.json") == {
+        "eos_token_id": tokenizer.eos_id
+    }
