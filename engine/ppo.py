@@ -100,6 +100,7 @@ def train(config: PPOConfig) -> dict[str, float]:
                     batch,
                     config.sampling,
                     eos_id=run.tokenizer.eos_id,
+                    tokenizer=run.tokenizer,
                     seed=config.seed,
                     first_sample_index=course.position * config.rollout_batch_size,
                 )

@@ -173,14 +173,15 @@ def generate_rollout(  # noqa: PLR0913 - what a draw is keyed by, each named
     eos_id: int,
     seed: int,
     first_sample_index: int,
+    tokenizer: Tokenizer | None = None,
     on_response: Callable[[], None] | None = None,
 ) -> Rollout:
     """Sample one response to each prompt, data-parallel ranks sharing the prompts, and gather all
     of them.
 
     Draw i is keyed by (seed, first_sample_index + i, position): a resume or another layout samples
-    the same. on_response() hears of each response that this rank has finished. FloatingPointError,
-    on all ranks alike, where logits of any are not finite.
+    the same. tokenizer as in generate(). on_response() hears of each response that this rank has
+    finished. FloatingPointError, on all ranks alike, where logits of any are not finite.
     """
     parallel = policy.parallel
     # Generation has whole sequences on a rank: those that share rows in training take prompts each.
@@ -194,6 +195,7 @@ def generate_rollout(  # noqa: PLR0913 - what a draw is keyed by, each named
             [prompts[i].tokens for i in mine],
             sampling,
             eos_id=eos_id,
+            tokenizer=tokenizer,
             seed=seed,
             sample_indices=[first_sample_index + i for i in mine],
         ):

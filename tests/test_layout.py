@@ -33,7 +33,16 @@ LIGHT_FILES = {
     *(f"engine/{name}.py" for name in ("errors", "files", "environment", "recipe", "plan_command")),
     "engine/stop.py",
     "engine/printable.py",
-    *(f"engine/data/{name}.py" for name in ("codecs", "tokenizer_files", "tokenizer_trial")),
+    *(
+        f"engine/data/{name}.py"
+        for name in (
+            "codecs",
+            "tokenizer_files",
+            "tokenizer_trial",
+            "tokenizer_settings",
+            "end_of_text",
+        )
+    ),
     "engine/residency/expected.py",
     "engine/residency/resharding.py",
     *(str(path.relative_to(ROOT)) for path in (ROOT / "engine/settings").glob("*.py")),

@@ -57,6 +57,7 @@ def answer_file(
         [examples[number // config.num_samples].tokens for number in numbers],
         config.sampling,
         eos_id=tokenizer.eos_id,
+        tokenizer=tokenizer,
         seed=config.seed,
         sample_indices=numbers,
     ):

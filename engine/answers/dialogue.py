@@ -67,6 +67,7 @@ def _take_turns(network: Network, tokenizer: Tokenizer, config: GenerateConfig) 
                     [prompt],
                     config.sampling,
                     eos_id=tokenizer.eos_id,
+                    tokenizer=tokenizer,
                     seed=config.seed,
                     sample_indices=[num_turns],
                     on_tokens=screen.add,

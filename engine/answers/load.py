@@ -25,6 +25,7 @@ def load_model(config: GenerateConfig) -> tuple[Network, Tokenizer]:
         size = size_of(weights, config.role)
         beside = run_of(weights) / "tokenizer"
     tokenizer = load_shared_tokenizer(lambda: config.tokenizer or beside)
+    tokenizer.check_fits(size.vocab_size)
     network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))
     if is_huggingface:
         load_huggingface(network, weights)

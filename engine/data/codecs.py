@@ -15,12 +15,11 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
+from engine.data.end_of_text import END_OF_TEXT, EndOfText, find_end
 from engine.data.tokenizer_files import TokenizerFiles
 from engine.errors import UserError
 
-END_OF_TEXT = "<|endoftext|>"
 LONGEST_PIECE = 4096  # characters; our choice: the longest in use are some hundreds of spaces
-_HF_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no config names it
 _SPACE_MARK = "\u2581"  # sentencepiece writes a space as this character
 _MOST_SHOWN = 60  # characters of a text from a file in an error; our choice
 _MAX_REASON = 200  # characters of a library's own message; our choice
@@ -31,7 +30,15 @@ class Codec:
     """A tokenizer that a library has made."""
 
     vocab_size: int
+    """One more than the largest id."""
+    missing_ids: Sequence[int] = ()
+    """Ids below that no token has."""
+    num_text_ids: int
+    """One more than the largest id that a text may become, or that ends one."""
     eos_id: int
+    eos_text: str
+    also_stops: Sequence[int] = ()
+    """Other tokens that stop a response; see end_of_text."""
     encode: Callable[[list[str]], list[list[int]]]
     """Texts to ids, no control token among them; raises UserError."""
     decode: Callable[[list[int]], str]
@@ -43,7 +50,7 @@ class Codec:
     meaning: Callable[[], bytes]
     """What the library has understood: the same however its file is laid out."""
     files: dict[str, bytes]
-    """From which the same can be made again, by their names."""
+    """From which the same can be made again, by their names: nothing else is in them."""
 
 
 def open_codec(files: TokenizerFiles, *, num_threads: int | None = None) -> Codec:
@@ -58,21 +65,66 @@ def open_codec(files: TokenizerFiles, *, num_threads: int | None = None) -> Code
 
 def _open_sentencepiece(files: TokenizerFiles, num_threads: int) -> Codec:
     (model,) = files.contents.values()
-    processor = sentencepiece.SentencePieceProcessor()
-    with _one_line(files.path, "is not a sentencepiece model"):
+    path, processor = files.path, sentencepiece.SentencePieceProcessor()
+    with _one_line(path, "is not a sentencepiece model"):
         processor.load_from_serialized_proto(model)
         pieces = [processor.id_to_piece(token) for token in range(processor.vocab_size())]
-    if processor.eos_id() < 0:
-        raise UserError(f"{files.path} has no end-of-text piece (eos); train it with one")
-    _check_vocabulary(files.path, pieces, range(len(pieces)))
+    _check_vocabulary(path, pieces, range(len(pieces)))
+    ids = {piece: number for number, piece in enumerate(pieces)}
+    added = _added_to(ids, files)
+    for text in sorted(added.keys() - set(files.settings.special)):
+        raise UserError(
+            f"{path}: the added token {text!r:.{_MOST_SHOWN}} is not special, and texts with it "
+            "are not read so without a tokenizer.json; save one beside it"
+        )
+    _check_vocabulary(path, ids.keys(), ids.values())
+    own = pieces[processor.eos_id()] if processor.eos_id() >= 0 else None
+    if own is None and files.settings.end_of_text is None and not files.settings.model_ends:
+        raise UserError(f"{path} has no end-of-text piece (eos); train it with one")
+    end = find_end(files.settings, ids, path, own)
+
+    def decode(ids: list[int]) -> str:
+        with _one_line(path, "does not decode"):
+            return processor.decode([token for token in ids if token < len(pieces)])
+
+    def normalize(text: str) -> str:
+        with _one_line(path, "does not normalize a text"):
+            return processor.normalize(text)
+
+    kept = {"tokenizer.model": model}
+    if added:
+        special = {"additional_special_tokens": sorted(added)}
+        kept["added_tokens.json"] = json.dumps(added).encode()
+        kept["special_tokens_map.json"] = json.dumps(special).encode()
+    vocab_size = max(ids.values()) + 1
+    return Codec(
+        vocab_size=vocab_size,
+        missing_ids=sorted(set(range(vocab_size)) - set(ids.values())),
+        num_text_ids=max(len(pieces), end.id + 1),
+        eos_id=end.id,
+        eos_text=end.text,
+        also_stops=end.also_stops,
+        encode=_sentencepiece_encoder(processor, path, num_threads),
+        decode=decode,
+        normalize=normalize,
+        meaning=lambda: json.dumps([model.hex(), added]).encode(),
+        files=kept if end.text == own else kept | _naming(end),
+    )
+
+
+def _sentencepiece_encoder(
+    processor: sentencepiece.SentencePieceProcessor, path: Path, num_threads: int
+) -> Callable[[list[str]], list[list[int]]]:
+    """Return what encodes texts. Where nothing else of a text is lost, its space marks are not
+    either: they would come back as spaces, and are spelled in bytes."""
     mark_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
-    has_bytes = all(processor.is_byte(token) for token in mark_ids)
+    is_lossless = processor.normalize("  a ") == "  a ".replace(" ", _SPACE_MARK)
+    spells_marks = is_lossless and all(processor.is_byte(token) for token in mark_ids)
 
     def encode(texts: list[str]) -> list[list[int]]:
-        # A space mark in the text itself would come back as a space; spelled in bytes it does not.
-        parts_of_texts = [text.split(_SPACE_MARK) if has_bytes else [text] for text in texts]
+        parts_of_texts = [text.split(_SPACE_MARK) if spells_marks else [text] for text in texts]
         parts = list(itertools.chain.from_iterable(parts_of_texts))
-        with _one_line(files.path, "does not encode a text"):
+        with _one_line(path, "does not encode a text"):
             found_parts = processor.encode(parts, num_threads=num_threads if len(parts) > 1 else 1)
         ids_of_parts = iter(found_parts)
         found = []
@@ -83,28 +135,13 @@ def _open_sentencepiece(files: TokenizerFiles, num_threads: int) -> Codec:
             found.append(ids)
         return found
 
-    def decode(ids: list[int]) -> str:
-        with _one_line(files.path, "does not decode"):
-            return processor.decode(ids)
-
-    def normalize(text: str) -> str:
-        with _one_line(files.path, "does not normalize a text"):
-            return processor.normalize(text)
-
-    return Codec(
-        vocab_size=processor.vocab_size(),
-        eos_id=processor.eos_id(),
-        encode=encode,
-        decode=decode,
-        normalize=normalize,
-        meaning=lambda: model,
-        files={"tokenizer.model": model},
-    )
+    return encode
 
 
 def _open_gpt2(files: TokenizerFiles) -> Codec:
     encoder, merges = files.contents["encoder.json"], files.contents["vocab.bpe"]
-    with _one_line(files.path, "encoder.json and vocab.bpe do not load"):
+    names = files.names or ("encoder.json", "vocab.bpe")
+    with _one_line(files.path, f"{names[0]} and {names[1]} do not load"):
         vocabulary = json.loads(encoder)
         lines = merges.decode().replace("\r\n", "\n").split("\n")
         if not isinstance(vocabulary, dict):
@@ -113,9 +150,7 @@ def _open_gpt2(files: TokenizerFiles) -> Codec:
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [(a, b) for a, b in pairs]))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    if bpe.token_to_id(END_OF_TEXT) is None:
-        raise UserError(f"{files.path}: encoder.json has no {END_OF_TEXT}")
-    return _wrap(bpe, END_OF_TEXT, files.path, dict(files.contents))
+    return _wrap(bpe, files, dict(files.contents))
 
 
 def _open_huggingface(files: TokenizerFiles) -> Codec:
@@ -124,31 +159,66 @@ def _open_huggingface(files: TokenizerFiles) -> Codec:
         model = tokenizers.Tokenizer.from_str(content.decode())
         model.no_truncation()
         model.no_padding()
-    eos = _end_of_text(files, model)
-    config = json.dumps({"eos_token": eos}).encode()
-    kept = {"tokenizer.json": content, "tokenizer_config.json": config}
-    return _wrap(model, eos, files.path, kept)
+    return _wrap(model, files, {"tokenizer.json": content})
 
 
-def _end_of_text(files: TokenizerFiles, model: tokenizers.Tokenizer) -> str:
-    """Return the text of the end-of-text token, which tokenizer.json itself does not name."""
-    candidates = _HF_END_OF_TEXT if files.end_of_text is None else (files.end_of_text,)
-    for candidate in candidates:
-        if model.token_to_id(candidate) is not None:
-            return candidate
-    shown = ", ".join(f"{candidate:.{_MOST_SHOWN}}" for candidate in candidates)
-    raise UserError(
-        f"{files.path} has no end-of-text token ({shown}); "
-        'name it in tokenizer_config.json as {"eos_token": ...}'
-    )
+def _added_to(ids: dict[str, int], files: TokenizerFiles) -> dict[str, int]:
+    """Put the added tokens that the folder lists into a vocabulary, and return those that it
+    lacked; raises UserError where another file has another id for one, or the id for another."""
+    texts = {number: text for text, number in ids.items()}
+    added = {}
+    for text, number in sorted(files.settings.added.items(), key=lambda item: item[1]):
+        if ids.get(text, number) != number or texts.get(number, text) != text:
+            there = f"{texts.get(number)!r:.{_MOST_SHOWN}} there"
+            has = f"the id {ids[text]}" if text in ids else there
+            raise UserError(
+                f"{files.path.parent if files.path.suffix else files.path}: "
+                f"{text!r:.{_MOST_SHOWN}} is an added token with the id {number}, and "
+                f"{files.path.name} has {has}: correct one of them"
+            )
+        if text not in ids:
+            added[text] = ids[text] = number
+            texts[number] = text
+    return added
 
 
-def _wrap(model: tokenizers.Tokenizer, eos: str, path: Path, files: dict[str, bytes]) -> Codec:
-    with _one_line(path, "does not take its end-of-text token"):
-        model.add_special_tokens([eos])  # in the vocabulary; now also known as a control token
-        model.encode_special_tokens = True  # their text is ordinary text
+def _add_tokens(model: tokenizers.Tokenizer, files: TokenizerFiles) -> bool:
+    """Add the tokens that the folder lists and the tokenizer lacks; return whether there are any.
+    Raises UserError where they do not get the ids that are listed."""
+    added = _added_to(dict(model.get_vocab(with_added_tokens=True)), files)
+    for text, number in added.items():
+        is_special = text in files.settings.special
+        token = tokenizers.AddedToken(text, special=is_special, normalized=not is_special)
+        model.add_special_tokens([token]) if is_special else model.add_tokens([token])
+        if model.token_to_id(text) != number:
+            raise UserError(
+                f"{files.path}: the added token {text!r:.{_MOST_SHOWN}} should have the id "
+                f"{number} and gets {model.token_to_id(text)}: there is a gap before it"
+            )
+    return bool(added)
+
+
+def _naming(end: EndOfText) -> dict[str, bytes]:
+    return {"tokenizer_config.json": json.dumps({"eos_token": end.text}).encode()}
+
+
+def _wrap(model: tokenizers.Tokenizer, files: TokenizerFiles, kept: dict[str, bytes]) -> Codec:
+    path = files.path
+    with _one_line(path, "does not take its added tokens"):
+        has_grown = _add_tokens(model, files)
         vocabulary: Mapping[str, int] = model.get_vocab(with_added_tokens=True)
+    if has_grown:
+        kept = {"tokenizer.json": model.to_str().encode()}
     _check_vocabulary(path, vocabulary.keys(), vocabulary.values())
+    end = find_end(files.settings, vocabulary, path)
+    if "tokenizer.json" in kept or end.text != END_OF_TEXT:
+        kept |= _naming(end)
+    with _one_line(path, "does not take its end-of-text token"):
+        model.add_special_tokens([end.text])  # in the vocabulary; now known as a control token
+        model.encode_special_tokens = True  # their text is ordinary text
+        control = {i for i, token in model.get_added_tokens_decoder().items() if token.special}
+    unknown = vocabulary.get(getattr(model.model, "unk_token", None) or "", 0)
+    text_ids = {end.id, unknown, *(each for each in vocabulary.values() if each not in control)}
 
     def encode(texts: list[str]) -> list[list[int]]:
         with _one_line(path, "does not encode a text"):
@@ -169,15 +239,20 @@ def _wrap(model: tokenizers.Tokenizer, eos: str, path: Path, files: dict[str, by
             return model.to_str().encode()
 
     parts = (model.normalizer, model.pre_tokenizer, model.post_processor, model.decoder)
+    vocab_size = max(vocabulary.values()) + 1
     return Codec(
-        vocab_size=max(vocabulary.values()) + 1,
-        eos_id=vocabulary[eos],
+        vocab_size=vocab_size,
+        missing_ids=sorted(set(range(vocab_size)) - set(vocabulary.values())),
+        num_text_ids=max(text_ids) + 1,
+        eos_id=end.id,
+        eos_text=end.text,
+        also_stops=end.also_stops,
         encode=encode,
         decode=decode,
         normalize=normalize,
         steps=[part.__getstate__().decode() for part in parts if part is not None],
         meaning=meaning,
-        files=files,
+        files=kept,
     )
 
 

@@ -6,13 +6,15 @@ What holds for all of them: encode adds no token of its own, and the text of a c
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import sentencepiece
 
-from engine.data.codecs import END_OF_TEXT, open_codec
+from engine.data.codecs import Codec, open_codec
+from engine.data.end_of_text import END_OF_TEXT
 from engine.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from engine.data.tokenizer_trial import try_tokenizer
 from engine.errors import UserError
@@ -26,46 +28,75 @@ class Tokenizer:
     """A fixed vocabulary; made by load_tokenizer or train_sentencepiece."""
 
     vocab_size: int
-    """Number of ids; every id is below it."""
+    """One more than the largest id."""
     eos_id: int
     """The end of text, which closes responses and documents: a control token."""
+    also_stops: tuple[int, ...]
+    """Other tokens at which a model of this tokenizer stops; see end_of_text."""
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        eos_id: int,
-        encode: Callable[[list[str]], list[list[int]]],
-        decode: Callable[[list[int]], str],
-        files: dict[str, bytes],
-        meaning: Callable[[], bytes] | None = None,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.eos_id = eos_id
-        self._encode = encode
-        self._decode = decode
-        self._files = files
-        self._meaning = meaning
+    eos_text: str
+    """What its files call the end of text."""
+    path: Path
+    """The file or folder that it was loaded from, for errors."""
+
+    def __init__(self, codec: Codec, path: Path, beside: Mapping[str, Mapping[str, Any]]) -> None:
+        """beside: what is kept of the JSON files beside it and not used here, by their names."""
+        self.vocab_size = codec.vocab_size
+        self.eos_id = codec.eos_id
+        self.also_stops = tuple(codec.also_stops)
+        self.eos_text = codec.eos_text
+        self.path = path
+        self._codec = codec
+        self._beside = beside
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, none of them a control token."""
-        return self._encode([text])[0]
+        return self._codec.encode([text])[0]
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """Yield the ids of each text as encode returns them, many texts at once on all cores of the
         machine."""
         for batch in in_batches(texts):
-            yield from self._encode(batch)
+            yield from self._codec.encode(batch)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids` without control tokens; broken UTF-8 becomes U+FFFD."""
-        return self._decode([int(token) for token in ids])
+        """Return the text of `ids` without control tokens, and without ids that are no token's;
+        broken UTF-8 becomes U+FFFD."""
+        known = (int(token) for token in ids)
+        return self._codec.decode([token for token in known if 0 <= token < self.vocab_size])
+
+    def absent_ids(self, num_ids: int) -> tuple[int, ...]:
+        """Return which of a model's ids are no token: a response is never to have them."""
+        inside = (token for token in self._codec.missing_ids if token < num_ids)
+        return (*inside, *range(self.vocab_size, num_ids))
+
+    def check_fits(self, num_ids: int) -> None:
+        """Raise UserError where a model of so many ids lacks one that a text may become, or that
+        ends one. Added control tokens, such as one for padding, may be
+        beyond the model: no text has them here."""
+        if self._codec.num_text_ids > num_ids:
+            raise UserError(
+                f"{self.path}: the tokenizer has {self.vocab_size} ids, the model {num_ids}: give "
+                "the tokenizer of this model, or a model whose embedding was resized to it"
+            )
+
+    def kept(self, name: str) -> dict[str, Any]:
+        """Return what is kept of a JSON file that was beside the tokenizer."""
+        return dict(self._beside.get(name, {}))
+
+    def sentencepiece_model(self) -> bytes | None:
+        """Return the sentencepiece model that this tokenizer is; None for another."""
+        return self._codec.files.get("tokenizer.model")
+
+    def added_tokens(self) -> dict[str, int]:
+        """Return the ids of control tokens that were added to a sentencepiece model, by text."""
+        return dict(json.loads(self._codec.files.get("added_tokens.json", b"{}")))
 
     def fingerprint(self) -> str:
         """Return a sha256 of the tokenizer's files, which is equal only where all ids mean the
         same; is_same_as() looks past how a file is laid out."""
         digest = hashlib.sha256()
-        for name, content in sorted(self._files.items()):
+        for name, content in sorted(self._codec.files.items()):
             digest.update(f"{name} {len(content)} ".encode() + content)
         return digest.hexdigest()
 
@@ -74,13 +105,17 @@ class Tokenizer:
         spaces, another order of keys, or an older way to write merges."""
         if self.fingerprint() == other.fingerprint():
             return True
-        if self._meaning is None or other._meaning is None or self.eos_id != other.eos_id:
-            return False
-        return self._meaning() == other._meaning()
+        return self.eos_id == other.eos_id and self._codec.meaning() == other._codec.meaning()
 
     def save(self, directory: Path | str) -> None:
-        """Write the files from which load_tokenizer(directory) makes the same tokenizer."""
-        for name, content in self._files.items():
+        """Write the files from which load_tokenizer(directory) makes the same tokenizer, with what
+        is kept beside it."""
+        contents = dict(self._codec.files)
+        for name, kept in self._beside.items():
+            own = json.loads(contents.get(name, b"{}"))
+            if kept.keys() - own.keys():
+                contents[name] = (json.dumps({**kept, **own}, indent=2) + "\n").encode()
+        for name, content in contents.items():
             with replacing(Path(directory) / name) as stream:
                 stream.write(content)
 
@@ -112,14 +147,15 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 def make_tokenizer(files: TokenizerFiles) -> Tokenizer:
     """Make a tokenizer of files that have been tried, or that are our own; raises UserError."""
     codec = open_codec(files)
-    return Tokenizer(
-        vocab_size=codec.vocab_size,
-        eos_id=codec.eos_id,
-        encode=codec.encode,
-        decode=codec.decode,
-        files=codec.files,
-        meaning=codec.meaning,
-    )
+    settings = files.settings
+    generation = dict(settings.generation)
+    # As it was found, which may be by config.json: a run has none to say so, or which ids to pass.
+    if codec.also_stops:
+        generation["eos_token_id"] = [codec.eos_id, *codec.also_stops]
+    elif "eos_token_id" in generation:
+        generation["eos_token_id"] = codec.eos_id
+    beside = {"tokenizer_config.json": settings.tokenizer, "generation_config.json": generation}
+    return Tokenizer(codec, files.path, beside)
 
 
 def train_sentencepiece(texts: Iterable[str], path: Path | str, *, vocab_size: int) -> Tokenizer:

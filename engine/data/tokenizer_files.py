@@ -1,19 +1,20 @@
 """Which files a tokenizer is: found, read whole and within bounds, not yet understood."""
 
+import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from engine.data.tokenizer_settings import TokenizerSettings, read_settings
 from engine.errors import UserError
-from engine.files import open_file, read_object
+from engine.files import open_file
 
 # Our choice: the largest vocabularies in use, of 262,144 pieces, are a tokenizer.json of 33 MB.
 _MAX_BYTES = 64 << 20
-_MAX_CONFIG_BYTES = 1 << 20
-_MOST_SHOWN = 60  # characters of a text from a file in an error; our choice
 # GPT-2's two files by our names, which are OpenAI's, and by Hugging Face's.
 _GPT2_NAMES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 
@@ -29,12 +30,15 @@ class TokenizerFiles:
     contents: Mapping[str, bytes]
     """By the names under which a run keeps them: tokenizer.json; encoder.json and vocab.bpe;
     tokenizer.model."""
-    end_of_text: str | None = None
-    """The end-of-text token that tokenizer_config.json names, which tokenizer.json does not."""
+    names: tuple[str, ...] = ()
+    """What the user calls the files, in the order of contents."""
+    settings: TokenizerSettings = field(default_factory=TokenizerSettings)
+    """What the JSON files beside them say."""
 
     def digest(self) -> str:
         """Return a sha256 of all that a tokenizer is made of."""
-        digest = hashlib.sha256(f"{self.kind} {self.end_of_text!r}".encode())
+        told = json.dumps(dataclasses.asdict(self.settings) | {"end_path": "", "model_path": ""})
+        digest = hashlib.sha256(f"{self.kind} {told}".encode())
         for name, content in sorted(self.contents.items()):
             digest.update(f"{name} {len(content)} ".encode() + content)
         return digest.hexdigest()
@@ -74,37 +78,35 @@ def _read_folder(folder: Path) -> TokenizerFiles:
 
 def _read_sentencepiece(path: Path) -> TokenizerFiles:
     contents = {"tokenizer.model": _read(path)}
-    return TokenizerFiles(path=path, kind="sentencepiece", contents=contents)
+    return TokenizerFiles(
+        path=path,
+        kind="sentencepiece",
+        contents=contents,
+        names=(path.name,),
+        settings=read_settings(path.parent),
+    )
 
 
 def _read_gpt2(folder: Path, names: tuple[str, str]) -> TokenizerFiles:
     contents = {
         ours: _read(folder / name) for ours, name in zip(_GPT2_NAMES[0], names, strict=True)
     }
-    return TokenizerFiles(path=folder, kind="gpt2", contents=contents)
+    settings = read_settings(folder)
+    return TokenizerFiles(
+        path=folder, kind="gpt2", contents=contents, names=names, settings=settings
+    )
 
 
 def _read_huggingface(path: Path) -> TokenizerFiles:
-    config_path = path.with_name("tokenizer_config.json")
-    end_of_text = None
-    if os.path.lexists(config_path):
-        config = read_object(config_path, max_bytes=_MAX_CONFIG_BYTES)
-        end_of_text = _named_end(config_path, config.get("eos_token"))
+    settings = read_settings(path.parent)
     contents = {"tokenizer.json": _read(path)}
-    return TokenizerFiles(path=path, kind="huggingface", contents=contents, end_of_text=end_of_text)
-
-
-def _named_end(path: Path, named: Any) -> str | None:
-    """Return the text of an eos_token, which is written as a text or as a token's fields."""
-    text = named.get("content") if isinstance(named, dict) else named
-    if text is None and named is None:
-        return None
-    try:
-        if isinstance(text, str) and text.encode():  # not half of a surrogate pair
-            return text
-    except UnicodeEncodeError:
-        pass
-    raise UserError(f"{path}: eos_token is {named!r:.{_MOST_SHOWN}}, which is no token's text")
+    return TokenizerFiles(
+        path=path,
+        kind="huggingface",
+        contents=contents,
+        names=("tokenizer.json",),
+        settings=settings,
+    )
 
 
 def _read(path: Path) -> bytes:

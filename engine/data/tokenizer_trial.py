@@ -5,6 +5,7 @@ search for ever, or crash the process. The trial makes it encode and decode what
 A text that grows by more than a factor, a crash or a limit is one line for the user.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 from engine.data.codecs import LONGEST_PIECE, Codec, open_codec
 from engine.data.tokenizer_files import TokenizerFiles
+from engine.data.tokenizer_settings import TokenizerSettings
 from engine.errors import UserError
 
 # All our choice. A vocabulary of 262,144 pieces needs some seconds and half a gigabyte.
@@ -82,7 +84,13 @@ def answer_trial() -> None:
     contents = {}
     for name, num_bytes in head.pop("sizes").items():
         contents[name] = sys.stdin.buffer.read(num_bytes)
-    files = TokenizerFiles(**head | {"path": Path(head["path"]), "contents": contents})
+    files = TokenizerFiles(
+        path=Path(head["path"]),
+        kind=head["kind"],
+        contents=contents,
+        names=tuple(head["names"]),
+        settings=TokenizerSettings(**head["settings"]),
+    )
     problem = None
     try:
         check_codec(open_codec(files, num_threads=1), files)
@@ -152,8 +160,9 @@ def _growth_of(step: dict[str, Any]) -> float:
 def _head_of(files: TokenizerFiles) -> bytes:
     """Return a line of JSON with all of the files but their contents."""
     sizes = {name: len(content) for name, content in files.contents.items()}
-    head = {"path": str(files.path), "kind": files.kind, "end_of_text": files.end_of_text}
-    return json.dumps(head | {"sizes": sizes}).encode() + b"\n"
+    head = {"path": str(files.path), "kind": files.kind, "names": files.names, "sizes": sizes}
+    head["settings"] = dataclasses.asdict(files.settings)
+    return json.dumps(head).encode() + b"\n"
 
 
 def _limit(kind: int, most: int) -> None:

@@ -82,6 +82,7 @@ class HeldOut:
                     self.prompts,
                     self.config.sampling,
                     eos_id=self.run.tokenizer.eos_id,
+                    tokenizer=self.run.tokenizer,
                     seed=self.config.seed + _OTHER_DRAWS,
                     first_sample_index=0,
                 )

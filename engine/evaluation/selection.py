@@ -45,6 +45,7 @@ class EpochSelection:
             self.prompts,
             self.config.selection.sampling,
             eos_id=self.run.tokenizer.eos_id,
+            tokenizer=self.run.tokenizer,
             seed=self.config.seed,
             first_sample_index=0,
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
 from engine.generation.block_manager import BlockManager, Blocks
 from engine.generation.cache import CacheShape, choose_cache
@@ -30,6 +31,7 @@ def generate(  # noqa: PLR0913 - the options of a call, each named
     *,
     eos_id: int,
     seed: int,
+    tokenizer: Tokenizer | None = None,
     sample_indices: Sequence[int] | None = None,
     max_new_tokens: Sequence[int] | None = None,
     on_tokens: TokenListener | None = None,
@@ -37,14 +39,14 @@ def generate(  # noqa: PLR0913 - the options of a call, each named
 ) -> Iterator[Response]:
     """Yield one finished response to every prompt [n] of token ids, as they finish.
 
-    The ranks of a replica (tp x pp) make the same call, take every response and get the same ones;
-    each data-parallel replica has prompts of its own. Repeat a prompt to sample it several times:
-    it is computed once. A draw is keyed by (seed, sample index, position of the token in prompt and
-    response): neither batch nor layout changes a response, up to rounding.
-
-    sample_indices: unique in the run, 0 onwards by default. max_new_tokens: each prompt's own
-    limit, in place of the config's. on_tokens(sample index, tokens) hears of tokens as they are
-    drawn. counts is added to. The network is in eval mode until the iterator ends.
+    The ranks of a replica (tp x pp) make the same call and get the same responses; each
+    data-parallel replica has prompts of its own. A prompt that is repeated is computed once. A draw
+    is keyed by (seed, sample index, position of the token in prompt and response): neither batch
+    nor layout changes a response, up to rounding.
+    tokenizer: its other ends stop a response too, and ids that it lacks are not drawn.
+    sample_indices: unique in the run, 0 onwards by default. max_new_tokens: each prompt's own.
+    on_tokens(sample index, tokens) hears of what is drawn. counts is added to. The network is in
+    eval mode until the iterator ends.
     Raises UserError for a prompt that is empty or leaves no room in the context; RuntimeError for
     stale weights; FloatingPointError for logits that are not finite.
     """
@@ -69,7 +71,7 @@ def generate(  # noqa: PLR0913 - the options of a call, each named
         max_length=max(sequence.max_length for sequence in sequences),
         granularity=decoding_of(network).memory.granularity,
     )
-    stop_ids = frozenset((eos_id, *config.stop_token_ids))
+    stop_ids, absent_ids = _said_by(tokenizer, network, (eos_id, *config.stop_token_ids))
     scheduler = Scheduler(
         waiting=deque(sequences),
         blocks=_blocks_of(shape),
@@ -80,8 +82,18 @@ def generate(  # noqa: PLR0913 - the options of a call, each named
         num_cohorts=num_cohorts,
         counts=counts or Counts(),
     )
-    runner = Runner(network, config, shape, stop_ids=stop_ids, seed=seed)
+    runner = Runner(network, config, shape, stop_ids=stop_ids, seed=seed, absent_ids=absent_ids)
     return _run(runner, scheduler, on_tokens or _nobody)
+
+
+def _said_by(
+    tokenizer: Tokenizer | None, network: Network, stop_ids: tuple[int, ...]
+) -> tuple[frozenset[int], tuple[int, ...]]:
+    """Return which ids stop a response, with these, and which are no token."""
+    if tokenizer is None:
+        return frozenset(stop_ids), ()
+    stops = frozenset((*stop_ids, *tokenizer.also_stops))
+    return stops, tokenizer.absent_ids(network.size.vocab_size)
 
 
 def _blocks_of(shape: CacheShape) -> Blocks:

@@ -42,7 +42,7 @@ class Flight:
 class Runner:
     """Runs the steps of one generate() call. All ranks of a replica make the same calls."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a draw depends on, each named
         self,
         network: Network,
         config: SamplingConfig,
@@ -50,6 +50,7 @@ class Runner:
         *,
         stop_ids: frozenset[int],
         seed: int,
+        absent_ids: tuple[int, ...] = (),
     ) -> None:
         """Holds no memory before open()."""
         self.network = network
@@ -58,7 +59,7 @@ class Runner:
         self.parallel = network.parallel
         self.device = network.parallel.device
         self.weights_version = network.weights_version
-        self._settings = DrawSettings.of(config, stop_ids)
+        self._settings = DrawSettings.of(config, stop_ids, absent_ids)
         self._seed = seed
         self._decoding: Decoding | None = None
         self._cache: PagedCache | None = None

@@ -30,6 +30,7 @@ from engine.claim import claim, holding_claims
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
 from engine.files import replacing, sync, sync_folder, writing
+from engine.huggingface.export_tokenizer import export_tokenizer
 from engine.huggingface.model_folder import ModelFolder, find_model
 from engine.huggingface.weight_files import StoredTensor
 from engine.printable import say
@@ -47,9 +48,6 @@ from models.huggingface.config import config_of_size, family_of_size
 from models.huggingface.families import Family
 from models.huggingface.tensors import HEAD, from_shards, stored_tensors, to_shard
 from models.sizes import GPTSize
-
-# Hugging Face's names of GPT-2's two tokenizer files, which have the same content.
-_BPE_FILES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
 
 
 def convert(config: ConvertConfig) -> None:
@@ -177,6 +175,9 @@ def save_huggingface(
     }
     files = _plan_files(network, list(parameters), file_bytes)
     with _becoming(folder, parallel) as partial:
+        note = said_by_first_rank(lambda: export_tokenizer(tokenizer, partial, size.context_length))
+        if note and parallel.is_writer:
+            say(note)
         for file_name, (stage, names) in files.items():
             if stage != parallel.pp_rank or parallel.dp_rank > 0:
                 continue
@@ -195,7 +196,6 @@ def save_huggingface(
             dtype = str(network.dtype).removeprefix("torch.")
             config = config_of_size(size, dtype=dtype, eos_id=tokenizer.eos_id)
             _write_json(partial / "config.json", config)
-            _save_tokenizer(tokenizer, partial, size.context_length)
 
 
 @contextlib.contextmanager
@@ -323,24 +323,8 @@ def _load_tokenizer(path: Path, size: GPTSize) -> Tokenizer:
     """Return the tokenizer, which must fit the model."""
     require_path(path, "tokenizer")
     tokenizer = load_shared_tokenizer(lambda: path)
-    if tokenizer.vocab_size > size.vocab_size:
-        raise UserError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {size.vocab_size}"
-        )
+    tokenizer.check_fits(size.vocab_size)
     return tokenizer
-
-
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
-    """Write the tokenizer's files under the names that transformers.AutoTokenizer looks for."""
-    tokenizer.save(folder)
-    path = folder / "tokenizer_config.json"
-    settings = {"model_max_length": context_length}
-    if path.exists():  # beside tokenizer.json: it names the end of text
-        _write_json(path, json.loads(path.read_text()) | settings)
-    elif (folder / "encoder.json").exists():
-        for theirs, ours in _BPE_FILES.items():
-            (folder / ours).rename(folder / theirs)
-        _write_json(path, {"tokenizer_class": "GPT2Tokenizer", **settings})
 
 
 def _write_json(path: Path, value: dict) -> None:

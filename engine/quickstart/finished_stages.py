@@ -55,6 +55,7 @@ class FinishedStages:
             self._encode(prompts)[0],
             self.ppo.sampling,
             eos_id=self.tokenizer.eos_id,
+            tokenizer=self.tokenizer,
             seed=self.seed + 1_000_003,  # other draws than training's
             first_sample_index=0,
             on_response=on_answer,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from engine.data.codecs import open_codec
 from engine.data.tokenizer_files import TokenizerFiles
+from engine.data.tokenizer_settings import TokenizerSettings
 from engine.errors import UserError
 from tests.fuzzing import fuzzed
 from tests.tokenizer_json import EOS, added_token, replace, sequence, split, tokenizer_json
@@ -63,7 +64,10 @@ def test_an_unfit_vocabulary_is_named(parts, problem):
 def test_a_long_name_of_the_end_is_cut():
     files = huggingface()
     named = TokenizerFiles(
-        path=files.path, kind=files.kind, contents=files.contents, end_of_text="x" * 10**6
+        path=files.path,
+        kind=files.kind,
+        contents=files.contents,
+        settings=TokenizerSettings(end_of_text="x" * 10**6),
     )
     with pytest.raises(UserError) as caught:
         open_codec(named)

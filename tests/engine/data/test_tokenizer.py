@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from engine.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_sentencepiece
 from engine.errors import UserError
+from tests.tokenizer_json import EOS, added_token, tokenizer_json
 
 # Any text that UTF-8 can hold; long runs of whitespace, newlines and the marks that tokenizers use
 # for themselves come more often than chance would have them.
@@ -232,3 +233,79 @@ def test_a_saved_gpt2_is_the_same(gpt2: Tokenizer, tmp_path: Path) -> None:
     loaded = load_tokenizer(tmp_path / "encoder.json")
     assert loaded.fingerprint() == gpt2.fingerprint()
     assert loaded.encode("It's 3 o'clock\n\n") == gpt2.encode("It's 3 o'clock\n\n")
+
+
+# What a model may say
+
+
+def test_ids_that_are_no_token_decode_to_nothing(tokenizer: Tokenizer, gpt2: Tokenizer) -> None:
+    for each in (tokenizer, gpt2):
+        ids = each.encode("a pub")
+        size = each.vocab_size
+        assert each.decode([-1, *ids, size, size + 7, 2**31, 2**40]) == "a pub"
+        assert each.absent_ids(size) == each.absent_ids(size - 5) == ()
+        assert each.absent_ids(size + 2) == (size, size + 1)
+
+
+def write_with_added(folder: Path, added: dict[str, int], *, special: bool = True) -> Tokenizer:
+    tokens = [added_token(text, number) | {"special": special} for text, number in added.items()]
+    whole = tokenizer_json(added_tokens=[added_token(EOS, 31), *tokens])
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    return load_tokenizer(folder)
+
+
+def test_added_control_tokens_may_be_beyond_the_model(tmp_path: Path) -> None:
+    tokenizer = write_with_added(tmp_path, {"[PAD]": 32, "<x>": 33})
+    tokenizer.check_fits(32)
+    assert max(tokenizer.encode("a[PAD]<x>b")) < 32
+    with pytest.raises(UserError, match=r"tokenizer.json: the tokenizer has 34 ids, the model 31"):
+        tokenizer.check_fits(31)  # which lacks the end of text
+    with pytest.raises(UserError, match="has 33 ids, the model 32: give the tokenizer of"):
+        write_with_added(tmp_path, {"<word>": 32}, special=False).check_fits(32)
+
+
+def test_an_added_end_of_text_must_be_in_the_model(tmp_path: Path) -> None:
+    write_with_added(tmp_path, {"<|im_end|>": 32})
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_id == 32
+    tokenizer.check_fits(33)
+    with pytest.raises(UserError, match="has 33 ids, the model 32"):
+        tokenizer.check_fits(32)
+
+
+def test_gaps_between_ids_are_no_tokens(tmp_path: Path) -> None:
+    whole = tokenizer_json()
+    whole["model"]["vocab"]["abab"] = 35
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    loaded = load_tokenizer(tmp_path)
+    assert set(loaded.absent_ids(38)) == set(range(38)) - loaded_ids(tmp_path)
+
+
+def loaded_ids(folder: Path) -> set[int]:
+    model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return set(model.get_vocab(with_added_tokens=True).values())
+
+
+def test_an_id_of_another_token_is_an_error_that_names_both(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    tokenizer.save(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": 5}')
+    with pytest.raises(UserError, match="'<pad>' is an added token with the id 5, and tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": 400}')
+    with pytest.raises(UserError, match="'<pad>' is not special"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_run_keeps_no_end_that_is_beyond_the_model(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.save(tmp_path / "hf")
+    ids = {"eos_token_id": 50256}  # transformers' default for a GPT-2
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(ids))
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(ids | {"vocab_size": 500}))
+    load_tokenizer(tmp_path / "hf").save(tmp_path / "run")
+    assert load_tokenizer(tmp_path / "run").eos_id == tokenizer.eos_id
+    assert load_tokenizer(tmp_path / "run").kept("generation_config.json") == {
+        "eos_token_id": tokenizer.eos_id
+    }

@@ -39,7 +39,9 @@ def test_files_are_found_in_a_folder_and_by_name(tmp_path, names, kind, contents
         (tmp_path / name).write_text(str(number))
     for path in (tmp_path, tmp_path / names[0]):
         files = read_tokenizer_files(path)
-        assert (files.kind, files.contents, files.end_of_text) == (kind, contents, None)
+        assert (files.kind, files.contents) == (kind, contents)
+        assert files.settings.end_of_text is None
+        assert files.names == tuple(names[: len(contents)])
 
 
 def test_the_digest_is_of_all_that_matters(tmp_path):
@@ -102,7 +104,7 @@ def test_a_config_of_anything_is_one_line(tmp_path, content):
 def test_a_config_that_names_no_end_leaves_it_open(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text(content)
-    assert read_tokenizer_files(tmp_path).end_of_text is None
+    assert read_tokenizer_files(tmp_path).settings.end_of_text is None
 
 
 VALUES = st.recursive(
@@ -127,7 +129,7 @@ def test_any_config_names_an_end_or_none_or_is_one_line(spoiled, config):
     content = config if isinstance(config, bytes) else json.dumps(config).encode()
     (spoiled / "tokenizer_config.json").write_bytes(content)
     try:
-        end = read_tokenizer_files(spoiled).end_of_text
+        end = read_tokenizer_files(spoiled).settings.end_of_text
     except UserError as error:
         assert len(str(error).splitlines()) <= 2 and len(str(error)) < 2000
         assert str(spoiled) in str(error)

@@ -51,10 +51,11 @@ def draw(
     *,
     tp: int = 1,
     seed: int = 5,
+    absent: tuple[int, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the tokens and log-probs that this rank draws from its columns of the logits."""
     parallel = start_parallel(ParallelLayout(tp=tp), seed=0)
-    draws = Draws(DrawSettings.of(config, STOPS), SIZE, parallel)
+    draws = Draws(DrawSettings.of(config, STOPS, absent), SIZE, parallel)
     draws.seed.fill_(seed)
     shard = logits.chunk(tp, dim=1)[parallel.tp_rank].clone()
     sampled = torch.empty(2, len(logits), dtype=torch.int32)
@@ -149,3 +150,39 @@ def test_ranks_that_share_the_vocabulary_draw_as_one():
     full[:, 3] = 9.0
     wanted = full[:, : SIZE.vocab_size].log_softmax(1).gather(1, tokens[:, None].long())[:, 0]
     assert torch.allclose(logprobs, wanted, atol=1e-5)
+
+
+ABSENT = (4, 11, 18, 19)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("min_new_tokens", [0, 3])
+def test_ids_that_are_no_token_are_never_drawn_and_keep_their_share(temperature, min_new_tokens):
+    num_rows = 600
+    logits = random_logits(1).repeat(num_rows, 1)
+    logits[:, list(ABSENT)] += 4  # the likeliest
+    tensors = step([3] * 8, num_rows=8, min_new_tokens=min_new_tokens)
+    config = SamplingConfig(temperature=temperature, min_new_tokens=min_new_tokens)
+    full = (logits[0, : SIZE.vocab_size] / (temperature or 1)).log_softmax(0)
+    seen = set()
+    for seed in range(num_rows // 8):
+        tokens, logprobs = draw(logits[:8], tensors, config, seed=seed, absent=ABSENT)
+        seen |= set(tokens.tolist())
+        torch.testing.assert_close(logprobs, full[tokens.long()], atol=1e-5, rtol=0)
+    assert not seen & set(ABSENT)
+    assert len(seen) > (1 if temperature else 0)
+    assert bool(seen & STOPS) is (temperature > 0 and not min_new_tokens)
+
+
+def drawn_of_shards() -> tuple[list[int], list[float]]:
+    config, tensors = SamplingConfig(temperature=0.7), step([3] * 8, num_rows=8)
+    tokens, logprobs = draw(random_logits(8), tensors, config, tp=2, absent=ABSENT)
+    return tokens.tolist(), logprobs.tolist()
+
+
+def test_ranks_that_share_the_vocabulary_leave_the_same_ids_out():
+    config, tensors = SamplingConfig(temperature=0.7), step([3] * 8, num_rows=8)
+    tokens, logprobs = draw(random_logits(8), tensors, config, absent=ABSENT)
+    for found, of_them in run_ranks(drawn_of_shards, 2):
+        assert found == tokens.tolist()
+        assert of_them == pytest.approx(logprobs.tolist(), abs=1e-5)

@@ -456,7 +456,7 @@ def test_code_beside_a_model_is_not_run(gpt2, copy, tmp_path):
         fields = json.loads(path.read_text()) if path.exists() else {}
         fields |= {"auto_map": auto_map, "trust_remote_code": True, "_name_or_path": "./"}
         path.write_text(json.dumps(fields))
-    for name in ("training_args.bin", "optimizer.pt", "special_tokens_map.json"):
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt"):
         (copy / name).write_bytes(pickle.dumps(Touching(mark)))
     convert(ConvertConfig(direction="import", source=copy, out=tmp_path / "run"))
     assert not mark.exists()
@@ -499,6 +499,33 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(copy):
     changed["transformer.wte.weight"] = changed["transformer.wte.weight"][: num_ids - 1].clone()
     save_file(changed, copy / "model.safetensors")
     assert f"the tokenizer has {num_ids} ids, the model {num_ids - 1}" in refusal(copy)
+
+
+def test_a_padding_token_beyond_the_model_goes_both_ways(copy, tmp_path):
+    theirs = tokenizers.Tokenizer.from_file(str(copy / "tokenizer.json"))
+    theirs.add_special_tokens(["[PAD]"])
+    theirs.save(str(copy / "tokenizer.json"))
+    config = json.loads((copy / "config.json").read_text())
+    num_ids = theirs.get_vocab_size() - 1
+    (copy / "config.json").write_text(json.dumps(config | {"vocab_size": num_ids}))
+    changed = weights(copy)
+    changed["transformer.wte.weight"] = changed["transformer.wte.weight"][:num_ids].clone()
+    save_file(changed, copy / "model.safetensors")
+    (copy / "tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
+    convert(ConvertConfig(direction="import", source=copy, out=tmp_path / "run"))
+    out = tmp_path / "hf"
+    convert(ConvertConfig(direction="export", source=tmp_path / "run", out=out))
+    assert AutoTokenizer.from_pretrained(out).pad_token_id == num_ids
+
+
+def test_an_end_of_text_that_config_json_denies_is_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
+    (copy / "generation_config.json").unlink()
+    (copy / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    message = refusal(copy)
+    assert "tokenizer_config.json names '<|endoftext|>' (id 0)" in message
+    assert f"{copy / 'config.json'} has eos_token_id 5" in message
 
 
 def test_missing_paths_and_layouts_that_do_not_fit(copy, tmp_path):
