@@ -30,7 +30,7 @@ from engine.claim import claim, holding_claims
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
 from engine.files import replacing, sync, sync_folder, writing
-from engine.huggingface.model_folder import ModelFolder, find_model
+from engine.huggingface.model_folder import ModelFolder, check_vocabulary, find_model
 from engine.huggingface.weight_files import StoredTensor
 from engine.printable import say
 from engine.ranks.first_rank import said_by_first_rank
@@ -323,10 +323,7 @@ def _load_tokenizer(path: Path, size: GPTSize) -> Tokenizer:
     """Return the tokenizer, which must fit the model."""
     require_path(path, "tokenizer")
     tokenizer = load_shared_tokenizer(lambda: path)
-    if tokenizer.vocab_size > size.vocab_size:
-        raise UserError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {size.vocab_size}"
-        )
+    check_vocabulary(path, tokenizer, size)
     return tokenizer
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError, named
 from engine.files import read_object
 from engine.huggingface.foreign import require_model_folder
@@ -109,6 +110,15 @@ def find_model(folder: Path) -> ModelFolder:
         else:
             del found[head.name]
     return ModelFolder(family, size, found, left_out)
+
+
+def check_vocabulary(path: Path, tokenizer: Tokenizer, size: GPTSize) -> None:
+    """Raise UserError, naming what lies at `path`, where a tokenizer has ids that a model of that
+    size has not; a model may have more."""
+    if tokenizer.vocab_size > size.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {size.vocab_size}"
+        )
 
 
 def _described(folder: Path) -> tuple[Family, GPTSize, dict[str, Any]]:

@@ -30,13 +30,15 @@ class NetworkRecord:
     checkpoint: str = ""
     """What that was when the run began."""
     network: str = ""
-    """The network's folder in the checkpoint."""
+    """The network's folder in the checkpoint; "" in a Hugging Face folder."""
     step: int | None = None
     """Of the checkpoint."""
     xxh3_128: str = ""
     """Of the weights, as engine.checkpoints.sources.digest_of_network gives it."""
     kept: str = ""
     """The run's own copy, within its folder."""
+    model_xxh3_128: str = ""
+    """Of a Hugging Face folder, as engine.huggingface.model_source.digest_of_model gives it."""
 
 
 @dataclass(frozen=True, kw_only=True)
