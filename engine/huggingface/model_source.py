@@ -20,9 +20,10 @@ from engine.checkpoints.whole import warn
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import UserError
 from engine.huggingface.convert import load_huggingface
+from engine.huggingface.foreign import is_foreign, require_model_folder
 from engine.huggingface.model_folder import ModelFolder, check_vocabulary, find_model
 from engine.ranks.first_rank import said_by_first_rank
-from engine.run import Run
+from engine.run import Run, tokenizer_path
 from engine.settings.numerics import Numerics
 from engine.training.network import build_network
 
@@ -65,6 +66,24 @@ def take_model(path: Path, role: str, folder: Path, run: Run, numerics: Numerics
         is_linked=False,
         model_xxh3_128=digest,
     )
+
+
+def tokenizer_of(
+    tokenizer: Path | None, start: Path | None, directory: Path, option: str = "init-from"
+) -> Path:
+    """Return where a stage's tokenizer is, as engine.run.tokenizer_path, for all ranks, who call
+    together. UserError where what it starts from is another program's and no Hugging Face folder:
+    of such a one its tokenizer says little."""
+
+    def look(path: Path) -> str:
+        if is_foreign(path):
+            require_model_folder(path)
+        return ""
+
+    path = tokenizer_path(tokenizer, start, directory, option)
+    if tokenizer is None and path == start:
+        said_by_first_rank(lambda: look(path))
+    return path
 
 
 def check_own_tokenizer(path: Path, tokenizer: Tokenizer) -> None:

@@ -18,7 +18,7 @@ from engine.settings.convert import ConvertConfig
 from engine.settings.numerics import Numerics
 from engine.settings.sft import SelectionConfig
 from tests.families import save_family
-from tests.recipe_runs import TORCHRUN, start, until
+from tests.recipe_runs import TORCHRUN, start, steps_logged, until
 from tests.tiny import (
     EVERY_STEP,
     SIZE,
@@ -171,6 +171,23 @@ def test_the_digest_of_a_model_is_of_its_content_alone(copy, models):
     assert digest_of_model(copy) != digest
 
 
+def test_what_is_no_such_folder_is_named_before_its_tokenizer(copy, models, tiny, tmp_path):
+    cache = tmp_path / "models--llama"
+    snapshot = Path(shutil.copytree(models / "llama", cache / "snapshots" / "abc"))
+    said = r"models--llama holds no config\.json; it is a cache of the hub: give .*snapshots/abc"
+    with pytest.raises(UserError, match=said):
+        train(rm_config(tiny, tmp_path / "run", init_from=cache))
+    with pytest.raises(UserError, match="a file: give its folder"):
+        train(ppo_config(tiny, tmp_path / "run", policy=snapshot / "model.safetensors"))
+    blobs = cache / "blobs"  # as the hub's cache has them: links in the snapshot
+    blobs.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (snapshot / name).rename(blobs / name)
+        (snapshot / name).symlink_to(blobs / name)
+    train(rm_config(tiny, tmp_path / "run", init_from=snapshot, epochs=0.3))
+    assert len(rows_of(tmp_path / "run")) == 1
+
+
 @pytest.mark.slow  # five torchruns of two ranks each
 def test_recipes_start_from_a_folder_in_parts_on_two_ranks(models, tiny, tmp_path):
     folder = tmp_path / "snapshot"
@@ -188,12 +205,13 @@ def test_recipes_start_from_a_folder_in_parts_on_two_ranks(models, tiny, tmp_pat
         started = launch(*arguments)
         assert started.wait(240) == 0, started.said()
 
-    demonstrations = ("--data.train", tiny / "demonstrations.jsonl", "--epochs", 2)
+    demonstrations = ("--data.train", tiny / "demonstrations.jsonl", "--epochs", 8)
     from_folder = ("--init-from", folder, *demonstrations)
     run_to_its_end("sft", tmp_path / "unbroken", *from_folder)
     broken = launch("sft", tmp_path / "broken", *from_folder)
     until((tmp_path / "broken" / "checkpoints" / "latest").exists)
     broken.end()
+    assert 0 < steps_logged(tmp_path / "broken") < len(rows_of(tmp_path / "unbroken"))
     folder.rename(tmp_path / "elsewhere")
     run_to_its_end("sft", tmp_path / "broken", *from_folder)
     assert_same_run(tmp_path / "broken", tmp_path / "unbroken")
