@@ -273,7 +273,10 @@ class Inputs:
         with self._naming(name):
             digest = digest_of_network(read_manifest(self._folder(name)), network.role)
         known = earlier.networks.get(name, NetworkRecord())
-        return dataclasses.replace(known, path=str(network.path), xxh3_128=digest, kept=kept)
+        model = known.model_xxh3_128 if digest == known.xxh3_128 else ""  # or it was changed
+        return dataclasses.replace(
+            known, path=str(network.path), xxh3_128=digest, kept=kept, model_xxh3_128=model
+        )
 
     def _source_notes(self) -> list[str]:
         if not self.goes_on:

@@ -106,6 +106,18 @@ def test_a_folder_that_has_moved_is_known_and_another_is_refused(copy, models, t
     assert len(rows_of(config.directory)) == 3
 
 
+def test_a_copy_that_was_changed_is_another_network(copy, tiny, tmp_path):
+    config = sft_config(tiny, tmp_path / "run", init_from=copy, saving=EVERY_STEP)
+    train_until(config, 1)
+    kept = config.directory / "sources" / "init_from"
+    other = dataclasses.replace(config, directory=tmp_path / "other", init_from=tiny / "policy")
+    train_until(other, 0)
+    shutil.rmtree(kept)
+    shutil.copytree(other.directory / "sources" / "init_from", kept)
+    with pytest.raises(UserError, match=r"--accept-changed init_from"):
+        train(config)
+
+
 def test_ppo_starts_from_a_folder_and_measures_to_it(models, copy, tiny, tmp_path):
     for run, reference in (("own", None), ("named", models / "llama")):
         config = ppo_config(
@@ -218,6 +230,10 @@ def test_recipes_start_from_a_folder_in_parts_on_two_ranks(models, tiny, tmp_pat
     kept = tmp_path / "broken" / "sources" / "init_from" / "policy"
     assert len(list(kept.glob("weights-*.safetensors"))) == 2  # each rank wrote what it holds
     folder = tmp_path / "elsewhere"
+    shutil.rmtree(kept.parent)  # and it is taken anew, by ranks of another layout
+    longer = ("--init-from", folder, *demonstrations, "--epochs", 9, "--layout.tp", 1)
+    run_to_its_end("sft", tmp_path / "broken", *longer)
+    assert len(rows_of(tmp_path / "broken")) > len(rows_of(tmp_path / "unbroken"))
     comparisons = ("--init-from", folder, "--data.train", tiny / "comparisons.jsonl")
     run_to_its_end("rm", tmp_path / "rm", *comparisons)
     options = ("--policy", folder, "--reward-model", tmp_path / "rm")
