@@ -10,13 +10,14 @@ from engine.errors import UserError
 from engine.evaluation.held_out import load_held_out
 from engine.evidence.keeper import Evidence
 from engine.feed import Feed
+from engine.huggingface.model_source import tokenizer_of
 from engine.identity.inputs import Inputs
 from engine.metrics import PPO_HEADLINE, Metrics
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import rearranged
 from engine.residency.residency import Residency
 from engine.rollout import generate_rollout, load_prompts
-from engine.run import Run, join_ranks, require_path, stage, start_run, tokenizer_path
+from engine.run import Run, join_ranks, require_path, stage, start_run
 from engine.score import score_rollout
 from engine.settings.ppo import PPOConfig
 from engine.training.ema import EMA
@@ -144,7 +145,7 @@ def train(config: PPOConfig) -> dict[str, float]:
 def _start(config: PPOConfig, parallel: Parallel) -> tuple[Run, Inputs]:
     """Return the run and what it is made from; UserError for what cannot work, before anything is
     loaded."""
-    tokenizer = tokenizer_path(None, config.policy, config.directory, option="policy")
+    tokenizer = tokenizer_of(None, config.policy, config.directory, option="policy")
     require_path(config.data.prompts, "data.prompts")
     if config.ptx_coef > 0:
         require_path(config.data.pretraining, "data.pretraining")

@@ -31,11 +31,12 @@ from engine.data.limits import Limit, context_limit, training_limits
 from engine.data.prompts import hold_out
 from engine.evidence.keeper import Evidence
 from engine.feed import Feed, pack_for
+from engine.huggingface.model_source import tokenizer_of
 from engine.identity.inputs import Inputs
 from engine.losses import comparison_loss, last_readings, pair_accuracy
 from engine.metrics import RM_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
-from engine.run import Run, join_ranks, require_path, size_named, stage, start_run, tokenizer_path
+from engine.run import Run, join_ranks, require_path, size_named, stage, start_run
 from engine.settings.evaluation import is_evaluated
 from engine.settings.rm import RMConfig
 from engine.training.network import Network, build_network
@@ -55,7 +56,7 @@ def train(config: RMConfig) -> dict[str, float]:
     run = start_run(
         directory=config.directory,
         parallel=parallel,
-        tokenizer=tokenizer_path(config.tokenizer, config.init_from, config.directory),
+        tokenizer=tokenizer_of(config.tokenizer, config.init_from, config.directory),
     )
     inputs = Inputs(run, config)
     fingerprint = run.tokenizer.fingerprint()

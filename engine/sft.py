@@ -38,11 +38,12 @@ from engine.errors import UserError
 from engine.evaluation.selection import epoch_name, load_selection
 from engine.evidence.keeper import Evidence
 from engine.feed import Feed, StepBatch
+from engine.huggingface.model_source import tokenizer_of
 from engine.identity.inputs import Inputs
 from engine.losses import NegativeLogLikelihood, mean_language_loss
 from engine.metrics import SFT_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
-from engine.run import Run, join_ranks, require_path, size_named, stage, start_run, tokenizer_path
+from engine.run import Run, join_ranks, require_path, size_named, stage, start_run
 from engine.settings.evaluation import is_evaluated
 from engine.settings.sft import SFTConfig
 from engine.training.network import Network, build_network
@@ -61,7 +62,7 @@ def train(config: SFTConfig) -> dict[str, float]:
     run = start_run(
         directory=config.directory,
         parallel=parallel,
-        tokenizer=tokenizer_path(config.tokenizer, config.init_from, config.directory),
+        tokenizer=tokenizer_of(config.tokenizer, config.init_from, config.directory),
     )
     inputs = Inputs(run, config)
     size = inputs.size("init_from") if config.init_from else size_named(config.size, run.tokenizer)

@@ -102,9 +102,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_family(name: str) -> PreTrainedModel:
-    """Return that model, every weight random and none at a value that hides it."""
-    config = AutoConfig.for_model(**CONFIGS[name])
+def build_family(name: str, **changes: Any) -> PreTrainedModel:
+    """Return that model, every weight random and none at a value that hides it; changes: of its
+    config."""
+    config = AutoConfig.for_model(**(CONFIGS[name] | changes))
     model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -114,8 +115,8 @@ def build_family(name: str) -> PreTrainedModel:
     return model
 
 
-def save_family(name: str, folder: Path) -> PreTrainedModel:
-    """Write the model's folder as transformers does, and return it."""
-    model = build_family(name)
+def save_family(name: str, folder: Path, **changes: Any) -> PreTrainedModel:
+    """Write the model's folder as transformers does, and return it; changes: of its config."""
+    model = build_family(name, **changes)
     model.save_pretrained(folder)
     return model

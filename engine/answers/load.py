@@ -6,6 +6,7 @@ from engine.checkpoints.found import find_network, run_of, size_of
 from engine.checkpoints.weights import load_weights
 from engine.data.tokenizer import Tokenizer
 from engine.huggingface.convert import load_huggingface
+from engine.huggingface.foreign import is_foreign
 from engine.huggingface.model_folder import read_size
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.start import start_parallel
@@ -39,10 +40,6 @@ def find_weights(config: GenerateConfig) -> tuple[Path, bool]:
     """Return the folder of the network at the source, and whether it is Hugging Face's."""
     source = require_path(config.source, "source")
 
-    def look() -> str:
-        is_theirs = (source / "config.json").exists() and not (source / "checkpoints").exists()
-        return "theirs" if is_theirs else ""
-
-    if said_by_first_rank(look):
+    if said_by_first_rank(lambda: "foreign" if is_foreign(source) else ""):
         return source, True
     return find_network(source, config.role, strict=config.strict), False

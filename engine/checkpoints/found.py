@@ -21,6 +21,7 @@ from engine.files import read_object
 from engine.ranks.first_rank import said_by_first_rank
 from engine.settings.size import named_size
 from engine.training.network import Network
+from models.form import fields_that_differ
 from models.sizes import GPTSize, Kind, size_of_json
 
 
@@ -115,10 +116,12 @@ def check_named_size(name: str, path: Path, role: str) -> None:
     found = size_of(path, role)
     wanted = named_size(name)
     if dataclasses.replace(found, vocab_size=wanted.vocab_size) != wanted:
+        apart = fields_that_differ(found.form) if found.form != wanted.form else {}
+        form = "; it is of another form: " + ", ".join(f"{k} {v}" for k, v in apart.items())
         raise UserError(
             f"{path}: the {role} has {found.num_layers} layers of width {found.hidden_size} and a "
             f"context of {found.context_length} tokens, a {name} has {wanted.num_layers} of "
-            f"{wanted.hidden_size} and {wanted.context_length}"
+            f"{wanted.hidden_size} and {wanted.context_length}{form if apart else ''}"
         )
 
 

@@ -46,9 +46,9 @@ class Source:
     """A network that a run was made from, and the copy of its weights that the run has."""
 
     checkpoint: str
-    """Where it came from: a checkpoint of another run."""
+    """Where it came from: a checkpoint of another run, or a Hugging Face folder."""
     network: str
-    """Its folder in that checkpoint."""
+    """Its folder in that checkpoint; "" of a Hugging Face folder."""
     step: int | None
     """Of that checkpoint; None of weights alone."""
     roles: tuple[str, ...]
@@ -57,6 +57,8 @@ class Source:
     """Of its weights, as digest_of_network gives it."""
     is_linked: bool
     """Whether the copy shares the other run's files, and takes no room."""
+    model_xxh3_128: str = ""
+    """Of a Hugging Face folder's files; "" of a checkpoint, whose files the copy has."""
 
 
 class _Gone(Exception):
@@ -110,7 +112,8 @@ def digest_of_network(manifest: Manifest, role: str) -> str:
 
 def in_words_of_source(message: str, source: Source, folder: Path, role: str) -> str:
     """Return an error about a copy as one about what it is a copy of, which the user has named."""
-    named = message.replace(str(folder / role), f"{source.checkpoint}/{source.network}")
+    origin = str(Path(source.checkpoint) / source.network)
+    named = message.replace(str(folder / role), origin)
     return named.replace(str(folder), source.checkpoint)
 
 

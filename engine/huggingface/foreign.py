@@ -7,10 +7,13 @@ import re
 from pathlib import Path
 
 from engine.errors import UserError, named
-from engine.files import MAX_SHOWN_PATH, hub_name
+from engine.files import MAX_SHOWN_PATH, hub_name, read_object
 
 _MAX_NAMES = 10_000  # of a folder that are looked at; our choice
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_WEIGHTS = re.compile(r"(model|pytorch_model)\.(safetensors|bin)(\.index\.json)?")
+# What a run, its folder of checkpoints, a checkpoint and a network of ours have.
+_OURS = ("checkpoints", "latest", "manifest.json", "network.json")
 # What a folder without our weights holds instead: a pattern of names, and what that is.
 _FORMATS: tuple[tuple[str, str], ...] = (
     (
@@ -57,6 +60,23 @@ _FORMATS: tuple[tuple[str, str], ...] = (
 )
 
 
+def is_foreign(path: Path) -> bool:
+    """Return whether a path means a model of Hugging Face's or another program's, and none of ours,
+    by its config.json or else the names there: whoever reads it says what is wrong with it."""
+    if not path.is_dir():
+        return bool(_WEIGHTS.fullmatch(path.name)) or _format(path.name) is not None
+    try:
+        config = read_object(path / "config.json")
+    except UserError:
+        config = {}
+    if config.keys() & {"model_type", "architectures"}:
+        return True
+    if any(os.path.lexists(path / name) for name in _OURS):
+        return False
+    names = _names_in(path)
+    return any(map(_WEIGHTS.fullmatch, names)) or _other_form(path, names) is not None
+
+
 def require_model_folder(folder: Path) -> None:
     """Raise UserError, saying what it is and what to do, where `folder` is none with a config.json
     of Hugging Face's."""
@@ -76,11 +96,25 @@ def require_model_folder(folder: Path) -> None:
 def held_instead(folder: Path) -> str:
     """Return what to say of a folder that lacks a model's files: the first thing in it that says
     what it is."""
+    names = _names_in(folder)
+    if (said := _other_form(folder, names)) is not None:
+        return said
+    for name in names:
+        if (folder / name / "config.json").is_file():
+            return f"; {named(name)} in it does: give that folder"
+    return ""
+
+
+def _names_in(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry, _ in zip(entries, range(_MAX_NAMES), strict=False))
+            return sorted(entry.name for entry, _ in zip(entries, range(_MAX_NAMES), strict=False))
     except OSError:
-        return ""
+        return []
+
+
+def _other_form(folder: Path, names: list[str]) -> str | None:
+    """Return what to say of a folder whose names say what it is, None where none does."""
     if "snapshots" in names:
         return _snapshot(folder)
     if any(name.startswith("models--") for name in names):
@@ -93,10 +127,7 @@ def held_instead(folder: Path) -> str:
     if steps:
         newest = folder / f"checkpoint-{max(steps)}"
         return f"; it is a Trainer's output: give a checkpoint, {newest}"
-    for name in names:
-        if (folder / name / "config.json").is_file():
-            return f"; {named(name)} in it does: give that folder"
-    return ""
+    return None
 
 
 def _snapshot(folder: Path) -> str:

@@ -30,6 +30,8 @@ from engine.checkpoints.weights import load_weights
 from engine.claim import UNFINISHED
 from engine.errors import UserError, quoted
 from engine.files import sync_folder, writing
+from engine.huggingface.foreign import is_foreign
+from engine.huggingface.model_source import check_own_tokenizer, digest_of_model, take_model
 from engine.identity.data_files import look_at
 from engine.identity.held_to import HeldTo, at_odds, held_to, odds_in_words
 from engine.identity.made_from import (
@@ -181,6 +183,8 @@ class Inputs:
             is_policy = name == "reference" and getattr(self._config, name) is None
             option = "policy" if is_policy else name.replace("_", "-")
             raise UserError(f"--{option} {network.path}: no such file or folder")
+        if is_foreign(network.path):
+            return digest_of_model(network.path) != known.model_xxh3_128
         return newest_source(network.path, network.role)[1] != known.xxh3_128
 
     def _policy_kept_as(self, kept: Collection[str]) -> str:
@@ -197,11 +201,17 @@ class Inputs:
             if network.kept_as not in kept and network.kept_as not in taken:
                 option, path = self._origin(name)
                 require_path(path, option.replace("_", "-"))
-                folder = self._run.directory / UNFINISHED / network.kept_as
-                taken[network.kept_as] = take_source(
-                    path, network.role, folder, strict=network.strict
-                )
+                taken[network.kept_as] = self._taken(path, network)
         return taken
+
+    def _taken(self, path: Path, network: NamedNetwork) -> Source:
+        """Copy a network at a path, of a run or of a Hugging Face folder, for this run."""
+        folder = self._run.directory / UNFINISHED / network.kept_as
+        if not said_by_first_rank(lambda: "foreign" if is_foreign(path) else ""):
+            return take_source(path, network.role, folder, strict=network.strict)
+        if getattr(self._config, "tokenizer", None) is None:  # one that is named was chosen
+            check_own_tokenizer(path, self._run.tokenizer)
+        return take_model(path, network.role, folder, self._run, self._config.numerics)
 
     def _origin(self, name: str) -> tuple[str, Path]:
         """Return the option whose path a network's copy is taken from, and that path: one copy for
@@ -258,17 +268,25 @@ class Inputs:
                 step=source.step,
                 xxh3_128=source.xxh3_128,
                 kept=kept,
+                model_xxh3_128=source.model_xxh3_128,
             )
         with self._naming(name):
             digest = digest_of_network(read_manifest(self._folder(name)), network.role)
         known = earlier.networks.get(name, NetworkRecord())
-        return dataclasses.replace(known, path=str(network.path), xxh3_128=digest, kept=kept)
+        model = known.model_xxh3_128 if digest == known.xxh3_128 else ""  # or it was changed
+        return dataclasses.replace(
+            known, path=str(network.path), xxh3_128=digest, kept=kept, model_xxh3_128=model
+        )
 
     def _source_notes(self) -> list[str]:
         if not self.goes_on:
             notes = [
-                f"{source.checkpoint}: copied to {self._run.directory / 'sources' / kept_as}, for "
-                "its files cannot be linked there"
+                f"{source.checkpoint}: copied to {self._run.directory / 'sources' / kept_as}, "
+                + (
+                    "which this run reads from now on"
+                    if source.model_xxh3_128
+                    else "for its files cannot be linked there"
+                )
                 for kept_as, source in self._sources.items()
                 if not source.is_linked
             ]
@@ -297,6 +315,8 @@ class Inputs:
 
     def _moved_on(self, record: NetworkRecord, network: NamedNetwork) -> str:
         """Return what has become of where a network came from, "" where it is as it was."""
+        if record.model_xxh3_128:  # of a folder that nothing trains, and which may be large
+            return ""
         try:
             step, digest = newest_source(network.path, network.role)
         except (UserError, OSError):

@@ -39,7 +39,7 @@ class NamedNetwork:
     """A network that a stage starts from, or reads all along."""
 
     path: Path
-    """A run, one of its checkpoints, or a network's folder in one."""
+    """A run, one of its checkpoints, a network's folder in one, or a Hugging Face folder."""
     role: str
     """Of the network there."""
     kept_as: str

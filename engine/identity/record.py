@@ -30,13 +30,15 @@ class NetworkRecord:
     checkpoint: str = ""
     """What that was when the run began."""
     network: str = ""
-    """The network's folder in the checkpoint."""
+    """The network's folder in the checkpoint; "" in a Hugging Face folder."""
     step: int | None = None
     """Of the checkpoint."""
     xxh3_128: str = ""
     """Of the weights, as engine.checkpoints.sources.digest_of_network gives it."""
     kept: str = ""
     """The run's own copy, within its folder."""
+    model_xxh3_128: str = ""
+    """Of a Hugging Face folder, as engine.huggingface.model_source.digest_of_model gives it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +182,7 @@ def changes(old: Identity, new: Identity) -> list[Change]:
     found = []
     for name in (*old.networks, *(name for name in new.networks if name not in old.networks)):
         a, b = old.networks.get(name), new.networks.get(name)
-        if (a and a.xxh3_128) != (b and b.xxh3_128):
+        if not _are_same(a, b):
             found.append(Change(name=name, old=_network(a), new=_network(b)))
     for name in (*old.data, *(name for name in new.data if name not in old.data)):
         file, now = old.data.get(name), new.data.get(name)
@@ -193,6 +195,15 @@ def changes(old: Identity, new: Identity) -> list[Change]:
     if old.code.xxh3_128 != new.code.xxh3_128:
         found.append(Change(name="code", old=_code(old.code), new=_code(new.code)))
     return found
+
+
+def _are_same(a: NetworkRecord | None, b: NetworkRecord | None) -> bool:
+    """Return whether two records are of one network. The copy of a Hugging Face folder, if taken
+    anew by ranks of another layout, has other files of the same numbers."""
+    if a is None or b is None:
+        return a is b
+    is_same_model = a.model_xxh3_128 == b.model_xxh3_128 != ""
+    return is_same_model or a.xxh3_128 == b.xxh3_128
 
 
 def disagreements(saved: Identity, own: Identity) -> list[Change]:

@@ -15,7 +15,7 @@ class GenerateConfig:
     """A batch of prompts, or without `prompts` a dialogue in the terminal."""
 
     source: Path | None = None
-    """A run, one of its checkpoints, a network in one, or a Hugging Face GPT-2 folder."""
+    """A run, one of its checkpoints, a network in one, or a Hugging Face folder."""
     role: str = "policy"
     """Which network of a checkpoint: policy or ema."""
     strict: bool = False

@@ -62,10 +62,10 @@ class PPOConfig:
     directory: Path = Path("runs/ppo")
     """The run's folder; a run that has checkpoints there continues from the newest."""
     policy: Path = Path("runs/init")
-    """Run or checkpoint of the RLHF initialisation: the policy starts from it and the KL is
-    measured to it."""
+    """Run or checkpoint of the RLHF initialisation, or a Hugging Face folder: the policy starts
+    from it and the KL is measured to it."""
     reference: Path | None = None
-    """Another KL reference; none: the policy's own start (paper, C.4)."""
+    """Another KL reference, likewise; none: the policy's own start (paper, C.4)."""
     reward_model: Path = Path("runs/rm")
     """Run or checkpoint of the reward model; the critic starts from it, head and bias included
     (paper, C.4)."""

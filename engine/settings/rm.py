@@ -54,10 +54,10 @@ class RMConfig:
     size: str = "tiny"
     """Named size of a model that starts from nothing; with init_from its size."""
     init_from: Path | None = None
-    """A run or checkpoint whose policy the trunk starts from (paper, C.2: SFT and GPT-3 give
-    similar results)."""
+    """A run or checkpoint whose policy the trunk starts from, or a Hugging Face folder (paper, C.2:
+    SFT and GPT-3 give similar results)."""
     tokenizer: Path | None = None
-    """Tokenizer file or folder; none: the one of init_from's run."""
+    """Tokenizer file or folder; none: the one that lies with init_from."""
     data: RMData = field(default_factory=RMData)
     """Files and limits."""
     epochs: float = 1.0

@@ -86,9 +86,9 @@ class SFTConfig:
     size: str = "tiny"
     """Named size (models/sizes.py) of a model that starts from nothing; with init_from its size."""
     init_from: Path | None = None
-    """A run or checkpoint whose policy the weights start from."""
+    """A run or checkpoint whose policy the weights start from, or a Hugging Face folder."""
     tokenizer: Path | None = None
-    """Tokenizer file or folder; none: the one of init_from's run."""
+    """Tokenizer file or folder; none: the one that lies with init_from."""
     data: SFTData = field(default_factory=SFTData)
     """Files and limits."""
     epochs: float = 16.0

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from engine.huggingface.foreign import held_instead, require_model_folder
+from engine.huggingface.foreign import held_instead, is_foreign, require_model_folder
 
 
 def refusal(path: Path) -> str:
@@ -97,3 +97,37 @@ def test_a_hub_name_is_answered_with_the_network(tmp_path, monkeypatch):
 def test_a_folder_of_nothing_known_is_plainly_without_a_config(tmp_path):
     (tmp_path / "notes.txt").touch()
     assert refusal(tmp_path) == f"{tmp_path} holds no config.json"
+
+
+@pytest.mark.parametrize(
+    ("files", "foreign"),
+    [
+        ({"config.json": '{"model_type": "llama"}'}, True),
+        ({"config.json": '{"model_type": "mamba"}', "checkpoints/a": ""}, True),
+        ({"config.json": '{"architectures": ["GPT2LMHeadModel"]}'}, True),
+        ({"config.json": "{", "model.safetensors": ""}, True),  # damaged, which its reader says
+        ({"model.safetensors.index.json": "{}"}, True),
+        ({"pytorch_model.bin": ""}, True),
+        ({"model-Q4_K_M.gguf": ""}, True),
+        ({"snapshots/abc/config.json": "{}", "refs/main": "abc"}, True),
+        ({"checkpoint-500/config.json": "{}"}, True),
+        ({"config.json": '{"stage": "sft"}', "checkpoints/latest": ""}, False),
+        ({"config.json": '{"directory": "runs/sft"}', "tokenizer/tokenizer.json": ""}, False),
+        ({"sft/config.json": "{}", "rm/config.json": "{}"}, False),  # a folder of runs
+        ({"manifest.json": "{}", "policy/network.json": "{}"}, False),
+        ({"network.json": "{}", "weights-00000.safetensors": ""}, False),
+        ({}, False),
+    ],
+)
+def test_a_model_of_another_program_is_told_from_ours(tmp_path, files, foreign):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert is_foreign(tmp_path) is foreign
+
+
+def test_a_file_is_foreign_by_its_name(tmp_path):
+    assert is_foreign(tmp_path / "model.safetensors")
+    assert is_foreign(tmp_path / "llama.gguf")
+    assert not is_foreign(tmp_path / "demonstrations.jsonl")
+    assert not is_foreign(tmp_path / "nowhere")
