@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import tokenizers
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from engine.checkpoints.checkpointer import Checkpointer
-from engine.checkpoints.found import network_at
+from engine.checkpoints.found import network_at, size_of
+from engine.checkpoints.weights import load_weights
 from engine.data.batches import pack
 from engine.data.examples import Example
 from engine.data.tokenizer import load_tokenizer
@@ -32,6 +35,7 @@ from models.huggingface.tensors import SCORE, SCORE_BIAS
 from models.sizes import GPTSize
 from tests.families import CONFIGS, CONTEXT, VOCAB, save_family
 from tests.ranks import run_ranks
+from tests.tiny import SIZE, ppo_config, train
 
 LENGTHS = (1, 33, 2, CONTEXT, 17)
 END = 0
@@ -77,29 +81,31 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def texts() -> list[Tensor]:
-    """Token sequences, some of which end in the end of text."""
+def texts(most: int = 280) -> list[Tensor]:
+    """Token sequences of ids below `most`, some of which end in the end of text."""
     generator = torch.Generator().manual_seed(3)
-    found = [torch.randint(1, 280, (length,), generator=generator) for length in LENGTHS]
+    found = [torch.randint(1, most, (length,), generator=generator) for length in LENGTHS]
     for text in found[1:4]:
         text[-1] = END
     return found
 
 
-def our_scores(network: Network) -> Tensor | None:
+def our_scores(network: Network, most: int = 280) -> Tensor | None:
     """[number of texts]; None but on the last stage."""
-    batch = pack([Example(tokens=t.numpy(), prompt_length=1) for t in texts()], multiple_of=8)
+    examples = [Example(tokens=text.numpy(), prompt_length=1) for text in texts(most)]
+    batch = pack(examples, multiple_of=8)
     readings = forward(network, [batch])[0]
     return None if readings is None else last_readings(readings, batch.cu_seqlens)[: len(LENGTHS)]
 
 
-def their_scores(folder: Path) -> Tensor:
+def their_scores(folder: Path, most: int = 280) -> Tensor:
     """The same from transformers, all texts in one batch behind which stands padding."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     assert model.config.num_labels == 1
     pad = model.config.pad_token_id
-    ids = torch.nn.utils.rnn.pad_sequence(texts(), batch_first=True, padding_value=pad)
-    there = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in texts()], batch_first=True)
+    rows = texts(most)
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+    there = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     with torch.no_grad():
         return model(ids, attention_mask=there).logits[:, 0]
 
@@ -232,6 +238,23 @@ def test_a_network_whose_tokens_fill_its_vocabulary_gets_one_more(zoo, tmp_path)
     torch.testing.assert_close(
         their_scores(tmp_path / "out"), our_scores(network), atol=1e-5, rtol=0
     )
+
+
+def test_ppo_takes_an_imported_reward_model_and_its_critic_is_exported(tiny, tmp_path):
+    source, run = tmp_path / "theirs", tmp_path / "ppo"
+    save_scorer("qwen2", source, vocab_size=SIZE.vocab_size, pad_token_id=99)
+    shutil.copy(tiny / "tokenizer.json", source)
+    convert(ConvertConfig(direction="import", source=source, out=tmp_path / "rm"))
+    train(ppo_config(tiny, run, iterations=1, reward_model=tmp_path / "rm"))
+    parallel = start_parallel(ParallelLayout(), seed=1)
+    critic = build_network("scalar", size_of(run, "critic"), parallel, numerics=Numerics())
+    assert critic.size == read_size(source)
+    load_weights(critic, run, role="critic")
+    bias = float(critic.modules[0].scalar_head.bias)
+    assert bias != 0.0  # it has learnt
+    convert(ConvertConfig(direction="export", source=run, out=tmp_path / "out", role="critic"))
+    theirs = their_scores(tmp_path / "out", most=99) + bias
+    torch.testing.assert_close(theirs, our_scores(critic, most=99), atol=1e-4, rtol=0)
 
 
 def refusal(folder: Path, **options) -> str:
