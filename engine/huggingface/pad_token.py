@@ -23,9 +23,12 @@ _NAMING = ("tokenizer_config.json", "special_tokens_map.json")
 def ensure_pad_token(folder: Path, eos_id: int) -> int:
     """Return the id of the padding token of the tokenizer in an exported folder.
 
-    That is its own, where it is a special token and not the end of text; otherwise one that this
-    adds behind all others. No text becomes it. Raises UserError where none can be added.
+    That is its own, where it is a special token and ends no text; otherwise one that this adds
+    behind all others. No text becomes it. What ends a text is eos_id, and what the folder's
+    generation_config.json names. Raises UserError where none can be added.
     """
+    listed = _read(folder / "generation_config.json").get("eos_token_id")
+    ends = {eos_id, *(listed if isinstance(listed, list) else [listed])}
     settings = _read(folder / _NAMING[0])
     named = settings.get("pad_token")
     text = named.get("content") if isinstance(named, dict) else named
@@ -33,7 +36,7 @@ def ensure_pad_token(folder: Path, eos_id: int) -> int:
     path = folder / ("vocab.json" if is_gpt2 else "tokenizer.json")
     content = read_object(path, max_bytes=_MAX_BYTES)
     found = content if is_gpt2 else _special_tokens(content)
-    if isinstance(text, str) and found.get(text, eos_id) != eos_id:
+    if isinstance(text, str) and found.get(text, eos_id) not in ends:
         return found[text]
     pad_id = _add_to_vocabulary(content) if is_gpt2 else _add(path, content)
     _write(path, content)

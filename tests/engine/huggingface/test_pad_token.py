@@ -53,6 +53,14 @@ def test_one_is_added_where_it_is_none_the_end_a_letter_or_unknown(tmp_path, nam
     assert ensure_pad_token(tmp_path, EOS_ID) == EOS_ID + 2  # once is enough
 
 
+@pytest.mark.parametrize("ends", [EOS_ID + 1, [EOS_ID, EOS_ID + 1]])
+def test_what_ends_an_answer_beside_the_end_of_text_is_no_padding(tmp_path, ends):
+    written(tmp_path, tokens=("<|end|>", "<|other|>"), pad_token="<|end|>")
+    assert ensure_pad_token(tmp_path, EOS_ID) == EOS_ID + 1
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    assert ensure_pad_token(tmp_path, EOS_ID) == EOS_ID + 3
+
+
 def test_gpt2s_two_files_get_it_behind_their_last_piece(tmp_path):
     alphabet = ["a", "b", "c", "ab", EOS]
     (tmp_path / "vocab.json").write_text(json.dumps({t: n for n, t in enumerate(alphabet)}))
