@@ -228,7 +228,9 @@ def test_run_from_before_nothing_is_held_out_of_in_silence(tiny: Path, tmp_path:
         for name in names:
             del (saved[part] if part else saved)[name]
     path.write_text(json.dumps(saved))
-    with pytest.raises(UserError, match=r"data\.valid_fraction 0\.0, not 0\.35; give another"):
+    with pytest.raises(
+        UserError, match=r"data\.valid_fraction 0\.0, not 0\.35\n(.|\n)*--data\.valid-fraction 0\.0"
+    ):
         train(with_data(config, valid_fraction=0.35))
     train(config)
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")

@@ -12,6 +12,7 @@ from engine.data.examples import Example
 from engine.data.unit_file import read_units
 from engine.evidence.case import read_case
 from engine.evidence.keeper import Evidence
+from engine.metrics import Metrics
 from engine.settings.numerics import Numerics
 from engine.settings.saving import SaveConfig
 from tests.engine.test_planted_numbers import spoil_scores
@@ -122,7 +123,13 @@ def test_a_full_disk_costs_the_evidence_and_not_the_run(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     spoil(monkeypatch, "language", [0])
-    (tmp_path / "skipped").write_text("a file where the folder would be")
+    enter = Metrics.__enter__
+
+    def enter_and_block(metrics: Metrics) -> Metrics:
+        (tmp_path / "skipped").write_text("a file where the folder would be")
+        return enter(metrics)
+
+    monkeypatch.setattr(Metrics, "__enter__", enter_and_block)  # the start looks for one
     train(sft_config(tiny, tmp_path))
     assert "It could not be kept: " in alarms_of(tmp_path)[0]["message"]
     assert (tmp_path / "checkpoints" / "latest").exists()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,10 +48,17 @@ def test_each_field_that_differs_is_named_with_both_values():
     }
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose name is shown whole in an error."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder).resolve()
+
+
 def test_relative_paths_are_compared_by_where_they_lead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    here, there = tmp_path / "a", tmp_path / "b"
+    here, there = short_path / "a", short_path / "b"
     data = dataclasses.replace(SFTConfig().data, train=Path("a.jsonl"))
     config = SFTConfig(directory=Path("runs/a"), init_from=Path("/models/base"), data=data)
     texts = []
