@@ -16,8 +16,6 @@ from engine.files import read_object, replacing
 PAD = "<|pad|>"  # our choice; it is added where a tokenizer has none that serves
 _MAX_BYTES = 64 << 20  # as engine/data/tokenizer_files.py has it
 _SWITCHES = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-# transformers' files that name special tokens; the first is always written.
-_NAMING = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 def ensure_pad_token(folder: Path, eos_id: int) -> int:
@@ -29,7 +27,8 @@ def ensure_pad_token(folder: Path, eos_id: int) -> int:
     """
     listed = _read(folder / "generation_config.json").get("eos_token_id")
     ends = {eos_id, *(listed if isinstance(listed, list) else [listed])}
-    settings = _read(folder / _NAMING[0])
+    settings_path = folder / "tokenizer_config.json"
+    settings = _read(settings_path)
     named = settings.get("pad_token")
     text = named.get("content") if isinstance(named, dict) else named
     is_gpt2 = not (folder / "tokenizer.json").exists()
@@ -40,13 +39,7 @@ def ensure_pad_token(folder: Path, eos_id: int) -> int:
         return found[text]
     pad_id = _add_to_vocabulary(content) if is_gpt2 else _add(path, content)
     _write(path, content)
-    for name in _NAMING:
-        if name == _NAMING[0] or (folder / name).exists():
-            named_there = _read(folder / name)
-            if "added_tokens_decoder" in named_there:
-                added = {"content": PAD, "special": True, **_SWITCHES}
-                named_there["added_tokens_decoder"][str(pad_id)] = added
-            _write(folder / name, named_there | {"pad_token": PAD})
+    _write(settings_path, settings | {"pad_token": PAD})
     return pad_id
 
 

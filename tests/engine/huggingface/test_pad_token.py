@@ -44,8 +44,7 @@ def test_a_special_token_that_is_the_tokenizers_own_stays(tmp_path, form):
 
 @pytest.mark.parametrize("named", [None, EOS, "a", "[GONE]"])
 def test_one_is_added_where_it_is_none_the_end_a_letter_or_unknown(tmp_path, named):
-    written(tmp_path, tokens=("<unk>",), pad_token=named, added_tokens_decoder={})
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": named}))
+    written(tmp_path, tokens=("<unk>",), pad_token=named)
     ids = load_tokenizer(tmp_path).encode(TEXT)
     assert ensure_pad_token(tmp_path, EOS_ID) == EOS_ID + 2
     assert_both_read_it(tmp_path, EOS_ID + 2, ids)
