@@ -49,7 +49,7 @@ _OTHER_HEADS = re.compile(r"(\w+\.)?(score|classifier)\.(weight|bias)")
 _SCORES = re.compile(r"(\w+\.)*score\.weight")
 _NEEDED: dict[Kind, str] = {
     "language": "a language model is needed here",
-    "scalar": "a reward model is needed here, a class ...ForSequenceClassification of one label",
+    "scalar": f"a reward model is needed here, a class ...{_SCORER} of one label",
 }
 
 
@@ -155,7 +155,10 @@ def _described(folder: Path) -> tuple[Family, GPTSize, dict[str, Any]]:
 def _check_scores(folder: Path, score: StoredTensor | None, name: str) -> None:
     """Raise UserError where the head of a scorer is missing or gives another number than one."""
     if score is None:
-        raise UserError(f"{folder} holds a language model, no {name}; {_NEEDED['scalar']}")
+        raise UserError(
+            f"{folder} holds a language model, where a reward model is needed: train one from it "
+            f"(recipes/rm_*.py --init-from), or give a class ...{_SCORER}, which has a {name}"
+        )
     if len(score.shape) == 2 and score.shape[0] != 1:
         raise UserError(
             f"{folder} holds a classifier: its {name} gives {score.shape[0]} numbers a text, and a "

@@ -272,7 +272,7 @@ def test_what_is_no_reward_model_is_refused_by_what_it_is(zoo, tmp_path):
     write_tokenizer(tmp_path / "language")
     for role in ("reward_model", "critic"):
         message = refusal(tmp_path / "language", role=role)
-        assert "holds a language model, no score.weight; a reward model is needed here" in message
+        assert "holds a language model, where a reward model is needed: train one" in message
     assert "a language model is needed here" in refusal(zoo / "opt", role="policy")
     save_scorer("gpt2", tmp_path / "odd", score_bias="1")
     assert "score_bias is '1' and must be a finite number" in refusal(tmp_path / "odd")
