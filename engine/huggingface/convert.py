@@ -1,7 +1,9 @@
 """From a Hugging Face folder to one of our checkpoints and back, on the ranks of any layout.
 
     FOLDER/  config.json  model.safetensors (or parts and an index)  tokenizer.json
-    RUN/     config.json  checkpoints/step_00000000/policy/          tokenizer/
+    RUN/     config.json  checkpoints/step_00000000/ROLE/            tokenizer/
+
+A language model is a policy; a sequence classifier of one label is a reward model or critic.
 
 Every rank reads or writes what it holds, tensor by tensor: a model too large for one machine goes
 through tp x pp ranks.
@@ -10,7 +12,6 @@ through tp x pp ranks.
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,14 +25,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.checkpoints.checkpointer import Checkpointer
-from engine.checkpoints.found import network_at, run_of
+from engine.checkpoints.found import candidates_at, network_at, run_of
 from engine.checkpoints.weights import load_weights
 from engine.claim import claim, holding_claims
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
 from engine.files import replacing, sync, sync_folder, writing
+from engine.huggingface.export_files import Exported, index_of, plan_files
 from engine.huggingface.export_tokenizer import export_tokenizer
-from engine.huggingface.model_folder import ModelFolder, find_model
+from engine.huggingface.model_folder import ModelFolder, find_model, read_kind
+from engine.huggingface.pad_token import ensure_pad_token
+from engine.huggingface.scores import fold_bias, say_left_bias, say_where_scores_are_read
 from engine.huggingface.weight_files import StoredTensor
 from engine.printable import say
 from engine.ranks.first_rank import said_by_first_rank
@@ -44,10 +48,25 @@ from engine.settings.numerics import Numerics
 from engine.settings.saved import save_config
 from engine.training.network import Network, build_network
 from models.form import Form
-from models.huggingface.config import config_of_size, family_of_size
+from models.huggingface.config import config_of_scorer, config_of_size, family_of_size
 from models.huggingface.families import Family
-from models.huggingface.tensors import HEAD, from_shards, stored_tensors, to_shard
-from models.sizes import GPTSize
+from models.huggingface.tensors import (
+    HEAD,
+    SCORE,
+    SCORE_BIAS,
+    from_shards,
+    stored_tensors,
+    to_shard,
+)
+from models.sizes import GPTSize, Kind
+
+# In the order in which an export looks for them; an average is of either kind.
+_KIND_OF: dict[str | None, Kind] = {
+    "policy": "language",
+    "reward_model": "scalar",
+    "critic": "scalar",
+}
+_USUAL_ROLE: dict[Kind, str] = {"language": "policy", "scalar": "reward_model"}
 
 
 def convert(config: ConvertConfig) -> None:
@@ -69,9 +88,12 @@ def import_huggingface(config: ConvertConfig) -> Path:
     """
     parallel = start_parallel(config.layout, 0, config.waiting, config)
     source, out = require_path(config.source, "source"), _require_out(config)
-    size = find_model(source).size
-    tokenizer = _load_tokenizer(config.tokenizer or source, size)
-    network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))
+    kind = _KIND_OF.get(config.role) or read_kind(source)
+    model = find_model(source, kind)
+    tokenizer = _load_tokenizer(config.tokenizer or source, model.size)
+    if parallel.is_writer:
+        say_where_scores_are_read(model, tokenizer.eos_id)
+    network = build_network(kind, model.size, parallel, numerics=Numerics(dtype=config.dtype))
     load_huggingface(network, source)
     with _becoming(out, parallel) as partial:
         if parallel.is_writer:
@@ -80,7 +102,7 @@ def import_huggingface(config: ConvertConfig) -> Path:
         checkpointer = Checkpointer(
             directory=partial / "checkpoints",
             parallel=parallel,
-            networks={config.role: network},
+            networks={config.role or _USUAL_ROLE[kind]: network},
             optimizers={},
             tokenizer_fingerprint=tokenizer.fingerprint(),
         )
@@ -90,32 +112,37 @@ def import_huggingface(config: ConvertConfig) -> Path:
 
 
 def export_huggingface(config: ConvertConfig) -> Path:
-    """Write a checkpoint's language model as a Hugging Face folder; return it. Raises UserError."""
+    """Write a checkpoint's network as a Hugging Face folder; return it. Raises UserError."""
     parallel = start_parallel(config.layout, 0, config.waiting, config)
     source, out = require_path(config.source, "source"), _require_out(config)
-    found = network_at(source, config.role, strict=config.strict)
+    role = config.role or _role_at(source)
+    found = network_at(source, role, strict=config.strict)
     size, beside = found.size, run_of(found.folder) / "tokenizer"
     tokenizer = _load_tokenizer(config.tokenizer or beside, size)
-    network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))
+    network = build_network(found.kind, size, parallel, numerics=Numerics(dtype=config.dtype))
     fingerprint = tokenizer.fingerprint()
-    load_weights(network, found.folder, role=config.role, tokenizer_fingerprint=fingerprint)
+    load_weights(network, found.folder, role=role, tokenizer_fingerprint=fingerprint)
     save_huggingface(network, out, tokenizer, file_bytes=int(config.file_gigabytes * 1e9))
     return out
 
 
 def load_huggingface(network: Network, folder: Path) -> None:
-    """Fill a language model from a Hugging Face folder, with this rank's share of each tensor.
+    """Fill a network from a Hugging Face folder, with this rank's share of each tensor.
 
-    An optimizer that already holds fp32 masters has to adopt_weights() afterwards. Raises UserError
-    for another size, and for a tensor that is missing, of another shape, or not finite.
+    A language model fills the trunk of a scalar network, whose head stays as it was drawn. An
+    optimizer that already holds fp32 masters has to adopt_weights() afterwards. Raises UserError
+    for another size or kind, and for a tensor that is missing, of another shape, or not finite.
     """
-    if network.kind != "language":
-        raise ValueError("a Hugging Face folder holds a language model; load it into one")
-    model = find_model(folder)
+    model = find_model(folder, "language" if network.kind == "language" else read_kind(folder))
     for name, value, mine in _differences(model.size, network.size):
         raise UserError(f"{folder}: {name} is {value}, this run's model has {mine}")
     layout, tp_rank = network.parallel.layout, network.parallel.tp_rank
     for name, parameter in _parameters(network):
+        if name in (SCORE, SCORE_BIAS) and model.kind == "language":
+            continue
+        if name == SCORE_BIAS:
+            parameter.data.fill_(model.score_bias)
+            continue
         stored = [model.tensors[t.name] for t in stored_tensors(name, model.family, model.size)]
         parts = [tensor.read() for tensor in stored]
         shard = to_shard(name, parts, model.family, model.size, tp=layout.tp, tp_rank=tp_rank)
@@ -158,44 +185,60 @@ def _not_finite(
 def save_huggingface(
     network: Network, folder: Path, tokenizer: Tokenizer, *, file_bytes: int = 5 * 10**9
 ) -> None:
-    """Write a language model as a new Hugging Face folder, whole or not at all; all ranks call it.
+    """Write a network as a new Hugging Face folder, whole or not at all; all ranks call it.
 
-    The first data-parallel replica writes. Each pipeline stage has its own files, of at most
-    `file_bytes` bytes or one of our parameters, whose shards meet on the first tensor-parallel
-    rank. Raises UserError for a size that no family of Hugging Face's has.
+    A scalar one becomes a sequence classifier of one label, whose scores are equal but for the bias
+    that fold_bias leaves, which is said. The first data-parallel replica writes. Each pipeline
+    stage has its own files, of at most `file_bytes` bytes or one of our parameters, whose shards
+    meet on the first tensor-parallel rank. Raises UserError for a size that no family of Hugging
+    Face's has.
     """
-    if network.kind != "language":
-        raise ValueError("only a language model is exported as one")
     parallel, size = network.parallel, network.size
     family = _export_family(size)
     parameters = {
-        name: parameter
+        name: parameter.data
         for name, parameter in _parameters(network)
         if name != HEAD or not size.form.is_tied  # the first stage holds it as the embedding
     }
-    files = _plan_files(network, list(parameters), file_bytes)
+    scores = network.kind == "scalar"
+    bias = fold_bias(parameters, size, network.dtype, parallel) if scores else 0.0
     with _becoming(folder, parallel) as partial:
-        note = said_by_first_rank(lambda: export_tokenizer(tokenizer, partial, size.context_length))
-        if note and parallel.is_writer:
-            say(note)
+
+        def write_tokenizer() -> str:
+            note = export_tokenizer(tokenizer, partial, size.context_length)
+            if note:
+                say(note)
+            return str(ensure_pad_token(partial, tokenizer.eos_id)) if scores else ""
+
+        pad = said_by_first_rank(write_tokenizer)
+        vocab_size = max(size.vocab_size, int(pad) + 1) if scores else size.vocab_size
+        exported = Exported(
+            family=family,
+            size=dataclasses.replace(size, vocab_size=vocab_size),
+            dtype=network.dtype,
+        )
+        files = plan_files(list(parameters), exported, file_bytes, parallel)
         for file_name, (stage, names) in files.items():
             if stage != parallel.pp_rank or parallel.dp_rank > 0:
                 continue
             tensors: dict[str, Tensor] = {}
             for name in names:
-                shards = _gather(parameters[name].data, parallel)
+                shards = _gather(parameters[name].to(network.dtype), parallel)
                 if shards:
-                    tensors |= from_shards(name, shards, family, size)
+                    tensors |= from_shards(name, shards, family, exported.size)
             if tensors:
                 _write_tensors(partial / file_name, tensors)
         dist.barrier()
         if parallel.is_writer:
             if len(files) > 1:
-                index = _index(files, family, network)
-                _write_json(partial / "model.safetensors.index.json", index)
+                _write_json(partial / "model.safetensors.index.json", index_of(files, exported))
             dtype = str(network.dtype).removeprefix("torch.")
-            config = config_of_size(size, dtype=dtype, eos_id=tokenizer.eos_id)
+            config = config_of_size(exported.size, dtype=dtype, eos_id=tokenizer.eos_id)
+            if scores:
+                config = config_of_scorer(config, size, pad_id=int(pad), score_bias=bias)
             _write_json(partial / "config.json", config)
+            if bias:
+                say_left_bias(bias, family.name)
 
 
 @contextlib.contextmanager
@@ -243,6 +286,21 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             sync(stream)
 
 
+def _role_at(source: Path) -> str:
+    """Return the role of the network to export: a policy, or what is there instead of one."""
+
+    def find() -> str:
+        errors = []
+        for role in _KIND_OF:
+            try:
+                return str(candidates_at(source, str(role))["role"])
+            except UserError as error:
+                errors.append(error)
+        raise errors[0]
+
+    return said_by_first_rank(find)
+
+
 def _require_out(config: ConvertConfig) -> Path:
     if config.out is None:
         raise UserError("--out is required: the folder to make")
@@ -269,47 +327,6 @@ def _gather(shard: Tensor, parallel: Parallel) -> list[Tensor]:
     shards = [torch.empty_like(shard) for _ in range(parallel.layout.tp)] if is_target else None
     dist.gather(shard.contiguous(), shards, group_dst=0, group=parallel.tp_group)
     return [shard.cpu() for shard in shards or []]
-
-
-def _plan_files(
-    network: Network, names: list[str], file_bytes: int
-) -> dict[str, tuple[int, list[str]]]:
-    """Return {file: (pipeline stage, our parameters)}, alike on all ranks; `names` are those of
-    this stage."""
-    parallel = network.parallel
-    by_stage: list[list[str]] = [[]] * parallel.layout.pp
-    dist.all_gather_object(by_stage, names, group=parallel.pp_group)
-    family = _export_family(network.size)
-    groups: list[tuple[int, list[str]]] = []
-    for stage, stage_names in enumerate(by_stage):
-        room = -1
-        for name in stage_names:
-            num_bytes = _stored_bytes(name, family, network)
-            if num_bytes > room:
-                groups.append((stage, []))
-                room = file_bytes
-            groups[-1][1].append(name)
-            room -= num_bytes
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    total = len(groups)
-    return {f"model-{i:05d}-of-{total:05d}.safetensors": g for i, g in enumerate(groups, start=1)}
-
-
-def _index(files: dict[str, tuple[int, list[str]]], family: Family, network: Network) -> dict:
-    file_of: dict[str, str] = {}
-    total = 0
-    for file, (_, names) in files.items():
-        for name in names:
-            file_of |= {t.name: file for t in stored_tensors(name, family, network.size)}
-            total += _stored_bytes(name, family, network)
-    return {"metadata": {"total_size": total}, "weight_map": file_of}
-
-
-def _stored_bytes(name: str, family: Family, network: Network) -> int:
-    """Return the bytes of what our parameter is exported as, in the network's dtype."""
-    stored = stored_tensors(name, family, network.size)
-    return sum(math.prod(tensor.shape) for tensor in stored) * network.dtype.itemsize
 
 
 def _export_family(size: GPTSize) -> Family:

@@ -15,16 +15,17 @@ from engine.errors import UserError, named
 from engine.files import read_object
 from engine.huggingface.foreign import require_model_folder
 from engine.huggingface.weight_files import StoredTensor, open_weights
-from models.huggingface.config import family_of_config, size_of_config
+from models.huggingface.config import family_of_config, score_bias_of_config, size_of_config
 from models.huggingface.families import Family
 from models.huggingface.tensors import (
     EMBEDDING,
     HEAD,
+    SCORE,
     canonical_name,
     parameter_names,
     stored_tensors,
 )
-from models.sizes import GPTSize
+from models.sizes import GPTSize, Kind
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_CONFIG_BYTES = 1 << 20  # of config.json, which has a few hundred; our choice
@@ -38,42 +39,66 @@ _QUANTISED = re.compile(
     r"quant_map|nested_absmax|quant_state\..+))"
 )
 # Networks on a trunk that say something else than the next token: {ending of the class: what}.
+_SCORER = "ForSequenceClassification"
 _OTHER_TASKS = {
-    "ForSequenceClassification": "a reward model or classifier: it scores texts and writes none",
+    _SCORER: "a reward model or classifier: it scores texts and writes none",
     "ForTokenClassification": "a classifier of tokens, and writes none",
     "ForQuestionAnswering": "a reader of answers, and writes none",
 }
 _OTHER_HEADS = re.compile(r"(\w+\.)?(score|classifier)\.(weight|bias)")
+_SCORES = re.compile(r"(\w+\.)*score\.weight")
+_NEEDED: dict[Kind, str] = {
+    "language": "a language model is needed here",
+    "scalar": f"a reward model is needed here, a class ...{_SCORER} of one label",
+}
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A language model in a folder of Hugging Face's."""
+    """A model in a folder of Hugging Face's."""
 
+    kind: Kind
     family: Family
     size: GPTSize
     tensors: dict[str, StoredTensor]
     """By the family's names; a tied head that is stored is not among them."""
     left_out: tuple[str, ...]
     """Names of the value head, where the file has one: it is no part of a language model."""
+    score_bias: float = 0.0
+    """Of a scalar model: what its scores have beside what the tensors say."""
+    pad_id: int | None = None
+    """Of a scalar model: the token that its scores are never read at."""
 
 
 def read_size(folder: Path) -> GPTSize:
     """Return the size of the model in a Hugging Face folder; raises UserError if it is not ours."""
     size = _described(folder)[1]
     # Only a stored head can say otherwise, for which the files have to be opened.
-    return find_model(folder).size if size.form.is_tied else size
+    if not size.form.is_tied or read_kind(folder) == "scalar":
+        return size
+    return find_model(folder).size
 
 
-def find_model(folder: Path) -> ModelFolder:
-    """Return the language model in a Hugging Face folder, its tensors found and not yet read.
+def read_kind(folder: Path) -> Kind:
+    """Return what the model in a Hugging Face folder is: "scalar" where its class or its head is
+    one that scores texts. Raises UserError."""
+    _, _, config = _described(folder)
+    scores = any(name.endswith(_SCORER) for name in _classes(config))
+    if not scores:
+        scores = any(_SCORES.fullmatch(name) for name in open_weights(folder))
+    return "scalar" if scores else "language"
+
+
+def find_model(folder: Path, kind: Kind = "language") -> ModelFolder:
+    """Return the model in a Hugging Face folder, its tensors found and not yet read.
 
     A head that is stored and differs from the embedding, where config.json says that they are one,
-    makes the model untied, as in transformers. Raises UserError, naming the file and the tensor.
+    makes the model untied, as in transformers. Raises UserError, naming the file and the tensor; so
+    it does where the folder's model is of another kind than is asked for.
     """
     family, size, config = _described(folder)
     stored = open_weights(folder)
-    _refuse_other_models(folder, config, stored)
+    _refuse_other_models(folder, config, stored, kind)
     left_out = tuple(sorted(name for name in stored if _VALUE_HEAD.fullmatch(name)))
     found: dict[str, StoredTensor] = {}
     names: dict[str, str] = {}
@@ -85,9 +110,11 @@ def find_model(folder: Path) -> ModelFolder:
             found[name], names[name] = tensor, stored_name
     paths = {tensor.path for tensor in stored.values()}
     where = next(iter(paths)) if len(paths) == 1 else folder
-    (head,) = stored_tensors(HEAD, family, _untied(size))
+    (head,) = stored_tensors(SCORE if kind == "scalar" else HEAD, family, _untied(size))
+    if kind == "scalar":
+        _check_scores(folder, found.get(head.name), head.name)
     expected, num_bytes = {head.name}, 0
-    for name, shape in _wanted(family, size):  # however many layers: ends with the first missing
+    for name, shape in _wanted(family, size, kind):  # ends with the first missing
         if name not in found:
             raise UserError(f"{where}: tensor {name} is missing")
         _check_tensor(name, found[name], shape)
@@ -101,6 +128,9 @@ def find_model(folder: Path) -> ModelFolder:
     # Tensors of a torch file may share their numbers: a small file, and a model of any size.
     if num_bytes > sum(path.stat().st_size for path in paths):
         raise UserError(f"{where}: tensors of {num_bytes} bytes in fewer bytes: some are the same")
+    if kind == "scalar":
+        bias, pad_id = _scoring(folder, config)
+        return ModelFolder(kind, family, size, found, left_out, bias, pad_id)
     if size.form.is_tied and head.name in found:
         _check_tensor(head.name, found[head.name], head.shape)
         (embedding,) = stored_tensors(EMBEDDING, family, size)
@@ -108,7 +138,7 @@ def find_model(folder: Path) -> ModelFolder:
             size = _untied(size)
         else:
             del found[head.name]
-    return ModelFolder(family, size, found, left_out)
+    return ModelFolder(kind, family, size, found, left_out)
 
 
 def _described(folder: Path) -> tuple[Family, GPTSize, dict[str, Any]]:
@@ -122,11 +152,40 @@ def _described(folder: Path) -> tuple[Family, GPTSize, dict[str, Any]]:
         raise UserError(f"{path}: {error}") from None
 
 
+def _check_scores(folder: Path, score: StoredTensor | None, name: str) -> None:
+    """Raise UserError where the head of a scorer is missing or gives another number than one."""
+    if score is None:
+        raise UserError(
+            f"{folder} holds a language model, where a reward model is needed: train one from it "
+            f"(recipes/rm_*.py --init-from), or give a class ...{_SCORER}, which has a {name}"
+        )
+    if len(score.shape) == 2 and score.shape[0] != 1:
+        raise UserError(
+            f"{folder} holds a classifier: its {name} gives {score.shape[0]} numbers a text, and a "
+            "reward model gives one (num_labels 1)"
+        )
+
+
+def _scoring(folder: Path, config: dict[str, Any]) -> tuple[float, int | None]:
+    """Return the bias and the padding token of a scorer's config.json."""
+    pad_id = config.get("pad_token_id")
+    try:
+        return score_bias_of_config(config), pad_id if type(pad_id) is int else None
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+
+
+def _classes(config: dict[str, Any]) -> list[str]:
+    """Return the names of transformers' classes that a config.json is of."""
+    architectures = config.get("architectures")
+    return list(map(str, architectures)) if isinstance(architectures, list) else []
+
+
 def _refuse_other_models(
-    folder: Path, config: dict[str, Any], stored: dict[str, StoredTensor]
+    folder: Path, config: dict[str, Any], stored: dict[str, StoredTensor], kind: Kind
 ) -> None:
     """Raise UserError for an adapter, for quantised weights, and for a trunk of ours under another
-    head than a language model's."""
+    head than is asked for."""
     for name in stored:
         if _LORA.fullmatch(name):
             raise UserError(
@@ -138,21 +197,17 @@ def _refuse_other_models(
                 f"{stored[name].path}: {named(name)} is of quantised weights; weights convert as "
                 "floats of 16 bits or more: save the model without quantization"
             )
-    architectures = config.get("architectures")
-    classes = architectures if isinstance(architectures, list) else []
     heads = [name for name in stored if _OTHER_HEADS.fullmatch(name)]
-    for kind in (*map(str, classes), *heads):
-        task = "ForSequenceClassification" if kind in heads else kind
+    for said in (*_classes(config), *heads):
+        task = _SCORER if said in heads else said
         for ending, what in _OTHER_TASKS.items():
-            if task.endswith(ending):
-                raise UserError(
-                    f"{folder} holds {what} ({named(kind)}); a language model is needed here"
-                )
+            if task.endswith(ending) and not (kind == "scalar" and ending == _SCORER):
+                raise UserError(f"{folder} holds {what} ({named(said)}); {_NEEDED[kind]}")
 
 
-def _wanted(family: Family, size: GPTSize) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _wanted(family: Family, size: GPTSize, kind: Kind) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield (name, shape) of every tensor that a model of that size is made of."""
-    for ours in parameter_names(size):
+    for ours in parameter_names(size, kind):
         for stored in stored_tensors(ours, family, size):
             yield stored.name, stored.shape
 

@@ -21,7 +21,8 @@ from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import UserError
 from engine.huggingface.convert import load_huggingface
 from engine.huggingface.foreign import is_foreign, require_model_folder
-from engine.huggingface.model_folder import ModelFolder, find_model
+from engine.huggingface.model_folder import ModelFolder, find_model, read_kind
+from engine.huggingface.scores import say_where_scores_are_read
 from engine.ranks.first_rank import said_by_first_rank
 from engine.run import Run, tokenizer_path
 from engine.settings.numerics import Numerics
@@ -29,23 +30,20 @@ from engine.training.network import build_network
 
 
 def take_model(path: Path, role: str, folder: Path, run: Run, numerics: Numerics) -> Source:
-    """Write the language model of a Hugging Face folder into `folder`, which must not be there, as
+    """Write the model of a Hugging Face folder into `folder`, which must not be there, as
     a checkpoint of weights alone with network `role`; all ranks call together.
 
     The weights have the dtype of the run, which rounds them once, as a run that is read would be.
     Raises UserError for a model that is not ours, or is no `role`, or has fewer ids than the run's
     tokenizer; and where a rank sees another folder than the first.
     """
-    model = find_model(path)
-    if role != "policy":
-        raise UserError(
-            f"{path} holds a language model, where a {role.replace('_', ' ')} is needed: train one "
-            "from it (recipes/rm_*.py --init-from) and name that run"
-        )
+    model = find_model(path, "language" if role == "policy" else "scalar")
+    if model.kind == "scalar" and run.parallel.is_writer:
+        say_where_scores_are_read(model, run.tokenizer.eos_id)
     run.tokenizer.check_fits(model.size.vocab_size)
     digest = _shared_digest(path, model)
     network = build_network(
-        "language", model.size, run.parallel, numerics=Numerics(dtype=numerics.dtype)
+        model.kind, model.size, run.parallel, numerics=Numerics(dtype=numerics.dtype)
     )
     load_huggingface(network, path)
     checkpointer = Checkpointer(
@@ -106,7 +104,7 @@ def check_own_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
 def digest_of_model(folder: Path) -> str:
     """Return a digest of the model in a Hugging Face folder, wherever that lies, on the rank that
     asks: of config.json and of all files of weights, which are read. Raises UserError."""
-    files = _files(folder, find_model(folder))
+    files = _files(folder, find_model(folder, read_kind(folder)))
     return _joined({path.name: digest_of_file(path).xxh3_128 for path in files})
 
 

@@ -21,8 +21,9 @@ class ConvertConfig:
     """import: the model's folder; export: a run, one of its checkpoints, or a network in one."""
     out: Path | None = None
     """The folder to make; it must not exist."""
-    role: str = "policy"
-    """Which network of the checkpoint: policy or ema."""
+    role: Literal["policy", "ema", "reward_model", "critic"] | None = None
+    """Which network of the checkpoint; none: import: what the folder's class says; export: the
+    policy, or where there is none the reward model or critic."""
     strict: bool = False
     """export: refuse a run whose newest checkpoint is damaged, instead of taking the newest whole
     one."""

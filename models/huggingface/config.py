@@ -20,6 +20,8 @@ from models.huggingface.windows import config_of_window, window_of_config
 from models.sizes import GPTSize
 
 # The sizes that an export writes in full, which a size has as 0 where they are the usual ones.
+SCORE_BIAS_FIELD = "score_bias"
+_LARGEST_BIAS = 3.4e38  # of fp32, as the head is
 _WRITTEN = {"query_groups": "num_kv_heads", "head_width": "head_dim", "inner_width": "ffn_size"}
 
 
@@ -98,6 +100,33 @@ def config_of_size(size: GPTSize, *, dtype: str, eos_id: int) -> dict[str, Any]:
         "eos_token_id": eos_id,
         "torch_dtype": dtype,
     }
+
+
+def config_of_scorer(
+    config: Mapping[str, Any], size: GPTSize, *, pad_id: int, score_bias: float
+) -> dict[str, Any]:
+    """Return the config.json of a model that scores texts, from what config_of_size gives.
+
+    pad_id: what stands behind a text's last token, at which the score is read. score_bias: what
+    scores are to be added, which transformers' classes do not.
+    """
+    return {
+        **config,
+        **({SCORE_BIAS_FIELD: score_bias} if score_bias else {}),
+        "architectures": [family_of_size(size).scorer],
+        "id2label": {"0": "LABEL_0"},  # one label: num_labels 1
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": pad_id,
+    }
+
+
+def score_bias_of_config(config: Mapping[str, Any]) -> float:
+    """Return what is to be added to a scorer's scores: a field of ours, which transformers' classes
+    do not read. Raises ValueError."""
+    value = config.get(SCORE_BIAS_FIELD, 0.0)
+    if type(value) not in (int, float) or not abs(value) <= _LARGEST_BIAS:
+        raise ValueError(f"{SCORE_BIAS_FIELD} is {shown(value)} and must be a finite number")
+    return float(value)
 
 
 def _described(size: GPTSize, family: Family) -> dict[str, Any]:

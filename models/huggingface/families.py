@@ -45,6 +45,8 @@ class Family:
     model_type: str
     architecture: str
     """The class of its language model, which an export names."""
+    scorer: str
+    """The class that scores texts, of a reward model or critic: the same trunk under `score`."""
     numbers: tuple[Number, ...]
     choices: tuple[Choice, ...]
     form: Form
@@ -70,6 +72,8 @@ class Family:
     """Their names of ours, without .weight and .bias; several are joined in this order."""
     head: tuple[str, ...] = ("lm_head",)
     """The head's name in files, and others that it may have."""
+    score: str = "score"
+    """The scorer's head in files: a matrix of one row for each label, and no bias."""
     is_conv: bool = False
     """Matrices of layers are Conv1D's: [in, out]."""
     qkv_by_head: bool = False
@@ -118,6 +122,7 @@ GPT2 = Family(
     name="GPT-2",
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
+    scorer="GPT2ForSequenceClassification",
     numbers=(
         Number("n_layer", "num_layers"),
         Number("n_embd", "hidden_size"),
@@ -155,6 +160,7 @@ OPT = Family(
     name="OPT",
     model_type="opt",
     architecture="OPTForCausalLM",
+    scorer="OPTForSequenceClassification",
     numbers=(
         *_NUMBERS,
         Number("ffn_dim", "inner_width"),
@@ -192,6 +198,7 @@ GPT_NEOX = Family(
     name="GPT-NeoX",
     model_type="gpt_neox",
     architecture="GPTNeoXForCausalLM",
+    scorer="GPTNeoXForSequenceClassification",
     numbers=(*_NUMBERS, Number("intermediate_size", "inner_width")),
     choices=(
         _activation("hidden_act", "gelu"),
@@ -250,6 +257,7 @@ def _like_llama(
         name=name,
         model_type=model_type,
         architecture=f"{name}ForCausalLM",
+        scorer=f"{name}ForSequenceClassification",
         numbers=(
             *_NUMBERS,
             Number("intermediate_size", "inner_width"),

@@ -1,13 +1,13 @@
-"""Hugging Face's tensors and the parameters of our language model: names, shapes and splits, both
+"""Hugging Face's tensors and the parameters of our networks: names, shapes and splits, both
 ways, by the tables of families.py.
 
-"Theirs" is a tensor of a folder, whole; "ours" is a parameter of models.gpt.GPT as megatron-core
-lays it out, of which a tensor-parallel rank holds a shard. Besides the names, four things differ.
-Conv1D's matrices are [in, out] where a linear layer has [out, in]. Their queries, keys and values
-follow one another, in one tensor or in three. Ours are ordered by key-value head, each with the
-heads of queries that read it: a block of rows is whole heads. Of a gated MLP they have two
-matrices; our rows alternate, so that a block is a gated MLP too. Our vocabulary is padded, with
-rows of zeros that are masked everywhere.
+"Theirs" is a tensor of a folder, whole; "ours" is a parameter of models.gpt.GPT or ScalarGPT as
+megatron-core lays it out, of which a tensor-parallel rank holds a shard. Besides the names, four
+things differ. Conv1D's matrices are [in, out] where a linear layer has [out, in]. Their queries,
+keys and values follow one another, in one tensor or in three. Ours are ordered by key-value head,
+each with the heads of queries that read it: a block of rows is whole heads. Of a gated MLP they
+have two matrices; our rows alternate, so that a block is a gated MLP too. Our vocabulary is padded,
+with rows of zeros that are masked everywhere.
 """
 
 import re
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.form import Form
 from models.huggingface.families import Family
-from models.sizes import GPTSize
+from models.sizes import GPTSize, Kind
 
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 # What wrappers put into names: torch.compile, DistributedDataParallel, FSDP, TRL's value head.
@@ -32,6 +32,9 @@ _WRAPPERS = {
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _POSITIONS = "embedding.position_embeddings"
 _QKV, _FC1 = "self_attention.linear_qkv", "mlp.linear_fc1"
+_SCORE = "scalar_head"
+SCORE, SCORE_BIAS = f"{_SCORE}.weight", f"{_SCORE}.bias"  # theirs has no bias
+_HEAD_OF: dict[Kind, str] = {"language": "output_layer", "scalar": _SCORE}
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ _OUTSIDE = {
     _POSITIONS: _Ours(("context_length", "hidden_size"), None),
     "decoder.final_layernorm": _Ours(("hidden_size",), None),
     "output_layer": _Ours(("vocab_size", "hidden_size"), 0),
+    _SCORE: _Ours(("score_width", "hidden_size"), None),
 }
 
 
@@ -85,18 +89,22 @@ class _Rule:
     shares: tuple[int, ...]  # rows of a group in each part
 
 
-def parameter_names(size: GPTSize) -> Iterator[str]:
-    """Yield the names of our parameters, layers counted from 0; a tied head is none."""
+def parameter_names(size: GPTSize, kind: Kind = "language") -> Iterator[str]:
+    """Yield the names of our parameters that are made of theirs, layers counted from 0.
+
+    A tied head is none, and neither is the bias of a scalar network's head.
+    """
     form = size.form
+    other_heads = {head for its_kind, head in _HEAD_OF.items() if its_kind != kind}
     for module in _OUTSIDE:
-        if not _is_there(module, form):
+        if module in other_heads or not _is_there(module, form):
             continue
-        yield from (f"{module}.{kind}" for kind in _kinds(module, _OUTSIDE[module], form))
+        yield from (f"{module}.{part}" for part in _kinds(module, _OUTSIDE[module], form))
     for layer in range(size.num_layers):
         for module, ours in _IN_LAYER.items():
             if _is_there(module, form):
-                for kind in _kinds(module, ours, form):
-                    yield f"decoder.layers.{layer}.{module}.{kind}"
+                for part in _kinds(module, ours, form):
+                    yield f"decoder.layers.{layer}.{module}.{part}"
 
 
 def stored_tensors(name: str, family: Family, size: GPTSize) -> tuple[Stored, ...]:
@@ -105,6 +113,16 @@ def stored_tensors(name: str, family: Family, size: GPTSize) -> tuple[Stored, ..
     The head of a model whose head is tied is made of the embedding.
     """
     return _rule(name, family, size).stored
+
+
+def last_norm_bias(size: GPTSize) -> str | None:
+    """Return the name of our parameter that is added to what the head reads; None: no norm is
+    there, or its form has no bias."""
+    if size.form.norm != "layer":
+        return None
+    if size.form.is_post_norm:
+        return f"decoder.layers.{size.num_layers - 1}.pre_mlp_layernorm.bias"
+    return "decoder.final_layernorm.bias"
 
 
 def canonical_name(stored: str, family: Family) -> str | None:
@@ -117,6 +135,8 @@ def canonical_name(stored: str, family: Family) -> str | None:
     name = ".".join(part for part in segments if part not in _WRAPPERS)
     if any(name == f"{head}.weight" for head in family.head):
         return f"{family.head[0]}.weight"
+    if name == f"{family.score}.weight":
+        return name
     parts = family.trunk.split(".")[:-1]
     begins = [".".join([*parts[:n], name]) for n in range(len(parts) + 1)]
     name = next((begin for begin in begins if begin.startswith(family.trunk)), name)
@@ -163,6 +183,8 @@ def from_shards(
     whole = shards[0] if rule.axis is None else torch.cat(list(shards), rule.axis)
     if rule.is_padded:
         whole = whole[: size.vocab_size]
+        if len(whole) < size.vocab_size:  # a token more than the network's
+            whole = F.pad(whole, (0, 0, 0, size.vocab_size - len(whole)))
     parts = [whole]
     if rule.num_groups:
         groups = whole.unflatten(0, (rule.num_groups, -1))
@@ -229,6 +251,8 @@ def _groups(module: str, family: Family, size: GPTSize) -> tuple[int, tuple[int,
 def _their_names(module: str, family: Family, layer: str | None) -> tuple[str, ...]:
     if module == "output_layer":
         return family.head[:1]
+    if module == _SCORE:
+        return (family.score,)
     found = family.tensors.get(module)
     if found is None:
         raise ValueError(f"a {family.name} has no {module}")
@@ -239,6 +263,8 @@ def _their_names(module: str, family: Family, layer: str | None) -> tuple[str, .
 def _width(size: GPTSize, field: str) -> int:
     if field == "query_width":
         return size.num_heads * size.head_dim
+    if field == "score_width":
+        return 1
     width: int = getattr(size, field)
     return width
 

@@ -13,9 +13,13 @@ import pytest
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+)
 
-from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.found import find_network, size_of
 from engine.checkpoints.weights import load_weights
 from engine.data.batches import pack
@@ -33,7 +37,6 @@ from engine.ranks.start import start_parallel
 from engine.settings.convert import ConvertConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
-from engine.settings.saving import SaveConfig
 from engine.training.network import Network, build_network
 from engine.training.passes import forward
 from models.attention import PackedSequences
@@ -539,23 +542,8 @@ def test_missing_paths_and_layouts_that_do_not_fit(copy, tmp_path):
         convert(ConvertConfig(direction="import", source=copy))
 
 
-def test_a_network_of_another_size_or_kind_is_refused(gpt2, parallel, tmp_path):
-    size = read_size(gpt2)
-    scalar = build_network("scalar", size, parallel, numerics=Numerics())
-    with pytest.raises(ValueError, match="language model"):
-        load_huggingface(scalar, gpt2)
-    tokenizer = load_tokenizer(gpt2)
-    tokenizer.save(tmp_path / "run" / "tokenizer")
-    Checkpointer(
-        directory=tmp_path / "run" / "checkpoints",
-        parallel=parallel,
-        saving=SaveConfig(save_in_background=False),
-        networks={"reward_model": scalar},
-        optimizers={},
-    ).save(0, {})
-    wanted = ConvertConfig(
-        direction="export", source=tmp_path / "run", out=tmp_path / "hf", role="reward_model"
-    )
-    with pytest.raises(UserError, match="a language model is needed"):
-        convert(wanted)
-    assert not (tmp_path / "hf").exists()
+def test_a_language_model_is_not_filled_from_a_reward_model(gpt2, parallel, tmp_path):
+    scorer = GPT2ForSequenceClassification(GPT2Config.from_pretrained(gpt2, num_labels=1))
+    scorer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="holds a reward model.*a language model is needed"):
+        load_huggingface(build(gpt2, parallel), tmp_path)

@@ -7,9 +7,11 @@ from transformers import AutoConfig
 
 from models.form import Form, Rotary
 from models.huggingface.config import (
+    config_of_scorer,
     config_of_size,
     family_of_config,
     family_of_size,
+    score_bias_of_config,
     size_of_config,
 )
 from models.huggingface.families import FAMILIES, FOREIGN_TYPES, GPT2, MISTRAL, OPT, QWEN2
@@ -359,3 +361,23 @@ def test_qwens_sliding_window_goes_around():
     size = size_of_config(CONFIGS["qwen2_windows"])
     assert (size.form.window, size.form.windowed_layers) == (5, "every second")
     assert family_of_size(size) is QWEN2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_scorers_config_is_of_one_label_and_of_the_same_size(name):
+    size = size_of_config(CONFIGS[name])
+    language = config_of_size(size, dtype="float32", eos_id=0)
+    config = config_of_scorer(language, size, pad_id=7, score_bias=0.25)
+    assert size_of_config(config) == size and score_bias_of_config(config) == 0.25
+    theirs = AutoConfig.for_model(**config)
+    assert (theirs.num_labels, theirs.pad_token_id, theirs.score_bias) == (1, 7, 0.25)
+    assert "score_bias" not in config_of_scorer(language, size, pad_id=7, score_bias=0.0)
+
+
+@pytest.mark.parametrize(
+    "value", [None, "1", True, [1.0], float("nan"), float("inf"), -1e39, 10**400]
+)
+def test_a_bias_that_is_no_number_of_fp32_is_named(value):
+    with pytest.raises(ValueError, match="score_bias is .* and must be a finite number"):
+        score_bias_of_config({"score_bias": value})
+    assert score_bias_of_config({}) == 0.0

@@ -12,6 +12,7 @@ from models.huggingface.tensors import (
     HEAD,
     canonical_name,
     from_shards,
+    last_norm_bias,
     parameter_names,
     stored_tensors,
     to_shard,
@@ -52,6 +53,34 @@ def test_names_and_shapes_are_those_of_transformers(model):
     stored = [t for name in parameter_names(size) for t in stored_tensors(name, family, size)]
     assert {t.name: t.shape for t in stored} == {n: tuple(t.shape) for n, t in state.items()}
     assert len({t.name for t in stored}) == len(stored)
+
+
+def test_a_scalar_network_has_the_same_trunk_and_one_row_of_scores(model):
+    family, size, state = model
+    stored = [
+        t for name in parameter_names(size, "scalar") for t in stored_tensors(name, family, size)
+    ]
+    trunk = {n: tuple(t.shape) for n, t in state.items() if n != f"{family.head[0]}.weight"}
+    assert {t.name: t.shape for t in stored} == trunk | {"score.weight": (1, size.hidden_size)}
+    assert canonical_name("module.score.weight", family) == "score.weight"
+
+
+def test_the_last_norms_bias_is_the_one_behind_the_last_layer(model):
+    family, size, state = model
+    name = last_norm_bias(size)
+    if size.form.norm == "rms":
+        assert name is None
+    else:
+        assert name in set(parameter_names(size, "scalar"))
+        assert ("layers.3." in name) == size.form.is_post_norm
+
+
+def test_a_vocabulary_grows_by_rows_of_zeros_beyond_its_padding(model):
+    family, size, state = model
+    (shard,) = shards(EMBEDDING, model, tp=1)
+    larger = dataclasses.replace(size, vocab_size=len(shard) + 1)
+    (found,) = from_shards(EMBEDDING, [shard], family, larger).values()
+    assert torch.equal(found[:-1], shard) and not found[-1].any()
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -206,7 +235,7 @@ def test_a_parameter_that_a_form_lacks_is_refused():
     size = GPTSize(num_layers=1, hidden_size=8, num_heads=2, vocab_size=8, context_length=4)
     without_bias = dataclasses.replace(size, form=Form(bias="none"))
     for name, family, of in (
-        ("scalar_head.weight", GPT2, size),
+        ("scalar_head.bias", GPT2, size),
         ("decoder.layers.0.mlp.linear_fc2.bias", GPT2, without_bias),
         ("decoder.layers.0.self_attention.q_layernorm.weight", GPT2, size),
         ("embedding.position_embeddings.weight", LLAMA, size),
