@@ -148,7 +148,7 @@ def candidates_at(path: Path, role: str) -> dict[str, Any]:
         if not (path / MANIFEST).exists() and next(path.glob("*/network.json"), None) is None:
             raise UserError(
                 f"{path}: no checkpoint of a {role} here (a run, a checkpoint or a network's "
-                "folder)"
+                f"folder{', or a Hugging Face folder' if role == 'policy' else ''})"
             )
     _check_role(folders[0], role)
     return {"folders": [str(folder) for folder in folders], "role": role, "damage": damage}
