@@ -35,7 +35,7 @@ from models.huggingface.tensors import SCORE, SCORE_BIAS
 from models.sizes import GPTSize
 from tests.families import CONFIGS, CONTEXT, VOCAB, save_family
 from tests.ranks import run_ranks
-from tests.tiny import SIZE, ppo_config, train
+from tests.tiny import SIZE, ppo_config, rows_of, train
 
 LENGTHS = (1, 33, 2, CONTEXT, 17)
 END = 0
@@ -246,6 +246,8 @@ def test_ppo_takes_an_imported_reward_model_and_its_critic_is_exported(tiny, tmp
     shutil.copy(tiny / "tokenizer.json", source)
     convert(ConvertConfig(direction="import", source=source, out=tmp_path / "rm"))
     train(ppo_config(tiny, run, iterations=1, reward_model=tmp_path / "rm"))
+    train(ppo_config(tiny, tmp_path / "straight", iterations=1, reward_model=source))
+    assert rows_of(tmp_path / "straight") == rows_of(run)
     parallel = start_parallel(ParallelLayout(), seed=1)
     critic = build_network("scalar", size_of(run, "critic"), parallel, numerics=Numerics())
     assert critic.size == read_size(source)
