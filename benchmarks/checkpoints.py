@@ -50,7 +50,7 @@ from engine.settings.saving import SaveConfig
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward_backward
-from models.sizes import GPTSize
+from models.sizes import GPTSize, size_as_json
 
 BLOCKS = ("no save", "in the background", "waited for")
 
@@ -263,7 +263,7 @@ def main() -> None:
             *measure_saves(training, options.num_samples),
             *measure_steps(training, options.num_steps, options.num_samples),
         ]
-    size = dataclasses.asdict(training.network.size)
+    size = size_as_json(training.network.size)
     origin = machine(device)  # one date for all: they took turns
     table = Table("provider", "training waits, s", "on the disk, s", "MB/s", "steps take")
     for record in records:

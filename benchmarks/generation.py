@@ -48,7 +48,7 @@ from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
 from engine.training.network import Network, build_network
-from models.sizes import SIZES, GPTSize
+from models.sizes import SIZES, GPTSize, size_as_json
 
 PROMPT_LENGTH = 64
 WORKLOADS = ("decode", "fixed", "mixed")
@@ -198,7 +198,7 @@ def main() -> None:
     config = SamplingConfig(num_slots=batch)
     bandwidth = read_bandwidth(device)
     console.print(f"{size}, batch {batch}, reads {bandwidth / 1e9:.1f} GB/s")
-    shape = {"size": dataclasses.asdict(size), "batch": batch} | where
+    shape = {"size": size_as_json(size), "batch": batch} | where
 
     def publish(records: list[dict[str, Any]]) -> None:
         if arguments.out:

@@ -48,7 +48,7 @@ from engine.settings.numerics import Numerics
 from engine.training.network import build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward_backward
-from models.sizes import GPTSize
+from models.sizes import GPTSize, size_as_json
 
 PROVIDERS = ("trident", "huggingface")
 MOST_PARAMETERS_IN_TURNS = 500_000_000
@@ -265,7 +265,7 @@ def _time(
             "num_sequences": job.num_sequences,
             "length": job.length,
             "micro_batch_tokens": job.micro_batch_tokens,
-            "size": dataclasses.asdict(job.size),
+            "size": size_as_json(job.size),
             "numerics": dataclasses.asdict(job.numerics),
         }
         yield {

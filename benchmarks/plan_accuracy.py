@@ -43,7 +43,7 @@ from engine.planning.workload import Workload
 from engine.ranks.device import DTYPES
 from engine.settings.numerics import Numerics
 from engine.settings.sft import SFTConfig, SFTData
-from models.sizes import SIZES
+from models.sizes import SIZES, size_as_json
 
 Rows = list[tuple[str, float, float]]
 """(what, planned, measured)."""
@@ -150,7 +150,7 @@ def main() -> None:
     if arguments.out:
         record = {
             "benchmark": "plan_accuracy",
-            "size": dataclasses.asdict(size),
+            "size": size_as_json(size),
             "numerics": dataclasses.asdict(numerics),
             "cluster": dataclasses.asdict(cluster),
             "rows": {what: {"planned": p, "measured": m} for what, p, m in rows},

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from engine.settings.numerics import Numerics
-from models.sizes import GPTSize
+from models.sizes import GPTSize, size_as_json, size_of_json
 
 MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Of a forward pass of every provider, by device; on two cores TRL is fastest so."""
@@ -77,11 +77,17 @@ class Job:
         return dataclasses.replace(self, ptx_examples_per_episode=0)
 
 
+def job_as_json(job: Job) -> dict[str, Any]:
+    """Return a job as JSON has it."""
+    sizes = {name: size_as_json(getattr(job, name)) for name in ("size", "critic_size")}
+    return dataclasses.asdict(job) | sizes
+
+
 def job_from(fields: Mapping[str, Any]) -> Job:
-    """Return the job that dataclasses.asdict took apart."""
+    """Return the job that job_as_json took apart."""
     parts = {
-        "size": GPTSize(**fields["size"]),
-        "critic_size": GPTSize(**fields["critic_size"]),
+        "size": size_of_json(fields["size"]),
+        "critic_size": size_of_json(fields["critic_size"]),
         "numerics": Numerics(**fields["numerics"]),
     }
     return Job(**{**fields, **parts})

@@ -5,7 +5,6 @@ before every iteration it says {"iterations": [...]}, the seconds by phase of th
 waits for "go" or "stop"; the last line is its record. What libraries print goes to standard error.
 """
 
-import dataclasses
 import gc
 import json
 import math
@@ -20,7 +19,7 @@ from typing import Any, TextIO
 import torch
 
 from benchmarks.command_line import command, mistakes_in_one_line
-from benchmarks.ppo_job import GoesOn, Iterations, Job, Measured, job_from
+from benchmarks.ppo_job import GoesOn, Iterations, Job, Measured, job_as_json, job_from
 from benchmarks.timing import free_memory
 
 PROVIDERS = ("trident", "trl", "trl, mixed", "trident, ptx")
@@ -48,7 +47,7 @@ def measure(
         gc.unfreeze()
     free_memory(device)
     _check(job, done, provider)
-    return _record(job, done, provider) | {"settings": settings, "job": dataclasses.asdict(job)}
+    return _record(job, done, provider) | {"settings": settings, "job": job_as_json(job)}
 
 
 def _run(

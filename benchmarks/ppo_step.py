@@ -18,7 +18,6 @@ logits.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -41,7 +40,7 @@ from benchmarks.command_line import (
     mistakes_in_one_line,
     seconds,
 )
-from benchmarks.ppo_job import MICRO_BATCH_TOKENS, WORKLOADS, Effort, Job
+from benchmarks.ppo_job import MICRO_BATCH_TOKENS, WORKLOADS, Effort, Job, job_as_json
 from benchmarks.ppo_provider import PROVIDERS
 from benchmarks.ppo_table import beside_ours, goal_lines, table
 from benchmarks.ppo_turns import Opening, Provider, run_in_turns
@@ -87,7 +86,7 @@ def compare(
 def _openings(
     job: Job, device: torch.device, providers: list[str], weights: Path, say: Say
 ) -> Iterator[Opening]:
-    fields = json.dumps(dataclasses.asdict(job))
+    fields = json.dumps(job_as_json(job))
     options = ("--job", fields, "--device", device.type, "--weights", str(weights))
     for name in providers:
         environment = dict(os.environ)

@@ -10,7 +10,6 @@ phases of many small operators look worse than they are by their difference.
 """
 
 import argparse
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from benchmarks.command_line import (
     count_or_none,
     mistakes_in_one_line,
 )
-from benchmarks.ppo_job import MICRO_BATCH_TOKENS, Job
+from benchmarks.ppo_job import MICRO_BATCH_TOKENS, Job, job_as_json
 from benchmarks.ppo_scene import PHASES, build, random_prompts, run_iteration
 from benchmarks.ppo_trident import config_of, feed_of
 from benchmarks.screen import print_whole, screen
@@ -103,7 +102,7 @@ def record_of(found: ProfiledIteration, job: Job) -> dict[str, Any]:
         "profiled_s": {part: found.profiles[part].wall_ms / 1e3 for part in parts},
         "unprofiled_s": dict(found.seconds),
         "others": [[name[:140], ms, count] for name, ms, count in found.others()],
-        "job": dataclasses.asdict(job),
+        "job": job_as_json(job),
     }
 
 

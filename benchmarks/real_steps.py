@@ -26,6 +26,7 @@ from benchmarks.language_step import MOST_PARAMETERS_IN_TURNS
 from benchmarks.provider_process import ProviderProcess, Say
 from benchmarks.real_job import RealJob, num_sequences, num_tokens
 from benchmarks.rivals import missing_rivals, rivals_environment
+from models.sizes import size_as_json
 
 GOALS = {"sft": 1.5, "rm": 1.2}
 """Of our examples a second over each of the others', fp32 on two cores."""
@@ -174,7 +175,7 @@ def _record(job: RealJob, provider: str, steps: Sequence[dict[str, Any]]) -> dic
         "num_sequences": sum(num_sequences(units) for units in job.batches) / len(job.batches),
         "num_tokens": tokens / len(job.batches),
         "num_rounds": job.num_rounds,
-        "size": dataclasses.asdict(job.size),
+        "size": size_as_json(job.size),
         "numerics": dataclasses.asdict(job.numerics),
     }
 

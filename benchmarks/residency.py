@@ -46,7 +46,7 @@ from engine.settings.numerics import Numerics
 from engine.settings.ppo import PPOConfig
 from engine.settings.residency import ResidencyConfig
 from engine.settings.sampling import SamplingConfig
-from models.sizes import SIZES, GPTSize
+from models.sizes import SIZES, GPTSize, size_as_json
 
 CHOICES = {
     "frozen": ResidencyConfig(reference="host", reward_model="host"),
@@ -200,7 +200,7 @@ def main() -> None:
     console = screen()
     console.print(", ".join(f"{name} {value}" for name, value in where.items()))
     console.print(f"{size}, {batch} responses of {length} tokens")
-    shape = {"size": dataclasses.asdict(size), "batch": batch, "response_tokens": length}
+    shape = {"size": size_as_json(size), "batch": batch, "response_tokens": length}
     records: list[dict[str, Any]] = []
 
     def publish(record: dict[str, Any]) -> None:

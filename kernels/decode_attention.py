@@ -238,8 +238,8 @@ def _decode_attention(
     partial_state = query.new_empty(rows, num_splits, 2, dtype=torch.float32)
     context_lengths = context_lengths.contiguous()
     with torch.cuda.device_of(query):
-        kernel, num_programs, shape = _choose_kernel(heads // k_cache.shape[2], rows, k_cache)
-        kernel[(num_programs * num_splits,)](
+        split_kernel, num_programs, shape = _split_for(heads // k_cache.shape[2], rows, k_cache)
+        split_kernel[(num_programs * num_splits,)](
             partial_out,
             partial_state,
             query.contiguous(),
@@ -275,7 +275,7 @@ def _decode_attention(
     return out
 
 
-def _choose_kernel(group: int, rows: int, k_cache: Tensor) -> tuple[Any, int, dict[str, int]]:
+def _split_for(group: int, rows: int, k_cache: Tensor) -> tuple[Any, int, dict[str, int]]:
     """Return the kernel of `group` query heads a key-value head, its programs a split for rows
     queries, and how each is shaped."""
     num_bytes = k_cache.element_size()

@@ -21,7 +21,6 @@ from engine.files import read_object
 from engine.ranks.first_rank import said_by_first_rank
 from engine.settings.size import named_size
 from engine.training.network import Network
-from models.form import fields_that_differ
 from models.sizes import GPTSize, Kind, size_of_json
 
 
@@ -109,19 +108,18 @@ def check_description(found: FoundNetwork, network: Network, fingerprint: str) -
 
 
 def check_named_size(name: str, path: Path, role: str) -> None:
-    """Raise UserError where a size is named and the checkpoint's is another; vocabularies may
-    differ."""
+    """Raise UserError where a size is named and the checkpoint's is another; vocabularies and what
+    else sets families apart may differ, as of Cerebras-GPT's sizes."""
     if not name:
         return
     found = size_of(path, role)
     wanted = named_size(name)
-    if dataclasses.replace(found, vocab_size=wanted.vocab_size) != wanted:
-        apart = fields_that_differ(found.form) if found.form != wanted.form else {}
-        form = "; it is of another form: " + ", ".join(f"{k} {v}" for k, v in apart.items())
+    if dataclasses.replace(found, vocab_size=wanted.vocab_size, form=wanted.form) != wanted:
         raise UserError(
             f"{path}: the {role} has {found.num_layers} layers of width {found.hidden_size} and a "
             f"context of {found.context_length} tokens, a {name} has {wanted.num_layers} of "
-            f"{wanted.hidden_size} and {wanted.context_length}{form if apart else ''}"
+            f"{wanted.hidden_size} and {wanted.context_length}; with an empty size (--size '', "
+            "--reward-model-size '') a model's own is taken"
         )
 
 

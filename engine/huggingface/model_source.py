@@ -95,7 +95,11 @@ def check_own_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
             warn(f"{error}: nothing says whether {path} was trained with this run's tokenizer")
             return ""
         if not tokenizer.is_same_as(theirs):
-            raise UserError(f"{path}: its tokenizer is another than this run's")
+            raise UserError(
+                f"{path}: its tokenizer is another than this run's. Where it is the same but for a "
+                "token of padding, bring the model with the run's: recipes/convert_hf.py import "
+                "--tokenizer"
+            )
         return ""
 
     said_by_first_rank(compare)

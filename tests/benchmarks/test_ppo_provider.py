@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import ppo_trident
-from benchmarks.ppo_job import Effort, Job, Measured, job_from, peak_bytes
+from benchmarks.ppo_job import Effort, Job, Measured, job_as_json, job_from, peak_bytes
 from benchmarks.ppo_provider import measure
 from benchmarks.ppo_scene import PHASES, build, random_prompts, run_iteration
 from benchmarks.ppo_weights import write_weights
@@ -111,7 +111,7 @@ def test_other_work_is_not_recorded(monkeypatch, change, message):
 
 
 def test_a_job_is_the_same_after_its_way_to_a_process():
-    assert job_from(json.loads(json.dumps(dataclasses.asdict(MIXED)))) == MIXED
+    assert job_from(json.loads(json.dumps(job_as_json(MIXED)))) == MIXED
 
 
 def test_a_process_counts_its_own_memory_and_not_its_parents():
@@ -139,7 +139,7 @@ def test_trl_does_the_same_job(tmp_path, provider, dtype):
     job = dataclasses.replace(JOB, numerics=Numerics(dtype=dtype), micro_batch_tokens=40)
     write_weights(job, tmp_path, CPU)
     command = [sys.executable, "-m", "benchmarks.ppo_provider", provider, "--device", "cpu"]
-    command += ["--job", json.dumps(dataclasses.asdict(job)), "--weights", str(tmp_path)]
+    command += ["--job", json.dumps(job_as_json(job)), "--weights", str(tmp_path)]
     done = subprocess.run(
         command,
         input="go\ngo\nstop\n",

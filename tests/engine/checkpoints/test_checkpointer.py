@@ -21,6 +21,7 @@ from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.saving import SaveConfig
 from engine.training.network import build_network
+from models.sizes import size_as_json
 from tests.engine.checkpoints.resigned import change, resign
 from tests.engine.checkpoints.small_runs import checkpointer_of, saved, training
 from tests.ranks import run_ranks
@@ -219,7 +220,7 @@ def test_description_says_kind_size_and_tokenizer(parallel: Parallel, tmp_path: 
     text = (find_network(run, "reward_model") / "network.json").read_text()
     assert json.loads(text) == {
         "kind": "scalar",
-        "size": dataclasses.asdict(SIZE),
+        "size": size_as_json(SIZE),
         "tokenizer": "one",
     }
 

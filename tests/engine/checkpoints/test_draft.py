@@ -1,9 +1,9 @@
-import dataclasses
 import json
 from pathlib import Path
 
 from engine.checkpoints.draft import Draft
 from engine.ranks.parallel import Parallel
+from models.sizes import size_as_json
 from tests.engine.checkpoints.small_runs import training
 from tests.tiny import SIZE, random_network
 
@@ -35,7 +35,7 @@ def test_network_has_a_file_of_weights_and_its_optimizer_one_of_state(
     }
     assert json.loads(draft.texts["policy/network.json"]) == {
         "kind": "language",
-        "size": dataclasses.asdict(SIZE),
+        "size": size_as_json(SIZE),
         "tokenizer": "a tokenizer",
     }
     names = ("total", "in_a_row", "num_searching", "num_taken", "since_taken")

@@ -11,16 +11,15 @@ from engine.data.comparisons import comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.pretraining import open_token_file
 from engine.data.prompts import prompt_examples, read_prompts
-from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
+from tests.engine.data.made_tokenizer import made_tokenizer
 
 _END = 256
-TOKENIZER = Tokenizer(  # a token is a byte; a text that cannot be encoded is an exception
+TOKENIZER = made_tokenizer(  # a token is a byte; a text that cannot be encoded is an exception
+    lambda texts: [list(text.encode()) for text in texts],
     vocab_size=_END + 1,
     eos_id=_END,
-    encode=lambda texts: [list(text.encode()) for text in texts],
     decode=lambda ids: bytes(ids).decode(),
-    files={},
 )
 CHAT = [
     {"role": "system", "content": "Be brief."},

@@ -15,6 +15,7 @@ from engine.data.pretraining import open_token_file
 from engine.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from engine.errors import UserError
 from engine.stop import EXIT_STATUS, noting_signals
+from tests.engine.data.made_tokenizer import made_tokenizer
 
 TEXTS = ["The Mill is a pub.\n", "The Punter is cheap.", "  It serves food.  "]
 
@@ -39,9 +40,7 @@ def test_documents_follow_one_another_with_an_end_of_text(
 
 
 def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(
-        vocab_size=70_000, eos_id=69_999, encode=lambda texts: [[65_536]], decode=str, files={}
-    )
+    tokenizer = made_tokenizer(lambda texts: [[65_536]], vocab_size=70_000, eos_id=69_999)
     tokens = open_token_file(write(tmp_path / "a.jsonl", ["x"]), tokenizer, tmp_path / "cache")
     assert tokens.tokens.dtype == np.uint32
     assert list(tokens.tokens) == [65_536, 69_999]
@@ -71,18 +70,14 @@ def test_the_cache_is_used_until_content_or_tokenizer_change(
         calls.extend(texts)
         return list(tokenizer.encode_all(texts))
 
-    counted = Tokenizer(
-        vocab_size=400, eos_id=1, encode=counting, decode=str, files={"name": b"one"}
-    )
+    counted = made_tokenizer(counting, files={"name": b"one"})
     first = open_token_file(source, counted, cache)
     again = open_token_file(source, counted, cache)
     assert len(calls) == 3
     assert np.array_equal(first.tokens, again.tokens)
     assert first.report == again.report
 
-    renamed = Tokenizer(
-        vocab_size=400, eos_id=1, encode=counting, decode=str, files={"name": b"two"}
-    )
+    renamed = made_tokenizer(counting, files={"name": b"two"})
     open_token_file(source, renamed, cache)
     assert len(calls) == 6
     write(source, [*TEXTS, "More."])
@@ -231,7 +226,7 @@ def test_a_signal_while_text_is_read_leaves_nothing_of_it(
         return list(tokenizer.encode_all(texts))
 
     source, cache = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
-    asked = Tokenizer(vocab_size=400, eos_id=1, encode=signalled, decode=str, files={})
+    asked = made_tokenizer(signalled)
     with noting_signals(), pytest.raises(SystemExit) as stopped:
         open_token_file(source, asked, cache)
     assert stopped.value.code == EXIT_STATUS
@@ -264,7 +259,7 @@ def test_a_line_of_megabytes_is_read_in_parts(
         longest = max(longest, *map(len, texts))
         return list(tokenizer.encode_all(texts))
 
-    noting = Tokenizer(vocab_size=400, eos_id=1, encode=noted, decode=str, files={})
+    noting = made_tokenizer(noted)
     tokens = open_token_file(source, noting, tmp_path / "cache").tokens
     assert longest < 3 * 2**19
     assert np.array_equal(tokens, open_token_file(packed, noting, tmp_path / "cache").tokens)

@@ -135,7 +135,7 @@ def test_ppo_starts_from_a_folder_and_measures_to_it(models, copy, tiny, tmp_pat
         "reward_model",
     ]
     assert_same_run(tmp_path / "own", tmp_path / "named")  # both folders hold the same model
-    with pytest.raises(UserError, match=r"other form: .*norm rms"):
+    with pytest.raises(UserError, match=r"a tiny has 2 of 192 .*--size ''"):
         train(dataclasses.replace(config, directory=tmp_path / "sized", size="tiny"))
     assert not (tmp_path / "sized").exists()
 

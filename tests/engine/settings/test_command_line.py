@@ -139,8 +139,8 @@ def test_help_of_a_field_is_one_paragraph_whatever_its_docstring_wraps_at():
     lines = [line.strip("│ ") for line in help_of("ppo_tiny.py").stdout.splitlines()]
     start = lines.index("--policy PATH") + 1
     assert lines[start : start + 2] == [  # in 66 columns, where its docstring has 100
-        "Run or checkpoint of the RLHF initialisation: the policy starts from",
-        "it and the KL is measured to it. (default: runs/init_tiny)",
+        "Run or checkpoint of the RLHF initialisation, or a Hugging Face",
+        "folder: the policy starts from it and the KL is measured to it.",
     ]
 
 
