@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from engine.files import (
     clear_partials,
     hub_name,
 )
+from engine.printable import say
 from engine.ranks.device import make_deterministic
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
@@ -315,7 +317,16 @@ def load_shared_tokenizer(find: Callable[[], Path]) -> Tokenizer:
     files = tried[0] if tried else read_tokenizer_files(Path(path))
     if files.digest() != digest:
         raise UserError(f"{path}: not the tokenizer here that it is on the first rank")
-    return make_tokenizer(files)
+    tokenizer = make_tokenizer(files)
+    if tried and tokenizer.put_around:
+        added = " ".join(tokenizer.put_around)
+        say(
+            f"WARNING: {path}: its post_processor puts {added} around every text, and here nothing "
+            "is: a model that was trained with it reads texts without, and transformers reads those "
+            "of an export with it",
+            stream=sys.stderr,
+        )
+    return tokenizer
 
 
 def size_named(name: str, tokenizer: Tokenizer, context_length: int | None = None) -> GPTSize:

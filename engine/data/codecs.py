@@ -39,6 +39,8 @@ class Codec:
     eos_text: str
     also_stops: Sequence[int] = ()
     """Other tokens that stop a response; see end_of_text."""
+    put_around: Sequence[str] = ()
+    """Control tokens that the library would put around a text by itself, and encode does not."""
     encode: Callable[[list[str]], list[list[int]]]
     """Texts to ids, no control token among them; raises UserError."""
     decode: Callable[[list[int]], str]
@@ -217,6 +219,7 @@ def _wrap(model: tokenizers.Tokenizer, files: TokenizerFiles, kept: dict[str, by
         model.add_special_tokens([end.text])  # in the vocabulary; now known as a control token
         model.encode_special_tokens = True  # their text is ordinary text
         control = {i for i, token in model.get_added_tokens_decoder().items() if token.special}
+        put_around = model.encode("").tokens if model.post_processor is not None else []
     unknown = vocabulary.get(getattr(model.model, "unk_token", None) or "", 0)
     text_ids = {end.id, unknown, *(each for each in vocabulary.values() if each not in control)}
 
@@ -247,6 +250,7 @@ def _wrap(model: tokenizers.Tokenizer, files: TokenizerFiles, kept: dict[str, by
         eos_id=end.id,
         eos_text=end.text,
         also_stops=end.also_stops,
+        put_around=put_around,
         encode=encode,
         decode=decode,
         normalize=normalize,

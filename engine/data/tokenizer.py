@@ -45,6 +45,7 @@ class Tokenizer:
         self.eos_id = codec.eos_id
         self.also_stops = tuple(codec.also_stops)
         self.eos_text = codec.eos_text
+        self.put_around = tuple(codec.put_around)
         self.path = path
         self._codec = codec
         self._beside = beside

@@ -42,6 +42,21 @@ def test_a_codec_says_what_its_files_do():
     assert open_codec(huggingface()).normalize("ABba") == "ABba"
 
 
+def test_what_the_library_would_put_around_a_text_is_known_and_left_out():
+    special = {EOS: {"id": EOS, "ids": [31], "tokens": [EOS]}}
+    parts = [{"SpecialToken": {"id": EOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {
+        "type": "TemplateProcessing",
+        "single": parts,
+        "pair": parts,
+        "special_tokens": special,
+    }
+    codec = open_codec(huggingface(post_processor=template))
+    assert codec.put_around == [EOS]
+    assert codec.encode(["abab"]) == [[30]]
+    assert open_codec(huggingface()).put_around == []
+
+
 def test_a_panic_of_the_library_is_one_line():
     codec = open_codec(huggingface(pre_tokenizer=split("(a+)+$")))
     with pytest.raises(UserError, match=r"tokenizer.json does not encode a text: .*retry-limit"):
