@@ -321,9 +321,9 @@ def load_shared_tokenizer(find: Callable[[], Path]) -> Tokenizer:
     if tried and tokenizer.put_around:
         added = " ".join(tokenizer.put_around)
         say(
-            f"WARNING: {path}: its post_processor puts {added} around every text, and here nothing "
-            "is: a model that was trained with it reads texts without, and transformers reads those "
-            "of an export with it",
+            f"WARNING: {path}: its post_processor puts {added} around every text, and here "
+            "nothing is: a model that was trained with it reads texts without, and transformers "
+            "reads those of an export with it",
             stream=sys.stderr,
         )
     return tokenizer
