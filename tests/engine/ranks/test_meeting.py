@@ -131,10 +131,10 @@ class Written(dist.HashStore):
 
 def test_the_first_rank_and_its_store_stay_until_those_that_came_have_heard():
     store = Written()
-    other = threading.Thread(target=together, args=(store, [arrival(2, 3, 1.0)]))
+    other = threading.Thread(target=together, args=(store, [arrival(2, 3, 4.0)]))
     other.start()
     with pytest.raises(UserError):
-        meet(store, arrival(0, 3, 1.0))
+        meet(store, arrival(0, 3, 4.0))
     assert store.keys[-1].endswith("/2 goes")
     other.join()
 
