@@ -143,7 +143,7 @@ def test_without_the_first_rank_the_others_say_so_the_lowest_before_them(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(meeting, "_GRACE", 0.5)
-    results = together(dist.HashStore(), [arrival(2, 3, 0.5), arrival(1, 3, 0.5)])
+    results = together(dist.HashStore(), [arrival(2, 3, 2.0), arrival(1, 3, 2.0)])
     assert list(results) == [1, 2]
     assert all("rank 0 of 3 did not come" in str(results[rank]) for rank in (1, 2))
 
