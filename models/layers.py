@@ -112,8 +112,8 @@ def transformer_config(
         # megatron's fused bias + GELU is the tanh approximation, and goes by F.gelu's name.
         activation_func=F.gelu,
         bias_activation_fusion=fuses_elementwise and has_fused_gelu,
-        # Its gradient of the bias is a sum, whose order its compiler takes from the first length it
-        # meets: a resumed run meets another one first.
+        # Its gradient of the bias is a sum, whose order may follow from the first length that its
+        # compiler meets: a resumed run meets another one first. Suspected; not seen by itself.
         bias_dropout_fusion=fuses_elementwise and not arithmetic.deterministic,
         masked_softmax_fusion=False,
         init_method_std=0.02,

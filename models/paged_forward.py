@@ -57,7 +57,9 @@ def paged_forward(
     hidden = (decoder.input_tensor if hidden is None else hidden)[:, 0]
     config, rotation = decoder.config, None
     if config.form.rotary is not None:
-        rotation = rotation_at(positions, config.form.rotary, config.kv_channels)
+        rotation = rotation_at(
+            positions, config.form.rotary, config.kv_channels, config.params_dtype
+        )
     for layer in decoder.layers:
         hidden = _layer(layer, hidden, rotation, sequences, group)
     if decoder.final_layernorm is not None:

@@ -20,24 +20,26 @@ class Rotation:
     """The angles of a packed row's tokens."""
 
     cosines: Tensor
-    """[T, 1, r / 2] fp32."""
+    """[T, 1, r / 2], in the dtype of queries and keys."""
     sines: Tensor
     """Likewise."""
 
     def turn(self, x: Tensor) -> Tensor:
         """Return x [T, heads, dim] with the first r dimensions turned, in x's dtype."""
-        cosines, sines = self.cosines.to(x.dtype), self.sines.to(x.dtype)
+        cosines, sines = self.cosines, self.sines
         half = cosines.shape[-1]
         a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         turned = (a * cosines - b * sines, b * cosines + a * sines)
         return torch.cat((*turned, rest) if rest.shape[-1] else turned, -1)
 
 
-def rotation_at(positions: Tensor, rotary: Rotary, head_dim: int) -> Rotation:
-    """Return the rotation of tokens at positions [T] int64."""
+def rotation_at(
+    positions: Tensor, rotary: Rotary, head_dim: int, dtype: torch.dtype = torch.float32
+) -> Rotation:
+    """Return the rotation of tokens at positions [T] int64, for queries and keys of a dtype."""
     frequencies, factor = _frequencies(rotary, head_dim, positions.device)
     angles = positions[:, None, None].float() * frequencies
-    return Rotation(angles.cos() * factor, angles.sin() * factor)
+    return Rotation((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype))
 
 
 @functools.lru_cache(maxsize=64)

@@ -22,7 +22,9 @@ def run_trunk(chunk: Any, tokens: Tensor, positions: Tensor, sequences: PackedSe
         embedded = chunk.embedding(tokens[None], positions[None])
     if size.form.rotary is not None:
         sequences = copy.copy(sequences)  # other networks read the same row
-        sequences.rotation = rotation_at(positions, size.form.rotary, size.head_dim)
+        sequences.rotation = rotation_at(
+            positions, size.form.rotary, size.head_dim, chunk.config.params_dtype
+        )
     hidden: Tensor = chunk.decoder(
         hidden_states=embedded, attention_mask=None, packed_seq_params=sequences
     )

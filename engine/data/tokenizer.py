@@ -73,8 +73,7 @@ class Tokenizer:
 
     def check_fits(self, num_ids: int) -> None:
         """Raise UserError where a model of so many ids lacks one that a text may become, or that
-        ends one. Added control tokens, such as one for padding, may be
-        beyond the model: no text has them here."""
+        ends one. Added control tokens, as for padding, may be beyond it: no text has them here."""
         if self._codec.num_text_ids > num_ids:
             raise UserError(
                 f"{self.path}: the tokenizer has {self.vocab_size} ids, the model {num_ids}: give "

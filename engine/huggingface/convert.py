@@ -94,7 +94,7 @@ def import_huggingface(config: ConvertConfig) -> Path:
     if parallel.is_writer:
         say_where_scores_are_read(model, tokenizer.eos_id)
     network = build_network(kind, model.size, parallel, numerics=Numerics(dtype=config.dtype))
-    load_huggingface(network, source)
+    load_huggingface(network, source, model)
     with _becoming(out, parallel) as partial:
         if parallel.is_writer:
             tokenizer.save(partial / "tokenizer")
@@ -126,14 +126,16 @@ def export_huggingface(config: ConvertConfig) -> Path:
     return out
 
 
-def load_huggingface(network: Network, folder: Path) -> None:
-    """Fill a network from a Hugging Face folder, with this rank's share of each tensor.
+def load_huggingface(network: Network, folder: Path, model: ModelFolder | None = None) -> None:
+    """Fill a network from a Hugging Face folder, with this rank's share of each tensor. model: what
+    find_model has found there, where that was asked before.
 
     A language model fills the trunk of a scalar network, whose head stays as it was drawn. An
     optimizer that already holds fp32 masters has to adopt_weights() afterwards. Raises UserError
     for another size or kind, and for a tensor that is missing, of another shape, or not finite.
     """
-    model = find_model(folder, "language" if network.kind == "language" else read_kind(folder))
+    if model is None:
+        model = find_model(folder, "language" if network.kind == "language" else read_kind(folder))
     for name, value, mine in _differences(model.size, network.size):
         raise UserError(f"{folder}: {name} is {value}, this run's model has {mine}")
     layout, tp_rank = network.parallel.layout, network.parallel.tp_rank

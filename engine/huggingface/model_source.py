@@ -45,7 +45,7 @@ def take_model(path: Path, role: str, folder: Path, run: Run, numerics: Numerics
     network = build_network(
         model.kind, model.size, run.parallel, numerics=Numerics(dtype=numerics.dtype)
     )
-    load_huggingface(network, path)
+    load_huggingface(network, path, model)
     checkpointer = Checkpointer(
         directory=folder.parent,
         parallel=run.parallel,

@@ -19,9 +19,9 @@ from models.huggingface.rotary import config_of_rotary, rotary_of_config
 from models.huggingface.windows import config_of_window, window_of_config
 from models.sizes import GPTSize
 
-# The sizes that an export writes in full, which a size has as 0 where they are the usual ones.
 SCORE_BIAS_FIELD = "score_bias"
 _LARGEST_BIAS = 3.4e38  # of fp32, as the head is
+# The sizes that an export writes in full, which a size has as 0 where they are the usual ones.
 _WRITTEN = {"query_groups": "num_kv_heads", "head_width": "head_dim", "inner_width": "ffn_size"}
 
 

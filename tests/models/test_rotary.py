@@ -32,7 +32,8 @@ THEIRS = {
 def test_a_turn_is_that_of_complex_numbers(fraction: float):
     positions = torch.tensor([0, 1, 5, 900])
     x = torch.randn(4, 3, 16, dtype=torch.float64)
-    found = rotation_at(positions, Rotary(base=100.0, fraction=fraction), 16).turn(x)
+    rotary = Rotary(base=100.0, fraction=fraction)
+    found = rotation_at(positions, rotary, 16, x.dtype).turn(x)
     half = int(16 * fraction) // 2
     frequencies = 100.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     turns = torch.polar(torch.ones(4, half).double(), positions[:, None] * frequencies)
