@@ -46,13 +46,12 @@ def rotation_at(
 def _frequencies(rotary: Rotary, head_dim: int, device: torch.device) -> tuple[Tensor, float]:
     """([r / 2] fp32 radians a token, what cosines and sines are multiplied by)."""
     turned = int(head_dim * rotary.fraction)
-    with torch.inference_mode(False):  # training keeps them for its backward pass
-        exponents = torch.arange(0, turned, 2).float() / turned
-        frequencies = 1.0 / rotary.base**exponents
-        if rotary.scaling is None:
-            return frequencies.to(device), 1.0
-        frequencies = _SCALED[rotary.scaling.kind](frequencies, rotary.scaling, rotary.base)
-        return frequencies.to(device), rotary.scaling.attention_factor
+    exponents = torch.arange(0, turned, 2).float() / turned
+    frequencies = 1.0 / rotary.base**exponents
+    if rotary.scaling is None:
+        return frequencies.to(device), 1.0
+    frequencies = _SCALED[rotary.scaling.kind](frequencies, rotary.scaling, rotary.base)
+    return frequencies.to(device), rotary.scaling.attention_factor
 
 
 def _linear(frequencies: Tensor, scaling: RotaryScaling, base: float) -> Tensor:

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from engine.errors import UserError
 from engine.ranks.parallel import Parallel
 from engine.settings.numerics import Numerics
 from engine.training.network import build_network
+from models.form import Form
 from models.sizes import SIZES
 from tests.engine.checkpoints.small_runs import checkpointer_of, saved, weights
 from tests.tiny import SIZE, random_network
@@ -90,3 +92,15 @@ def test_a_named_size_is_the_checkpoints_but_for_the_vocabulary(parallel: Parall
     named = f"{size.context_length} tokens, a 1.3b has 24 of 2048 and 2048"
     with pytest.raises(UserError, match=f"{found} {named}"):
         check_named_size("1.3b", run, "policy")
+
+
+def test_a_named_size_is_one_of_dimensions_whatever_the_family(monkeypatch: pytest.MonkeyPatch):
+    tiny = dataclasses.replace(SIZES["tiny"], vocab_size=9)
+    for size, fits in (
+        (dataclasses.replace(tiny, form=Form(activation="gelu")), True),
+        (dataclasses.replace(tiny, num_layers=3), False),
+        (dataclasses.replace(tiny, query_groups=2), False),
+    ):
+        monkeypatch.setattr("engine.checkpoints.found.size_of", lambda *_, size=size: size)
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="a tiny has"):
+            check_named_size("tiny", Path("run"), "policy")
