@@ -272,6 +272,8 @@ def _check_vocabulary(path: Path, pieces: Collection[str], ids: Collection[int])
             )
     if len(set(ids)) < len(ids):
         raise UserError(f"{path}: {len(ids)} pieces have {len(set(ids))} ids; each needs its own")
+    if not ids:
+        raise UserError(f"{path}: a vocabulary without a piece")
     if max(ids) >= 2 * len(ids):
         raise UserError(f"{path}: an id of {max(ids)} among {len(ids)} pieces leaves most unused")
 

@@ -78,7 +78,7 @@ def read_settings(folder: Path) -> TokenizerSettings:
         model_ends=ends,
         model_path=ends_path,
         added=added,
-        special=tuple(sorted(flagged | _special_texts(kept))),
+        special=tuple(sorted(flagged | _special_texts(folder, kept))),
         tokenizer=kept,
         generation={name: generation[name] for name in generation if name not in _NOT_KEPT},
     )
@@ -152,12 +152,14 @@ def _added_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, in
     return added, special
 
 
-def _special_texts(kept: Mapping[str, Any]) -> set[str]:
+def _special_texts(folder: Path, kept: Mapping[str, Any]) -> set[str]:
     """Return the texts of all tokens with a role, and of those listed as special."""
     values = [kept.get(f"{role}_token") for role in _ROLES]
     for name in _LISTS:
-        listed = kept.get(name)
-        values += listed.values() if isinstance(listed, dict) else listed or ()
+        listed = kept.get(name, [])
+        if not isinstance(listed, list | dict):
+            raise UserError(f"{folder}: {name} is {_shown(listed)}, which lists no tokens")
+        values += listed.values() if isinstance(listed, dict) else listed
     texts = (each.get("content") if isinstance(each, dict) else each for each in values)
     return {text for text in texts if isinstance(text, str) and text}
 

@@ -57,6 +57,11 @@ def test_what_the_library_would_put_around_a_text_is_known_and_left_out():
     assert open_codec(huggingface()).put_around == []
 
 
+def test_two_files_of_gpt2_without_a_piece_are_refused():
+    with pytest.raises(UserError, match=r"encoder\.json: a vocabulary without a piece"):
+        open_codec(files_of("gpt2", b"{}", b""))
+
+
 def test_a_panic_of_the_library_is_one_line():
     codec = open_codec(huggingface(pre_tokenizer=split("(a+)+$")))
     with pytest.raises(UserError, match=r"tokenizer.json does not encode a text: .*retry-limit"):

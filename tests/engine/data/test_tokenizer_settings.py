@@ -88,6 +88,13 @@ def test_a_model_whose_files_share_no_end_is_refused(tmp_path):
     assert f"{tmp_path / 'config.json'} 5: correct one" in message
 
 
+@pytest.mark.parametrize("value", [True, 3, "<a><b>"])
+def test_what_lists_no_tokens_is_refused(tmp_path, value):
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        message = refusal(write(tmp_path, tokenizer_config={name: value}))
+        assert f"{name} is {value!r}, which lists no tokens" in message
+
+
 @pytest.mark.parametrize("value", [True, -1, 1.5, "5", [5, "6"], {}, [[5]]])
 def test_what_is_no_id_is_refused(tmp_path, value):
     assert "no token's id" in refusal(write(tmp_path, config={"eos_token_id": value}))
