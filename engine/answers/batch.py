@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from engine.answers.asked import asked_examples, chosen_template, read_asked
 from engine.answers.kept import Answers, Origin, digest_of_prompts, digest_of_weights
 from engine.answers.load import find_weights
 from engine.data.batches import deal
 from engine.data.limits import Limit, Limits
-from engine.data.prompts import prompt_examples, read_prompts
 from engine.data.tokenizer import Tokenizer
 from engine.generation.generate import generate
 from engine.printable import say
@@ -23,16 +23,11 @@ def answer_file(
     What an earlier run of the same settings has answered is kept.
     """
     parallel = network.parallel
-    texts, read_report = read_prompts(
-        prompts, skip_bad_lines=config.skip_bad_lines, skip_option="--skip-bad-lines"
-    )
+    asked, read_report = read_asked(prompts, config, chosen_template(config, tokenizer))
     context_length = network.size.context_length
     limit = Limit(context_length - 1, f"one less than the model's context of {context_length}")
-    examples, length_report = prompt_examples(
-        texts,
-        tokenizer,
-        max_prompt_length=limit.tokens,
-        prompt_suffix=config.prompt_suffix,
+    examples, length_report = asked_examples(
+        asked, tokenizer, max_length=limit.tokens, suffix=config.prompt_suffix
     )
     Limits(prompt=limit).check(length_report, f"{prompts}")
     digest = digest_of_prompts([e.tokens for e in examples], tokenizer.fingerprint())
@@ -63,7 +58,7 @@ def answer_file(
     ):
         index, sample = divmod(response.sample_index, config.num_samples)
         answer = {
-            "prompt": texts[length_report.kept[index]],
+            "prompt": asked[length_report.kept[index]][0],
             "response": tokenizer.decode(response.tokens.tolist()),
             "sample": sample,
             "tokens": len(response.tokens),

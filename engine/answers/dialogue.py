@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from engine.data.chat import render_prompt
-from engine.data.examples import encode_prompts
+from engine.answers.asked import chosen_template, tokens_of_dialogue
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
 from engine.generation.generate import generate
@@ -42,6 +41,8 @@ def talk(network: Network, tokenizer: Tokenizer, config: GenerateConfig) -> None
 def _take_turns(network: Network, tokenizer: Tokenizer, config: GenerateConfig) -> None:
     parallel = network.parallel
     endings = (_TurnEnded, KeyboardInterrupt) if parallel.world_size == 1 else (_TurnEnded,)
+    template = chosen_template(config, tokenizer)
+    next_turn = NEXT_TURN if template is None else ""
     messages: list[dict[str, str]] = []
     num_turns = 0
     while (line := _read_line(parallel.is_writer)) is not None:
@@ -49,17 +50,17 @@ def _take_turns(network: Network, tokenizer: Tokenizer, config: GenerateConfig) 
             messages = [] if line.strip() else messages
             continue
         messages.append({"role": "user", "content": line})
-        prompt = next(encode_prompts([render_prompt(messages, "messages")], tokenizer))
+        prompt = tokens_of_dialogue(messages, tokenizer, template)
         while (
             len(messages) > 1 and len(prompt) + _room(network, config) > network.size.context_length
         ):
             messages = messages[2:]  # forgets the oldest turn and its answer
-            prompt = next(encode_prompts([render_prompt(messages, "messages")], tokenizer))
+            prompt = tokens_of_dialogue(messages, tokenizer, template)
         if len(prompt) >= network.size.context_length:
             messages.pop()
             _show(f"That is {len(prompt)} tokens, too long for the model.\n", parallel.is_writer)
             continue
-        screen = _Screen(tokenizer, lambda text: _show(text, parallel.is_writer))
+        screen = _Screen(tokenizer, lambda text: _show(text, parallel.is_writer), next_turn)
         with contextlib.suppress(*endings):
             list(
                 generate(
@@ -116,8 +117,11 @@ class _TurnEnded(Exception):
 class _Screen:
     """Shows an answer as its tokens come, up to where the user's next turn would begin."""
 
-    def __init__(self, tokenizer: Tokenizer, show: Callable[[str], None]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, show: Callable[[str], None], next_turn: str = NEXT_TURN
+    ) -> None:
         self.text = ""
+        self._next_turn = next_turn
         self._tokenizer = tokenizer
         self._show = show
         self._tokens: list[int] = []
@@ -127,12 +131,13 @@ class _Screen:
         """Take in tokens, and show what they settle; raises _TurnEnded at the user's next turn."""
         self._tokens += tokens
         text = self._tokenizer.decode(self._tokens)
-        self.text, mark, _ = text.partition(NEXT_TURN)
-        if mark:
+        self.text, turn = text, self._next_turn
+        if turn and turn in text:
+            self.text = text[: text.index(turn)]
             raise _TurnEnded
         # What may still change is held back: part of a character, a joiner, part of the mark.
         settled = text.rstrip("\ufffd" + JOINERS)
-        held = next((n for n in range(len(NEXT_TURN), 0, -1) if settled.endswith(NEXT_TURN[:n])), 0)
+        held = next((n for n in range(len(turn), 0, -1) if settled.endswith(turn[:n])), 0)
         self._show_up_to(len(settled) - held)
 
     def finish(self) -> None:

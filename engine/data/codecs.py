@@ -43,6 +43,10 @@ class Codec:
     """Control tokens that the library would put around a text by itself, and encode does not."""
     encode: Callable[[list[str]], list[list[int]]]
     """Texts to ids, no control token among them; raises UserError."""
+    encode_with_control: Callable[[str], list[int]] | None = None
+    """A text to ids, those of control tokens for their texts; None where the library cannot."""
+    control_texts: Sequence[str] = ()
+    """Texts that encode_with_control makes control tokens of."""
     decode: Callable[[list[int]], str]
     """Ids to text, control tokens left out; raises UserError."""
     normalize: Callable[[str], str]
@@ -252,12 +256,27 @@ def _wrap(model: tokenizers.Tokenizer, files: TokenizerFiles, kept: dict[str, by
         also_stops=end.also_stops,
         put_around=put_around,
         encode=encode,
+        encode_with_control=_control_encoder(model, path),
+        control_texts=sorted(text for text, number in vocabulary.items() if number in control),
         decode=decode,
         normalize=normalize,
         steps=[part.__getstate__().decode() for part in parts if part is not None],
         meaning=meaning,
         files=kept,
     )
+
+
+def _control_encoder(model: tokenizers.Tokenizer, path: Path) -> Callable[[str], list[int]]:
+    def encode(text: str) -> list[int]:
+        with _one_line(path, "does not encode a text"):
+            model.encode_special_tokens = False
+            try:
+                found: list[int] = model.encode(text, add_special_tokens=False).ids
+            finally:
+                model.encode_special_tokens = True
+            return found
+
+    return encode
 
 
 def _check_vocabulary(path: Path, pieces: Collection[str], ids: Collection[int]) -> None:

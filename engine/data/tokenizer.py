@@ -60,6 +60,21 @@ class Tokenizer:
         for batch in in_batches(texts):
             yield from self._codec.encode(batch)
 
+    @property
+    def control_texts(self) -> Sequence[str]:
+        """Texts of control tokens; see encode_with_control."""
+        return self._codec.control_texts
+
+    def encode_with_control(self, text: str) -> list[int]:
+        """Return the ids of a text, in which the texts of control tokens become these: of a text
+        that nobody else has written. Raises UserError for a sentencepiece model, which cannot."""
+        if self._codec.encode_with_control is None:
+            raise UserError(
+                f"{self.path}: a sentencepiece model makes no control token of a text; a chat "
+                "template wants a tokenizer.json beside it"
+            )
+        return self._codec.encode_with_control(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without control tokens, and without ids that are no token's;
         broken UTF-8 becomes U+FFFD."""

@@ -34,6 +34,9 @@ class GenerateConfig:
     """Answers to each prompt."""
     prompt_suffix: str = "\n"
     """Closes every prompt of the file, as in training; a dialogue closes its own."""
+    chat: Literal["auto", "template", "turns"] = "auto"
+    """How messages are read: by the tokenizer's chat template, or as turns "User: ..." as our
+    stages train them; auto: a Hugging Face folder's by its template, where it has one."""
     skip_bad_lines: bool = False
     """Count and report bad lines instead of stopping at the first."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=256))

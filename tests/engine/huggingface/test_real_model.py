@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine.answers.answer import generate_text
 from engine.data.tokenizer import load_tokenizer
 from engine.generation.generate import generate
 from engine.huggingface.convert import convert, load_huggingface
@@ -20,6 +21,7 @@ from engine.huggingface.model_folder import read_size
 from engine.ranks.start import start_parallel
 from engine.settings.adam import AdamConfig
 from engine.settings.convert import ConvertConfig
+from engine.settings.generate import GenerateConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.ppo import PPOConfig, PPOData
@@ -73,6 +75,18 @@ def test_it_says_what_transformers_has_it_say():
     (ours,) = generate(network, [prompt.numpy()], sampling, eos_id=tokenizer.eos_token_id, seed=0)
     assert ours.tokens.tolist() == answer.tolist()
     assert "Paris" in tokenizer.decode(ours.tokens)
+
+
+def test_a_dialogue_straight_from_its_folder_answers_the_question(monkeypatch, capsys):
+    lines = iter([QUESTION])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or end_of_input())
+    sampling = SamplingConfig(max_new_tokens=24, temperature=0.0)
+    generate_text(GenerateConfig(source=Path(FOLDER), sampling=sampling))
+    assert "The capital of France is Paris." in capsys.readouterr().out
+
+
+def end_of_input() -> str:
+    raise EOFError
 
 
 def test_stages_train_it_and_what_they_write_loads_back(tmp_path: Path):

@@ -1,0 +1,155 @@
+"""A dialogue as the tokens that a model from elsewhere was taught to read: its chat template.
+
+The template is a program of jinja's (as transformers has them), which comes with a tokenizer and
+writes a list of messages as one text. Control tokens that it writes become these tokens. Where a
+message has the text of one, that stays text: who writes a message does not end the turn.
+
+What a template says is not trusted: it runs in jinja's sandbox, sees plain values alone, and the
+text that it writes has a limit.
+"""
+
+import datetime
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jinja2
+import jinja2.nodes
+import jinja2.sandbox
+import jinja2.utils
+import numpy as np
+
+from engine.data.chat import Messages
+from engine.data.tokenizer import Tokenizer
+from engine.errors import UserError
+
+_MOST_CHARACTERS = 1 << 24  # of a dialogue; our choice
+_MAX_REASON = 200  # characters of jinja's own words; our choice
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
+_MARKS = range(0xE000, 0xF900)  # characters that Unicode leaves to whoever uses them
+
+
+class ChatTemplate:
+    """How a tokenizer's model reads dialogues."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Raises UserError for a tokenizer without a template, or with one that does not load."""
+        source = template_of(tokenizer)
+        if source is None:
+            raise UserError(f"{tokenizer.path} has no chat template")
+        tokenizer.encode_with_control("")
+        self._tokenizer = tokenizer
+        control = sorted(tokenizer.control_texts, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
+        settings = tokenizer.kept("tokenizer_config.json")
+        named = {f"{role}_token": _text_of(settings.get(f"{role}_token")) for role in _ROLES}
+        self._values = {name: text for name, text in named.items() if text is not None}
+        environment, source = _environment(), _GENERATION.sub(_as_condition, source)
+        try:
+            for node in environment.parse(source).find_all(jinja2.nodes.NSRef):
+                _check_public(node.attr)
+            self._template = environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise self._refused("does not load", error) from None
+
+    def text(self, messages: Messages) -> str:
+        """Return the dialogue as the template writes it, with the assistant's turn open; raises
+        UserError where it refuses the messages, or fails."""
+        parts, num_characters = [], 0
+        values: dict[str, Any] = {**self._values, "tools": None, "documents": None}
+        values |= {"messages": [dict(message) for message in messages]}
+        try:
+            for part in self._template.generate(**values, add_generation_prompt=True):
+                parts.append(part)
+                num_characters += len(part)
+                if num_characters > _MOST_CHARACTERS:
+                    raise ValueError(f"it writes more than {_MOST_CHARACTERS} characters")
+        except Exception as error:  # the template's own, of any type
+            raise self._refused("does not take this dialogue", error) from None
+        if not any(parts):
+            raise self._refused("does not take this dialogue", ValueError("it writes nothing"))
+        return "".join(parts)
+
+    def prompt(self, messages: Messages) -> tuple[str, np.ndarray]:
+        """Return the dialogue's text, with the assistant's turn open, and its tokens [n] int64;
+        raises UserError as text() does."""
+        contents = "".join(message["content"] for message in messages)
+        if not self._control.search(contents):
+            text = self.text(messages)
+            return text, np.asarray(self._tokenizer.encode_with_control(text), dtype=np.int64)
+        # A mark behind their first character keeps the texts of control tokens apart.
+        mark = next(chr(code) for code in _MARKS if chr(code) not in contents)
+        marked = [
+            {**message, "content": self._control.sub(_split_by(mark), message["content"])}
+            for message in messages
+        ]
+        parts = self.text(marked).split(mark)
+        tokens = [token for part in parts for token in self._tokenizer.encode_with_control(part)]
+        return "".join(parts), np.asarray(tokens, dtype=np.int64)
+
+    def _refused(self, what: str, error: BaseException) -> UserError:
+        reason = str(error).split("\n", 1)[0].strip()[:_MAX_REASON] or type(error).__name__
+        return UserError(f"{self._tokenizer.path}: its chat template {what}: {reason}")
+
+
+def template_of(tokenizer: Tokenizer) -> str | None:
+    """Return a tokenizer's chat template, of several the one named "default"; None without one."""
+    kept = tokenizer.kept("tokenizer_config.json").get("chat_template")
+    if isinstance(kept, list):
+        named = {each.get("name"): each.get("template") for each in kept if isinstance(each, dict)}
+        kept = named.get("default")
+    return kept if isinstance(kept, str) and kept else None
+
+
+def _split_by(mark: str) -> Any:
+    return lambda found: found[0][0] + mark + found[0][1:]
+
+
+def _text_of(token: Any) -> str | None:
+    """Return the text of a token of tokenizer_config.json, written as such or with its fields."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
+
+
+def _as_condition(tag: re.Match[str]) -> str:
+    """What an assistant wrote is marked for masks, which nothing here asks for."""
+    return tag[0].replace("endgeneration", "endif").replace("generation", "if true")
+
+
+def _namespace(**values: Any) -> jinja2.utils.Namespace:
+    for name in values:
+        _check_public(name)
+    return jinja2.utils.Namespace(values)
+
+
+def _check_public(name: str) -> None:
+    """A namespace hands out any name that was set, past the sandbox."""
+    if name.startswith("_"):
+        raise jinja2.TemplateError(f"it sets {name!r:.60}")
+
+
+def _environment() -> jinja2.Environment:
+    """Return where templates run: what transformers gives them, and nothing else."""
+    found = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    found.filters["tojson"] = _as_json
+    found.globals = {
+        "range": jinja2.sandbox.safe_range,
+        "namespace": _namespace,
+        "dict": lambda **values: dict(**values),
+        "raise_exception": _raise,
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+    }
+    return found
+
+
+def _as_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    """jinja's own escapes what HTML would read."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _raise(message: str) -> Iterator[str]:
+    raise jinja2.TemplateError(message)
