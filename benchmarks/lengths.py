@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks.command_line import command, mistakes_in_one_line
 from engine.data.comparisons import Comparison, read_comparisons
 from engine.data.demonstrations import Demonstration, read_demonstrations
+from engine.data.examples import encode_prompts
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import UserError
 
@@ -68,7 +69,7 @@ def lengths_of(kind: str, path: Path, tokenizer: Tokenizer) -> list[Row]:
             + (f" of {FEWEST_RANKED} to {MOST_RANKED} completions" if kind == "rankings" else "")
         )
     counted = tokenizer.encode_all(text for texts in answers for text in texts)
-    prompts = tokenizer.encode_all(record.prompt for record in records)
+    prompts = encode_prompts((record.prompt for record in records), tokenizer)
     return [
         [len(prompt), *(len(next(counted)) + 1 for _ in texts)]  # 1: the end of text
         for prompt, texts in zip(prompts, answers, strict=True)

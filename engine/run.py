@@ -318,14 +318,9 @@ def load_shared_tokenizer(find: Callable[[], Path]) -> Tokenizer:
     if files.digest() != digest:
         raise UserError(f"{path}: not the tokenizer here that it is on the first rank")
     tokenizer = make_tokenizer(files)
-    if tried and tokenizer.put_around:
-        added = " ".join(tokenizer.put_around)
-        say(
-            f"WARNING: {path}: its post_processor puts {added} around every text, and here "
-            "nothing is: a model that was trained with it reads texts without, and transformers "
-            "reads those of an export with it",
-            stream=sys.stderr,
-        )
+    if tried:
+        for note in tokenizer.notes:
+            say(f"WARNING: {path}: {note}", stream=sys.stderr)
     return tokenizer
 
 

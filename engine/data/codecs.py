@@ -15,6 +15,14 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
+from engine.data.beginning_of_text import (
+    Around,
+    check_reader,
+    named_beginning,
+    notes,
+    put_around,
+    put_before,
+)
 from engine.data.end_of_text import END_OF_TEXT, EndOfText, find_end
 from engine.data.tokenizer_files import TokenizerFiles
 from engine.errors import UserError
@@ -39,8 +47,12 @@ class Codec:
     eos_text: str
     also_stops: Sequence[int] = ()
     """Other tokens that stop a response; see end_of_text."""
-    put_around: Sequence[str] = ()
-    """Control tokens that the library would put around a text by itself, and encode does not."""
+    bos_ids: Sequence[int] = ()
+    """Control tokens that begin a text; see beginning_of_text. encode does not put them."""
+    bos_text: str = ""
+    """The texts of these, with a space between two."""
+    notes: Sequence[str] = ()
+    """What a user should know of the files."""
     encode: Callable[[list[str]], list[list[int]]]
     """Texts to ids, no control token among them; raises UserError."""
     encode_with_control: Callable[[str], list[int]] | None = None
@@ -88,6 +100,9 @@ def _open_sentencepiece(files: TokenizerFiles, num_threads: int) -> Codec:
     if own is None and files.settings.end_of_text is None and not files.settings.model_ends:
         raise UserError(f"{path} has no end-of-text piece (eos); train it with one")
     end = find_end(files.settings, ids, path, own)
+    own_bos = pieces[processor.bos_id()] if processor.bos_id() >= 0 else None
+    bos = named_beginning(files.settings, ids, path, path.parent, own_bos)
+    bos_ids = () if bos is None else (ids[bos],)
 
     def decode(ids: list[int]) -> str:
         with _one_line(path, "does not decode"):
@@ -106,10 +121,12 @@ def _open_sentencepiece(files: TokenizerFiles, num_threads: int) -> Codec:
     return Codec(
         vocab_size=vocab_size,
         missing_ids=sorted(set(range(vocab_size)) - set(ids.values())),
-        num_text_ids=max(len(pieces), end.id + 1),
+        num_text_ids=max(len(pieces), *(number + 1 for number in (end.id, *bos_ids))),
         eos_id=end.id,
         eos_text=end.text,
         also_stops=end.also_stops,
+        bos_ids=bos_ids,
+        bos_text=bos or "",
         encode=_sentencepiece_encoder(processor, path, num_threads),
         decode=decode,
         normalize=normalize,
@@ -204,6 +221,18 @@ def _add_tokens(model: tokenizers.Tokenizer, files: TokenizerFiles) -> bool:
     return bool(added)
 
 
+def _know_control(
+    model: tokenizers.Tokenizer, files: TokenizerFiles, end: EndOfText
+) -> tuple[Around, set[int]]:
+    """Have the library know what begins and ends a text as control tokens, and the texts of these
+    as ordinary text; return what it puts around a text, and the ids of all control tokens."""
+    around = put_around(model, files.path)
+    check_reader(files.settings, files.path, around)
+    model.add_special_tokens([end.text, *(text for _, text in around.before)])
+    model.encode_special_tokens = True
+    return around, {i for i, t in model.get_added_tokens_decoder().items() if t.special}
+
+
 def _naming(end: EndOfText) -> dict[str, bytes]:
     return {"tokenizer_config.json": json.dumps({"eos_token": end.text}).encode()}
 
@@ -213,19 +242,21 @@ def _wrap(model: tokenizers.Tokenizer, files: TokenizerFiles, kept: dict[str, by
     with _one_line(path, "does not take its added tokens"):
         has_grown = _add_tokens(model, files)
         vocabulary: Mapping[str, int] = model.get_vocab(with_added_tokens=True)
+        if files.kind == "gpt2" and (
+            bos := named_beginning(files.settings, vocabulary, path, folder=path)
+        ):
+            put_before(model, bos, vocabulary[bos])
     if has_grown:
         kept = {"tokenizer.json": model.to_str().encode()}
     _check_vocabulary(path, vocabulary.keys(), vocabulary.values())
     end = find_end(files.settings, vocabulary, path)
     if "tokenizer.json" in kept or end.text != END_OF_TEXT:
         kept |= _naming(end)
-    with _one_line(path, "does not take its end-of-text token"):
-        model.add_special_tokens([end.text])  # in the vocabulary; now known as a control token
-        model.encode_special_tokens = True  # their text is ordinary text
-        control = {i for i, token in model.get_added_tokens_decoder().items() if token.special}
-        put_around = model.encode("").tokens if model.post_processor is not None else []
+    with _one_line(path, "does not take the tokens that begin and end a text"):
+        around, control = _know_control(model, files, end)
     unknown = vocabulary.get(getattr(model.model, "unk_token", None) or "", 0)
-    text_ids = {end.id, unknown, *(each for each in vocabulary.values() if each not in control)}
+    text_ids = {each for each in vocabulary.values() if each not in control}
+    text_ids |= {end.id, unknown, *around.bos_ids}
 
     def encode(texts: list[str]) -> list[list[int]]:
         with _one_line(path, "does not encode a text"):
@@ -254,7 +285,9 @@ def _wrap(model: tokenizers.Tokenizer, files: TokenizerFiles, kept: dict[str, by
         eos_id=end.id,
         eos_text=end.text,
         also_stops=end.also_stops,
-        put_around=put_around,
+        bos_ids=around.bos_ids,
+        bos_text=around.bos_text,
+        notes=notes(files.settings, around, end.id),
         encode=encode,
         encode_with_control=_control_encoder(model, path),
         control_texts=sorted(text for text, number in vocabulary.items() if number in control),
@@ -299,9 +332,11 @@ def _check_vocabulary(path: Path, pieces: Collection[str], ids: Collection[int])
 
 @contextlib.contextmanager
 def _one_line(path: Path, problem: str) -> Iterator[None]:
-    """Raise a library's exception or panic as a UserError."""
+    """Raise a library's exception or panic as a UserError; one of ours passes."""
     try:
         yield
+    except UserError:
+        raise
     except BaseException as error:
         # The libraries raise no narrower type, and pyo3's panic is in no module.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

@@ -14,7 +14,8 @@ class Example:
     """One tokenised sequence."""
 
     tokens: np.ndarray
-    """[n] int64: the prompt's, then the response's, then in training data the end of text."""
+    """[n] int64: the prompt's with what begins a text, then the response's, then in training data
+    the end of text."""
     prompt_length: int
     """tokens[prompt_length:] are predicted. It is 1 for plain text, whose first token nothing
     predicts, and n for a bare prompt."""
@@ -103,7 +104,7 @@ def join_pair(prompt: np.ndarray, response: list[int], tokenizer: Tokenizer) -> 
 def encode_prompts(
     prompts: Iterable[str], tokenizer: Tokenizer, suffix: str = ""
 ) -> Iterator[np.ndarray]:
-    """Yield [n] int64 for each prompt: its tokens. `suffix` closes every prompt, such as a
-    newline."""
+    """Yield [n] int64 for each prompt: what begins a text, where the tokenizer has that, and its
+    own tokens. `suffix` closes every prompt, such as a newline."""
     for tokens in tokenizer.encode_all(prompt + suffix for prompt in prompts):
-        yield np.asarray(tokens, dtype=np.int64)
+        yield np.asarray([*tokenizer.bos_ids, *tokens], dtype=np.int64)

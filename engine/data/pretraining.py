@@ -1,11 +1,13 @@
 """Pretraining text, tokenised once into a memory-mapped file of token ids.
 
-Documents follow one another with an end of text after each. Sequences are cut from that stream
-without regard to documents (GPT-3, arXiv 2005.14165, appendix B).
+Documents follow one another, each behind what begins a text, where the tokenizer has that, and with
+an end of text after it. Sequences are cut from that stream without regard to documents (GPT-3,
+arXiv 2005.14165, appendix B): a beginning inside of one is predicted as any other token is.
 """
 
 import codecs
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -102,7 +104,7 @@ def make_token_file(
     """
     source, cache_dir = Path(source), Path(cache_dir)
     # What is no text is refused before all of it is read for its digest.
-    next(_pieces(_open_documents(source, skip_bad_lines)))
+    next(itertools.chain.from_iterable(_open_documents(source, skip_bad_lines)))
     documents = _open_documents(source, skip_bad_lines)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     with open_file(source) as stream:
@@ -120,7 +122,7 @@ def make_token_file(
             )
         progress, digest, num_bytes = _Progress(source), xxhash.xxh3_128(), 0
         with replacing(tokens_path) as stream:
-            for batch in in_batches(_pieces(documents)):
+            for batch in in_batches(_pieces(documents, tokenizer)):
                 encoded = np.asarray(_ids_of(batch, tokenizer), dtype=dtype).tobytes()
                 stream.write(encoded)
                 digest.update(encoded)
@@ -148,18 +150,20 @@ def read_token_file(path: Path, source: Path | str) -> TokenFile:
     return TokenFile(tokens=tokens, report=report, source=Path(source))
 
 
-def _pieces(documents: Iterable[Iterable[str]]) -> Iterator[str | None]:
-    """Yield the texts of all documents, and None at the end of each."""
+def _pieces(
+    documents: Iterable[Iterable[str]], tokenizer: Tokenizer
+) -> Iterator[str | tuple[int, ...]]:
+    """Yield the texts of all documents, and the ids that stand before and behind each document."""
     for document in documents:
+        yield tokenizer.bos_ids
         yield from document
-        yield None
+        yield (tokenizer.eos_id,)
 
 
-def _ids_of(batch: list[str | None], tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of all texts of a batch, and the end of text for each None."""
-    encoded = tokenizer.encode_all(piece for piece in batch if piece is not None)
-    end = [tokenizer.eos_id]
-    return [token for piece in batch for token in (end if piece is None else next(encoded))]
+def _ids_of(batch: list[str | tuple[int, ...]], tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of a batch: those that are given, and those of its texts."""
+    encoded = tokenizer.encode_all(piece for piece in batch if isinstance(piece, str))
+    return [n for piece in batch for n in (next(encoded) if isinstance(piece, str) else piece)]
 
 
 class _Progress:

@@ -1,7 +1,8 @@
 """Text to token ids and back: sentencepiece, GPT-2's two files, Hugging Face's tokenizer.json.
 
 What holds for all of them: encode adds no token of its own, and the text of a control token
-("<|endoftext|>") is ordinary text. There is no pad token, because batches are packed.
+("<|endoftext|>") is ordinary text. What begins a text is put by whoever makes a sequence of it.
+There is no pad token, because batches are packed.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from engine.errors import UserError
 from engine.files import replacing
 
 BATCH_CHARACTERS = 1 << 22  # work for a hundred cores, and a few hundred MB of ids
-Piece = TypeVar("Piece", str, str | None)
+Piece = TypeVar("Piece", str, str | tuple[int, ...])
 
 
 class Tokenizer:
@@ -31,11 +32,18 @@ class Tokenizer:
     """One more than the largest id."""
     eos_id: int
     """The end of text, which closes responses and documents: a control token."""
+    bos_ids: tuple[int, ...]
+    """What its files put before every text, mostly nothing or one token: control tokens that
+    begin each sequence and document; see beginning_of_text."""
     also_stops: tuple[int, ...]
     """Other tokens at which a model of this tokenizer stops; see end_of_text."""
 
     eos_text: str
     """What its files call the end of text."""
+    bos_text: str
+    """What its files call the tokens that begin a text, with a space between two."""
+    notes: tuple[str, ...]
+    """What a user should know of its files."""
     path: Path
     """The file or folder that it was loaded from, for errors."""
 
@@ -45,7 +53,9 @@ class Tokenizer:
         self.eos_id = codec.eos_id
         self.also_stops = tuple(codec.also_stops)
         self.eos_text = codec.eos_text
-        self.put_around = tuple(codec.put_around)
+        self.bos_ids = tuple(codec.bos_ids)
+        self.bos_text = codec.bos_text
+        self.notes = tuple(codec.notes)
         self.path = path
         self._codec = codec
         self._beside = beside
@@ -108,9 +118,9 @@ class Tokenizer:
         return dict(json.loads(self._codec.files.get("added_tokens.json", b"{}")))
 
     def fingerprint(self) -> str:
-        """Return a sha256 of the tokenizer's files, which is equal only where all ids mean the
-        same; is_same_as() looks past how a file is laid out."""
-        digest = hashlib.sha256()
+        """Return a sha256 of the tokenizer's files and of what begins a text, which is equal only
+        where all ids mean the same; is_same_as() looks past how a file is laid out."""
+        digest = hashlib.sha256(f"bos {self.bos_ids} ".encode() if self.bos_ids else b"")
         for name, content in sorted(self._codec.files.items()):
             digest.update(f"{name} {len(content)} ".encode() + content)
         return digest.hexdigest()
@@ -120,7 +130,9 @@ class Tokenizer:
         spaces, another order of keys, or an older way to write merges."""
         if self.fingerprint() == other.fingerprint():
             return True
-        return self.eos_id == other.eos_id and self._codec.meaning() == other._codec.meaning()
+        if (self.eos_id, self.bos_ids) != (other.eos_id, other.bos_ids):
+            return False
+        return self._codec.meaning() == other._codec.meaning()
 
     def save(self, directory: Path | str) -> None:
         """Write the files from which load_tokenizer(directory) makes the same tokenizer, with what
@@ -136,12 +148,12 @@ class Tokenizer:
 
 
 def in_batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Yield the pieces in lists that are worth encoding at once; None has no characters."""
+    """Yield the pieces, texts and ids among them, in lists that are worth encoding at once."""
     batch: list[Piece] = []
     num_characters = 0
     for piece in pieces:
         batch.append(piece)
-        num_characters += len(piece or "")
+        num_characters += len(piece) if isinstance(piece, str) else 0
         if num_characters >= BATCH_CHARACTERS:
             yield batch
             batch, num_characters = [], 0

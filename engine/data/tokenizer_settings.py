@@ -1,6 +1,7 @@
 """What the JSON files beside a tokenizer say of it, and of the model that it is for.
 
-    tokenizer_config.json     eos_token and other special tokens, added tokens, the chat template
+    tokenizer_config.json     eos_token and other special tokens, added tokens, the chat template,
+                              whether bos_token is put before texts
     special_tokens_map.json   eos_token and other special tokens
     added_tokens.json         the ids of tokens that the tokenizer's own files do not have
     generation_config.json    eos_token_id: a number or a list; goes before config.json's
@@ -54,6 +55,8 @@ class TokenizerSettings:
     """Texts of tokens that are control tokens."""
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     """What is kept of tokenizer_config.json, for whoever uses an export."""
+    reader: str = ""
+    """The class of transformers' that reads the tokenizer, where that is said."""
     generation: Mapping[str, Any] = field(default_factory=dict)
     """What is kept of generation_config.json."""
 
@@ -66,8 +69,10 @@ def read_settings(folder: Path) -> TokenizerSettings:
     generation = _read(folder / "generation_config.json")
     end, end_path = _tokenizer_end(folder, config, special_map)
     ends, ends_path = _model_ends(folder, generation)
-    kept = {name: special_map[name] for name in _KEPT if special_map.get(name) is not None}
+    kept = {name: _as_config(v) for name in _KEPT if (v := special_map.get(name)) is not None}
     kept |= {name: config[name] for name in _KEPT if config.get(name) is not None}
+    adds = _adds_beginning(folder, config, special_map)
+    kept |= {} if adds is None else {"add_bos_token": adds}
     template = folder / "chat_template.jinja"
     if os.path.lexists(template):
         kept["chat_template"] = _read_text(template)
@@ -80,6 +85,7 @@ def read_settings(folder: Path) -> TokenizerSettings:
         added=added,
         special=tuple(sorted(flagged | _special_texts(folder, kept))),
         tokenizer=kept,
+        reader=_reader(folder, config),
         generation={name: generation[name] for name in generation if name not in _NOT_KEPT},
     )
 
@@ -91,7 +97,7 @@ def _tokenizer_end(
     found: list[tuple[str, str]] = []
     for name, content in ((_TOKENIZER_CONFIG, config), ("special_tokens_map.json", special_map)):
         path = folder / name
-        text = _token_text(path, "eos_token", content.get("eos_token"))
+        text = token_text(path, "eos_token", content.get("eos_token"))
         if text is not None:
             found.append((text, str(path)))
     if len({text for text, _ in found}) > 1:
@@ -101,6 +107,45 @@ def _tokenizer_end(
             f"{_shown(other)}: correct one of them"
         )
     return found[0] if found else (None, "")
+
+
+def _adds_beginning(
+    folder: Path, config: Mapping[str, Any], special_map: Mapping[str, Any]
+) -> bool | None:
+    """Return whether the settings have bos_token put before texts; None where they do not say."""
+    path, other = folder / _TOKENIZER_CONFIG, folder / "special_tokens_map.json"
+    adds = config.get("add_bos_token")
+    if adds is not None and not isinstance(adds, bool):
+        raise UserError(f"{path}: add_bos_token is {_shown(adds)} and must be true or false")
+    if not adds:
+        return adds
+    first = token_text(path, "bos_token", config.get("bos_token"))
+    second = token_text(other, "bos_token", special_map.get("bos_token"))
+    has_own = os.path.lexists(folder / "tokenizer.json")  # which says itself what begins a text
+    if first is not None and second is not None and first != second and not has_own:
+        raise UserError(
+            f"{path} names {_shown(first)} as what begins a text (bos_token), {other} "
+            f"{_shown(second)}: correct one of them"
+        )
+    # A null there is no token, and not the one that a class or a sentencepiece model has by itself.
+    return first is not None or second is not None or "bos_token" not in config
+
+
+def _reader(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return the class that transformers reads the tokenizer with, where that is said."""
+    named = config.get("tokenizer_class")
+    if isinstance(named, str):
+        return named
+    model = _read(folder / "config.json")
+    return "GPTNeoXTokenizer" if model.get("model_type") == "gpt_neox" else ""
+
+
+def _as_config(value: Any) -> Any:
+    """Return a token of special_tokens_map.json, or a list, as tokenizer_config.json has it."""
+    if isinstance(value, list):
+        return [_as_config(each) for each in value]
+    is_token = isinstance(value, dict) and "content" in value
+    return {**value, "__type": "AddedToken"} if is_token else value
 
 
 def _model_ends(folder: Path, generation: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
@@ -133,7 +178,7 @@ def _added_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, in
     if not isinstance(decoder, dict):
         raise UserError(f"{path}: added_tokens_decoder is no object")
     for number, fields in decoder.items():
-        text = _token_text(path, "added_tokens_decoder", fields)
+        text = token_text(path, "added_tokens_decoder", fields)
         if text is None or not number.isascii() or not number.isdecimal() or len(number) > 9:
             raise UserError(f"{path}: added_tokens_decoder has {_shown(number)}: {_shown(fields)}")
         added[text] = int(number)
@@ -141,7 +186,7 @@ def _added_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, in
             special.add(text)
     path = folder / "added_tokens.json"
     for text, number in _read(path).items():
-        _token_text(path, "a token", text)
+        token_text(path, "a token", text)
         if type(number) is not int or not 0 <= number < 1 << 30:
             raise UserError(f"{path}: {_shown(text)} has {_shown(number)}, which is no id")
         if added.setdefault(text, number) != number:
@@ -164,8 +209,9 @@ def _special_texts(folder: Path, kept: Mapping[str, Any]) -> set[str]:
     return {text for text in texts if isinstance(text, str) and text}
 
 
-def _token_text(path: Path, name: str, value: Any) -> str | None:
-    """Return the text of a token, which is written as a text or as a token's fields."""
+def token_text(path: Path, name: str, value: Any) -> str | None:
+    """Return the text of a token, which is written as a text or as a token's fields; None where it
+    is null. Raises UserError."""
     text = value.get("content") if isinstance(value, dict) else value
     if text is None and value is None:
         return None

@@ -234,13 +234,17 @@ def save_huggingface(
         if parallel.is_writer:
             if len(files) > 1:
                 _write_json(partial / "model.safetensors.index.json", index_of(files, exported))
-            dtype = str(network.dtype).removeprefix("torch.")
-            config = config_of_size(exported.size, dtype=dtype, eos_id=tokenizer.eos_id)
+            config = _config_of(exported, tokenizer)
             if scores:
                 config = config_of_scorer(config, size, pad_id=int(pad), score_bias=bias)
             _write_json(partial / "config.json", config)
             if bias:
                 say_left_bias(bias, family.name)
+
+
+def _config_of(exported: Exported, tokenizer: Tokenizer) -> dict[str, Any]:
+    dtype, bos_id = str(exported.dtype).removeprefix("torch."), next(iter(tokenizer.bos_ids), None)
+    return config_of_size(exported.size, dtype=dtype, eos_id=tokenizer.eos_id, bos_id=bos_id)
 
 
 @contextlib.contextmanager

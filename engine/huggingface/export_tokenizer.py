@@ -2,7 +2,8 @@
 
 tokenizer.json is what AutoTokenizer is told to read as it stands: the class that a model's name
 would choose makes steps of its own. Only GPT-2's two files, which say nothing of their steps, are
-read by the class of GPT-2.
+read by the class of GPT-2. What begins a text is in the post_processor of a tokenizer.json, which
+stays with all that it puts; of two files it is add_bos_token and bos_token, which a run keeps.
 """
 
 import json
@@ -29,6 +30,7 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) ->
         "model_max_length": context_length,
         **tokenizer.kept("tokenizer_config.json"),
         "eos_token": tokenizer.eos_text,
+        **({"bos_token": tokenizer.bos_text} if len(tokenizer.bos_ids) == 1 else {}),
         "tokenizer_class": _PLAIN_CLASS,
     }
     note = ""

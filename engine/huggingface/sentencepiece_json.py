@@ -19,6 +19,7 @@ import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
+from engine.data.beginning_of_text import template
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
 from engine.huggingface.hard_texts import hard_texts
@@ -60,7 +61,7 @@ def sentencepiece_json(tokenizer: Tokenizer) -> tuple[bytes, bool]:
         "added_tokens": list(_added_tokens(spec, tokenizer)),
         "normalizer": {"type": "Sequence", "normalizers": steps} if steps else None,
         "pre_tokenizer": _apart(spec) if kind == "unigram" else None,
-        "post_processor": None,
+        "post_processor": _post_processor(tokenizer),
         "decoder": _decoder(spec),
         "model": _bpe(spec) if kind == "bpe" else _unigram(spec),
     }
@@ -220,6 +221,10 @@ def _apart(spec: Any) -> dict[str, Any]:
         "behavior": "MergedWithPrevious",
         "invert": False,
     }
+
+
+def _post_processor(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    return template(tokenizer.bos_text, tokenizer.bos_ids[0]) if tokenizer.bos_ids else None
 
 
 def _unknown(spec: Any) -> str | None:

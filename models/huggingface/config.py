@@ -86,17 +86,19 @@ def family_of_size(size: GPTSize) -> Family:
     raise ValueError(f"no family of Hugging Face's has all of this: {size} (of its form: {said})")
 
 
-def config_of_size(size: GPTSize, *, dtype: str, eos_id: int) -> dict[str, Any]:
+def config_of_size(
+    size: GPTSize, *, dtype: str, eos_id: int, bos_id: int | None = None
+) -> dict[str, Any]:
     """Return the config.json of a model of that size, whose end-of-text token is eos_id.
 
-    dtype is torch's name of its weights' type, "float32". Raises ValueError for a size that is no
-    family's.
+    bos_id: the token that begins a text; the end of text, as in GPT-2, where none does. dtype is
+    torch's name of its weights' type, "float32". Raises ValueError for a size that is no family's.
     """
     family = family_of_size(size)
     return {
         "architectures": [family.architecture],
         **_described(size, family),
-        "bos_token_id": eos_id,
+        "bos_token_id": eos_id if bos_id is None else bos_id,
         "eos_token_id": eos_id,
         "torch_dtype": dtype,
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from tokenizers import processors
 
 from engine import run as run_module
 from engine import stop
@@ -29,8 +30,11 @@ from engine.settings.layout import ParallelLayout
 from engine.settings.saved import load_config
 from engine.settings.sft import SFTConfig, SFTData
 from models.sizes import SIZES
+from tests.beginnings import POST_PROCESSORS, write_tokenizer_json
 from tests.ranks import run_ranks
 from tests.tiny import EVERY_STEP, write_lines
+
+SPECIAL = [("<s>", 1), ("<pad>", 0)]
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +56,16 @@ def test_tokenizer_comes_from_a_file_a_folder_or_an_earlier_run(
     assert run.tokenizer.fingerprint() == load_tokenizer(tiny / "tokenizer.json").fingerprint()
     assert run.parallel.seed == 7
     assert run.checkpoints == tmp_path / "run" / "checkpoints"
+
+
+def test_only_what_is_not_put_around_a_text_is_warned_of(tmp_path: Path, capsys):
+    behind = processors.TemplateProcessing(single="<s> $A <pad>", special_tokens=SPECIAL)
+    for name, processor in {"known": POST_PROCESSORS["around"], "other": behind}.items():
+        start(write_tokenizer_json(tmp_path / name, processor), tmp_path / "run")
+        said = capsys.readouterr().err
+        path = tmp_path / name / "tokenizer.json"
+        note = f"WARNING: {path}: its post_processor puts <pad> behind every text, and here nothing"
+        assert (note in said, "WARNING" in said) == ((name == "other",) * 2)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ def made_tokenizer(
     *,
     vocab_size: int = 400,
     eos_id: int = 1,
+    bos_ids: tuple[int, ...] = (),
     decode: Callable[[list[int]], str] = str,
     files: dict[str, bytes] | None = None,
 ) -> Tokenizer:
@@ -23,6 +24,7 @@ def made_tokenizer(
         num_text_ids=vocab_size,
         eos_id=eos_id,
         eos_text="<|endoftext|>",
+        bos_ids=bos_ids,
         encode=encode,
         decode=decode,
         normalize=str,

@@ -42,7 +42,7 @@ def test_a_codec_says_what_its_files_do():
     assert open_codec(huggingface()).normalize("ABba") == "ABba"
 
 
-def test_what_the_library_would_put_around_a_text_is_known_and_left_out():
+def test_what_the_library_would_put_before_a_text_is_known_and_not_encoded():
     special = {EOS: {"id": EOS, "ids": [31], "tokens": [EOS]}}
     parts = [{"SpecialToken": {"id": EOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     template = {
@@ -52,9 +52,9 @@ def test_what_the_library_would_put_around_a_text_is_known_and_left_out():
         "special_tokens": special,
     }
     codec = open_codec(huggingface(post_processor=template))
-    assert codec.put_around == [EOS]
+    assert (codec.bos_ids, codec.bos_text) == ((31,), EOS)
     assert codec.encode(["abab"]) == [[30]]
-    assert open_codec(huggingface()).put_around == []
+    assert (open_codec(huggingface()).bos_ids, open_codec(huggingface()).bos_text) == ((), "")
 
 
 def test_two_files_of_gpt2_without_a_piece_are_refused():

@@ -3,6 +3,7 @@ import pytest
 
 from engine.data.examples import Example, drop_long, encode_prompts, join_pair
 from engine.data.tokenizer import Tokenizer
+from tests.engine.data.made_tokenizer import made_tokenizer
 
 
 def example(prompt_length: int, length: int) -> Example:
@@ -21,6 +22,17 @@ def test_prompt_and_response_are_encoded_apart(tokenizer: Tokenizer) -> None:
 def test_the_suffix_closes_the_prompt(tokenizer: Tokenizer) -> None:
     found = encode_prompts(["a pub", "x"], tokenizer, "\n")
     assert [tokenizer.decode(tokens) for tokens in found] == ["a pub\n", "x\n"]
+
+
+def test_every_prompt_begins_as_its_tokenizer_has_it() -> None:
+    letters = made_tokenizer(lambda texts: [list(map(ord, text)) for text in texts], bos_ids=(7, 9))
+    found = [tokens.tolist() for tokens in encode_prompts(["ab", "", "c"], letters, "\n")]
+    assert found == [[7, 9, 97, 98, 10], [7, 9, 10], [7, 9, 99, 10]]
+    (empty,) = encode_prompts([""], letters)
+    assert empty.dtype == np.int64
+    assert Example(tokens=empty, prompt_length=len(empty)).tokens.tolist() == [7, 9]
+    pair = join_pair(found[0], letters.encode("x"), letters)
+    assert pair.tolist() == [7, 9, 97, 98, 10, 120, letters.eos_id]  # once
 
 
 def test_what_is_over_a_limit_is_dropped_and_counted() -> None:

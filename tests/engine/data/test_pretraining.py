@@ -39,6 +39,32 @@ def test_documents_follow_one_another_with_an_end_of_text(
         assert tokens.report.num_read == 3
 
 
+def letters(bos_ids: tuple[int, ...]) -> Tokenizer:
+    return made_tokenizer(
+        lambda texts: [list(map(ord, text)) for text in texts], bos_ids=bos_ids, eos_id=3
+    )
+
+
+def test_every_document_begins_as_its_tokenizer_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, cache = write(tmp_path / "a.jsonl", ["ab", "c"]), tmp_path / "cache"
+    (tmp_path / "b.txt").write_text("a b c d\n" * 4)
+    plain = open_token_file(source, letters(()), cache)
+    assert plain.tokens.tolist() == [97, 98, 3, 99, 3]
+    begun = open_token_file(source, letters((7,)), cache)  # not what is kept of the other
+    assert begun.tokens.tolist() == [7, 97, 98, 3, 7, 99, 3]
+    windows = begun.sequences(3)
+    assert [windows[n].tokens.tolist() for n in range(2)] == [[7, 97, 98], [3, 7, 99]]
+    assert [windows[n].prompt_length for n in range(2)] == [1, 1]
+    assert windows.shapes(0) == [(3, 1)]
+    # A long document comes in parts and batches, and begins once.
+    monkeypatch.setattr(pretraining, "_PIECE_CHARACTERS", 3)
+    monkeypatch.setattr("engine.data.tokenizer.BATCH_CHARACTERS", 5)
+    whole = open_token_file(tmp_path / "b.txt", letters((7, 9)), cache).tokens.tolist()
+    assert whole == [7, 9, *b"a b c d\n" * 4, 3]
+
+
 def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path) -> None:
     tokenizer = made_tokenizer(lambda texts: [[65_536]], vocab_size=70_000, eos_id=69_999)
     tokens = open_token_file(write(tmp_path / "a.jsonl", ["x"]), tokenizer, tmp_path / "cache")

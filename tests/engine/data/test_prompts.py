@@ -15,6 +15,7 @@ from engine.data.prompts import (
 )
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
+from tests.engine.data.made_tokenizer import made_tokenizer
 
 
 def test_text_and_messages_are_read(tmp_path: Path) -> None:
@@ -39,6 +40,13 @@ def test_long_prompts_are_dropped_and_the_kept_ones_known(tokenizer: Tokenizer) 
     assert report.num_long_prompts == 1
     assert [tokenizer.decode(example.tokens) for example in examples] == ["The Mill", "pub"]
     assert all(example.prompt_length == len(example.tokens) for example in examples)
+
+
+def test_what_begins_a_prompt_counts_as_its_tokens() -> None:
+    letters = made_tokenizer(lambda texts: [list(map(ord, text)) for text in texts], bos_ids=(7,))
+    examples, report = prompt_examples(["ab", "abc"], letters, max_prompt_length=3)
+    assert [example.tokens.tolist() for example in examples] == [[7, 97, 98]]
+    assert (report.num_long_prompts, examples[0].prompt_length) == (1, 3)
 
 
 @given(

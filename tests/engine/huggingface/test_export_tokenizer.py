@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, GPT2Config
 from engine.data.tokenizer import load_tokenizer
 from engine.huggingface.export_tokenizer import export_tokenizer
 from engine.huggingface.sentencepiece_json import MAY_DIFFER
+from tests.beginnings import FOLDERS, beginning, write_folder
 from tests.engine.huggingface.sentencepiece_models import KINDS, write_model
 from tests.tokenizer_json import added_token, tokenizer_json
 
@@ -22,14 +23,15 @@ def export(source: Path, folder: Path) -> str:
     return export_tokenizer(tokenizer, folder, 64)
 
 
-def assert_loads_alike(source: Path, folder: Path) -> None:
+def assert_loads_alike(source: Path, folder: Path, behind: tuple[int, ...] = ()) -> None:
     ours, theirs = load_tokenizer(source), AutoTokenizer.from_pretrained(folder)
     for text in TEXTS:
-        assert theirs(text)["input_ids"] == ours.encode(text)
+        assert theirs(text)["input_ids"] == [*ours.bos_ids, *ours.encode(text), *behind]
     assert (theirs.eos_token_id, theirs.eos_token) == (ours.eos_id, ours.eos_text)
     again = load_tokenizer(folder)
     assert [again.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
     assert (again.vocab_size, again.eos_id) == (ours.vocab_size, ours.eos_id)
+    assert (again.bos_ids, again.bos_text) == (ours.bos_ids, ours.bos_text)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -82,6 +84,32 @@ def test_two_files_may_end_texts_as_opt_does(tmp_path, letters):
     load_tokenizer(source).save(tmp_path / "run")
     export(tmp_path / "run", tmp_path / "hf")
     assert_loads_alike(source, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_what_begins_a_text_begins_an_exports(tmp_path, kind):
+    source = write_folder(kind, tmp_path / "source")
+    load_tokenizer(source).save(tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "hf")
+    # What a tokenizer.json puts behind a text stays in it.
+    behind = (load_tokenizer(source).eos_id,) if kind in ("around", "roberta") else ()
+    for model_type in ("llama", "opt", "gpt_neox"):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": model_type}))
+        assert_loads_alike(source, tmp_path / "hf", behind)
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+        assert [theirs.bos_token_id] == beginning(kind)
+
+
+@pytest.mark.parametrize("name", ["bos_token", "pad_token"])
+def test_a_token_that_only_the_map_names_loads_in_transformers(tmp_path, letters, name):
+    source = tmp_path / "source"
+    write_gpt2(source, letters | {"<|endoftext|>": 257, "<x>": 258})
+    token = {"content": "<x>", "lstrip": False, "normalized": False}
+    listed = {name: token, "additional_special_tokens": [token]}
+    (source / "special_tokens_map.json").write_text(json.dumps(listed))
+    load_tokenizer(source).save(tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "hf")
+    assert getattr(AutoTokenizer.from_pretrained(tmp_path / "hf"), f"{name}_id") == 258
 
 
 def test_what_a_run_does_not_use_survives_it(tmp_path):
