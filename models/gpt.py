@@ -1,19 +1,21 @@
-"""The language model, policy and reference: megatron's GPTModel read out as token log-probs."""
+"""The language model, policy and reference: the trunk read out as token log-probs."""
 
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.enums import ModelType
 from torch import Tensor
 
 from models.attention import PackedSequences
-from models.layers import LayerConfig, block_spec, order_positions, position_type
+from models.layers import LayerConfig
 from models.paged_attention import PagedSequences
 from models.paged_forward import paged_embedding, paged_forward
 from models.readouts import LanguageHead, LanguageReadout
 from models.sizes import GPTSize
-from models.trunk import run_trunk
+from models.trunk import build_trunk, read_by_head, run_trunk
 
 
-class GPT(GPTModel):
-    """One pipeline chunk of a GPT."""
+class GPT(LanguageModule):
+    """One pipeline chunk of a GPT, whose last stage reads the head."""
 
     def __init__(
         self,
@@ -24,22 +26,31 @@ class GPT(GPTModel):
         post_process: bool,
         vp_stage: int | None,
     ) -> None:
-        super().__init__(
-            config=config,
-            transformer_layer_spec=block_spec(config, vp_stage),
-            vocab_size=size.padded_vocab_size,
-            max_sequence_length=size.context_length,
-            pre_process=pre_process,
-            post_process=post_process,
-            share_embeddings_and_output_weights=size.form.is_tied,
-            position_embedding_type=position_type(size.form),
-            vp_stage=vp_stage,
-        )
+        super().__init__(config=config)
         self.size = size
-        if pre_process:
-            order_positions(self.embedding, config)
+        self.pre_process, self.post_process = pre_process, post_process
+        self.vp_stage = vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = size.form.is_tied
+        build_trunk(self, config, size)
+        if post_process:
+            self.output_layer = ColumnParallelLinear(
+                size.embedding_dim,
+                size.padded_vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_weight_param_allocation=pre_process and size.form.is_tied,
+                tp_group=self.pg_collection.tp,
+            )
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
 
-    def forward(  # type: ignore[override]
+    def set_input_tensor(self, input_tensor: list[Tensor]) -> None:
+        """Take the hidden states of the previous stage (megatron's schedules call this)."""
+        self.decoder.set_input_tensor(input_tensor[0])
+
+    def forward(
         self,
         tokens: Tensor,
         positions: Tensor,
@@ -76,6 +87,7 @@ class GPT(GPTModel):
         hidden = paged_forward(self.decoder, hidden, positions, sequences, group)
         if not self.post_process:
             return hidden
+        hidden = read_by_head(self, hidden)
         return readout.read(self._head(False), hidden[:, 0], tokens, sequences)
 
     def _head(self, sequence_parallel: bool) -> LanguageHead:

@@ -2,8 +2,7 @@
 
 A decoding step is a few dozen small operations. megatron's modules wrap each in autograd functions,
 hooks and checks that cost more than the operation. This reads the same weights through
-the same norm and attention kernels, in the order of `models/layers.py`: embeddings, pre-norm
-attention, pre-norm MLP with the tanh approximation of GELU, and the final norm.
+the same norm and attention kernels, in the order of `models/layers.py`.
 
 Sequence parallelism is training's: it spares activations, of which generation has next to none, and
 its weights are those of plain tensor parallelism. Here hidden states are the same on all
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from models.embedding import ProjectedEmbedding
 from models.mlp import activate
 from models.paged_attention import PagedSequences
 from models.rotary import Rotation, rotation_at
@@ -26,7 +26,7 @@ from models.rotary import Rotation, rotation_at
 def paged_embedding(
     embedding: Any, tokens: Tensor, positions: Tensor, group: ProcessGroup
 ) -> Tensor:
-    """Return what megatron's LanguageModelEmbedding makes of tokens and positions [T], both int64:
+    """Return what an embedding (models/embedding.py) makes of tokens and positions [T], both int64:
     [T, 1, hidden size]. group: the tensor-parallel ranks, among which the vocabulary is cut."""
     words = embedding.word_embeddings
     if group.size() == 1:
@@ -37,6 +37,8 @@ def paged_embedding(
         hidden = F.embedding(number.masked_fill_(is_elsewhere, 0), words.weight)
         hidden.masked_fill_(is_elsewhere[:, None], 0.0)
         dist.all_reduce(hidden, group=group)
+    if isinstance(embedding, ProjectedEmbedding):
+        hidden = embedding.project_in(hidden)
     if embedding.add_position_embedding:
         hidden.add_(F.embedding(positions, embedding.position_embeddings.weight))
     return hidden[:, None]

@@ -28,10 +28,11 @@ class LanguageHead:
     """The head of a language model, cut among the ranks of its tensor-parallel group."""
 
     weight: Tensor
-    """[V / tp, H]: this rank's part of the vocabulary."""
+    """[V / tp, width of the embedding]: this rank's part of the vocabulary."""
     group: ProcessGroup
     sequence_parallel: bool
-    """Hidden states come as [T / tp, H], each rank's own; else as [T, H], the same on all."""
+    """Hidden states come as [T / tp, width], each rank's own; else as [T, width], the same on
+    all."""
     num_valid_vocab: int
     """Tokens of the vocabulary; what pads it beyond them takes no part."""
 

@@ -2,37 +2,35 @@
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from models.attention import PackedSequences
-from models.layers import LayerConfig, block_spec, order_positions, position_type
+from models.layers import LayerConfig
 from models.readouts import Readings
 from models.sizes import GPTSize
-from models.trunk import run_trunk
+from models.trunk import build_trunk, run_trunk
 
 
 class ScalarHead(MegatronModule):
-    """hidden -> one number. Weight std 1/sqrt(d+1), bias 0 (Stiennon et al. 2020, appendix B.1).
+    """A hidden state of width d -> one number. Weight std 1/sqrt(d+1), bias 0 (Stiennon et al.
+    2020, appendix B.1).
 
     Its parameters are fp32 whatever the trunk's dtype: a bias of 11 in bf16 moves in steps of 0.06,
     which scores, values and the shift of a reward model would take over.
     """
 
-    def __init__(self, config: TransformerConfig, group: ProcessGroup) -> None:
-        """group: the tensor-parallel ranks."""
+    def __init__(self, config: TransformerConfig, width: int, group: ProcessGroup) -> None:
+        """width: of what it reads. group: the tensor-parallel ranks."""
         super().__init__(config=config)
         self._group = group
         device = torch.cuda.current_device()
-        hidden = config.hidden_size
-        self.weight = torch.nn.Parameter(torch.empty(1, hidden, device=device, dtype=torch.float32))
+        self.weight = torch.nn.Parameter(torch.empty(1, width, device=device, dtype=torch.float32))
         self.bias = torch.nn.Parameter(torch.empty(1, device=device, dtype=torch.float32))
         self.initialise()
         for parameter in self.parameters():
@@ -46,8 +44,8 @@ class ScalarHead(MegatronModule):
         torch.nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return fp32 readings [T] of hidden [T, H], or of each rank's [T / tp, H] under sequence
-        parallelism."""
+        """Return fp32 readings [T] of hidden [T, width], or of each rank's [T / tp, width] under
+        sequence parallelism."""
         readings = (hidden.float() @ self.weight.T + self.bias)[:, 0]
         if not self.config.sequence_parallel:
             return readings
@@ -74,25 +72,9 @@ class ScalarGPT(LanguageModule):
         self.vp_stage = vp_stage
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
-        if pre_process:
-            self.embedding = LanguageModelEmbedding(
-                config=config,
-                vocab_size=size.padded_vocab_size,
-                max_sequence_length=size.context_length,
-                position_embedding_type=position_type(size.form),
-                tp_group=self.pg_collection.tp,
-            )
-            order_positions(self.embedding, config)
-        self.decoder = TransformerBlock(
-            config=config,
-            spec=block_spec(config, vp_stage),
-            pre_process=pre_process,
-            post_process=post_process,
-            pg_collection=self.pg_collection,
-            vp_stage=vp_stage,
-        )
+        build_trunk(self, config, size)
         if post_process:
-            self.scalar_head = ScalarHead(config, self.pg_collection.tp)
+            self.scalar_head = ScalarHead(config, size.embedding_dim, self.pg_collection.tp)
 
     def set_input_tensor(self, input_tensor: list[Tensor]) -> None:
         """Take the hidden states of the previous stage (megatron's schedules call this)."""

@@ -37,6 +37,9 @@ class GPTSize:
     """Dimensions of a head; 0: hidden_size / num_heads."""
     inner_width: int = 0
     """Width of the MLP; 0: 4 x hidden_size."""
+    embedding_width: int = 0
+    """Width of the tokens' embedding and of what the head reads; 0: hidden_size. One of another
+    width is projected in and out (OPT-350m: 512, layers of 1024)."""
     form: Form = GPT3_FORM
     """How a layer is put together."""
 
@@ -50,6 +53,7 @@ class GPTSize:
             ("query_groups", self.num_heads),
             ("head_width", self.hidden_size / self.num_heads),
             ("inner_width", 4 * self.hidden_size),
+            ("embedding_width", self.hidden_size),
         ):
             if getattr(self, name) == usual:
                 object.__setattr__(self, name, 0)
@@ -84,6 +88,11 @@ class GPTSize:
         return self.ffn_size * (2 if self.form.is_gated else 1)
 
     @property
+    def embedding_dim(self) -> int:
+        """Width of the tokens' embedding and of what the head reads."""
+        return self.embedding_width or self.hidden_size
+
+    @property
     def padded_vocab_size(self) -> int:
         """vocab_size rounded up to a multiple of 128; the columns beyond vocab_size are masked
         everywhere."""
@@ -100,14 +109,15 @@ class GPTSize:
         layer += hidden if form.has_bias("attention") else 0
         layer += hidden + self.fc1_width if form.has_bias("mlp") else 0
         layer += 2 * self.head_dim * norm // hidden if form.norms_heads else 0
-        embeddings = self.vocab_size * (1 if form.is_tied else 2)
-        embeddings += 0 if form.rotary else self.context_length
-        last = norm if not form.is_post_norm else 0
-        return self.num_layers * layer + embeddings * hidden + last
+        ends = self.vocab_size * self.embedding_dim * (1 if form.is_tied else 2)
+        ends += 0 if form.rotary else self.context_length * hidden
+        ends += 2 * self.embedding_width * hidden  # the projections
+        ends += norm if not form.is_post_norm else 0
+        return self.num_layers * layer + ends
 
 
 _REQUIRED = ("num_layers", "hidden_size", "num_heads", "vocab_size", "context_length")
-_OPTIONAL = ("query_groups", "head_width", "inner_width")
+_OPTIONAL = ("query_groups", "head_width", "inner_width", "embedding_width")
 _LARGEST = 1 << 31  # of any number of a size; our choice
 
 

@@ -39,6 +39,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2_untied": _GPT2 | {"tie_word_embeddings": False, "activation_function": "quick_gelu"},
     "opt": _OPT,
     "opt_norm_after": _OPT | {"do_layer_norm_before": False},
+    "opt_350m": _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
+    "opt_wide_embedding": _OPT | {"activation_function": "gelu", "word_embed_proj_dim": 96},
     "opt_without_bias": _OPT | {"enable_bias": False, "activation_function": "gelu"},
     "pythia": _NEOX,
     "neox_biases_of_mlp": _NEOX | {"attention_bias": False},

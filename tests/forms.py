@@ -47,6 +47,14 @@ FORMS = {
     ),
     # No ReLU: its kinks turn rounding into whole steps of Adam, which layouts would differ by.
     "post-norm": GPTSize(**_DIMENSIONS, form=Form(is_post_norm=True, activation="gelu")),
+    "opt-350m": GPTSize(
+        **_DIMENSIONS, embedding_width=16, form=Form(is_post_norm=True, activation="gelu")
+    ),
+    "wide embedding": GPTSize(
+        **_DIMENSIONS,
+        embedding_width=48,
+        form=Form(norm="rms", activation="silu", rotary=Rotary(), bias="none", is_tied=False),
+    ),
     "banded": GPTSize(
         **_DIMENSIONS, form=Form(window=5, windowed_layers="every second", scales_by_layer=True)
     ),

@@ -21,7 +21,7 @@ from tests.sources import (
 
 MEGATRON_FILES = {
     *(f"models/{name}.py" for name in ("gpt", "scalar_gpt", "layers", "mlp", "attention")),
-    *(f"models/{name}.py" for name in ("readouts", "vocab_parallel")),
+    *(f"models/{name}.py" for name in ("embedding", "trunk", "readouts", "vocab_parallel")),
     *(f"engine/ranks/{name}.py" for name in ("device", "groups", "parallel", "seeds", "start")),
     *(f"engine/training/{name}.py" for name in ("passes", "optimizer", "trainable")),
     "engine/checkpoints/shards.py",

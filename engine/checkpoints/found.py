@@ -114,7 +114,8 @@ def check_named_size(name: str, path: Path, role: str) -> None:
         return
     found = size_of(path, role)
     wanted = named_size(name)
-    if dataclasses.replace(found, vocab_size=wanted.vocab_size, form=wanted.form) != wanted:
+    same = {"vocab_size": wanted.vocab_size, "form": wanted.form, "embedding_width": 0}
+    if dataclasses.replace(found, **same) != wanted:  # type: ignore[arg-type]
         raise UserError(
             f"{path}: the {role} has {found.num_layers} layers of width {found.hidden_size} and a "
             f"context of {found.context_length} tokens, a {name} has {wanted.num_layers} of "
@@ -195,12 +196,19 @@ def _check_tensors(found: FoundNetwork) -> None:
     }
     if size.form.rotary is None:
         wanted["embedding.position_embeddings.weight"] = (size.context_length, size.hidden_size)
+    if size.embedding_width:
+        wanted["embedding.project_in.weight"] = (size.hidden_size, size.embedding_dim)
+        wanted["project_out.weight"] = (size.embedding_dim, size.hidden_size)
     for name, shape in wanted.items():
         if name not in tensors or tensors[name].shape != shape:
             raise Damage(f"{found.folder}: {name} is not {list(shape)}, as network.json says")
     words = tensors.get("embedding.word_embeddings.weight")
-    if words is None or words.shape[1:] != (size.hidden_size,) or words.shape[0] < size.vocab_size:
-        raise Damage(f"{found.folder}: its vocabulary is not {size.vocab_size} tokens, as said")
+    width = size.embedding_dim
+    if words is None or words.shape[1:] != (width,) or words.shape[0] < size.vocab_size:
+        raise Damage(
+            f"{found.folder}: its vocabulary is not {size.vocab_size} tokens of width {width}, "
+            "as network.json says"
+        )
 
 
 def progress_in(folder: Path) -> dict[str, Any]:

@@ -235,15 +235,19 @@ def expected_tensors(kind: Kind, size: GPTSize) -> dict[str, tuple[tuple[int, ..
         for module, parts in layer.items()
         for name, tensor in parts.items()
     }
-    tensors["embedding.word_embeddings.weight"] = ((size.padded_vocab_size, hidden), 0)
+    width = size.embedding_dim
+    tensors["embedding.word_embeddings.weight"] = ((size.padded_vocab_size, width), 0)
     if form.rotary is None:
         tensors["embedding.position_embeddings.weight"] = ((size.context_length, hidden), None)
+    if size.embedding_width:
+        tensors["embedding.project_in.weight"] = ((hidden, width), None)
+        tensors["project_out.weight"] = ((width, hidden), None)
     if not form.is_post_norm:
         for name, tensor in norm(hidden).items():
             tensors[f"decoder.final_layernorm.{name}"] = tensor
     if kind == "language" and not form.is_tied:
-        tensors["output_layer.weight"] = ((size.padded_vocab_size, hidden), 0)
+        tensors["output_layer.weight"] = ((size.padded_vocab_size, width), 0)
     if kind == "scalar":
-        tensors["scalar_head.weight"] = ((1, hidden), None)
+        tensors["scalar_head.weight"] = ((1, width), None)
         tensors["scalar_head.bias"] = ((1,), None)
     return tensors

@@ -12,7 +12,7 @@ from engine.huggingface.model_folder import ModelFolder
 from engine.printable import say
 from engine.ranks.parallel import Parallel
 from models.huggingface.config import SCORE_BIAS_FIELD
-from models.huggingface.tensors import SCORE, SCORE_BIAS, last_norm_bias
+from models.huggingface.tensors import PROJECT_OUT, SCORE, SCORE_BIAS, last_norm_bias
 from models.sizes import GPTSize
 
 
@@ -23,14 +23,17 @@ def fold_bias(
     are lower by without it, the same on all ranks.
 
     The bias b becomes (b / |w|^2) w, added to the last norm's bias: w.h grows by b, exactly in real
-    numbers. Where that norm has no bias (RMSNorm), or w is all zeros, nothing can hold it: b comes
-    back. `parameters` are replaced, not changed. dtype: of the weights that are written.
+    numbers. With a projection P between them w stands for w P. Where that norm has no bias
+    (RMSNorm), or w is all zeros, nothing can hold it: b comes back. `parameters` are replaced, not
+    changed. dtype: of the weights that are written.
     """
     left = 0.0
     if SCORE_BIAS in parameters:
         left = float(parameters.pop(SCORE_BIAS))  # sync
         name = last_norm_bias(size)
         weight = parameters[SCORE].to(dtype).double()[0]
+        if PROJECT_OUT in parameters:
+            weight = weight @ parameters[PROJECT_OUT].to(dtype).double()
         if name is not None and left:
             # In double, where an fp32 w's square neither vanishes nor overflows.
             shift = left / weight.square().sum() * weight

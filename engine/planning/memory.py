@@ -62,14 +62,14 @@ class PlannedNetwork:
         size = self.size
         if self.kind == "language":
             return size.num_parameters
-        head = 0 if size.form.is_tied else size.vocab_size * size.hidden_size
-        return size.num_parameters - head + size.hidden_size + 1
+        head = 0 if size.form.is_tied else size.vocab_size * size.embedding_dim
+        return size.num_parameters - head + size.embedding_dim + 1
 
     @property
     def num_counted(self) -> int:
         """The N of 6 N a token: all parameters, as GPT-3's Table D.1 counts, since the embedding is
         the head too; without the embedding where it is not."""
-        embedding = self.size.vocab_size * self.size.hidden_size
+        embedding = self.size.vocab_size * self.size.embedding_dim
         is_head = self.kind == "language" and self.size.form.is_tied
         return self.num_parameters - (0 if is_head else embedding)
 
@@ -154,6 +154,8 @@ class PlannedNetwork:
             a_token = in_flight * chunk_layers * whole + shared
         else:
             a_token = in_flight * chunk_layers * (whole + shared)
+        # The first stage holds a row of every embedding that its chunks have in flight.
+        a_token += self._projection_bytes_a_token(pp_rank, in_flight / layout.virtual_pp)
         return round(a_token * row_tokens / layout.cp)
 
     def workspace_bytes(self, pp_rank: int, row_tokens: float, *, trains: bool) -> int:
@@ -174,10 +176,10 @@ class PlannedNetwork:
         columns = size.padded_vocab_size / tp
         if pp_rank == self.layout.pp - 1 and self.kind == "language":
             logits = min(HEAD_WORKSPACE, 4 * min(HEAD_ROWS, held_tokens) * columns)
-            total += logits + 3 * width * hidden * held_tokens
+            total += logits + 3 * width * size.embedding_dim * held_tokens
             total += self._head_gradient_bytes() if trains else 0
         if pp_rank == 0 and trains:  # the embedding's gradient, before it adds, after the layers'
-            total = max(total, width * hidden * columns)
+            total = max(total, width * size.embedding_dim * columns)
         return round(total)
 
     def _head_gradient_bytes(self) -> float:
@@ -187,7 +189,7 @@ class PlannedNetwork:
         two passes, which add to the buffer at once. A last stage whose weight is a copy of a tied
         embedding holds zeros besides: megatron's hook wants them (models/vocab_parallel.py).
         """
-        elements = self.size.hidden_size * self.size.padded_vocab_size / self.layout.tp
+        elements = self.size.embedding_dim * self.size.padded_vocab_size / self.layout.tp
         one_pass = 0 if self.numerics.dtype == "fp16" else 4 * elements
         is_copy = self.layout.pp > 1 and self.size.form.is_tied
         return one_pass + (self.element_bytes * elements if is_copy else 0)
@@ -229,6 +231,16 @@ class PlannedNetwork:
         if size.num_kv_heads < size.num_heads and not (turns and not form.norms_heads):
             kept += size.num_heads * size.head_dim
         return self._sequence_share(outside) + width * kept / self.layout.tp
+
+    def _projection_bytes_a_token(self, pp_rank: int, rows: float) -> float:
+        """What the projections of an embedding of another width keep, which is what they read:
+        all tensor-parallel ranks the same on the way in, behind the layers each its own."""
+        size, kept = self.size, 0.0
+        if size.embedding_width and pp_rank == 0:
+            kept += rows * self.element_bytes * size.embedding_width
+        if size.embedding_width and pp_rank == self.layout.pp - 1:
+            kept += self._sequence_share(self.element_bytes * size.hidden_size)
+        return kept
 
     def _shared_bytes_a_token(self) -> float:
         """What a layer keeps besides of each token that a rank holds, where ranks share rows.

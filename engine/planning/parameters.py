@@ -79,7 +79,7 @@ def optimizer_bytes(stage: PipelineStage) -> int:
 def head_parameters(stage: PipelineStage) -> int:
     """Return the parameters of a scalar network's head on a stage: fp32 whatever the dtype."""
     is_last = stage.pp_rank == stage.layout.pp - 1
-    return stage.size.hidden_size + 1 if stage.kind == "scalar" and is_last else 0
+    return stage.size.embedding_dim + 1 if stage.kind == "scalar" and is_last else 0
 
 
 @functools.lru_cache(maxsize=4096)
@@ -120,11 +120,14 @@ def _chunk_parameters(stage: PipelineStage, chunk: int) -> list[tuple[int, bool]
     # Both ends of a pipeline hold the tied embedding, and split its state over replicas alike.
     has_head, form = stage.kind == "language", size.form
     is_shared = has_head and form.is_tied and layout.pp > 1
+    vocabulary = (size.padded_vocab_size // tp * size.embedding_dim, is_shared)
+    projection = [(size.embedding_width * hidden, False)] if size.embedding_width else []
     found: list[tuple[int, bool]] = []
     if stage.is_first(chunk):
-        found.append((size.padded_vocab_size // tp * hidden, is_shared))
+        found.append(vocabulary)
         if form.rotary is None:
             found.append((size.context_length * hidden, False))
+        found += projection
     num_layers = size.num_layers // (layout.pp * layout.virtual_pp)
     whole_layer = [(elements, False) for elements in layer_parameters(size, tp)]
     for _ in range(num_layers):
@@ -132,8 +135,9 @@ def _chunk_parameters(stage: PipelineStage, chunk: int) -> list[tuple[int, bool]
     if stage.is_last(chunk):
         if not form.is_post_norm:
             found += [(elements, False) for elements in _norm_parameters(size, hidden)]
+        found += projection
         if is_shared or (has_head and not form.is_tied):
-            found.append((size.padded_vocab_size // tp * hidden, is_shared))
+            found.append(vocabulary)
     return found
 
 
@@ -188,7 +192,7 @@ def _buckets(stage: PipelineStage, chunk: int) -> Buckets:
 
     trunk, head = _chunk_parameters(stage, chunk), []
     if stage.is_last(chunk) and stage.kind == "scalar":
-        head = [(stage.size.hidden_size, False), (1, False)]
+        head = [(stage.size.embedding_dim, False), (1, False)]
     if stage.dtype == "fp32":
         trunk, head = [*trunk, *head], []
     for elements, is_alone in reversed(trunk):

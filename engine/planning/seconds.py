@@ -162,6 +162,7 @@ def decode_seconds(network: PlannedNetwork, cluster: Cluster, work: Generation) 
     read = weights + active * context * network.cache_bytes_a_token()
     matrices, attention = layer_flops(network, 2 * context)  # a new token sees all of its context
     flops = (layers * (matrices + attention) + head_flops(network)) / layout.tp
+    flops += projection_flops(network)
     step = max(read / cluster.memory_bandwidth, active * flops / cluster.flops)
     links = 0.0
     if layout.tp > 1:
@@ -242,8 +243,15 @@ def layer_flops(network: PlannedNetwork, span: float) -> tuple[float, float]:
 def head_flops(network: PlannedNetwork) -> float:
     """Return the forward FLOPs a predicted token of the head."""
     if network.kind == "scalar":
-        return 2.0 * network.size.hidden_size
-    return 2.0 * network.size.hidden_size * network.size.padded_vocab_size
+        return 2.0 * network.size.embedding_dim
+    return 2.0 * network.size.embedding_dim * network.size.padded_vocab_size
+
+
+def projection_flops(network: PlannedNetwork) -> float:
+    """Return the forward FLOPs a token, on every tensor-parallel rank of the stage that has most,
+    of projecting an embedding of another width: in on the first stage, out on the last."""
+    size = network.size
+    return (2 if network.layout.pp == 1 else 1) * 2.0 * size.embedding_width * size.hidden_size
 
 
 def _rows(network: PlannedNetwork, batch: Batch, budget: int) -> tuple[int, float]:
@@ -291,6 +299,7 @@ def _row_cost(
     # The last stage; ranks that share rows predict all tokens (models/gpt.py).
     target_share = batch.target_share if layout.cp == 1 else 1.0
     flops += head_flops(network) * target_share * (3 if trains else 1)
+    flops += layout.tp * projection_flops(network) * (3 if trains else 1)
     row_bytes = held_tokens * size.hidden_size * network.element_bytes
     tp_seconds = 0.0
     if layout.tp > 1:

@@ -11,7 +11,6 @@ from models.huggingface.families import (
     FOREIGN_TYPES,
     Choice,
     Family,
-    Number,
     export_order,
 )
 from models.huggingface.fields import positive, shown, whole_number
@@ -22,7 +21,10 @@ from models.sizes import GPTSize
 SCORE_BIAS_FIELD = "score_bias"
 _LARGEST_BIAS = 3.4e38  # of fp32, as the head is
 # The sizes that an export writes in full, which a size has as 0 where they are the usual ones.
-_WRITTEN = {"query_groups": "num_kv_heads", "head_width": "head_dim", "inner_width": "ffn_size"}
+_WRITTEN = {
+    **{"query_groups": "num_kv_heads", "head_width": "head_dim", "inner_width": "ffn_size"},
+    "embedding_width": "embedding_dim",
+}
 
 
 def family_of_config(config: Mapping[str, Any]) -> Family:
@@ -149,19 +151,13 @@ def _described(size: GPTSize, family: Family) -> dict[str, Any]:
 
 def _read_numbers(config: Mapping[str, Any], family: Family) -> dict[str, int]:
     numbers: dict[str, int] = {}
-    names: dict[str, Number] = {}
     for number in family.numbers:
         value = config.get(number.theirs, number.default)
         if value is None and number.default != -1:
             continue
         if number.theirs in config or number.default == -1:
             value = whole_number(config, number.theirs)
-        other = names.setdefault(number.ours, number)
-        if numbers.setdefault(number.ours, value) != value:
-            raise ValueError(
-                f"{number.theirs} is {value} and {other.theirs} {numbers[number.ours]}; "
-                f"here they are the same: no projection lies between them"
-            )
+        numbers[number.ours] = value
     return numbers
 
 

@@ -20,7 +20,7 @@ class Number:
 
     theirs: str
     ours: str
-    """The field of GPTSize; two numbers of one field must be equal."""
+    """The field of GPTSize."""
     default: int | None = -1
     """Where config.json lacks it; None: our usual one, also where it is null; -1: it must not."""
 
@@ -164,7 +164,7 @@ OPT = Family(
     numbers=(
         *_NUMBERS,
         Number("ffn_dim", "inner_width"),
-        Number("word_embed_proj_dim", "hidden_size", None),
+        Number("word_embed_proj_dim", "embedding_width", None),
     ),
     choices=(
         _activation("activation_function", "relu"),
@@ -182,6 +182,8 @@ OPT = Family(
     tensors={
         "embedding.word_embeddings": "embed_tokens",
         "embedding.position_embeddings": "embed_positions",
+        "embedding.project_in": "project_in",
+        "project_out": "project_out",
         "decoder.final_layernorm": "final_layer_norm",
         "input_layernorm": "self_attn_layer_norm",
         "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -31,9 +31,11 @@ _WRAPPERS = {
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _POSITIONS = "embedding.position_embeddings"
+_PROJECT_IN, _PROJECT_OUT = "embedding.project_in", "project_out"
 _QKV, _FC1 = "self_attention.linear_qkv", "mlp.linear_fc1"
 _SCORE = "scalar_head"
 SCORE, SCORE_BIAS = f"{_SCORE}.weight", f"{_SCORE}.bias"  # theirs has no bias
+PROJECT_OUT = f"{_PROJECT_OUT}.weight"
 _HEAD_OF: dict[Kind, str] = {"language": "output_layer", "scalar": _SCORE}
 
 
@@ -60,11 +62,13 @@ _IN_LAYER = {
     "mlp.linear_fc2": _Ours(("hidden_size", "ffn_size"), 1),
 }
 _OUTSIDE = {
-    "embedding.word_embeddings": _Ours(("vocab_size", "hidden_size"), 0),
+    "embedding.word_embeddings": _Ours(("vocab_size", "embedding_dim"), 0),
     _POSITIONS: _Ours(("context_length", "hidden_size"), None),
+    _PROJECT_IN: _Ours(("hidden_size", "embedding_dim"), None),
     "decoder.final_layernorm": _Ours(("hidden_size",), None),
-    "output_layer": _Ours(("vocab_size", "hidden_size"), 0),
-    _SCORE: _Ours(("score_width", "hidden_size"), None),
+    _PROJECT_OUT: _Ours(("embedding_dim", "hidden_size"), None),
+    "output_layer": _Ours(("vocab_size", "embedding_dim"), 0),
+    _SCORE: _Ours(("score_width", "embedding_dim"), None),
 }
 
 
@@ -97,12 +101,12 @@ def parameter_names(size: GPTSize, kind: Kind = "language") -> Iterator[str]:
     form = size.form
     other_heads = {head for its_kind, head in _HEAD_OF.items() if its_kind != kind}
     for module in _OUTSIDE:
-        if module in other_heads or not _is_there(module, form):
+        if module in other_heads or not _is_there(module, size):
             continue
         yield from (f"{module}.{part}" for part in _kinds(module, _OUTSIDE[module], form))
     for layer in range(size.num_layers):
         for module, ours in _IN_LAYER.items():
-            if _is_there(module, form):
+            if _is_there(module, size):
                 for part in _kinds(module, ours, form):
                     yield f"decoder.layers.{layer}.{module}.{part}"
 
@@ -116,8 +120,8 @@ def stored_tensors(name: str, family: Family, size: GPTSize) -> tuple[Stored, ..
 
 
 def last_norm_bias(size: GPTSize) -> str | None:
-    """Return the name of our parameter that is added to what the head reads; None: no norm is
-    there, or its form has no bias."""
+    """Return the name of our parameter that is added to the last layer's output, which the head
+    reads or `project_out` takes to it; None: no norm is there, or its form has no bias."""
     if size.form.norm != "layer":
         return None
     if size.form.is_post_norm:
@@ -212,7 +216,7 @@ def _rule(name: str, family: Family, size: GPTSize) -> _Rule:
     if module == "output_layer" and size.form.is_tied:
         module = "embedding.word_embeddings"  # the last of several pipeline stages' copy
     ours = (_IN_LAYER if match else _OUTSIDE).get(module)
-    known = ours is not None and _is_there(module, size.form)
+    known = ours is not None and _is_there(module, size)
     if ours is None or not known or kind not in _kinds(module, ours, size.form):
         raise ValueError(f"{name} is not a parameter of a {family.name} of this form")
     shape = tuple(_width(size, field) for field in ours.weight)
@@ -269,8 +273,11 @@ def _width(size: GPTSize, field: str) -> int:
     return width
 
 
-def _is_there(module: str, form: Form) -> bool:
+def _is_there(module: str, size: GPTSize) -> bool:
+    form = size.form
     match module:
+        case "embedding.project_in" | "project_out":
+            return size.embedding_width > 0
         case "embedding.position_embeddings":
             return form.rotary is None
         case "decoder.final_layernorm":

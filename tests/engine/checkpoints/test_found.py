@@ -98,6 +98,7 @@ def test_a_named_size_is_one_of_dimensions_whatever_the_family(monkeypatch: pyte
     tiny = dataclasses.replace(SIZES["tiny"], vocab_size=9)
     for size, fits in (
         (dataclasses.replace(tiny, form=Form(activation="gelu")), True),
+        (dataclasses.replace(tiny, embedding_width=96), True),
         (dataclasses.replace(tiny, num_layers=3), False),
         (dataclasses.replace(tiny, query_groups=2), False),
     ):

@@ -14,7 +14,8 @@ from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.training.network import build_network
 from engine.training.optimizer import Optimizer
-from models.sizes import Kind
+from models.sizes import GPTSize, Kind
+from tests.forms import FORMS
 from tests.tiny import SIZE
 
 LAYOUT = ParallelLayout(tp=4, pp=2, sequence_parallel=True)
@@ -27,11 +28,16 @@ def alone():
     end_parallel()
 
 
-def model(kind: Kind = "language", layout: ParallelLayout = LAYOUT, dtype: str = "bf16") -> Model:
+def model(
+    kind: Kind = "language",
+    layout: ParallelLayout = LAYOUT,
+    dtype: str = "bf16",
+    size: GPTSize = SIZE,
+) -> Model:
     return Model(
         roles=("policy", "reference"),
         kind=kind,
-        size=SIZE,
+        size=size,
         layout=layout,
         numerics=Numerics(dtype=dtype),
         adam=AdamConfig(),
@@ -72,6 +78,16 @@ def test_what_ranks_hold_is_what_layout_and_planner_say(kind, layout, dtype):
         check_rank(one, rank)
         assert sum(rank.num_owned) == rank.num_parameters
         assert len(rank.num_owned) == NUM_GPUS // (layout.tp * layout.pp)
+    check_checkpoint(one, ranks)
+
+
+@pytest.mark.parametrize("kind", ["language", "scalar"])
+@pytest.mark.parametrize("name", FORMS)
+def test_what_ranks_hold_of_a_form_is_what_the_planner_says(kind, name):
+    one = model(kind, ParallelLayout(tp=2, pp=2, sequence_parallel=True), size=FORMS[name])
+    ranks = ranks_of(one)
+    for rank in ranks:
+        check_rank(one, rank)
     check_checkpoint(one, ranks)
 
 

@@ -14,11 +14,13 @@ from engine.data.batches import pack
 from engine.data.examples import Example
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
+from engine.generation.generate import generate
 from engine.huggingface.convert import load_huggingface, save_huggingface
 from engine.huggingface.model_folder import read_size
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.sampling import SamplingConfig
 from engine.training.network import Network, build_network
 from engine.training.passes import forward
 from models.attention import PackedSequences
@@ -147,10 +149,28 @@ def test_a_network_of_another_form_is_refused_by_the_field(zoo):
 
 
 def test_a_size_of_no_family_is_not_exported(zoo, tmp_path):
-    size = read_size(zoo / "gpt2")
-    size = dataclasses.replace(size, form=dataclasses.replace(size.form, window=8))
+    gpt2, llama = read_size(zoo / "gpt2"), read_size(zoo / "llama")
+    banded = dataclasses.replace(gpt2, form=dataclasses.replace(gpt2.form, window=8))
+    projected = dataclasses.replace(llama, embedding_width=32)
     parallel = start_parallel(ParallelLayout(), seed=1)
-    network = build_network("language", size, parallel, numerics=Numerics())
-    with pytest.raises(UserError, match="cannot be exported: no family of Hugging Face's"):
-        save_huggingface(network, tmp_path / "out", load_tokenizer(zoo / "gpt2"))
-    assert not list(tmp_path.iterdir())
+    for size, field in ((banded, "window 8"), (projected, "embedding_width=32")):
+        network = build_network("language", size, parallel, numerics=Numerics())
+        said = f"cannot be exported: no family of Hugging Face's has all of this: .*{field}"
+        with pytest.raises(UserError, match=said):
+            save_huggingface(network, tmp_path / "out", load_tokenizer(zoo / "gpt2"))
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["opt", "opt_350m", "opt_wide_embedding"])
+def test_greedy_answers_are_those_of_transformers(zoo, name):
+    prompts = [tokens()[:length] for length in (1, 5, 19)]
+    model = AutoModelForCausalLM.from_pretrained(zoo / name).eval()
+    sampling = SamplingConfig(max_new_tokens=20, temperature=0.0, block_size=8, cache_gib=0.01)
+    mine = [prompt.numpy() for prompt in prompts]
+    for response in generate(load(zoo / name), mine, sampling, eos_id=-1, seed=0):
+        prompt = prompts[response.sample_index]
+        with torch.no_grad():
+            theirs = model.generate(
+                prompt[None], max_new_tokens=20, do_sample=False, eos_token_id=None
+            )[0, len(prompt) :]
+        assert response.tokens.tolist() == theirs.tolist()

@@ -140,7 +140,7 @@ def test_scores_are_those_of_transformers_and_come_back(zoo, tmp_path, name, cap
     torch.testing.assert_close(our_scores(back), our_scores(network), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "pythia", "qwen2"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "opt_350m", "pythia", "qwen2"])
 def test_a_head_without_bias_comes_back_with_the_same_bits(zoo, tmp_path, name):
     save_huggingface(load(zoo / name), tmp_path / "out", load_tokenizer(zoo / name))
     exported = load_file(tmp_path / "out" / "model.safetensors")
@@ -154,7 +154,7 @@ def test_a_head_without_bias_comes_back_with_the_same_bits(zoo, tmp_path, name):
 def go_around(zoo: Path, out: Path) -> dict[tuple[str, str], Tensor | None]:
     answers = {}
     for layout_name, layout in LAYOUTS.items():
-        for name in ("gpt2", "opt_norm_after", "qwen2"):
+        for name in ("gpt2", "opt_norm_after", "opt_350m", "qwen2"):
             network = load(zoo / name, layout)
             move_bias(network, 11.5)
             answers[name, layout_name] = our_scores(network)

@@ -76,6 +76,22 @@ def test_the_head_holds_its_weights_gradient_in_training(network, stage, matrice
     assert trained - read == 4 * matrices * elements + 2 * zeros * elements
 
 
+def test_an_embedding_of_another_width_counts_with_what_its_projections_read():
+    size = dataclasses.replace(SIZES["1.3b"], embedding_width=512)
+    counts = {"rows": 8, "row_tokens": 100}
+    # In: 512 numbers of 2 bytes a token, of as many rows as stages. Out: 2048, one row at a time.
+    for pp, stage, kept in ((1, 0, 512 + 2048), (4, 0, 4 * 512), (4, 1, 0), (4, 3, 2048)):
+        narrow = planned(pp=pp, size=size).activation_bytes(stage, **counts)
+        assert narrow - planned(pp=pp).activation_bytes(stage, **counts) == 2 * 100 * kept
+    spared = 50257 * (2048 - 512)
+    for kind, head in (("language", 0), ("scalar", 2048 - 512)):
+        narrow, usual = planned(kind=kind, size=size), planned(kind=kind)
+        saved = usual.num_parameters - narrow.num_parameters
+        assert saved == spared + head - 2 * 512 * 2048
+    # 6 N: the head's matrix counts, the embedding of a network without one does not.
+    assert narrow.num_counted == narrow.num_parameters - 50257 * 512
+
+
 @pytest.mark.parametrize("hidden", [256, 512])
 def test_a_training_step_takes_the_memory_that_is_planned(hidden: int) -> None:
     """Of a network whose head outweighs the rest, as a GPU's kernels would hold it."""

@@ -7,9 +7,12 @@ import pytest
 
 from engine.plan_command import load_recipe
 from engine.planning.hardware import Assumptions, named_cluster
+from engine.planning.memory import PlannedNetwork
 from engine.planning.plan import plan
-from engine.planning.seconds import Generation
+from engine.planning.seconds import Generation, head_flops, projection_flops
 from engine.settings.layout import ParallelLayout
+from engine.settings.numerics import Numerics
+from models.sizes import SIZES
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 WORK = Generation(
@@ -28,6 +31,17 @@ def rollout(layout: ParallelLayout | None = None, assumed: Assumptions | None = 
     )
     cluster = named_cluster("h100", 16, assumptions=assumed or Assumptions())
     return plan(config, cluster).phases[0].seconds
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_projections_are_computed_at_both_ends_and_the_head_is_of_the_embeddings_width(pp: int):
+    size = dataclasses.replace(SIZES["350m"], embedding_width=512)
+    network = PlannedNetwork(
+        kind="language", size=size, layout=ParallelLayout(pp=pp), numerics=Numerics(), dp=1
+    )
+    assert projection_flops(network) == (2 // pp) * 2 * 512 * 1024
+    assert head_flops(network) == 2 * 512 * size.padded_vocab_size
+    assert projection_flops(dataclasses.replace(network, size=SIZES["350m"])) == 0
 
 
 def test_prompts_that_fill_the_slots_are_taken_in_without_graphs():

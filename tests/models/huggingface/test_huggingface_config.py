@@ -60,6 +60,26 @@ PUBLIC = {
         },
         dataclasses.replace(SIZES["6b"], vocab_size=50272, form=Form(activation="relu")),
     ),
+    "opt-350m": (
+        {
+            "_remove_final_layer_norm": False,
+            "activation_function": "relu",
+            "do_layer_norm_before": False,
+            "ffn_dim": 4096,
+            "hidden_size": 1024,
+            "max_position_embeddings": 2048,
+            "model_type": "opt",
+            **{"num_attention_heads": 16, "num_hidden_layers": 24},
+            "vocab_size": 50272,
+            "word_embed_proj_dim": 512,
+        },
+        dataclasses.replace(
+            SIZES["350m"],
+            vocab_size=50272,
+            embedding_width=512,
+            form=Form(activation="relu", is_post_norm=True),
+        ),
+    ),
     "pythia-410m": (
         {
             "hidden_act": "gelu",
@@ -259,11 +279,7 @@ def test_llama_splits_its_width_by_heads_and_mistral_need_not():
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False; here every GPT-2"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
         ("gpt2", {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; what converts is"),
-        (
-            "opt",
-            {"word_embed_proj_dim": 32},
-            "word_embed_proj_dim is 32 and hidden_size 64; .* no pro",
-        ),
+        ("opt", {"word_embed_proj_dim": 0}, "word_embed_proj_dim is 0"),
         ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine is False"),
         ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm is True"),
         ("opt", {"ffn_dim": None}, "ffn_dim is None"),

@@ -61,7 +61,7 @@ def test_a_scalar_network_has_the_same_trunk_and_one_row_of_scores(model):
         t for name in parameter_names(size, "scalar") for t in stored_tensors(name, family, size)
     ]
     trunk = {n: tuple(t.shape) for n, t in state.items() if n != f"{family.head[0]}.weight"}
-    assert {t.name: t.shape for t in stored} == trunk | {"score.weight": (1, size.hidden_size)}
+    assert {t.name: t.shape for t in stored} == trunk | {"score.weight": (1, size.embedding_dim)}
     assert canonical_name("module.score.weight", family) == "score.weight"
 
 
@@ -166,7 +166,7 @@ def test_rows_beyond_the_vocabulary_are_zero(model):
     family, size, _ = model
     for name in (EMBEDDING, HEAD):  # a tied head is made of the embedding
         first, second = shards(name, model, 2)
-        assert first.shape == second.shape == (384 // 2, size.hidden_size)
+        assert first.shape == second.shape == (384 // 2, size.embedding_dim)
         assert torch.equal(torch.cat([first, second])[:VOCAB], whole(name, model)[0])
         assert not second[VOCAB - 192 :].any()
     assert (stored_tensors(HEAD, family, size) == stored_tensors(EMBEDDING, family, size)) is (
@@ -239,6 +239,8 @@ def test_a_parameter_that_a_form_lacks_is_refused():
         ("decoder.layers.0.mlp.linear_fc2.bias", GPT2, without_bias),
         ("decoder.layers.0.self_attention.q_layernorm.weight", GPT2, size),
         ("embedding.position_embeddings.weight", LLAMA, size),
+        ("embedding.project_in.weight", OPT, size),
+        ("project_out.weight", GPT2, dataclasses.replace(size, embedding_width=4)),
     ):
         with pytest.raises(ValueError, match=name.rsplit(".", 1)[0].rsplit(".", 1)[-1]):
             stored_tensors(name, family, of)
