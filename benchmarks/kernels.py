@@ -21,6 +21,7 @@ from benchmarks.kernel_suite.case import Effort, cases
 from benchmarks.kernel_suite.decode_attention import DECODE_ATTENTION, GROUPED_DECODE_ATTENTION
 from benchmarks.kernel_suite.full_kl import FULL_KL
 from benchmarks.kernel_suite.gae import GAE
+from benchmarks.kernel_suite.gated import GATED
 from benchmarks.kernel_suite.layer_norm import LAYER_NORM
 from benchmarks.kernel_suite.linear_logprobs import LINEAR_LOGPROBS, LINEAR_LOSS
 from benchmarks.kernel_suite.logprobs import LOGPROBS, LOGPROBS_ENTROPY
@@ -28,6 +29,7 @@ from benchmarks.kernel_suite.operation import BOTH_MODES, Operation, Size
 from benchmarks.kernel_suite.policy_loss import POLICY_LOSS
 from benchmarks.kernel_suite.ranking_loss import RANKING_LOSS
 from benchmarks.kernel_suite.report import plot, table
+from benchmarks.kernel_suite.rotate import ROTATE
 from benchmarks.kernel_suite.sample import SAMPLE, SAMPLE_TOP_P
 from benchmarks.kernel_suite.value_loss import VALUE_LOSS
 from benchmarks.screen import print_whole, screen
@@ -49,6 +51,8 @@ OPERATIONS = {
         SAMPLE,
         SAMPLE_TOP_P,
         LAYER_NORM,
+        GATED,
+        ROTATE,
         DECODE_ATTENTION,
         GROUPED_DECODE_ATTENTION,
     )

@@ -33,6 +33,29 @@ _GROUP_HEADS = 16
 
 
 @triton.jit
+def _extent(context_lengths, sequence, split, window, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    """(first token, one beyond the last, tokens of the context) of a split. The tables have room
+    for more than most contexts need: a split beyond the context ends before it begins."""
+    length = tl.load(context_lengths + sequence).to(tl.int32)
+    start = split * SPLIT
+    end = tl.minimum(start + SPLIT, length)
+    if window is not None:
+        start = tl.maximum(start, (length - window) // BLOCK * BLOCK)
+    return start, end, length
+
+
+@triton.jit
+def _slots(table, first, end, length, window, BLOCK_SIZE: tl.constexpr, BLOCK_TOKENS: tl.constexpr):
+    """(slots in the cache, which of them are seen) of a split's next BLOCK_TOKENS tokens."""
+    token = first + tl.arange(0, BLOCK_TOKENS)
+    inside = token < end
+    if window is not None:
+        inside = inside & (token >= length - window)
+    block = tl.load(table + token // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+    return block * BLOCK_SIZE + token % BLOCK_SIZE, inside
+
+
+@triton.jit
 def _split_kernel(
     partial_out,  # [B, heads, splits, DIM] unnormalised
     partial_state,  # [B, heads, splits, 2] maximum and sum
@@ -57,13 +80,8 @@ def _split_kernel(
     split = (row % num_splits).to(tl.int32)
     head = (row // num_splits) % heads
     sequence = row // num_splits // heads
-    start = split * SPLIT
-    end = start + SPLIT
-    length = tl.load(context_lengths + sequence).to(tl.int32)
-    end = tl.minimum(end, length)
-    if window is not None:
-        start = tl.maximum(start, (length - window) // BLOCK_TOKENS * BLOCK_TOKENS)
-    if start < end:  # the tables have room for more than most contexts need
+    start, end, length = _extent(context_lengths, sequence, split, window, SPLIT, BLOCK_TOKENS)
+    if start < end:
         column = tl.arange(0, BLOCK_DIM)
         in_dim = column < DIM
         q = tl.load(query + (sequence * heads + head) * DIM + column, mask=in_dim, other=0.0)
@@ -71,14 +89,9 @@ def _split_kernel(
         maximum = tl.full((), float("-inf"), tl.float32)
         total = tl.full((), 0.0, tl.float32)
         out = tl.zeros((BLOCK_DIM,), tl.float32)
-        tables = block_tables + sequence * max_blocks
+        table = block_tables + sequence * max_blocks
         for first in tl.range(start, end, BLOCK_TOKENS, num_stages=3):
-            token = first + tl.arange(0, BLOCK_TOKENS)
-            inside = token < end
-            if window is not None:
-                inside = inside & (token >= length - window)
-            block = tl.load(tables + token // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-            slot = block * BLOCK_SIZE + token % BLOCK_SIZE
+            slot, inside = _slots(table, first, end, length, window, BLOCK_SIZE, BLOCK_TOKENS)
             at = ((slot * heads + head) * DIM)[:, None] + column[None, :]
             wanted = inside[:, None] & in_dim[None, :]
             # All before the first is used: one wait for the memory instead of three.
@@ -136,12 +149,7 @@ def _group_split_kernel(
     kv_heads = heads // GROUP
     kv_head = program // num_splits // PARTS % kv_heads
     sequence = program // num_splits // PARTS // kv_heads
-    start = split * SPLIT
-    end = start + SPLIT
-    length = tl.load(context_lengths + sequence).to(tl.int32)
-    end = tl.minimum(end, length)
-    if window is not None:
-        start = tl.maximum(start, (length - window) // BLOCK_TOKENS * BLOCK_TOKENS)
+    start, end, length = _extent(context_lengths, sequence, split, window, SPLIT, BLOCK_TOKENS)
     if start < end:
         column = tl.arange(0, BLOCK_DIM)
         in_dim = column < DIM
@@ -154,14 +162,9 @@ def _group_split_kernel(
         maximum = tl.full((BLOCK_GROUP,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_GROUP,), tl.float32)
         out = tl.zeros((BLOCK_GROUP, BLOCK_DIM), tl.float32)
-        tables = block_tables + sequence * max_blocks
+        table = block_tables + sequence * max_blocks
         for first in tl.range(start, end, BLOCK_TOKENS, num_stages=3):
-            token = first + tl.arange(0, BLOCK_TOKENS)
-            inside = token < end
-            if window is not None:
-                inside = inside & (token >= length - window)
-            block = tl.load(tables + token // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-            slot = block * BLOCK_SIZE + token % BLOCK_SIZE
+            slot, inside = _slots(table, first, end, length, window, BLOCK_SIZE, BLOCK_TOKENS)
             at = ((slot * kv_heads + kv_head) * DIM)[:, None] + column[None, :]
             wanted = inside[:, None] & in_dim[None, :]
             k = tl.load(k_cache + at, mask=wanted, other=0.0)

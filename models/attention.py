@@ -186,7 +186,7 @@ class PackedAttention(MegatronModule):
         sequences = cast(PackedSequences, packed_seq_params)
         rotation = getattr(sequences, "rotation", None)
         if rotation is not None:
-            query, key = rotation.turn(query), rotation.turn(key)
+            query, key = rotation.turn(query, key)
         is_shared = getattr(sequences, "share", None) is not None
         attention = shared_attention if is_shared else packed_attention
         return attention(query, key, value, sequences, self.softmax_scale, self.window).flatten(1)

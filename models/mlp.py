@@ -1,45 +1,28 @@
 """The two matrices of a layer's MLP, and what lies between them."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP as MegatronMLP
 from megatron.core.transformer.mlp import MLPSubmodules
 from torch import Tensor
 
-from kernels.gelu import gelu
-from models.form import Activation, Form
+from kernels.gated import ACTIVATIONS, gated
+from models.form import Form
 
 
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": gelu,
-    "gelu": F.gelu,
-    "quick_gelu": _quick_gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-}
-
-
-def activate(x: Tensor, form: Form) -> Tensor:
-    """Return what a form's MLP hands from the outputs of its first matrix to its second one.
+def activate(x: Tensor, form: Form, bias: Tensor | None = None) -> Tensor:
+    """Return what a form's MLP hands from the outputs of its first matrix, and the bias to add to
+    them, to its second one.
 
     A gated one's columns alternate: the gate, and what it lets through. So any tensor-parallel
     rank's share of them is whole pairs, and a checkpoint can be cut anew.
     """
-    activation = ACTIVATIONS[form.activation]
-    if not form.is_gated:
-        return activation(x)
-    gate, through = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return activation(gate) * through
+    if form.is_gated:
+        return gated(x, form.activation, bias)
+    return ACTIVATIONS[form.activation](x if bias is None else x + bias)
 
 
 class MLP(MegatronMLP):
@@ -61,6 +44,6 @@ class MLP(MegatronMLP):
         if self.config.bias_activation_fusion:
             inner = bias_gelu_impl(inner, bias)
         else:
-            inner = activate(inner if bias is None else inner + bias, self.config.form)  # type: ignore[attr-defined]
+            inner = activate(inner, self.config.form, bias)  # type: ignore[attr-defined]
         output: tuple[Tensor, Tensor | None] = self.linear_fc2(inner)
         return output

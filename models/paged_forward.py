@@ -101,11 +101,11 @@ def _attention(
     qkv = _column_parallel(hidden, attention.linear_qkv)
     # Of each head of keys: its heads of queries, the key and the value.
     qkv = qkv.unflatten(1, (attention.num_query_groups_per_partition, -1, layer.config.kv_channels))
-    query, key, value = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]
+    query, key, value = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
     query, key = attention.q_layernorm(query), attention.k_layernorm(key)
     if rotation is not None:
-        query, key = rotation.turn(query), rotation.turn(key)
-    core = attention.core_attention
+        query, key = rotation.turn(query, key)  # read where they lie
+    query, core = query.flatten(1, 2), attention.core_attention
     out = sequences.attend(layer.layer_number, query, key, value, core.softmax_scale, core.window)
     return _row_parallel(out.flatten(1), attention.linear_proj, group)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.rotate import rotate
 from models.form import Rotary, RotaryScaling
 
 
@@ -24,13 +25,12 @@ class Rotation:
     sines: Tensor
     """Likewise."""
 
-    def turn(self, x: Tensor) -> Tensor:
-        """Return x [T, heads, dim] with the first r dimensions turned, in x's dtype."""
-        cosines, sines = self.cosines, self.sines
-        half = cosines.shape[-1]
-        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        turned = (a * cosines - b * sines, b * cosines + a * sines)
-        return torch.cat((*turned, rest) if rest.shape[-1] else turned, -1)
+    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both with the first r dimensions of their heads turned, in their shapes and dtype.
+
+        query [T, heads, dim], or [T, kv_heads, heads / kv_heads, dim]; key [T, kv_heads, dim].
+        """
+        return rotate(query, key, self.cosines, self.sines)
 
 
 def rotation_at(

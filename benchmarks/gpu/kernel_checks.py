@@ -34,6 +34,8 @@ ODD: dict[str, Size] = {
     "sample": {"rows": 7, "vocab": 50257},
     "sample_top_p": {"rows": 7, "vocab": 50257},
     "layer_norm": {"tokens": 77, "hidden": 1000},
+    "gated": {"tokens": 77, "columns": 1003},
+    "rotate": {"tokens": 77, "heads": 21, "kv_heads": 3, "dim": 80, "turned": 22},
     "decode_attention": {"sequences": 5, "context": 333, "heads": 3, "block_size": 64},
     "decode_attention_grouped": {
         "sequences": 5,

@@ -32,6 +32,9 @@ TINY = {
     "heads": 6,
     "kv_heads": 2,
     "block_size": 32,
+    "columns": 24,
+    "dim": 20,
+    "turned": 10,
 }
 EFFORT = Effort(min_samples=2, max_samples=2, seconds=0.0)
 

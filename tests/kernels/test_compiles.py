@@ -97,6 +97,27 @@ def layer_norm_launches() -> None:
     layer_norm(half, *affine, eps=1e-5).sum().backward()
 
 
+def gated_launches() -> None:
+    from kernels.gated import ACTIVATIONS, gated
+
+    for activation in ACTIVATIONS:
+        gated(leaf(4, 2 * 11008), activation).sum().backward()
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        for bias in (None, leaf(2 * 1540, dtype=dtype)):
+            gated(leaf(4, 2 * 1540, dtype=dtype), "gelu", bias).sum().backward()
+
+
+def rotate_launches() -> None:
+    from kernels.rotate import rotate
+
+    sizes = ((128, 64), (64, 32), (80, 10), (96, 48))
+    for dtype, (dim, half) in itertools.product((torch.bfloat16, torch.float32), sizes):
+        angles = torch.rand(4, 1, half).to(dtype)
+        qkv = leaf(4, 8, 6, dim, dtype=dtype)  # of a head of keys: 4 of queries, it, and its values
+        query, key = rotate(qkv[:, :, :-2], qkv[:, :, -2], angles, angles)
+        (query.sum() + key.sum()).backward()
+
+
 def sample_launches() -> None:
     from kernels.sample import sample
 

@@ -8,9 +8,11 @@ import kernels.append_kv
 import kernels.decode_attention
 import kernels.full_kl
 import kernels.gae
+import kernels.gated
 import kernels.layer_norm
 import kernels.policy_loss
 import kernels.ranking_loss
+import kernels.rotate
 import kernels.row_gradient
 import kernels.row_merge
 import kernels.row_state
@@ -59,6 +61,9 @@ def arguments() -> dict[str, tuple]:
         "append_kv": (query, query, cache[0].clone(), cache[1].clone(), torch.tensor([0, -1, 9])),
         "decode_attention": (floats(3, 6, 4), cache[0].clone(), cache[1].clone(), tables, lengths,
                              0.5, 7),
+        "rotate": (floats(3, 2, 3, 8), floats(3, 2, 8), floats(3, 1, 2), floats(3, 1, 2), True),
+        "gated": (logits, weight, "silu"),
+        "gated_backward": (floats(3, 10), logits, None, "gelu"),
         "layer_norm": (logits, weight, weight, 1e-5),
         "layer_norm_backward": (logits, ref_logits, statistics, weight),
     }  # fmt: skip

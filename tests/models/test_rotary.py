@@ -33,7 +33,8 @@ def test_a_turn_is_that_of_complex_numbers(fraction: float):
     positions = torch.tensor([0, 1, 5, 900])
     x = torch.randn(4, 3, 16, dtype=torch.float64)
     rotary = Rotary(base=100.0, fraction=fraction)
-    found = rotation_at(positions, rotary, 16, x.dtype).turn(x)
+    found, key = rotation_at(positions, rotary, 16, x.dtype).turn(x, x)
+    assert torch.equal(key, found)
     half = int(16 * fraction) // 2
     frequencies = 100.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     turns = torch.polar(torch.ones(4, half).double(), positions[:, None] * frequencies)
@@ -68,7 +69,7 @@ def test_scaled_frequencies_are_those_of_transformers(kind: str):
         query.transpose(0, 1)[None], query.transpose(0, 1)[None], cosines, sines
     )
     rotary = Rotary(base=1000.0, scaling=SCALINGS[kind])
-    found = rotation_at(positions, rotary, 32).turn(query)
+    found, _ = rotation_at(positions, rotary, 32).turn(query, query)
     torch.testing.assert_close(found, expected[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
 
 
@@ -76,5 +77,6 @@ def test_frequencies_made_while_sampling_serve_training():
     with torch.inference_mode():
         rotation_at(torch.arange(3), Rotary(base=77.0), 8)
     x = torch.randn(3, 2, 8, requires_grad=True)
-    rotation_at(torch.arange(3), Rotary(base=77.0), 8).turn(x).square().sum().backward()
+    query, _ = rotation_at(torch.arange(3), Rotary(base=77.0), 8).turn(x, x)
+    query.square().sum().backward()
     torch.testing.assert_close(x.grad, 2 * x)  # a turn changes no length
