@@ -39,6 +39,7 @@ from engine.ranks.seeds import seed_for_step
 from engine.run import Run, join_ranks, require_path, size_named, stage, start_run
 from engine.settings.evaluation import is_evaluated
 from engine.settings.rm import RMConfig
+from engine.settings.size import check_starts
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward, forward_backward
@@ -52,6 +53,7 @@ def train(config: RMConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.
     parallel = join_ranks(config)
+    check_starts(config.size, config.init_from)
     require_path(config.data.train, "data.train")
     run = start_run(
         directory=config.directory,
