@@ -86,7 +86,13 @@ def train(config: PPOConfig) -> dict[str, float]:
             *prompts.notes,
             policy.attention,
             cautions=prompts.cautions
-            + ppo_cautions(config, parallel, len(prompts.train), learner.num_sequences),
+            + ppo_cautions(
+                config,
+                parallel,
+                len(prompts.train),
+                learner.num_sequences,
+                {"adam": policy.size, "critic_adam": critic.size},
+            ),
         )
         for iteration in course:
             # 1 prompt

@@ -46,6 +46,7 @@ from engine.training.passes import forward, forward_backward
 from engine.training.recheck import checked_gradients
 from engine.training.reduce import reduce_metrics
 from engine.training.skipped import end_if_stuck
+from models.sizes import GPTSize
 
 
 @stage()
@@ -103,7 +104,7 @@ def train(config: RMConfig) -> dict[str, float]:
         headline=RM_HEADLINE,
     )
     with metrics, checkpointer:
-        cautions = [*data.cautions, *_cautions(config, feed, num_steps)]
+        cautions = [*data.cautions, *_cautions(config, feed, num_steps, size)]
         metrics.note(*inputs.notes, *data.notes, network.attention, cautions=cautions)
         for step in course:
             with metrics.phase("train"):
@@ -284,12 +285,12 @@ def _text_cautions(records: list[Comparison], units: list[list[Example]]) -> lis
     ]
 
 
-def _cautions(config: RMConfig, feed: Feed, num_steps: int) -> list[Alarm]:
+def _cautions(config: RMConfig, feed: Feed, num_steps: int, size: GPTSize) -> list[Alarm]:
     """Return what is amiss with the settings, now that the data are known."""
     num_taken = num_steps * feed.order.batch_size
     reading = Reading(len(feed.units), config.batch_size, num_taken, "Lower epochs")
     return [
-        *schedule_cautions("adam", config.adam, num_steps),
+        *schedule_cautions("adam", config.adam, num_steps, size if config.init_from else None),
         *interval_cautions(config.saving, config.eval_every, num_steps),
         *repetition_cautions({"comparisons": reading}),
         *rank_cautions("batch_size", config.batch_size, feed.parallel.dp),

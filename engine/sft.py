@@ -110,7 +110,7 @@ def train(config: SFTConfig) -> dict[str, float]:
         headline=SFT_HEADLINE,
     )
     with metrics, checkpointer:
-        cautions = [*data.cautions, *_cautions(config, feeds, num_steps)]
+        cautions = [*data.cautions, *_cautions(config, feeds, num_steps, size)]
         metrics.note(*inputs.notes, *data.notes, network.attention, cautions=cautions)
         for step in course:
             with metrics.phase("train"):
@@ -337,7 +337,9 @@ def _load_demonstrations(config: SFTConfig, run: Run, context: Limit, loaded: _D
     )
 
 
-def _cautions(config: SFTConfig, feeds: dict[str, Feed], num_steps: int) -> list[Alarm]:
+def _cautions(
+    config: SFTConfig, feeds: dict[str, Feed], num_steps: int, size: GPTSize
+) -> list[Alarm]:
     """Return what is amiss with the settings, now that the data are known."""
     names = {"loss": "demonstrations", "pretrain_loss": "pretraining sequences"}
     readings = {
@@ -348,7 +350,7 @@ def _cautions(config: SFTConfig, feeds: dict[str, Feed], num_steps: int) -> list
     }
     lead = next(iter(feeds.values()))
     return [
-        *schedule_cautions("adam", config.adam, num_steps),
+        *schedule_cautions("adam", config.adam, num_steps, size if config.init_from else None),
         *interval_cautions(config.saving, config.eval_every, num_steps),
         *repetition_cautions(readings),
         *rank_cautions("batch_size", config.batch_size, lead.parallel.dp),
