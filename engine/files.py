@@ -66,6 +66,8 @@ def hub_name(path: Path) -> str:
     is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(path))
     if not is_name or len(path.parts) > 1 and Path(path.parts[0]).exists():
         return ""
+    if path.parts[0] == "runs":  # where the recipes have their folders, which are not there yet
+        return ""
     if path.suffix in _FILE_ENDINGS:
         return ""
     return (

@@ -17,8 +17,9 @@ import tyro
 from engine.errors import UserError, cut
 from engine.files import MAX_SHOWN_PATH
 from engine.planning.hardware import Assumptions, named_cluster
-from engine.planning.plan import StageConfig, plan
+from engine.planning.plan import plan
 from engine.planning.search import proposal_lines, search_layouts
+from engine.planning.sizes import StageConfig, sizes_at
 from engine.planning.workload import Workload
 from engine.printable import ERROR_CHARACTERS, say
 from engine.recipe import run_stage
@@ -98,9 +99,11 @@ def _lines(options: PlanOptions, config: StageConfig) -> list[str]:
         dollars_per_hour=options.dollars_per_hour,
         assumptions=options.assumptions,
     )
+    sizes = sizes_at(config)
     if options.search:
-        return proposal_lines(search_layouts(config, cluster, options.workload), config)
-    return plan(config, cluster, options.workload).lines()
+        found = search_layouts(config, cluster, options.workload, sizes)
+        return [*sizes.lines(), *proposal_lines(found, config)]
+    return plan(config, cluster, options.workload, sizes).lines()
 
 
 def _names(folder: Path) -> str:

@@ -86,7 +86,13 @@ def train(config: PPOConfig) -> dict[str, float]:
             *prompts.notes,
             policy.attention,
             cautions=prompts.cautions
-            + ppo_cautions(config, parallel, len(prompts.train), learner.num_sequences),
+            + ppo_cautions(
+                config,
+                parallel,
+                len(prompts.train),
+                learner.num_sequences,
+                {"adam": policy.size, "critic_adam": critic.size},
+            ),
         )
         for iteration in course:
             # 1 prompt
@@ -154,10 +160,7 @@ def _start(config: PPOConfig, parallel: Parallel) -> tuple[Run, Inputs]:
     if config.sampling.temperature <= 0:
         raise UserError("sampling.temperature must be positive: PPO needs samples, not a maximum")
     run = start_run(directory=config.directory, parallel=parallel, tokenizer=tokenizer)
-    inputs = Inputs(run, config)
-    inputs.check_size("policy", config.size)
-    inputs.check_size("reward_model", config.reward_model_size)
-    return run, inputs
+    return run, Inputs(run, config)
 
 
 def _learner(config: PPOConfig, run: Run, policy: Network, critic: Network) -> Learner:

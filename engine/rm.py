@@ -39,12 +39,14 @@ from engine.ranks.seeds import seed_for_step
 from engine.run import Run, join_ranks, require_path, size_named, stage, start_run
 from engine.settings.evaluation import is_evaluated
 from engine.settings.rm import RMConfig
+from engine.settings.size import check_starts
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward, forward_backward
 from engine.training.recheck import checked_gradients
 from engine.training.reduce import reduce_metrics
 from engine.training.skipped import end_if_stuck
+from models.sizes import GPTSize
 
 
 @stage()
@@ -52,6 +54,7 @@ def train(config: RMConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.
     parallel = join_ranks(config)
+    check_starts(config.size, config.init_from)
     require_path(config.data.train, "data.train")
     run = start_run(
         directory=config.directory,
@@ -101,7 +104,7 @@ def train(config: RMConfig) -> dict[str, float]:
         headline=RM_HEADLINE,
     )
     with metrics, checkpointer:
-        cautions = [*data.cautions, *_cautions(config, feed, num_steps)]
+        cautions = [*data.cautions, *_cautions(config, feed, num_steps, size)]
         metrics.note(*inputs.notes, *data.notes, network.attention, cautions=cautions)
         for step in course:
             with metrics.phase("train"):
@@ -282,12 +285,12 @@ def _text_cautions(records: list[Comparison], units: list[list[Example]]) -> lis
     ]
 
 
-def _cautions(config: RMConfig, feed: Feed, num_steps: int) -> list[Alarm]:
+def _cautions(config: RMConfig, feed: Feed, num_steps: int, size: GPTSize) -> list[Alarm]:
     """Return what is amiss with the settings, now that the data are known."""
     num_taken = num_steps * feed.order.batch_size
     reading = Reading(len(feed.units), config.batch_size, num_taken, "Lower epochs")
     return [
-        *schedule_cautions("adam", config.adam, num_steps),
+        *schedule_cautions("adam", config.adam, num_steps, size if config.init_from else None),
         *interval_cautions(config.saving, config.eval_every, num_steps),
         *repetition_cautions({"comparisons": reading}),
         *rank_cautions("batch_size", config.batch_size, feed.parallel.dp),

@@ -46,12 +46,14 @@ from engine.ranks.seeds import seed_for_step
 from engine.run import Run, join_ranks, require_path, size_named, stage, start_run
 from engine.settings.evaluation import is_evaluated
 from engine.settings.sft import SFTConfig
+from engine.settings.size import banded, check_starts
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import Objective, accumulate
 from engine.training.recheck import checked_gradients
 from engine.training.reduce import reduce_metrics
 from engine.training.skipped import end_if_stuck
+from models.sizes import GPTSize
 
 
 @stage()
@@ -59,13 +61,14 @@ def train(config: SFTConfig) -> dict[str, float]:
     """Run the stage to its end, or from its newest checkpoint on; return the last metrics."""
     # The first rank looks at files for all.
     parallel = join_ranks(config)
+    check_starts(config.size, config.init_from)
     run = start_run(
         directory=config.directory,
         parallel=parallel,
         tokenizer=tokenizer_of(config.tokenizer, config.init_from, config.directory),
     )
     inputs = Inputs(run, config)
-    size = inputs.size("init_from") if config.init_from else size_named(config.size, run.tokenizer)
+    size = inputs.size("init_from") if config.init_from else _new_size(config, run)
     network = build_network(
         "language", size, parallel, numerics=config.numerics, dropout=config.dropout
     )
@@ -107,7 +110,7 @@ def train(config: SFTConfig) -> dict[str, float]:
         headline=SFT_HEADLINE,
     )
     with metrics, checkpointer:
-        cautions = [*data.cautions, *_cautions(config, feeds, num_steps)]
+        cautions = [*data.cautions, *_cautions(config, feeds, num_steps, size)]
         metrics.note(*inputs.notes, *data.notes, network.attention, cautions=cautions)
         for step in course:
             with metrics.phase("train"):
@@ -145,6 +148,11 @@ def train(config: SFTConfig) -> dict[str, float]:
                 checkpointer.finish()
                 run.leave(step + 1)
     return values
+
+
+def _new_size(config: SFTConfig, run: Run) -> GPTSize:
+    """Return the size of a model that starts from nothing."""
+    return banded(size_named(config.size, run.tokenizer), config.band)
 
 
 def _train_step(
@@ -329,7 +337,9 @@ def _load_demonstrations(config: SFTConfig, run: Run, context: Limit, loaded: _D
     )
 
 
-def _cautions(config: SFTConfig, feeds: dict[str, Feed], num_steps: int) -> list[Alarm]:
+def _cautions(
+    config: SFTConfig, feeds: dict[str, Feed], num_steps: int, size: GPTSize
+) -> list[Alarm]:
     """Return what is amiss with the settings, now that the data are known."""
     names = {"loss": "demonstrations", "pretrain_loss": "pretraining sequences"}
     readings = {
@@ -340,7 +350,7 @@ def _cautions(config: SFTConfig, feeds: dict[str, Feed], num_steps: int) -> list
     }
     lead = next(iter(feeds.values()))
     return [
-        *schedule_cautions("adam", config.adam, num_steps),
+        *schedule_cautions("adam", config.adam, num_steps, size if config.init_from else None),
         *interval_cautions(config.saving, config.eval_every, num_steps),
         *repetition_cautions(readings),
         *rank_cautions("batch_size", config.batch_size, lead.parallel.dp),

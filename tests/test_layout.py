@@ -43,6 +43,8 @@ LIGHT_FILES = {
             "end_of_text",
         )
     ),
+    "engine/checkpoints/candidates.py",
+    "engine/huggingface/described.py",
     "engine/residency/expected.py",
     "engine/residency/resharding.py",
     *(str(path.relative_to(ROOT)) for path in (ROOT / "engine/settings").glob("*.py")),

@@ -5,6 +5,8 @@ stage asks once, at its start, and a resume says only what is new. Thresholds ar
 a source is named. Each message has the number and the remedy.
 """
 
+from collections.abc import Mapping
+
 from engine.alarms import Alarm
 from engine.cautions.of_data import Reading, repetition_cautions
 from engine.data.limits import Limit
@@ -14,10 +16,18 @@ from engine.settings.evaluation import num_evaluations
 from engine.settings.ppo import PPOConfig
 from engine.settings.sampling import SamplingConfig
 from engine.settings.saving import SaveConfig
+from models.sizes import GPT3_CONTEXT_LENGTH, GPTSize
 
 # Adam moves a weight by about lr a step, and GPT's begin with a deviation of 0.02 (GPT-2).
 _MOST_LR = 0.02
-_LEAST_PROMPT_SHARE = 1 / 8  # of the shortest context
+# A matrix that reads d numbers moves what it gives by about lr x d a step. GPT-3 was pretrained at
+# lr x d of 0.31 to 0.74, from 125M parameters on (Brown et al. 2020, Table 2.1); InstructGPT goes
+# on from it at 0.02 to 0.06 (C.1 to C.4, E.9). Our choice: a third of the least that pretrains
+# undoes what was learned. Smaller models than the table's know what minutes taught them, and are
+# taught on at the same rates.
+_MOST_MOVED = 0.1
+_LEAST_PRETRAINED = 100e6  # parameters
+_LEAST_PROMPT_SHARE = 1 / 8  # of the shortest context, of which GPT-3's 2,048 tokens count
 _MOST_INIT_SHARE = 0.75  # of the averaged weights, that are still the policy's start
 _MOST_UPDATES = 64  # optimizer steps on one rollout; the paper has 8 (C.4)
 _FEW_HELD_OUT = 16  # prompts whose mean reward is known to a quarter of its spread
@@ -25,13 +35,18 @@ _MOST_EVALUATION = 1 / 4  # of a run's responses, that nothing is learned from
 
 
 def schedule_cautions(
-    option: str, adam: AdamConfig, num_steps: int, counted: str = "steps"
+    option: str,
+    adam: AdamConfig,
+    num_steps: int,
+    start: GPTSize | None = None,
+    counted: str = "steps",
 ) -> list[Alarm]:
-    """Return what is amiss with an optimizer's learning rate over a run of num_steps."""
+    """Return what is amiss with an optimizer's learning rate over a run of num_steps. start: the
+    size of the trained network that is gone on from; None: it starts from nothing."""
     found = []
     if adam.warmup >= num_steps:
-        start = adam.warmup_start
-        share = start + (1.0 - start) * (num_steps - 1) / adam.warmup
+        first = adam.warmup_start
+        share = first + (1.0 - first) * (num_steps - 1) / adam.warmup
         found.append(
             Alarm(
                 "warmup",
@@ -56,6 +71,18 @@ def schedule_cautions(
                 f"begin within {_MOST_LR}: the model will be lost; the paper's are below 1e-5",
             )
         )
+    elif start is not None and start.num_parameters >= _LEAST_PRETRAINED:
+        most = _MOST_MOVED / start.hidden_size
+        if adam.lr > most:
+            found.append(
+                Alarm(
+                    "large_lr",
+                    f"{option}.lr {adam.lr:g} is for a model that starts from nothing: this one is "
+                    f"trained already, and of width {start.hidden_size}, where more than "
+                    f"{most:.1g} undoes what it has learned; lower {option}.lr, the paper goes on "
+                    "at about 1e-5 (C.1 to C.4)",
+                )
+            )
     return found
 
 
@@ -108,12 +135,18 @@ def rank_cautions(option: str, size: int, num_ranks: int) -> list[Alarm]:
 
 
 def ppo_cautions(
-    config: PPOConfig, parallel: Parallel, num_prompts: int, num_sequences: int
+    config: PPOConfig,
+    parallel: Parallel,
+    num_prompts: int,
+    num_sequences: int,
+    trained: Mapping[str, GPTSize],
 ) -> list[Alarm]:
     """Return what is amiss with the settings of a PPO run; num_sequences: of pretraining text, 0
-    without any."""
-    found = schedule_cautions("adam", config.adam, config.iterations, "iterations")
-    found += schedule_cautions("critic_adam", config.critic_adam, config.iterations, "iterations")
+    without any; trained: the sizes of what is trained, by the option of its optimizer."""
+    found = []
+    for option, size in trained.items():
+        adam = getattr(config, option)
+        found += schedule_cautions(option, adam, config.iterations, size, "iterations")
     found += interval_cautions(config.saving, config.eval_every, config.iterations)
     found += rank_cautions("minibatch_size", config.minibatch_size, parallel.dp)
     found += rank_cautions("rollout_batch_size", config.rollout_batch_size, parallel.num_replicas)
@@ -172,7 +205,7 @@ def _episode_cautions(config: PPOConfig, num_prompts: int) -> list[Alarm]:
 
 def room_cautions(sampling: SamplingConfig, prompt: Limit, context_length: int) -> list[Alarm]:
     """Return whether prompts have little of the shortest context."""
-    if prompt.tokens >= _LEAST_PROMPT_SHARE * context_length:
+    if prompt.tokens >= _LEAST_PROMPT_SHARE * min(context_length, GPT3_CONTEXT_LENGTH):
         return []
     return [
         Alarm(

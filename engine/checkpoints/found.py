@@ -5,23 +5,21 @@ Ranks that looked for themselves could see different states of a shared file sys
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoints.candidates import candidates_at, read_description
 from engine.checkpoints.index import Index, read_index
-from engine.checkpoints.manifest import MANIFEST, Damage, read_manifest
-from engine.checkpoints.pointers import no_pointer, pointed_checkpoint, steps_in, up_to
+from engine.checkpoints.manifest import Damage, read_manifest
 from engine.checkpoints.recorded import check_progress
 from engine.checkpoints.retention import step_of
 from engine.checkpoints.whole import newest_whole, warn
 from engine.errors import UserError
 from engine.files import read_object
 from engine.ranks.first_rank import said_by_first_rank
-from engine.settings.size import named_size
 from engine.training.network import Network
-from models.sizes import GPTSize, Kind, size_of_json
+from models.sizes import GPTSize, Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,19 +65,9 @@ def find_network(path: Path, role: str, *, strict: bool = False) -> Path:
 def read_network(folder: Path) -> FoundNetwork:
     """Return what a network's folder says of it; raises UserError where that cannot be, or is more
     than its files hold."""
-    path = folder / "network.json"
-    description = read_object(path)
-    kind, size, tokenizer = (description.get(key) for key in ("kind", "size", "tokenizer"))
-    if kind not in ("language", "scalar") or not isinstance(tokenizer, str):
-        raise Damage(f"{path}: not the kind, size and tokenizer of a network")
-    try:
-        found_size = size_of_json(size)
-    except ValueError as error:
-        raise Damage(f"{path}: not the size of a network: {error}") from None
+    kind, size, tokenizer = read_description(folder)
     index = read_index(folder, read_manifest(folder.parent))
-    found = FoundNetwork(
-        folder=folder, kind=kind, size=found_size, tokenizer=tokenizer, index=index
-    )
+    found = FoundNetwork(folder=folder, kind=kind, size=size, tokenizer=tokenizer, index=index)
     _check_tensors(found)
     return found
 
@@ -104,78 +92,6 @@ def check_description(found: FoundNetwork, network: Network, fingerprint: str) -
         raise UserError(
             f"{found.folder}: trained with another tokenizer than this run's; "
             "give the tokenizer that was saved beside that checkpoint's run"
-        )
-
-
-def check_named_size(name: str, path: Path, role: str) -> None:
-    """Raise UserError where a size is named and the checkpoint's is another; vocabularies and what
-    else sets families apart may differ, as of Cerebras-GPT's sizes."""
-    if not name:
-        return
-    found = size_of(path, role)
-    wanted = named_size(name)
-    same = {"vocab_size": wanted.vocab_size, "form": wanted.form, "embedding_width": 0}
-    if dataclasses.replace(found, **same) != wanted:  # type: ignore[arg-type]
-        raise UserError(
-            f"{path}: the {role} has {found.num_layers} layers of width {found.hidden_size} and a "
-            f"context of {found.context_length} tokens, a {name} has {wanted.num_layers} of "
-            f"{wanted.hidden_size} and {wanted.context_length}; with an empty size (--size '', "
-            "--reward-model-size '') a model's own is taken"
-        )
-
-
-def candidates_at(path: Path, role: str) -> dict[str, Any]:
-    """Return the checkpoints that may hold a network, the best first, and its folder's name in
-    them; and what is wrong with the pointer to the first: as this rank sees them, unread.
-
-    {"folders": [...], "role": "policy", "damage": ""}; raises UserError where there is none.
-    """
-    if (path / "network.json").exists():
-        path = path.resolve()
-        return {"folders": [str(path.parent)], "role": path.name, "damage": ""}
-    for parent in (path / "checkpoints", path):
-        pointers = [p for p in (parent / "selected", parent / "latest") if os.path.lexists(p)]
-        steps = steps_in(parent)
-        if not pointers and steps:
-            names = [step.name for step in steps]
-            raise UserError(no_pointer(parent / "latest", "gone", names, "name that checkpoint"))
-        if pointers:
-            folders, damage = _pointed(pointers[0], steps)
-            break
-    else:
-        folders, damage = [path], ""
-        if not (path / MANIFEST).exists() and next(path.glob("*/network.json"), None) is None:
-            raise UserError(
-                f"{path}: no checkpoint of a {role} here (a run, a checkpoint or a network's "
-                f"folder{', or a Hugging Face folder' if role == 'policy' else ''})"
-            )
-    _check_role(folders[0], role)
-    return {"folders": [str(folder) for folder in folders], "role": role, "damage": damage}
-
-
-def _pointed(pointer: Path, steps: list[Path]) -> tuple[list[Path], str]:
-    """Return the checkpoints that a run is known by, the best first, and what is wrong with the
-    pointer; raises UserError where there is none."""
-    others = steps if pointer.name == "latest" else []  # a selection has no second best
-    try:
-        first = pointed_checkpoint(pointer)
-    except UserError as error:
-        if not others:
-            raise
-        return others, str(error)
-    return up_to(first, others), ""
-
-
-def _check_role(folder: Path, role: str) -> None:
-    """Raise UserError where a checkpoint has other networks: no damage, but the user's mistake."""
-    try:
-        manifest = read_manifest(folder)
-    except UserError:  # which whoever reads the files will say
-        return
-    roles = sorted(n.partition("/")[0] for n in manifest.files if n.endswith("/network.json"))
-    if role not in roles:
-        raise UserError(
-            f"{folder}: no checkpoint of a {role} here; it holds {', '.join(roles) or 'none'}"
         )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import xxhash
 
-from engine.checkpoints.found import candidates_at
+from engine.checkpoints.candidates import candidates_at
 from engine.checkpoints.index import INDEX, Index, index_text, read_index
 from engine.checkpoints.manifest import (
     Manifest,

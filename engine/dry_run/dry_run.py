@@ -1,5 +1,5 @@
 """A job checked before it is launched: layouts, shapes, batches, checkpoints and the plan, on one
-process and without a GPU, a file or a tokenizer.
+process and without a GPU, data or a tokenizer. Of the models that are there it reads the sizes.
 
 `recipes/ppo_175b.py --dry-run 512` builds every distinct rank that 512 GPUs would have
 (engine/dry_run/distinct_ranks.py); without a number, those of the recipe's launch. It ends with
@@ -14,15 +14,15 @@ import time
 from engine.dry_run.distinct_ranks import Model, Rank, build_ranks, check_checkpoint, check_rank
 from engine.errors import UserError
 from engine.planning.hardware import Cluster, named_cluster
-from engine.planning.plan import StageConfig, plan
+from engine.planning.plan import plan
 from engine.planning.search import proposal_lines, search_layouts
+from engine.planning.sizes import NetworkSize, Sizes, StageConfig, sizes_at
 from engine.printable import say
 from engine.settings.adam import AdamConfig
 from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
 from engine.settings.sft import SFTConfig
-from engine.settings.size import named_size
-from models.sizes import SIZES, GPTSize, Kind
+from models.sizes import GPTSize, Kind
 
 GPU_NAME = "h100"  # what the plan is made for; recipes/plan.py makes it for others
 
@@ -34,7 +34,8 @@ def dry_run(config: StageConfig, num_gpus: int | None = None, *, usual: int | No
     layouts divide them, else the fewest.
     """
     start = time.monotonic()
-    models = models_of(config)
+    sizes = sizes_at(config)
+    models = models_of(config, sizes)
     if num_gpus is None:
         num_gpus, reason = chosen_gpus(config, usual)
         name = "GPU" if num_gpus == 1 else "GPUs"
@@ -45,8 +46,8 @@ def dry_run(config: StageConfig, num_gpus: int | None = None, *, usual: int | No
             model.layout.dp(num_gpus)
             model.layout.check(model.size)
         except UserError as error:
-            raise UserError(f"{model}: {error}\n{_proposals(config, cluster)}") from None
-    say("\n".join(check_batches(config, models[0].size, num_gpus)))
+            raise UserError(f"{model}: {error}\n{_proposals(config, cluster, sizes)}") from None
+    say("\n".join(check_batches(config, sizes, num_gpus)))
     ranks: dict[Model, list[Rank]] = {model: [] for model in models}
     for model, rank in build_ranks(models, num_gpus):
         check_rank(model, rank)
@@ -55,12 +56,12 @@ def dry_run(config: StageConfig, num_gpus: int | None = None, *, usual: int | No
         check_checkpoint(model, ranks[model])
         say(_summary(model, ranks[model], num_gpus))
     say(f"every check passed, {time.monotonic() - start:.0f} s\n")
-    planned = plan(config, cluster)
+    planned = plan(config, cluster, sizes=sizes)
     say("\n".join(planned.lines()))
     if not planned.fits:
         raise UserError(
             f"the run does not fit {num_gpus} x {GPU_NAME}; recipes/plan.py plans for other GPUs\n"
-            f"{_proposals(config, cluster)}"
+            f"{_proposals(config, cluster, sizes)}"
         )
 
 
@@ -78,22 +79,20 @@ def chosen_gpus(config: StageConfig, usual: int | None) -> tuple[int, str]:
     return fewest, "the fewest that its layouts take; --dry-run N for more"
 
 
-def models_of(config: StageConfig) -> list[Model]:
+def models_of(config: StageConfig, sizes: Sizes) -> list[Model]:
     """Return the networks of a stage, roles of one shape and layout as one; PPO's policy first."""
     if isinstance(config, SFTConfig):
-        return [_model(config, "language", ("policy",), named_size(config.size), config.adam)]
+        return [_model(config, "language", ("policy",), sizes.policy, config.adam)]
     if isinstance(config, RMConfig):
-        return [_model(config, "scalar", ("reward model",), named_size(config.size), config.adam)]
-    if not config.size or not config.reward_model_size:
-        raise UserError(
-            "a dry run of PPO needs --size and --reward-model-size, since it opens no checkpoint: "
-            + ", ".join(SIZES)
-        )
-    policy, critic = named_size(config.size), named_size(config.reward_model_size)
-    models = [
-        _model(config, "language", ("policy", "reference"), policy, config.adam),
-        _model(config, "scalar", ("critic", "reward model"), critic, config.critic_adam),
-    ]
+        return [_model(config, "scalar", ("reward model",), sizes.reward_model, config.adam)]
+    scalar = ("critic", "reward model")
+    models = [_model(config, "scalar", scalar, sizes.reward_model, config.critic_adam)]
+    if sizes.reference is None:
+        alike = ("policy", "reference")
+        models.insert(0, _model(config, "language", alike, sizes.policy, config.adam))
+    else:
+        models.insert(0, _model(config, "language", ("policy",), sizes.policy, config.adam))
+        models.append(_model(config, "language", ("reference",), sizes.reference, None))
     if config.generation_layout is not None:
         config.check_generation_layout()
         copy = dataclasses.replace(
@@ -103,7 +102,7 @@ def models_of(config: StageConfig) -> list[Model]:
     return models
 
 
-def check_batches(config: StageConfig, size: GPTSize, num_gpus: int) -> list[str]:
+def check_batches(config: StageConfig, sizes: Sizes, num_gpus: int) -> list[str]:
     """Return how a step's batch falls on the ranks, in words; raises UserError where it does not.
 
     A run is laxer: it deals uneven batches, gives a long sequence a micro-batch of its own and
@@ -111,8 +110,8 @@ def check_batches(config: StageConfig, size: GPTSize, num_gpus: int) -> list[str
     """
     dp = config.layout.dp(num_gpus)
     if isinstance(config, PPOConfig):
-        return _check_ppo_batches(config, size, num_gpus)
-    data = config.data
+        return _check_ppo_batches(config, sizes, num_gpus)
+    data, size = config.data, sizes.trained
     _check_fits("data.max_tokens", data.max_tokens, size)
     if isinstance(config, SFTConfig) and config.data.pretraining_fraction > 0:
         _check_fits("data.pretraining_tokens", config.data.pretraining_tokens, size)
@@ -129,20 +128,21 @@ def check_batches(config: StageConfig, size: GPTSize, num_gpus: int) -> list[str
     ]
 
 
-def _proposals(config: StageConfig, cluster: Cluster) -> str:
+def _proposals(config: StageConfig, cluster: Cluster, sizes: Sizes) -> str:
     """Return the layouts that fit, as options of the recipe."""
-    found = search_layouts(config, cluster)
+    found = search_layouts(config, cluster, sizes=sizes)
     head = f"what fits {cluster.num_gpus} x {cluster.gpu_name} by the plan, fastest first:"
     return "\n".join(
         [head, *proposal_lines(found, config)] if found else proposal_lines([], config)
     )
 
 
-def _check_ppo_batches(config: PPOConfig, size: GPTSize, num_gpus: int) -> list[str]:
+def _check_ppo_batches(config: PPOConfig, sizes: Sizes, num_gpus: int) -> list[str]:
     dp = config.layout.dp(num_gpus)
     config.sampling.check()
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
-    context = min(size.context_length, named_size(config.reward_model_size).context_length)
+    readers = (sizes.policy, sizes.reward_model, sizes.reference)
+    context = min(found.size.context_length for found in readers if found is not None)
     if longest > context:
         raise UserError(
             f"data.max_prompt_tokens {config.data.max_prompt_tokens} + sampling.max_new_tokens "
@@ -158,7 +158,7 @@ def _check_ppo_batches(config: PPOConfig, size: GPTSize, num_gpus: int) -> list[
         f"of {config.minibatch_size}, {config.minibatch_size // dp} a rank (dp {dp})"
     ]
     if config.ptx_coef > 0:
-        _check_fits("data.pretraining_tokens", config.data.pretraining_tokens, size)
+        _check_fits("data.pretraining_tokens", config.data.pretraining_tokens, sizes.trained)
         longest = max(longest, config.data.pretraining_tokens)
         num_examples = config.ptx_examples_per_episode * config.minibatch_size
         lines.append(
@@ -193,14 +193,28 @@ def _check_fits(name: str, num_tokens: int, size: GPTSize) -> None:
 
 
 def _model(
-    config: StageConfig, kind: Kind, roles: tuple[str, ...], size: GPTSize, adam: AdamConfig
+    config: StageConfig,
+    kind: Kind,
+    roles: tuple[str, ...],
+    found: NetworkSize | None,
+    adam: AdamConfig | None,
 ) -> Model:
     layout = config.layout
     if isinstance(config, PPOConfig) and kind == "scalar":
         layout = config.critic_layout or layout
     return Model(
-        roles=roles, kind=kind, size=size, layout=layout, numerics=config.numerics, adam=adam
+        roles=roles,
+        kind=kind,
+        size=_size_of(found),
+        layout=layout,
+        numerics=config.numerics,
+        adam=adam,
     )
+
+
+def _size_of(found: NetworkSize | None) -> GPTSize:
+    assert found is not None  # of every stage that has the network
+    return found.size
 
 
 def _summary(model: Model, ranks: list[Rank], num_gpus: int) -> str:

@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine.checkpoints.candidates import candidates_at
 from engine.checkpoints.checkpointer import Checkpointer
-from engine.checkpoints.found import candidates_at, network_at, run_of
+from engine.checkpoints.found import network_at, run_of
 from engine.checkpoints.weights import load_weights
 from engine.claim import claim, holding_claims
 from engine.data.tokenizer import Tokenizer

@@ -12,10 +12,14 @@ from typing import Any
 import torch
 
 from engine.errors import UserError, named
-from engine.files import read_object
-from engine.huggingface.foreign import require_model_folder
+from engine.huggingface.described import (
+    SCORER,
+    classes_of,
+    describe_folder,
+    in_words_of_language_model,
+)
 from engine.huggingface.weight_files import StoredTensor, open_weights
-from models.huggingface.config import family_of_config, score_bias_of_config, size_of_config
+from models.huggingface.config import score_bias_of_config
 from models.huggingface.families import Family
 from models.huggingface.tensors import (
     EMBEDDING,
@@ -28,7 +32,6 @@ from models.huggingface.tensors import (
 from models.sizes import GPTSize, Kind
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MAX_CONFIG_BYTES = 1 << 20  # of config.json, which has a few hundred; our choice
 _MOST_SHOWN = 80  # characters of a text from a file in an error; our choice
 _ROWS = 1024  # of two matrices that are compared at a time; our choice
 # What TRL's models with a value head have beside the language model, and what others have.
@@ -39,9 +42,8 @@ _QUANTISED = re.compile(
     r"quant_map|nested_absmax|quant_state\..+))"
 )
 # Networks on a trunk that say something else than the next token: {ending of the class: what}.
-_SCORER = "ForSequenceClassification"
 _OTHER_TASKS = {
-    _SCORER: "a reward model or classifier: it scores texts and writes none",
+    SCORER: "a reward model or classifier: it scores texts and writes none",
     "ForTokenClassification": "a classifier of tokens, and writes none",
     "ForQuestionAnswering": "a reader of answers, and writes none",
 }
@@ -49,7 +51,7 @@ _OTHER_HEADS = re.compile(r"(\w+\.)?(score|classifier)\.(weight|bias)")
 _SCORES = re.compile(r"(\w+\.)*score\.weight")
 _NEEDED: dict[Kind, str] = {
     "language": "a language model is needed here",
-    "scalar": f"a reward model is needed here, a class ...{_SCORER} of one label",
+    "scalar": f"a reward model is needed here, a class ...{SCORER} of one label",
 }
 
 
@@ -72,7 +74,7 @@ class ModelFolder:
 
 def read_size(folder: Path) -> GPTSize:
     """Return the size of the model in a Hugging Face folder; raises UserError if it is not ours."""
-    size = _described(folder)[1]
+    size = describe_folder(folder)[1]
     # Only a stored head can say otherwise, for which the files have to be opened.
     if not size.form.is_tied or read_kind(folder) == "scalar":
         return size
@@ -82,8 +84,8 @@ def read_size(folder: Path) -> GPTSize:
 def read_kind(folder: Path) -> Kind:
     """Return what the model in a Hugging Face folder is: "scalar" where its class or its head is
     one that scores texts. Raises UserError."""
-    _, _, config = _described(folder)
-    scores = any(name.endswith(_SCORER) for name in _classes(config))
+    _, _, config = describe_folder(folder)
+    scores = any(name.endswith(SCORER) for name in classes_of(config))
     if not scores:
         scores = any(_SCORES.fullmatch(name) for name in open_weights(folder))
     return "scalar" if scores else "language"
@@ -96,7 +98,7 @@ def find_model(folder: Path, kind: Kind = "language") -> ModelFolder:
     makes the model untied, as in transformers. Raises UserError, naming the file and the tensor; so
     it does where the folder's model is of another kind than is asked for.
     """
-    family, size, config = _described(folder)
+    family, size, config = describe_folder(folder)
     stored = open_weights(folder)
     _refuse_other_models(folder, config, stored, kind)
     left_out = tuple(sorted(name for name in stored if _VALUE_HEAD.fullmatch(name)))
@@ -141,24 +143,10 @@ def find_model(folder: Path, kind: Kind = "language") -> ModelFolder:
     return ModelFolder(kind, family, size, found, left_out)
 
 
-def _described(folder: Path) -> tuple[Family, GPTSize, dict[str, Any]]:
-    """Return what a folder's config.json says."""
-    require_model_folder(folder)
-    path = folder / "config.json"
-    try:
-        config = read_object(path, max_bytes=_MAX_CONFIG_BYTES)
-        return family_of_config(config), size_of_config(config), config
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
 def _check_scores(folder: Path, score: StoredTensor | None, name: str) -> None:
     """Raise UserError where the head of a scorer is missing or gives another number than one."""
     if score is None:
-        raise UserError(
-            f"{folder} holds a language model, where a reward model is needed: train one from it "
-            f"(recipes/rm_*.py --init-from), or give a class ...{_SCORER}, which has a {name}"
-        )
+        raise UserError(f"{in_words_of_language_model(folder)}, which has a {name}")
     if len(score.shape) == 2 and score.shape[0] != 1:
         raise UserError(
             f"{folder} holds a classifier: its {name} gives {score.shape[0]} numbers a text, and a "
@@ -173,12 +161,6 @@ def _scoring(folder: Path, config: dict[str, Any]) -> tuple[float, int | None]:
         return score_bias_of_config(config), pad_id if type(pad_id) is int else None
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
-
-
-def _classes(config: dict[str, Any]) -> list[str]:
-    """Return the names of transformers' classes that a config.json is of."""
-    architectures = config.get("architectures")
-    return list(map(str, architectures)) if isinstance(architectures, list) else []
 
 
 def _refuse_other_models(
@@ -198,10 +180,10 @@ def _refuse_other_models(
                 "floats of 16 bits or more: save the model without quantization"
             )
     heads = [name for name in stored if _OTHER_HEADS.fullmatch(name)]
-    for said in (*_classes(config), *heads):
-        task = _SCORER if said in heads else said
+    for said in (*classes_of(config), *heads):
+        task = SCORER if said in heads else said
         for ending, what in _OTHER_TASKS.items():
-            if task.endswith(ending) and not (kind == "scalar" and ending == _SCORER):
+            if task.endswith(ending) and not (kind == "scalar" and ending == SCORER):
                 raise UserError(f"{folder} holds {what} ({named(said)}); {_NEEDED[kind]}")
 
 

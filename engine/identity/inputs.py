@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from engine.checkpoints.checkpointer import Checkpointer
-from engine.checkpoints.found import check_named_size, read_network
+from engine.checkpoints.found import read_network
 from engine.checkpoints.manifest import MANIFEST, read_manifest
 from engine.checkpoints.retention import step_name
 from engine.checkpoints.saving import remove
@@ -30,6 +30,7 @@ from engine.checkpoints.weights import load_weights
 from engine.claim import UNFINISHED
 from engine.errors import UserError, quoted
 from engine.files import sync_folder, writing
+from engine.huggingface.described import stored_size
 from engine.huggingface.foreign import is_foreign
 from engine.huggingface.model_source import check_own_tokenizer, digest_of_model, take_model
 from engine.identity.data_files import look_at
@@ -61,6 +62,7 @@ from engine.process.software import code_commit, code_digest, package_versions
 from engine.ranks.first_rank import said_by_first_rank
 from engine.run import Changed, Run, has_begun, require_path
 from engine.settings.saved import with_saved_fields
+from engine.settings.size import check_named_size
 from engine.training.network import Network
 from models.sizes import GPTSize
 
@@ -99,11 +101,6 @@ class Inputs:
         """Return the size of a network, by the name of its option."""
         with self._naming(name):
             return read_network(self._folder(name) / self._networks[name].role).size
-
-    def check_size(self, name: str, size: str) -> None:
-        """Raise UserError where a size is named and the network's is another."""
-        with self._naming(name):
-            check_named_size(size, self._folder(name), self._networks[name].role)
 
     def load(self, name: str, network: Network) -> None:
         """Load a network's weights, whatever layout wrote them; UserError as load_weights."""
@@ -197,12 +194,22 @@ class Inputs:
     def _take(self, kept: set[str]) -> dict[str, Source]:
         """Copy the networks that the run has not kept; return those by the names of the copies."""
         taken: dict[str, Source] = {}
+        said_by_first_rank(lambda: self._check_sizes(kept))
         for name, network in self._networks.items():
             if network.kept_as not in kept and network.kept_as not in taken:
                 option, path = self._origin(name)
                 require_path(path, option.replace("_", "-"))
                 taken[network.kept_as] = self._taken(path, network)
         return taken
+
+    def _check_sizes(self, kept: set[str]) -> str:
+        """Raise UserError where a network that is to be copied has another size than is named: a
+        refusal copies nothing."""
+        for network in self._networks.values():
+            if network.size and network.kept_as not in kept and network.path.exists():
+                size, _ = stored_size(network.path, network.role)
+                check_named_size(network.size, size, network.path, network.role)
+        return ""
 
     def _taken(self, path: Path, network: NamedNetwork) -> Source:
         """Copy a network at a path, of a run or of a Hugging Face folder, for this run."""

@@ -46,6 +46,8 @@ class NamedNetwork:
     """The name of its copy in the run's folder; two names may share one."""
     strict: bool
     """Whether a damaged newest checkpoint there is an error."""
+    size: str = ""
+    """The named size that it must have; "": any."""
 
 
 def networks_of(config: RunConfig, policy_kept_as: str = "") -> dict[str, NamedNetwork]:
@@ -64,8 +66,11 @@ def networks_of(config: RunConfig, policy_kept_as: str = "") -> dict[str, NamedN
             "reference": ("policy", anchor, "reference"),
             "reward_model": ("reward_model", config.reward_model, "reward_model"),
         }
+        sizes = {"policy": config.size, "reward_model": config.reward_model_size}
         return {
-            name: NamedNetwork(path=path, role=role, kept_as=kept_as, strict=True)
+            name: NamedNetwork(
+                path=path, role=role, kept_as=kept_as, strict=True, size=sizes.get(name, "")
+            )
             for name, (role, path, kept_as) in found.items()
         }
     networks = {}

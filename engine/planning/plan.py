@@ -14,13 +14,12 @@ from engine.planning.hardware import GIGA, Cluster
 from engine.planning.memory import STAGING, PlannedNetwork
 from engine.planning.misfits import Misfit, misfits
 from engine.planning.ranks import RankMemory
+from engine.planning.sizes import Sizes, StageConfig, named_sizes
 from engine.planning.stages import Estimate, Phase, estimate_ppo, estimate_rm, estimate_sft
 from engine.planning.workload import Workload
-from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
 from engine.settings.sft import SFTConfig
 
-StageConfig = SFTConfig | RMConfig | PPOConfig
 PF_DAY = 1e15 * 86_400  # FLOPs
 
 
@@ -31,6 +30,7 @@ class Plan:
     config: StageConfig
     cluster: Cluster
     estimate: Estimate
+    sizes: Sizes
 
     @property
     def fits(self) -> bool:
@@ -117,7 +117,7 @@ class Plan:
         lines = [f"{cluster.num_gpus} x {cluster.gpu_name}, {cluster.gpu.memory_bytes / GIGA:g} GB"]
         for role, network in self.estimate.networks.items():
             lines.append(f"{role}: {_describe(network)}")
-        return lines
+        return [*lines, *(f"  {line}" for line in self.sizes.lines())]
 
     def _memory_lines(self) -> list[str]:
         rank, cluster = self.fullest, self.cluster
@@ -145,8 +145,6 @@ class Plan:
 
     def _notes(self) -> list[str]:
         estimate, notes = self.estimate, []
-        if estimate.selected_by:
-            notes.append(f"the reward model is taken to be a {estimate.selected_by}")
         if estimate.cache is not None:
             notes.append(
                 f"key-value cache: room for {estimate.cache.tokens:,} tokens a replica, its slots "
@@ -188,17 +186,22 @@ class Plan:
         ]
 
 
-def plan(config: StageConfig, cluster: Cluster, workload: Workload | None = None) -> Plan:
+def plan(
+    config: StageConfig,
+    cluster: Cluster,
+    workload: Workload | None = None,
+    sizes: Sizes | None = None,
+) -> Plan:
     """Return the plan of a stage; raises UserError for a layout that does not divide the cluster or
-    hold the model."""
-    workload = workload or Workload()
+    hold the model. sizes: of its networks; none: those that its settings name."""
+    workload, sizes = workload or Workload(), sizes or named_sizes(config)
     if isinstance(config, SFTConfig):
-        estimate = estimate_sft(config, cluster, workload)
+        estimate = estimate_sft(config, cluster, workload, sizes)
     elif isinstance(config, RMConfig):
-        estimate = estimate_rm(config, cluster, workload)
+        estimate = estimate_rm(config, cluster, workload, sizes)
     else:
-        estimate = estimate_ppo(config, cluster, workload)
-    return Plan(config=config, cluster=cluster, estimate=estimate)
+        estimate = estimate_ppo(config, cluster, workload, sizes)
+    return Plan(config=config, cluster=cluster, estimate=estimate, sizes=sizes)
 
 
 def _in_words(misfit: Misfit) -> str:

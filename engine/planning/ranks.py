@@ -78,7 +78,8 @@ class PPONetworks:
     """PPO's networks and what they work on."""
 
     policy: PlannedNetwork
-    """The reference is its like."""
+    reference: PlannedNetwork
+    """In the policy's layout."""
     critic: PlannedNetwork
     """The reward model is its like."""
     generator: PlannedNetwork
@@ -168,7 +169,7 @@ def _model_bytes(
 def _ppo_rank(ppo: PPONetworks, cluster: Cluster, stage: int, critic_stage: int) -> RankMemory:
     models = {
         "policy": _model_bytes(ppo.policy, stage, is_trained=True, average=True),
-        "reference": _model_bytes(ppo.policy, stage, is_trained=False),
+        "reference": _model_bytes(ppo.reference, stage, is_trained=False),
         "critic": _model_bytes(ppo.critic, critic_stage, is_trained=True),
         "reward_model": _model_bytes(ppo.critic, critic_stage, is_trained=False),
     }
@@ -178,10 +179,9 @@ def _ppo_rank(ppo: PPONetworks, cluster: Cluster, stage: int, critic_stage: int)
     phases = {phase: _held(expected, ppo, stage, phase) for phase in PHASES}
     phases["rollout"] |= _generation_bytes(ppo, cluster, stage, sum(phases["rollout"].values()))
     pairs = ((ppo.policy, stage), (ppo.critic, critic_stage))
-    tokens = [ppo.episodes.rows(network.dp, ppo.budget)[1] for network, _ in pairs]
     phases["score"]["workspace"] = max(
-        network.workspace_bytes(at, row, trains=False)
-        for (network, at), row in zip(pairs, tokens, strict=True)
+        network.workspace_bytes(at, ppo.episodes.rows(network.dp, ppo.budget)[1], trains=False)
+        for network, at in ((ppo.reference, stage), *pairs)
     )
     work = [
         _working_bytes(network, at, batches, ppo.budget)

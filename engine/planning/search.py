@@ -7,11 +7,11 @@ from typing import Any, Literal, TypeVar
 
 from engine.errors import UserError
 from engine.planning.hardware import GIGA, Cluster
-from engine.planning.plan import Plan, StageConfig, plan
+from engine.planning.plan import Plan, plan
+from engine.planning.sizes import Sizes, StageConfig, named_sizes
 from engine.planning.workload import Workload
 from engine.settings.layout import ParallelLayout
 from engine.settings.ppo import PPOConfig
-from engine.settings.size import named_size
 from models.sizes import GPTSize
 
 AnyStage = TypeVar("AnyStage", bound=StageConfig)
@@ -24,19 +24,23 @@ NUM_FINALISTS = 4  # layouts of the policy for which the critic's are searched
 
 
 def search_layouts(
-    config: StageConfig, cluster: Cluster, workload: Workload | None = None
+    config: StageConfig,
+    cluster: Cluster,
+    workload: Workload | None = None,
+    sizes: Sizes | None = None,
 ) -> list[Plan]:
-    """Return the plans that fit, fastest first.
+    """Return the plans that fit, fastest first; workload and sizes as plan() takes them.
 
     Tried are tp, pp, virtual stages, recomputation and micro_batch_tokens; the critic's layout
     too, where the config gives it one of its own. Context parallelism stays as the config has it.
     """
+    sizes = sizes or named_sizes(config)
     if not isinstance(config, PPOConfig) or config.critic_layout is None:
-        return _fitting(_variants(config, cluster), cluster, workload)
-    critic_layouts = _critic_layouts(config, config.critic_layout.cp, cluster)
+        return _fitting(_variants(config, cluster, sizes), cluster, workload, sizes)
+    critic_layouts = _critic_layouts(config, config.critic_layout.cp, cluster, sizes)
     if not critic_layouts:
-        return _fitting(_variants(config, cluster), cluster, workload)
-    return _search_both(config, critic_layouts, cluster, workload)
+        return _fitting(_variants(config, cluster, sizes), cluster, workload, sizes)
+    return _search_both(config, critic_layouts, cluster, workload, sizes)
 
 
 def _search_both(
@@ -44,6 +48,7 @@ def _search_both(
     critic_layouts: list[ParallelLayout],
     cluster: Cluster,
     workload: Workload | None,
+    sizes: Sizes,
 ) -> list[Plan]:
     """Return the best plans of the policy's best layouts, each with the critic's best beside it."""
     # The policy's are searched beside a fast critic, and beside the one that takes least room.
@@ -52,21 +57,21 @@ def _search_both(
     tried: list[PPOConfig] = []
     for critic_layout in (fast, small):
         beside = dataclasses.replace(config, critic_layout=critic_layout)
-        tried += _variants(beside, cluster)
+        tried += _variants(beside, cluster, sizes)
     policies: dict[PPOConfig, None] = {}  # each once, fastest first
-    for found in _fitting(tried, cluster, workload):
+    for found in _fitting(tried, cluster, workload, sizes):
         assert isinstance(found.config, PPOConfig)
         policies[dataclasses.replace(found.config, critic_layout=None)] = None
     best: list[Plan] = []
     for policy in list(policies)[:NUM_FINALISTS]:
         pairs = [dataclasses.replace(policy, critic_layout=layout) for layout in critic_layouts]
-        best += _fitting(pairs, cluster, workload)[:1]
+        best += _fitting(pairs, cluster, workload, sizes)[:1]
     return sorted(best, key=_seconds_and_bytes)
 
 
-def _variants(config: AnyStage, cluster: Cluster) -> list[AnyStage]:
+def _variants(config: AnyStage, cluster: Cluster, sizes: Sizes) -> list[AnyStage]:
     """Return the config with every layout, budget and recomputation that is tried."""
-    size = named_size(config.size)
+    size = sizes.trained
     return [
         dataclasses.replace(
             config,
@@ -80,11 +85,14 @@ def _variants(config: AnyStage, cluster: Cluster) -> list[AnyStage]:
     ]
 
 
-def _critic_layouts(config: PPOConfig, cp: int, cluster: Cluster) -> list[ParallelLayout]:
+def _critic_layouts(
+    config: PPOConfig, cp: int, cluster: Cluster, sizes: Sizes
+) -> list[ParallelLayout]:
     """Return the layouts without virtual stages that hold the critic and share minibatches."""
+    assert sizes.reward_model is not None
     return [
         layout
-        for layout in _layouts(named_size(config.reward_model_size), cluster, cp)
+        for layout in _layouts(sizes.reward_model.size, cluster, cp)
         if layout.virtual_pp == 1 and config.minibatch_size % layout.dp(cluster.num_gpus) == 0
     ]
 
@@ -138,7 +146,7 @@ def _layouts(size: GPTSize, cluster: Cluster, cp: int) -> Iterator[ParallelLayou
 
 
 def _fitting(
-    configs: Iterable[StageConfig], cluster: Cluster, workload: Workload | None
+    configs: Iterable[StageConfig], cluster: Cluster, workload: Workload | None, sizes: Sizes
 ) -> list[Plan]:
     """Return the plans of the configs that fit, fastest first."""
     found = []
@@ -146,7 +154,7 @@ def _fitting(
         if not _deals_evenly(config, cluster):
             continue
         try:
-            planned = plan(config, cluster, workload)
+            planned = plan(config, cluster, workload, sizes)
         except UserError:
             continue
         if planned.fits:

@@ -6,7 +6,6 @@ Imports neither torch nor megatron.
 import math
 from dataclasses import dataclass
 
-from engine.errors import UserError
 from engine.planning.hardware import Cluster
 from engine.planning.memory import PlannedNetwork
 from engine.planning.ranks import (
@@ -31,16 +30,14 @@ from engine.planning.seconds import (
     step_seconds,
     train_seconds,
 )
+from engine.planning.sizes import NetworkSize, Sizes
 from engine.planning.workload import Batch, Workload
 from engine.settings.layout import ParallelLayout
 from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
 from engine.settings.sampling import GPU_STEPS_PER_SYNC
 from engine.settings.sft import SFTConfig
-from engine.settings.size import named_size
 from models.sizes import Kind
-
-REWARD_MODEL = "6b"  # what selects SFT's epoch: its setting names a run, and the paper's is this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +70,13 @@ class Estimate:
     """Tokens that a step trains on."""
     saved_bytes: int
     """What a rank writes of a checkpoint at the most, or reads."""
-    selected_by: str = ""
-    """Named size that the reward model which selects SFT's epoch is taken to have; "": none."""
     cache: CacheRoom | None = None
     """Of a rollout."""
 
 
-def estimate_sft(config: SFTConfig, cluster: Cluster, workload: Workload) -> Estimate:
+def estimate_sft(config: SFTConfig, cluster: Cluster, workload: Workload, sizes: Sizes) -> Estimate:
     """Estimate SFT, the RLHF initialisation or pretraining."""
-    network = _network("language", config.size, config, cluster, has_dropout=config.dropout > 0)
+    network = _network("language", sizes.policy, config, cluster, has_dropout=config.dropout > 0)
     context, data = network.size.context_length, config.data
     length = min(data.pretraining_tokens, context)
     if data.train is None and data.pretraining is not None:
@@ -102,14 +97,14 @@ def estimate_sft(config: SFTConfig, cluster: Cluster, workload: Workload) -> Est
             batches.append(_whole(num_pretraining, length))
         steps = config.epochs * workload.demonstrations / demonstrations.count
     reward_model = None
-    if config.selection.reward_model is not None:
-        reward_model = _network("scalar", REWARD_MODEL, config, cluster)
+    if sizes.reward_model is not None:
+        reward_model = _network("scalar", sizes.reward_model, config, cluster)
     return _training(network, cluster, batches, config.micro_batch_tokens, steps, reward_model)
 
 
-def estimate_rm(config: RMConfig, cluster: Cluster, workload: Workload) -> Estimate:
+def estimate_rm(config: RMConfig, cluster: Cluster, workload: Workload, sizes: Sizes) -> Estimate:
     """Estimate the reward model's training; a prompt's answers stay in one row."""
-    network = _network("scalar", config.size, config, cluster)
+    network = _network("scalar", sizes.reward_model, config, cluster)
     answer = workload.comparison_prompt_tokens + workload.response_tokens
     longest = min(config.data.max_tokens, network.size.context_length)
     batch = Batch(
@@ -122,9 +117,9 @@ def estimate_rm(config: RMConfig, cluster: Cluster, workload: Workload) -> Estim
     return _training(network, cluster, [batch], config.micro_batch_tokens, steps)
 
 
-def estimate_ppo(config: PPOConfig, cluster: Cluster, workload: Workload) -> Estimate:
+def estimate_ppo(config: PPOConfig, cluster: Cluster, workload: Workload, sizes: Sizes) -> Estimate:
     """Estimate PPO or PPO-ptx: rollout, scoring and the updates of an iteration."""
-    ppo = _ppo_networks(config, cluster, workload)
+    ppo = _ppo_networks(config, cluster, workload, sizes)
     networks = {"policy": ppo.policy, "critic": ppo.critic}
     if ppo.is_refitted:
         networks["generation"] = ppo.generator
@@ -177,8 +172,8 @@ def _score_phase(
     ppo: PPONetworks, cluster: Cluster, moves: Seconds, *, scores_policy: bool
 ) -> Phase:
     # The policy's log-probs where they are wanted, values, the reference's log-probs, scores. The
-    # reference is the policy's like, the reward model the critic's.
-    readers = [ppo.critic, ppo.policy, ppo.critic]
+    # reward model is the critic's like.
+    readers = [ppo.critic, ppo.reference, ppo.critic]
     if scores_policy:
         readers = [ppo.policy, *readers]
     seconds = add_seconds(
@@ -225,7 +220,6 @@ def _training(
         step_name="step",
         tokens=sum(batch.tokens for batch in batches),
         saved_bytes=_most_saved(network),
-        selected_by=REWARD_MODEL if reward_model else "",
     )
 
 
@@ -250,18 +244,17 @@ def _phase(
     )
 
 
-def _ppo_networks(config: PPOConfig, cluster: Cluster, workload: Workload) -> PPONetworks:
-    if not config.size or not config.reward_model_size:
-        raise UserError("a plan of PPO needs --size and --reward-model-size, named sizes")
-    policy = _network("language", config.size, config, cluster)
-    critic = _network(
-        "scalar", config.reward_model_size, config, cluster, layout=config.critic_layout
-    )
+def _ppo_networks(
+    config: PPOConfig, cluster: Cluster, workload: Workload, sizes: Sizes
+) -> PPONetworks:
+    policy = _network("language", sizes.policy, config, cluster)
+    reference = _network("language", sizes.reference or sizes.policy, config, cluster)
+    critic = _network("scalar", sizes.reward_model, config, cluster, layout=config.critic_layout)
     generator = policy.in_generation()
     if config.generation_layout is not None:
         config.check_generation_layout()
         generator = _network(
-            "language", config.size, config, cluster, layout=config.generation_layout
+            "language", sizes.policy, config, cluster, layout=config.generation_layout
         )
     response = min(workload.response_tokens, config.sampling.max_new_tokens)
     tokens = workload.prompt_tokens + response
@@ -284,6 +277,7 @@ def _ppo_networks(config: PPOConfig, cluster: Cluster, workload: Workload) -> PP
         policy_batches.append(_whole(count, min(config.data.pretraining_tokens, context)))
     return PPONetworks(
         policy=policy,
+        reference=reference,
         critic=critic,
         generator=generator,
         is_refitted=config.generation_layout is not None,
@@ -306,7 +300,7 @@ def _moves(ppo: PPONetworks, ranks: list[RankMemory], cluster: Cluster) -> dict[
     uses = {use for rank in ranks for use in rank.host}
     host = {use: max(rank.host.get(use, 0) for rank in ranks) for use in uses}
     score = gathered = 0.0
-    for role, network in (("reference", ppo.policy), ("reward_model", ppo.critic)):
+    for role, network in (("reference", ppo.reference), ("reward_model", ppo.critic)):
         if getattr(ppo.residency, role) == "sharded":
             gathered += gather_seconds(network, cluster)
         score += 2 * move_seconds(host.get(f"{role} weights", 0), cluster)
@@ -328,7 +322,7 @@ def _most_saved(network: PlannedNetwork, *, has_average: bool = False) -> int:
 
 def _network(
     kind: Kind,
-    size: str,
+    found: NetworkSize | None,
     config: SFTConfig | RMConfig | PPOConfig,
     cluster: Cluster,
     *,
@@ -336,11 +330,11 @@ def _network(
     has_dropout: bool = False,
 ) -> PlannedNetwork:
     layout = layout or config.layout
-    shape = named_size(size)
-    layout.check(shape)
+    assert found is not None  # of every stage that has the network
+    layout.check(found.size)
     return PlannedNetwork(
         kind=kind,
-        size=shape,
+        size=found.size,
         layout=layout,
         numerics=config.numerics,
         dp=layout.dp(cluster.num_gpus),

@@ -52,7 +52,8 @@ class RMConfig:
     directory: Path = Path("runs/rm")
     """The run's folder; a run that has checkpoints there continues from the newest."""
     size: str = "tiny"
-    """Named size of a model that starts from nothing; with init_from its size."""
+    """Named size of a model that starts from nothing; with init_from its size, and this may be
+    ""."""
     init_from: Path | None = None
     """A run or checkpoint whose policy the trunk starts from, or a Hugging Face folder (paper, C.2:
     SFT and GPT-3 give similar results)."""

@@ -16,6 +16,7 @@ from engine.settings.checks import check_epochs, check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
+from engine.settings.saved import EARLIER
 from engine.settings.saving import SaveConfig
 from engine.settings.spikes import SpikeConfig
 from engine.settings.waiting import WaitingConfig
@@ -84,7 +85,12 @@ class SFTConfig:
     directory: Path = Path("runs/sft")
     """The run's folder; a run that has checkpoints there continues from the newest."""
     size: str = "tiny"
-    """Named size (models/sizes.py) of a model that starts from nothing; with init_from its size."""
+    """Named size (models/sizes.py) of a model that starts from nothing; with init_from its size,
+    and this may be ""."""
+    band: int = field(default=0, metadata={EARLIER: 0})
+    """Tokens that every second layer of a model that starts from nothing attends to, the token
+    itself among them: GPT-3's alternating dense and locally banded layers (Brown et al. 2020, 2.1).
+    0: all layers are dense, our choice; the papers state no band."""
     init_from: Path | None = None
     """A run or checkpoint whose policy the weights start from, or a Hugging Face folder."""
     tokenizer: Path | None = None
@@ -131,10 +137,15 @@ class SFTConfig:
             self,
             counts="batch_size micro_batch_tokens",
             positive="epochs",
-            not_negative="seed eval_every",
+            not_negative="band seed eval_every",
             shares="dropout",
         )
         check_epochs(self.epochs)
+        if self.band and self.init_from is not None:
+            raise UserError(
+                f"band {self.band} is of a model that starts from nothing; with init_from that "
+                "model's own layers count: leave one of the two out"
+            )
 
     @property
     def num_pretraining_sequences(self) -> int:

@@ -1,5 +1,8 @@
 """The size that a setting names. Imports neither torch nor megatron."""
 
+import dataclasses
+from pathlib import Path
+
 from engine.errors import UserError, quoted
 from models.sizes import SIZES, GPTSize
 
@@ -10,3 +13,38 @@ def named_size(name: str) -> GPTSize:
     if name not in SIZES:
         raise UserError(f"no size is named {quoted(name)}; the sizes are {', '.join(SIZES)}")
     return SIZES[name]
+
+
+def check_starts(size: str, init_from: Path | None) -> None:
+    """Raise UserError where a stage has neither a network to start from nor the size of one that
+    starts from nothing."""
+    if not size and init_from is None:
+        raise UserError(
+            "--init-from is required: a run, a checkpoint or a Hugging Face folder. --size names "
+            f"a model that starts from nothing: {', '.join(SIZES)}"
+        )
+
+
+def banded(size: GPTSize, band: int) -> GPTSize:
+    """Return a size whose every second layer sees `band` tokens, all of whose layers see all where
+    it is 0."""
+    if not band:
+        return size
+    form = dataclasses.replace(size.form, window=band, windowed_layers="every second")
+    return dataclasses.replace(size, form=form)
+
+
+def check_named_size(name: str, found: GPTSize, where: Path, role: str) -> None:
+    """Raise UserError where a size is named and the network's at a path is another; vocabularies
+    and what else sets families apart may differ, as of Cerebras-GPT's sizes."""
+    if not name:
+        return
+    wanted = named_size(name)
+    same = {"vocab_size": wanted.vocab_size, "form": wanted.form, "embedding_width": 0}
+    if dataclasses.replace(found, **same) != wanted:  # type: ignore[arg-type]
+        raise UserError(
+            f"{where}: the {role} has {found.num_layers} layers of width {found.hidden_size} and a "
+            f"context of {found.context_length} tokens, a {name} has {wanted.num_layers} of "
+            f"{wanted.hidden_size} and {wanted.context_length}; with an empty size (--size '', "
+            "--reward-model-size '') a model's own is taken"
+        )

@@ -6,25 +6,42 @@ import numpy as np
 import pytest
 import torch
 
+from engine.checkpoints.found import size_of
 from engine.checkpoints.weights import load_weights
 from engine.data.batches import EpochOrder, pack
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
 from engine.data.tokenizer import load_tokenizer
+from engine.errors import UserError
 from engine.feed import Feed
+from engine.generation.generate import generate
+from engine.huggingface.convert import convert
 from engine.losses import NegativeLogLikelihood, mean_language_loss
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
 from engine.settings.adam import AdamConfig
+from engine.settings.convert import ConvertConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.sampling import SamplingConfig
 from engine.settings.sft import SFTConfig, SFTData
 from engine.sft import _epoch_ended, _train_step
 from engine.training.network import build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward_backward
-from models.attention import attention_backend
-from tests.tiny import SIZE, random_network, rows_of, sft_config, train, weights_of
+from models.attention import PackedSequences, attention_backend
+from models.form import Form
+from models.readouts import Logits
+from tests.tiny import (
+    EVERY_STEP,
+    SIZE,
+    random_network,
+    rows_of,
+    sft_config,
+    train,
+    train_until,
+    weights_of,
+)
 
 
 @pytest.fixture
@@ -122,6 +139,63 @@ def test_model_from_nothing_pretrains_on_text_alone(tiny: Path, tmp_path: Path):
     assert rows[0]["train/pretrain_loss"] == pytest.approx(np.log(100), rel=0.02)  # knows nothing
     assert rows[-1]["valid/pretrain_loss"] < rows[0]["train/pretrain_loss"] - 0.2
     assert not any("train/loss" in row or "valid/loss" in row for row in rows)
+
+
+def test_model_with_a_band_trains_resumes_and_generates_and_is_no_familys(
+    tiny: Path, tmp_path: Path, parallel: Parallel
+):
+    data = SFTData(pretraining=tiny / "pretraining.jsonl", pretraining_tokens=32)
+    config = SFTConfig(
+        directory=tmp_path / "run",
+        tokenizer=tiny / "tokenizer.json",
+        band=5,
+        data=data,
+        epochs=0.5,
+        batch_size=8,
+        adam=AdamConfig(lr=3e-3),
+        saving=EVERY_STEP,
+        dropout=0.0,
+    )
+    whole = dataclasses.replace(config, directory=tmp_path / "whole")
+    train(whole)
+    train_until(config, 2)
+    train(config)
+    assert rows_of(config.directory) == rows_of(whole.directory)
+    size = size_of(config.directory, "policy")
+    assert size.form == Form(window=5, windowed_layers="every second")
+    dense = dataclasses.replace(config, directory=tmp_path / "dense", band=0)
+    train(dense)
+    assert rows_of(dense.directory)[-1] != rows_of(whole.directory)[-1]
+    # Beyond the band, what is drawn is what the whole sequence has likeliest.
+    network = build_network("language", size, parallel, numerics=Numerics())
+    load_weights(network, config.directory, role="policy")
+    prompt, greedy = np.arange(1, 12), SamplingConfig(max_new_tokens=9, temperature=0.0)
+    (found,) = generate(network, [prompt], greedy, eos_id=0, seed=0)
+    tokens = torch.from_numpy(np.concatenate([prompt, found.tokens]))
+    bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
+    rows = Logits(torch.arange(len(tokens)))
+    with torch.no_grad(), parallel.active():
+        logits = network.modules[0].eval()(
+            tokens, torch.arange(len(tokens)), PackedSequences.of(bounds, len(tokens)), rows
+        )[:, : size.vocab_size]
+    assert logits.argmax(-1)[len(prompt) - 1 : -1].tolist() == found.tokens.tolist()
+    with pytest.raises(UserError, match="settings|band 5, not 0"):
+        train(dataclasses.replace(config, band=0))
+    export = ConvertConfig(direction="export", source=config.directory, out=tmp_path / "out")
+    with pytest.raises(UserError, match="cannot be exported: no family .* window 5, windowed_lay"):
+        convert(export)
+
+
+def test_a_band_is_of_models_that_start_from_nothing(tiny: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="band 5 is of a model that starts from nothing"):
+        sft_config(tiny, tmp_path, band=5)
+    with pytest.raises(UserError, match="band must be at least 0"):
+        SFTConfig(band=-1)
+
+
+def test_a_stage_without_size_and_start_says_what_it_lacks(tiny: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="--init-from is required"):
+        train(sft_config(tiny, tmp_path, size="", init_from=None))
 
 
 def test_seed_shuffles(tiny: Path, tmp_path: Path):

@@ -1,18 +1,15 @@
-import contextlib
 import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.checkpoints.found import check_named_size, find_network, size_of
+from engine.checkpoints.found import find_network, size_of
 from engine.checkpoints.weights import load_weights
 from engine.errors import UserError
 from engine.ranks.parallel import Parallel
 from engine.settings.numerics import Numerics
 from engine.training.network import build_network
-from models.form import Form
-from models.sizes import SIZES
 from tests.engine.checkpoints.small_runs import checkpointer_of, saved, weights
 from tests.tiny import SIZE, random_network
 
@@ -81,27 +78,3 @@ def test_a_selected_checkpoint_is_found_in_place_of_the_newest(parallel: Paralle
     run.select("epoch_0001")
     assert find_network(tmp_path, "policy") == folder / "epoch_0001" / "policy"
     assert find_network(folder / "step_00000008", "policy") == folder / "step_00000008" / "policy"
-
-
-def test_a_named_size_is_the_checkpoints_but_for_the_vocabulary(parallel: Parallel, tmp_path: Path):
-    size = dataclasses.replace(SIZES["tiny"], vocab_size=100)
-    run = saved(random_network("language", parallel, size=size), tmp_path, "policy")
-    check_named_size("tiny", run, "policy")
-    check_named_size("", run, "policy")  # none is named
-    found = f"the policy has {size.num_layers} layers of width {size.hidden_size} and a context of"
-    named = f"{size.context_length} tokens, a 1.3b has 24 of 2048 and 2048"
-    with pytest.raises(UserError, match=f"{found} {named}"):
-        check_named_size("1.3b", run, "policy")
-
-
-def test_a_named_size_is_one_of_dimensions_whatever_the_family(monkeypatch: pytest.MonkeyPatch):
-    tiny = dataclasses.replace(SIZES["tiny"], vocab_size=9)
-    for size, fits in (
-        (dataclasses.replace(tiny, form=Form(activation="gelu")), True),
-        (dataclasses.replace(tiny, embedding_width=96), True),
-        (dataclasses.replace(tiny, num_layers=3), False),
-        (dataclasses.replace(tiny, query_groups=2), False),
-    ):
-        monkeypatch.setattr("engine.checkpoints.found.size_of", lambda *_, size=size: size)
-        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="a tiny has"):
-            check_named_size("tiny", Path("run"), "policy")

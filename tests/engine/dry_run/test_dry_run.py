@@ -11,6 +11,7 @@ import pytest
 
 from engine.dry_run.dry_run import check_batches, chosen_gpus, dry_run, models_of
 from engine.errors import UserError
+from engine.planning.sizes import named_sizes
 from engine.ranks.start import end_parallel
 from engine.recipe import run_stage
 from engine.settings.layout import ParallelLayout
@@ -143,7 +144,7 @@ def test_other_ranks_of_the_launch_are_silent(capsys, monkeypatch):
         ({"critic_layout": ParallelLayout(pp=8)}, "critic and reward model: pp 8 .* must divide"),
         ({"layout": ParallelLayout(tp=3)}, "must divide them"),
         ({"size": "huge"}, "no size is named 'huge'"),
-        ({"size": ""}, "needs --size and --reward-model-size"),
+        ({"size": ""}, "a plan needs --size, for --policy runs/init_tiny is not there"),
     ],
 )
 def test_job_that_does_not_fit_is_refused(changes, message):
@@ -190,7 +191,7 @@ def test_batch_that_does_not_fit_is_refused(stage, changes, data, message):
     changes = changes | {"data": dataclasses.replace(config.data, **data)}
     config = dataclasses.replace(config, **changes)
     with pytest.raises(UserError, match=message):
-        check_batches(config, SIZES["tiny"], 8)
+        check_batches(config, named_sizes(config), 8)
 
 
 def test_generation_in_a_layout_of_its_own_is_built_too(capsys):
@@ -209,7 +210,8 @@ def test_generation_in_a_layout_of_its_own_is_built_too(capsys):
 
 
 def test_batches_are_said_in_words():
-    lines = check_batches(config_of("ppo_tiny"), SIZES["tiny"], 8)
+    config = config_of("ppo_tiny")
+    lines = check_batches(config, named_sizes(config), 8)
     assert lines == [
         "batch: 64 episodes an iteration in 2 updates of 32, 4 a rank (dp 8)",
         "ptx: 32 sequences of 128 tokens an update, 4 a rank",
@@ -218,7 +220,7 @@ def test_batches_are_said_in_words():
 
 def test_roles_of_one_shape_are_built_once():
     config = dataclasses.replace(config_of("ppo_tiny"), reward_model_size="small")
-    policy, critic = models_of(config)
+    policy, critic = models_of(config, named_sizes(config))
     assert str(policy) == "policy and reference"
     assert (policy.kind, policy.size) == ("language", SIZES["tiny"])
     assert (critic.kind, critic.size) == ("scalar", SIZES["small"])

@@ -200,6 +200,14 @@ def test_what_is_no_such_folder_is_named_before_its_tokenizer(copy, models, tiny
     assert len(rows_of(tmp_path / "run")) == 1
 
 
+@pytest.mark.parametrize("name", ["size", "reward_model_size"])
+def test_a_size_that_is_not_had_is_refused_before_anything_is_copied(name, models, tiny, tmp_path):
+    config = ppo_config(tiny, tmp_path / "run", policy=models / "llama", **{name: "6b"})
+    with pytest.raises(UserError, match="has 4 layers of width .* a 6b has 32 of 4096"):
+        train(config)
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
 @pytest.mark.slow  # five torchruns of two ranks each
 def test_recipes_start_from_a_folder_in_parts_on_two_ranks(models, tiny, tmp_path):
     folder = tmp_path / "snapshot"

@@ -206,7 +206,7 @@ def test_plan_needs_no_torch_and_is_printed():
         (["sft_6b", "--layout.tp", "3"], "layout.tp 3 must divide the model's 32 heads"),
         (["sft_6b", "--size", "7b"], "no size is named '7b'"),
         (["sft_6b", "--no-such-option"], "no-such-option"),
-        (["ppo_6b", "--size", ""], "a plan of PPO needs --size and --reward-model-size"),
+        (["ppo_6b", "--size", ""], "a plan needs --size, for --policy runs/init_6b is not there"),
         (["rm_6b", "--assumptions.compute", "1.5"], "compute must be from 0 to 1, got 1.5"),
         (["rm_6b", "--workload.completions", "0"], "workload.completions must be positive"),
     ],

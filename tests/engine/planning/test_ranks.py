@@ -45,6 +45,7 @@ def networks(layout: ParallelLayout, episodes: Batch = EPISODES, **sampling) -> 
     policy = network(layout)
     return PPONetworks(
         policy=policy,
+        reference=policy,
         critic=network(layout, "scalar"),
         generator=policy.in_generation(),
         is_refitted=False,

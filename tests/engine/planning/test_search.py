@@ -7,6 +7,7 @@ from engine.plan_command import load_recipe, plan_command
 from engine.planning.hardware import named_cluster
 from engine.planning.plan import plan
 from engine.planning.search import proposal_lines, search_layouts
+from engine.planning.sizes import sizes_at
 from engine.planning.workload import Workload
 from engine.settings.layout import ParallelLayout
 
@@ -25,9 +26,13 @@ def test_search_proposes_what_fits_and_says_how_to_have_it(capsys):
     pp8 = dataclasses.replace(config, layout=dataclasses.replace(config.layout, pp=8))
     assert seconds[0] <= plan(pp8, cluster).step_seconds < 0.9 * seconds[1]
     plan_command(RECIPES, ["ppo_175b", "--gpus", "64", "--search"])
-    options = capsys.readouterr().out.splitlines()[1].split("   ")[-1].split()
+    sizes = sizes_at(config)
+    *said, head, first = capsys.readouterr().out.splitlines()[: len([*sizes.lines()]) + 2]
+    assert said == [*sizes.lines()] and head.split()[-1] == "options"
+    options = first.split("   ")[-1].split()
     plan_command(RECIPES, ["ppo_175b", "--gpus", "64", *options])
-    assert capsys.readouterr().out.splitlines() == found[0].lines()
+    fastest = plan(found[0].config, cluster, sizes=sizes)
+    assert capsys.readouterr().out.splitlines() == fastest.lines()
 
 
 @pytest.mark.parametrize("name", ["sft_6b", "ppo_1_3b"])

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import UserError
 from engine.plan_command import load_recipe
 from engine.planning.hardware import named_cluster
 from engine.planning.plan import Plan, plan
+from engine.planning.sizes import named_sizes
 from engine.planning.stages import estimate_ppo, estimate_sft
 from engine.planning.workload import Workload
 from engine.settings.layout import ParallelLayout
@@ -52,7 +52,7 @@ def test_ranks_that_share_rows_generate_apart():
 
 def test_an_update_costs_six_flops_a_parameter_and_token():
     config = dataclasses.replace(load_recipe(RECIPES, "ppo_6b"), ptx_coef=0.0, ppo_epochs=2)
-    found = estimate_ppo(config, NODE, Workload())
+    found = estimate_ppo(config, NODE, Workload(), named_sizes(config))
     policy, critic = (found.networks[role].num_counted for role in ("policy", "critic"))
     tokens = 2 * 512 * (166 + 128)  # two epochs of an iteration's episodes
     assert found.tokens == tokens
@@ -63,7 +63,7 @@ def test_an_update_costs_six_flops_a_parameter_and_token():
 def test_scoring_reads_the_policy_where_its_own_logprobs_are_wanted(source, policy_reads):
     # The reference reads all responses, the critic and the reward model too: bf16's "auto" scores.
     config = dataclasses.replace(load_recipe(RECIPES, "ppo_6b"), policy_logprobs=source)
-    found = estimate_ppo(config, NODE, Workload())
+    found = estimate_ppo(config, NODE, Workload(), named_sizes(config))
     policy, critic = (found.networks[role].num_counted for role in ("policy", "critic"))
     tokens = 512 * (166 + 128)
     expected = 2 * (policy_reads * policy + 2 * critic) * tokens
@@ -83,17 +83,11 @@ def test_what_the_host_holds_moves_in_the_phases_that_need_it():
 def test_selection_takes_the_reward_model_of_the_paper_to_be_6b():
     selects = load_recipe(RECIPES, "sft_1_3b")  # by the reward of its epochs
     config = dataclasses.replace(selects, selection=SelectionConfig())
-    without, found = (estimate_sft(each, NODE, Workload()) for each in (config, selects))
-    assert (without.selected_by, found.selected_by) == ("", "6b")
+    without, found = (
+        estimate_sft(each, NODE, Workload(), named_sizes(each)) for each in (config, selects)
+    )
     more = found.ranks[0].peak_bytes - without.ranks[0].peak_bytes
     tp = config.layout.tp
     assert more == pytest.approx(2 * 6.7e9 / tp, rel=0.02)
-    (line,) = [line for line in plan(selects, NODE).lines() if "reward model" in line][-1:]
-    assert line == "  the reward model is taken to be a 6b"
-
-
-@pytest.mark.parametrize("name", ["size", "reward_model_size"])
-def test_plan_of_ppo_needs_both_sizes(name: str):
-    config = dataclasses.replace(load_recipe(RECIPES, "ppo_6b"), **{name: ""})
-    with pytest.raises(UserError, match="needs --size and --reward-model-size"):
-        estimate_ppo(config, NODE, Workload())
+    (line,) = [line for line in plan(selects, NODE).lines() if "reward model: " in line]
+    assert line.endswith("context 2,048; the size 6b")

@@ -1,0 +1,134 @@
+"""The sizes of a stage's networks and what says so: what is at the paths that its settings name, or
+the named sizes. Imports neither torch nor megatron.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import UserError, named
+from engine.files import MAX_SHOWN_PATH, hub_name
+from engine.huggingface.described import stored_size
+from engine.settings.ppo import PPOConfig
+from engine.settings.rm import RMConfig
+from engine.settings.sft import SFTConfig
+from engine.settings.size import banded, check_named_size, check_starts, named_size
+from models.sizes import GPTSize
+
+StageConfig = SFTConfig | RMConfig | PPOConfig
+
+SELECTOR = "6b"  # what selects SFT's epoch where its run is not there: the paper's is this
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSize:
+    """The size of a network, and what says that it has it."""
+
+    size: GPTSize
+    origin: str
+    """In words: a path, or a named size and why that was taken."""
+
+    def __str__(self) -> str:
+        size = self.size
+        return (
+            f"{size.num_layers} layers of {size.hidden_size}, {size.num_heads} heads "
+            f"({size.num_kv_heads} of keys and values), vocabulary {size.vocab_size:,}, context "
+            f"{size.context_length:,}; {self.origin}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The sizes of a stage's networks: SFT has a policy, RM a reward model, PPO both."""
+
+    policy: NetworkSize | None = None
+    reward_model: NetworkSize | None = None
+    """PPO's critic is its like; in SFT the one that selects the epoch."""
+    reference: NetworkSize | None = None
+    """PPO's, where one is named; else it is the policy's like."""
+
+    @property
+    def trained(self) -> GPTSize:
+        """The size of what the stage trains: of PPO's networks the policy's."""
+        found = self.policy or self.reward_model
+        assert found is not None  # every stage has one of them
+        return found.size
+
+    def lines(self) -> Iterator[str]:
+        """Yield what each has, and what says so, in a line."""
+        for role, found in vars(self).items():
+            if found is not None:
+                yield f"{role.replace('_', ' ')}: {found}"
+
+
+def named_sizes(config: StageConfig) -> Sizes:
+    """Return the sizes that a stage's settings name, whatever is at its paths; raises UserError
+    where they name none. A reward model of no named size is taken for one of the policy's."""
+    return _sizes(config, looks=False)
+
+
+def sizes_at(config: StageConfig) -> Sizes:
+    """Return the sizes of the networks that a stage starts from: those of the runs, checkpoints and
+    Hugging Face folders that are there, the named ones for others.
+
+    Of a Hugging Face folder config.json is enough. Raises UserError for what is no network, and
+    where one has another size than PPO's settings name.
+    """
+    return _sizes(config, looks=True)
+
+
+def _sizes(config: StageConfig, *, looks: bool) -> Sizes:
+    if isinstance(config, PPOConfig):
+        return _ppo_sizes(config, looks=looks)
+    check_starts(config.size, config.init_from)
+    start = _size("init_from", config.init_from, "policy", config.size, looks=looks)
+    if isinstance(config, RMConfig):
+        return Sizes(reward_model=start)
+    if config.band:
+        origin = f"{start.origin}, with a band of {config.band} tokens in every second layer"
+        start = NetworkSize(size=banded(start.size, config.band), origin=origin)
+    path, option = config.selection.reward_model, "selection.reward_model"
+    if path is None:
+        return Sizes(policy=start)
+    selector = _size(option, path, "reward_model", SELECTOR, looks=looks)
+    return Sizes(policy=start, reward_model=selector)
+
+
+def _ppo_sizes(config: PPOConfig, *, looks: bool) -> Sizes:
+    policy = _size("policy", config.policy, "policy", config.size, looks=looks)
+    check_named_size(config.size, policy.size, config.policy, "policy")
+    path, role = config.reward_model, "reward_model"
+    scorer = _size(
+        role, path, role, config.reward_model_size, looks=looks, like=("the policy's", policy.size)
+    )
+    check_named_size(config.reward_model_size, scorer.size, path, role)
+    reference = None
+    if config.reference is not None:
+        alike = ("the policy's", policy.size)
+        reference = _size("reference", config.reference, "policy", "", looks=looks, like=alike)
+    return Sizes(policy=policy, reward_model=scorer, reference=reference)
+
+
+def _size(
+    option: str,
+    path: Path | None,
+    role: str,
+    name: str,
+    *,
+    looks: bool,
+    like: tuple[str, GPTSize] | None = None,
+) -> NetworkSize:
+    """Return the size of what is at a path; where nothing is, or nobody looks, the named one, or
+    else that of `like`, with words for it."""
+    flag, shown = option.replace("_", "-"), named(path or "", MAX_SHOWN_PATH)
+    reason = ""
+    if path is not None and looks:
+        if path.exists():
+            size, where = stored_size(path, role)
+            return NetworkSize(size=size, origin=f"as {named(where, MAX_SHOWN_PATH)} says")
+        reason = f", for --{flag} {shown} is not there{hub_name(path)}"
+    if name:
+        return NetworkSize(size=named_size(name), origin=f"the size {name}{reason}")
+    if like is not None:
+        return NetworkSize(size=like[1], origin=f"{like[0]}{reason}")
+    raise UserError(f"a plan needs --size{reason}")
