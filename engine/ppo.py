@@ -157,6 +157,8 @@ def _start(config: PPOConfig, parallel: Parallel) -> tuple[Run, Inputs]:
     inputs = Inputs(run, config)
     inputs.check_size("policy", config.size)
     inputs.check_size("reward_model", config.reward_model_size)
+    readers = ("policy", "reference", "reward_model")
+    run.tokenizer.draw_below(min(inputs.size(name).vocab_size for name in readers))
     return run, inputs
 
 

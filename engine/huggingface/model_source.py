@@ -6,8 +6,9 @@ folder, as a checkpoint of ours, and read from there by every start.
 The ranks write it as they hold it in the stage's layout, tensor by tensor: none holds the whole.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -94,15 +95,25 @@ def check_own_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
         except UserError as error:
             warn(f"{error}: nothing says whether {path} was trained with this run's tokenizer")
             return ""
-        if not tokenizer.is_same_as(theirs):
+        if not any(tokenizer.reads_as(each) for each in (theirs, *_beside(path, theirs))):
             raise UserError(
-                f"{path}: its tokenizer is another than this run's. Where it is the same but for a "
-                "token of padding, bring the model with the run's: recipes/convert_hf.py import "
-                "--tokenizer"
+                f"{path}: its tokenizer is another than this run's ({tokenizer.path}), by more "
+                "than control tokens: in the same ids it reads other words. Train one from this "
+                "run's base model; or, knowing that they are the same, import it with this run's: "
+                "recipes/convert_hf.py import --tokenizer"
             )
         return ""
 
     said_by_first_rank(compare)
+
+
+def _beside(path: Path, tokenizer: Tokenizer) -> Iterator[Tokenizer]:
+    """Yield the sentencepiece model beside a folder's tokenizer.json, which was made from it, as
+    our exports have both."""
+    models = list(path.glob("*.model"))
+    if tokenizer.sentencepiece_model() is None and len(models) == 1:
+        with contextlib.suppress(UserError):
+            yield load_tokenizer(models[0])
 
 
 def digest_of_model(folder: Path) -> str:

@@ -42,7 +42,11 @@ from engine.identity.made_from import (
     networks_of,
     stage_of,
 )
-from engine.identity.own_tokenizer import tokenizer_now
+from engine.identity.own_tokenizer import (
+    fingerprint_of_copy,
+    keep_like_tokenizer,
+    tokenizer_now,
+)
 from engine.identity.record import (
     IDENTITY,
     Acceptance,
@@ -112,7 +116,7 @@ class Inputs:
                 network,
                 self._folder(name),
                 role=self._networks[name].role,
-                tokenizer_fingerprint=self._run.tokenizer.fingerprint(),
+                tokenizer_fingerprint=fingerprint_of_copy(self._folder(name), self._run),
                 strict=True,
             )
 
@@ -208,7 +212,9 @@ class Inputs:
         """Copy a network at a path, of a run or of a Hugging Face folder, for this run."""
         folder = self._run.directory / UNFINISHED / network.kept_as
         if not said_by_first_rank(lambda: "foreign" if is_foreign(path) else ""):
-            return take_source(path, network.role, folder, strict=network.strict)
+            source = take_source(path, network.role, folder, strict=network.strict)
+            keep_like_tokenizer(Path(source.checkpoint), folder, network.role, self._run)
+            return source
         if getattr(self._config, "tokenizer", None) is None:  # one that is named was chosen
             check_own_tokenizer(path, self._run.tokenizer)
         return take_model(path, network.role, folder, self._run, self._config.numerics)
