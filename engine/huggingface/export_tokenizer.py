@@ -5,12 +5,10 @@ would choose makes steps of its own. Only GPT-2's two files, which say nothing o
 read by the class of GPT-2.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 from engine.data.tokenizer import Tokenizer
-from engine.files import replacing
+from engine.files import replacing, write_object
 from engine.huggingface.sentencepiece_json import MAY_DIFFER, sentencepiece_json
 
 _PLAIN_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json, whatever is in it
@@ -41,10 +39,5 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) ->
         for ours, theirs in _BPE_FILES.items():
             (folder / ours).rename(folder / theirs)
         settings["tokenizer_class"] = "GPT2Tokenizer"
-    _write_json(folder / "tokenizer_config.json", settings)
+    write_object(folder / "tokenizer_config.json", settings)
     return note
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with replacing(path) as stream:
-        stream.write((json.dumps(value, indent=2) + "\n").encode())

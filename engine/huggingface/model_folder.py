@@ -4,7 +4,7 @@ number is read."""
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ _MOST_SHOWN = 80  # characters of a text from a file in an error; our choice
 _ROWS = 1024  # of two matrices that are compared at a time; our choice
 # What TRL's models with a value head have beside the language model, and what others have.
 _VALUE_HEAD = re.compile(r"(.+\.)?v_head\..+")
+_VALUES = re.compile(r"(.+\.)?v_head\.summary\.(weight|bias)")
 _LORA = re.compile(r"(.+\.)?lora_(A|B|embedding_A|embedding_B)\..+")
 _QUANTISED = re.compile(
     r".+\.(SCB|qweight|qzeros|g_idx|weight_scale|weight_format|absmax|quant_map|weight\.(absmax|"
@@ -112,7 +113,7 @@ def find_model(folder: Path, kind: Kind = "language") -> ModelFolder:
     where = next(iter(paths)) if len(paths) == 1 else folder
     (head,) = stored_tensors(SCORE if kind == "scalar" else HEAD, family, _untied(size))
     if kind == "scalar":
-        _check_scores(folder, found.get(head.name), head.name)
+        _check_scores(folder, found.get(head.name), head.name, left_out)
     expected, num_bytes = {head.name}, 0
     for name, shape in _wanted(family, size, kind):  # ends with the first missing
         if name not in found:
@@ -141,6 +142,29 @@ def find_model(folder: Path, kind: Kind = "language") -> ModelFolder:
     return ModelFolder(kind, family, size, found, left_out)
 
 
+def find_critic(folder: Path) -> ModelFolder:
+    """Return the critic in a Hugging Face folder: a model that scores texts, or a policy that TRL
+    gave a value head. As ours that is w.h + b of the last norm's h; its dropout is of training.
+
+    Raises UserError as find_model.
+    """
+    stored = open_weights(folder)
+    found = {match[2]: name for name in stored if (match := _VALUES.fullmatch(name))}
+    if len(found) < 2 or read_kind(folder) == "scalar":
+        return find_model(folder, "scalar")
+    model, size = find_model(folder), _described(folder)[1]
+    for part, shape in (("weight", (1, size.hidden_size)), ("bias", (1,))):
+        _check_tensor(found[part], stored[found[part]], shape)
+    (words,) = stored_tensors(HEAD, model.family, _untied(size))
+    (score,) = stored_tensors(SCORE, model.family, size)
+    tensors = {name: tensor for name, tensor in model.tensors.items() if name != words.name}
+    tensors[score.name] = stored[found["weight"]]
+    bias = float(stored[found["bias"]].read())
+    if not math.isfinite(bias):
+        raise UserError(f"{stored[found['bias']].path}: {found['bias']} is not finite")
+    return ModelFolder("scalar", model.family, size, tensors, (), bias)
+
+
 def _described(folder: Path) -> tuple[Family, GPTSize, dict[str, Any]]:
     """Return what a folder's config.json says."""
     require_model_folder(folder)
@@ -152,8 +176,17 @@ def _described(folder: Path) -> tuple[Family, GPTSize, dict[str, Any]]:
         raise UserError(f"{path}: {error}") from None
 
 
-def _check_scores(folder: Path, score: StoredTensor | None, name: str) -> None:
-    """Raise UserError where the head of a scorer is missing or gives another number than one."""
+def _check_scores(
+    folder: Path, score: StoredTensor | None, name: str, value_head: Sequence[str]
+) -> None:
+    """Raise UserError where the head of a scorer is missing or gives another number than one.
+    value_head: the names of what TRL put there instead."""
+    if score is None and value_head:
+        raise UserError(
+            f"{folder} holds a policy with a value head ({value_head[0]}): it says what that "
+            "policy's return will be, and is a critic; a reward model is needed here "
+            "(recipes/convert_hf.py import --role critic takes it as a critic)"
+        )
     if score is None:
         raise UserError(
             f"{folder} holds a language model, where a reward model is needed: train one from it "
