@@ -10,7 +10,7 @@ import re
 import stat
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +19,7 @@ from engine.errors import UserError, named
 
 # The content says whether a file is gzip, not the name: a .gz may have been unpacked in place.
 _GZIP_MAGIC = b"\x1f\x8b"
+_LFS_POINTER = b"version https://git-lfs"
 _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial", re.DOTALL)
 _MAX_JSON_BYTES = 64 << 20  # of a file that is read as one value; our choice: ours are a few MB
 MAX_LINE_BYTES = 16 << 20
@@ -52,13 +53,30 @@ def open_file(path: Path) -> BufferedReader:
             return os.fdopen(number, "rb")
         os.close(number)
     except FileNotFoundError:
-        raise UserError(f"{name}: no such file; {_near_names(path)}") from None
+        why = link_to_nothing(path) or f": no such file; {_near_names(path)}"
+        raise UserError(f"{name}{why}") from None
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}") from None
     except ValueError as error:  # a NUL, half of a surrogate pair
         raise UserError(f"{name} cannot be a path: {error}") from None
     kind = "a folder; name one file in it" if path.is_dir() else "no regular file, and is not read"
     raise UserError(f"{name} is {kind}")
+
+
+def link_to_nothing(path: Path) -> str:
+    """Return what to say of a path that is a link and leads nowhere; "" of any other."""
+    if not path.is_symlink() or path.exists():
+        return ""
+    target = named(os.readlink(path), MAX_SHOWN_PATH)
+    return f" is a link to nothing ({target} is gone): download or copy it again"
+
+
+def refuse_lfs_pointer(path: Path, content: bytes) -> None:
+    """Raise UserError where a file's beginning is a pointer's to the file that is meant: of a clone
+    that was made without git-lfs."""
+    if content.startswith(_LFS_POINTER):
+        name = named(path, MAX_SHOWN_PATH)
+        raise UserError(f"{name} is a git-lfs pointer and not the file: run `git lfs pull` there")
 
 
 def hub_name(path: Path) -> str:
@@ -193,7 +211,9 @@ def read_object(path: Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, An
         if num_bytes > max_bytes:
             raise UserError(f"{name} has {num_bytes} bytes; {max_bytes} are the most that is read")
         try:
-            value = json.loads(stream.read(max_bytes))
+            content = stream.read(max_bytes)
+            refuse_lfs_pointer(path, content)
+            value = json.loads(content)
         except OSError as error:
             raise UserError(f"{name}: cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
@@ -203,6 +223,13 @@ def read_object(path: Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, An
     if not isinstance(value, dict):
         raise UserError(f"{name}: a {type(value).__name__} where an object should be")
     return value
+
+
+def write_object(path: Path, value: Mapping[str, Any], *, ensure_ascii: bool = True) -> None:
+    """Write an object as JSON for people to read, whole or not at all; raises UserError."""
+    text = json.dumps(value, indent=2, ensure_ascii=ensure_ascii)
+    with replacing(path) as stream:
+        stream.write((text + "\n").encode())
 
 
 @contextlib.contextmanager

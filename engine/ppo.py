@@ -160,7 +160,10 @@ def _start(config: PPOConfig, parallel: Parallel) -> tuple[Run, Inputs]:
     if config.sampling.temperature <= 0:
         raise UserError("sampling.temperature must be positive: PPO needs samples, not a maximum")
     run = start_run(directory=config.directory, parallel=parallel, tokenizer=tokenizer)
-    return run, Inputs(run, config)
+    inputs = Inputs(run, config)
+    readers = ("policy", "reference", "reward_model")
+    run.tokenizer.draw_below(min(inputs.size(name).vocab_size for name in readers))
+    return run, inputs
 
 
 def _learner(config: PPOConfig, run: Run, policy: Network, critic: Network) -> Learner:

@@ -79,7 +79,10 @@ def run_stage(
         job = parse_config(_stage_job(default), arguments)
         if job.config is not None:
             path = job.config / "config.json" if os.path.isdir(job.config) else job.config
-            job = parse_config(_stage_job(load_config(type(default), path)), arguments)
+            saved = load_config(type(default), path)
+            job = parse_config(_stage_job(saved), arguments)
+            kept_origins = importlib.import_module("engine.identity.kept_origins")
+            kept_origins.refuse_gone_origins(job.stage, saved, path.parent)
         if job.dry_run is None:
             with noting_signals():
                 _call(train, job.stage)

@@ -30,6 +30,7 @@ from engine.files import (
     check_writable,
     clear_partials,
     hub_name,
+    link_to_nothing,
 )
 from engine.printable import say
 from engine.ranks.device import make_deterministic
@@ -380,5 +381,6 @@ def require_path(path: Path | None, option: str) -> Path:
     if path is None:
         raise UserError(f"--{option} is required")
     if not said_by_first_rank(lambda: "there" if path.exists() else ""):
-        raise UserError(f"--{option} {path}: no such file or folder{hub_name(path)}")
+        why = link_to_nothing(path) or f": no such file or folder{hub_name(path)}"
+        raise UserError(f"--{option} {path}{why}")
     return path

@@ -17,6 +17,7 @@ import sentencepiece
 from engine.data.codecs import Codec, open_codec
 from engine.data.end_of_text import END_OF_TEXT
 from engine.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from engine.data.tokenizer_likeness import read_alike
 from engine.data.tokenizer_trial import try_tokenizer
 from engine.errors import UserError
 from engine.files import replacing
@@ -59,6 +60,7 @@ class Tokenizer:
         self.path = path
         self._codec = codec
         self._beside = beside
+        self._num_drawn = codec.vocab_size
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, none of them a control token."""
@@ -92,9 +94,15 @@ class Tokenizer:
         return self._codec.decode([token for token in known if 0 <= token < self.vocab_size])
 
     def absent_ids(self, num_ids: int) -> tuple[int, ...]:
-        """Return which of a model's ids are no token: a response is never to have them."""
+        """Return which of a model's ids are no token, or not to be drawn: a response is never to
+        have them."""
         inside = (token for token in self._codec.missing_ids if token < num_ids)
-        return (*inside, *range(self.vocab_size, num_ids))
+        return (*inside, *range(min(self.vocab_size, self._num_drawn), num_ids))
+
+    def draw_below(self, num_ids: int) -> None:
+        """From now on count ids from num_ids on as absent: a network that reads responses has no
+        row for them. check_fits says whether that leaves what texts become."""
+        self._num_drawn = min(self._num_drawn, num_ids)
 
     def check_fits(self, num_ids: int) -> None:
         """Raise UserError where a model of so many ids lacks one that a text may become, or that
@@ -133,6 +141,14 @@ class Tokenizer:
         if (self.eos_id, self.bos_ids) != (other.eos_id, other.bos_ids):
             return False
         return self._codec.meaning() == other._codec.meaning()
+
+    def reads_as(self, other: "Tokenizer") -> bool:
+        """Return whether two tokenizers make the same ids of every text and end it alike: also
+        where one has control tokens, as for padding, that the other lacks."""
+        if self.is_same_as(other):
+            return True
+        meanings = (each._codec.meaning() for each in (self, other))
+        return self.eos_id == other.eos_id and read_alike(*meanings)
 
     def save(self, directory: Path | str) -> None:
         """Write the files from which load_tokenizer(directory) makes the same tokenizer, with what

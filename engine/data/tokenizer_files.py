@@ -11,7 +11,7 @@ from typing import Literal
 
 from engine.data.tokenizer_settings import TokenizerSettings, read_settings
 from engine.errors import UserError
-from engine.files import open_file
+from engine.files import open_file, refuse_lfs_pointer
 
 # Our choice: the largest vocabularies in use, of 262,144 pieces, are a tokenizer.json of 33 MB.
 _MAX_BYTES = 64 << 20
@@ -114,4 +114,6 @@ def _read(path: Path) -> bytes:
         num_bytes = os.fstat(stream.fileno()).st_size
         if num_bytes > _MAX_BYTES:
             raise UserError(f"{path} has {num_bytes} bytes; {_MAX_BYTES} are the most that is read")
-        return stream.read(_MAX_BYTES)
+        content = stream.read(_MAX_BYTES)
+        refuse_lfs_pointer(path, content)
+        return content

@@ -98,6 +98,7 @@ def load_selection(
         return None
     selection.sampling.check()
     size = inputs.size("selection.reward_model")
+    run.tokenizer.draw_below(size.vocab_size)
     limits = prompt_limits(
         {"policy": policy.size.context_length, "reward model": size.context_length},
         selection.sampling.max_new_tokens,

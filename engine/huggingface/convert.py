@@ -11,7 +11,6 @@ through tp x pp ranks.
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -31,10 +30,12 @@ from engine.checkpoints.weights import load_weights
 from engine.claim import claim, holding_claims
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
-from engine.files import replacing, sync, sync_folder, writing
+from engine.files import sync, sync_folder, write_object, writing
 from engine.huggingface.export_files import Exported, index_of, plan_files
 from engine.huggingface.export_tokenizer import export_tokenizer
-from engine.huggingface.model_folder import ModelFolder, find_model, read_kind
+from engine.huggingface.folder_tokenizer import template_notes, warn_of_own_tokenizer
+from engine.huggingface.foreign import refuse_foreign
+from engine.huggingface.model_folder import ModelFolder, find_critic, find_model, read_kind
 from engine.huggingface.pad_token import ensure_pad_token
 from engine.huggingface.scores import fold_bias, say_left_bias, say_where_scores_are_read
 from engine.huggingface.weight_files import StoredTensor
@@ -67,6 +68,7 @@ _KIND_OF: dict[str | None, Kind] = {
     "reward_model": "scalar",
     "critic": "scalar",
 }
+_TEMPLATE_USE = "goes along; the stages here have not trained on its form"
 _USUAL_ROLE: dict[Kind, str] = {"language": "policy", "scalar": "reward_model"}
 
 
@@ -90,8 +92,10 @@ def import_huggingface(config: ConvertConfig) -> Path:
     parallel = start_parallel(config.layout, 0, config.waiting, config)
     source, out = require_path(config.source, "source"), _require_out(config)
     kind = _KIND_OF.get(config.role) or read_kind(source)
-    model = find_model(source, kind)
+    model = find_critic(source) if config.role == "critic" else find_model(source, kind)
     tokenizer = _load_tokenizer(config.tokenizer or source, model.size)
+    if config.tokenizer is not None:
+        warn_of_own_tokenizer(source, tokenizer)
     if parallel.is_writer:
         say_where_scores_are_read(model, tokenizer.eos_id)
     network = build_network(kind, model.size, parallel, numerics=Numerics(dtype=config.dtype))
@@ -116,6 +120,7 @@ def export_huggingface(config: ConvertConfig) -> Path:
     """Write a checkpoint's network as a Hugging Face folder; return it. Raises UserError."""
     parallel = start_parallel(config.layout, 0, config.waiting, config)
     source, out = require_path(config.source, "source"), _require_out(config)
+    refuse_foreign(source)
     role = config.role or _role_at(source)
     found = network_at(source, role, strict=config.strict)
     size, beside = found.size, run_of(found.folder) / "tokenizer"
@@ -209,8 +214,8 @@ def save_huggingface(
 
         def write_tokenizer() -> str:
             note = export_tokenizer(tokenizer, partial, size.context_length)
-            if note:
-                say(note)
+            for said in ([note] if note else []) + template_notes(tokenizer, _TEMPLATE_USE):
+                say(said)
             return str(ensure_pad_token(partial, tokenizer.eos_id)) if scores else ""
 
         pad = said_by_first_rank(write_tokenizer)
@@ -234,11 +239,11 @@ def save_huggingface(
         dist.barrier()
         if parallel.is_writer:
             if len(files) > 1:
-                _write_json(partial / "model.safetensors.index.json", index_of(files, exported))
+                write_object(partial / "model.safetensors.index.json", index_of(files, exported))
             config = _config_of(exported, tokenizer)
             if scores:
                 config = config_of_scorer(config, size, pad_id=int(pad), score_bias=bias)
-            _write_json(partial / "config.json", config)
+            write_object(partial / "config.json", config)
             if bias:
                 say_left_bias(bias, family.name)
 
@@ -349,8 +354,3 @@ def _load_tokenizer(path: Path, size: GPTSize) -> Tokenizer:
     tokenizer = load_shared_tokenizer(lambda: path)
     tokenizer.check_fits(size.vocab_size)
     return tokenizer
-
-
-def _write_json(path: Path, value: dict) -> None:
-    with replacing(path) as stream:
-        stream.write((json.dumps(value, indent=2) + "\n").encode())

@@ -6,12 +6,10 @@ read by the class of GPT-2. What begins a text is in the post_processor of a tok
 stays with all that it puts; of two files it is add_bos_token and bos_token, which a run keeps.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 from engine.data.tokenizer import Tokenizer
-from engine.files import replacing
+from engine.files import replacing, write_object
 from engine.huggingface.sentencepiece_json import MAY_DIFFER, sentencepiece_json
 
 _PLAIN_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json, whatever is in it
@@ -43,10 +41,5 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) ->
         for ours, theirs in _BPE_FILES.items():
             (folder / ours).rename(folder / theirs)
         settings["tokenizer_class"] = "GPT2Tokenizer"
-    _write_json(folder / "tokenizer_config.json", settings)
+    write_object(folder / "tokenizer_config.json", settings)
     return note
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with replacing(path) as stream:
-        stream.write((json.dumps(value, indent=2) + "\n").encode())

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from engine.errors import UserError, named
-from engine.files import MAX_SHOWN_PATH, hub_name, read_object
+from engine.files import MAX_SHOWN_PATH, hub_name, link_to_nothing, read_object
+from engine.ranks.first_rank import said_by_first_rank
 
 _MAX_NAMES = 10_000  # of a folder that are looked at; our choice
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -71,7 +72,7 @@ def is_foreign(path: Path) -> bool:
         config = {}
     if config.keys() & {"model_type", "architectures"}:
         return True
-    if any(os.path.lexists(path / name) for name in _OURS):
+    if _is_ours(path):
         return False
     names = _names_in(path)
     return any(map(_WEIGHTS.fullmatch, names)) or _other_form(path, names) is not None
@@ -82,15 +83,37 @@ def require_model_folder(folder: Path) -> None:
     of Hugging Face's."""
     name = named(folder, MAX_SHOWN_PATH)
     if folder.is_dir():
+        if _is_ours(folder) and not is_foreign(folder):
+            raise UserError(
+                f"{name} is a run of ours or a part of one, and no folder of Hugging Face's: a "
+                "stage starts from it as it is; recipes/convert_hf.py export makes a folder of it"
+            )
         if not os.path.lexists(folder / "config.json"):
             raise UserError(f"{name} holds no config.json{held_instead(folder)}")
         return
     if not folder.exists():
-        raise UserError(f"{name}: no such folder{hub_name(folder)}")
+        why = link_to_nothing(folder) or f": no such folder{hub_name(folder)}"
+        raise UserError(f"{name}{why}")
     what = _format(folder.name)
     if what is None or folder.suffix in (".safetensors", ".bin"):
         what = f"a file: give its folder, {named(folder.parent, MAX_SHOWN_PATH)}"
     raise UserError(f"{name} is {what}")
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise UserError, on all ranks, who call together, where a run of ours is wanted and a path
+    means another program's model."""
+
+    def look() -> str:
+        if is_foreign(path):
+            require_model_folder(path)
+            raise UserError(
+                f"{named(path, MAX_SHOWN_PATH)} is a Hugging Face folder already: use it as it is; "
+                "for other files or another dtype import it first, and export that run"
+            )
+        return ""
+
+    said_by_first_rank(look)
 
 
 def held_instead(folder: Path) -> str:
@@ -103,6 +126,10 @@ def held_instead(folder: Path) -> str:
         if (folder / name / "config.json").is_file():
             return f"; {named(name)} in it does: give that folder"
     return ""
+
+
+def _is_ours(folder: Path) -> bool:
+    return any(os.path.lexists(folder / name) for name in _OURS)
 
 
 def _names_in(folder: Path) -> list[str]:

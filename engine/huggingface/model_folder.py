@@ -4,7 +4,7 @@ number is read."""
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ _MOST_SHOWN = 80  # characters of a text from a file in an error; our choice
 _ROWS = 1024  # of two matrices that are compared at a time; our choice
 # What TRL's models with a value head have beside the language model, and what others have.
 _VALUE_HEAD = re.compile(r"(.+\.)?v_head\..+")
+_VALUES = re.compile(r"(.+\.)?v_head\.summary\.(weight|bias)")
 _LORA = re.compile(r"(.+\.)?lora_(A|B|embedding_A|embedding_B)\..+")
 _QUANTISED = re.compile(
     r".+\.(SCB|qweight|qzeros|g_idx|weight_scale|weight_format|absmax|quant_map|weight\.(absmax|"
@@ -114,7 +115,7 @@ def find_model(folder: Path, kind: Kind = "language") -> ModelFolder:
     where = next(iter(paths)) if len(paths) == 1 else folder
     (head,) = stored_tensors(SCORE if kind == "scalar" else HEAD, family, _untied(size))
     if kind == "scalar":
-        _check_scores(folder, found.get(head.name), head.name)
+        _check_scores(folder, found.get(head.name), head.name, left_out)
     expected, num_bytes = {head.name}, 0
     for name, shape in _wanted(family, size, kind):  # ends with the first missing
         if name not in found:
@@ -143,8 +144,40 @@ def find_model(folder: Path, kind: Kind = "language") -> ModelFolder:
     return ModelFolder(kind, family, size, found, left_out)
 
 
-def _check_scores(folder: Path, score: StoredTensor | None, name: str) -> None:
-    """Raise UserError where the head of a scorer is missing or gives another number than one."""
+def find_critic(folder: Path) -> ModelFolder:
+    """Return the critic in a Hugging Face folder: a model that scores texts, or a policy that TRL
+    gave a value head. It gives w.h + b of the last hidden state h; its dropout is of training.
+
+    Raises UserError as find_model.
+    """
+    stored = open_weights(folder)
+    found = {match[2]: name for name in stored if (match := _VALUES.fullmatch(name))}
+    if len(found) < 2 or read_kind(folder) == "scalar":
+        return find_model(folder, "scalar")
+    model, size = find_model(folder), describe_folder(folder)[1]
+    for part, shape in (("weight", (1, size.embedding_dim)), ("bias", (1,))):
+        _check_tensor(found[part], stored[found[part]], shape)
+    (words,) = stored_tensors(HEAD, model.family, _untied(size))
+    (score,) = stored_tensors(SCORE, model.family, size)
+    tensors = {name: tensor for name, tensor in model.tensors.items() if name != words.name}
+    tensors[score.name] = stored[found["weight"]]
+    bias = float(stored[found["bias"]].read())
+    if not math.isfinite(bias):
+        raise UserError(f"{stored[found['bias']].path}: {found['bias']} is not finite")
+    return ModelFolder("scalar", model.family, size, tensors, (), bias)
+
+
+def _check_scores(
+    folder: Path, score: StoredTensor | None, name: str, value_head: Sequence[str]
+) -> None:
+    """Raise UserError where the head of a scorer is missing or gives another number than one.
+    value_head: the names of what TRL put there instead."""
+    if score is None and value_head:
+        raise UserError(
+            f"{folder} holds a policy with a value head ({value_head[0]}): it says what that "
+            "policy's return will be, and is a critic; a reward model is needed here "
+            "(recipes/convert_hf.py import --role critic takes it as a critic)"
+        )
     if score is None:
         raise UserError(f"{in_words_of_language_model(folder)}, which has a {name}")
     if len(score.shape) == 2 and score.shape[0] != 1:

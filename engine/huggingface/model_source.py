@@ -9,6 +9,7 @@ The ranks write it as they hold it in the stage's layout, tensor by tensor: none
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import xxhash
@@ -16,10 +17,9 @@ import xxhash
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.manifest import digest_of_file, read_manifest
 from engine.checkpoints.sources import Source, digest_of_network
-from engine.checkpoints.whole import warn
-from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import UserError
 from engine.huggingface.convert import load_huggingface
+from engine.huggingface.folder_tokenizer import check_own_tokenizer, warn_of_own_tokenizer
 from engine.huggingface.foreign import is_foreign, require_model_folder
 from engine.huggingface.model_folder import ModelFolder, find_model, read_kind
 from engine.huggingface.scores import say_where_scores_are_read
@@ -29,21 +29,26 @@ from engine.settings.numerics import Numerics
 from engine.training.network import build_network
 
 
-def take_model(path: Path, role: str, folder: Path, run: Run, numerics: Numerics) -> Source:
+def take_model(path: Path, role: str, folder: Path, run: Run, config: Any) -> Source:
     """Write the model of a Hugging Face folder into `folder`, which must not be there, as
     a checkpoint of weights alone with network `role`; all ranks call together.
 
-    The weights have the dtype of the run, which rounds them once, as a run that is read would be.
-    Raises UserError for a model that is not ours, or is no `role`, or has fewer ids than the run's
-    tokenizer; and where a rank sees another folder than the first.
+    config: of the stage. The weights have the dtype of the run, which rounds them once, as a run
+    that is read would be. Raises UserError for a model that is not ours, or is no `role`, or has
+    fewer ids than the run's tokenizer. So it does for another tokenizer that nobody chose, and
+    where a rank sees another folder than the first.
     """
+    if getattr(config, "tokenizer", None) is None:
+        check_own_tokenizer(path, run.tokenizer)
+    else:
+        warn_of_own_tokenizer(path, run.tokenizer)
     model = find_model(path, "language" if role == "policy" else "scalar")
     if model.kind == "scalar" and run.parallel.is_writer:
         say_where_scores_are_read(model, run.tokenizer.eos_id)
     run.tokenizer.check_fits(model.size.vocab_size)
     digest = _shared_digest(path, model)
     network = build_network(
-        model.kind, model.size, run.parallel, numerics=Numerics(dtype=numerics.dtype)
+        model.kind, model.size, run.parallel, numerics=Numerics(dtype=config.numerics.dtype)
     )
     load_huggingface(network, path, model)
     checkpointer = Checkpointer(
@@ -82,27 +87,6 @@ def tokenizer_of(
     if tokenizer is None and path == start:
         said_by_first_rank(lambda: look(path))
     return path
-
-
-def check_own_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
-    """Raise UserError, on all ranks, where a Hugging Face folder brings another tokenizer than the
-    one that a run has; say so where it brings none that can be read. All call together."""
-
-    def compare() -> str:
-        try:
-            theirs = load_tokenizer(path)
-        except UserError as error:
-            warn(f"{error}: nothing says whether {path} was trained with this run's tokenizer")
-            return ""
-        if not tokenizer.is_same_as(theirs):
-            raise UserError(
-                f"{path}: its tokenizer is another than this run's. Where it is the same but for a "
-                "token of padding, bring the model with the run's: recipes/convert_hf.py import "
-                "--tokenizer"
-            )
-        return ""
-
-    said_by_first_rank(compare)
 
 
 def digest_of_model(folder: Path) -> str:

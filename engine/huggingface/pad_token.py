@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from engine.errors import UserError
-from engine.files import read_object, replacing
+from engine.files import read_object, write_object
 
 PAD = "<|pad|>"  # our choice; it is added where a tokenizer has none that serves
 _MAX_BYTES = 64 << 20  # as engine/data/tokenizer_files.py has it
@@ -38,8 +38,8 @@ def ensure_pad_token(folder: Path, eos_id: int) -> int:
     if isinstance(text, str) and found.get(text, eos_id) not in ends:
         return found[text]
     pad_id = _add_to_vocabulary(content) if is_gpt2 else _add(path, content)
-    _write(path, content)
-    _write(settings_path, settings | {"pad_token": PAD})
+    write_object(path, content, ensure_ascii=False)
+    write_object(settings_path, settings | {"pad_token": PAD}, ensure_ascii=False)
     return pad_id
 
 
@@ -71,8 +71,3 @@ def _add(path: Path, content: dict[str, Any]) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     return read_object(path, max_bytes=_MAX_BYTES) if path.exists() else {}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as stream:
-        stream.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import UserError, named
-from engine.files import open_file, read_object
+from engine.files import open_file, read_object, refuse_lfs_pointer
 from engine.huggingface.foreign import held_instead
 from engine.huggingface.torch_files import find_tensors, map_tensor
 
@@ -30,7 +30,6 @@ _MAX_HEADER_BYTES = 16 << 20
 _MAX_INDEX_BYTES = 16 << 20
 _MOST_SHOWN = 80  # characters of a text from a file in an error
 _MAX_REASON = 200  # characters: a damaged header can make the library quote all of it
-_LFS_POINTER = b"version https://git-lfs"
 # The types that a weight may have, and those of the constants beside them.
 _DTYPES = {
     "F64": torch.float64,
@@ -98,8 +97,7 @@ def _open_parts(index: Path) -> dict[str, StoredTensor]:
 
 def _open(path: Path) -> dict[str, StoredTensor]:
     with open_file(path) as stream:
-        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise UserError(f"{path} is a git-lfs pointer, no weights: run `git lfs pull` there")
+        refuse_lfs_pointer(path, stream.read(64))
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     return {

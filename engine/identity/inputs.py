@@ -31,8 +31,9 @@ from engine.claim import UNFINISHED
 from engine.errors import UserError, quoted
 from engine.files import sync_folder, writing
 from engine.huggingface.described import stored_size
+from engine.huggingface.folder_tokenizer import template_notes
 from engine.huggingface.foreign import is_foreign
-from engine.huggingface.model_source import check_own_tokenizer, digest_of_model, take_model
+from engine.huggingface.model_source import digest_of_model, take_model
 from engine.identity.data_files import look_at
 from engine.identity.held_to import HeldTo, at_odds, held_to, odds_in_words
 from engine.identity.made_from import (
@@ -43,7 +44,12 @@ from engine.identity.made_from import (
     networks_of,
     stage_of,
 )
-from engine.identity.own_tokenizer import tokenizer_now
+from engine.identity.origins import note_of_origin
+from engine.identity.own_tokenizer import (
+    fingerprint_of_copy,
+    keep_like_tokenizer,
+    tokenizer_now,
+)
 from engine.identity.record import (
     IDENTITY,
     Acceptance,
@@ -66,6 +72,7 @@ from engine.settings.size import check_named_size
 from engine.training.network import Network
 from models.sizes import GPTSize
 
+_TEMPLATE_USE = "is kept and exported, not applied: texts go in as they are in the data"
 _POLICY_COPIES = ("policy", "reference")  # the names that the copy of PPO's policy may have
 
 
@@ -109,7 +116,7 @@ class Inputs:
                 network,
                 self._folder(name),
                 role=self._networks[name].role,
-                tokenizer_fingerprint=self._run.tokenizer.fingerprint(),
+                tokenizer_fingerprint=fingerprint_of_copy(self._folder(name), self._run),
                 strict=True,
             )
 
@@ -215,10 +222,10 @@ class Inputs:
         """Copy a network at a path, of a run or of a Hugging Face folder, for this run."""
         folder = self._run.directory / UNFINISHED / network.kept_as
         if not said_by_first_rank(lambda: "foreign" if is_foreign(path) else ""):
-            return take_source(path, network.role, folder, strict=network.strict)
-        if getattr(self._config, "tokenizer", None) is None:  # one that is named was chosen
-            check_own_tokenizer(path, self._run.tokenizer)
-        return take_model(path, network.role, folder, self._run, self._config.numerics)
+            source = take_source(path, network.role, folder, strict=network.strict)
+            keep_like_tokenizer(Path(source.checkpoint), folder, network.role, self._run)
+            return source
+        return take_model(path, network.role, folder, self._run, self._config)
 
     def _origin(self, name: str) -> tuple[str, Path]:
         """Return the option whose path a network's copy is taken from, and that path: one copy for
@@ -245,7 +252,8 @@ class Inputs:
         self._accepted = found
         networks = self._now.networks.items()
         digests = {self._networks[name].kept_as: record.xxh3_128 for name, record in networks}
-        return json.dumps({"notes": self._source_notes(), "digests": digests})
+        notes = self._source_notes() + template_notes(self._run.tokenizer, _TEMPLATE_USE)
+        return json.dumps({"notes": notes, "digests": digests})
 
     def _found(self, earlier: Identity) -> Identity:
         """Return what is there."""
@@ -301,7 +309,8 @@ class Inputs:
         paths: dict[Path, str] = {}
         for name, network in self._networks.items():
             if network.kept_as not in self._sources and network.path not in paths:
-                paths[network.path] = self._moved_on(self._now.networks[name], network)
+                record, copy = self._now.networks[name], self._kept(network)
+                paths[network.path] = note_of_origin(record, network, copy)
         return [note for note in paths.values() if note]
 
     def _anchor_note(self) -> list[str]:
@@ -319,21 +328,6 @@ class Inputs:
             "to that policy, and the critic starts anew from the reward model; to keep the KL "
             f"reference of before, begin with --reference {old}"
         ]
-
-    def _moved_on(self, record: NetworkRecord, network: NamedNetwork) -> str:
-        """Return what has become of where a network came from, "" where it is as it was."""
-        if record.model_xxh3_128:  # of a folder that nothing trains, and which may be large
-            return ""
-        try:
-            step, digest = newest_source(network.path, network.role)
-        except (UserError, OSError):
-            return (
-                f"{network.path}: no {network.role} is there now; this run keeps its own copy of it"
-            )
-        if digest == record.xxh3_128:
-            return ""
-        was = "" if record.step is None or step is None else f": step {record.step} -> {step}"
-        return f"{network.path} has gone on since{was}; this run keeps its own copy of it"
 
     def _keep(self, step: int) -> str:
         directory, counts = self._run.directory, self._run.counts

@@ -54,7 +54,7 @@ def size_of_config(config: Mapping[str, Any]) -> GPTSize:
         given = config.get(name, value)
         if type(given) is not type(value) or given != value:
             raise ValueError(f"{name} is {shown(given)}; here every {family.name} has {value!r}")
-    numbers = _read_numbers(config, family)
+    numbers = _read_numbers(_without_aliases(config, family), family)
     fields = {choice.ours: _read_choice(config, choice) for choice in family.choices}
     if family.epsilon is not None:
         name, default = family.epsilon
@@ -147,6 +147,19 @@ def _described(size: GPTSize, family: Family) -> dict[str, Any]:
     if family.window:
         config |= config_of_window(form, family, size.num_layers)
     return config | dict(family.fixed)
+
+
+def _without_aliases(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return a config with the family's own names of what it says by others; raises ValueError
+    where both are there and differ, of which transformers would take the alias."""
+    found = dict(config)
+    for alias, name in family.aliases.items():
+        if alias in config and found.setdefault(name, config[alias]) != config[alias]:
+            raise ValueError(
+                f"{name} is {shown(config[name])} and {alias}, another name for it, "
+                f"{shown(config[alias])}: remove the wrong one"
+            )
+    return found
 
 
 def _read_numbers(config: Mapping[str, Any], family: Family) -> dict[str, int]:

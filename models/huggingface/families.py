@@ -61,6 +61,8 @@ class Family:
     """Where config.json has none."""
     window: Literal["", "all", "by layer"] = ""
     """Whether sliding_window is of all layers, or of those that other fields name."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names that transformers takes for some of numbers (its attribute_map)."""
     splits_hidden: bool = False
     """hidden_size is a multiple of the heads, whatever their width."""
 
@@ -139,6 +141,12 @@ GPT2 = Family(
     form=Form(),
     epsilon=("layer_norm_epsilon", 1e-5),
     fixed={"scale_attn_weights": True, "add_cross_attention": False},
+    aliases={
+        "num_hidden_layers": "n_layer",
+        "hidden_size": "n_embd",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    },
     trunk="transformer.",
     layers="h.",
     tensors={

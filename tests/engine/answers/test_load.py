@@ -18,6 +18,25 @@ def test_a_huggingface_folder_answers_too(gpt2_folder, tmp_path):
     assert len(answers(tmp_path / "out.jsonl")) == 3  # its context is longer
 
 
+@pytest.mark.parametrize("role", ["ema", "critic"])
+def test_a_role_of_a_huggingface_folder_is_refused(gpt2_folder, tmp_path, role):
+    with pytest.raises(UserError, match=f"--role {role}: .* holds one model; leave --role out"):
+        load_model(config(gpt2_folder, tmp_path, role=role))
+    with pytest.raises(UserError, match="is a file: give its folder"):
+        load_model(config(gpt2_folder / "model.safetensors", tmp_path, role=role))
+
+
+def test_a_tokenizer_that_is_not_a_folders_own_is_warned_of(gpt2_folder, tmp_path, capsys):
+    folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2")
+    write_tokenizer(folder / "tokenizer.json", vocab_size=100)
+    other = write_tokenizer(tmp_path / "other.json", vocab_size=90)
+    load_model(config(folder, tmp_path, tokenizer=folder / "tokenizer.json"))
+    assert "WARNING" not in capsys.readouterr().err
+    load_model(config(folder, tmp_path, tokenizer=other))
+    said = f"--tokenizer {other} is another tokenizer than that in {folder}"
+    assert said in capsys.readouterr().err
+
+
 def test_a_runs_tokenizer_is_loaded_with_it_and_another_is_refused(run, tmp_path):
     settings = config(run / "policy", tmp_path)
     network, tokenizer = load_model(settings)

@@ -245,6 +245,10 @@ def test_ids_that_are_no_token_decode_to_nothing(tokenizer: Tokenizer, gpt2: Tok
         assert each.decode([-1, *ids, size, size + 7, 2**31, 2**40]) == "a pub"
         assert each.absent_ids(size) == each.absent_ids(size - 5) == ()
         assert each.absent_ids(size + 2) == (size, size + 1)
+        each.draw_below(size - 2)
+        each.draw_below(size)
+        assert each.absent_ids(size - 2) == ()
+        assert each.absent_ids(size + 1) == (size - 2, size - 1, size)
 
 
 def write_with_added(folder: Path, added: dict[str, int], *, special: bool = True) -> Tokenizer:

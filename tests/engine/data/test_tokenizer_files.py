@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,22 @@ def test_files_are_found_in_a_folder_and_by_name(tmp_path, names, kind, contents
         assert (files.kind, files.contents) == (kind, contents)
         assert files.settings.end_of_text is None
         assert files.names == tuple(names[: len(contents)])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"])
+def test_a_pointer_of_git_lfs_is_said_to_be_one(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 500000\n"
+    (tmp_path / "vocab.json").write_text("{}")
+    if name.startswith("tokenizer"):
+        (tmp_path / "vocab.json").unlink()
+    (tmp_path / name).write_text(pointer)
+    said = f"{re.escape(str(tmp_path / name))} is a git-lfs pointer and not the file: run `git lfs"
+    with pytest.raises(UserError, match=said):
+        read_tokenizer_files(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("blobs/0a1b")
+    with pytest.raises(UserError, match=r"is a link to nothing \(blobs/0a1b is gone\)"):
+        read_tokenizer_files(tmp_path)
 
 
 def test_the_digest_is_of_all_that_matters(tmp_path):

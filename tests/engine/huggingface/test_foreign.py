@@ -3,7 +3,12 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from engine.huggingface.foreign import held_instead, is_foreign, require_model_folder
+from engine.huggingface.foreign import (
+    held_instead,
+    is_foreign,
+    refuse_foreign,
+    require_model_folder,
+)
 
 
 def refusal(path: Path) -> str:
@@ -50,6 +55,36 @@ def test_a_folder_of_weights_is_taken_whatever_else_it_holds(tmp_path):
     for name in ("config.json", "tf_model.h5", "model.onnx"):
         (tmp_path / name).touch()
     require_model_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": '{"stage": "sft"}', "checkpoints/latest": ""},
+        {"manifest.json": "{}", "policy/network.json": "{}"},
+        {"network.json": "{}"},
+    ],
+)
+def test_a_run_of_ours_is_named_as_one(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert refusal(tmp_path).startswith(f"{tmp_path} is a run of ours or a part of one")
+    refuse_foreign(tmp_path)
+
+
+def test_a_folder_of_theirs_is_refused_where_a_run_is_wanted(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="is a Hugging Face folder already: use it as it is"):
+        refuse_foreign(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"is a file: give its folder"):
+        refuse_foreign(tmp_path / "model.safetensors")
+
+
+def test_a_link_to_nothing_is_said_to_be_one(tmp_path):
+    (tmp_path / "model").symlink_to("blobs")
+    assert refusal(tmp_path / "model").startswith(f"{tmp_path}/model is a link to nothing (blobs")
 
 
 def test_the_snapshot_of_a_cache_of_the_hub_is_named(tmp_path):

@@ -155,7 +155,15 @@ def test_a_pointer_of_git_lfs_is_said_to_be_one(gpt2, name):
     (gpt2 / WEIGHTS).unlink()
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 548105171\n"
     (gpt2 / name).write_text(pointer)
-    assert f"{gpt2 / name} is a git-lfs pointer, no weights: run `git lfs pull`" in refusal(gpt2)
+    assert f"{gpt2 / name} is a git-lfs pointer and not the file: run `git" in refusal(gpt2)
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS])
+def test_a_file_of_a_snapshot_whose_blob_is_gone_is_a_link_to_nothing(gpt2, name):
+    (gpt2 / name).unlink()
+    (gpt2 / name).symlink_to("../../blobs/0a1b")
+    said = f"{gpt2 / name} is a link to nothing (../../blobs/0a1b is gone): download"
+    assert said in refusal(gpt2)
 
 
 def test_a_trunk_alone_is_a_tied_model(tmp_path):

@@ -11,18 +11,26 @@ import torch
 from safetensors.torch import load_file
 
 from engine.checkpoints.found import read_network
+from engine.data.tokenizer import train_sentencepiece
 from engine.errors import UserError
-from engine.huggingface.convert import import_huggingface
+from engine.huggingface.convert import export_huggingface, import_huggingface, save_huggingface
+from engine.huggingface.model_folder import read_size
 from engine.huggingface.model_source import digest_of_model
+from engine.ranks.start import start_parallel
+from engine.rollout import Rollout, generate_rollout
 from engine.settings.convert import ConvertConfig
+from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.sampling import SamplingConfig
 from engine.settings.sft import SelectionConfig
 from tests.families import save_family
+from tests.ranks import run_ranks
 from tests.recipe_runs import TORCHRUN, start, steps_logged, until
 from tests.tiny import (
     EVERY_STEP,
     SIZE,
     ppo_config,
+    random_network,
     rm_config,
     rows_of,
     sft_config,
@@ -206,6 +214,96 @@ def test_a_size_that_is_not_had_is_refused_before_anything_is_copied(name, model
     with pytest.raises(UserError, match="has 4 layers of width .* a 6b has 32 of 4096"):
         train(config)
     assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def padded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run's reward model as we export it: its padding token is one id more. And a policy
+    that was given that tokenizer, in its own folder."""
+    folder = tmp_path_factory.mktemp("padded")
+    export = ConvertConfig(
+        direction="export", source=tiny / "reward_model", out=folder / "reward_model"
+    )
+    export_huggingface(export)
+    assert read_size(folder / "reward_model").vocab_size == SIZE.vocab_size + 1
+    save_family("gpt2", folder / "policy", vocab_size=SIZE.vocab_size + 1)
+    for path in (folder / "reward_model").glob("tokenizer*"):
+        shutil.copy(path, folder / "policy")
+    return folder
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_our_exported_reward_model_scores_as_the_run_that_it_came_from(padded, tiny, tmp_path, tp):
+    layout = ParallelLayout(tp=tp)
+    for run, source in (("own", tiny / "reward_model"), ("folder", padded / "reward_model")):
+        config = ppo_config(
+            tiny, tmp_path / run, reward_model=source, layout=layout, iterations=1, eval_every=0
+        )
+        run_ranks(train, tp, config)
+    own, folder = (rows_of(tmp_path / run)[0] for run in ("own", "folder"))
+    for name in ("score/reward_mean", "score/reward_std", "score/kl", "rollout/response_tokens"):
+        assert folder[name] == pytest.approx(own[name], abs=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["folder", "run"])
+def test_a_policy_with_a_token_more_never_draws_it(padded, tiny, tmp_path, kind, monkeypatch):
+    policy = padded / "policy"
+    if kind == "run":
+        policy = tmp_path / "imported"
+        import_huggingface(
+            ConvertConfig(direction="import", source=padded / "policy", out=tmp_path / "imported")
+        )
+    drawn: set[int] = set()
+
+    def noting(*args: Any, **options: Any) -> Rollout:
+        rollout = generate_rollout(*args, **options)
+        drawn.update(int(t) for e in rollout.examples for t in e.tokens)
+        return rollout
+
+    monkeypatch.setattr("engine.ppo.generate_rollout", noting)
+    monkeypatch.setattr("engine.evaluation.held_out.generate_rollout", noting)
+    sampling = SamplingConfig(max_new_tokens=24, num_slots=4, cache_gib=0.01, temperature=100.0)
+    config = ppo_config(
+        tiny, tmp_path / "run", policy=policy, reference=None, sampling=sampling, saving=EVERY_STEP
+    )
+    train_until(config, 1)
+    train(config)  # goes on, of its own copies
+    assert len(drawn) > 90 and max(drawn) == SIZE.vocab_size - 1
+    own = tmp_path / "run" / "sources"
+    assert (own / "reward_model" / "tokenizer").exists()
+    assert not (own / "reference" / "tokenizer").exists()
+
+
+def test_an_epoch_is_selected_by_a_reward_model_of_fewer_ids(padded, tiny, tmp_path):
+    hot = SamplingConfig(max_new_tokens=24, cache_gib=0.01, temperature=100.0)
+    selection = SelectionConfig(reward_model=tiny / "reward_model", sampling=hot)
+    train(sft_config(tiny, tmp_path / "run", init_from=padded / "policy", selection=selection))
+    assert (tmp_path / "run" / "selected.json").exists()
+
+
+def test_a_sentencepiece_run_takes_its_own_export(tiny, tmp_path):
+    words = (json.loads(line)["prompt"] for line in (tiny / "prompts.jsonl").open())
+    run, size = tmp_path / "policy", dataclasses.replace(SIZE, vocab_size=290)
+    tokenizer = train_sentencepiece([*words] * 9, tmp_path / "tokenizer.model", vocab_size=290)
+    files = Path(shutil.copytree(tiny, tmp_path / "files"))
+    (files / "tokenizer.json").unlink()
+    tokenizer.save(files)
+    parallel = start_parallel(ParallelLayout(), seed=0)
+    for role, kind in (("policy", "language"), ("reward_model", "scalar")):
+        network = random_network(kind, parallel, size=size)
+        save_huggingface(network, tmp_path / f"{role}_hf", tokenizer)
+    import_huggingface(
+        ConvertConfig(
+            direction="import",
+            source=tmp_path / "policy_hf",
+            tokenizer=tmp_path / "tokenizer.model",
+            out=run,
+        )
+    )
+    config = ppo_config(files, tmp_path / "run", iterations=1, eval_every=0, policy=run)
+    folders = {"reference": tmp_path / "policy_hf", "reward_model": tmp_path / "reward_model_hf"}
+    train(dataclasses.replace(config, **folders))
+    assert rows_of(tmp_path / "run")[0]["score/kl"] == pytest.approx(0.0, abs=1e-4)
 
 
 @pytest.mark.slow  # five torchruns of two ranks each

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -278,6 +278,45 @@ def test_what_is_no_reward_model_is_refused_by_what_it_is(zoo, tmp_path):
     assert "a language model is needed here" in refusal(zoo / "opt", role="policy")
     save_scorer("gpt2", tmp_path / "odd", score_bias="1")
     assert "score_bias is '1' and must be a finite number" in refusal(tmp_path / "odd")
+
+
+@pytest.mark.parametrize("name", ["gpt2_untied", "llama", "opt", "pythia"])
+def test_a_value_head_of_trl_is_a_critic(tmp_path, name):
+    source, run = tmp_path / "theirs", tmp_path / "run"
+    model = save_family(name, source)
+    write_tokenizer(source)
+    path, generator = source / "model.safetensors", torch.Generator().manual_seed(4)
+    weight = torch.randn(1, model.config.hidden_size, generator=generator)
+    head = {"v_head.summary.weight": weight, "v_head.summary.bias": torch.tensor([0.75])}
+    save_file(load_file(path) | head, path, metadata={"format": "pt"})
+    assert "a critic; a reward model is needed here" in refusal(source, role="reward_model")
+    convert(ConvertConfig(direction="import", source=source, out=run, role="critic"))
+    assert read_size(source) == size_of(run, "critic")
+    critic = build_network(
+        "scalar",
+        size_of(run, "critic"),
+        start_parallel(ParallelLayout(), seed=1),
+        numerics=Numerics(),
+    )
+    load_weights(critic, run, role="critic")
+    values = []
+    for text in texts():
+        with torch.no_grad():  # as TRL's AutoModelForCausalLMWithValueHead reads it
+            hidden = model(text[None], output_hidden_states=True).hidden_states[-1]
+        values.append((hidden[0, -1] @ weight[0] + 0.75).item())
+    torch.testing.assert_close(our_scores(critic), torch.tensor(values), atol=1e-4, rtol=0)
+    for changed, said in (
+        (
+            {"v_head.summary.weight": torch.ones(2, len(weight[0]))},
+            "v_head.summary.weight has shape",
+        ),
+        (
+            {"v_head.summary.bias": torch.tensor([float("nan")])},
+            "v_head.summary.bias is not finite",
+        ),
+    ):
+        save_file(load_file(path) | head | changed, path, metadata={"format": "pt"})
+        assert said in refusal(source, role="critic")
 
 
 def test_padding_with_the_end_of_text_is_said_to_move_where_scores_are_read(tmp_path, capsys):

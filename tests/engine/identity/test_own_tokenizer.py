@@ -12,6 +12,7 @@ from engine.errors import UserError
 from engine.identity.own_tokenizer import tokenizer_now
 from engine.identity.record import TokenizerRecord
 from tests.tiny import write_tokenizer
+from tests.tokenizer_json import added_token
 
 
 @pytest.fixture
@@ -73,6 +74,14 @@ def test_other_tokenizer_is_an_error_that_says_what_to_do(is_known: bool, direct
         assert f"--tokenizer {other}" in str(refused.value) and f"than {own}" in str(refused.value)
         assert "leave the option out or name that folder" in str(refused.value)
     assert tokenizer_now(run_in(directory), own, before).path == str(own)
+
+
+def test_tokenizer_with_a_control_token_more_reads_all_texts_alike(directory: Path):
+    before, path = recorded(directory), directory.parent / "more.json"
+    whole = json.loads((directory.parent / "first.json").read_text())
+    whole["added_tokens"].append(added_token("<|pad|>", run_in(directory).tokenizer.vocab_size))
+    path.write_text(json.dumps(whole))
+    assert tokenizer_now(run_in(directory), path, before).sha256 == before.sha256
 
 
 def test_two_pieces_that_change_places_are_another_tokenizer(directory: Path):

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from models.form import Form, Rotary
 from models.huggingface.config import (
@@ -294,6 +294,29 @@ def test_a_model_that_computes_something_else_is_named_by_its_field(name, change
     with pytest.raises(ValueError, match=said) as caught:
         size_of_config(CONFIGS[name] | changes)
     assert len(str(caught.value)) < 300
+
+
+def test_another_name_that_transformers_takes_is_one_and_a_disagreement_names_both():
+    config = dict(CONFIGS["gpt2"])
+    size = size_of_config(config)
+    names = {"num_hidden_layers": "n_layer", "hidden_size": "n_embd"}
+    names |= {"num_attention_heads": "n_head", "max_position_embeddings": "n_positions"}
+    for alias, name in names.items():
+        value = config[name]
+        assert size_of_config(config | {alias: value}) == size
+        alone = {key: value for key, value in config.items() if key != name} | {alias: value}
+        assert size_of_config(alone) == size
+        assert getattr(AutoConfig.for_model(**alone), name) == value
+        with pytest.raises(ValueError, match=f"{name} is {value} and {alias}, another name .* 2:"):
+            size_of_config(config | {alias: 2})
+    assert size_of_config(config | {"n_ctx": 2}) == size  # which transformers does not read
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_aliases_of_a_family_are_those_of_transformers(family):
+    theirs = CONFIG_MAPPING[family.model_type].attribute_map
+    numbers = {number.theirs for number in family.numbers}
+    assert family.aliases == {alias: n for alias, n in theirs.items() if n in numbers}
 
 
 @pytest.mark.parametrize("kind", [*FOREIGN_TYPES, "unheard-of", None, 3, ["gpt2"]])
