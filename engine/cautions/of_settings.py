@@ -79,7 +79,7 @@ def schedule_cautions(
                     "large_lr",
                     f"{option}.lr {adam.lr:g} is for a model that starts from nothing: this one is "
                     f"trained already, and of width {start.hidden_size}, where more than "
-                    f"{most:.1g} undoes what it has learned; lower {option}.lr, the paper goes on "
+                    f"{most:.2g} undoes what it has learned; lower {option}.lr, the paper goes on "
                     "at about 1e-5 (C.1 to C.4)",
                 )
             )
