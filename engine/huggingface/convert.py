@@ -33,6 +33,7 @@ from engine.errors import UserError
 from engine.files import replacing, sync, sync_folder, writing
 from engine.huggingface.export_files import Exported, index_of, plan_files
 from engine.huggingface.export_tokenizer import export_tokenizer
+from engine.huggingface.forced_class import read_otherwise
 from engine.huggingface.model_folder import ModelFolder, find_model, read_kind
 from engine.huggingface.pad_token import ensure_pad_token
 from engine.huggingface.scores import fold_bias, say_left_bias, say_where_scores_are_read
@@ -205,14 +206,9 @@ def save_huggingface(
     scores = network.kind == "scalar"
     bias = fold_bias(parameters, size, network.dtype, parallel) if scores else 0.0
     with _becoming(folder, parallel) as partial:
-
-        def write_tokenizer() -> str:
-            note = export_tokenizer(tokenizer, partial, size.context_length)
-            if note:
-                say(note)
-            return str(ensure_pad_token(partial, tokenizer.eos_id)) if scores else ""
-
-        pad = said_by_first_rank(write_tokenizer)
+        pad = said_by_first_rank(
+            lambda: _write_tokenizer(tokenizer, partial, size, family, scores=scores)
+        )
         vocab_size = max(size.vocab_size, int(pad) + 1) if scores else size.vocab_size
         exported = Exported(
             family=family,
@@ -241,6 +237,21 @@ def save_huggingface(
             _write_json(partial / "config.json", config)
             if bias:
                 say_left_bias(bias, family.name)
+
+
+def _write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, size: GPTSize, family: Family, *, scores: bool
+) -> str:
+    """Write the tokenizer, and say what is to be said of it; return the id that a scorer's texts
+    are padded with, "" where the model scores none."""
+    notes = (
+        export_tokenizer(tokenizer, folder, size.context_length),
+        read_otherwise(tokenizer, folder, family.model_type),
+    )
+    for note in notes:
+        if note:
+            say(note)
+    return str(ensure_pad_token(folder, tokenizer.eos_id)) if scores else ""
 
 
 @contextlib.contextmanager
