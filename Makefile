@@ -4,7 +4,8 @@
 # make lint         ruff and mypy
 # make bench        what a GPU's minutes are best spent on, into runs/gpu (BUDGET=480 seconds)
 # make rivals      what some benchmarks measure us against, into .rivals (290 MB)
-# make tables       the performance tables of the documents, from benchmarks/results
+# make tables       the tables of the documents, from benchmarks/results
+# make families     every family of Hugging Face's in and out, into benchmarks/results and its table
 
 VENV   ?= .venv
 # Python 3.11 or 3.12: the first that is installed and works.
@@ -28,7 +29,7 @@ PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check
 CORES   = $(shell $(BIN)/python -c 'import os, psutil; \
 	print(min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0))))')
 
-.PHONY: setup quickstart test test-slow test-fuzz test-chaos test-slurm test-gpu lint bench rivals tables
+.PHONY: setup quickstart test test-slow test-fuzz test-chaos test-slurm test-gpu lint bench rivals tables families
 
 setup: $(STAMP)
 
@@ -87,4 +88,12 @@ rivals: .rivals/.installed
 	@touch $@
 
 tables: $(STAMP)
+	$(BIN)/python -m benchmarks.tables
+
+# The rows of one whole run: what fails leaves the table as it was.
+FAMILIES = benchmarks/results/families.jsonl
+families: $(STAMP)
+	rm -f $(FAMILIES).new
+	$(PYTEST) -m slow tests/engine/huggingface/test_families_around.py --record $(FAMILIES).new
+	mv $(FAMILIES).new $(FAMILIES)
 	$(BIN)/python -m benchmarks.tables

@@ -1,4 +1,5 @@
-"""Writes the performance tables of README.md and benchmarks/README.md from benchmarks/results/.
+"""Writes the tables of README.md and benchmarks/README.md from benchmarks/results/: performance,
+and how near families of Hugging Face's come.
 
     make tables
 
@@ -23,6 +24,7 @@ RESULTS = Path("benchmarks/results")
 def tables(root: Path) -> dict[str, dict[str, str]]:
     """Return the Markdown of every table, by document and name."""
     devices = {p.stem: read_records(p) for p in sorted((root / RESULTS).glob("*.jsonl"))}
+    families = devices.pop("families", [])
     gpus = {name: records for name, records in devices.items() if records and name != "cpu"}
     return {
         "README.md": {
@@ -30,6 +32,7 @@ def tables(root: Path) -> dict[str, dict[str, str]]:
             "generation": _generation([r for records in devices.values() for r in records]),
             "ppo": _ppo([r for records in devices.values() for r in records]),
             "real steps": _real_steps([r for records in devices.values() for r in records]),
+            "families": _families(families),
         },
         "benchmarks/README.md": {
             "kernels": _join(_kernels(records) for records in gpus.values()),
@@ -223,6 +226,34 @@ def _real_steps(records: Sequence[Record]) -> str:
     head = ("device", "step", "provider", "demonstrations or prompts/s", "tokens/s")
     head += ("padding", "peak GB", "ours over it", "commit")
     return _markdown(head, rows) if rows else "Not measured yet."
+
+
+def _families(records: Sequence[Record]) -> str:
+    """Differences to transformers in fp32, a row a family. Zero is said as equal."""
+    if not records:
+        return "Not measured yet."
+
+    def near(difference: float) -> str:
+        return f"{difference:.0e}" if difference else "equal"
+
+    rows = [
+        (
+            record["family"],
+            record["models"],
+            record["apart"],
+            near(record["logits"]),
+            f"{record['greedy']} tokens equal",
+            near(record["export"]),
+            f"{record['texts']} texts equal",
+            near(record["scores"]),
+            f"{', '.join(record['layouts'])}: {near(record['two_ranks'])}",
+        )
+        for record in records
+    ]
+    head = ("family", "models", "what sets it apart", "logits", "greedy answers", "SFT's export")
+    head += ("its tokenizer", "scores of a reward model's export", "SFT on two ranks")
+    versions = " and ".join(f"{name} {records[-1][name]}" for name in ("transformers", "torch"))
+    return f"**{versions}, on a CPU**\n\n{_markdown(head, rows)}"
 
 
 def _origin(records: Sequence[Record]) -> str:

@@ -67,7 +67,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption(
         "--record",
-        help="a file that tests marked chaos append what they saw to, a JSON line each",
+        help="a file that tests marked chaos, and test_families_around.py, append what they saw "
+        "to, a JSON line each",
     )
 
 

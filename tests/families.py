@@ -1,11 +1,19 @@
 """Tiny random models of every family that converts, as transformers builds and saves them. Their
 config.json has the keys of a public one."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 VOCAB = 300  # padded to 384 here: masking the padding matters
 CONTEXT = 64
@@ -122,3 +130,40 @@ def save_family(name: str, folder: Path, **changes: Any) -> PreTrainedModel:
     model = build_family(name, **changes)
     model.save_pretrained(folder)
     return model
+
+
+def save_talker(name: str, folder: Path, **changes: Any) -> PreTrainedModel:
+    """The same of a model whose greedy answers vary: its norms' weights are near 1, its layers say
+    more than the last token does, and no bias of the last norm speaks for one token."""
+    model = build_family(name, **changes)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.5 if parameter_name.endswith("weight") else -0.5
+        elif re.search(r"\.(h|layers)\.", parameter_name):
+            parameter.data *= 2
+    model.save_pretrained(folder)
+    return model
+
+
+def save_tokenizer(folder: Path, num_ids: int = VOCAB) -> None:
+    """Write a tokenizer of exactly so many ids as transformers does: byte pairs of the words that
+    tests/tiny.py writes in, and tokens that no text becomes. Its steps are Qwen2's, which
+    AutoTokenizer takes for every Qwen2."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PRETOKENIZE_REGEX), "isolated")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, byte_level])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=num_ids - 10,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the mill is a cheap pub near the river"] * 8, trainer)
+    num_reserved = num_ids - tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens([f"<|reserved {n}|>" for n in range(num_reserved)])
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    assert len(whole) == num_ids
+    whole.save_pretrained(folder)

@@ -147,8 +147,9 @@ class Tokenizer:
         where one has control tokens, as for padding, that the other lacks."""
         if self.is_same_as(other):
             return True
-        meanings = (each._codec.meaning() for each in (self, other))
-        return self.eos_id == other.eos_id and read_alike(*meanings)
+        if (self.eos_id, self.bos_ids) != (other.eos_id, other.bos_ids):
+            return False
+        return read_alike(self._codec.meaning(), other._codec.meaning())
 
     def save(self, directory: Path | str) -> None:
         """Write the files from which load_tokenizer(directory) makes the same tokenizer, with what

@@ -34,6 +34,7 @@ from engine.files import sync, sync_folder, write_object, writing
 from engine.huggingface.export_files import Exported, index_of, plan_files
 from engine.huggingface.export_tokenizer import export_tokenizer
 from engine.huggingface.folder_tokenizer import template_notes, warn_of_own_tokenizer
+from engine.huggingface.forced_class import read_otherwise
 from engine.huggingface.foreign import refuse_foreign
 from engine.huggingface.model_folder import ModelFolder, find_critic, find_model, read_kind
 from engine.huggingface.pad_token import ensure_pad_token
@@ -211,14 +212,9 @@ def save_huggingface(
     scores = network.kind == "scalar"
     bias = fold_bias(parameters, size, network.dtype, parallel) if scores else 0.0
     with _becoming(folder, parallel) as partial:
-
-        def write_tokenizer() -> str:
-            note = export_tokenizer(tokenizer, partial, size.context_length)
-            for said in ([note] if note else []) + template_notes(tokenizer, _TEMPLATE_USE):
-                say(said)
-            return str(ensure_pad_token(partial, tokenizer.eos_id)) if scores else ""
-
-        pad = said_by_first_rank(write_tokenizer)
+        pad = said_by_first_rank(
+            lambda: _write_tokenizer(tokenizer, partial, size, family, scores=scores)
+        )
         vocab_size = max(size.vocab_size, int(pad) + 1) if scores else size.vocab_size
         exported = Exported(
             family=family,
@@ -251,6 +247,22 @@ def save_huggingface(
 def _config_of(exported: Exported, tokenizer: Tokenizer) -> dict[str, Any]:
     dtype, bos_id = str(exported.dtype).removeprefix("torch."), next(iter(tokenizer.bos_ids), None)
     return config_of_size(exported.size, dtype=dtype, eos_id=tokenizer.eos_id, bos_id=bos_id)
+
+
+def _write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, size: GPTSize, family: Family, *, scores: bool
+) -> str:
+    """Write the tokenizer, and say what is to be said of it; return the id that a scorer's texts
+    are padded with, "" where the model scores none."""
+    notes = (
+        export_tokenizer(tokenizer, folder, size.context_length),
+        read_otherwise(tokenizer, folder, family.model_type),
+        *template_notes(tokenizer, _TEMPLATE_USE),
+    )
+    for note in notes:
+        if note:
+            say(note)
+    return str(ensure_pad_token(folder, tokenizer.eos_id)) if scores else ""
 
 
 @contextlib.contextmanager

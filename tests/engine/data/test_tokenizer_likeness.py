@@ -7,6 +7,7 @@ import pytest
 
 from engine.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from engine.data.tokenizer_likeness import read_alike
+from tests.beginnings import write_sentencepiece
 from tests.tokenizer_json import EOS, added_token, tokenizer_json, with_model
 
 EOS_ID = tokenizer_json()["added_tokens"][0]["id"]
@@ -99,3 +100,10 @@ def test_tokens_added_to_a_sentencepiece_model_are_control_tokens(tmp_path):
     assert_alike(plain, other, alike=False)
     byte_pairs = written(tmp_path / "json", tokenizer_json())
     assert_alike(plain, byte_pairs, alike=False)
+
+
+def test_another_beginning_of_text_is_a_difference(tmp_path):
+    plain = load_tokenizer(write_sentencepiece(tmp_path / "plain"))
+    begun = load_tokenizer(write_sentencepiece(tmp_path / "begun", add_bos_token=True))
+    assert plain.encode("the mill") == begun.encode("the mill")
+    assert_alike(plain, begun, alike=False)
