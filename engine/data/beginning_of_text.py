@@ -130,9 +130,9 @@ def check_reader(settings: TokenizerSettings, path: Path, around: Around) -> Non
     if around.before and settings.reader in _REBUILT:
         raise UserError(
             f"{path}: its post_processor puts {around.bos_text:.{_MOST_SHOWN}} before a text, and "
-            f"{path.parent / 'tokenizer_config.json'} has it read as a {settings.reader}, which "
-            "puts nothing there: correct one of them (a tokenizer_class PreTrainedTokenizerFast "
-            "reads it as it stands)"
+            f"{path.parent / 'tokenizer_config.json'}, or config.json there, has transformers read "
+            f"it as a {settings.reader}, which puts nothing: correct one of them (the "
+            "tokenizer_class PreTrainedTokenizerFast reads it as it stands)"
         )
 
 

@@ -227,7 +227,8 @@ def _know_control(
     """Have the library know what begins and ends a text as control tokens, and the texts of these
     as ordinary text; return what it puts around a text, and the ids of all control tokens."""
     around = put_around(model, files.path)
-    check_reader(files.settings, files.path, around)
+    if files.kind == "huggingface":
+        check_reader(files.settings, files.path, around)
     model.add_special_tokens([end.text, *(text for _, text in around.before)])
     model.encode_special_tokens = True
     return around, {i for i, t in model.get_added_tokens_decoder().items() if t.special}

@@ -92,11 +92,11 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=map(json.dumps, CONFIGS))
-@pytest.mark.parametrize("model_type", ["opt", "gpt2", "qwen2"])
+@pytest.mark.parametrize("model_type", ["opt", "gpt2", "gpt_neox", "qwen2"])
 def test_two_files_go_by_add_bos_token(tmp_path, config, model_type):
     folder = beginnings.write_two_files(tmp_path, **config)
-    ours = opened(folder)
-    assert [*ours.bos_ids, *ours.encode(TEXT)] == their_ids(folder, model_type)
+    theirs, ours = their_ids(folder, model_type), opened(folder)
+    assert [*ours.bos_ids, *ours.encode(TEXT)] == theirs
     assert bool(ours.bos_ids) == bool(config.get("add_bos_token") and config["bos_token"])
 
 
