@@ -25,7 +25,7 @@ from engine.training.network import Network, build_network
 from engine.training.passes import forward
 from models.attention import PackedSequences
 from models.readouts import Logits
-from tests.families import CONFIGS, CONTEXT, VOCAB, save_family
+from tests.families import CONFIGS, CONTEXT, VOCAB, save_family, save_talker
 from tests.ranks import run_ranks
 
 LAYOUTS = {"tp2": ParallelLayout(tp=2), "pp2": ParallelLayout(pp=2)}
@@ -96,6 +96,76 @@ def test_logits_are_those_of_transformers_and_come_back(zoo, tmp_path, name):
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(back).__name__ == RENAMED.get(name, type(back).__name__)
     torch.testing.assert_close(their_logits(tmp_path / "out"), theirs, atol=3e-6, rtol=0)
+
+
+NUM_NEW = 20
+NO_TIE = 3e-5  # of the two best logits: what rounding cannot turn around
+IN_PARTS = ("gpt2_by_layer", "opt_norm_after", "neox_serial", "mistral", "qwen2_yarn")
+
+
+@pytest.fixture(scope="module")
+def talkers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders of all families, of models whose greedy answers vary."""
+    folder = tmp_path_factory.mktemp("talkers")
+    for name in CONFIGS:
+        save_talker(name, folder / name)
+    return folder
+
+
+def prompts() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(1, VOCAB, (length,), generator=generator) for length in (1, 4, 9, 30)]
+
+
+def our_answers(network: Network) -> list[list[int]]:
+    sampling = SamplingConfig(
+        max_new_tokens=NUM_NEW, temperature=0.0, num_slots=3, block_size=8, cache_gib=0.01
+    )
+    texts = [prompt.numpy() for prompt in prompts()]
+    found = generate(network, texts, sampling, eos_id=0, seed=0)
+    answers = {response.sample_index: response.tokens.tolist() for response in found}
+    return [answers[index] for index in range(len(texts))]
+
+
+def their_answers(folder: Path) -> list[list[int]]:
+    """Of transformers, one prompt at a time; no step has a tie."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    answers = []
+    for prompt in prompts():
+        made = model.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt[None]),
+            do_sample=False,
+            max_new_tokens=NUM_NEW,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        best, second = torch.stack(made.logits)[:, 0].topk(2).values.T
+        assert (best - second).min() > NO_TIE
+        answers.append(made.sequences[0, len(prompt) :].tolist())
+    assert sum(map(len, answers)) > 2 * NUM_NEW and len({t for a in answers for t in a}) > 1
+    return answers
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_answers_are_those_of_transformers_token_for_token(talkers, name):
+    assert our_answers(load(talkers / name)) == their_answers(talkers / name)
+
+
+def answer_in_parts(folder: Path) -> dict[tuple[str, str], list[list[int]]]:
+    return {
+        (name, layout): our_answers(load(folder / name, LAYOUTS[layout]))
+        for layout in LAYOUTS
+        for name in IN_PARTS
+    }
+
+
+@pytest.mark.slow
+def test_two_ranks_answer_as_transformers_does(talkers):
+    expected = {name: their_answers(talkers / name) for name in IN_PARTS}
+    for answers in run_ranks(answer_in_parts, 2, talkers):
+        assert answers == {key: expected[key[0]] for key in answers}
 
 
 def our_logprobs(network: Network) -> Tensor:
