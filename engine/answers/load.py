@@ -12,7 +12,7 @@ from engine.huggingface.foreign import is_foreign, require_model_folder
 from engine.huggingface.model_folder import read_size
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.start import start_parallel
-from engine.run import load_shared_tokenizer, require_path
+from engine.run import load_shared_tokenizer, require_path, tokenizer_beside
 from engine.settings.generate import GenerateConfig
 from engine.settings.numerics import Numerics
 from engine.training.network import Network, build_network
@@ -27,7 +27,9 @@ def load_model(config: GenerateConfig) -> tuple[Network, Tokenizer]:
     else:
         size = size_of(weights, config.role)
         beside = run_of(weights) / "tokenizer"
-    tokenizer = load_shared_tokenizer(lambda: config.tokenizer or beside)
+    if config.tokenizer is not None:
+        beside = tokenizer_beside(require_path(config.tokenizer, "tokenizer"))
+    tokenizer = load_shared_tokenizer(lambda: beside)
     tokenizer.check_fits(size.vocab_size)
     network = build_network("language", size, parallel, numerics=Numerics(dtype=config.dtype))
     if is_huggingface:

@@ -57,6 +57,8 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles:
             return _read_gpt2(path.parent, names)
     if path.suffix == ".json":
         return _read_huggingface(path)
+    if path.suffix in (".safetensors", ".bin") and path.exists():
+        raise UserError(f"{path} is a file of weights: give the tokenizer's folder, {path.parent}")
     return _read_sentencepiece(path)
 
 
@@ -69,6 +71,8 @@ def _read_folder(folder: Path) -> TokenizerFiles:
     models = sorted(folder.glob("*.model"))
     if len(models) != 1:
         found = f"{len(models)} .model files" if models else "none of them"
+        if (folder / "snapshots").is_dir():
+            found += "; it is a cache of the hub: give a folder in its snapshots/"
         raise UserError(
             f"{folder} should hold a tokenizer.json, encoder.json + vocab.bpe, vocab.json + "
             f"merges.txt, or one sentencepiece .model file, and holds {found}"

@@ -45,7 +45,7 @@ from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
 from engine.ranks.same_folder import check_same_folder
 from engine.ranks.start import start_parallel
-from engine.run import load_shared_tokenizer, require_path
+from engine.run import load_shared_tokenizer, require_path, tokenizer_beside
 from engine.settings.convert import ConvertConfig
 from engine.settings.numerics import Numerics
 from engine.settings.saved import save_config
@@ -363,6 +363,6 @@ def _export_family(size: GPTSize) -> Family:
 def _load_tokenizer(path: Path, size: GPTSize) -> Tokenizer:
     """Return the tokenizer, which must fit the model."""
     require_path(path, "tokenizer")
-    tokenizer = load_shared_tokenizer(lambda: path)
+    tokenizer = load_shared_tokenizer(lambda: tokenizer_beside(path))
     tokenizer.check_fits(size.vocab_size)
     return tokenizer

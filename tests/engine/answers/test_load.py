@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,13 @@ def test_a_tokenizer_that_is_not_a_folders_own_is_warned_of(gpt2_folder, tmp_pat
     load_model(config(folder, tmp_path, tokenizer=other))
     said = f"--tokenizer {other} is another tokenizer than that in {folder}"
     assert said in capsys.readouterr().err
+    with pytest.raises(UserError, match="--tokenizer gpt2: no such file or folder; if that is a"):
+        load_model(config(folder, tmp_path, tokenizer=Path("gpt2")))
+
+
+def test_a_run_may_be_named_for_its_tokenizer(gpt2_folder, run, tmp_path):
+    loaded = load_model(config(gpt2_folder, tmp_path, tokenizer=run / "policy"))[1]
+    assert loaded.path.parent == run / "policy" / "tokenizer"
 
 
 def test_a_runs_tokenizer_is_loaded_with_it_and_another_is_refused(run, tmp_path):

@@ -61,6 +61,15 @@ def test_a_pointer_of_git_lfs_is_said_to_be_one(tmp_path, name):
         read_tokenizer_files(tmp_path)
 
 
+def test_weights_and_a_cache_of_the_hub_are_answered_with_the_folder_to_give(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=f"is a file of weights: give the .* folder, {tmp_path}"):
+        read_tokenizer_files(tmp_path / "model.safetensors")
+    (tmp_path / "snapshots").mkdir()
+    with pytest.raises(UserError, match="cache of the hub: give a folder in its snapshots/"):
+        read_tokenizer_files(tmp_path)
+
+
 def test_the_digest_is_of_all_that_matters(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     digests = [read_tokenizer_files(tmp_path).digest()]

@@ -3,12 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from engine.errors import UserError
-from engine.huggingface.model_folder import find_model, read_size
+from engine.huggingface.model_folder import ModelFolder, find_critic, find_model, read_size
 from tests.families import CONFIGS, build_family, save_family
+from tests.fuzzing import fuzzed
 
 WEIGHTS = "model.safetensors"
 
@@ -173,3 +176,36 @@ def test_a_trunk_alone_is_a_tied_model(tmp_path):
         trunk = model.transformer if name == "gpt2" else model.model
         trunk.save_pretrained(tmp_path / name)
         find_model(tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def spoiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("spoiled")
+    save_family("gpt2", folder)
+    return folder
+
+
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 64]), max_size=3)
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
+
+
+@pytest.mark.fuzz
+@fuzzed
+@given(
+    parts=st.dictionaries(
+        st.sampled_from(["v_head.summary.weight", "v_head.summary.bias", "m.v_head.summary.bias"])
+        | st.sampled_from(["v_head.summary.x", "v_head.weight", "score.weight"]),
+        st.tuples(SHAPES, DTYPES, st.sampled_from([0.0, 1e30, float("inf"), float("nan")])),
+    )
+)
+def test_any_value_head_is_a_critic_or_one_line(spoiled, parts):
+    kept = load_file(spoiled / WEIGHTS).items()
+    trunk = {name: t for name, t in kept if "v_head" not in name and name != "score.weight"}
+    head = {
+        name: torch.full(shape, value).to(dtype) for name, (shape, dtype, value) in parts.items()
+    }
+    save_file(trunk | head, spoiled / WEIGHTS, metadata={"format": "pt"})
+    try:
+        assert isinstance(find_critic(spoiled), ModelFolder)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1

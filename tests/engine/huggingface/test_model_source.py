@@ -245,6 +245,20 @@ def test_our_exported_reward_model_scores_as_the_run_that_it_came_from(padded, t
         assert folder[name] == pytest.approx(own[name], abs=1e-5), name
 
 
+def noted_draws(monkeypatch: pytest.MonkeyPatch, *modules: str) -> set[int]:
+    """Return where all ids of the modules' rollouts are noted from now on."""
+    drawn: set[int] = set()
+
+    def noting(*args: Any, **options: Any) -> Rollout:
+        rollout = generate_rollout(*args, **options)
+        drawn.update(int(token) for each in rollout.examples for token in each.tokens)
+        return rollout
+
+    for module in modules:
+        monkeypatch.setattr(f"{module}.generate_rollout", noting)
+    return drawn
+
+
 @pytest.mark.parametrize("kind", ["folder", "run"])
 def test_a_policy_with_a_token_more_never_draws_it(padded, tiny, tmp_path, kind, monkeypatch):
     policy = padded / "policy"
@@ -253,15 +267,7 @@ def test_a_policy_with_a_token_more_never_draws_it(padded, tiny, tmp_path, kind,
         import_huggingface(
             ConvertConfig(direction="import", source=padded / "policy", out=tmp_path / "imported")
         )
-    drawn: set[int] = set()
-
-    def noting(*args: Any, **options: Any) -> Rollout:
-        rollout = generate_rollout(*args, **options)
-        drawn.update(int(t) for e in rollout.examples for t in e.tokens)
-        return rollout
-
-    monkeypatch.setattr("engine.ppo.generate_rollout", noting)
-    monkeypatch.setattr("engine.evaluation.held_out.generate_rollout", noting)
+    drawn = noted_draws(monkeypatch, "engine.ppo", "engine.evaluation.held_out")
     sampling = SamplingConfig(max_new_tokens=24, num_slots=4, cache_gib=0.01, temperature=100.0)
     config = ppo_config(
         tiny, tmp_path / "run", policy=policy, reference=None, sampling=sampling, saving=EVERY_STEP
@@ -274,11 +280,13 @@ def test_a_policy_with_a_token_more_never_draws_it(padded, tiny, tmp_path, kind,
     assert not (own / "reference" / "tokenizer").exists()
 
 
-def test_an_epoch_is_selected_by_a_reward_model_of_fewer_ids(padded, tiny, tmp_path):
-    hot = SamplingConfig(max_new_tokens=24, cache_gib=0.01, temperature=100.0)
+def test_an_epoch_is_selected_by_a_reward_model_of_fewer_ids(padded, tiny, tmp_path, monkeypatch):
+    drawn = noted_draws(monkeypatch, "engine.evaluation.selection")
+    hot = SamplingConfig(max_new_tokens=40, cache_gib=0.01, temperature=100.0)
     selection = SelectionConfig(reward_model=tiny / "reward_model", sampling=hot)
     train(sft_config(tiny, tmp_path / "run", init_from=padded / "policy", selection=selection))
     assert (tmp_path / "run" / "selected.json").exists()
+    assert len(drawn) > 80 and max(drawn) == SIZE.vocab_size - 1
 
 
 def test_a_sentencepiece_run_takes_its_own_export(tiny, tmp_path):
