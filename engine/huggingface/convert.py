@@ -121,8 +121,7 @@ def export_huggingface(config: ConvertConfig) -> Path:
     """Write a checkpoint's network as a Hugging Face folder; return it. Raises UserError."""
     parallel = start_parallel(config.layout, 0, config.waiting, config)
     source, out = require_path(config.source, "source"), _require_out(config)
-    refuse_foreign(source)
-    role = config.role or _role_at(source)
+    role = _role_at(source, config.role)
     found = network_at(source, role, strict=config.strict)
     size, beside = found.size, run_of(found.folder) / "tokenizer"
     tokenizer = _load_tokenizer(config.tokenizer or beside, size)
@@ -310,10 +309,14 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             sync(stream)
 
 
-def _role_at(source: Path) -> str:
-    """Return the role of the network to export: a policy, or what is there instead of one."""
+def _role_at(source: Path, named: str | None) -> str:
+    """Return the role of the network to export: the one that is named, or a policy, or what is
+    there instead of one. Raises UserError where no network of ours is."""
 
     def find() -> str:
+        refuse_foreign(source)
+        if named:
+            return named
         errors = []
         for role in _KIND_OF:
             try:

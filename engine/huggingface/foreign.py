@@ -8,7 +8,6 @@ from pathlib import Path
 
 from engine.errors import UserError, named
 from engine.files import MAX_SHOWN_PATH, hub_name, link_to_nothing, read_object
-from engine.ranks.first_rank import said_by_first_rank
 
 _MAX_NAMES = 10_000  # of a folder that are looked at; our choice
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -101,19 +100,13 @@ def require_model_folder(folder: Path) -> None:
 
 
 def refuse_foreign(path: Path) -> None:
-    """Raise UserError, on all ranks, who call together, where a run of ours is wanted and a path
-    means another program's model."""
-
-    def look() -> str:
-        if is_foreign(path):
-            require_model_folder(path)
-            raise UserError(
-                f"{named(path, MAX_SHOWN_PATH)} is a Hugging Face folder already: use it as it is; "
-                "for other files or another dtype import it first, and export that run"
-            )
-        return ""
-
-    said_by_first_rank(look)
+    """Raise UserError where a run of ours is wanted and a path means another program's model."""
+    if is_foreign(path):
+        require_model_folder(path)
+        raise UserError(
+            f"{named(path, MAX_SHOWN_PATH)} is a Hugging Face folder already: use it as it is; "
+            "for other files or another dtype import it first, and export that run"
+        )
 
 
 def held_instead(folder: Path) -> str:

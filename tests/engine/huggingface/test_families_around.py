@@ -75,9 +75,7 @@ ROWS = {
     ),
     "Cerebras-GPT": Row("cerebras", "Cerebras-GPT 111M to 13B", "gelu without approximation"),
     "OPT": Row("opt", "OPT 125M, 1.3B to 66B", "relu, positions from row 2"),
-    "OPT 350M": Row("opt_350m", "OPT 350M", "norms after, embeddings of another width")
-    if "opt_350m" in CONFIGS
-    else Row("opt_norm_after", "OPT 350M but for its embeddings' width", "norms after"),
+    "OPT 350M": Row("opt_350m", "OPT 350M", "norms after, embeddings of another width"),
     "Pythia": Row(
         "pythia",
         "Pythia 14M to 12B, GPT-NeoX-20B",
