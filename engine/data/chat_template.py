@@ -4,8 +4,10 @@ The template is a program of jinja's (as transformers has them), which comes wit
 writes a list of messages as one text. Control tokens that it writes become these tokens. Where a
 message has the text of one, that stays text: who writes a message does not end the turn.
 
+A template that looks into such a message finds a mark there, which its text is without.
+
 What a template says is not trusted: it runs in jinja's sandbox, sees plain values alone, and the
-text that it writes has a limit.
+text that it writes has a limit, part by part. Memory and time within a part have none.
 """
 
 import datetime
@@ -21,6 +23,7 @@ import jinja2.utils
 import numpy as np
 
 from engine.data.chat import Messages
+from engine.data.codecs import Control
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
 
@@ -39,13 +42,14 @@ class ChatTemplate:
         source = template_of(tokenizer)
         if source is None:
             raise UserError(f"{tokenizer.path} has no chat template")
-        tokenizer.encode_with_control("")
+        tokenizer.read_control("")  # or it cannot
         self._tokenizer = tokenizer
-        control = sorted(tokenizer.control_texts, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
         settings = tokenizer.kept("tokenizer_config.json")
-        named = {f"{role}_token": _text_of(settings.get(f"{role}_token")) for role in _ROLES}
-        self._values = {name: text for name, text in named.items() if text is not None}
+        extra = settings.get("extra_special_tokens")
+        named = dict(extra) if isinstance(extra, dict) else {}
+        named |= {name: settings.get(name) for name in (f"{role}_token" for role in _ROLES)}
+        texts = {name: _text_of(token) for name, token in named.items()}
+        self._values = {name: text for name, text in texts.items() if text is not None}
         environment, source = _environment(), _GENERATION.sub(_as_condition, source)
         try:
             for node in environment.parse(source).find_all(jinja2.nodes.NSRef):
@@ -75,19 +79,38 @@ class ChatTemplate:
     def prompt(self, messages: Messages) -> tuple[str, np.ndarray]:
         """Return the dialogue's text, with the assistant's turn open, and its tokens [n] int64;
         raises UserError as text() does."""
-        contents = "".join(message["content"] for message in messages)
-        if not self._control.search(contents):
+        if not any(self._control(message["content"]) for message in messages):
             text = self.text(messages)
-            return text, np.asarray(self._tokenizer.encode_with_control(text), dtype=np.int64)
-        # A mark behind their first character keeps the texts of control tokens apart.
+            return text, np.asarray(self._tokenizer.read_control(text)[0], dtype=np.int64)
+        contents = "".join(message["content"] for message in messages)
         mark = next(chr(code) for code in _MARKS if chr(code) not in contents)
-        marked = [
-            {**message, "content": self._control.sub(_split_by(mark), message["content"])}
-            for message in messages
-        ]
-        parts = self.text(marked).split(mark)
-        tokens = [token for part in parts for token in self._tokenizer.encode_with_control(part)]
-        return "".join(parts), np.asarray(tokens, dtype=np.int64)
+        text = self.text([m | {"content": self._marked(m["content"], mark)} for m in messages])
+        tokens, end = [], 0
+        for start, stop, token in self._control(text):  # the template's own
+            tokens += [*self._ordinary(text[end:start].replace(mark, "")), token]
+            end = stop
+        tokens += self._ordinary(text[end:].replace(mark, ""))
+        return text.replace(mark, ""), np.asarray(tokens, dtype=np.int64)
+
+    def _marked(self, content: str, mark: str) -> str:
+        """Return a message with marks between the characters of control tokens' texts, which are
+        none then; raises UserError where one is a single character."""
+        marked, end = "", 0
+        for start, stop, _ in self._control(content):
+            marked += content[end:start] + mark.join(content[start:stop])
+            end = stop
+        marked += content[end:]
+        if self._control(marked):
+            raise self._refused(
+                "does not take this dialogue", ValueError("a message has a control token's text")
+            )
+        return marked
+
+    def _control(self, text: str) -> list[Control]:
+        return self._tokenizer.read_control(text)[1]
+
+    def _ordinary(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text) if text else []
 
     def _refused(self, what: str, error: BaseException) -> UserError:
         reason = str(error).split("\n", 1)[0].strip()[:_MAX_REASON] or type(error).__name__
@@ -98,13 +121,10 @@ def template_of(tokenizer: Tokenizer) -> str | None:
     """Return a tokenizer's chat template, of several the one named "default"; None without one."""
     kept = tokenizer.kept("tokenizer_config.json").get("chat_template")
     if isinstance(kept, list):
-        named = {each.get("name"): each.get("template") for each in kept if isinstance(each, dict)}
-        kept = named.get("default")
+        kept = {each.get("name"): each.get("template") for each in kept if isinstance(each, dict)}
+    if isinstance(kept, dict):
+        kept = kept.get("default")
     return kept if isinstance(kept, str) and kept else None
-
-
-def _split_by(mark: str) -> Any:
-    return lambda found: found[0][0] + mark + found[0][1:]
 
 
 def _text_of(token: Any) -> str | None:
@@ -133,7 +153,10 @@ def _check_public(name: str) -> None:
 def _environment() -> jinja2.Environment:
     """Return where templates run: what transformers gives them, and nothing else."""
     found = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        optimized=False,
+        extensions=["jinja2.ext.loopcontrols"],
     )
     found.filters["tojson"] = _as_json
     found.globals = {
@@ -146,9 +169,16 @@ def _environment() -> jinja2.Environment:
     return found
 
 
-def _as_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+def _as_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """jinja's own escapes what HTML would read."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+    options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # type: ignore[arg-type]
 
 
 def _raise(message: str) -> Iterator[str]:

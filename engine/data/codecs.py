@@ -32,6 +32,9 @@ _SPACE_MARK = "\u2581"  # sentencepiece writes a space as this character
 _MOST_SHOWN = 60  # characters of a text from a file in an error; our choice
 _MAX_REASON = 200  # characters of a library's own message; our choice
 
+Control = tuple[int, int, int]
+"""A control token in a text: its first character, the one behind its last, and its id."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Codec:
@@ -55,10 +58,9 @@ class Codec:
     """What a user should know of the files."""
     encode: Callable[[list[str]], list[list[int]]]
     """Texts to ids, no control token among them; raises UserError."""
-    encode_with_control: Callable[[str], list[int]] | None = None
-    """A text to ids, those of control tokens for their texts; None where the library cannot."""
-    control_texts: Sequence[str] = ()
-    """Texts that encode_with_control makes control tokens of."""
+    read_control: Callable[[str], tuple[list[int], list[Control]]] | None = None
+    """A text to ids, those of control tokens for their texts, and where these are; None where the
+    library cannot."""
     decode: Callable[[list[int]], str]
     """Ids to text, control tokens left out; raises UserError."""
     normalize: Callable[[str], str]
@@ -290,8 +292,7 @@ def _wrap(model: tokenizers.Tokenizer, files: TokenizerFiles, kept: dict[str, by
         bos_text=around.bos_text,
         notes=notes(files.settings, around, end.id),
         encode=encode,
-        encode_with_control=_control_encoder(model, path),
-        control_texts=sorted(text for text, number in vocabulary.items() if number in control),
+        read_control=_control_reader(model, path, control),
         decode=decode,
         normalize=normalize,
         steps=[part.__getstate__().decode() for part in parts if part is not None],
@@ -300,17 +301,20 @@ def _wrap(model: tokenizers.Tokenizer, files: TokenizerFiles, kept: dict[str, by
     )
 
 
-def _control_encoder(model: tokenizers.Tokenizer, path: Path) -> Callable[[str], list[int]]:
-    def encode(text: str) -> list[int]:
+def _control_reader(
+    model: tokenizers.Tokenizer, path: Path, control: Collection[int]
+) -> Callable[[str], tuple[list[int], list[Control]]]:
+    def read(text: str) -> tuple[list[int], list[Control]]:
         with _one_line(path, "does not encode a text"):
             model.encode_special_tokens = False
             try:
-                found: list[int] = model.encode(text, add_special_tokens=False).ids
+                found = model.encode(text, add_special_tokens=False)
             finally:
                 model.encode_special_tokens = True
-            return found
+            spans = zip(found.offsets, found.ids, strict=True)
+            return found.ids, [(*span, token) for span, token in spans if token in control]
 
-    return encode
+    return read
 
 
 def _check_vocabulary(path: Path, pieces: Collection[str], ids: Collection[int]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import sentencepiece
 
-from engine.data.codecs import Codec, open_codec
+from engine.data.codecs import Codec, Control, open_codec
 from engine.data.end_of_text import END_OF_TEXT
 from engine.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from engine.data.tokenizer_likeness import read_alike
@@ -72,20 +72,16 @@ class Tokenizer:
         for batch in in_batches(texts):
             yield from self._codec.encode(batch)
 
-    @property
-    def control_texts(self) -> Sequence[str]:
-        """Texts of control tokens; see encode_with_control."""
-        return self._codec.control_texts
-
-    def encode_with_control(self, text: str) -> list[int]:
-        """Return the ids of a text, in which the texts of control tokens become these: of a text
-        that nobody else has written. Raises UserError for a sentencepiece model, which cannot."""
-        if self._codec.encode_with_control is None:
+    def read_control(self, text: str) -> tuple[list[int], list[Control]]:
+        """Return the ids of a text, in which the texts of control tokens become these, and where
+        they are: of a text that nobody else has written. Raises UserError for a sentencepiece
+        model, which cannot."""
+        if self._codec.read_control is None:
             raise UserError(
                 f"{self.path}: a sentencepiece model makes no control token of a text; a chat "
                 "template wants a tokenizer.json beside it"
             )
-        return self._codec.encode_with_control(text)
+        return self._codec.read_control(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without control tokens, and without ids that are no token's;

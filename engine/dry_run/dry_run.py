@@ -106,25 +106,28 @@ def check_batches(config: StageConfig, sizes: Sizes, num_gpus: int) -> list[str]
     """Return how a step's batch falls on the ranks, in words; raises UserError where it does not.
 
     A run is laxer: it deals uneven batches, gives a long sequence a micro-batch of its own and
-    drops long prompts. On many GPUs each of these is more likely a slip.
+    drops long prompts. On many GPUs each of these is more likely a slip. A limit above the context
+    of a model that is there is none: sizes of all kinds have the same recipe.
     """
     dp = config.layout.dp(num_gpus)
     if isinstance(config, PPOConfig):
         return _check_ppo_batches(config, sizes, num_gpus)
-    data, size = config.data, sizes.trained
-    _check_fits("data.max_tokens", data.max_tokens, size)
+    data, trained = config.data, sizes.policy or sizes.reward_model
+    assert trained is not None  # every stage has one of them
+    notes = _check_fits("data.max_tokens", data.max_tokens, trained)
     if isinstance(config, SFTConfig) and config.data.pretraining_fraction > 0:
-        _check_fits("data.pretraining_tokens", config.data.pretraining_tokens, size)
+        notes += _check_fits("data.pretraining_tokens", config.data.pretraining_tokens, trained)
     if data.max_prompt_tokens >= data.max_tokens:
         raise UserError(
             f"data.max_prompt_tokens {data.max_prompt_tokens} leaves no room for a response in "
             f"data.max_tokens {data.max_tokens}"
         )
     _check_shares("batch_size", config.batch_size, dp)
-    _check_budget(config.micro_batch_tokens, data.max_tokens)
+    _check_budget(config.micro_batch_tokens, min(data.max_tokens, trained.size.context_length))
     items = "prompts with all their answers" if isinstance(config, RMConfig) else "sequences"
     return [
-        f"batch: {config.batch_size} {items} a step, {config.batch_size // dp} a rank (dp {dp})"
+        f"batch: {config.batch_size} {items} a step, {config.batch_size // dp} a rank (dp {dp})",
+        *notes,
     ]
 
 
@@ -141,9 +144,14 @@ def _check_ppo_batches(config: PPOConfig, sizes: Sizes, num_gpus: int) -> list[s
     dp = config.layout.dp(num_gpus)
     config.sampling.check()
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
-    readers = (sizes.policy, sizes.reward_model, sizes.reference)
-    context = min(found.size.context_length for found in readers if found is not None)
-    if longest > context:
+    readers = [each for each in (sizes.policy, sizes.reward_model, sizes.reference) if each]
+    shortest = min(readers, key=lambda found: found.size.context_length)
+    context, notes = shortest.size.context_length, []
+    if longest > context and shortest.is_found and config.sampling.max_new_tokens < context:
+        room = context - config.sampling.max_new_tokens
+        notes.append(f"prompts over {room} tokens are dropped: the context has {context}")
+        longest = context
+    elif longest > context:
         raise UserError(
             f"data.max_prompt_tokens {config.data.max_prompt_tokens} + sampling.max_new_tokens "
             f"{config.sampling.max_new_tokens} = {longest} exceed the context of {context} tokens: "
@@ -158,15 +166,18 @@ def _check_ppo_batches(config: PPOConfig, sizes: Sizes, num_gpus: int) -> list[s
         f"of {config.minibatch_size}, {config.minibatch_size // dp} a rank (dp {dp})"
     ]
     if config.ptx_coef > 0:
-        _check_fits("data.pretraining_tokens", config.data.pretraining_tokens, sizes.trained)
-        longest = max(longest, config.data.pretraining_tokens)
+        assert sizes.policy is not None  # of PPO
+        notes += _check_fits(
+            "data.pretraining_tokens", config.data.pretraining_tokens, sizes.policy
+        )
+        longest = max(longest, min(config.data.pretraining_tokens, context))
         num_examples = config.ptx_examples_per_episode * config.minibatch_size
         lines.append(
             f"ptx: {num_examples} sequences of {config.data.pretraining_tokens} tokens an update, "
             f"{num_examples // dp} a rank"
         )
     _check_budget(config.micro_batch_tokens, longest)
-    return lines
+    return lines + notes
 
 
 def _check_shares(name: str, count: int, dp: int, dp_name: str = "dp") -> None:
@@ -185,11 +196,15 @@ def _check_budget(micro_batch_tokens: int, longest: int) -> None:
         )
 
 
-def _check_fits(name: str, num_tokens: int, size: GPTSize) -> None:
-    if num_tokens > size.context_length:
-        raise UserError(
-            f"{name} {num_tokens} is more than the context of {size.context_length} tokens"
-        )
+def _check_fits(name: str, num_tokens: int, found: NetworkSize) -> list[str]:
+    """Return what is to be said of a number of tokens and the context, which a model that is there
+    has as it is; raises UserError where the context was chosen too."""
+    said = f"{name} {num_tokens} is more than the context of {found.size.context_length} tokens"
+    if num_tokens <= found.size.context_length:
+        return []
+    if not found.is_found:
+        raise UserError(said)
+    return [f"{said}, which counts"]
 
 
 def _model(

@@ -15,6 +15,7 @@ from models.sizes import GPTSize
 
 SCORER = "ForSequenceClassification"
 """How the names of transformers' classes end that score a text."""
+IN_WORDS_OF_SCORER = "a reward model or classifier: it scores texts and writes none"
 _WRITERS = ("ForCausalLM", "LMHeadModel")  # of those that write one
 _MAX_CONFIG_BYTES = 1 << 20  # of config.json, which has a few hundred; our choice
 
@@ -57,8 +58,11 @@ def stored_size(path: Path, role: str) -> tuple[GPTSize, Path]:
     """
     if is_foreign(path):
         _, size, config = describe_folder(path)
-        if role == "reward_model" and any(c.endswith(_WRITERS) for c in classes_of(config)):
+        classes = classes_of(config)
+        if role == "reward_model" and any(each.endswith(_WRITERS) for each in classes):
             raise UserError(in_words_of_language_model(path))
+        if role != "reward_model" and any(each.endswith(SCORER) for each in classes):
+            raise UserError(f"{path} holds {IN_WORDS_OF_SCORER}; a language model is needed here")
         return size, path
     found = candidates_at(path, role)
     folder = Path(found["folders"][0]) / found["role"]

@@ -13,6 +13,7 @@ import torch
 
 from engine.errors import UserError, named
 from engine.huggingface.described import (
+    IN_WORDS_OF_SCORER,
     SCORER,
     classes_of,
     describe_folder,
@@ -44,7 +45,7 @@ _QUANTISED = re.compile(
 )
 # Networks on a trunk that say something else than the next token: {ending of the class: what}.
 _OTHER_TASKS = {
-    SCORER: "a reward model or classifier: it scores texts and writes none",
+    SCORER: IN_WORDS_OF_SCORER,
     "ForTokenClassification": "a classifier of tokens, and writes none",
     "ForQuestionAnswering": "a reader of answers, and writes none",
 }

@@ -4,6 +4,7 @@ the named sizes. Imports neither torch nor megatron.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from engine.errors import UserError, named
@@ -17,6 +18,14 @@ from models.sizes import GPTSize
 
 StageConfig = SFTConfig | RMConfig | PPOConfig
 
+# The copies that a run has of what its options name (engine/identity/made_from.py).
+_COPIES = {
+    "init_from": ("init_from",),
+    "policy": ("policy", "reference"),
+    "reference": ("reference",),
+    "reward_model": ("reward_model",),
+    "selection.reward_model": ("selection_reward_model",),
+}
 SELECTOR = "6b"  # what selects SFT's epoch where its run is not there: the paper's is this
 
 
@@ -27,6 +36,8 @@ class NetworkSize:
     size: GPTSize
     origin: str
     """In words: a path, or a named size and why that was taken."""
+    is_found: bool = False
+    """Whether a model that is there has it; else it is a setting's."""
 
     def __str__(self) -> str:
         size = self.size
@@ -81,51 +92,53 @@ def _sizes(config: StageConfig, *, looks: bool) -> Sizes:
     if isinstance(config, PPOConfig):
         return _ppo_sizes(config, looks=looks)
     check_starts(config.size, config.init_from)
-    start = _size("init_from", config.init_from, "policy", config.size, looks=looks)
+    start = _size(config, "init_from", "policy", config.size, looks=looks)
     if isinstance(config, RMConfig):
         return Sizes(reward_model=start)
     if config.band:
         origin = f"{start.origin}, with a band of {config.band} tokens in every second layer"
         start = NetworkSize(size=banded(start.size, config.band), origin=origin)
-    path, option = config.selection.reward_model, "selection.reward_model"
-    if path is None:
+    if config.selection.reward_model is None:
         return Sizes(policy=start)
-    selector = _size(option, path, "reward_model", SELECTOR, looks=looks)
+    selector = _size(config, "selection.reward_model", "reward_model", SELECTOR, looks=looks)
     return Sizes(policy=start, reward_model=selector)
 
 
 def _ppo_sizes(config: PPOConfig, *, looks: bool) -> Sizes:
-    policy = _size("policy", config.policy, "policy", config.size, looks=looks)
+    policy = _size(config, "policy", "policy", config.size, looks=looks)
     check_named_size(config.size, policy.size, config.policy, "policy")
-    path, role = config.reward_model, "reward_model"
-    scorer = _size(
-        role, path, role, config.reward_model_size, looks=looks, like=("the policy's", policy.size)
-    )
-    check_named_size(config.reward_model_size, scorer.size, path, role)
+    role, name, alike = "reward_model", config.reward_model_size, ("the policy's", policy.size)
+    scorer = _size(config, role, role, name, looks=looks, like=alike)
+    check_named_size(name, scorer.size, config.reward_model, role)
     reference = None
     if config.reference is not None:
-        alike = ("the policy's", policy.size)
-        reference = _size("reference", config.reference, "policy", "", looks=looks, like=alike)
+        reference = _size(config, "reference", "policy", "", looks=looks, like=alike)
     return Sizes(policy=policy, reward_model=scorer, reference=reference)
 
 
 def _size(
+    config: StageConfig,
     option: str,
-    path: Path | None,
     role: str,
     name: str,
     *,
     looks: bool,
     like: tuple[str, GPTSize] | None = None,
 ) -> NetworkSize:
-    """Return the size of what is at a path; where nothing is, or nobody looks, the named one, or
-    else that of `like`, with words for it."""
+    """Return the size of the network that an option names: of the copy that its run has begun with,
+    or of what is at the path. Where neither is, or nobody looks, it is the named one, or else that
+    of `like`, with words for it."""
+    path: Path | None = attrgetter(option)(config)
     flag, shown = option.replace("_", "-"), named(path or "", MAX_SHOWN_PATH)
     reason = ""
     if path is not None and looks:
-        if path.exists():
-            size, where = stored_size(path, role)
-            return NetworkSize(size=size, origin=f"as {named(where, MAX_SHOWN_PATH)} says")
+        sources = config.directory / "sources"
+        copies = [sources / copy for copy in _COPIES[option] if (sources / copy).is_dir()]
+        for there in (*copies, path):
+            if there.exists():
+                size, where = stored_size(there, role)
+                origin = f"as {named(where, MAX_SHOWN_PATH)} says"
+                return NetworkSize(size=size, origin=origin, is_found=True)
         reason = f", for --{flag} {shown} is not there{hub_name(path)}"
     if name:
         return NetworkSize(size=named_size(name), origin=f"the size {name}{reason}")

@@ -1,6 +1,7 @@
 """Every recipe passes its dry run; a job that does not fit stops with a line that says why."""
 
 import dataclasses
+import json
 import os
 import runpy
 import subprocess
@@ -11,11 +12,13 @@ import pytest
 
 from engine.dry_run.dry_run import check_batches, chosen_gpus, dry_run, models_of
 from engine.errors import UserError
-from engine.planning.sizes import named_sizes
+from engine.planning.sizes import named_sizes, sizes_at
 from engine.ranks.start import end_parallel
 from engine.recipe import run_stage
 from engine.settings.layout import ParallelLayout
+from engine.settings.sampling import SamplingConfig
 from models.sizes import SIZES
+from tests.families import CONFIGS
 
 ROOT = Path(__file__).parents[3]
 STAGES = ("sft", "init", "rm", "ppo")
@@ -192,6 +195,23 @@ def test_batch_that_does_not_fit_is_refused(stage, changes, data, message):
     config = dataclasses.replace(config, **changes)
     with pytest.raises(UserError, match=message):
         check_batches(config, named_sizes(config), 8)
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ("sft", "data.max_tokens 1024 is more than the context of 64 tokens, which counts"),
+        ("rm", "data.max_tokens 1024 is more than the context of 64 tokens, which counts"),
+        ("ppo", "prompts over 48 tokens are dropped: the context has 64"),
+    ],
+)
+def test_the_context_of_a_model_that_is_there_counts(stage, said, tmp_path):
+    config, short = config_of(f"{stage}_hf"), SamplingConfig(max_new_tokens=16)
+    config = dataclasses.replace(config, **({"sampling": short} if stage == "ppo" else {}))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"]))
+    start = {"policy" if stage == "ppo" else "init_from": tmp_path}
+    config = dataclasses.replace(config, directory=tmp_path / "run", **start)
+    assert said in check_batches(config, sizes_at(config), 8)
 
 
 def test_generation_in_a_layout_of_its_own_is_built_too(capsys):

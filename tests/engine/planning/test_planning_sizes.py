@@ -51,6 +51,26 @@ def test_a_folder_has_the_say_over_the_named_size(folder: Path):
     )
 
 
+def test_a_run_that_has_begun_has_the_size_of_its_own_copy(folder: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    copy = network(run / "sources/init_from", "policy", "language", "small")
+    for path in (folder, NOWHERE):  # which says another now, or is gone
+        found = sizes_at(SFTConfig(size="", init_from=path, directory=run))
+        assert found.policy is not None and found.policy.is_found
+        assert (found.trained, found.policy.origin) == (SIZES["small"], f"as {copy} says")
+    network(run / "sources/reference", "policy", "language", "tiny")
+    ppo = PPOConfig(size="", reward_model_size="", directory=run, policy=NOWHERE)
+    assert sizes_at(ppo).trained == SIZES["tiny"]
+
+
+def test_a_folder_that_scores_texts_is_no_policy(folder: Path):
+    config = CONFIGS["llama"] | {"architectures": ["LlamaForSequenceClassification"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    for kind in (SFTConfig, RMConfig):
+        with pytest.raises(UserError, match="scores texts and writes none; a language model is"):
+            sizes_at(kind(size="", init_from=folder))
+
+
 def test_so_has_a_network_of_ours(tmp_path: Path):
     policy = network(tmp_path, "policy", "language", "small")
     found = sizes_at(SFTConfig(size="1.3b", init_from=policy))
