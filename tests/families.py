@@ -141,6 +141,8 @@ def save_talker(name: str, folder: Path, **changes: Any) -> PreTrainedModel:
             parameter.data += 0.5 if parameter_name.endswith("weight") else -0.5
         elif re.search(r"\.(h|layers)\.", parameter_name):
             parameter.data *= 2
+        elif "project_in" in parameter_name:
+            parameter.data *= 8  # tokens count beside positions
     model.save_pretrained(folder)
     return model
 

@@ -45,12 +45,13 @@ def chosen_template(config: GenerateConfig, tokenizer: Tokenizer) -> ChatTemplat
 
 
 def tokens_of_dialogue(
-    messages: Messages, tokenizer: Tokenizer, template: ChatTemplate | None
+    messages: Messages, tokenizer: Tokenizer, template: ChatTemplate | None, suffix: str
 ) -> np.ndarray:
-    """Return the tokens [n] int64 of messages, with the assistant's turn open."""
+    """Return the tokens [n] int64 of messages, with the assistant's turn open; suffix: closes turns
+    as it closes every prompt, and nothing of a template's."""
     if template is not None:
         return template.prompt(messages)[1]
-    return next(encode_prompts([render_prompt(messages, "messages")], tokenizer))
+    return next(encode_prompts([render_prompt(messages, "messages")], tokenizer, suffix))
 
 
 def read_asked(

@@ -50,12 +50,12 @@ def _take_turns(network: Network, tokenizer: Tokenizer, config: GenerateConfig) 
             messages = [] if line.strip() else messages
             continue
         messages.append({"role": "user", "content": line})
-        prompt = tokens_of_dialogue(messages, tokenizer, template)
+        prompt = tokens_of_dialogue(messages, tokenizer, template, config.prompt_suffix)
         while (
             len(messages) > 1 and len(prompt) + _room(network, config) > network.size.context_length
         ):
             messages = messages[2:]  # forgets the oldest turn and its answer
-            prompt = tokens_of_dialogue(messages, tokenizer, template)
+            prompt = tokens_of_dialogue(messages, tokenizer, template, config.prompt_suffix)
         if len(prompt) >= network.size.context_length:
             messages.pop()
             _show(f"That is {len(prompt)} tokens, too long for the model.\n", parallel.is_writer)

@@ -69,7 +69,10 @@ _KIND_OF: dict[str | None, Kind] = {
     "reward_model": "scalar",
     "critic": "scalar",
 }
-_TEMPLATE_USE = "goes along; the stages here have not trained on its form"
+_TEMPLATE_USE = (
+    "goes along, and the stages here train another form: where they were given messages, ask in "
+    "turns ('User: ...'; recipes/generate.py --chat turns), or take the template out"
+)
 _USUAL_ROLE: dict[Kind, str] = {"language": "policy", "scalar": "reward_model"}
 
 

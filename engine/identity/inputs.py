@@ -72,7 +72,7 @@ from engine.settings.size import check_named_size
 from engine.training.network import Network
 from models.sizes import GPTSize
 
-_TEMPLATE_USE = "is kept and exported, not applied: texts go in as they are in the data"
+_TEMPLATE_USE = "is kept and exported, not applied: messages go in as turns (User: ...)"
 _POLICY_COPIES = ("policy", "reference")  # the names that the copy of PPO's policy may have
 
 

@@ -33,7 +33,7 @@ class GenerateConfig:
     num_samples: int = 1
     """Answers to each prompt."""
     prompt_suffix: str = "\n"
-    """Closes every prompt of the file, as in training; a dialogue closes its own."""
+    """Closes every prompt, as in training; what a chat template writes is closed already."""
     chat: Literal["auto", "template", "turns"] = "auto"
     """How messages are read: by the tokenizer's chat template, or as turns "User: ..." as our
     stages train them; auto: a Hugging Face folder's by its template, where it has one."""

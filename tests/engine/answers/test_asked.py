@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.answers.answer import generate_text
-from engine.answers.asked import chosen_template
+from engine.answers.asked import chosen_template, tokens_of_dialogue
+from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 from engine.settings.generate import GenerateConfig
@@ -79,6 +80,18 @@ def test_a_dialogue_speaks_the_template(folder, tmp_path, monkeypatch, capsys):
 
 def end_of_input() -> str:
     raise EOFError
+
+
+def test_turns_have_the_tokens_that_training_gives_them(tiny, tmp_path):
+    tokenizer = load_tokenizer(tiny / "policy" / "tokenizer")
+    reply = {"role": "assistant", "content": "Little."}
+    dialogues = [{"messages": [*messages, reply]} for messages in DIALOGUES]
+    trained, _ = read_demonstrations(write_lines(tmp_path / "trained.jsonl", dialogues))
+    examples, _ = demonstration_examples(trained, tokenizer, max_length=999, prompt_suffix=" the ")
+    for messages, example in zip(DIALOGUES, examples, strict=True):
+        asked = tokens_of_dialogue(messages, tokenizer, None, " the ")
+        assert asked.tolist() == example.tokens[: example.prompt_length].tolist()
+    assert len(asked) > len(tokens_of_dialogue(messages, tokenizer, None, ""))
 
 
 def test_a_dialogue_that_the_template_refuses_is_named_by_its_line(folder, tmp_path):

@@ -367,7 +367,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "TensorFlow": (rename("tf_model.h5"), "weights of TensorFlow or Flax"),
     "GGUF": (rename("model-Q4_K_M.gguf"), "GGUF, llama.cpp's format"),
     "LoRA": (lora, "a LoRA adapter: merge it into its base model"),
-    "pointer": (pointer, "is a git-lfs pointer, no weights: run `git lfs pull`"),
+    "pointer": (pointer, "is a git-lfs pointer and not the file: run `git lfs pull`"),
     "no config": (without("config.json"), "holds no config.json"),
     "no tokenizer": (without("tokenizer.json"), "should hold a tokenizer.json"),
     "no model_type": (lambda folder: edit(folder, model_type=None), "model_type is None"),
