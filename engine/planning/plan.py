@@ -31,6 +31,7 @@ class Plan:
     cluster: Cluster
     estimate: Estimate
     sizes: Sizes
+    workload: Workload
 
     @property
     def fits(self) -> bool:
@@ -175,9 +176,13 @@ class Plan:
     def _total_lines(self) -> list[str]:
         estimate, cluster = self.estimate, self.cluster
         hours = self.total_seconds / 3600
+        is_papers = self.workload == Workload()
+        of_paper = (
+            ", of data as the paper's (plan.py --workload.* takes yours)" if is_papers else ""
+        )
         return [
             f"the run: {estimate.num_steps:,} {estimate.step_name}s, "
-            f"{_number(self.total_tokens / 1e9)} B tokens trained on",
+            f"{_number(self.total_tokens / 1e9)} B tokens trained on{of_paper}",
             f"  {_number(hours)} hours, {_number(hours * cluster.num_gpus)} GPU hours, "
             f"${self.dollars:,.0f} at ${cluster.price:g} a GPU hour",
             f"  {_number(self.pf_days)} PF-days (6 N a trained token, 2 N a read one), attention "
@@ -201,7 +206,7 @@ def plan(
         estimate = estimate_rm(config, cluster, workload, sizes)
     else:
         estimate = estimate_ppo(config, cluster, workload, sizes)
-    return Plan(config=config, cluster=cluster, estimate=estimate, sizes=sizes)
+    return Plan(config=config, cluster=cluster, estimate=estimate, sizes=sizes, workload=workload)
 
 
 def _in_words(misfit: Misfit) -> str:

@@ -67,7 +67,7 @@ def test_a_chat_template_wherever_it_lies_is_noted(folder, name, text, is_said):
 def test_a_stage_and_an_export_say_what_becomes_of_it_once(folder, tiny, tmp_path, capsys):
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     train(rm_config(tiny, tmp_path / "rm", init_from=folder, epochs=0.3))
-    said = "its chat template is kept and exported, not applied: texts go in as they are in the"
+    said = "its chat template is kept and exported, not applied: messages go in as turns"
     assert capsys.readouterr().out.count(said) == 1
     convert(ConvertConfig(direction="export", source=tmp_path / "rm", out=tmp_path / "out"))
     assert capsys.readouterr().out.count("its chat template goes along") == 1
