@@ -121,7 +121,9 @@ def _backward_kernel(
     tl.store(dx + at, tl.reshape(columns, (2 * BLOCK,)), mask=column < 2 * num_pairs)
 
 
-def _launch(kernel: Any, tensors: tuple[Tensor, ...], bias: Tensor | None, activation: str) -> None:
+def _launch(
+    pair_kernel: Any, tensors: tuple[Tensor, ...], bias: Tensor | None, activation: str
+) -> None:
     """Launch a kernel over the pairs of its last tensor, x [T, 2F]."""
     x = tensors[-1]
     num_rows, num_pairs = len(x), x.shape[1] // 2
@@ -130,7 +132,7 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], bias: Tensor | None, activ
     block = min(_BLOCK, next_power_of_2(num_pairs))
     num_parts = triton.cdiv(num_pairs, block)
     with torch.cuda.device_of(x):
-        kernel[(num_rows * num_parts,)](
+        pair_kernel[(num_rows * num_parts,)](
             *tensors,
             bias,
             num_pairs,
