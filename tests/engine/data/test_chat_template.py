@@ -119,6 +119,15 @@ def test_what_the_library_makes_of_a_message_is_no_control_token(tmp_path, norma
     assert [token for token in tokens.tolist() if token < len(CONTROL)] == [1, 6]
 
 
+def test_a_message_with_a_control_token_of_one_character_is_refused(tmp_path):
+    path = folder_of(tmp_path, "{{ messages[0].content }}")
+    tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens(["\u00a7"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    with pytest.raises(UserError, match="a message has a control token's text"):
+        ChatTemplate(load_tokenizer(path)).prompt([{"role": "user", "content": "a \u00a7 b"}])
+
+
 def test_a_message_gets_no_space_within_itself(tmp_path):
     path = folder_of(tmp_path, "{{ '<|im_start|>' + messages[0].content + '<|eot|>' }}")
     tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
