@@ -311,8 +311,8 @@ def _control_reader(
                 found = model.encode(text, add_special_tokens=False)
             finally:
                 model.encode_special_tokens = True
-            spans = zip(found.offsets, found.ids, strict=True)
-            return found.ids, [(*span, token) for span, token in spans if token in control]
+            bounds = zip(found.offsets, found.ids, strict=True)
+            return found.ids, [(*ends, token) for ends, token in bounds if token in control]
 
     return read
 

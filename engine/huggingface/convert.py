@@ -71,7 +71,7 @@ _KIND_OF: dict[str | None, Kind] = {
 }
 _TEMPLATE_USE = (
     "goes along, and the stages here train another form: where they were given messages, ask in "
-    "turns ('User: ...'; recipes/generate.py --chat turns), or take the template out"
+    "turns ('User: ...'), as recipes/generate.py can, or take the template out"
 )
 _USUAL_ROLE: dict[Kind, str] = {"language": "policy", "scalar": "reward_model"}
 

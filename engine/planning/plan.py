@@ -177,9 +177,7 @@ class Plan:
         estimate, cluster = self.estimate, self.cluster
         hours = self.total_seconds / 3600
         is_papers = self.workload == Workload()
-        of_paper = (
-            ", of data as the paper's (plan.py --workload.* takes yours)" if is_papers else ""
-        )
+        of_paper = ", of data as the paper's (plan.py takes yours)" if is_papers else ""
         return [
             f"the run: {estimate.num_steps:,} {estimate.step_name}s, "
             f"{_number(self.total_tokens / 1e9)} B tokens trained on{of_paper}",
