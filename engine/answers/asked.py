@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from engine.answers.load import find_weights
 from engine.data.chat import Messages, check_messages, parse_prompt, render_prompt
 from engine.data.chat_template import ChatTemplate, template_of
 from engine.data.examples import Example, LengthReport, drop_long, encode_prompts
 from engine.data.jsonl import BadRecord, ReadReport, read_records
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
+from engine.huggingface.foreign import is_foreign
 from engine.printable import say
+from engine.ranks.first_rank import said_by_first_rank
+from engine.run import require_path
 from engine.settings.generate import GenerateConfig
 
 Asked = tuple[str, np.ndarray | None]
@@ -33,7 +35,8 @@ def chosen_template(config: GenerateConfig, tokenizer: Tokenizer) -> ChatTemplat
     """
     if config.chat != "auto":
         return ChatTemplate(tokenizer) if config.chat == "template" else None
-    _, is_huggingface = find_weights(config)
+    source = require_path(config.source, "source")
+    is_huggingface = said_by_first_rank(lambda: "foreign" if is_foreign(source) else "")
     if not is_huggingface or template_of(tokenizer) is None:
         return None
     try:

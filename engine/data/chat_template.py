@@ -13,8 +13,8 @@ text that it writes has a limit, part by part. Memory and time within a part hav
 import datetime
 import json
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import jinja2
 import jinja2.nodes
@@ -25,11 +25,11 @@ import numpy as np
 from engine.data.chat import Messages
 from engine.data.codecs import Control
 from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer_settings import ROLES
 from engine.errors import UserError
 
 _MOST_CHARACTERS = 1 << 24  # of a dialogue; our choice
 _MAX_REASON = 200  # characters of jinja's own words; our choice
-_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 _MARKS = range(0xE000, 0xF900)  # characters that Unicode leaves to whoever uses them
 
@@ -47,7 +47,7 @@ class ChatTemplate:
         settings = tokenizer.kept("tokenizer_config.json")
         extra = settings.get("extra_special_tokens")
         named = dict(extra) if isinstance(extra, dict) else {}
-        named |= {name: settings.get(name) for name in (f"{role}_token" for role in _ROLES)}
+        named |= {name: settings.get(name) for name in (f"{role}_token" for role in ROLES)}
         texts = {name: _text_of(token) for name, token in named.items()}
         self._values = {name: text for name, text in texts.items() if text is not None}
         environment, source = _environment(), _GENERATION.sub(_as_condition, source)
@@ -155,7 +155,7 @@ def _environment() -> jinja2.Environment:
     found = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
-        optimized=False,
+        optimized=False,  # what is constant is computed when a dialogue asks for it
         extensions=["jinja2.ext.loopcontrols"],
     )
     found.filters["tojson"] = _as_json
@@ -181,5 +181,5 @@ def _as_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # type: ignore[arg-type]
 
 
-def _raise(message: str) -> Iterator[str]:
+def _raise(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)

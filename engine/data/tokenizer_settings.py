@@ -24,12 +24,12 @@ MAX_SETTINGS_BYTES = 1 << 20
 """Of one such file, which has a few thousand; our choice."""
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _MOST_SHOWN = 60  # characters of a text from a file in an error; our choice
-_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 # What a run keeps of tokenizer_config.json. Which class reads the files is ours to say at an
 # export, and code is never named.
 _KEPT = (
-    *(f"{role}_token" for role in _ROLES),
+    *(f"{role}_token" for role in ROLES),
     *_LISTS,
     *("chat_template", "model_max_length", "padding_side", "truncation_side"),
     "clean_up_tokenization_spaces",
@@ -199,7 +199,7 @@ def _added_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, in
 
 def _special_texts(folder: Path, kept: Mapping[str, Any]) -> set[str]:
     """Return the texts of all tokens with a role, and of those listed as special."""
-    values = [kept.get(f"{role}_token") for role in _ROLES]
+    values = [kept.get(f"{role}_token") for role in ROLES]
     for name in _LISTS:
         listed = kept.get(name, [])
         if not isinstance(listed, list | dict):

@@ -112,8 +112,7 @@ def check_batches(config: StageConfig, sizes: Sizes, num_gpus: int) -> list[str]
     dp = config.layout.dp(num_gpus)
     if isinstance(config, PPOConfig):
         return _check_ppo_batches(config, sizes, num_gpus)
-    data, trained = config.data, sizes.policy or sizes.reward_model
-    assert trained is not None  # every stage has one of them
+    data, trained = config.data, sizes.trained_network
     notes = _check_fits("data.max_tokens", data.max_tokens, trained)
     if isinstance(config, SFTConfig) and config.data.pretraining_fraction > 0:
         notes += _check_fits("data.pretraining_tokens", config.data.pretraining_tokens, trained)
@@ -166,9 +165,8 @@ def _check_ppo_batches(config: PPOConfig, sizes: Sizes, num_gpus: int) -> list[s
         f"of {config.minibatch_size}, {config.minibatch_size // dp} a rank (dp {dp})"
     ]
     if config.ptx_coef > 0:
-        assert sizes.policy is not None  # of PPO
         notes += _check_fits(
-            "data.pretraining_tokens", config.data.pretraining_tokens, sizes.policy
+            "data.pretraining_tokens", config.data.pretraining_tokens, sizes.trained_network
         )
         longest = max(longest, min(config.data.pretraining_tokens, context))
         num_examples = config.ptx_examples_per_episode * config.minibatch_size

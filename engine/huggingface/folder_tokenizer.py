@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.checkpoints.whole import warn
+from engine.data.chat_template import template_of
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import UserError
 from engine.ranks.first_rank import said_by_first_rank
@@ -52,7 +53,7 @@ def warn_of_own_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
 def template_notes(tokenizer: Tokenizer, use: str) -> list[str]:
     """Return what is to be said of a tokenizer that has a chat template. use: what becomes of it
     and of the texts."""
-    if not tokenizer.kept("tokenizer_config.json").get("chat_template"):
+    if template_of(tokenizer) is None:
         return []
     return [f"{tokenizer.path}: its chat template {use}"]
 

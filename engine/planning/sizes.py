@@ -4,12 +4,11 @@ the named sizes. Imports neither torch nor megatron.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import attrgetter
-from pathlib import Path
 
 from engine.errors import UserError, named
 from engine.files import MAX_SHOWN_PATH, hub_name
 from engine.huggingface.described import stored_size
+from engine.identity.made_from import networks_of
 from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
 from engine.settings.sft import SFTConfig
@@ -18,14 +17,6 @@ from models.sizes import GPTSize
 
 StageConfig = SFTConfig | RMConfig | PPOConfig
 
-# The copies that a run has of what its options name (engine/identity/made_from.py).
-_COPIES = {
-    "init_from": ("init_from",),
-    "policy": ("policy", "reference"),
-    "reference": ("reference",),
-    "reward_model": ("reward_model",),
-    "selection.reward_model": ("selection_reward_model",),
-}
 SELECTOR = "6b"  # what selects SFT's epoch where its run is not there: the paper's is this
 
 
@@ -59,11 +50,16 @@ class Sizes:
     """PPO's, where one is named; else it is the policy's like."""
 
     @property
-    def trained(self) -> GPTSize:
-        """The size of what the stage trains: of PPO's networks the policy's."""
+    def trained_network(self) -> NetworkSize:
+        """What the stage trains: of PPO's networks the policy."""
         found = self.policy or self.reward_model
         assert found is not None  # every stage has one of them
-        return found.size
+        return found
+
+    @property
+    def trained(self) -> GPTSize:
+        """The size of that."""
+        return self.trained_network.size
 
     def lines(self) -> Iterator[str]:
         """Yield what each has, and what says so, in a line."""
@@ -92,7 +88,7 @@ def _sizes(config: StageConfig, *, looks: bool) -> Sizes:
     if isinstance(config, PPOConfig):
         return _ppo_sizes(config, looks=looks)
     check_starts(config.size, config.init_from)
-    start = _size(config, "init_from", "policy", config.size, looks=looks)
+    start = _size(config, "init_from", config.size, looks=looks)
     if isinstance(config, RMConfig):
         return Sizes(reward_model=start)
     if config.band:
@@ -100,26 +96,25 @@ def _sizes(config: StageConfig, *, looks: bool) -> Sizes:
         start = NetworkSize(size=banded(start.size, config.band), origin=origin)
     if config.selection.reward_model is None:
         return Sizes(policy=start)
-    selector = _size(config, "selection.reward_model", "reward_model", SELECTOR, looks=looks)
+    selector = _size(config, "selection.reward_model", SELECTOR, looks=looks)
     return Sizes(policy=start, reward_model=selector)
 
 
 def _ppo_sizes(config: PPOConfig, *, looks: bool) -> Sizes:
-    policy = _size(config, "policy", "policy", config.size, looks=looks)
+    policy = _size(config, "policy", config.size, looks=looks)
     check_named_size(config.size, policy.size, config.policy, "policy")
     role, name, alike = "reward_model", config.reward_model_size, ("the policy's", policy.size)
-    scorer = _size(config, role, role, name, looks=looks, like=alike)
+    scorer = _size(config, role, name, looks=looks, like=alike)
     check_named_size(name, scorer.size, config.reward_model, role)
     reference = None
     if config.reference is not None:
-        reference = _size(config, "reference", "policy", "", looks=looks, like=alike)
+        reference = _size(config, "reference", "", looks=looks, like=alike)
     return Sizes(policy=policy, reward_model=scorer, reference=reference)
 
 
 def _size(
     config: StageConfig,
     option: str,
-    role: str,
     name: str,
     *,
     looks: bool,
@@ -128,18 +123,15 @@ def _size(
     """Return the size of the network that an option names: of the copy that its run has begun with,
     or of what is at the path. Where neither is, or nobody looks, it is the named one, or else that
     of `like`, with words for it."""
-    path: Path | None = attrgetter(option)(config)
-    flag, shown = option.replace("_", "-"), named(path or "", MAX_SHOWN_PATH)
-    reason = ""
-    if path is not None and looks:
-        sources = config.directory / "sources"
-        copies = [sources / copy for copy in _COPIES[option] if (sources / copy).is_dir()]
-        for there in (*copies, path):
-            if there.exists():
-                size, where = stored_size(there, role)
+    network, reason = networks_of(config).get(option), ""
+    if network is not None and looks:
+        for path in (config.directory / "sources" / network.kept_as, network.path):
+            if path.exists():
+                size, where = stored_size(path, network.role)
                 origin = f"as {named(where, MAX_SHOWN_PATH)} says"
                 return NetworkSize(size=size, origin=origin, is_found=True)
-        reason = f", for --{flag} {shown} is not there{hub_name(path)}"
+        flag, shown = option.replace("_", "-"), named(network.path, MAX_SHOWN_PATH)
+        reason = f", for --{flag} {shown} is not there{hub_name(network.path)}"
     if name:
         return NetworkSize(size=named_size(name), origin=f"the size {name}{reason}")
     if like is not None:
