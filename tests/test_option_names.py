@@ -17,6 +17,7 @@ from engine.settings.convert import ConvertConfig
 from engine.settings.generate import GenerateConfig
 from engine.settings.ppo import PPOConfig
 from engine.settings.preflight import PreflightConfig
+from engine.settings.prepare import PrepareConfig
 from engine.settings.replay import ReplayConfig
 from engine.settings.rm import RMConfig
 from engine.settings.sft import SFTConfig
@@ -32,6 +33,7 @@ COMMANDS = {
     "preflight": PreflightConfig,
     "quickstart": QuickstartConfig,
     "plan": plan_command.PlanOptions,
+    "prepare": PrepareConfig,
 }
 STAGES = ("sft", "rm", "ppo")
 # Whose messages a file's or a room's are; of any other file some stage must have the option.
@@ -48,6 +50,7 @@ SAID_BY = {
     "engine/preflight/": ("preflight",),
     "engine/quickstart/": ("quickstart",),
     "engine/planning/": ("plan", *STAGES),
+    "engine/prepare/": ("prepare",),
 }
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:[.-][a-z0-9]+)*")
 NOT_OURS = {"--short", "--max-restarts", "--help"}  # git's, torchrun's, and everybody's
