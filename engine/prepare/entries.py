@@ -16,10 +16,12 @@ _KEY_BYTES = 16  # two of 1e6 different prompts meet with a chance of 1e-27
 
 
 class Entries(NamedTuple):
-    """Columns [n], in the order of the logs."""
+    """Columns [n], in the order of the logs, and the logs' names."""
 
+    files: tuple[str, ...]
+    """What is before the number of a line, of each log."""
     file: np.ndarray
-    """Which of the logs."""
+    """Which of them."""
     line: np.ndarray
     """In it, from 1."""
     dataset: np.ndarray
@@ -31,6 +33,10 @@ class Entries(NamedTuple):
     time: np.ndarray
     """Seconds; inf where the record has none."""
 
+    def where(self, entry: int) -> str:
+        """Return FILE:LINE of an entry."""
+        return f"{self.files[self.file[entry]]}{self.line[entry]}"
+
 
 class EntryList:
     """Entries as they are read."""
@@ -38,11 +44,14 @@ class EntryList:
     def __init__(self, *, prefix_characters: int, seed: int) -> None:
         self._prefix_characters = prefix_characters
         self._seed = seed
+        self._files: dict[str, int] = {}
         self._file, self._line, self._dataset = array("H"), array("Q"), array("B")
         self._keys, self._user, self._time = bytearray(), array("Q"), array("d")
 
-    def add(self, file: int, line: int, record: LogRecord) -> None:
-        """Add a record, once for each data set that it is for."""
+    def add(self, where: str, record: LogRecord) -> None:
+        """Add a record, once for each data set that it is for; where: FILE:LINE."""
+        name = where.rstrip("0123456789")
+        file, line = self._files.setdefault(name, len(self._files)), int(where[len(name) :])
         # Two texts share their first n characters, or are equal and shorter, where these are equal.
         key = _hash(record.compared_text()[: self._prefix_characters], _KEY_BYTES)
         named = key.hex() if record.user is None else f"user {record.user}"
@@ -62,6 +71,7 @@ class EntryList:
         """Return all that were added."""
         keys = np.frombuffer(bytes(self._keys), dtype="<u8").reshape(-1, 2)
         return Entries(
+            files=tuple(self._files),
             file=np.frombuffer(self._file, dtype=np.uint16),
             line=np.frombuffer(self._line, dtype=np.uint64),
             dataset=np.frombuffer(self._dataset, dtype=np.uint8),

@@ -74,7 +74,7 @@ class LogRecord:
         """Return every text that a model would read of it: prompt, response, completions."""
         return [self.prompt_text(), *filter(None, [self.response]), *(self.completions or [])]
 
-    def row(self, name: str, location: str) -> dict[str, Any]:
+    def row(self, name: str, where: str) -> dict[str, Any]:
         """Return the line of one data set, in the form that the stages read. The user is left
         out: no stage reads it, and it may name a person."""
         found: dict[str, Any] = {"prompt": self.prompt}
@@ -82,31 +82,31 @@ class LogRecord:
             found["response"] = self.response
         elif name == "comparisons":
             found |= {"completions": self.completions, "ranks": self.ranks}
-        found["id"] = location if self.id is None else self.id
+        found["id"] = where if self.id is None else self.id
         return found | ({} if self.kind is None else {"kind": self.kind})
 
 
 def read_logs(
     config: PrepareConfig,
     reading: Callable[[RecordReader[LogRecord]], object],
-    on_bad: Callable[[int, int, str], object],
-) -> Iterator[tuple[int, int, LogRecord]]:
-    """Yield (number of the file, line, record) of all logs, in their order; raises UserError.
+    on_bad: Callable[[str, str], object],
+) -> Iterator[tuple[str, LogRecord]]:
+    """Yield (FILE:LINE, record) of all logs, in their order; raises UserError.
 
     reading is told of each file's reader before its first line, and on_bad of each bad line that is
-    skipped: the file's number, the line, the reason.
+    skipped: where it stands, and why.
     """
-    for number, path in enumerate(config.logs):
+    for path in config.logs:
         reader = RecordReader(
             path,
             lambda row: parse_log(row, config.fields),
             skip_bad_lines=config.skip_bad_lines,
             skip_option=_SKIP_OPTION,
-            on_bad=lambda line, why, number=number: on_bad(number, line, why),  # type: ignore[misc]
+            on_bad=on_bad,
         )
         reading(reader)
         for record in reader:
-            yield number, reader.line, record
+            yield reader.where, record
 
 
 def parse_log(row: dict[str, Any], fields: LogFields) -> LogRecord:

@@ -17,6 +17,7 @@ from engine.prepare.personal import PersonalData
 from engine.prepare.summary import Summary
 from engine.settings.prepare import PrepareConfig
 
+_DROPPED = "dropped.jsonl"
 _REASONS = {
     Verdict.DUPLICATE: "duplicate",
     Verdict.OVER_CAP: "over_cap",
@@ -66,12 +67,12 @@ class Outputs:
         with self._open_files:
             yield self
 
-    def bad_line(self, file: int, line: int, why: str) -> None:
+    def bad_line(self, where: str, why: str) -> None:
         """Write that a line could not be read."""
         self._summary.drop("", "bad_line")
-        self._drop(file, line, {"reason": "bad_line", "why": why})
+        self._write(_DROPPED, {"where": where, "reason": "bad_line", "why": why})
 
-    def record(self, file: int, line: int, record: LogRecord) -> None:
+    def record(self, where: str, record: LogRecord) -> None:
         """Write a record into the data sets that it is kept in, or that it was dropped and why."""
         names = record.sets()
         first, self._next = self._next, self._next + len(names)
@@ -92,33 +93,22 @@ class Outputs:
             self._summary.read[name] += 1
             verdict = self._chosen.verdict[index]
             if verdict == Verdict.KEPT and not kinds:
-                self._keep(name, split, record, index, language)
+                user = int(self._chosen.entries.user[index])
+                self._summary.keep(name, split, record, user=user, language=language)
+                self._write(f"{name}.{split}.jsonl", record.row(name, where))
                 continue
             reason = "personal" if verdict == Verdict.KEPT else _REASONS[Verdict(verdict)]
             self._summary.drop(name, reason)
-            row: dict[str, Any] = {"id": record.id, "set": name, "reason": reason}
+            row: dict[str, Any] = {"where": where, "id": record.id, "set": name, "reason": reason}
             if reason == "personal":
                 row["kinds"] = sorted(kinds)
             elif reason == "duplicate":
-                row["of"] = self.location(self._chosen.original[index])
-            self._drop(file, line, row)
-
-    def location(self, entry: int) -> str:
-        """Return FILE:LINE of an entry."""
-        entries = self._chosen.entries
-        return f"{self._config.logs[entries.file[entry]]}:{entries.line[entry]}"
+                row["of"] = self._chosen.entries.where(self._chosen.original[index])
+            self._write(_DROPPED, row)
 
     def _is_searched(self, split: str) -> bool:
         everywhere = self._config.personal_splits == "all"
         return self._personal is not None and (everywhere or split == "train")
-
-    def _keep(self, name: str, split: str, record: LogRecord, entry: int, language: str) -> None:
-        user = int(self._chosen.entries.user[entry])
-        self._summary.keep(name, split, record, user=user, language=language)
-        self._write(f"{name}.{split}.jsonl", record.row(name, self.location(entry)))
-
-    def _drop(self, file: int, line: int, row: dict[str, Any]) -> None:
-        self._write("dropped.jsonl", {"file": str(self._config.logs[file]), "line": line, **row})
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
         if name not in self._streams:
@@ -126,14 +116,14 @@ class Outputs:
         self._streams[name].write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
-def largest_duplicates(outputs: Outputs, chosen: Decided, most: int) -> list[dict[str, Any]]:
+def largest_duplicates(chosen: Decided, most: int) -> list[dict[str, Any]]:
     """Return which kept prompts have the most duplicates, and how many times they were there."""
     kept, times = np.unique(chosen.original, return_counts=True)
     order = np.lexsort((kept, -times))[:most]
     return [
         {
             "set": SETS[chosen.entries.dataset[kept[i]]],
-            "kept": outputs.location(kept[i]),
+            "kept": chosen.entries.where(kept[i]),
             "times": int(times[i]),
         }
         for i in order

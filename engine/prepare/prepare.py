@@ -9,21 +9,19 @@ and to be written. So memory holds some hundred bytes a record and none of its t
 appears when all of it is there, or not at all.
 """
 
-import contextlib
 import itertools
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.checkpoints.manifest import digest_of_file
-from engine.claim import claim, holding_claims
+from engine.claim import holding_claims, making
 from engine.data.jsonl import RecordReader
 from engine.data.tokenizer import load_tokenizer
 from engine.environment import world_size_of_environment
 from engine.errors import UserError
-from engine.files import read_object, replacing, sync_folder, write_object, writing
+from engine.files import read_object, replacing, write_object
 from engine.prepare.choice import original_of, side_of, verdicts
 from engine.prepare.entries import EntryList
 from engine.prepare.languages import open_languages
@@ -67,14 +65,14 @@ def prepare(config: PrepareConfig) -> Path:
         _check_same(config, config.out, logs)
         say(f"{config.out}: finished already, of these logs and settings")
         return config.out
-    with _becoming(config.out) as folder:
+    with making(config.out) as folder:
         chosen, first_digests = _choose(config)
         outputs = Outputs(config, chosen, summary, personal, language)
         with outputs.within(folder):
             digests = _read(config, "prepare: write", outputs.record, outputs.bad_line)
         if digests != first_digests:
             raise UserError("a log was changed while it was read; start again")
-        alike = largest_duplicates(outputs, chosen, _NUM_LARGEST)
+        alike = largest_duplicates(chosen, _NUM_LARGEST)
         report = {"logs": logs, **summary.as_object(), "largest_duplicates": alike}
         write_object(folder / "report.json", report)
         with replacing(folder / "report.md") as stream:
@@ -106,8 +104,8 @@ def _choose(config: PrepareConfig) -> tuple[Decided, list[str]]:
 def _read(
     config: PrepareConfig,
     title: str,
-    on_record: Callable[[int, int, LogRecord], object],
-    on_bad: Callable[[int, int, str], object],
+    on_record: Callable[[str, LogRecord], object],
+    on_bad: Callable[[str, str], object],
 ) -> list[str]:
     """Read all logs once, saying how far it is; return their digests as they were read."""
     readers: list[RecordReader[LogRecord]] = []
@@ -135,26 +133,6 @@ def _check_same(config: PrepareConfig, folder: Path, logs: list[dict[str, str]])
 
 def _digests(logs: list[Any]) -> list[Any]:
     return [log.get("xxh3_128") if isinstance(log, dict) else None for log in logs]
-
-
-@contextlib.contextmanager
-def _becoming(folder: Path) -> Iterator[Path]:
-    """Yield a new folder to write into, which becomes `folder` when the block ends, or goes. Raises
-    UserError where another process makes it."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    claim(folder, folder.with_name(f".{folder.name}.lock"))
-    try:
-        with writing(partial):
-            if os.path.lexists(partial):  # of a killed start
-                shutil.rmtree(partial)
-            partial.mkdir(parents=True)
-        yield partial
-        with writing(folder):
-            partial.rename(folder)
-            sync_folder(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _show(report: Mapping[str, Any], folder: Path) -> None:

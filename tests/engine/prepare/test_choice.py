@@ -15,6 +15,7 @@ def columns(*rows: tuple, dataset: int = 2) -> Entries:
     n = len(rows)
     prompt, user, time = (np.array([row[i] for row in rows]) for i in range(3))
     return Entries(
+        files=("log:",),
         file=np.zeros(n, dtype=np.uint16),
         line=np.arange(1, n + 1).astype(np.uint64),
         dataset=np.full(n, dataset, dtype=np.uint8),
@@ -31,7 +32,7 @@ def test_duplicates_are_those_that_a_look_at_every_pair_finds(seed):
     texts = ["".join(draw.choice("ab") for _ in range(draw.randint(1, 9))) for _ in range(60)]
     found = EntryList(prefix_characters=n, seed=0)
     for line, text in enumerate(texts):
-        found.add(0, line, parse_log({"prompt": text}, LogFields()))
+        found.add(f"log:{line}", parse_log({"prompt": text}, LogFields()))
     original = original_of(found.entries())
     for i, text in enumerate(texts):
         alike = [

@@ -8,7 +8,7 @@ from engine.settings.prepare import LogFields
 def entries(*rows: dict, prefix_characters: int = 10, seed: int = 0):
     found = EntryList(prefix_characters=prefix_characters, seed=seed)
     for line, row in enumerate(rows, start=1):
-        found.add(0, line, parse_log({"prompt": "p", **row}, LogFields()))
+        found.add(f"log:{line}", parse_log({"prompt": "p", **row}, LogFields()))
     return found.entries()
 
 
@@ -40,4 +40,11 @@ def test_users_are_told_apart_by_a_seeded_hash_and_a_prompt_without_one_is_its_o
 
 
 def test_no_records_are_no_entries():
-    assert [len(column) for column in entries()] == [0] * 6
+    assert [len(column) for column in entries()] == [0] * 7
+
+
+def test_an_entry_is_where_its_record_stood():
+    found = EntryList(prefix_characters=9, seed=0)
+    for where in ("a2.jsonl:17", "b: row 3", "a2.jsonl:4"):
+        found.add(where, parse_log({"prompt": where}, LogFields()))
+    assert [found.entries().where(i) for i in range(3)] == ["a2.jsonl:17", "b: row 3", "a2.jsonl:4"]

@@ -104,10 +104,12 @@ def test_records_come_with_their_file_and_line(tmp_path):
     )
     readers, bad = [], []
     found = list(read_logs(config, readers.append, lambda *line: bad.append(line)))
-    assert [(file, line, r.prompt) for file, line, r in found] == [
-        (0, 1, "p"),
-        (0, 4, "q"),
-        (1, 1, "r"),
+    a, b = config.logs
+    assert [(where, record.prompt) for where, record in found] == [
+        (f"{a}:1", "p"),
+        (f"{a}:4", "q"),
+        (f"{b}:1", "r"),
     ]
-    assert bad == [(0, 3, 'field "prompt" must be a text or a list of messages, not a number')]
+    why = 'field "prompt" must be a text or a list of messages, not a number'
+    assert bad == [(f"{a}:3", why)]
     assert [reader.report().num_read for reader in readers] == [2, 1]

@@ -16,7 +16,7 @@ def test_each_entry_goes_where_its_verdict_says(tmp_path):
     records = [parse_log({"prompt": p, **labels}, LogFields()) for p in "pq"]
     entries = EntryList(prefix_characters=9, seed=0)
     for line, record in enumerate(records, start=1):
-        entries.add(0, line, record)
+        entries.add(f"log:{line}", record)
     chosen = Decided(
         entries=entries.entries(),
         original=np.array([0, 1, 0, 3]),
@@ -27,18 +27,18 @@ def test_each_entry_goes_where_its_verdict_says(tmp_path):
     outputs = Outputs(config, chosen, Summary(measures_of(None)), None, lambda text: "en")
     with outputs.within(tmp_path):
         for line, record in enumerate(records, start=1):
-            outputs.record(0, line, record)
-        outputs.bad_line(0, 3, "odd")
+            outputs.record(f"log:{line}", record)
+        outputs.bad_line("log:3", "odd")
     found = {
         path.name: [json.loads(line) for line in path.read_text().splitlines()]
         for path in tmp_path.iterdir()
     }
     assert [row["id"] for row in found["sft.valid.jsonl"]] == ["log:1"]
     assert [row["prompt"] for row in found["comparisons.test.jsonl"]] == ["q"]
-    reasons = [(row["line"], row.get("set"), row["reason"]) for row in found["dropped.jsonl"]]
+    reasons = [(row["where"], row.get("set"), row["reason"]) for row in found["dropped.jsonl"]]
     assert reasons == [
-        (1, "comparisons", "over_cap"),
-        (2, "sft", "duplicate"),
-        (3, None, "bad_line"),
+        ("log:1", "comparisons", "over_cap"),
+        ("log:2", "sft", "duplicate"),
+        ("log:3", None, "bad_line"),
     ]
-    assert largest_duplicates(outputs, chosen, 5) == [{"set": "sft", "kept": "log:1", "times": 2}]
+    assert largest_duplicates(chosen, 5) == [{"set": "sft", "kept": "log:1", "times": 2}]

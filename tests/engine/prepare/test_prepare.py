@@ -89,9 +89,9 @@ def test_a_dropped_record_is_named_with_its_reason(tmp_path):
     prepare(config(tmp_path, *records))
     log = str(tmp_path / "log.jsonl")
     assert rows(tmp_path / "data/dropped.jsonl") == [
-        {"file": log, "line": 1, "id": "first", "set": "prompts", "reason": "duplicate"}
+        {"where": f"{log}:1", "id": "first", "set": "prompts", "reason": "duplicate"}
         | {"of": f"{log}:2"},
-        {"file": log, "line": 3, "id": None, "set": "sft", "reason": "personal"}
+        {"where": f"{log}:3", "id": None, "set": "sft", "reason": "personal"}
         | {"kinds": ["email", "phone"]},
     ]
     report = json.loads((tmp_path / "data/report.json").read_text())
@@ -130,7 +130,8 @@ def test_a_bad_line_stops_it_and_leaves_nothing_or_is_dropped(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl"]
     prepare(PrepareConfig(**(vars(found) | {"skip_bad_lines": True})))
     (dropped,) = rows(tmp_path / "data/dropped.jsonl")
-    assert (dropped["line"], dropped["reason"]) == (2, "bad_line")
+    assert dropped["where"] == str(tmp_path / "log.jsonl") + ":2"
+    assert dropped["reason"] == "bad_line"
     assert '"prompt" must be' in dropped["why"]
 
 
