@@ -27,7 +27,8 @@ from engine.environment import (
     world_size_of_environment,
 )
 from engine.errors import UserError, quoted
-from engine.guide.stage_words import StageConfig, beginning, ending, newest_step, recipe_of_process
+from engine.guide.stage_words import beginning, ending, newest_step, recipe_of_process
+from engine.planning.sizes import StageConfig
 from engine.printable import (
     ERROR_CHARACTERS,
     TRACEBACK_CHARACTERS,

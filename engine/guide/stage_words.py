@@ -11,11 +11,10 @@ from pathlib import Path
 
 from engine.errors import UserError, named
 from engine.files import MAX_SHOWN_PATH, open_file
+from engine.planning.sizes import StageConfig
 from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
-from engine.settings.sft import SFTConfig
 
-StageConfig = SFTConfig | RMConfig | PPOConfig
 _COLUMNS = 79  # of a terminal
 _NAME_BYTES = 100  # of what `latest` says
 _OWN_SIZES = ("tiny", "hf")  # recipes whose PPO starts from SFT; the paper's have an init policy
