@@ -24,7 +24,7 @@ RESULTS = Path("benchmarks/results")
 def tables(root: Path) -> dict[str, dict[str, str]]:
     """Return the Markdown of every table, by document and name."""
     devices = {p.stem: read_records(p) for p in sorted((root / RESULTS).glob("*.jsonl"))}
-    families = devices.pop("families", [])
+    families, prepared = devices.pop("families", []), devices.pop("prepare", [])
     gpus = {name: records for name, records in devices.items() if records and name != "cpu"}
     return {
         "README.md": {
@@ -36,6 +36,7 @@ def tables(root: Path) -> dict[str, dict[str, str]]:
         },
         "benchmarks/README.md": {
             "kernels": _join(_kernels(records) for records in gpus.values()),
+            "prepare": _prepared(prepared),
             "checkpoints": _checkpoints([r for records in devices.values() for r in records]),
         },
     }
@@ -261,6 +262,21 @@ def _origin(records: Sequence[Record]) -> str:
     versions = ", ".join(f"{name} {last[name]}" for name in ("torch", "triton", "megatron-core"))
     commits = sorted({str(record["commit"]) for record in records})
     return f"{last['device']}, {versions}; commits {', '.join(commits)}; until {last['date'][:10]}"
+
+
+def _prepared(records: Sequence[Record]) -> str:
+    """The newest preparation of a made log: a row a kind of what was planted in it."""
+    if not records:
+        return "Nothing has been measured yet."
+    last = records[-1]
+    head = ("what was planted", "records", "of them to drop", "dropped", "dropped wrongly")
+    keys = ("what", "planted", "to_drop", "dropped", "wrongly")
+    rows = [tuple(kind[key] for key in keys) for kind in last["kinds"]]
+    return (
+        f"**{last['records']:,} records of {last['log_mb']} MB in {last['seconds'] / 60:.1f} "
+        f"minutes and {last['peak_mb']} MB of memory; one process on {last['device']}, commit "
+        f"{last['commit']}**\n\n" + _markdown(head, rows)
+    )
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

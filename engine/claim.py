@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.files import open_file, writing
+from engine.files import open_file, sync_folder, writing
 from engine.printable import ERROR_CHARACTERS, say
 
 LOCK = ".lock"
@@ -100,6 +100,28 @@ def claim(folder: Path, lock: Path | None = None) -> None:
             _held[lock] = held if has_locks else dataclasses.replace(held, words=b"")
             return
     raise UserError(f"{lock}: other runs come and go in this folder; start again")
+
+
+@contextlib.contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """Yield a new folder to write into, claimed by this process, which becomes `folder` when the
+    block ends, or goes. UserError where `folder` is there, or another process makes it."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    claim(folder, folder.with_name(f".{folder.name}.lock"))
+    if os.path.lexists(folder):
+        raise UserError(f"--out {folder} exists already; name a new folder, or remove it")
+    try:
+        with writing(partial):
+            if os.path.lexists(partial):  # of a killed start
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+        yield partial
+        with writing(folder):
+            partial.rename(folder)
+            sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def check_claim(folder: Path) -> None:

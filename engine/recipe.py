@@ -27,6 +27,8 @@ from engine.environment import (
     world_size_of_environment,
 )
 from engine.errors import UserError, quoted
+from engine.guide.stage_words import beginning, ending, newest_step, recipe_of_process
+from engine.planning.sizes import StageConfig
 from engine.printable import (
     ERROR_CHARACTERS,
     TRACEBACK_CHARACTERS,
@@ -85,7 +87,7 @@ def run_stage(
             kept_origins.refuse_gone_origins(job.stage, saved, path.parent)
         if job.dry_run is None:
             with noting_signals():
-                _call(train, job.stage)
+                _call_stage(train, job.stage)
         elif rank_of_environment() == 0:
             is_expected = False
             quiet_libraries()
@@ -181,6 +183,23 @@ def _call(train: Callable[[_Config], object] | str, config: _Config) -> None:
     waiting = getattr(config, "waiting", WaitingConfig())
     with watching_launcher(waiting.orphan_seconds):
         _prepared(train, config)(config)
+
+
+def _call_stage(train: Callable[[_Config], object] | str, config: Any) -> None:
+    """Call a stage, and say from what it starts and what comes next."""
+    is_stage = isinstance(config, StageConfig)
+    if not is_stage:
+        _call(train, config)
+        return
+    is_writer = rank_of_environment() == 0
+    step = newest_step(config.directory)
+    if is_writer:
+        say(beginning(config, step))
+    _call(train, config)
+    if is_writer:
+        is_alone = world_size_of_environment() == 1
+        for line in ending(config, step, recipe_of_process(), is_alone=is_alone):
+            say(line)
 
 
 def _prepared(

@@ -17,9 +17,11 @@ from engine.settings.convert import ConvertConfig
 from engine.settings.generate import GenerateConfig
 from engine.settings.ppo import PPOConfig
 from engine.settings.preflight import PreflightConfig
+from engine.settings.prepare import PrepareConfig
 from engine.settings.replay import ReplayConfig
 from engine.settings.rm import RMConfig
 from engine.settings.sft import SFTConfig
+from engine.settings.tokenizer import TokenizerConfig
 from tests.sources import ROOT
 
 COMMANDS = {
@@ -32,6 +34,8 @@ COMMANDS = {
     "preflight": PreflightConfig,
     "quickstart": QuickstartConfig,
     "plan": plan_command.PlanOptions,
+    "prepare": PrepareConfig,
+    "tokenizer": TokenizerConfig,
 }
 STAGES = ("sft", "rm", "ppo")
 # Whose messages a file's or a room's are; of any other file some stage must have the option.
@@ -48,6 +52,10 @@ SAID_BY = {
     "engine/preflight/": ("preflight",),
     "engine/quickstart/": ("quickstart",),
     "engine/planning/": ("plan", *STAGES),
+    "engine/prepare/tokenizer_training.py": ("tokenizer",),
+    "engine/prepare/": ("prepare",),
+    "engine/guide/": ("ppo", "sft", "rm", "generate"),
+    "engine/claim.py": ("tokenizer", "prepare"),
 }
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:[.-][a-z0-9]+)*")
 NOT_OURS = {"--short", "--max-restarts", "--help"}  # git's, torchrun's, and everybody's

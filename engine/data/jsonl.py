@@ -53,7 +53,8 @@ class RecordReader(Generic[_Record]):
     `parse` turns one JSON object into a record or raises BadRecord. A bad line raises UserError, or
     is counted when `skip_bad_lines` is set. A file without one good record raises UserError in both
     cases. Empty lines are no records and no errors. skip_option: what sets `skip_bad_lines` where
-    the file is read for a command that has such an option.
+    the file is read for a command that has such an option. on_bad is told where each line stands
+    that is skipped, and why.
     """
 
     def __init__(
@@ -63,10 +64,13 @@ class RecordReader(Generic[_Record]):
         *,
         skip_bad_lines: bool,
         skip_option: str = SKIP_OPTION,
+        on_bad: Callable[[str, str], object] = lambda where, why: None,
     ) -> None:
         self.path = Path(path)
         self._name = named(path, MAX_SHOWN_PATH)
         self.share_read = 0.0  # of the file's bytes
+        self.where = ""  # the record that came last stood
+        self._on_bad = on_bad
         self._parse = parse
         self._skip_bad_lines = skip_bad_lines
         self._advice = "correct the line" + (f", or pass {skip_option}" if skip_option else "")
@@ -83,10 +87,12 @@ class RecordReader(Generic[_Record]):
             if not line:
                 continue
             self._digest.update(line + b"\n")
+            self.where = f"{self._name}:{number}"
             try:
                 record = self._parse(_parse_object(line))
             except BadRecord as error:
-                self._reject(f"{self._name}:{number}: {error}")
+                self._reject(f"{self.where}: {error}")
+                self._on_bad(self.where, str(error))
             else:
                 self._num_read += 1
                 yield record

@@ -29,6 +29,7 @@ from engine.checkpoints.found import network_at, run_of
 from engine.checkpoints.weights import load_weights
 from engine.claim import claim, holding_claims
 from engine.data.tokenizer import Tokenizer
+from engine.environment import rank_of_environment
 from engine.errors import UserError
 from engine.files import sync, sync_folder, write_object, writing
 from engine.huggingface.export_files import Exported, index_of, plan_files
@@ -81,9 +82,13 @@ def convert(config: ConvertConfig) -> None:
     if config.out is not None and config.out.exists():
         raise UserError(f"--out {config.out} exists already; name a new folder")
     if config.direction == "import":
-        import_huggingface(config)
+        made = import_huggingface(config)
+        use = f"a stage starts from it by --init-from {made}, PPO by --policy or --reward-model"
     else:
-        export_huggingface(config)
+        made = export_huggingface(config)
+        use = "transformers reads it by the class that its config.json names"
+    if rank_of_environment() == 0:
+        say(f"{made}: made; {use}")
 
 
 @holding_claims()

@@ -152,7 +152,7 @@ def _look(config: QuickstartConfig) -> dict[str, Any]:
             "from; give another --directory, or remove the folder"
         )
     else:  # what a start that was stopped within its files has left may be of other settings
-        for path in (home / "tokenizer.model", *sorted((home / "data").glob("*.jsonl"))):
+        for path in (home / "tokenizer.model", *_split_files(home / "data")):
             path.unlink(missing_ok=True)
     names = list(FOLDERS)
     record["finished"] = [name for name in record["finished"] if steps.get(name, True)]
@@ -165,6 +165,10 @@ def _look(config: QuickstartConfig) -> dict[str, Any]:
             )
     save_config(config, home / "config.json")
     return record
+
+
+def _split_files(folder: Path) -> list[Path]:
+    return [path for name in ("*.jsonl", "*.txt", "*.json") for path in sorted(folder.glob(name))]
 
 
 def _check_settings(config: QuickstartConfig) -> None:

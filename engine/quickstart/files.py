@@ -3,10 +3,10 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from engine.data.demonstrations import read_demonstrations
-from engine.data.jsonl import check_text, read_records, required, write_jsonl
-from engine.data.tokenizer import train_sentencepiece
-from engine.errors import UserError
+from engine.data.jsonl import write_jsonl
+from engine.errors import UserError, quoted
+from engine.prepare.tokenizer_training import texts_of, train_fitting
+from engine.quickstart.own_files import NAMES, endings, is_text, own_files, split_files
 from engine.quickstart.places import Split, demonstrations, fact_lists, render_facts
 from engine.quickstart.python_text import python_documents, split_documents
 from engine.quickstart.settings import QuickstartConfig
@@ -31,45 +31,85 @@ class Files:
 
 
 def find_files(config: QuickstartConfig) -> Files:
-    """Return the files of the config's data folder, or the places of those that are made; raises
-    UserError naming the first that is missing."""
-    if config.data is not None:
-        return _found_files(config.data, config.task)
+    """Return the files of the config's data folder, or the places of those that are made or split;
+    raises UserError naming all that is missing."""
     folder = config.directory / "data"
-    return Files(**{f.name: folder / f"{f.name}.jsonl" for f in fields(Files)})
+    if config.data is None:
+        return Files(**{f.name: folder / f"{f.name}.jsonl" for f in fields(Files)})
+    if is_tree(config.data):
+        return _found_in_tree(config.data, config.task)
+    sources = _own_sources(config.data)
+    ends_in_text = is_text(sources["pretraining"])
+    return Files(
+        **{
+            f.name: folder
+            / f"{f.name}{'.txt' if ends_in_text and f.name.startswith('pretraining') else '.jsonl'}"
+            for f in fields(Files)
+        }
+    )
 
 
-def _found_files(folder: Path, task: str) -> Files:
-    patterns = {
-        "demonstrations": f"sft/{task}*",
-        "comparisons": f"comparisons/{task}*",
-        "prompts": f"prompts/{task}*",
-        "pretraining": "pretrain/",
-    }
-    found = {}
-    for name, pattern in patterns.items():
+def is_tree(folder: Path) -> bool:
+    """Return whether a data folder has its files by stage and split, and is not flat."""
+    has_flat = any(own_files(folder).values())
+    return not has_flat and any((folder / name).is_dir() for name in _PATTERNS.values())
+
+
+_PATTERNS = {
+    "demonstrations": "sft",
+    "comparisons": "comparisons",
+    "prompts": "prompts",
+    "pretraining": "pretrain",
+}
+
+
+def _found_in_tree(folder: Path, task: str) -> Files:
+    found, missing = {}, []
+    for name, room in _PATTERNS.items():
         for key, split in ((name, "train"), (f"{name}_valid", "val")):
-            ending = f"{split}.jsonl*" if pattern.endswith("/") else f".{split}.jsonl*"
-            matches = sorted(folder.glob(pattern + ending))
-            if not matches:
-                raise UserError(f"--data {folder}: no file matches {pattern}{ending}")
-            found[key] = matches[0]
+            pattern = f"{room}/" if name == "pretraining" else f"{room}/{task}*."
+            matches = sorted(folder.glob(f"{pattern}{split}.jsonl*"))
+            if matches:
+                found[key] = matches[0]
+            else:
+                missing.append(f"{pattern}{split}.jsonl*")
+    if missing:
+        raise UserError(
+            f"--data {folder}: no file matches {', '.join(missing)}; other names than "
+            f"{quoted(task)} by --task"
+        )
     return Files(**found)
 
 
+def _own_sources(folder: Path) -> dict[str, Path]:
+    found = own_files(folder)
+    missing = [
+        f"{n}{' or '.join(e for e in endings(n) if not e.endswith('.gz'))}"
+        for n, path in found.items()
+        if path is None
+    ]
+    if missing:
+        raise UserError(
+            f"--data {folder}: there is no {', no '.join(missing)} (each may be .gz); README's "
+            '"Your data" says what is in them'
+        )
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def split_own_files(config: QuickstartConfig, files: Files) -> None:
+    """Split the files of a flat data folder into those of `files`; do nothing for a tree, which has
+    its split, and for made files."""
+    if config.data is not None and not is_tree(config.data):
+        targets = {n: (getattr(files, n), getattr(files, f"{n}_valid")) for n in NAMES}
+        split_files(_own_sources(config.data), targets)
+
+
 def write_tokenizer(config: QuickstartConfig, files: Files, path: Path) -> None:
-    """Train a sentencepiece tokenizer on the files' training text, unless it is there."""
-    if path.exists():
-        return
-    records, _ = read_demonstrations(files.demonstrations, skip_option="")
-    texts = [f"{record.prompt}\n{record.response}" for record in records]
-    texts += read_records(
-        files.pretraining,
-        lambda record: check_text(required(record, "text"), "text"),
-        skip_bad_lines=False,
-        skip_option="",  # not all that reads a quickstart's files skips lines
-    )[0]
-    train_sentencepiece(texts, path, vocab_size=config.vocab_size)
+    """Train a sentencepiece tokenizer on the files' training text, unless it is there; of files
+    with too little text for its entries, one of as many as there is."""
+    if not path.exists():
+        texts = [*texts_of(files.demonstrations), *texts_of(files.pretraining)]
+        train_fitting(texts, path, config.vocab_size, is_exact=config.data is None)
 
 
 def write_files(config: QuickstartConfig, files: Files) -> None:

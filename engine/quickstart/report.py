@@ -76,7 +76,7 @@ def write_report(
     plots = _win_rate_plot(summary) + _reward_against_kl(curves)
     sections = [
         _headline(summary),
-        _section("The models", _models_table(summary), _TABLE_NOTE),
+        _section("The models", _models_table(summary), _note(summary)),
         _section("Preference and price", _figures(plots), _PRICE_NOTE),
         _section("Learning curves", _figures(_learning_curves(curves))),
         _section("Answers side by side", "".join(_sample(sample) for sample in samples)),
@@ -97,7 +97,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         padding=(0, 1, 0, 0),
         show_edge=False,
     )
-    headings = ["model", *(heading for heading, _ in COLUMNS.values())]
+    headings = ["model", *_headings(summary)]
     for i, heading in enumerate(headings):
         # As wide as its cells and the words of its heading, which takes several lines.
         width = max(map(len, [*heading.split(), *(row[i] for row in rows)]))
@@ -105,6 +105,19 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _is_independent(summary: Mapping[str, Any]) -> bool:
+    """Return whether who judges the answers is another than the reward model that PPO was paid
+    by."""
+    return summary.get("judge") != "reward_model"
+
+
+def _headings(summary: Mapping[str, Any]) -> list[str]:
+    headings = {key: heading for key, (heading, _) in COLUMNS.items()}
+    if not _is_independent(summary):
+        headings |= {"labeler_score": "reward", "win_rate_vs_sft": "reward above SFT's"}
+    return list(headings.values())
 
 
 def _cells(values: Mapping[str, Any]) -> list[str]:
@@ -130,7 +143,8 @@ def _headline(summary: Mapping[str, Any]) -> str:
         values = summary.get(model, {})
         if values.get("win_rate_vs_sft") is not None:
             rate = f"{values['win_rate_vs_sft']:.0%}"
-            cards.append((rate, f"of {MODELS[model]}'s answers preferred to SFT's, ties split"))
+            better = "preferred to" if _is_independent(summary) else "of a higher reward than"
+            cards.append((rate, f"of {MODELS[model]}'s answers {better} SFT's, ties split"))
     if summary.get("seconds"):
         minutes = sum(summary["seconds"].values()) / 60
         cards.append((f"{minutes:.1f} min", "of training and evaluation"))
@@ -145,8 +159,12 @@ def _section(title: str, body: str, note: str = "") -> str:
     return f"<section><h2>{_escaped(title)}</h2>{note}{body}</section>"
 
 
+def _note(summary: Mapping[str, Any]) -> str:
+    return _TABLE_NOTE.format(judge=_LABELER if _is_independent(summary) else _NO_JUDGE)
+
+
 def _models_table(summary: Mapping[str, Any]) -> str:
-    head = "".join(f"<th>{_escaped(heading)}</th>" for heading, _ in COLUMNS.values())
+    head = "".join(f"<th>{_escaped(heading)}</th>" for heading in _headings(summary))
     rows = ""
     for model, name in MODELS.items():
         if model in summary:
@@ -199,7 +217,8 @@ def _win_rate_plot(summary: Mapping[str, Any]) -> list[str]:
     axes.set_xlim(0, 1)
     axes.set_ylim(len(judged) - 0.4, -0.6)  # the first model on top
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    return [_figure(figure, "preferred to SFT, with 95% interval")]
+    title = "preferred to SFT" if _is_independent(summary) else "reward above SFT's"
+    return [_figure(figure, f"{title}, with 95% interval")]
 
 
 def _reward_against_kl(curves: Mapping[str, Rows]) -> list[str]:
@@ -294,10 +313,14 @@ def _figure(figure: Figure, caption: str) -> str:
     return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
 
 
+_LABELER = "The labeler is the one that ranked the reward model's training data"
+_NO_JUDGE = (
+    "Nobody independent has judged these answers: the reward is of the model that PPO was trained"
+    " on, and rises whether or not a reader would agree. Read some answers below"
+)
 _TABLE_NOTE = (
-    "On held-out prompts. The labeler is the one that ranked the reward model's training data; ties"
-    " count one half, intervals are 95% (Wilson). Pretraining loss is in nats a token on held-out"
-    " text: what reinforcement learning forgets."
+    "On held-out prompts. {judge}; ties count one half, intervals are 95% (Wilson). Pretraining"
+    " loss is in nats a token on held-out text: what reinforcement learning forgets."
 )
 _PRICE_NOTE = (
     "What the answers gain, and how far the policy moved for it. The pretraining gradients of"

@@ -21,7 +21,13 @@ from engine.printable import open_console, say
 from engine.progress import LongWork
 from engine.quickstart.begun import FOLDERS, Begun, begin
 from engine.quickstart.comparisons import write_comparisons
-from engine.quickstart.files import Files, find_files, write_files, write_tokenizer
+from engine.quickstart.files import (
+    Files,
+    find_files,
+    split_own_files,
+    write_files,
+    write_tokenizer,
+)
 from engine.quickstart.finished_stages import FinishedStages
 from engine.quickstart.judge import judge_models
 from engine.quickstart.report import summary_table, write_report
@@ -114,6 +120,8 @@ def _results(
             begun.keep_results(_RESULTS)
     if is_writer:
         open_console().print(summary_table(summary))
+        if summary.get("judge") == "reward_model":
+            say("no independent judge: the reward is of the model that PPO was trained on")
         say(f"report: {home / 'report.html'}")
     return summary
 
@@ -138,6 +146,7 @@ def prepare_files(config: QuickstartConfig, parallel: Parallel) -> Files:
         if parallel.is_writer:
             if config.data is None:
                 write_files(config, files)
+            split_own_files(config, files)
             write_tokenizer(config, files, config.directory / "tokenizer.model")
         dist.barrier()
     return files

@@ -20,10 +20,12 @@ class QuickstartConfig:
     directory: Path = Path("runs/quickstart")
     """Everything is written below it; finished stages of an earlier start are kept."""
     data: Path | None = None
-    """Folder of files to train on instead of the made ones:
+    """Folder of files to train on instead of the made ones: demonstrations.jsonl,
+    comparisons.jsonl, prompts.jsonl and pretraining.jsonl or .txt, also .gz, of which a tenth of
+    the prompts is held out. Or a tree with its own split:
     {sft,comparisons,prompts}/TASK*.{train,val}.jsonl[.gz] and pretrain/{train,val}.jsonl[.gz]."""
     task: str = "e2e"
-    """Which files of the data folder: their names begin with it."""
+    """Which files of a tree: their names begin with it."""
     vocab_size: int = 1500
     """Entries of the sentencepiece tokenizer that is trained."""
     num_pretraining_tokens: int = 300_000

@@ -7,11 +7,13 @@ from engine.data.demonstrations import read_demonstrations
 from engine.data.pretraining import open_token_file
 from engine.data.tokenizer import load_tokenizer
 from engine.identity.made_from import RunConfig, names_of
-from engine.quickstart.files import Files
+from engine.quickstart.files import Files, is_tree
 from engine.quickstart.settings import QuickstartConfig
 from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
 from engine.settings.sft import SFTConfig
+
+_MOST_EPOCHS = 16.0
 
 
 def pretraining_stage(config: QuickstartConfig, files: Files) -> SFTConfig:
@@ -27,7 +29,7 @@ def pretraining_stage(config: QuickstartConfig, files: Files) -> SFTConfig:
         config.pretrain,
         directory=home / "base",
         tokenizer=path,
-        epochs=config.num_pretraining_tokens / len(text.tokens),
+        epochs=_epochs(config, config.num_pretraining_tokens / len(text.tokens)),
         data=data,
         **_of_all(config, config.pretrain),
     )
@@ -46,7 +48,9 @@ def sft_stage(config: QuickstartConfig, files: Files) -> SFTConfig:
         config.sft,
         directory=config.directory / "sft",
         init_from=config.directory / "base",
-        epochs=config.num_demonstrations / len(read_demonstrations(files.demonstrations)[0]),
+        epochs=_epochs(
+            config, config.num_demonstrations / len(read_demonstrations(files.demonstrations)[0])
+        ),
         data=data,
         **_of_all(config, config.sft),
     )
@@ -87,6 +91,13 @@ def ppo_stage(config: QuickstartConfig, files: Files, name: str) -> PPOConfig:
         ),
         **_of_all(config, config.ppo),
     )
+
+
+def _epochs(config: QuickstartConfig, epochs: float) -> float:
+    """Return how often a file is read: of the user's own four files, no more than the paper reads
+    its demonstrations (C.1), however few they are."""
+    has_own_files = config.data is not None and not is_tree(config.data)
+    return min(epochs, _MOST_EPOCHS) if has_own_files else epochs
 
 
 def _of_all(config: QuickstartConfig, stage: RunConfig) -> dict[str, Any]:

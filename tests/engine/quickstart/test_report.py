@@ -173,3 +173,16 @@ def test_the_page_allows_itself_nothing_but_its_own_style(tmp_path):
         "form-action": "'none'",
     }
     assert page.index("Content-Security-Policy") < page.index("<style")
+
+
+def test_a_reward_model_that_judges_itself_is_no_labeler(tmp_path):
+    own = SUMMARY | {"judge": "reward_model"}
+    page = written(tmp_path, own)
+    assert "Nobody independent has judged these answers" in page
+    assert "68%" in page
+    for word in ("labeler", "preferred"):
+        assert word not in page, word
+    assert "The labeler is the one that ranked" in written(tmp_path, SUMMARY | {"judge": "labeler"})
+    out = io.StringIO()
+    Console(file=out, width=80).print(summary_table(own))
+    assert "reward" in out.getvalue() and "preferred" not in out.getvalue()

@@ -1,0 +1,215 @@
+"""A tokenizer of one's own text, of either kind: what recipes/tokenizer.py and the quickstart make.
+
+OUT/tokenizer.model or tokenizer.json    what every stage's --tokenizer takes
+OUT/trained_on.json                      of which files, and how well it does
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from engine.claim import holding_claims, making
+from engine.data.end_of_text import END_OF_TEXT
+from engine.data.jsonl import BadRecord, RecordReader, check_text, json_type
+from engine.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from engine.errors import UserError, named
+from engine.files import MAX_SHOWN_PATH, read_lines, write_object, writing
+from engine.printable import say
+from engine.progress import LongWork
+from engine.settings.tokenizer import TokenizerConfig
+
+_TEXTS = ("prompt", "response", "completions", "chosen", "rejected", "messages", "text")
+_SMALLEST, _LARGEST = 512, 32_000  # of a vocabulary that is chosen by the text; our choice
+_BYTES_AN_ENTRY = 1000  # our choice: the quickstart's, 1,400 entries for a megabyte and a half
+_CHECKED_BYTES = 1 << 20  # of text that goes through the tokenizer and back
+# What a tokenizer must give back, whether it was trained on any of it or not.
+_HARD_TEXTS = (
+    "  two  spaces, a tab\tand\n\nlines\r\n",
+    "Ünïcödé, 中文, العربية, 👩‍👩‍👧, \u200b",
+    f"{END_OF_TEXT} as text",
+    "x" * 300,
+    "0123456789 3.14 10,000",
+)
+_HIGHEST = re.compile(r"<= (\d+)")  # what sentencepiece says that a vocabulary may be
+
+
+@holding_claims()
+def train_tokenizer(config: TokenizerConfig) -> Path:
+    """Train a tokenizer, look whether it gives texts back, and return its folder. Raises UserError,
+    also where the folder is there."""
+    if not config.files:
+        raise UserError("--files FILE [FILE ...] is required: the files that the stages will read")
+    for path in config.files:
+        next(iter(texts_of(path, skip_bad_lines=config.skip_bad_lines)))  # each is one that is read
+    texts = _Texts(config)
+    with making(config.out) as folder, LongWork("tokenizer: train", is_writer=True) as work:
+        num_bytes, cut = texts.measure()
+        wanted = config.vocab_size or _size_for(num_bytes)
+        if config.kind == "byte_level":
+            _train_byte_level(texts, folder / "tokenizer.json", wanted)
+        else:
+            path = folder / "tokenizer.model"
+            train_fitting(texts, path, wanted, is_exact=config.vocab_size is not None)
+        work.tell("check")
+        tokenizer = load_tokenizer(folder)
+        if config.vocab_size is not None and tokenizer.vocab_size != config.vocab_size:
+            raise UserError(
+                f"vocab_size {config.vocab_size} does not fit the training text, which gives "
+                f"{tokenizer.vocab_size}: give --vocab-size {tokenizer.vocab_size}, or more text"
+            )
+        bytes_a_token = _checked(tokenizer, texts)
+        facts = {
+            "files": [str(path) for path in config.files],
+            "bytes": num_bytes,
+            "entries": tokenizer.vocab_size,
+            "bytes_a_token": round(bytes_a_token, 3),
+        }
+        write_object(folder / "trained_on.json", facts)
+    for path in cut:
+        say(f"{path}: not all of it was read (--max-megabytes {config.max_megabytes:g})")
+    say(
+        f"{config.out}: {tokenizer.vocab_size} entries from {num_bytes / 1e6:.2f} MB of text; "
+        f"{bytes_a_token:.2f} bytes a token"
+    )
+    return config.out
+
+
+def train_fitting(texts: Iterable[str], path: Path, vocab_size: int, *, is_exact: bool) -> None:
+    """Train a sentencepiece model of so many entries, or where not exact, of as many as the texts
+    give. Raises UserError. `texts` is read once or twice."""
+    try:
+        train_sentencepiece(texts, path, vocab_size=vocab_size)
+    except UserError as error:
+        highest = _HIGHEST.search(str(error))
+        if is_exact and highest:
+            raise UserError(f"{error}; give --vocab-size {highest[1]}, or more text") from None
+        if highest is None:
+            raise
+        train_sentencepiece(texts, path, vocab_size=int(highest[1]))
+
+
+def texts_of(path: Path, *, skip_bad_lines: bool = False, skip_option: str = "") -> Iterator[str]:
+    """Yield the texts of a file of the stages, one a record, of a .txt one a line; raises
+    UserError."""
+    if path.name.removesuffix(".gz").endswith(".txt"):
+        is_empty = True
+        for number, line in read_lines(path):
+            is_empty = is_empty and line.isspace()
+            try:
+                yield line.decode()
+            except UnicodeDecodeError as error:
+                where = f"{named(path, MAX_SHOWN_PATH)}:{number}"
+                raise UserError(f"{where}: not UTF-8: byte {error.start + 1} of the line") from None
+        if is_empty:
+            raise UserError(f"{named(path, MAX_SHOWN_PATH)}: the file is empty; it needs text")
+        return
+    yield from RecordReader(path, _text_of, skip_bad_lines=skip_bad_lines, skip_option=skip_option)
+
+
+def _text_of(record: dict[str, Any]) -> str:
+    """Return all that a record says, part below part; BadRecord where it says nothing."""
+    found = [part for name in _TEXTS for part in _parts(record.get(name), name)]
+    if not found:
+        raise BadRecord(
+            f"none of the fields {', '.join(_TEXTS)}; there is "
+            f"{', '.join(named(key) for key in list(record)[:8]) or 'nothing'}"
+        )
+    return "\n".join(found)
+
+
+def _parts(value: Any, field: str) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [check_text(value, field)]
+    if isinstance(value, dict):  # a message, as a turn that the stages make of it
+        role = str(value.get("role")).capitalize()
+        return [f"{role}: {part}" for part in _parts(value.get("content"), field)]
+    if isinstance(value, list):
+        return [part for each in value for part in _parts(each, field)]
+    problem = f"must be a text, or a list of texts or messages, not {json_type(value)}"
+    raise BadRecord(problem, field=field)
+
+
+class _Texts:
+    """The texts to train on, of each file a like share of what is read at most; iterate it anew for
+    each pass."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        self._config = config
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self._config.files:
+            yield from self._of(path)
+
+    def measure(self) -> tuple[int, list[Path]]:
+        """Return the bytes of all of it, and the files that have more."""
+        num_bytes, cut = 0, []
+        for path in self._config.files:
+            num_here = sum(len(text.encode()) for text in self._of(path))
+            num_bytes += num_here
+            if num_here > self._most():
+                cut.append(path)
+        return num_bytes, cut
+
+    def _most(self) -> float:
+        return self._config.max_megabytes * 1e6 / len(self._config.files)
+
+    def _of(self, path: Path) -> Iterator[str]:
+        num_here = 0
+        skips = self._config.skip_bad_lines
+        for text in texts_of(path, skip_bad_lines=skips, skip_option="--skip-bad-lines"):
+            num_here += len(text.encode())
+            yield text
+            if num_here > self._most():
+                return
+
+
+def _size_for(num_bytes: int) -> int:
+    return min(_LARGEST, max(_SMALLEST, num_bytes // _BYTES_AN_ENTRY))
+
+
+def _train_byte_level(texts: Iterable[str], path: Path, vocab_size: int) -> None:
+    """Train byte pairs over bytes, cut into words as GPT-2's are, and write a tokenizer.json."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(alphabet):
+        raise UserError(f"vocab_size must be over {len(alphabet)}, one a byte, got {vocab_size}")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=sorted(alphabet),
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    with writing(path):
+        path.write_text(tokenizer.to_str())
+
+
+def _checked(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
+    """Return the bytes a token of a megabyte of the texts; UserError where one of them, or a hard
+    one, does not come back from its tokens."""
+    num_bytes, num_tokens = 0, 0
+    sample: list[str] = []
+    for text in texts:
+        sample.append(text)
+        num_bytes += len(text.encode())
+        if num_bytes > _CHECKED_BYTES:
+            break
+    for text, ids in zip(sample, tokenizer.encode_all(sample), strict=True):
+        num_tokens += len(ids)
+        _check_back(tokenizer, text, ids)
+    for text in _HARD_TEXTS:
+        _check_back(tokenizer, text, tokenizer.encode(text))
+    return num_bytes / max(1, num_tokens)
+
+
+def _check_back(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> None:
+    if tokenizer.decode(ids) != text:
+        raise UserError(f"the tokenizer does not give a text back as it was: {named(text)}")

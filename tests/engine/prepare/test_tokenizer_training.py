@@ -1,0 +1,132 @@
+import gzip
+import json
+
+import pytest
+
+from engine.data.end_of_text import END_OF_TEXT
+from engine.data.tokenizer import load_tokenizer
+from engine.errors import UserError
+from engine.prepare.tokenizer_training import texts_of, train_fitting, train_tokenizer
+from engine.settings.tokenizer import TokenizerConfig
+from tests.tiny import WORDS, write_lines
+
+KINDS = ("sentencepiece", "byte_level")
+TEXT = [f"{WORDS[i % 12]} {WORDS[i % 7]} {i} {WORDS[i % 5]}s near the würzburg" for i in range(400)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """One file of each of the stages' kinds."""
+    lines = {
+        "demonstrations": ({"prompt": text, "response": "yes"} for text in TEXT),
+        "comparisons": ({"prompt": t, "completions": ["a", "bb"], "ranks": [1, 2]} for t in TEXT),
+        "prompts": ({"messages": [{"role": "user", "content": text}]} for text in TEXT),
+        "pretraining": ({"text": text, "source": "not a text"} for text in TEXT),
+    }
+    return tuple(write_lines(tmp_path / f"{name}.jsonl", rows) for name, rows in lines.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_of_the_stages_files_gives_texts_back_and_ends_them(files, tmp_path, kind):
+    out = train_tokenizer(TokenizerConfig(files=files, out=tmp_path / "made", kind=kind))
+    tokenizer = load_tokenizer(out)
+    for text in (*TEXT[:9], "never seen: 中 \t\n\n x", END_OF_TEXT):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eos_text == END_OF_TEXT
+    assert tokenizer.eos_id not in tokenizer.encode(END_OF_TEXT)
+    facts = json.loads((out / "trained_on.json").read_text())
+    assert facts["entries"] == tokenizer.vocab_size >= 400
+    assert facts["bytes_a_token"] > 2
+    assert len(tokenizer.encode(TEXT[0])) < len(TEXT[0].encode()) / 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vocabulary_is_as_large_as_asked_or_an_error_says_what_fits(files, tmp_path, kind):
+    out = train_tokenizer(
+        TokenizerConfig(files=files, out=tmp_path / "a", kind=kind, vocab_size=400)
+    )
+    assert load_tokenizer(out).vocab_size == 400
+    large = TokenizerConfig(files=files, out=tmp_path / "b", kind=kind, vocab_size=50_000)
+    with pytest.raises(UserError, match=r"vocab_size 50000 does not fit .*give --vocab-size \d+"):
+        train_tokenizer(large)
+    with pytest.raises(UserError, match="vocab_size"):
+        train_tokenizer(TokenizerConfig(files=files, out=tmp_path / "c", kind=kind, vocab_size=200))
+    names = {path.name for path in tmp_path.iterdir() if path.suffix != ".jsonl"}
+    assert names == {"a"}, "a mistake left something"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_little_text_gives_a_small_vocabulary_where_none_is_asked_for(tmp_path, kind):
+    path = write_lines(tmp_path / "few.jsonl", [{"text": "a few words, and a few more words"}])
+    out = train_tokenizer(TokenizerConfig(files=(path,), out=tmp_path / "made", kind=kind))
+    assert 256 < load_tokenizer(out).vocab_size < 512
+
+
+def test_the_same_files_give_the_same_tokenizer(files, tmp_path):
+    made = [
+        train_tokenizer(TokenizerConfig(files=files, out=tmp_path / name, kind=kind))
+        for name, kind in (("a", KINDS[0]), ("b", KINDS[0]), ("c", KINDS[1]), ("d", KINDS[1]))
+    ]
+    prints = [load_tokenizer(out).fingerprint() for out in made]
+    assert prints[0] == prints[1] != prints[2] == prints[3]
+
+
+def test_all_texts_of_a_record_are_read_and_nothing_else(tmp_path):
+    rows = [
+        {"prompt": "p", "response": "r", "id": "x"},
+        {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]},
+        {"chosen": [{"role": "user", "content": "u"}], "rejected": "no"},
+        {"text": "t"},
+    ]
+    path = write_lines(tmp_path / "all.jsonl", rows)
+    assert list(texts_of(path)) == ["p\nr", "p\na\nb", "User: u\nno", "t"]
+    (tmp_path / "t.txt.gz").write_bytes(gzip.compress(b"one\ntwo\n"))
+    assert list(texts_of(tmp_path / "t.txt.gz")) == ["one\n", "two\n"]
+
+
+@pytest.mark.parametrize(
+    "name, content, problem",
+    [
+        ("a.jsonl", b'{"question": "q"}\n', r"a.jsonl:1: none of the fields .*there is question"),
+        ("a.jsonl", b'{"prompt": 3}\n', r'a.jsonl:1: field "prompt" must be a text'),
+        ("a.txt", b" \n", r"a.txt: the file is empty"),
+        ("a.txt", b"fine\n\xff\n", r"a.txt:2: not UTF-8: byte 1"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, content, problem):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=problem):
+        list(texts_of(tmp_path / name))
+
+
+def test_only_so_much_is_read_of_each_file_and_that_is_said(files, tmp_path, capsys):
+    config = TokenizerConfig(files=files, out=tmp_path / "made", max_megabytes=0.02)
+    train_tokenizer(config)
+    said = capsys.readouterr().out
+    assert f"{files[3]}: not all of it was read (--max-megabytes 0.02)" in said
+    assert json.loads((tmp_path / "made/trained_on.json").read_text())["bytes"] < 22_000
+
+
+def test_a_folder_that_is_there_is_not_written_over(files, tmp_path):
+    (tmp_path / "made").mkdir()
+    with pytest.raises(UserError, match="made exists already; name a new folder"):
+        train_tokenizer(TokenizerConfig(files=files, out=tmp_path / "made"))
+    with pytest.raises(UserError, match=r"--files FILE \[FILE ...\] is required"):
+        train_tokenizer(TokenizerConfig(out=tmp_path / "other"))
+
+
+def test_a_tokenizer_that_changes_a_text_is_refused(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "engine.data.tokenizer.Tokenizer.decode", lambda self, ids: "something else"
+    )
+    with pytest.raises(UserError, match="does not give a text back as it was"):
+        train_tokenizer(TokenizerConfig(files=files, out=tmp_path / "made"))
+    assert not (tmp_path / "made").exists()
+
+
+def test_fitting_reads_again_only_where_the_size_may_change(tmp_path):
+    texts = ["a few words", "and a few more"]
+    train_fitting(texts, tmp_path / "t.model", 9000, is_exact=False)
+    assert load_tokenizer(tmp_path / "t.model").vocab_size < 400
+    with pytest.raises(UserError, match="give --vocab-size"):
+        train_fitting(texts, tmp_path / "t.model", 9000, is_exact=True)

@@ -1,0 +1,121 @@
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.errors import UserError
+from engine.quickstart.own_files import NAMES, is_text, own_files, split_files
+from tests.tiny import write_lines
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def split(folder: Path, **sources: Path) -> dict[str, tuple[Path, Path]]:
+    ending = {name: ".txt" if is_text(path) else ".jsonl" for name, path in sources.items()}
+    targets = {
+        name: (folder / f"data/{name}{ending[name]}", folder / f"data/{name}_valid{ending[name]}")
+        for name in sources
+    }
+    split_files(sources, targets)
+    return targets
+
+
+def test_files_are_found_by_their_plain_names(tmp_path):
+    assert own_files(tmp_path) == dict.fromkeys(NAMES)
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": "p"}])
+    (tmp_path / "pretraining.txt.gz").write_bytes(gzip.compress(b"text"))
+    found = own_files(tmp_path)
+    assert found["prompts"] == tmp_path / "prompts.jsonl"
+    assert found["pretraining"] == tmp_path / "pretraining.txt.gz"
+    assert found["comparisons"] is None
+
+
+def test_a_prompt_is_on_one_side_in_all_files(tmp_path):
+    prompts = [f"prompt {i}" for i in range(300)]
+    sources = {
+        "demonstrations": write_lines(
+            tmp_path / "d.jsonl", ({"prompt": p, "response": str(n)} for p in prompts for n in "ab")
+        ),
+        "prompts": write_lines(tmp_path / "p.jsonl", ({"prompt": p} for p in prompts)),
+    }
+    sides = {
+        name: [{row["prompt"] for row in lines(path)} for path in paths]
+        for name, paths in split(tmp_path, **sources).items()
+    }
+    assert sides["demonstrations"] == sides["prompts"]
+    kept, held_out = sides["prompts"]
+    assert kept.isdisjoint(held_out) and kept | held_out == set(prompts)
+    assert 15 < len(held_out) < 50
+    assert len(lines(tmp_path / "data/demonstrations.jsonl")) == 2 * len(kept)
+
+
+@pytest.mark.parametrize("number", [2, 3, 5, 9])
+def test_few_prompts_leave_something_on_either_side(tmp_path, number):
+    for start in range(20):
+        folder = tmp_path / str(start)
+        folder.mkdir()
+        rows = [{"prompt": f"{start} {i}"} for i in range(number)]
+        kept, held_out = split(folder, prompts=write_lines(folder / "p.jsonl", rows))["prompts"]
+        assert lines(kept) and lines(held_out)
+        assert len(lines(kept)) + len(lines(held_out)) == number
+
+
+def test_rows_stay_as_they_are_and_dialogues_are_told_apart_by_their_prompt(tmp_path):
+    def chat(question: str, answer: str) -> list[dict]:
+        roles = {"user": question, "assistant": answer}
+        return [{"role": role, "content": content} for role, content in roles.items()]
+
+    rows = [
+        {"chosen": chat(f"q{i}", a), "rejected": chat(f"q{i}", "é")}
+        for i in range(60)
+        for a in "xy"
+    ]
+    kept, held_out = split(tmp_path, comparisons=write_lines(tmp_path / "c.jsonl", rows))[
+        "comparisons"
+    ]
+    found = [lines(kept), lines(held_out)]
+    assert sorted(map(json.dumps, found[0] + found[1])) == sorted(map(json.dumps, rows))
+    asked = [{row["chosen"][0]["content"] for row in side} for side in found]
+    assert asked[0].isdisjoint(asked[1])
+    texts = [
+        {"chosen": f"Human: {i}\n\nAssistant: {a}", "rejected": "r"}
+        for i in range(60)
+        for a in "xy"
+    ]
+    path = write_lines(tmp_path / "t.jsonl", texts)
+    (tmp_path / "other").mkdir()
+    kept, held_out = split(tmp_path / "other", comparisons=path)["comparisons"]
+    asked = [{row["chosen"].partition("\n")[0] for row in lines(p)} for p in (kept, held_out)]
+    assert asked[0].isdisjoint(asked[1])
+
+
+def test_of_a_text_the_end_is_held_out(tmp_path):
+    path = tmp_path / "pretraining.txt"
+    path.write_text("".join(f"line {i}\n" for i in range(50)))
+    kept, held_out = split(tmp_path, pretraining=path)["pretraining"]
+    assert kept.read_text() + held_out.read_text() == path.read_text()
+    assert held_out.read_text().splitlines() == [f"line {i}" for i in range(45, 50)]
+
+
+def test_what_cannot_be_split_is_named(tmp_path):
+    one = write_lines(tmp_path / "p.jsonl", [{"prompt": "p"}, {"prompt": "p"}])
+    with pytest.raises(UserError, match="p.jsonl: one prompt or text; two or more can be split"):
+        split(tmp_path, prompts=one)
+    (tmp_path / "t.txt").write_text("one line")
+    with pytest.raises(UserError, match="t.txt: one line of text; two or more can be split"):
+        split(tmp_path, pretraining=tmp_path / "t.txt")
+
+
+def test_a_file_that_was_changed_since_is_refused_and_a_lost_part_made_again(tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", ({"prompt": str(i)} for i in range(30)))
+    kept, held_out = split(tmp_path, prompts=path)["prompts"]
+    before = kept.read_bytes(), held_out.read_bytes()
+    held_out.unlink()
+    split(tmp_path, prompts=path)
+    assert (kept.read_bytes(), held_out.read_bytes()) == before
+    write_lines(path, [{"prompt": "other"}, {"prompt": "more"}])
+    with pytest.raises(UserError, match="other content than that which .* was begun with"):
+        split(tmp_path, prompts=path)
