@@ -46,6 +46,8 @@ class Feed:
     seed: int
     """Shuffles the epochs."""
     parallel: Parallel
+    share_prompts: bool = False
+    """The prompt of a unit's sequences is laid out once; see engine/data/batches.pack."""
 
     @property
     def order(self) -> EpochOrder:
@@ -55,29 +57,40 @@ class Feed:
 
     def step(self, number: int) -> StepBatch:
         """Return what step `number`, counted from 0, learns from."""
-        return step_batch(self.chosen(number), self.parallel, self.micro_batch_tokens)
+        return step_batch(
+            self.chosen(number),
+            self.parallel,
+            self.micro_batch_tokens,
+            share_prompts=self.share_prompts,
+        )
 
     def chosen(self, number: int) -> Chosen:
         """Return the units of that step's global batch."""
         return Chosen(self.units, self.order.indices(number))
 
 
-def step_batch(units: Units, parallel: Parallel, micro_batch_tokens: int) -> StepBatch:
-    """Return the global batch of these units, all of them."""
+def step_batch(
+    units: Units, parallel: Parallel, micro_batch_tokens: int, *, share_prompts: bool = False
+) -> StepBatch:
+    """Return the global batch of these units, all of them; share_prompts: as Feed."""
     shapes = [shapes_of(units, index) for index in range(len(units))]
-    lengths = lengths_of(shapes)
-    num_prompt_tokens = sum(prompt_length for unit in shapes for _, prompt_length in unit)
+    lengths = lengths_of(shapes, share_prompts=share_prompts)
     dealt = deal(lengths, parallel.dp)
     return StepBatch(
-        batches=pack_for(units, parallel, micro_batch_tokens),
-        num_targets=sum(lengths) - num_prompt_tokens,
+        batches=pack_for(units, parallel, micro_batch_tokens, share_prompts=share_prompts),
+        num_targets=sum(
+            length - prompt_length for unit in shapes for length, prompt_length in unit
+        ),
         num_tokens=sum(lengths),
         spread=spread([sum(lengths[index] for index in indices) for indices in dealt]),
     )
 
 
-def pack_for(units: Units, parallel: Parallel, micro_batch_tokens: int) -> list[PackedBatch]:
-    """Return this rank's part of the units as micro-batches on its device."""
+def pack_for(
+    units: Units, parallel: Parallel, micro_batch_tokens: int, *, share_prompts: bool = False
+) -> list[PackedBatch]:
+    """Return this rank's part of the units as micro-batches on its device; share_prompts: as
+    Feed."""
     layout = parallel.layout
     cut = Cut(
         dp=parallel.dp,
@@ -89,5 +102,5 @@ def pack_for(units: Units, parallel: Parallel, micro_batch_tokens: int) -> list[
         count_multiple=layout.pp if layout.virtual_pp > 1 else 1,
         is_even=layout.pp > 1,
     )
-    batches = micro_batches(units, cut, micro_batch_tokens)
+    batches = micro_batches(units, cut, micro_batch_tokens, share_prompts=share_prompts)
     return [batch.to(parallel.device) for batch in batches]

@@ -149,12 +149,12 @@ def mean_language_loss(network: Network, units: Units, micro_batch_tokens: int) 
 
 
 def pair_accuracy(
-    network: Network, units: Sequence, micro_batch_tokens: int
+    network: Network, units: Sequence, micro_batch_tokens: int, *, share_prompts: bool = False
 ) -> tuple[float, float]:
     """Return (ranking loss, share of pairs in the right order) of held-out comparisons; equal
-    scores count half."""
+    scores count half. share_prompts: as engine/feed.Feed."""
     parallel = network.parallel
-    batches = pack_for(units, parallel, micro_batch_tokens)
+    batches = pack_for(units, parallel, micro_batch_tokens, share_prompts=share_prompts)
     loss_function = comparison_loss(len(units))
     totals = torch.zeros(3, device=parallel.device, dtype=torch.float64)
     with network.evaluating():

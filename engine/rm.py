@@ -24,6 +24,7 @@ from engine.cautions.of_settings import (
 )
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.course import Course
+from engine.data.batches import lengths_of, shapes_of
 from engine.data.comparisons import Comparison, comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
@@ -75,6 +76,7 @@ def train(config: RMConfig) -> dict[str, float]:
         micro_batch_tokens=config.micro_batch_tokens,
         seed=config.seed,
         parallel=parallel,
+        share_prompts=config.share_prompts,
     )
     num_steps = feed.order.num_steps(config.epochs)
     optimizer = Optimizer(network, config.adam, total_steps=num_steps, spikes=config.spikes)
@@ -105,7 +107,8 @@ def train(config: RMConfig) -> dict[str, float]:
     )
     with metrics, checkpointer:
         cautions = [*data.cautions, *_cautions(config, feed, num_steps, size)]
-        metrics.note(*inputs.notes, *data.notes, network.attention, cautions=cautions)
+        notes = [*inputs.notes, *data.notes, _sharing_note(config, data.train), network.attention]
+        metrics.note(*notes, cautions=cautions)
         for step in course:
             with metrics.phase("train"):
                 values = _train_step(step, network, optimizer, feed, course.passed_over)
@@ -118,7 +121,12 @@ def train(config: RMConfig) -> dict[str, float]:
             is_last = step + 1 == num_steps
             if data.valid and is_evaluated(step + 1, num_steps, config.eval_every):
                 with metrics.phase("valid"):
-                    loss, accuracy = pair_accuracy(network, data.valid, config.micro_batch_tokens)
+                    loss, accuracy = pair_accuracy(
+                        network,
+                        data.valid,
+                        config.micro_batch_tokens,
+                        share_prompts=config.share_prompts,
+                    )
                 values |= {"valid/loss": loss, "valid/pair_accuracy": accuracy}
             if is_last and data.demonstrations:
                 mean = _mean_score(network, data.demonstrations, config.micro_batch_tokens)
@@ -273,6 +281,19 @@ def _load_data(config: RMConfig, run: Run, context: Limit) -> _Data:
         demonstrations=demonstrations,
         notes=notes,
         cautions=cautions,
+    )
+
+
+def _sharing_note(config: RMConfig, units: list[list[Example]]) -> str:
+    """Return how many tokens an epoch has, and would have if each completion had its own prompt."""
+    shapes = [shapes_of(units, index) for index in range(len(units))]
+    whole = sum(lengths_of(shapes))
+    if not config.share_prompts:
+        return f"each completion has its own prompt: {whole} tokens an epoch"
+    shared = sum(lengths_of(shapes, share_prompts=True))
+    return (
+        f"prompts are computed once for their completions: {shared} tokens an epoch instead of "
+        f"{whole}, {1 - shared / whole:.0%} fewer"
     )
 
 

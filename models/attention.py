@@ -4,13 +4,12 @@ have one length and torch's varlen flash where not; SDPA on the CPU.
 Tokens of all sequences lie in one row [T, heads, dim] with cu_seqlens between them; nothing is
 padded on the left, so learned positions start at 0 in every sequence. Keys and values may have
 fewer heads: query head h reads key-value head h // (heads / kv_heads) (Ainslie et al. 2023). With a
-window a token sees itself and the window - 1 tokens before it (Child et al. 2019).
+window a token sees itself and the window - 1 tokens before it (Child et al. 2019). Sequences that
+begin alike may share their beginning (models/prefixes.py).
 """
 
-import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from inspect import signature
 from typing import Any, cast
 
@@ -21,8 +20,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.context_parallel import ContextShare, gather_row, join_readings
-from models.rotary import Rotation
+from models.context_parallel import gather_row
+from models.packed_sequences import PackedSequences
+from models.prefixes import SequenceKeys
 
 _FLASH_ATTENTION = {"flash-attn 4": "flash_attn.cute", "flash-attn 2": "flash_attn"}
 
@@ -63,92 +63,6 @@ def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
 
 def _takes_flash(device_type: str, dtype: torch.dtype) -> bool:
     return device_type == "cuda" and dtype in (torch.float16, torch.bfloat16)
-
-
-@dataclass(kw_only=True)
-class PackedSequences(PackedSeqParams):
-    """Where the sequences of a packed row begin and end; travels through megatron's layers to the
-    attention."""
-
-    qkv_format: str = "thd"
-    share: ContextShare | None = None
-    """The part of the row that this rank holds; none: all of it."""
-    rotation: Rotation | None = None
-    """Of the tokens that this rank holds; none: positions are learned."""
-
-    @classmethod
-    def of(
-        cls, cu_seqlens: Tensor, max_seqlen: int, share: ContextShare | None = None
-    ) -> "PackedSequences":
-        """Describe sequences from cu_seqlens [B+1] int32 and the longest length (known on the
-        host)."""
-        return cls(
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_kv=max_seqlen,
-            share=share,
-        )
-
-    def held(self, values: Tensor) -> Tensor:
-        """Return those of values [T, ...] whose tokens this rank holds: [T / cp, ...], in the order
-        in which it holds them."""
-        return values if self.share is None else values[self._held]
-
-    def in_row(self, numbers: Tensor) -> Tensor:
-        """Return the indices in the row of the tokens that are numbers [n] of those held."""
-        return numbers if self.share is None else self._held[numbers]
-
-    def join(self, readings: Tensor) -> Tensor:
-        """Return all ranks' readings [..., T / cp] in the order of the row; the reverse of held."""
-        return readings if self.share is None else join_readings(readings, self.share)
-
-    @functools.cached_property
-    def _held(self) -> Tensor:
-        """[T / cp] int64, on the device of the sequences."""
-        assert self.share is not None
-        return self.share.held(self.cu_seqlens_q.device)
-
-    @functools.cached_property
-    def pieces(self) -> list[tuple[int, "PackedSequences"]]:
-        """(end of a piece in the row, the sequences as its queries see them), for what this rank
-        holds.
-
-        Queries are the sequences' tokens within the piece, keys those up to its end: a sequence
-        that began before the piece has more keys than queries, one that ended has no queries.
-        """
-        assert self.share is not None
-        return [
-            (
-                piece.stop,
-                PackedSequences(
-                    cu_seqlens_q=self.cu_seqlens_q.clamp(piece.start, piece.stop) - piece.start,
-                    cu_seqlens_kv=self.cu_seqlens_q.clamp(max=piece.stop),
-                    max_seqlen_q=min(self.max_seqlen_q, len(piece)),
-                    max_seqlen_kv=min(self.max_seqlen_q, piece.stop),
-                ),
-            )
-            for piece in self.share.pieces
-        ]
-
-    @functools.cached_property
-    def padding(self) -> tuple[Tensor, Tensor]:
-        """Gather [B, L] and scatter [T] between the row and its sequences padded to length L.
-
-        gather[b, l] is the index in the row of token l of sequence b; scatter[t] that of the row's
-        token t in [B x L].
-
-        What lies beyond a sequence's end repeats some valid token: causal attention never reads it
-        for a real one.
-        """
-        starts, lengths = self.cu_seqlens_q[:-1].long(), self.cu_seqlens_q.diff().long()
-        num_tokens = int(self.cu_seqlens_q[-1])
-        columns = torch.arange(self.max_seqlen_q, device=starts.device)
-        gather = (starts[:, None] + columns).clamp(max=num_tokens - 1)  # [B, L]
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=starts.device), lengths)
-        tokens = torch.arange(num_tokens, device=starts.device)
-        scatter = owner * self.max_seqlen_q + tokens - starts[owner]  # [T]
-        return gather, scatter
 
 
 class PackedAttention(MegatronModule):
@@ -226,6 +140,12 @@ def packed_attention(
     """
     if window is not None and window >= sequences.max_seqlen_kv:
         window = None  # no sequence is longer: the same bits as without
+    # Sequences so short that on a CPU calls cost more than what they compute.
+    is_short = len(query) < _SHORT * (len(sequences.cu_seqlens_q) - 1)
+    if sequences.keys is not None:
+        if is_short and sequences.keys.is_of_row and not query.is_cuda:
+            return _attention_of_groups(query, key, value, sequences.keys, scale, window)
+        key, value = sequences.keys.gather(key, value)
     if _takes_flash(query.device.type, query.dtype):
         is_even = window is None and _suits_cudnn(sequences, len(query))
         if _flash_attn_varlen is None and is_even:
@@ -233,10 +153,8 @@ def packed_attention(
         return _varlen_attention(query, key, value, sequences, scale, window)
     num_padded = (len(sequences.cu_seqlens_q) - 1) * sequences.max_seqlen_q
     is_whole = sequences.cu_seqlens_kv is sequences.cu_seqlens_q
-    # Padding while it wastes little: on a GPU, and on a CPU where sequences are so short that calls
-    # cost more. Longer ones of different lengths go one by one: there padding to 1.4 times the
-    # tokens took twice the time.
-    is_short = len(query) < _SHORT * (len(sequences.cu_seqlens_q) - 1)
+    # Padding while it wastes little: on a GPU, and on a CPU where sequences are short. Longer ones
+    # of different lengths go one by one: there padding to 1.4 times the tokens took twice the time.
     if is_whole and num_padded <= (2 if query.is_cuda or is_short else 1) * len(query):
         return _padded_attention(query, key, value, sequences, scale, window)
     query_lengths = sequences.cu_seqlens_q.diff().tolist()
@@ -267,9 +185,21 @@ def _attention_of_one(
     mask = None
     if num_queries < num_keys or (window is not None and window < num_keys):
         mask = _sees(num_queries, num_keys, window, query.device)
-    # As a batch of one: without that dimension torch computes the whole matrix of scores.
-    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    return _sdpa(q, k, v, mask, scale)[0].transpose(0, 1)
+    return _sdpa_of_one(query, key, value, mask, scale)
+
+
+def _attention_of_groups(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: SequenceKeys,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """packed_attention with one call for all sequences that share a prefix."""
+    lengths, sees = keys.groups(window)
+    rows = zip(*(x.split(lengths) for x in (query, key, value)), sees, strict=True)
+    return torch.cat([_sdpa_of_one(q, k, v, mask, scale) for q, k, v, mask in rows])
 
 
 def _sees(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -278,6 +208,14 @@ def _sees(num_queries: int, num_keys: int, window: int | None, device: torch.dev
     ahead = num_keys - num_queries
     sees = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(ahead)
     return sees if window is None else sees.triu(ahead - window + 1)
+
+
+def _sdpa_of_one(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    # As a batch of one: without that dimension torch computes the whole matrix of scores.
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    return _sdpa(q, k, v, mask, scale)[0].transpose(0, 1)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

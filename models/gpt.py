@@ -5,8 +5,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.enums import ModelType
 from torch import Tensor
 
-from models.attention import PackedSequences
 from models.layers import LayerConfig
+from models.packed_sequences import PackedSequences
 from models.paged_attention import PagedSequences
 from models.paged_forward import paged_embedding, paged_forward
 from models.readouts import LanguageHead, LanguageReadout

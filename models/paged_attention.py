@@ -14,7 +14,8 @@ from torch import Tensor
 from kernels.append_kv import append_kv
 from kernels.decode_attention import decode_attention
 from kernels.decode_groups import DecodeGroups, decode_groups
-from models.attention import PackedSequences, packed_attention
+from models.attention import packed_attention
+from models.packed_sequences import PackedSequences
 
 
 class PagedCache:

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from kernels.linear_logprobs import ProportionalLoss, TokenLoss
 from kernels.row_state import IGNORE_INDEX
-from models.attention import PackedSequences
+from models.packed_sequences import PackedSequences
 from models.vocab_parallel import (
     vocab_parallel_linear_logprobs,
     vocab_parallel_linear_logprobs_loss,
@@ -61,6 +61,8 @@ class Logprobs:
 
         The state after token t - 1 predicts token t: labels move one to the left.
         """
+        if sequences.keys is not None:
+            raise ValueError("log-probs need whole sequences: a prefix's end predicts several")
         labels = tokens.masked_fill(~self.mask, IGNORE_INDEX).roll(-1)
         labels[-1] = IGNORE_INDEX
         return sequences.held(labels)

@@ -10,8 +10,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from models.attention import PackedSequences
 from models.layers import LayerConfig
+from models.packed_sequences import PackedSequences
 from models.readouts import Readings
 from models.sizes import GPTSize
 from models.trunk import build_trunk, run_trunk

@@ -6,9 +6,9 @@ from typing import Any
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from models.attention import PackedSequences
 from models.embedding import Projection, build_embedding
 from models.layers import LayerConfig, block_spec
+from models.packed_sequences import PackedSequences
 from models.rotary import rotation_at
 from models.sizes import GPTSize
 

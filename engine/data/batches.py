@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.data.examples import Example, Shape, Unit, sequences_of
+from engine.data.examples import Example, Shape, Unit, begins_alike, sequences_of
+from models.prefixes import Prefixes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,9 +34,9 @@ class PackedBatch:
     tokens: Tensor
     """[T] int64."""
     positions: Tensor
-    """[T] int64: from 0 in every sequence."""
+    """[T] int64: from 0 in every sequence, its prefix included."""
     cu_seqlens: Tensor
-    """[B+1] int32: sequence b is tokens[cu_seqlens[b] : cu_seqlens[b+1]]."""
+    """[B+1] int32: sequence b is tokens[cu_seqlens[b] : cu_seqlens[b+1]], behind its prefix."""
     mask: Tensor
     """[T] bool: the token is predicted (the response_mask)."""
     targets: Tensor
@@ -47,8 +48,12 @@ class PackedBatch:
     fields: dict[str, Tensor]
     """Further values, [T] or [B] each, 0 for padding; float32, int64 or bool."""
     max_seqlen: int
+    """Tokens of the longest sequence, its prefix included."""
     num_sequences: int
     """Sequences that are not padding: B or B - 1; 0 in a micro-batch that only keeps step."""
+    prefixes: Prefixes | None = None
+    """The prompts of sequences behind the first of their unit, which holds it; none: each sequence
+    holds its own. A prompt's last token is then before several, and mask of no use."""
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """Return the batch on `device`; to a GPU through pinned memory, without waiting."""
@@ -68,6 +73,7 @@ class PackedBatch:
             sequence_ids=move(self.sequence_ids),
             cu_units=move(self.cu_units),
             fields={name: move(value) for name, value in self.fields.items()},
+            prefixes=self.prefixes and self.prefixes.moved(move),
         )
 
 
@@ -87,9 +93,15 @@ def shapes_of(units: Units, index: int) -> list[Shape]:
     return [(len(each.tokens), each.prompt_length) for each in sequences_of(units[index])]
 
 
-def lengths_of(shapes: Sequence[Sequence[Shape]]) -> list[int]:
-    """Return the tokens of each unit, from the shapes of its sequences."""
-    return [sum(num_tokens for num_tokens, _ in unit) for unit in shapes]
+def lengths_of(shapes: Sequence[Sequence[Shape]], *, share_prompts: bool = False) -> list[int]:
+    """Return the tokens that pack lays out of each unit, from the shapes of its sequences."""
+    lengths = [sum(num_tokens for num_tokens, _ in unit) for unit in shapes]
+    if not share_prompts:
+        return lengths
+    return [
+        length - sum(prompt_length for _, prompt_length in unit[1:])
+        for length, unit in zip(lengths, shapes, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -153,21 +165,31 @@ class EpochOrder:
 
 
 def pack(
-    units: Sequence[Unit], *, multiple_of: int, sequence_ids: Sequence[int] | None = None
+    units: Sequence[Unit],
+    *,
+    multiple_of: int,
+    sequence_ids: Sequence[int] | None = None,
+    share_prompts: bool = False,
 ) -> PackedBatch:
     """Lay the units' sequences end to end, T rounded up to `multiple_of` by one masked sequence.
 
     All sequences must have the same fields. `sequence_ids` counts from 0 where it is not given.
+    With share_prompts the prompt of a unit's sequences is laid out once, with the first of them: it
+    must be the same for all, and each must have tokens behind it.
     """
     sequences = [sequence for unit in units for sequence in sequences_of(unit)]
     if not sequences:
         raise ValueError("a micro-batch needs at least one sequence")
     ids = list(range(len(sequences)) if sequence_ids is None else sequence_ids)
-    num_padding = -sum(len(sequence.tokens) for sequence in sequences) % multiple_of
-    if num_padding:
+    skipped = [0] * len(sequences)
+    if share_prompts:
+        skipped = [count for unit in units for count in _shared_lengths(sequences_of(unit))]
+    num_tokens = sum(len(sequence.tokens) for sequence in sequences) - sum(skipped)
+    if num_padding := -num_tokens % multiple_of:
         sequences.append(_padding(sequences[0], num_padding))
         ids.append(-1)
-    return _join(sequences, ids, [len(sequences_of(unit)) for unit in units])
+        skipped.append(0)
+    return _join(sequences, ids, [len(sequences_of(unit)) for unit in units], skipped)
 
 
 def deal(lengths: Sequence[int], dp: int) -> list[list[int]]:
@@ -226,17 +248,19 @@ class Cut:
     there are few and full ones."""
 
 
-def micro_batches(units: Units, cut: Cut, budget: int) -> list[PackedBatch]:
+def micro_batches(
+    units: Units, cut: Cut, budget: int, *, share_prompts: bool = False
+) -> list[PackedBatch]:
     """Return this rank's part of a step's units, in micro-batches of at most `budget` tokens.
 
     A unit stays in one micro-batch, and one that is over the budget has its own. All dp ranks get
     the same number of them; what is missing is filled with masked ones. Where the units know their
-    shapes, only this rank's are read.
+    shapes, only this rank's are read. share_prompts: as pack, and the tokens are counted so.
     """
     if not len(units):
         raise ValueError("a step's global batch needs at least one example")
     shapes = [shapes_of(units, index) for index in range(len(units))]
-    lengths = lengths_of(shapes)
+    lengths = lengths_of(shapes, share_prompts=share_prompts)
     first_ids = np.cumsum([0] + [len(unit) for unit in shapes])
     # Rounded down, so that the padding does not lift a micro-batch over the budget.
     budget = max(budget // cut.multiple_of, 1) * cut.multiple_of
@@ -254,10 +278,17 @@ def micro_batches(units: Units, cut: Cut, budget: int) -> list[PackedBatch]:
     for group in mine:
         ids = [n for index in group for n in range(first_ids[index], first_ids[index + 1])]
         members = [units[index] for index in group]
-        batches.append(pack(members, multiple_of=cut.multiple_of, sequence_ids=ids))
+        batches.append(
+            pack(
+                members,
+                multiple_of=cut.multiple_of,
+                sequence_ids=ids,
+                share_prompts=share_prompts,
+            )
+        )
     if len(batches) == count:
         return batches
-    filler = _join([_padding(sequences_of(units[0])[0], cut.multiple_of)], [-1], [])
+    filler = _join([_padding(sequences_of(units[0])[0], cut.multiple_of)], [-1], [], [0])
     return batches + [filler] * (count - len(batches))
 
 
@@ -293,12 +324,25 @@ def _padding(like: Example, length: int) -> Example:
     return Example(tokens=np.zeros(length, dtype=np.int64), prompt_length=length, fields=fields)
 
 
-def _join(sequences: list[Example], ids: list[int], unit_sizes: list[int]) -> PackedBatch:
-    lengths = np.array([len(sequence.tokens) for sequence in sequences])
+def _shared_lengths(sequences: Sequence[Example]) -> list[int]:
+    """Return how many of each sequence's first tokens lie in the unit's first one: its prompt's."""
+    first, *others = sequences
+    if others and not begins_alike(sequences):
+        raise ValueError("the sequences of a unit share no prompt, or one ends with it")
+    return [0, *(first.prompt_length for _ in others)]
+
+
+def _join(
+    sequences: list[Example], ids: list[int], unit_sizes: list[int], skipped: list[int]
+) -> PackedBatch:
+    """skipped: how many of each sequence's first tokens are left to the first of its unit."""
+    prefix_lengths = np.array(skipped)
+    lengths = np.array([len(sequence.tokens) for sequence in sequences]) - prefix_lengths
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+    positions = np.arange(cu_seqlens[-1]) + np.repeat(prefix_lengths - cu_seqlens[:-1], lengths)
     prompt_lengths = np.array([sequence.prompt_length for sequence in sequences])
-    tokens = np.concatenate([sequence.tokens for sequence in sequences], dtype=np.int64)
+    parts = [each.tokens[start:] for each, start in zip(sequences, skipped, strict=True)]
+    tokens = np.concatenate(parts, dtype=np.int64)
     mask = positions >= np.repeat(prompt_lengths, lengths)
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
@@ -308,19 +352,36 @@ def _join(sequences: list[Example], ids: list[int], unit_sizes: list[int]) -> Pa
         targets=torch.from_numpy(np.flatnonzero(mask)),
         sequence_ids=torch.tensor(ids, dtype=torch.int64),
         cu_units=torch.from_numpy(np.cumsum([0, *unit_sizes], dtype=np.int32)),
-        fields={name: _join_field(sequences, name) for name in sequences[0].fields},
-        max_seqlen=int(lengths.max()),
+        fields={name: _join_field(sequences, name, skipped) for name in sequences[0].fields},
+        max_seqlen=int((lengths + prefix_lengths).max()),
         num_sequences=sum(unit_sizes),
+        prefixes=_prefixes(cu_seqlens, prefix_lengths, unit_sizes) if any(skipped) else None,
     )
 
 
-def _join_field(sequences: list[Example], name: str) -> Tensor:
+def _prefixes(cu_seqlens: np.ndarray, lengths: np.ndarray, unit_sizes: list[int]) -> Prefixes:
+    first = np.repeat(np.cumsum([0, *unit_sizes[:-1]]), unit_sizes)  # sequence of each one's unit
+    starts = np.zeros(len(lengths), np.int32)  # padding is in no unit
+    starts[: len(first)] = cu_seqlens[first]
+    return Prefixes(
+        starts=torch.from_numpy(starts),
+        lengths=torch.from_numpy(lengths.astype(np.int32)),
+        num_keys=int(cu_seqlens[-1] + lengths.sum()),
+    )
+
+
+def _join_field(sequences: list[Example], name: str, skipped: list[int]) -> Tensor:
     """Return the field as [T] where the examples have an array, [B] where they have a number."""
     arrays = [np.asarray(sequence.fields[name]) for sequence in sequences]
     for sequence, array in zip(sequences, arrays, strict=True):
         if array.ndim and array.shape != sequence.tokens.shape:
             raise ValueError(f"field {name} has shape {array.shape}, not {sequence.tokens.shape}")
-    joined = np.concatenate([np.atleast_1d(array) for array in arrays])
+    joined = np.concatenate(
+        [
+            array[start:] if array.ndim else array[None]
+            for array, start in zip(arrays, skipped, strict=True)
+        ]
+    )
     if joined.dtype.kind == "f":
         joined = joined.astype(np.float32)
     elif joined.dtype.kind in "iu":

@@ -44,6 +44,15 @@ def sequences_of(unit: Unit) -> Sequence[Example]:
     return [unit] if isinstance(unit, Example) else unit
 
 
+def begins_alike(sequences: Sequence[Example]) -> bool:
+    """Return whether sequences have the same prompt, and each one tokens behind it."""
+    prompts = [sequence.tokens[: sequence.prompt_length] for sequence in sequences]
+    return all(
+        np.array_equal(prompt, prompts[0]) and len(sequence.tokens) > len(prompt)
+        for prompt, sequence in zip(prompts, sequences, strict=True)
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LengthReport:
     """What drop_long kept."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.generation.scheduler import Step
 from engine.generation.sequence import LiveSequence
-from models.attention import PackedSequences
+from models.packed_sequences import PackedSequences
 from models.paged_attention import PagedCache, PagedSequences
 
 IDLE_TOKEN = -1

@@ -62,6 +62,8 @@ class Batch:
     """Tokens that attend to each other: the mean length of a sequence."""
     target_share: float = 1.0
     """Share of the tokens that are predicted, which the head computes."""
+    sequences: float | None = None
+    """Mean sequences of one that share tokens; none: as many as its tokens make, span each."""
 
     @property
     def tokens(self) -> float:
@@ -69,14 +71,9 @@ class Batch:
         return self.count * self.mean_tokens
 
     def padded(self, context: int) -> "Batch":
-        """Return the batch with every sequence filled up to the context."""
-        factor = context / self.span
-        return dataclasses.replace(
-            self,
-            mean_tokens=self.mean_tokens * factor,
-            limit=self.mean_tokens * factor,
-            span=context,
-        )
+        """Return the batch with every sequence filled up to the context, and nothing shared."""
+        tokens = (self.sequences or self.mean_tokens / self.span) * context
+        return dataclasses.replace(self, mean_tokens=tokens, limit=tokens, span=context)
 
     def longest(self) -> float:
         """Return the expected longest: lengths as if drawn from a geometric distribution, which is

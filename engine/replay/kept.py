@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.checkpoints.found import network_at
 from engine.checkpoints.weights import load_weights
-from engine.data.examples import Unit, sequences_of
+from engine.data.examples import Unit, begins_alike, sequences_of
 from engine.errors import UserError
 from engine.evidence.case import BATCH, CONFIG, ROLLOUT, Case
 from engine.ranks.parallel import Parallel
@@ -50,6 +50,8 @@ def check_sources(folder: Path, case: Case, sources: dict[str, list[Unit]], size
                 raise UserError(f"{path}: sequences beyond the context of {size.context_length}")
             if not allowed[name] <= sequence.fields.keys():
                 raise UserError(f"{path}: sequences without {', '.join(sorted(allowed[name]))}")
+        if case.stage == "rm" and not all(begins_alike(sequences_of(unit)) for unit in units):
+            raise UserError(f"{path}: completions that do not go on from one prompt")
 
 
 def network_in(folder: Path, config: KeptConfig, parallel: Parallel) -> Network:

@@ -31,7 +31,8 @@ def terms_of(
     if isinstance(config, RMConfig):
         units = sources["loss"]
         loss = comparison_loss(len(units))
-        return {"loss": Objective(batches=pack_for(units, parallel, budget), loss=loss)}
+        batches = pack_for(units, parallel, budget, share_prompts=config.share_prompts)
+        return {"loss": Objective(batches=batches, loss=loss)}
     episodes = step_batch(sources["episodes"], parallel, budget)
     num_targets = torch.tensor(float(episodes.num_targets), device=parallel.device)
     if case.role == "critic":

@@ -11,6 +11,7 @@ from engine.settings.alarms import LossAlarmConfig
 from engine.settings.checks import check_epochs, check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.saved import EARLIER
 from engine.settings.saving import SaveConfig
 from engine.settings.spikes import SpikeConfig
 from engine.settings.waiting import WaitingConfig
@@ -67,6 +68,9 @@ class RMConfig:
     """Prompts a step, each with all its completions (paper, C.2: 64)."""
     micro_batch_tokens: int = 8192
     """Token budget of one forward pass on one rank; a prompt's completions stay in one."""
+    share_prompts: bool = field(default=True, metadata={EARLIER: False})
+    """Compute a prompt once for all its completions, which go on from it; otherwise once for each.
+    Our choice: scores and gradients are the same but for rounding, and tokens are spared."""
     adam: AdamConfig = field(default_factory=lambda: AdamConfig(lr=9e-6))
     """Optimizer (paper, C.2: lr 9e-6, cosine to 10%)."""
     alarms: LossAlarmConfig = field(default_factory=LossAlarmConfig)

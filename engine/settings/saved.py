@@ -20,7 +20,7 @@ _MAX_BYTES = 1 << 20  # of a config's file; our choice: ours have a few thousand
 
 EARLIER = "earlier"
 """In a field's metadata: the value that a file from before the field stands for, where runs of then
-did not do what its default does."""
+did not do what its default does. So a run is compared, repeated and replayed as what it was."""
 
 
 def save_config(config: Any, path: Path) -> None:
@@ -69,7 +69,8 @@ def with_saved_fields(config: _Config, values: Mapping[str, Any]) -> _Config:
 
 
 def load_config(cls: type[_Config], path: Path) -> _Config:
-    """Return the `cls` that save_config wrote; a field that the file lacks takes its default.
+    """Return the `cls` that save_config wrote; a field that the file lacks takes its EARLIER value,
+    or its default.
 
     Raises UserError for a missing or malformed file, an unknown field, a value of another type.
     """
@@ -165,7 +166,11 @@ def _decode_dataclass(cls: Any, values: dict[str, Any], where: str) -> Any:
     unknown = sorted(values.keys() - {f.name for f in dataclasses.fields(cls)})
     if unknown:
         raise ValueError(f"unknown field {prefix}{named(unknown[0])}")
-    return cls(**{name: _decode(hints[name], v, f"{prefix}{name}") for name, v in values.items()})
+    earlier = {
+        f.name: f.metadata[EARLIER] for f in dataclasses.fields(cls) if EARLIER in f.metadata
+    }
+    given = {name: _decode(hints[name], v, f"{prefix}{name}") for name, v in values.items()}
+    return cls(**earlier | given)
 
 
 def _decode_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:

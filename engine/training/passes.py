@@ -24,8 +24,8 @@ from engine.settings.layout import ParallelLayout
 from engine.training.network import Network
 from engine.training.reduce import StepMetrics, merge_metrics
 from kernels.linear_logprobs import TokenLoss
-from models.attention import PackedSequences
 from models.context_parallel import ContextShare
+from models.packed_sequences import PackedSequences
 from models.readouts import Logprobs, Readings, Readout, TokenLosses
 
 ScalarLoss = Callable[[PackedBatch, Tensor], tuple[Tensor, StepMetrics]]
@@ -181,7 +181,7 @@ def _call(chunk: torch.nn.Module, batch: PackedBatch, parallel: Parallel, readou
     share = None
     if parallel.layout.cp > 1:
         share = ContextShare(group=parallel.cp_group, num_tokens=len(batch.tokens))
-    sequences = PackedSequences.of(batch.cu_seqlens, batch.max_seqlen, share)
+    sequences = PackedSequences.of(batch.cu_seqlens, batch.max_seqlen, share, batch.prefixes)
     return chunk(batch.tokens, batch.positions, sequences, readout)
 
 
@@ -240,4 +240,5 @@ def _padded(batch: PackedBatch, length: int) -> PackedBatch:
         mask=F.pad(batch.mask, (0, num_padding)),
         sequence_ids=F.pad(batch.sequence_ids, (0, len(cuts)), value=-1),
         fields=fields,
+        prefixes=batch.prefixes and batch.prefixes.padded(len(cuts), num_padding),
     )

@@ -126,6 +126,24 @@ def test_comparisons_count_all_their_sequences():
     assert step_batch([pair, pair], rank, 100).num_tokens == 22
 
 
+def test_shared_prompts_are_counted_dealt_and_packed_once(parallel: Parallel):
+    long = [Example(tokens=np.arange(20), prompt_length=19)] * 3
+    short = [Example(tokens=np.arange(12), prompt_length=2)] * 2
+    for batch in (
+        step_batch([long, short], parallel, 22, share_prompts=True),
+        feed_of(
+            parallel, units=[long, short], batch_size=2, micro_batch_tokens=22, share_prompts=True
+        ).step(0),
+    ):
+        assert batch.num_tokens == (19 + 3) + (2 + 20)
+        assert batch.num_targets == 3 + 20
+        assert [len(each.tokens) for each in batch.batches] == [22, 22]
+    alone = step_batch([long, short], parallel, 22)
+    assert alone.num_tokens == 60 + 24 and alone.num_targets == 3 + 20
+    two = dataclasses.replace(parallel, dp=2)
+    assert step_batch([long, short], two, 99, share_prompts=True).spread == 1.0
+
+
 @pytest.mark.parametrize(
     ("layout", "multiple_of", "count_multiple"),
     [

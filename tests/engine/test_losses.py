@@ -210,6 +210,21 @@ def test_held_out_accuracy_is_that_of_the_whole(parallel: Parallel):
         assert pair == pytest.approx(expected, rel=1e-5)
 
 
+def test_held_out_accuracy_is_the_same_with_shared_prompts(parallel: Parallel):
+    network = random_network("scalar", parallel)
+    units = [
+        [dataclasses.replace(each, tokens=np.append(unit[0].tokens[:2], each.tokens[2:]))
+         for each in unit]
+        for unit in comparisons()
+    ]  # fmt: skip
+    alone, *shared = (
+        pair_accuracy(network, units, budget, share_prompts=share_prompts)
+        for budget, share_prompts in ((100, False), (1, True), (100, True))
+    )
+    for pair in shared:
+        assert pair == pytest.approx(alone, rel=1e-5)
+
+
 @pytest.mark.parametrize("mode", [False, True])
 def test_evaluation_is_without_dropout_and_puts_the_mode_back(
     mode: bool, parallel: Parallel, monkeypatch: pytest.MonkeyPatch

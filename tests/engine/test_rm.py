@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 
 from engine.checkpoints.weights import load_weights
+from engine.data.comparisons import comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.tokenizer import load_tokenizer
+from engine.errors import UserError
 from engine.feed import pack_for
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
@@ -19,7 +22,16 @@ from engine.settings.numerics import Numerics
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward
-from tests.tiny import SIZE, random_network, rm_config, rows_of, train, weights_of
+from tests.tiny import (
+    EVERY_STEP,
+    SIZE,
+    random_network,
+    rm_config,
+    rows_of,
+    train,
+    train_until,
+    weights_of,
+)
 
 
 @pytest.fixture
@@ -128,3 +140,41 @@ def test_trunk_starts_as_the_policys(tiny: Path, tmp_path: Path):
     start, end = weights_of(tiny / "policy", "policy"), weights_of(tmp_path, "reward_model")
     for name, weight in start.items():
         torch.testing.assert_close(end[name], weight)
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_run_says_how_many_tokens_shared_prompts_spare(
+    share_prompts: bool, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = dataclasses.replace(rm_config(tiny, tmp_path).data, valid=tiny / "comparisons.jsonl")
+    config = rm_config(
+        tiny, tmp_path, data=data, batch_size=24, micro_batch_tokens=10_000,
+        share_prompts=share_prompts,
+    )  # fmt: skip
+    train(config)
+    (row,) = rows_of(tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    records, _ = read_comparisons(tiny / "comparisons.jsonl")
+    tokenizer = load_tokenizer(tiny / "tokenizer.json")
+    units, _ = comparison_examples(records, tokenizer, max_length=64, prompt_suffix="\n")
+    whole = sum(len(each.tokens) for unit in units for each in unit)
+    shared = whole - sum(each.prompt_length for unit in units for each in unit[1:])
+    if share_prompts:
+        share = f"{1 - shared / whole:.0%}"
+        assert f"{shared} tokens an epoch instead of {whole}, {share} fewer" in said
+    else:
+        assert f"each completion has its own prompt: {whole} tokens an epoch" in said
+    assert row["train/tokens"] == (shared if share_prompts else whole)
+
+
+def test_run_of_before_shared_prompts_goes_on_as_it_was(tiny: Path, tmp_path: Path):
+    old = rm_config(tiny, tmp_path, saving=EVERY_STEP, share_prompts=False)
+    train_until(old, 1)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["share_prompts"]
+    path.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"(?s)share_prompts False, not True.*--no-share-prompts"):
+        train(dataclasses.replace(old, share_prompts=True))
+    train(old)
+    assert "train/bias_shift" in rows_of(tmp_path)[-1]  # it came to its end

@@ -29,8 +29,9 @@ from engine.sft import _epoch_ended, _train_step
 from engine.training.network import build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward_backward
-from models.attention import PackedSequences, attention_backend
+from models.attention import attention_backend
 from models.form import Form
+from models.packed_sequences import PackedSequences
 from models.readouts import Logits
 from tests.tiny import (
     EVERY_STEP,

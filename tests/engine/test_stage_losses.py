@@ -20,7 +20,7 @@ from engine.training.network import Network
 from engine.training.passes import forward_backward
 from engine.training.trainable import make_trainable
 from kernels.moments import Whitening
-from models.attention import PackedSequences
+from models.packed_sequences import PackedSequences
 from models.readouts import Logits, Readings, Readout
 from tests.tiny import random_network
 

@@ -29,7 +29,7 @@ from engine.update import (
     update,
 )
 from kernels.moments import Whitening
-from models.attention import PackedSequences
+from models.packed_sequences import PackedSequences
 from models.readouts import Logits
 from tests.tiny import (
     ADAM,

@@ -17,7 +17,8 @@ data/prompts.read_prompts data/jsonl.read_records data/chat.parse_prompt
 data/prompts.prompt_examples data/examples.encode_prompts data/tokenizer.Tokenizer.encode_all
 data/examples.drop_long data/batches.EpochOrder.indices
 rollout.generate_rollout generation/generate.generate generation/scheduler.Scheduler.next_step
-generation/runner.Runner.launch generation/step_tensors.upload models/attention.PackedSequences.of
+generation/runner.Runner.launch generation/step_tensors.upload
+models/packed_sequences.PackedSequences.of
 models/gpt.GPT.forward_paged models/paged_forward.paged_embedding
 models/paged_forward.paged_forward models/layers.LayerNorm.forward kernels/layer_norm.layer_norm
 models/paged_attention.PagedSequences.attend kernels/append_kv.append_kv
@@ -30,7 +31,7 @@ score.score_rollout feed.pack_for data/batches.micro_batches data/batches.Packed
 training/passes.forward models/gpt.GPT.forward models/trunk.run_trunk
 models/attention.PackedAttention.forward models/readouts.Logprobs.read
 models/vocab_parallel.vocab_parallel_linear_logprobs
-kernels/linear_logprobs.shard_linear_logprobs models/attention.PackedSequences.join
+kernels/linear_logprobs.shard_linear_logprobs models/packed_sequences.PackedSequences.join
 advantage.estimate_advantages kernels/gae.gae kernels/moments.whitening
 update.learn feed.step_batch training/passes.accumulate
 losses.ClippedPolicyLoss.token_loss models/readouts.TokenLosses.read

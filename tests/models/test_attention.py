@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from engine.ranks.device import make_deterministic
 from models import attention
 from models.attention import (
-    PackedSequences,
     _cudnn_attention,
     _suits_cudnn,
     attention_backend,
@@ -19,6 +18,8 @@ from models.attention import (
 )
 from models.form import Form
 from models.layers import LayerConfig
+from models.packed_sequences import PackedSequences
+from models.prefixes import Prefixes
 
 TORCH = "torch varlen (FlashAttention 2), cuDNN for equal lengths"
 SCALE = 0.4
@@ -299,6 +300,94 @@ def test_cudnn_attention_is_the_naive_one(heads: int):
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
+GROUPS = [(5, (3, 1, 9)), (1, (1, 1)), (4, (2,)), (12, (1, 30, 2, 2))]
+"""(tokens of a prefix, own tokens of the sequences that go on from it)."""
+
+
+def shared_and_whole() -> tuple[PackedSequences, PackedSequences, Tensor]:
+    """A row whose sequences share prefixes, one where each is whole, and [T_whole] int64: where in
+    the first row the tokens of the second lie. A sequence of padding follows."""
+    starts, lengths, own, copies, start = [], [], [], [], 0
+    for prefix, rests in GROUPS:
+        end = start + prefix
+        for number, rest in enumerate(rests):
+            starts.append(start)
+            lengths.append(prefix if number else 0)
+            own.append(rest + (0 if number else prefix))
+            copies += [*range(start, start + prefix), *range(end, end + rest)]
+            end += rest
+        start = end
+    copies += range(start, start + 3)
+    cu_seqlens = torch.tensor([0, *own, 3]).cumsum(0).int()
+    prefixes = Prefixes(
+        starts=torch.tensor([*starts, 0]).int(),
+        lengths=torch.tensor([*lengths, 0]).int(),
+        num_keys=len(copies),
+    )
+    whole = packed((*(prefix + rest for prefix, rests in GROUPS for rest in rests), 3))
+    shared = PackedSequences.of(cu_seqlens, whole.max_seqlen_q, None, prefixes)
+    return shared, whole, torch.tensor(copies)
+
+
+@pytest.mark.parametrize("short", [0, 1000], ids=["one by one", "a group at once"])
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 30])
+@pytest.mark.parametrize("group", [1, 2])
+def test_sequences_that_share_a_prefix_attend_as_whole_ones(
+    group: int, window: int | None, short: int, monkeypatch
+):
+    monkeypatch.setattr(attention, "_SHORT", short)
+    shared, whole, copies = shared_and_whole()
+    inputs = [x.double() for x in draw(int(shared.cu_seqlens_q[-1]), group=group)]
+    out = packed_attention(*inputs, shared, SCALE, window)
+    expected = packed_attention(*(x[copies] for x in inputs), whole, SCALE, window)
+    torch.testing.assert_close(out[copies], expected, rtol=0, atol=1e-13)
+    # Every token's gradient is the sum over its copies.
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).double()
+    summed = torch.zeros_like(out).index_add_(0, copies, weight)
+    found = torch.autograd.grad((out * summed).sum(), inputs)
+    reference = torch.autograd.grad((expected * weight).sum(), inputs)
+    for ours, theirs in zip(found, reference, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_a_group_of_short_sequences_takes_one_call(monkeypatch):
+    calls = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def count(*arguments, **named):
+        calls.append(arguments[0].shape[2])
+        return plain(*arguments, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    shared, _, _ = shared_and_whole()
+    inputs = draw(int(shared.cu_seqlens_q[-1]))
+    packed_attention(*inputs, shared, SCALE)
+    assert calls == [*(prefix + sum(rests) for prefix, rests in GROUPS), 3]
+    calls.clear()
+    monkeypatch.setattr(attention, "_SHORT", 0)
+    packed_attention(*inputs, shared, SCALE)
+    assert calls == shared.cu_seqlens_q.diff().tolist()
+
+
+def test_flash_attention_is_given_the_keys_of_prefixes(monkeypatch):
+    calls = []
+
+    def flash(query: Tensor, key: Tensor, value: Tensor, **named: Any) -> Tensor:
+        calls.append((len(query), len(key), named))
+        return query
+
+    monkeypatch.setattr(attention, "_takes_flash", lambda device, dtype: True)
+    monkeypatch.setattr(attention, "_flash_attn_varlen", flash)
+    monkeypatch.setattr(attention, "_SHORT", 0)
+    shared, whole, copies = shared_and_whole()
+    packed_attention(*draw(int(shared.cu_seqlens_q[-1])), shared, SCALE)
+    ((num_queries, num_keys, named),) = calls
+    assert (num_queries, num_keys) == (int(shared.cu_seqlens_q[-1]), len(copies))
+    assert torch.equal(named["cu_seqlens_q"], shared.cu_seqlens_q)
+    assert torch.equal(named["cu_seqlens_k"], whole.cu_seqlens_q)
+    assert named["max_seqlen_k"] == whole.max_seqlen_q
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("group", "window"), [(1, None), (4, None), (1, 100), (4, 5)])
@@ -347,3 +436,28 @@ def test_deterministic_gradients_have_the_same_bits_every_time(
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("group", "window"), [(1, None), (4, None), (1, 100), (4, 5)])
+def test_prefixes_on_a_gpu_are_those_of_a_cpu(group: int, window: int | None, dtype: torch.dtype):
+    shared, _, _ = shared_and_whole()
+    num_tokens = int(shared.cu_seqlens_q[-1])
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(num_tokens, heads, 64) for heads in (3 * group, 3, 3)]
+    exact = [torch.randn(shape, generator=generator).bfloat16().float() for shape in shapes]
+    exact = [x.requires_grad_() for x in exact]
+    expected = packed_attention(*exact, shared, SCALE, window)
+    weight = torch.randn(shapes[0], generator=generator)
+    reference = torch.autograd.grad((expected * weight).sum(), exact)
+
+    inputs = [x.detach().cuda().to(dtype).requires_grad_() for x in exact]
+    assert shared.keys is not None
+    prefixes = shared.keys.prefixes.moved(lambda x: x.cuda())
+    there = PackedSequences.of(shared.cu_seqlens_q.cuda(), shared.max_seqlen_q, None, prefixes)
+    out = packed_attention(*inputs, there, SCALE, window)
+    found = torch.autograd.grad((out * weight.cuda()).sum(), inputs)
+    torch.testing.assert_close(out.float().cpu(), expected, rtol=2e-2, atol=2e-2)
+    for ours, theirs in zip(found, reference, strict=True):
+        torch.testing.assert_close(ours.float().cpu(), theirs, rtol=3e-2, atol=5e-2)

@@ -3,8 +3,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from models.attention import PackedSequences, packed_attention
+from models.attention import packed_attention
 from models.context_parallel import ContextShare, gather_row, join_readings
+from models.packed_sequences import PackedSequences
+from models.prefixes import Prefixes
 from tests.ranks import run_ranks
 
 LENGTHS = (5, 17, 1, 9)  # of 32 tokens; no end of a sequence is the end of a piece
@@ -52,6 +54,30 @@ def test_queries_of_a_piece_see_the_keys_of_their_sequences(cp: int, window: int
             found = packed_attention(queries, key[:end], value[:end], seen, 0.3, window)
             torch.testing.assert_close(found, expected[piece.start : piece.stop])
             assert seen.max_seqlen_q >= seen.cu_seqlens_q.diff().max()
+            assert seen.max_seqlen_kv >= seen.cu_seqlens_kv.diff().max()
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("cp", [2, 4])
+def test_queries_of_a_piece_see_the_prefix_that_their_sequence_goes_on_from(
+    cp: int, window: int | None
+):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(32, n, 8, generator=generator) for n in (4, 2, 2))
+    # The 17 tokens of the second sequence and the last's 9 go on from the first's 3 first.
+    prefixes = Prefixes(
+        starts=torch.zeros(4, dtype=torch.int32),
+        lengths=torch.tensor([0, 3, 3, 3], dtype=torch.int32),
+        num_keys=41,
+    )
+    whole = PackedSequences.of(CU_SEQLENS, 20, None, prefixes)
+    expected = packed_attention(query, key, value, whole, 0.3, window)
+    for share in shares(cp):
+        sequences = PackedSequences.of(CU_SEQLENS, 20, share, prefixes)
+        for piece, (end, seen) in zip(share.pieces, sequences.pieces, strict=True):
+            queries = query[piece.start : piece.stop]
+            found = packed_attention(queries, key[:end], value[:end], seen, 0.3, window)
+            torch.testing.assert_close(found, expected[piece.start : piece.stop])
             assert seen.max_seqlen_kv >= seen.cu_seqlens_kv.diff().max()
 
 

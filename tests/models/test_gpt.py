@@ -16,7 +16,7 @@ from engine.settings.numerics import Numerics
 from engine.training.network import Network, build_network
 from engine.training.trainable import make_trainable
 from kernels.linear_logprobs import TokenLoss
-from models.attention import PackedSequences
+from models.packed_sequences import PackedSequences
 from models.readouts import Logits, Logprobs, Readout, TokenLosses
 from models.sizes import GPTSize
 from tests.tiny import SIZE, random_network

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from models.attention import PackedSequences, packed_attention
+from models.attention import packed_attention
+from models.packed_sequences import PackedSequences
 from models.paged_attention import PagedCache, PagedSequences
 
 HEADS, DIM, BLOCK = 2, 8, 4

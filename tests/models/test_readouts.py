@@ -11,8 +11,9 @@ from engine.settings.layout import ParallelLayout
 from engine.training.network import Network
 from kernels.linear_logprobs import ProportionalLoss
 from kernels.row_state import IGNORE_INDEX
-from models.attention import PackedSequences
 from models.context_parallel import ContextShare
+from models.packed_sequences import PackedSequences
+from models.prefixes import Prefixes
 from models.readouts import Logits, Logprobs, Readings, Readout, TokenLosses, shift_right
 from tests.ranks import run_ranks
 from tests.tiny import SIZE, random_network
@@ -41,6 +42,15 @@ def test_the_last_state_predicts_nothing():
     mask = torch.tensor([True, False, True, True])
     labels = Logprobs(mask).labels(torch.tensor([5, 6, 7, 8]), sequences)
     assert labels.tolist() == [IGNORE_INDEX, 7, 8, IGNORE_INDEX]
+
+
+def test_no_log_prob_is_read_where_a_prefix_ends_before_several_tokens():
+    lengths = torch.tensor([0, 1], dtype=torch.int32)
+    prefixes = Prefixes(starts=torch.zeros_like(lengths), lengths=lengths, num_keys=6)
+    cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+    sequences = PackedSequences.of(cu_seqlens, 3, None, prefixes)
+    with pytest.raises(ValueError, match="log-probs need whole sequences"):
+        Logprobs(torch.ones(5, dtype=torch.bool)).labels(torch.arange(5), sequences)
 
 
 def test_readings_move_to_the_token_they_are_about():

@@ -11,7 +11,7 @@ from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.training.network import Network, build_network
-from models.attention import PackedSequences
+from models.packed_sequences import PackedSequences
 from models.readouts import Logits, Readings
 from tests.tiny import SIZE, random_network
 

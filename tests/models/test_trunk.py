@@ -4,7 +4,7 @@ import torch
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.training.network import Kind
-from models.attention import PackedSequences
+from models.packed_sequences import PackedSequences
 from models.trunk import run_trunk
 from tests.tiny import SIZE, random_network
 

@@ -126,6 +126,71 @@ def test_units_come_once_within_the_budget_and_ranks_keep_step(
     assert count <= math.ceil(most / cut.count_multiple) * cut.count_multiple
 
 
+def rankings_of(lengths: list[list[int]]) -> list[list[Example]]:
+    """Units whose sequences have one prompt, as long as the first length says, and rests of the
+    others; every token but those of the prompt is theirs alone."""
+    units, first = [], 1
+    for number, (prompt_length, *rests) in enumerate(lengths):
+        prompt = np.arange(first, first + prompt_length, dtype=np.int64)
+        first += prompt_length
+        sequences = []
+        for rest in rests or [1]:
+            tokens = np.concatenate([prompt, np.arange(first, first + rest, dtype=np.int64)])
+            fields = {"old": tokens * 0.5, "score": float(number)}
+            sequences.append(Example(tokens=tokens, prompt_length=prompt_length, fields=fields))
+            first += rest
+        units.append(sequences)
+    return units
+
+
+def completed(batch: PackedBatch) -> PackedBatch:
+    """Return a batch whose sequences share prompts as one in which each is whole."""
+    if batch.prefixes is None:
+        return batch
+    index = batch.prefixes.keys(batch.cu_seqlens).index
+    starts, lengths = batch.prefixes.starts.tolist(), batch.prefixes.lengths.tolist()
+    assert len(index) == batch.prefixes.num_keys
+    for start, length in zip(starts, lengths, strict=True):
+        assert not length or start in batch.cu_seqlens.tolist()
+    mask = batch.mask[index]
+    return dataclasses.replace(
+        batch,
+        tokens=batch.tokens[index],
+        positions=batch.positions[index],
+        cu_seqlens=batch.prefixes.keys(batch.cu_seqlens).bounds,
+        mask=mask,
+        targets=mask.nonzero().flatten(),
+        fields=batch.fields | {"old": batch.fields["old"][index]},
+        prefixes=None,
+    )
+
+
+@proved
+@given(lengths=UNITS, cut=CUTS, budget=st.integers(1, 400))
+def test_units_that_share_prompts_are_whole_where_the_prompts_are_put_back(
+    lengths: list[list[int]], cut: Cut, budget: int
+):
+    units = rankings_of(lengths)
+    batches = [
+        batch
+        for rank in range(cut.dp)
+        for batch in micro_batches(
+            units, dataclasses.replace(cut, dp_rank=rank), budget, share_prompts=True
+        )
+    ]
+    held = [unpacked(completed(batch)) for batch in batches]
+    assert sorted(unit for part in held for unit in part) == expected(units)
+    for batch, part in zip(batches, held, strict=True):
+        assert len(batch.tokens) % cut.multiple_of == 0
+        assert len(batch.tokens) <= max(budget, cut.multiple_of) or len(part) == 1
+    own = sum(len(batch.tokens) for batch in batches)
+    padding = sum(int(batch.cu_seqlens.diff()[batch.sequence_ids < 0].sum()) for batch in batches)
+    assert own - padding == sum(
+        unit[0].prompt_length + sum(len(each.tokens) - each.prompt_length for each in unit)
+        for unit in units
+    )
+
+
 def steps_of(feed: Feed, dp: int) -> list[list[StepBatch]]:
     """Return each rank's part of three epochs, by step."""
     ranks = [

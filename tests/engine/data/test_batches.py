@@ -12,12 +12,13 @@ from engine.data.batches import (
     Cut,
     EpochOrder,
     deal,
+    lengths_of,
     micro_batches,
     pack,
     split_by_tokens,
     spread,
 )
-from engine.data.examples import Example
+from engine.data.examples import Example, begins_alike
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
@@ -158,6 +159,64 @@ def test_units_keep_their_sequences_together() -> None:
     assert batch.cu_units.tolist() == [0, 2, 4]
     assert batch.fields["ranks"].tolist() == [1, 2, 1, 3, 0]
     assert batch.num_sequences == 4
+
+
+def ranking(prompt: list[int], *rests: list[int]) -> list[Example]:
+    """Completions of a prompt, each with its number as its rank and a value a token."""
+    return [
+        Example(
+            tokens=np.array(prompt + rest),
+            prompt_length=len(prompt),
+            fields={"ranks": rank, "values": np.array(prompt + rest) * 0.5},
+        )
+        for rank, rest in enumerate(rests)
+    ]
+
+
+def test_a_shared_prompt_is_laid_out_with_the_first_completion() -> None:
+    units = [ranking([1, 2, 3], [4], [5, 6], [7]), ranking([8], [9, 10], [11]), ranking([1], [2])]
+    batch = pack(units, multiple_of=4, share_prompts=True)
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1, 2, 0, 0, 0]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 3, 4, 3, 0, 1, 2, 1, 0, 1, 0, 1, 2]
+    assert batch.cu_seqlens.tolist() == [0, 4, 6, 7, 10, 11, 13, 16]
+    assert batch.cu_units.tolist() == [0, 3, 5, 6]
+    assert batch.fields["ranks"].tolist() == [0, 1, 2, 0, 1, 0, 0]
+    assert batch.fields["values"].tolist() == [0.5 * token for token in batch.tokens.tolist()]
+    assert (batch.max_seqlen, batch.num_sequences) == (5, 6)
+    assert batch.prefixes is not None
+    assert batch.prefixes.starts.tolist() == [0, 0, 0, 7, 7, 11, 0]
+    assert batch.prefixes.lengths.tolist() == [0, 3, 3, 0, 1, 0, 0]
+    assert batch.prefixes.num_keys == 16 + 3 + 3 + 1
+    shapes = [[(len(each.tokens), each.prompt_length) for each in unit] for unit in units]
+    assert lengths_of(shapes, share_prompts=True) == [7, 4, 2]
+    assert lengths_of(shapes) == [4 + 5 + 4, 3 + 2, 2]
+
+
+def test_units_of_one_sequence_share_nothing() -> None:
+    batch = pack([make(3), make(2)], multiple_of=1, share_prompts=True)
+    assert batch.prefixes is None
+    assert pack([ranking([1], [2], [3])], multiple_of=1).prefixes is None
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        ranking([1, 2], [3]) + ranking([1, 4], [3]),
+        ranking([1, 2], [3]) + ranking([1], [2, 3]),
+        ranking([1, 2], [3]) + ranking([1, 2], []),
+        ranking([1, 2], []) + ranking([1, 2], [3]),
+    ],
+)
+def test_sequences_without_a_common_prompt_share_none(unit: list[Example]) -> None:
+    with pytest.raises(ValueError, match="share no prompt"):
+        pack([unit], multiple_of=1, share_prompts=True)
+    assert not begins_alike(unit)
+
+
+def test_moving_takes_the_prefixes_along() -> None:
+    moved = pack([ranking([1], [2], [3])], multiple_of=1, share_prompts=True).to("meta")
+    assert moved.prefixes is not None
+    assert moved.prefixes.starts.is_meta and moved.prefixes.lengths.is_meta
 
 
 def test_moving_keeps_every_tensor() -> None:

@@ -9,7 +9,7 @@ from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.sampling import SamplingConfig
 from engine.training.network import Network
-from models.attention import PackedSequences
+from models.packed_sequences import PackedSequences
 from models.readouts import Logits
 from tests.forms import FORMS
 from tests.tiny import random_network

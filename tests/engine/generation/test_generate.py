@@ -18,7 +18,7 @@ from engine.settings.sampling import SamplingConfig
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward
-from models.attention import PackedSequences
+from models.packed_sequences import PackedSequences
 from models.readouts import Logits
 from tests.engine.generation.random_gpt2 import CONTEXT, VOCAB, load_gpt2, random_prompts
 

@@ -39,7 +39,7 @@ from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.training.network import Network, build_network
 from engine.training.passes import forward
-from models.attention import PackedSequences
+from models.packed_sequences import PackedSequences
 from models.readouts import Logits
 from tests.ranks import run_ranks
 from tests.special_files import KINDS, make_special

@@ -37,8 +37,8 @@ from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
 from engine.training.network import Network, build_network
-from models.attention import PackedSequences
 from models.huggingface.families import FAMILIES
+from models.packed_sequences import PackedSequences
 from models.readouts import Logits
 from tests.engine.huggingface.test_scores import our_scores, their_scores
 from tests.families import CONFIGS, CONTEXT, VOCAB, save_talker, save_tokenizer

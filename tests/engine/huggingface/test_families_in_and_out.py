@@ -23,7 +23,7 @@ from engine.settings.numerics import Numerics
 from engine.settings.sampling import SamplingConfig
 from engine.training.network import Network, build_network
 from engine.training.passes import forward
-from models.attention import PackedSequences
+from models.packed_sequences import PackedSequences
 from models.readouts import Logits
 from tests.families import CONFIGS, CONTEXT, VOCAB, save_family, save_talker
 from tests.ranks import run_ranks

@@ -29,7 +29,7 @@ from engine.settings.rm import RMConfig, RMData
 from engine.settings.sampling import SamplingConfig
 from engine.settings.sft import SFTConfig, SFTData
 from engine.training.network import build_network
-from models.attention import PackedSequences
+from models.packed_sequences import PackedSequences
 from models.readouts import Logits
 from tests.tiny import rows_of, train, write_lines
 

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,16 @@ def test_ppo_ptx_of_175b_is_the_papers_60_pf_days():
     without = recipe_plan("ppo_175b", 512, ptx_coef=0.0)
     assert found.pf_days - without.pf_days == pytest.approx(50.9, rel=0.005)
     assert without.total_tokens == 500 * 512 * (166 + 128)
+
+
+def test_prompts_of_rankings_are_counted_once_where_they_are_shared():
+    shared, alone = (recipe_plan("rm_6b", 8, share_prompts=each) for each in (True, False))
+    steps = math.ceil(33_207 / 64)
+    assert shared.total_tokens == pytest.approx(steps * 64 * (199 + 6.5 * 128))
+    assert alone.total_tokens == pytest.approx(steps * 64 * 6.5 * (199 + 128))
+    assert shared.pf_days < 0.55 * alone.pf_days
+    assert shared.padded_pf_days == pytest.approx(alone.padded_pf_days)
+    assert shared.step_seconds < 0.65 * alone.step_seconds
 
 
 @pytest.mark.parametrize(

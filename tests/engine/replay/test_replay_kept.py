@@ -34,6 +34,8 @@ REFUSED = [
     ("ppo", "policy", {"ptx": [episode()]}, "without episodes"),
     ("ppo", "policy", {"episodes": [episode("logprobs")]}, "without advantages, logprobs"),
     ("rm", "reward_model", {"loss": [[episode()]]}, "without ranks"),
+    ("rm", "reward_model", {"loss": [[episode("ranks"), episode("ranks", token=2)]]}, "one prompt"),
+    ("rm", "reward_model", {"loss": [[episode("ranks", length=2)]]}, "one prompt"),
     ("sft", "rollout", {"episodes": [episode()]}, "no batch of the rollout in sft"),
     ("ppo", "rollout", {"episodes": [episode("has_eos")]}, "without has_eos, sampled_logprobs"),
     ("sft", "policy", {"loss": [episode(token=SIZE.vocab_size)]}, "beyond the vocabulary of 100"),
@@ -50,9 +52,11 @@ def test_batch_of_another_kind_is_refused(stage: str, role: str, sources: dict, 
 def test_settings_are_those_of_the_stage(tmp_path: Path):
     save_config(RMConfig(seed=7), tmp_path / "config.json")
     found = config_in(tmp_path, case("rm", "reward_model"))
-    assert isinstance(found, RMConfig) and found.seed == 7
+    assert isinstance(found, RMConfig) and found.seed == 7 and found.share_prompts
     with pytest.raises(UserError, match=r"config\.json"):
         config_in(tmp_path, case("ppo", "policy"))
+    (tmp_path / "config.json").write_text("{}")  # of before prompts were shared
+    assert config_in(tmp_path, case("rm", "reward_model")) == RMConfig(share_prompts=False)
 
 
 def test_a_network_is_its_folders_and_no_other_is_taken(tiny: Path):

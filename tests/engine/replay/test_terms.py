@@ -13,6 +13,7 @@ from engine.replay.kept import check_sources
 from engine.replay.terms import terms_of
 from engine.settings.layout import ParallelLayout
 from engine.settings.ppo import PPOConfig
+from engine.settings.rm import RMConfig
 from tests.tiny import SIZE
 
 
@@ -43,3 +44,15 @@ def test_terms_are_those_of_the_stage():
     }
     del sources["ptx"]
     assert list(terms_of(whole, PPOConfig(), sources, parallel)) == ["policy_loss"]
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_comparisons_are_laid_out_as_the_run_had_them(share_prompts: bool):
+    parallel = start_parallel(ParallelLayout(), seed=0)
+    unit = [
+        Example(tokens=np.arange(5), prompt_length=3, fields={"ranks": rank}) for rank in range(4)
+    ]
+    config = RMConfig(share_prompts=share_prompts)
+    terms = terms_of(case("rm", "reward_model"), config, {"loss": [unit]}, parallel)
+    (batch,) = terms["loss"].batches
+    assert len(batch.tokens) == (3 + 4 * 2 if share_prompts else 4 * 5)

@@ -120,6 +120,14 @@ def test_a_file_from_before_a_field_is_compared_by_what_runs_did_then(tmp_path):
     assert changed_fields(LaterStage(), path) == {}
 
 
+def test_a_file_from_before_a_field_is_read_as_what_runs_did_then(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"data": {"path": null}}')
+    assert load_config(LaterStage, path) == LaterStage(data=LaterData(share=0.0), count=1)
+    save_config(LaterStage(), path)
+    assert load_config(LaterStage, path) == LaterStage()
+
+
 def test_a_file_of_megabytes_is_no_config(tmp_path):
     (tmp_path / "c.json").write_text("{}" + " " * 2**20)
     with pytest.raises(UserError, match=r"c\.json has 1048578 bytes; 1048576 are the most"):

@@ -22,7 +22,7 @@ from engine.training.passes import (
 )
 from engine.training.reduce import reduce_metrics
 from engine.training.trainable import make_trainable
-from models.attention import PackedSequences
+from models.packed_sequences import PackedSequences
 from models.readouts import Readings
 from tests.tiny import random_network
 
