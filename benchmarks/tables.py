@@ -32,6 +32,7 @@ def tables(root: Path) -> dict[str, dict[str, str]]:
             "generation": _generation([r for records in devices.values() for r in records]),
             "ppo": _ppo([r for records in devices.values() for r in records]),
             "real steps": _real_steps([r for records in devices.values() for r in records]),
+            "shared prompts": _shared_prompts([r for rs in devices.values() for r in rs]),
             "families": _families(families),
         },
         "benchmarks/README.md": {
@@ -193,7 +194,9 @@ def _ppo(records: Sequence[Record]) -> str:
 def _device(record: Record) -> str:
     """The device; of a CPU also how many threads."""
     threads = record.get("threads")
-    return f"{record['device']}, {threads} threads" if threads else record["device"]
+    if not threads:
+        return record["device"]
+    return f"{record['device']}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
 def _real_steps(records: Sequence[Record]) -> str:
@@ -226,6 +229,37 @@ def _real_steps(records: Sequence[Record]) -> str:
         )
     head = ("device", "step", "provider", "demonstrations or prompts/s", "tokens/s")
     head += ("padding", "peak GB", "ours over it", "commit")
+    return _markdown(head, rows) if rows else "Not measured yet."
+
+
+def _shared_prompts(records: Sequence[Record]) -> str:
+    """Tokens and seconds with a ranking's prompt computed once and once a completion: a row a
+    device, size and file."""
+
+    def case(record: Record) -> tuple:
+        names = ("device", "threads", "size", "numerics", "batch_size", "rankings")
+        return tuple(str(record.get(name)) for name in names)
+
+    rows = []
+    for record in newest([r for r in records if r["benchmark"] == "shared_prompts"], case):
+        tokens, seconds = record["epoch_tokens"], record["median_s"]
+        size, ways = record["size"], ("separate", "shared")
+        rows.append(
+            (
+                record["rankings"],
+                f"{record['mean_completions']:.1f} of {record['mean_completion_tokens']:.0f} tokens"
+                f" behind {record['mean_prompt_tokens']:.0f}",
+                f"{' / '.join(f'{tokens[way]:,}' for way in ways)}",
+                f"{record['saved_tokens']:.0%}",
+                f"{_device(record)}, {size['num_layers']} x {size['hidden_size']}, "
+                f"{record['numerics']['dtype']}, {record['batch_size']} prompts",
+                f"{' / '.join(f'{seconds[way]:.2f}' for way in ways)}",
+                f"{record['speedup']:.2f} ({record['cpu_speedup']:.2f})",
+                record["commit"],
+            )
+        )
+    head = ("rankings", "completions", "tokens of an epoch, separate / shared", "saved", "step")
+    head += ("seconds, separate / shared", "times as fast (by CPU seconds)", "commit")
     return _markdown(head, rows) if rows else "Not measured yet."
 
 

@@ -1,4 +1,8 @@
-"""Steps of this engine's SFT and reward model as engine/sft.py and engine/rm.py take them."""
+"""Steps of this engine's SFT and reward model as engine/sft.py and engine/rm.py take them.
+
+A ranking's prompt is computed once a completion, as by the others: benchmarks/shared_prompts.py has
+what computing it once saves.
+"""
 
 from pathlib import Path
 from typing import Any

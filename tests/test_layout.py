@@ -22,6 +22,7 @@ from tests.sources import (
 MEGATRON_FILES = {
     *(f"models/{name}.py" for name in ("gpt", "scalar_gpt", "layers", "mlp", "attention")),
     *(f"models/{name}.py" for name in ("embedding", "trunk", "readouts", "vocab_parallel")),
+    "models/packed_sequences.py",
     *(f"engine/ranks/{name}.py" for name in ("device", "groups", "parallel", "seeds", "start")),
     *(f"engine/training/{name}.py" for name in ("passes", "optimizer", "trainable")),
     "engine/checkpoints/shards.py",

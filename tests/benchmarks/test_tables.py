@@ -87,6 +87,37 @@ def test_steps_on_real_lengths_have_a_row_a_provider(tmp_path):
     assert "| 99.0 |" not in text  # an older run
 
 
+def test_shared_prompts_have_a_row_a_file(tmp_path: Path):
+    for name in ("README.md", "benchmarks/README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    record = {
+        "benchmark": "shared_prompts",
+        "rankings": "places",
+        "device": "a CPU",
+        "threads": 1,
+        "size": {"num_layers": 4, "hidden_size": 256},
+        "numerics": {"dtype": "fp32"},
+        "batch_size": 8,
+        "mean_completions": 6.46,
+        "mean_completion_tokens": 30.2,
+        "mean_prompt_tokens": 34.8,
+        "epoch_tokens": {"separate": 2000, "shared": 1100},
+        "saved_tokens": 0.45,
+        "commit": "abc",
+    }
+    for date, seconds in (("2999-01-01", 9.0), ("2999-01-02", 2.0)):
+        measured = {"median_s": {"separate": seconds, "shared": 1.0}, "speedup": seconds}
+        line = json.dumps(record | measured | {"cpu_speedup": 1.9, "date": date})
+        append_line(tmp_path / "benchmarks/results/cpu.jsonl", line)
+    text = documents(tmp_path)[tmp_path / "README.md"]
+    assert (
+        "| places | 6.5 of 30 tokens behind 35 | 2,000 / 1,100 | 45% "
+        "| a CPU, 1 thread, 4 x 256, fp32, 8 prompts | 2.00 / 1.00 | 2.00 (1.90) | abc |"
+    ) in text
+    assert "9.00 / 1.00" not in text  # an older run
+
+
 def test_a_document_without_the_place_is_an_error():
     with pytest.raises(ValueError, match="end of targets"):
         written("no place", "targets", "| a |")
