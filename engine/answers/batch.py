@@ -27,7 +27,11 @@ def answer_file(
     context_length = network.size.context_length
     limit = Limit(context_length - 1, f"one less than the model's context of {context_length}")
     examples, length_report = asked_examples(
-        asked, tokenizer, max_length=limit.tokens, suffix=config.prompt_suffix
+        asked,
+        tokenizer,
+        max_length=limit.tokens,
+        suffix=config.prompt_suffix,
+        too_long=config.too_long,
     )
     Limits(prompt=limit).check(length_report, f"{prompts}")
     digest = digest_of_prompts([e.tokens for e in examples], tokenizer.fingerprint())
