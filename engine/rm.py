@@ -241,14 +241,14 @@ def _load_data(config: RMConfig, run: Run, context: Limit) -> _Data:
         records, held_out = hold_out(records, data.valid_fraction, config.seed)
     train_units, lengths = comparison_examples(records, run.tokenizer, **options)
     run.count("data.train", lengths, part="train", limits=limits)
-    notes.append(f"comparisons (train): {lengths}")
+    notes.append(f"comparisons (train): {limits.described(lengths)}")
     limits.check(lengths, f"--data.train {data.train}")
     cautions = reading_cautions("comparisons", report, lengths, limits)
     valid_units, lengths = comparison_examples(held_out, run.tokenizer, **options)
     if held_out:
         file = "data.train" if data.valid is None else "data.valid"
         run.count(file, lengths, part="valid", limits=limits)
-        notes.append(f"comparisons (valid): {lengths}")
+        notes.append(f"comparisons (valid): {limits.described(lengths)}")
     cautions += held_out_cautions(
         "comparisons",
         len(valid_units),
@@ -288,7 +288,7 @@ def _load_demonstrations(
         texts[: data.num_demonstrations], run.tokenizer, **options
     )
     run.count("data.demonstrations", lengths, limits=limits)
-    notes.append(f"demonstrations: {lengths}")
+    notes.append(f"demonstrations: {limits.described(lengths)}")
     limits.check(lengths, f"--data.demonstrations {data.demonstrations}")
     return examples
 

@@ -146,7 +146,7 @@ def load_prompts(config: PPOConfig, run: Run, contexts: Mapping[str, int]) -> Pr
         if chosen:
             file = "data.valid" if name == "valid" and data.valid else "data.prompts"
             run.count(file, lengths, part=name, limits=limits)
-            notes.append(f"prompts ({name}): {lengths}")
+            notes.append(f"prompts ({name}): {limits.described(lengths)}")
         return examples, lengths
 
     prompts, lengths = encode("train", texts)

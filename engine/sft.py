@@ -310,7 +310,7 @@ def _load_demonstrations(config: SFTConfig, run: Run, context: Limit, loaded: _D
         if chosen:
             file = name if data.valid else "train"
             run.count(f"data.{file}", lengths, part=name, limits=limits)
-            loaded.notes.append(f"demonstrations ({name}): {lengths}")
+            loaded.notes.append(f"demonstrations ({name}): {limits.described(lengths)}")
         return examples, lengths
 
     examples, lengths = encode("train", records)

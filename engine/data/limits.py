@@ -47,6 +47,11 @@ class Limits:
             for limit, number in self.counts(report).items()
         )
 
+    def described(self, report: LengthReport) -> str:
+        """Return what a report says, with the limits that were passed."""
+        dropped = self.dropped(report)
+        return f"{report}: {dropped}" if dropped else str(report)
+
     def check(self, report: LengthReport, what: str) -> None:
         """Raise UserError where all examples were too long; `what` names them."""
         if report.num_dropped and not report.kept:
