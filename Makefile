@@ -5,6 +5,7 @@
 # make bench        what a GPU's minutes are best spent on, into runs/gpu (BUDGET=480 seconds)
 # make rivals      what some benchmarks measure us against, into .rivals (290 MB)
 # make tables       the tables of the documents, from benchmarks/results
+# make formats    the table of data formats, from what the readers make of each
 # make families     every family of Hugging Face's in and out, into benchmarks/results and its table
 
 VENV   ?= .venv
@@ -29,7 +30,7 @@ PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check
 CORES   = $(shell $(BIN)/python -c 'import os, psutil; \
 	print(min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0))))')
 
-.PHONY: setup quickstart test test-slow test-fuzz test-chaos test-slurm test-gpu lint bench rivals tables families
+.PHONY: setup quickstart test test-slow test-fuzz test-chaos test-slurm test-gpu lint bench rivals tables formats families
 
 setup: $(STAMP)
 
@@ -89,6 +90,9 @@ rivals: .rivals/.installed
 
 tables: $(STAMP)
 	$(BIN)/python -m benchmarks.tables
+
+formats: $(STAMP)
+	$(BIN)/python -m tests.engine.data.format_table
 
 # The rows of one whole run: what fails leaves the table as it was.
 FAMILIES = benchmarks/results/families.jsonl

@@ -232,7 +232,9 @@ def _pretraining_feed(config: PPOConfig, run: Run, policy: Network) -> Feed | No
     if config.ptx_coef <= 0:
         return None
     data = config.data
-    tokens = run.token_file(data.pretraining, skip_bad_lines=data.skip_bad_lines)
+    tokens = run.token_file(
+        data.pretraining, skip_bad_lines=data.skip_bad_lines, fields=data.fields
+    )
     run.count("data.pretraining", tokens.report)
     return Feed(
         units=tokens.sequences(min(data.pretraining_tokens, policy.size.context_length)),

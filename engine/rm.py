@@ -28,7 +28,8 @@ from engine.data.batches import lengths_of, shapes_of
 from engine.data.comparisons import Comparison, comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
-from engine.data.limits import Limit, context_limit, training_limits
+from engine.data.fields import reading_options
+from engine.data.limits import Limit, Limits, context_limit, training_limits
 from engine.data.prompts import hold_out
 from engine.evidence.keeper import Evidence
 from engine.feed import Feed, pack_for
@@ -234,25 +235,28 @@ def _load_data(config: RMConfig, run: Run, context: Limit) -> _Data:
         "max_length": min(data.max_tokens, context.tokens),
         "max_prompt_length": data.max_prompt_tokens,
         "prompt_suffix": data.prompt_suffix,
+        "too_long": data.too_long,
     }
-    records, report = read_comparisons(data.train, skip_bad_lines=data.skip_bad_lines)
+    reading = reading_options(data)
+    records, report = read_comparisons(data.train, **reading)
     run.count("data.train", report)
     notes, num_read = [f"{data.train}: {report}"], len(records)
     if data.valid is not None:
-        held_out, valid_report = read_comparisons(data.valid, skip_bad_lines=data.skip_bad_lines)
+        held_out, valid_report = read_comparisons(data.valid, **reading)
         run.count("data.valid", valid_report)
         notes.append(f"{data.valid}: {valid_report}")
     else:
         records, held_out = hold_out(records, data.valid_fraction, config.seed)
     train_units, lengths = comparison_examples(records, run.tokenizer, **options)
-    run.count("data.train", lengths)
-    notes.append(f"comparisons (train): {lengths}")
+    run.count("data.train", lengths, part="train", limits=limits)
+    notes.append(f"comparisons (train): {limits.described(lengths)}")
     limits.check(lengths, f"--data.train {data.train}")
     cautions = reading_cautions("comparisons", report, lengths, limits)
     valid_units, lengths = comparison_examples(held_out, run.tokenizer, **options)
     if held_out:
-        run.count("data.train" if data.valid is None else "data.valid", lengths)
-        notes.append(f"comparisons (valid): {lengths}")
+        file = "data.train" if data.valid is None else "data.valid"
+        run.count(file, lengths, part="valid", limits=limits)
+        notes.append(f"comparisons (valid): {limits.described(lengths)}")
     cautions += held_out_cautions(
         "comparisons",
         len(valid_units),
@@ -264,21 +268,10 @@ def _load_data(config: RMConfig, run: Run, context: Limit) -> _Data:
     prompts = [r.prompt for r in records]
     cautions += overlap_cautions("comparisons", [r.prompt for r in held_out], prompts)
     cautions += _text_cautions(records, train_units)
-    demonstrations: list[Example] = []
-    if data.demonstrations is not None:
-        texts, report = read_demonstrations(data.demonstrations, skip_bad_lines=data.skip_bad_lines)
-        run.count("data.demonstrations", report)
-        notes.append(f"{data.demonstrations}: {report}")
-        demonstrations, lengths = demonstration_examples(
-            texts[: data.num_demonstrations], run.tokenizer, **options
-        )
-        run.count("data.demonstrations", lengths)
-        notes.append(f"demonstrations: {lengths}")
-        limits.check(lengths, f"--data.demonstrations {data.demonstrations}")
     return _Data(
         train=train_units,
         valid=valid_units,
-        demonstrations=demonstrations,
+        demonstrations=_load_demonstrations(config, run, options, limits, notes),
         notes=notes,
         cautions=cautions,
     )
@@ -295,6 +288,30 @@ def _sharing_note(config: RMConfig, units: list[list[Example]]) -> str:
         f"prompts are computed once for their completions: {shared} tokens an epoch instead of "
         f"{whole}, {1 - shared / whole:.0%} fewer"
     )
+
+
+def _load_demonstrations(
+    config: RMConfig, run: Run, options: dict[str, Any], limits: Limits, notes: list[str]
+) -> list[Example]:
+    """Read the demonstrations whose mean score is to be 0, none where no file is given; adds to the
+    notes."""
+    data = config.data
+    if data.demonstrations is None:
+        return []
+    texts, report = read_demonstrations(
+        data.demonstrations, too_long=data.too_long, skip_bad_lines=data.skip_bad_lines
+    )
+    run.count("data.demonstrations", report)
+    num_more = len(texts) - data.num_demonstrations
+    run.account.leave_out("data.demonstrations", num_more, "beyond data.num_demonstrations")
+    notes.append(f"{data.demonstrations}: {report}")
+    examples, lengths = demonstration_examples(
+        texts[: data.num_demonstrations], run.tokenizer, **options
+    )
+    run.count("data.demonstrations", lengths, limits=limits)
+    notes.append(f"demonstrations: {limits.described(lengths)}")
+    limits.check(lengths, f"--data.demonstrations {data.demonstrations}")
+    return examples
 
 
 def _text_cautions(records: list[Comparison], units: list[list[Example]]) -> list[Alarm]:

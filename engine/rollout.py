@@ -17,6 +17,7 @@ from engine.cautions.of_data import held_out_cautions, overlap_cautions, reading
 from engine.cautions.of_settings import evaluation_cautions, room_cautions
 from engine.data.batches import deal, spread
 from engine.data.examples import Example, LengthReport
+from engine.data.fields import reading_options
 from engine.data.limits import prompt_limits
 from engine.data.prompts import hold_out_prompts, prompt_examples, read_prompts
 from engine.data.tokenizer import Tokenizer
@@ -120,7 +121,8 @@ def load_prompts(config: PPOConfig, run: Run, contexts: Mapping[str, int]) -> Pr
     limits = prompt_limits(
         contexts, config.sampling.max_new_tokens, max_prompt_tokens=data.max_prompt_tokens
     )
-    texts, report = read_prompts(data.prompts, skip_bad_lines=data.skip_bad_lines)
+    options = reading_options(data)
+    texts, report = read_prompts(data.prompts, **options)
     run.count("data.prompts", report)
     notes, num_read = [f"{data.prompts}: {report}"], len(texts)
     if data.valid is None:
@@ -128,9 +130,9 @@ def load_prompts(config: PPOConfig, run: Run, contexts: Mapping[str, int]) -> Pr
             texts, data.valid_fraction, config.seed, most=data.num_valid
         )
     else:
-        read, valid_report = read_prompts(data.valid, skip_bad_lines=data.skip_bad_lines)
+        read, valid_report = read_prompts(data.valid, **options)
         run.count("data.valid", valid_report)
-        held_out = list(dict.fromkeys(read))[: data.num_valid]
+        held_out = _distinct(read, data.num_valid, run)
         notes.append(f"{data.valid}: {valid_report}, {len(held_out)} to be answered")
 
     def encode(name: str, chosen: list[str]) -> tuple[list[Example], LengthReport]:
@@ -139,10 +141,12 @@ def load_prompts(config: PPOConfig, run: Run, contexts: Mapping[str, int]) -> Pr
             run.tokenizer,
             max_prompt_length=limits.prompt.tokens,
             prompt_suffix=data.prompt_suffix,
+            too_long=data.too_long,
         )
         if chosen:
-            run.count("data.valid" if name == "valid" and data.valid else "data.prompts", lengths)
-            notes.append(f"prompts ({name}): {lengths}")
+            file = "data.valid" if name == "valid" and data.valid else "data.prompts"
+            run.count(file, lengths, part=name, limits=limits)
+            notes.append(f"prompts ({name}): {limits.described(lengths)}")
         return examples, lengths
 
     prompts, lengths = encode("train", texts)
@@ -163,6 +167,14 @@ def load_prompts(config: PPOConfig, run: Run, contexts: Mapping[str, int]) -> Pr
         *evaluation_cautions(config, len(valid)),
     ]
     return Prompts(train=prompts, valid=valid, notes=notes, cautions=cautions)
+
+
+def _distinct(prompts: list[str], most: int, run: Run) -> list[str]:
+    """Return the first distinct prompts of a file of held-out ones, and note what is left out."""
+    distinct = list(dict.fromkeys(prompts))
+    run.account.leave_out("data.valid", len(prompts) - len(distinct), "the same prompt again")
+    run.account.leave_out("data.valid", len(distinct) - most, "beyond data.num_valid")
+    return distinct[:most]
 
 
 def generate_rollout(  # noqa: PLR0913 - what a draw is keyed by, each named

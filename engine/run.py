@@ -17,8 +17,10 @@ import torch.distributed as dist
 
 from engine import stop
 from engine.claim import LOCK, claim, holding_claims
+from engine.data.account import ACCOUNT, Account
 from engine.data.examples import LengthReport
 from engine.data.jsonl import ReadReport
+from engine.data.limits import Limits
 from engine.data.pretraining import TokenFile, make_token_file, read_token_file
 from engine.data.tokenizer import Tokenizer, make_tokenizer
 from engine.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
@@ -31,6 +33,7 @@ from engine.files import (
     clear_partials,
     hub_name,
     link_to_nothing,
+    write_object,
 )
 from engine.printable import say
 from engine.ranks.device import make_deterministic
@@ -76,9 +79,13 @@ class Run:
     directory: Path
     parallel: Parallel
     tokenizer: Tokenizer
-    counts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By the option that names a file of data: its records that were read, the bad lines that were
-    skipped, and the records that were kept or dropped for their length."""
+    account: Account = field(default_factory=Account)
+    """What was read of the files of data."""
+
+    @property
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """Of each file of data, by its option: records that were read, skipped, kept, dropped."""
+        return self.account.counts
 
     @property
     def _settings(self) -> Path:
@@ -94,27 +101,29 @@ class Run:
         """The file that names the newest of them from without."""
         return self.directory / MARK
 
-    def count(self, name: str, found: ReadReport | LengthReport) -> None:
-        """Note how reading the file of an option went, or how much of it was within the limits; all
-        ranks call together.
-
-        Each rank reads the files for itself. UserError on one whose file is another than the first
+    def count(
+        self,
+        name: str,
+        found: ReadReport | LengthReport,
+        *,
+        part: str = "examples",
+        limits: Limits | None = None,
+    ) -> None:
+        """Note how reading an option's file went, or what of a part of it was within limits; all
+        ranks call together, each for itself. UserError on one whose file is another than the first
         rank's: they would train together on batches of neither.
         """
-        counts = self.counts.setdefault(name, {})
-        if isinstance(found, ReadReport):
-            if said_by_first_rank(lambda: found.xxh3_128) != found.xxh3_128:
-                raise UserError(
-                    f"--{name.replace('_', '-')}: rank {dist.get_rank()} reads another file there "
-                    "than the first rank; have all nodes see the same files"
-                )
-            counts |= {"records": found.num_read, "skipped": found.num_bad}
+        if isinstance(found, LengthReport):
+            self.account.add_lengths(name, found, part, limits)
             return
-        dropped = found.num_long_prompts + found.num_long_sequences
-        for key, number in (("kept", len(found.kept)), ("dropped", dropped)):
-            counts[key] = counts.get(key, 0) + number
+        if said_by_first_rank(lambda: found.xxh3_128) != found.xxh3_128:
+            raise UserError(
+                f"--{name.replace('_', '-')}: rank {dist.get_rank()} reads another file there "
+                "than the first rank; have all nodes see the same files"
+            )
+        self.account.add_read(name, found)
 
-    def token_file(self, source: Path, *, skip_bad_lines: bool) -> TokenFile:
+    def token_file(self, source: Path, *, skip_bad_lines: bool, fields: str = "auto") -> TokenFile:
         """Return the tokens of a file of pretraining text, kept in the run's folder; all ranks call
         together.
 
@@ -123,7 +132,9 @@ class Run:
 
         def make() -> str:
             folder = self.directory / "tokens"
-            path = make_token_file(source, self.tokenizer, folder, skip_bad_lines=skip_bad_lines)
+            path = make_token_file(
+                source, self.tokenizer, folder, skip_bad_lines=skip_bad_lines, fields=fields
+            )
             return str(path)
 
         return read_token_file(Path(said_by_first_rank(make)), source)
@@ -149,7 +160,7 @@ class Run:
             stop.leave("before its first step", is_writer=self.parallel.is_writer)
 
     def write_settings(self, config: Any, known: Collection[str] = ()) -> None:
-        """Write config.json and the tokenizer into the run's folder.
+        """Write config.json, the tokenizer and what was read of the data into the run's folder.
 
         The stages do so once everything is loaded: a mistake of the user's so leaves no folder, and
         changes none that an earlier run has written. UserError as check_settings.
@@ -160,6 +171,7 @@ class Run:
             if hasattr(config, "accept_changed"):  # once, and not for whoever starts from it
                 config = dataclasses.replace(config, accept_changed=())
             save_config(config, self._settings)
+            write_object(self.directory / ACCOUNT, self.account.files)
 
     def check_settings(self, config: Any, known: Collection[str] = ()) -> None:
         """Raise UserError, on every rank, where the folder's checkpoints are of a run with other

@@ -32,6 +32,7 @@ from engine.data.demonstrations import (
     read_demonstrations,
 )
 from engine.data.examples import Example, LengthReport
+from engine.data.fields import reading_options
 from engine.data.limits import Limit, context_limit, training_limits
 from engine.data.prompts import hold_out
 from engine.errors import UserError
@@ -267,9 +268,12 @@ def _load_data(config: SFTConfig, run: Run, context: Limit) -> _Data:
             (loaded.valid, data.pretraining_valid, "data.pretraining_valid"),
         ):
             if path is not None:
-                tokens = run.token_file(path, skip_bad_lines=data.skip_bad_lines)
+                tokens = run.token_file(
+                    path, skip_bad_lines=data.skip_bad_lines, fields=data.fields
+                )
                 run.count(name, tokens.report)
-                units["pretrain_loss"] = tokens.sequences(length)
+                cut = tokens.sequences if units is loaded.train else tokens.held_out
+                units["pretrain_loss"] = cut(length)
                 loaded.notes.append(f"{path}: {tokens.report}, {len(tokens.tokens)} tokens")
     if not loaded.valid and data.train is None:
         loaded.cautions.extend(no_held_out_text())
@@ -278,22 +282,21 @@ def _load_data(config: SFTConfig, run: Run, context: Limit) -> _Data:
 
 def _load_demonstrations(config: SFTConfig, run: Run, context: Limit, loaded: _Data) -> None:
     """Read the demonstrations into `loaded`, with what there is to say of them."""
-    data, path = config.data, config.data.train
+    data, path, options = config.data, config.data.train, reading_options(config.data)
     assert path is not None
-    records, report = read_demonstrations(path, skip_bad_lines=data.skip_bad_lines)
+    records, report = read_demonstrations(path, **options)
     run.count("data.train", report)
     loaded.notes.append(f"{path}: {report}")
     num_read = len(records)
     if data.valid is not None:
-        held_out, valid_report = read_demonstrations(data.valid, skip_bad_lines=data.skip_bad_lines)
+        held_out, valid_report = read_demonstrations(data.valid, **options)
         run.count("data.valid", valid_report)
         loaded.notes.append(f"{data.valid}: {valid_report}")
     else:
         records, held_out = hold_out(records, data.valid_fraction, config.seed)
     loaded.held_out_prompts.extend(r.prompt for r in held_out)
-    limits = training_limits(
-        max_tokens=data.max_tokens, max_prompt_tokens=data.max_prompt_tokens, context=context
-    )
+    most = {"max_tokens": data.max_tokens, "max_prompt_tokens": data.max_prompt_tokens}
+    limits = training_limits(**most, context=context)
 
     def encode(name: str, chosen: list[Demonstration]) -> tuple[list[Example], LengthReport]:
         examples, lengths = demonstration_examples(
@@ -302,10 +305,12 @@ def _load_demonstrations(config: SFTConfig, run: Run, context: Limit, loaded: _D
             max_length=context.tokens if limits.whole is None else limits.whole.tokens,
             max_prompt_length=data.max_prompt_tokens,
             prompt_suffix=data.prompt_suffix,
+            too_long=data.too_long,
         )
         if chosen:
-            run.count("data.valid" if name == "valid" and data.valid else "data.train", lengths)
-            loaded.notes.append(f"demonstrations ({name}): {lengths}")
+            file = name if data.valid else "train"
+            run.count(f"data.{file}", lengths, part=name, limits=limits)
+            loaded.notes.append(f"demonstrations ({name}): {limits.described(lengths)}")
         return examples, lengths
 
     examples, lengths = encode("train", records)

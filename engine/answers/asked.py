@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from engine.data.chat import Messages, check_messages, parse_prompt, render_prompt
 from engine.data.chat_template import ChatTemplate, template_of
-from engine.data.examples import Example, LengthReport, drop_long, encode_prompts
+from engine.data.examples import Example, LengthReport, TooLong, drop_long, encode_prompts
+from engine.data.fields import Fields
 from engine.data.jsonl import BadRecord, ReadReport, read_records
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
@@ -73,16 +74,26 @@ def read_asked(
             raise BadRecord(f"is not answered: {error}", field=field) from None
 
     return read_records(
-        path, parse, skip_bad_lines=config.skip_bad_lines, skip_option="--skip-bad-lines"
+        path,
+        parse,
+        skip_bad_lines=config.skip_bad_lines,
+        skip_option="--skip-bad-lines",
+        shaping=Fields("prompts", config.fields, too_long=config.too_long, option="--fields"),
     )
 
 
 def asked_examples(
-    asked: list[Asked], tokenizer: Tokenizer, *, max_length: int, suffix: str
+    asked: list[Asked],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    suffix: str,
+    too_long: TooLong = "drop",
 ) -> tuple[list[Example], LengthReport]:
     """Return the prompts' tokens, as engine.data.prompts.prompt_examples does; suffix: closes those
     that no template has closed."""
     plain = encode_prompts((text for text, made in asked if made is None), tokenizer, suffix)
     tokens = [next(plain) if made is None else made for _, made in asked]
     examples = [Example(tokens=each, prompt_length=len(each)) for each in tokens]
-    return drop_long(examples, max_length=max_length)
+    num_first = len(tokenizer.bos_ids)
+    return drop_long(examples, max_length=max_length, too_long=too_long, num_first=num_first)

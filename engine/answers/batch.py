@@ -27,9 +27,14 @@ def answer_file(
     context_length = network.size.context_length
     limit = Limit(context_length - 1, f"one less than the model's context of {context_length}")
     examples, length_report = asked_examples(
-        asked, tokenizer, max_length=limit.tokens, suffix=config.prompt_suffix
+        asked,
+        tokenizer,
+        max_length=limit.tokens,
+        suffix=config.prompt_suffix,
+        too_long=config.too_long,
     )
-    Limits(prompt=limit).check(length_report, f"{prompts}")
+    limits = Limits(prompt=limit)
+    limits.check(length_report, f"{prompts}")
     digest = digest_of_prompts([e.tokens for e in examples], tokenizer.fingerprint())
     origin = _origin(config, digest)
     num_answers = len(examples) * config.num_samples
@@ -68,7 +73,8 @@ def answer_file(
         answers.add(response.sample_index, answer)
     answers.finish()
     if parallel.is_writer:
-        say(f"{config.out}: {num_answers} answers; {read_report}; prompts: {length_report}")
+        kept = limits.described(length_report)
+        say(f"{config.out}: {num_answers} answers; {read_report}; prompts: {kept}")
 
 
 def _origin(config: GenerateConfig, digest: str) -> Origin:

@@ -13,6 +13,7 @@ from engine.data.jsonl import ReadReport
 from engine.data.limits import Limits
 
 _MOST_DROPPED = 0.2  # share of the examples that too short a limit, or bad lines, may take
+_MOST_LEFT_OUT = 0.5  # share that a data set's own ties and the like may take
 # Times that one thing is read, by what it is.
 _MOST_READINGS = {
     "demonstrations": (20.0, "the paper reads them 16 times (C.1)"),
@@ -104,7 +105,25 @@ def reading_cautions(
                 f"{report.first_errors[0]}; correct the file",
             )
         )
+    num_left_out = sum(report.left_out.values())
+    if num_left_out > _MOST_LEFT_OUT * (num_lines + num_left_out):
+        reasons = ", ".join(f"{number} {why}" for why, number in report.left_out.items())
+        found.append(
+            Alarm(
+                "left_out",
+                f"{what}: {num_left_out} beside {report.num_read} that are read are left out: "
+                f"{reasons}; is the file meant for this stage?",
+            )
+        )
     num_all = len(lengths.kept) + lengths.num_dropped
+    if lengths.num_cut > _MOST_DROPPED * num_all:
+        found.append(
+            Alarm(
+                "cut",
+                f"{lengths.num_cut} of {num_all} {what} ({lengths.num_cut / num_all:.0%}) are too "
+                f"long and cut to {limits}; raise what limits them",
+            )
+        )
     if lengths.num_dropped > _MOST_DROPPED * num_all:
         found.append(
             Alarm(

@@ -14,7 +14,15 @@ from engine.data.chat import (
     render_prompt,
     render_reply,
 )
-from engine.data.examples import Example, LengthReport, drop_long, encode_prompts, join_pair
+from engine.data.examples import (
+    Example,
+    LengthReport,
+    TooLong,
+    drop_long,
+    encode_prompts,
+    join_pair,
+)
+from engine.data.fields import Fields
 from engine.data.jsonl import BadRecord, ReadReport, check_text, json_type, read_records, required
 from engine.data.tokenizer import Tokenizer
 from engine.errors import quoted
@@ -31,9 +39,14 @@ class Comparison:
 
 
 def read_comparisons(
-    path: Path | str, *, skip_bad_lines: bool = False
+    path: Path | str,
+    *,
+    fields: str = "auto",
+    too_long: TooLong = "drop",
+    skip_bad_lines: bool = False,
 ) -> tuple[list[Comparison], ReadReport]:
-    """Read rankings and pairs from .jsonl or .jsonl.gz, also mixed in one file; raises UserError.
+    """Read rankings and pairs from .jsonl or .jsonl.gz, also mixed in one file, or rows of a known
+    shape; fields, too_long: as engine.data.fields. Raises UserError.
 
     A ranking is {"prompt", "completions", "ranks"}. A pair is {"prompt", "chosen", "rejected"}, or
     has the prompt inside. Then chosen and rejected are two chats alike up to the last message, or
@@ -41,7 +54,12 @@ def read_comparisons(
     in common at their beginning, to the last whole word. A prompt may be text or messages; a
     completion text or a list of one message.
     """
-    return read_records(path, _parse, skip_bad_lines=skip_bad_lines)
+    return read_records(
+        path,
+        _parse,
+        skip_bad_lines=skip_bad_lines,
+        shaping=Fields("comparisons", fields, too_long=too_long),
+    )
 
 
 def comparison_examples(
@@ -51,11 +69,13 @@ def comparison_examples(
     max_length: int,
     max_prompt_length: int | None = None,
     prompt_suffix: str = "",
+    too_long: TooLong = "drop",
 ) -> tuple[list[list[Example]], LengthReport]:
     """Return for each its K sequences, prompt + completion + end of text, with the field `ranks`.
 
     The score is read at a sequence's last token, the end of text. A comparison with a sequence over
-    `max_length` tokens, or a prompt over `max_prompt_length`, is dropped whole and counted.
+    `max_length` tokens, or a prompt over `max_prompt_length`, is dropped whole and counted, or cut
+    on its left alone (drop_long).
     """
     prompts = encode_prompts((c.prompt for c in comparisons), tokenizer, prompt_suffix)
     completions = tokenizer.encode_all(text for c in comparisons for text in c.completions)
@@ -70,7 +90,13 @@ def comparison_examples(
             for rank in comparison.ranks
         ]
         units.append(unit)
-    return drop_long(units, max_length=max_length, max_prompt_length=max_prompt_length)
+    return drop_long(
+        units,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        too_long=too_long,
+        num_first=len(tokenizer.bos_ids),
+    )
 
 
 def _parse(record: dict[str, Any]) -> Comparison:

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.chat import check_messages, parse_prompt, parse_reply, render_prompt, render_reply
-from engine.data.examples import Example, LengthReport, drop_long, encode_prompts, join_pair
+from engine.data.examples import (
+    Example,
+    LengthReport,
+    TooLong,
+    drop_long,
+    encode_prompts,
+    join_pair,
+)
+from engine.data.fields import Fields
 from engine.data.jsonl import SKIP_OPTION, ReadReport, read_records, required
 from engine.data.tokenizer import Tokenizer
 
@@ -20,14 +28,26 @@ class Demonstration:
 
 
 def read_demonstrations(
-    path: Path | str, *, skip_bad_lines: bool = False, skip_option: str = SKIP_OPTION
+    path: Path | str,
+    *,
+    fields: str = "auto",
+    too_long: TooLong = "drop",
+    skip_bad_lines: bool = False,
+    skip_option: str = SKIP_OPTION,
 ) -> tuple[list[Demonstration], ReadReport]:
-    """Read {"prompt", "response"} or {"messages"} from .jsonl or .jsonl.gz; raises UserError, which
-    names the option that skips bad lines.
+    """Read {"prompt", "response"}, {"messages"} or rows of a known shape from .jsonl or .jsonl.gz;
+    fields, too_long: as engine.data.fields. Raises UserError, which names the option that skips bad
+    lines.
 
     Of `messages` the last one, the assistant's, is the response and all before it the prompt.
     """
-    return read_records(path, _parse, skip_bad_lines=skip_bad_lines, skip_option=skip_option)
+    return read_records(
+        path,
+        _parse,
+        skip_bad_lines=skip_bad_lines,
+        skip_option=skip_option,
+        shaping=Fields("demonstrations", fields, too_long=too_long),
+    )
 
 
 def demonstration_examples(
@@ -37,11 +57,13 @@ def demonstration_examples(
     max_length: int,
     max_prompt_length: int | None = None,
     prompt_suffix: str = "",
+    too_long: TooLong = "drop",
 ) -> tuple[list[Example], LengthReport]:
     """Return prompt + response + end of text for each; the prompt's tokens are not predicted.
 
     What is over `max_length` tokens, or has a prompt over `max_prompt_length`, is dropped and
-    counted. `prompt_suffix` must be the same for demonstrations, comparisons and prompts.
+    counted, or cut (drop_long). `prompt_suffix` must be the same for demonstrations, comparisons
+    and prompts.
     """
     prompts = encode_prompts((d.prompt for d in demonstrations), tokenizer, prompt_suffix)
     responses = tokenizer.encode_all(d.response for d in demonstrations)
@@ -49,7 +71,13 @@ def demonstration_examples(
         Example(tokens=join_pair(prompt, response, tokenizer), prompt_length=len(prompt))
         for prompt, response in zip(prompts, responses, strict=True)
     ]
-    return drop_long(examples, max_length=max_length, max_prompt_length=max_prompt_length)
+    return drop_long(
+        examples,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        too_long=too_long,
+        num_first=len(tokenizer.bos_ids),
+    )
 
 
 def _parse(record: dict[str, Any]) -> Demonstration:

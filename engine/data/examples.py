@@ -1,8 +1,8 @@
 """Tokenised sequences: what a batch is made of, and which are short enough to be in one."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -44,6 +44,10 @@ def sequences_of(unit: Unit) -> Sequence[Example]:
     return [unit] if isinstance(unit, Example) else unit
 
 
+TooLong = Literal["drop", "cut-left", "cut-right"]
+"""What becomes of a unit that is too long."""
+
+
 def begins_alike(sequences: Sequence[Example]) -> bool:
     """Return whether sequences have the same prompt, and each one tokens behind it."""
     prompts = [sequence.tokens[: sequence.prompt_length] for sequence in sequences]
@@ -63,6 +67,8 @@ class LengthReport:
     """Units dropped because their prompt is over its limit."""
     num_long_sequences: int
     """Units dropped because prompt and response together are over the limit."""
+    num_cut: int = 0
+    """Units kept without a part of their tokens."""
 
     @property
     def num_dropped(self) -> int:
@@ -70,35 +76,83 @@ class LengthReport:
         return self.num_long_prompts + self.num_long_sequences
 
     def __str__(self) -> str:
+        cut = f" ({self.num_cut} of them cut)" if self.num_cut else ""
         return (
-            f"{len(self.kept)} kept, {self.num_long_prompts} dropped for a long prompt, "
+            f"{len(self.kept)} kept{cut}, {self.num_long_prompts} dropped for a long prompt, "
             f"{self.num_long_sequences} for a long prompt and response"
         )
 
 
 def drop_long(
-    units: Sequence[AnyUnit], *, max_length: int, max_prompt_length: int | None = None
+    units: Sequence[AnyUnit],
+    *,
+    max_length: int,
+    max_prompt_length: int | None = None,
+    too_long: TooLong = "drop",
+    num_first: int = 0,
 ) -> tuple[list[AnyUnit], LengthReport]:
     """Return the units within the limits (in tokens), in order, and what was dropped.
 
     A unit of several sequences goes when one of them is too long. Where none is left, the caller
     knows whether that matters (engine/data/limits.py).
+
+    too_long: "cut-left", a prompt loses its beginning, behind the num_first tokens that begin a
+    text, until all of the unit fits; "cut-right", a response loses its end, the end of text with
+    it. What fits by no such cut is dropped.
     """
     prompt_limit = max_length if max_prompt_length is None else max_prompt_length
     kept: list[int] = []
-    num_long_prompts = 0
+    fitting: list[AnyUnit] = []
+    num_long_prompts, num_cut = 0, 0
     for index, unit in enumerate(units):
+        whole = unit
+        if too_long == "cut-left":
+            unit = _cut_left(unit, max_length, prompt_limit, num_first)
+        elif too_long == "cut-right":
+            unit = _cut_right(unit, max_length)
         sequences = sequences_of(unit)
         if any(sequence.prompt_length > prompt_limit for sequence in sequences):
             num_long_prompts += 1
         elif all(len(sequence.tokens) <= max_length for sequence in sequences):
             kept.append(index)
+            fitting.append(unit)
+            num_cut += unit is not whole
     report = LengthReport(
         kept=kept,
         num_long_prompts=num_long_prompts,
         num_long_sequences=len(units) - len(kept) - num_long_prompts,
+        num_cut=num_cut,
     )
-    return [units[index] for index in kept], report
+    return fitting, report
+
+
+def _cut_left(unit: AnyUnit, max_length: int, prompt_limit: int, num_first: int) -> AnyUnit:
+    """Return a unit whose prompt has lost as much of its beginning as makes every sequence fit;
+    the unit itself where nothing has to go, or more than there is."""
+    sequences = sequences_of(unit)
+    excess = max(
+        max(each.prompt_length - prompt_limit, len(each.tokens) - max_length) for each in sequences
+    )
+    shortest = min(each.prompt_length for each in sequences)
+    if excess <= 0 or shortest - num_first - excess < 1:
+        return unit
+    cut = [
+        replace(
+            each,
+            tokens=np.concatenate([each.tokens[:num_first], each.tokens[num_first + excess :]]),
+            prompt_length=each.prompt_length - excess,
+        )
+        for each in sequences
+    ]
+    return cut[0] if isinstance(unit, Example) else cut  # type: ignore[return-value]
+
+
+def _cut_right(unit: AnyUnit, max_length: int) -> AnyUnit:
+    """Return a sequence without the end of its response; the unit itself where that is within the
+    limit, or has no room for a token."""
+    if not isinstance(unit, Example) or not unit.prompt_length < max_length < len(unit.tokens):
+        return unit
+    return replace(unit, tokens=unit.tokens[:max_length])
 
 
 def join_pair(prompt: np.ndarray, response: list[int], tokenizer: Tokenizer) -> np.ndarray:

@@ -2,10 +2,11 @@
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import xxhash
 
@@ -38,13 +39,35 @@ class ReadReport:
     """Bad lines that were skipped; 0 unless skip_bad_lines."""
     first_errors: tuple[str, ...]
     """What was wrong with the first few bad lines."""
+    path: str = field(default="", compare=False)
+    """The file."""
+    read_as: str = ""
+    """Of which shape its rows are, and which fields are read; "" for our own."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """What the data set has that is no record, and no bad line either: how many, by why."""
     xxh3_128: str = field(default="", compare=False)
     """Of the file's lines as they were read; "" where one rank reads for all."""
 
     def __str__(self) -> str:
-        if not self.num_bad:
-            return f"{self.num_read} records"
-        return f"{self.num_read} records, {self.num_bad} bad lines skipped: {self.first_errors[0]}"
+        parts = [f"{self.num_read} records"]
+        if self.read_as:
+            parts.append(f"read as {self.read_as}")
+        parts += [f"left out: {number} {why}" for why, number in self.left_out.items()]
+        if self.num_bad:
+            parts.append(f"{self.num_bad} bad lines skipped: {self.first_errors[0]}")
+        return ", ".join(parts)
+
+
+class Shaping(Protocol):
+    """What makes records of a file's rows (engine/data/fields.py), and what it says of it."""
+
+    read_as: str
+    left_out: Counter[str]
+
+    def __call__(
+        self, rows: Iterable[tuple[str, dict[str, Any] | BadRecord]]
+    ) -> Iterator[tuple[str, dict[str, Any] | BadRecord]]:
+        """Yield records, each with where it stands, of rows that have it too."""
 
 
 class RecordReader(Generic[_Record]):
@@ -54,7 +77,8 @@ class RecordReader(Generic[_Record]):
     is counted when `skip_bad_lines` is set. A file without one good record raises UserError in both
     cases. Empty lines are no records and no errors. skip_option: what sets `skip_bad_lines` where
     the file is read for a command that has such an option. on_bad is told where each line stands
-    that is skipped, and why.
+    that is skipped, and why. shaping: what makes of the file's rows those that `parse` takes; None:
+    they are so already.
     """
 
     def __init__(
@@ -65,6 +89,7 @@ class RecordReader(Generic[_Record]):
         skip_bad_lines: bool,
         skip_option: str = SKIP_OPTION,
         on_bad: Callable[[str, str], object] = lambda where, why: None,
+        shaping: Shaping | None = None,
     ) -> None:
         self.path = Path(path)
         self._name = named(path, MAX_SHOWN_PATH)
@@ -72,6 +97,7 @@ class RecordReader(Generic[_Record]):
         self.where = ""  # the record that came last stood
         self._on_bad = on_bad
         self._parse = parse
+        self._shaping = shaping
         self._skip_bad_lines = skip_bad_lines
         self._advice = "correct the line" + (f", or pass {skip_option}" if skip_option else "")
         self._num_read = 0
@@ -80,6 +106,24 @@ class RecordReader(Generic[_Record]):
         self._digest = xxhash.xxh3_128()
 
     def __iter__(self) -> Iterator[_Record]:
+        rows = self._rows()
+        for where, row in rows if self._shaping is None else self._shaping(rows):
+            self.where = where
+            try:
+                if isinstance(row, BadRecord):
+                    raise row
+                record = self._parse(row)
+            except BadRecord as error:
+                self._reject(f"{where}: {error}")
+                self._on_bad(where, str(error))
+            else:
+                self._num_read += 1
+                yield record
+        if not self._num_read:
+            raise UserError(self._nothing_read())
+
+    def _rows(self) -> Iterator[tuple[str, dict[str, Any] | BadRecord]]:
+        """Yield the file's objects, each with its line; BadRecord stands for one that is none."""
         for number, line in read_lines(self.path, self._reached):
             if number == 1:
                 line = line.removeprefix(_UTF8_BOM)
@@ -87,17 +131,11 @@ class RecordReader(Generic[_Record]):
             if not line:
                 continue
             self._digest.update(line + b"\n")
-            self.where = f"{self._name}:{number}"
+            where = f"{self._name}:{number}"
             try:
-                record = self._parse(_parse_object(line))
+                yield where, _parse_object(line)
             except BadRecord as error:
-                self._reject(f"{self.where}: {error}")
-                self._on_bad(self.where, str(error))
-            else:
-                self._num_read += 1
-                yield record
-        if not self._num_read:
-            raise UserError(self._nothing_read())
+                yield where, error
 
     def report(self) -> ReadReport:
         """Return the counts so far."""
@@ -105,6 +143,9 @@ class RecordReader(Generic[_Record]):
             num_read=self._num_read,
             num_bad=self._num_bad,
             first_errors=tuple(self._first_errors),
+            path=str(self.path),
+            read_as=shaping.read_as if (shaping := self._shaping) else "",
+            left_out=dict(shaping.left_out) if shaping else {},
             xxh3_128=self._digest.hexdigest(),
         )
 
@@ -119,6 +160,9 @@ class RecordReader(Generic[_Record]):
             self._first_errors.append(error)
 
     def _nothing_read(self) -> str:
+        if left_out := self.report().left_out:
+            said = ", ".join(f"{number} {why}" for why, number in left_out.items())
+            return f"{self._name}: nothing of it is a record; left out: {said}"
         if not self._num_bad:
             return f"{self._name}: the file is empty; it needs one JSON object a line"
         return (
@@ -132,12 +176,15 @@ def read_records(
     *,
     skip_bad_lines: bool,
     skip_option: str = SKIP_OPTION,
+    shaping: Shaping | None = None,
 ) -> tuple[list[_Record], ReadReport]:
     """Return all records of a file and the report; UserError where memory does not hold them.
 
     The options are those of RecordReader.
     """
-    reader = RecordReader(path, parse, skip_bad_lines=skip_bad_lines, skip_option=skip_option)
+    reader = RecordReader(
+        path, parse, skip_bad_lines=skip_bad_lines, skip_option=skip_option, shaping=shaping
+    )
     try:
         records = list(reader)
     except MemoryError:

@@ -28,14 +28,29 @@ class Limits:
     whole: Limit | None = None
     """Of prompt and response together; none: there are only prompts."""
 
+    def __str__(self) -> str:
+        whole = "" if self.whole is None else f" and {self.whole} in all"
+        return f"a prompt of {self.prompt}{whole}"
+
+    def counts(self, report: LengthReport) -> dict[str, int]:
+        """Return how many were too long, by the limit in words; those of 0 are left out."""
+        found = {
+            f"a prompt over {self.prompt}": report.num_long_prompts,
+            f"over {self.whole} in all": report.num_long_sequences,
+        }
+        return {limit: number for limit, number in found.items() if number}
+
     def dropped(self, report: LengthReport) -> str:
         """Return how many were too long and by which limit, "" where none was."""
-        parts = []
-        if report.num_long_prompts:
-            parts.append(f"{report.num_long_prompts} with a prompt over {self.prompt}")
-        if report.num_long_sequences:
-            parts.append(f"{report.num_long_sequences} over {self.whole} in all")
-        return ", ".join(parts)
+        return ", ".join(
+            f"{number} with {limit}" if limit.startswith("a ") else f"{number} {limit}"
+            for limit, number in self.counts(report).items()
+        )
+
+    def described(self, report: LengthReport) -> str:
+        """Return what a report says, with the limits that were passed."""
+        dropped = self.dropped(report)
+        return f"{report}: {dropped}" if dropped else str(report)
 
     def check(self, report: LengthReport, what: str) -> None:
         """Raise UserError where all examples were too long; `what` names them."""

@@ -22,6 +22,7 @@ import xxhash
 
 from engine import stop
 from engine.data.examples import Example, Shape
+from engine.data.fields import Fields
 from engine.data.jsonl import ReadReport, RecordReader, check_text, required
 from engine.data.tokenizer import Tokenizer, in_batches
 from engine.errors import UserError, named
@@ -72,17 +73,25 @@ class TokenFile:
             )
         return TokenSequences(self.tokens, length)
 
+    def held_out(self, length: int) -> TokenSequences:
+        """Return the same of held-out text, whose loss is worth knowing where it is short too: then
+        all of it is one sequence."""
+        return self.sequences(min(length, max(2, len(self.tokens))))
+
 
 def open_token_file(
     source: Path | str,
     tokenizer: Tokenizer,
     cache_dir: Path | str,
     *,
+    fields: str = "auto",
     skip_bad_lines: bool = False,
 ) -> TokenFile:
     """Return the tokens of a .jsonl file of {"text"} or of a .txt file, which is one document; made
     where `cache_dir` lacks them. Raises UserError."""
-    path = make_token_file(source, tokenizer, cache_dir, skip_bad_lines=skip_bad_lines)
+    path = make_token_file(
+        source, tokenizer, cache_dir, fields=fields, skip_bad_lines=skip_bad_lines
+    )
     return read_token_file(path, source)
 
 
@@ -91,6 +100,7 @@ def make_token_file(
     tokenizer: Tokenizer,
     cache_dir: Path | str,
     *,
+    fields: str = "auto",
     skip_bad_lines: bool = False,
 ) -> Path:
     """Return the file of a source's tokens, made where it is not there: reads all of the source.
@@ -104,12 +114,14 @@ def make_token_file(
     """
     source, cache_dir = Path(source), Path(cache_dir)
     # What is no text is refused before all of it is read for its digest.
-    next(itertools.chain.from_iterable(_open_documents(source, skip_bad_lines)))
-    documents = _open_documents(source, skip_bad_lines)
+    next(itertools.chain.from_iterable(_open_documents(source, skip_bad_lines, fields)))
+    documents = _open_documents(source, skip_bad_lines, fields)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     with open_file(source) as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
     key = f"{source.name} {content} {tokenizer.fingerprint()} {skip_bad_lines}"
+    if "text=" in fields:  # another field is the text
+        key += f" {fields}"
     stem = f"{source.name.split('.')[0]}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:20]}"
     tokens_path = cache_dir / f"{stem}.{dtype.name}"
 
@@ -131,6 +143,7 @@ def make_token_file(
                 if stop.is_noted():
                     stop.leave(f"while {source} was read")
         summary = asdict(documents.report()) | {"num_bytes": num_bytes}
+        del summary["path"]  # of who made it, and others come to read it
         digest.update(json.dumps(summary).encode())
         with replacing(_report_path(tokens_path)) as stream:  # last: where it is, all are there
             stream.write(json.dumps(summary | {"checksum": digest.hexdigest()}).encode())
@@ -144,6 +157,8 @@ def read_token_file(path: Path, source: Path | str) -> TokenFile:
         num_read=summary["num_read"],
         num_bad=summary["num_bad"],
         first_errors=tuple(summary["first_errors"]),
+        path=str(source),
+        read_as=summary.get("read_as", ""),
     )
     with open_file(path) as stream:
         tokens = np.memmap(stream, dtype=np.dtype(path.suffix[1:]), mode="r")
@@ -211,11 +226,15 @@ def _is_whole(tokens_path: Path, vocab_size: int) -> bool:
     return said == digest.hexdigest()
 
 
-def _open_documents(source: Path, skip_bad_lines: bool) -> "RecordReader[list[str]] | _TextFile":
+def _open_documents(
+    source: Path, skip_bad_lines: bool, fields: str
+) -> "RecordReader[list[str]] | _TextFile":
     """Return the source's documents, each as texts to encode one after the other."""
     name = source.name.removesuffix(".gz")
     if name.endswith((".jsonl", ".json")):
-        return RecordReader(source, _parse, skip_bad_lines=skip_bad_lines)
+        return RecordReader(
+            source, _parse, skip_bad_lines=skip_bad_lines, shaping=Fields("text", fields)
+        )
     if name.endswith(".txt"):
         return _TextFile(source)
     raise UserError(f"{source}: pretraining text is a .jsonl or .txt file, or one of them with .gz")
@@ -237,7 +256,7 @@ class _TextFile:
         yield self._pieces()
 
     def report(self) -> ReadReport:
-        return ReadReport(num_read=1, num_bad=0, first_errors=())
+        return ReadReport(num_read=1, num_bad=0, first_errors=(), path=str(self._path))
 
     def _reached(self, share: float) -> None:
         self.share_read = share

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from engine.data.chat import parse_prompt
-from engine.data.examples import Example, LengthReport, drop_long, encode_prompts
+from engine.data.examples import Example, LengthReport, TooLong, drop_long, encode_prompts
+from engine.data.fields import Fields
 from engine.data.jsonl import SKIP_OPTION, ReadReport, read_records
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
@@ -24,15 +25,22 @@ AnyRecord = TypeVar("AnyRecord", bound=HasPrompt)
 
 
 def read_prompts(
-    path: Path | str, *, skip_bad_lines: bool = False, skip_option: str = SKIP_OPTION
+    path: Path | str,
+    *,
+    fields: str = "auto",
+    too_long: TooLong = "drop",
+    skip_bad_lines: bool = False,
+    skip_option: str = SKIP_OPTION,
 ) -> tuple[list[str], ReadReport]:
-    """Read {"prompt"} or {"messages"} from .jsonl or .jsonl.gz; raises UserError, which names the
-    option that skips bad lines."""
+    """Read {"prompt"}, {"messages"} or rows of a known shape from .jsonl or .jsonl.gz; fields,
+    too_long: as engine.data.fields. Raises UserError, which names the option that skips bad
+    lines."""
     return read_records(
         path,
         lambda record: parse_prompt(record)[0],
         skip_bad_lines=skip_bad_lines,
         skip_option=skip_option,
+        shaping=Fields("prompts", fields, too_long=too_long),
     )
 
 
@@ -42,24 +50,33 @@ def prompt_examples(
     *,
     max_prompt_length: int,
     prompt_suffix: str = "",
+    too_long: TooLong = "drop",
 ) -> tuple[list[Example], LengthReport]:
-    """Return the prompts' tokens; those over `max_prompt_length` are dropped and counted.
+    """Return the prompts' tokens; those over `max_prompt_length` are dropped and counted, or cut
+    on their left (drop_long).
 
     The report's `kept` says which text each example came from.
     """
     encoded = encode_prompts(prompts, tokenizer, prompt_suffix)
     examples = [Example(tokens=tokens, prompt_length=len(tokens)) for tokens in encoded]
-    return drop_long(examples, max_length=max_prompt_length)
+    return drop_long(
+        examples,
+        max_length=max_prompt_length,
+        too_long=too_long,
+        num_first=len(tokenizer.bos_ids),
+    )
 
 
 def hold_out(
     records: Sequence[AnyRecord], valid_fraction: float, seed: int
 ) -> tuple[list[AnyRecord], list[AnyRecord]]:
     """Return the records for training and those held out, each prompt on one side; see
-    split_by_prompt. Raises UserError where none is left for training."""
+    split_by_prompt. Where that would leave none for training, none is held out; UserError where
+    the fraction is all of them."""
     kept, out = split_by_prompt([record.prompt for record in records], valid_fraction, seed)
     if not kept:
-        raise UserError(f"--data.valid-fraction {valid_fraction} holds out all prompts")
+        _check_fraction(valid_fraction)
+        kept, out = out, kept
     return [records[index] for index in kept], [records[index] for index in out]
 
 
@@ -67,14 +84,22 @@ def hold_out_prompts(
     prompts: Sequence[str], valid_fraction: float, seed: int, *, most: int
 ) -> tuple[list[str], list[str]]:
     """Return the prompts for training and the distinct ones held out, at most so many, as
-    split_by_prompt would; of more, those of the lowest hashes. Raises UserError where none is left
-    for training."""
+    split_by_prompt would; of more, those of the lowest hashes. Where none is left for training as
+    hold_out."""
     _, out = split_by_prompt(distinct := list(dict.fromkeys(prompts)), valid_fraction, seed)
     chosen = set(sorted((distinct[index] for index in out), key=lambda p: _hash(p, seed))[:most])
     kept = [prompt for prompt in prompts if prompt not in chosen]
     if not kept:
-        raise UserError(f"--data.valid-fraction {valid_fraction} holds out all prompts")
+        _check_fraction(valid_fraction)
+        return list(prompts), []
     return kept, [prompt for prompt in distinct if prompt in chosen]
+
+
+def _check_fraction(valid_fraction: float) -> None:
+    """Raise UserError for a fraction that leaves none whatever the prompts are: of few prompts
+    any fraction may take all, by their hashes."""
+    if valid_fraction == 1:
+        raise UserError(f"--data.valid-fraction {valid_fraction} holds out all prompts")
 
 
 def split_by_prompt(

@@ -106,10 +106,12 @@ def load_held_out(
     """Return what a run holds out: the prompts, and the text that its settings name."""
     data, text = config.data, None
     if data.pretraining_valid is not None:
-        tokens = run.token_file(data.pretraining_valid, skip_bad_lines=data.skip_bad_lines)
+        tokens = run.token_file(
+            data.pretraining_valid, skip_bad_lines=data.skip_bad_lines, fields=data.fields
+        )
         run.count("data.pretraining_valid", tokens.report)
         context = networks["policy"].size.context_length
-        text = tokens.sequences(min(data.pretraining_tokens, context))
+        text = tokens.held_out(min(data.pretraining_tokens, context))
     return HeldOut(
         config=config,
         run=run,

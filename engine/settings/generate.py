@@ -37,6 +37,12 @@ class GenerateConfig:
     chat: Literal["auto", "template", "turns"] = "auto"
     """How messages are read: by the tokenizer's chat template, or as turns "User: ..." as our
     stages train them; auto: a Hugging Face folder's by its template, where it has one."""
+    fields: str = "auto"
+    """Which fields of prompts are read, and as what: auto, by the keys of the first good row; the
+    name of a shape (recipes/DATA.md); or OURS=THEIRS, as prompt=question."""
+    too_long: Literal["drop", "cut-left"] = "drop"
+    """What becomes of a prompt that leaves no room for an answer: drop; or cut-left, it loses its
+    beginning, which a dialogue must not."""
     skip_bad_lines: bool = False
     """Count and report bad lines instead of stopping at the first."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=256))

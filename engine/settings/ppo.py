@@ -48,6 +48,13 @@ class PPOData:
     """Longer prompts are dropped and counted (paper, app. C: over 1k tokens)."""
     prompt_suffix: str = "\n"
     """Closes every prompt; the same in all stages."""
+    fields: str = field(default="auto", metadata={EARLIER: "auto"})
+    """Which fields of prompts are read, and as what: auto, by the keys of the first good row; the
+    name of a shape (recipes/DATA.md); or OURS=THEIRS,... as prompt=question. text=THEIRS names the
+    field of pretraining text."""
+    too_long: Literal["drop", "cut-left"] = field(default="drop", metadata={EARLIER: "drop"})
+    """What becomes of a prompt over its limit: drop, as the paper does; or cut-left, it loses its
+    beginning, which a dialogue must not."""
     skip_bad_lines: bool = False
     """Count and report bad lines instead of stopping at the first."""
 

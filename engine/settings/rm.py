@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
+from engine.errors import UserError
 from engine.settings.adam import AdamConfig
 from engine.settings.alarms import LossAlarmConfig
 from engine.settings.checks import check_epochs, check_numbers
@@ -39,11 +40,25 @@ class RMData:
     context)."""
     prompt_suffix: str = "\n"
     """Closes every prompt; the same in all stages."""
+    fields: str = field(default="auto", metadata={EARLIER: "auto"})
+    """Which fields of comparisons are read, and as what: auto, by the keys of the first good row;
+    the name of a shape (recipes/DATA.md); or OURS=THEIRS,... as prompt=question,scores=ratings."""
+    too_long: Literal["drop", "cut-left", "cut-right"] = field(
+        default="drop", metadata={EARLIER: "drop"}
+    )
+    """What becomes of a comparison over a limit: drop, as the paper does; cut-left, its prompt
+    loses its beginning, which a dialogue must not. cut-right is refused: a score is read at the
+    end."""
     skip_bad_lines: bool = False
     """Count and report bad lines instead of stopping at the first."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "data.", counts="num_demonstrations", shares="valid_fraction")
+        if self.too_long == "cut-right":
+            raise UserError(
+                "data.too_long cut-right takes the end off a completion, where its score is read; "
+                "give drop or cut-left"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ Imports neither torch nor megatron.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -48,6 +48,16 @@ class SFTData:
     context)."""
     prompt_suffix: str = "\n"
     """Closes every prompt; the same in all stages. Our choice: the separator is not stated."""
+    fields: str = field(default="auto", metadata={EARLIER: "auto"})
+    """Which fields of demonstrations are read, and as what: auto, by those of the first good row;
+    the name of a shape (recipes/DATA.md); or OURS=THEIRS,... as prompt=question,response=answer.
+    text=THEIRS names the field of pretraining text."""
+    too_long: Literal["drop", "cut-left", "cut-right"] = field(
+        default="drop", metadata={EARLIER: "drop"}
+    )
+    """What becomes of an example over a limit: drop, as the paper does; cut-left, its prompt loses
+    its beginning, which a dialogue must not; cut-right, its response loses its end, the end of text
+    with it."""
     skip_bad_lines: bool = False
     """Count and report bad lines instead of stopping at the first."""
 

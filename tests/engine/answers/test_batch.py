@@ -11,6 +11,7 @@ from engine.settings.generate import GenerateConfig
 from engine.settings.layout import ParallelLayout
 from tests.engine.answers.answering import Killed, answers, assert_same, config, kill_after
 from tests.ranks import run_ranks
+from tests.tiny import write_lines
 
 
 def test_a_file_of_prompts_is_answered_in_order(run, tmp_path, capsys):
@@ -53,6 +54,25 @@ def test_a_bad_line_names_the_option_that_skips_it_here(run, tmp_path):
         stream.write("{}\n")
     with pytest.raises(UserError, match="jsonl:4: .*\ncorrect the line, or pass --skip-bad-lines$"):
         generate_text(settings)
+
+
+def test_rows_of_a_known_shape_are_asked_and_long_ones_cut_where_that_is_wanted(
+    run, tmp_path, capsys
+):
+    settings = config(run / "policy", tmp_path)
+    rows = [{"question": "the mill", "x": 1}, {"question": "the " * 200, "x": 1}]
+    write_lines(settings.prompts, rows)
+    with pytest.raises(UserError, match="name the fields by --fields prompt=..."):
+        generate_text(settings)
+    named = dataclasses.replace(settings, fields="prompt=question")
+    generate_text(named)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "read as prompt=question" in told
+    assert "1 with a prompt over 63 tokens (one less than the model's context of 64)" in told
+    assert len(answers(tmp_path / "out.jsonl")) == 1
+    generate_text(dataclasses.replace(named, too_long="cut-left", overwrite=True))
+    assert "2 kept (1 of them cut)" in capsys.readouterr().out
+    assert len(answers(tmp_path / "out.jsonl")) == 2
 
 
 @pytest.mark.slow

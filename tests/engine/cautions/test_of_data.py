@@ -78,6 +78,23 @@ def test_many_lines_and_examples_that_are_left_out():
     )
 
 
+def test_much_that_is_cut_or_left_out():
+    limits = Limits(prompt=Limit(5, "data.max_prompt_tokens"))
+
+    def found(num_ties: int, num_cut: int) -> list[Alarm]:
+        report = ReadReport(num_read=50, num_bad=0, first_errors=(), left_out={"ties": num_ties})
+        lengths = LengthReport(
+            kept=list(range(50)), num_long_prompts=0, num_long_sequences=0, num_cut=num_cut
+        )
+        return reading_cautions("comparisons", report, lengths, limits)
+
+    assert found(50, 10) == []
+    left_out, cut = found(51, 11)
+    assert (left_out.name, cut.name) == ("left_out", "cut")
+    assert "51 beside 50 that are read are left out: 51 ties" in left_out.message
+    assert "11 of 50 comparisons (22%) are too long and cut to a prompt of 5 tokens" in cut.message
+
+
 @pytest.mark.parametrize(
     ("what", "most"),
     [("demonstrations", 20), ("comparisons", 4), ("prompts", 20), ("pretraining sequences", 16)],

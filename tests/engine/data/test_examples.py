@@ -54,6 +54,44 @@ def test_all_may_go() -> None:
     assert (kept, report.kept, report.num_dropped) == ([], [], 2)
 
 
+def test_a_prompt_loses_its_beginning_behind_what_begins_a_text() -> None:
+    units = [example(7, 9), example(4, 8), example(3, 12), example(3, 4)]
+    kept, report = drop_long(
+        units, max_length=8, max_prompt_length=5, too_long="cut-left", num_first=1
+    )
+    # The first by 2, for its prompt; the third by 4 is more than there is.
+    assert [unit.tokens.tolist() for unit in kept] == [
+        [0, 3, 4, 5, 6, 7, 8],
+        list(range(8)),
+        list(range(4)),
+    ]
+    assert [unit.prompt_length for unit in kept] == [5, 4, 3]
+    assert (report.kept, report.num_cut, report.num_long_sequences) == ([0, 1, 3], 1, 1)
+    assert str(report).startswith("3 kept (1 of them cut), 0 dropped")
+
+
+def test_something_of_a_prompt_stays() -> None:
+    kept, _ = drop_long([example(4, 8)], max_length=6, too_long="cut-left", num_first=1)
+    assert [unit.tokens.tolist() for unit in kept] == [[0, 3, 4, 5, 6, 7]]
+    kept, report = drop_long([example(4, 8)], max_length=5, too_long="cut-left", num_first=1)
+    assert (kept, report.num_dropped, report.num_cut) == ([], 1, 0)
+
+
+def test_the_completions_of_a_prompt_keep_one_prompt() -> None:
+    unit = [example(6, 8), example(6, 11)]
+    ((short, long),), report = drop_long([unit], max_length=9, too_long="cut-left")
+    assert short.tokens.tolist() == [2, 3, 4, 5, 6, 7]
+    assert long.tokens.tolist() == list(range(2, 11))
+    assert (short.prompt_length, long.prompt_length, report.num_cut) == (4, 4, 1)
+
+
+def test_a_response_loses_its_end() -> None:
+    units = [example(3, 9), example(3, 4), example(5, 9), example(6, 9)]
+    kept, report = drop_long(units, max_length=5, max_prompt_length=5, too_long="cut-right")
+    assert [unit.tokens.tolist() for unit in kept] == [list(range(5)), list(range(4))]
+    assert (report.num_cut, report.num_long_prompts, report.num_long_sequences) == (1, 1, 1)
+
+
 @pytest.mark.parametrize("prompt_length", [0, 5])
 def test_the_prompt_has_a_token_and_is_within_the_sequence(prompt_length: int) -> None:
     with pytest.raises(ValueError, match="is not within 1 to 4 tokens"):

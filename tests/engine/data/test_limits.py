@@ -46,6 +46,18 @@ def test_nothing_left_is_an_error_that_says_what_and_why():
         limits.check(report(0, 1, 2), "x")
 
 
+def test_what_is_said_of_lengths_has_the_limits_that_were_passed():
+    limits = Limits(prompt=Limit(56, "the room"), whole=Limit(256, "the context"))
+    assert limits.counts(report(5, 3, 0)) == {"a prompt over 56 tokens (the room)": 3}
+    assert limits.counts(report(5, 0, 2)) == {"over 256 tokens (the context) in all": 2}
+    assert limits.described(report(5, 0, 0)) == str(report(5, 0, 0))
+    assert limits.described(report(5, 3, 0)) == (
+        "5 kept, 3 dropped for a long prompt, 0 for a long prompt and response: "
+        "3 with a prompt over 56 tokens (the room)"
+    )
+    assert str(limits) == "a prompt of 56 tokens (the room) and 256 tokens (the context) in all"
+
+
 def test_prompts_leave_a_response_room_in_the_shortest_context():
     contexts = {"policy": 256, "reward model": 96, "reference": 128}
     limits = prompt_limits(contexts, 64, max_prompt_tokens=128)

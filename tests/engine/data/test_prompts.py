@@ -77,8 +77,11 @@ def test_no_prompt_is_answered_twice_nor_trained_on_where_it_is_held_out(
     would_be_held_out = {prompts[index] for index in would_be}
     num_held_out = min(most, len(would_be_held_out))
     if num_held_out == len(set(prompts)):
-        with pytest.raises(UserError, match="holds out all prompts"):
-            hold_out_prompts(prompts, valid_fraction, 0, most=most)
+        if valid_fraction == 1:
+            with pytest.raises(UserError, match="holds out all prompts"):
+                hold_out_prompts(prompts, valid_fraction, 0, most=most)
+        else:
+            assert hold_out_prompts(prompts, valid_fraction, 0, most=most) == (prompts, [])
         return
     kept, held_out = hold_out_prompts(prompts, valid_fraction, 0, most=most)
     assert len(held_out) == len(set(held_out)) == num_held_out
@@ -105,6 +108,12 @@ def test_held_out_records_are_the_others_and_some_must_be_left() -> None:
     assert kept and held_out
     with pytest.raises(UserError, match="^--data.valid-fraction 1.0 holds out all prompts"):
         hold_out(records, 1.0, 0)
+
+
+def test_few_prompts_that_a_fraction_would_take_all_of_are_trained_on() -> None:
+    records = [Demonstration(prompt="the same", response=str(n)) for n in range(9)]
+    taken = next(seed for seed in range(99) if split_by_prompt(["the same"], 0.3, seed)[1])
+    assert hold_out(records, 0.3, taken) == (records, [])
 
 
 def test_real_prompts_are_read(data_pack: Path) -> None:

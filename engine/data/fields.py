@@ -1,0 +1,262 @@
+"""Which fields of a file's rows are read, and as what: --data.fields.
+
+"auto": the first good row says which shape the file's rows have (engine/data/shapes.py), once for
+all. NAME: they have that shape. "prompt=question.text,response=answers.0": these fields are ours,
+and others that are ours by name stay. A dot leads into an object or a list, where no field has that
+name.
+"""
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from engine.data.canonical import NEEDS, LeftOut, Purpose, Row, without_nulls
+from engine.data.jsonl import BadRecord, required
+from engine.data.shapes import PLAIN, SHAPES, nearly, recognised
+from engine.errors import UserError, named, quoted
+
+OURS = (
+    *("prompt", "response", "messages", "completions", "ranks", "scores", "chosen", "rejected"),
+    "text",
+)
+"""Fields that a mapping may fill."""
+_NOTHING = {
+    "demonstrations": "has no answer to imitate",
+    "comparisons": "has no answers of one prompt that are ranked",
+    "prompts": "has no prompts",
+}
+RowOrBad = tuple[str, Row | BadRecord]
+
+
+class Fields:
+    """How one file's rows become records: a callable over its rows, each with where it stands.
+
+    Raises UserError for a choice that is none, for a file that has nothing for the purpose, and for
+    dialogues whose beginning would be cut.
+    """
+
+    def __init__(
+        self,
+        purpose: Purpose,
+        fields: str = "auto",
+        *,
+        too_long: str = "drop",
+        option: str = "--data.fields",
+    ) -> None:
+        self._purpose, self._option = purpose, option
+        self._cuts_left = too_long == "cut-left"
+        self._mapping = _parsed(fields, option) if "=" in fields else {}
+        if purpose == "text":
+            self._mapping = {k: v for k, v in self._mapping.items() if k == "text"}
+        else:
+            self._mapping.pop("text", None)
+        self._name: str | None = None
+        if fields != "auto" and "=" not in fields:
+            _check_name(fields, option)
+            self._name = fields
+        elif self._mapping:
+            self._name = PLAIN
+        self.read_as = ""
+        """In words, once a row was read; "" for our own fields."""
+        self.left_out: Counter[str] = Counter()
+        """Of what a data set has, how many are no record, by why."""
+
+    def __call__(self, rows: Iterable[RowOrBad]) -> Iterator[RowOrBad]:
+        """Yield the records of rows; BadRecord stands for a row that is bad."""
+        held: list[tuple[str, Row]] = []
+        for where, row in rows:
+            if isinstance(row, BadRecord):
+                yield where, row
+                continue
+            try:
+                row = self._ours(without_nulls(row), where)
+            except BadRecord as error:
+                yield where, error
+                continue
+            if self._purpose == "text":
+                yield where, row
+            elif SHAPES[self._name or PLAIN].gather is not None:
+                held.append((where, row))
+            else:
+                yield from self._records(where, row)
+        if held:
+            yield from self._gathered(held)
+
+    def _gathered(self, held: list[tuple[str, Row]]) -> Iterator[RowOrBad]:
+        gather = SHAPES[self._name or PLAIN].gather
+        for where, row in gather(held) if gather is not None else held:
+            if isinstance(row, LeftOut):
+                self.left_out[row.reason] += 1
+            else:
+                yield from self._records(where, row)
+
+    def _records(self, where: str, row: Row) -> Iterator[RowOrBad]:
+        try:
+            found = SHAPES[self._name or PLAIN].read(row, self._purpose)
+        except BadRecord as error:
+            yield where, error
+            return
+        for record in found:
+            if isinstance(record, LeftOut):
+                self.left_out[record.reason] += 1
+                continue
+            if self._cuts_left and any(
+                isinstance(record.get(key), list) for key in ("prompt", "messages", "chosen")
+            ):
+                option = self._option.replace("fields", "too-long")
+                raise UserError(
+                    f"{where}: a dialogue, whose beginning says who speaks: {option} cut-left is "
+                    "for texts; drop long ones, or leave out their oldest turns"
+                )
+            yield where, record
+
+    def _ours(self, row: Row, where: str) -> Row:
+        """Return a row of the file's shape, which the first one decides."""
+        if self._purpose == "text":
+            return self._text(row)
+        if self._mapping:
+            row = self._mapped(row)
+        if self._name is None:
+            self._name = self._decided(row)
+        if not self.read_as:
+            self._check_purpose(where)
+            self._say(row)
+        if self._name == PLAIN:
+            self._check_plain(row)
+        elif SHAPES[self._name].keys and not SHAPES[self._name].claimed(row):
+            others = [name for name in recognised(row) if name != self._name]
+            said = f"of the shape {others[0]}" if others else f"of no shape; there is {_keys(row)}"
+            raise BadRecord(f"is {said}, in a file of {SHAPES[self._name].title}")
+        return row
+
+    def _decided(self, row: Row) -> str:
+        found = recognised(row)
+        if len(found) == 1:
+            return found[0]
+        if len(found) > 1:
+            raise BadRecord(
+                f"may be of {' or '.join(found)}; name one: {self._option} {found[0]}, or the "
+                f"fields: {self._option} {NEEDS[self._purpose]}"
+            )
+        raise self._unknown(row)
+
+    def _unknown(self, row: Row) -> BadRecord:
+        """Return what is to be said of a row whose fields are of no shape."""
+        key = "prompt" if "prompt" not in row else _wanted(self._purpose)
+        near = [f"{name} ({SHAPES[name].keys})" for name in nearly(row)]
+        known = f"; a known shape that is near: {', '.join(near)}" if near else ""
+        try:
+            required(row, key)
+        except BadRecord as error:
+            return BadRecord(
+                f"{error}{known}; name the fields by {self._option} {NEEDS[self._purpose]}"
+            )
+        return BadRecord(f"is of no known shape; there is {_keys(row)}{known}")
+
+    def _check_plain(self, row: Row) -> None:
+        """Raise BadRecord for a row in our own fields that lacks those of the purpose."""
+        has = {
+            "demonstrations": {"response", "messages"},
+            "comparisons": {"chosen", "rejected", "completions"},
+            "prompts": {"prompt", "messages", "chosen"},
+        }
+        if not has[self._purpose] & row.keys():
+            raise self._unknown(row)
+
+    def _check_purpose(self, where: str) -> None:
+        shape = SHAPES[self._name or PLAIN]
+        if self._purpose not in shape.has:
+            raise UserError(
+                f"{where}: a file of {shape.title} ({self._name}) "
+                f"{_NOTHING.get(self._purpose, 'has none')}; it has {', '.join(shape.has)}"
+            )
+
+    def _say(self, row: Row) -> None:
+        if self._mapping:
+            self.read_as = ", ".join(f"{ours}={theirs}" for ours, theirs in self._mapping.items())
+        elif self._name not in (None, PLAIN):
+            shape = SHAPES[self._name]
+            fields = [key for key in row if key in shape.claimed(row)]
+            self.read_as = f"{self._name}: {', '.join(map(named, fields))}"
+
+    def _mapped(self, row: Row) -> Row:
+        kept = {key: row[key] for key in OURS if key in row and key not in self._mapping}
+        return kept | {ours: _at(row, theirs) for ours, theirs in self._mapping.items()}
+
+    def _text(self, row: Row) -> Row:
+        """Return a row of text; code and some books have it as `content`."""
+        if self._mapping:
+            self.read_as = f"text={self._mapping['text']}"
+            return {"text": _at(row, self._mapping["text"])}
+        if "text" not in row and isinstance(row.get("content"), str) and "role" not in row:
+            self.read_as = "text=content"
+            return {"text": row["content"]}
+        if "text" not in row:
+            raise self._missing_text(row)
+        return row
+
+    def _missing_text(self, row: Row) -> BadRecord:
+        try:
+            required(row, "text")
+        except BadRecord as error:
+            return BadRecord(f"{error}; name it by {self._option} {NEEDS['text']}")
+        return BadRecord("has no text")
+
+
+def reading_options(data: Any) -> dict[str, Any]:
+    """Return what a stage's settings of data say of how its files are read."""
+    return {name: getattr(data, name) for name in ("fields", "too_long", "skip_bad_lines")}
+
+
+def _wanted(purpose: Purpose) -> str:
+    return {"demonstrations": "response", "comparisons": "completions"}.get(purpose, "prompt")
+
+
+def _keys(row: Row) -> str:
+    names = [named(key) for key in list(row)[:8]]
+    return ", ".join(names) or "nothing"
+
+
+def _at(row: Row, path: str) -> Any:
+    """Return what a dotted path leads to; BadRecord where it leads to nothing."""
+    if path in row:
+        return row[path]
+    value: Any = row
+    for part in path.split("."):
+        if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        elif isinstance(value, dict) and value.get(part) is not None:
+            value = value[part]
+        else:
+            raise BadRecord(f"is missing; there is {_keys(row)}", field=path)
+    return value
+
+
+def _parsed(fields: str, option: str) -> dict[str, str]:
+    """Return {ours: theirs} of "ours=theirs,ours=theirs"; raises UserError."""
+    found: dict[str, str] = {}
+    for part in fields.split(","):
+        ours, equals, theirs = (each.strip() for each in part.partition("="))
+        if not equals or not theirs or ours not in OURS:
+            problem = f"{quoted(ours)} is no field of ours"
+            if not equals or not theirs:
+                problem = f"{quoted(part)} names none"
+            raise UserError(
+                f"{option} {named(fields)}: {problem}; it is OURS=THEIRS,... with ours of "
+                f"{', '.join(OURS)}"
+            )
+        if ours in found:
+            raise UserError(f"{option} {named(fields)}: {ours} is named twice")
+        found[ours] = theirs
+    return found
+
+
+def _check_name(name: str, option: str) -> None:
+    if name in SHAPES:
+        return
+    near = difflib.get_close_matches(name, SHAPES, n=3, cutoff=0.5)
+    meant = f"perhaps {' or '.join(near)}" if near else f"there are auto, {', '.join(SHAPES)}"
+    raise UserError(
+        f"{option} {named(name)}: no such shape; {meant}; or name the fields: OURS=THEIRS,..."
+    )
