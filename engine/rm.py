@@ -17,6 +17,7 @@ from engine.cautions.of_data import (
     response_cautions,
     twin_cautions,
 )
+from engine.cautions.of_prompts import prompt_cautions
 from engine.cautions.of_settings import (
     interval_cautions,
     rank_cautions,
@@ -29,6 +30,7 @@ from engine.data.demonstrations import demonstration_examples, read_demonstratio
 from engine.data.examples import Example
 from engine.data.limits import Limit, context_limit, training_limits
 from engine.data.prompts import hold_out
+from engine.data.renderer import Renderer
 from engine.evidence.keeper import Evidence
 from engine.feed import Feed, pack_for
 from engine.huggingface.model_source import tokenizer_of
@@ -68,7 +70,7 @@ def train(config: RMConfig) -> dict[str, float]:
     if config.init_from:
         inputs.start("init_from", network)
     context = context_limit(size.context_length, can_grow=config.init_from is None)
-    data = _load_data(config, run, context)
+    data = _load_data(config, run, inputs.renderer, context)
     feed = Feed(
         units=data.train,
         batch_size=config.batch_size,
@@ -216,7 +218,7 @@ class _Data:
     """What is amiss with what was read."""
 
 
-def _load_data(config: RMConfig, run: Run, context: Limit) -> _Data:
+def _load_data(config: RMConfig, run: Run, renderer: Renderer, context: Limit) -> _Data:
     """Read training and held-out comparisons, and demonstrations."""
     data = config.data
     limits = training_limits(
@@ -225,13 +227,13 @@ def _load_data(config: RMConfig, run: Run, context: Limit) -> _Data:
     options: dict[str, Any] = {
         "max_length": min(data.max_tokens, context.tokens),
         "max_prompt_length": data.max_prompt_tokens,
-        "prompt_suffix": data.prompt_suffix,
     }
-    records, report = read_comparisons(data.train, skip_bad_lines=data.skip_bad_lines)
+    skips = data.skip_bad_lines
+    records, report = read_comparisons(data.train, renderer, skip_bad_lines=skips)
     run.count("data.train", report)
     notes, num_read = [f"{data.train}: {report}"], len(records)
     if data.valid is not None:
-        held_out, valid_report = read_comparisons(data.valid, skip_bad_lines=data.skip_bad_lines)
+        held_out, valid_report = read_comparisons(data.valid, renderer, skip_bad_lines=skips)
         run.count("data.valid", valid_report)
         notes.append(f"{data.valid}: {valid_report}")
     else:
@@ -253,12 +255,13 @@ def _load_data(config: RMConfig, run: Run, context: Limit) -> _Data:
         fraction=data.valid_fraction,
         num_all=num_read,
     )
-    prompts = [r.prompt for r in records]
-    cautions += overlap_cautions("comparisons", [r.prompt for r in held_out], prompts)
-    cautions += _text_cautions(records, train_units)
+    prompts = {r.prompt.text for r in records}
+    cautions += overlap_cautions("comparisons", [r.prompt.text for r in held_out], prompts)
+    cautions += _text_cautions(records, train_units, renderer)
+    renderer.note([r.prompt for r in records])
     demonstrations: list[Example] = []
     if data.demonstrations is not None:
-        texts, report = read_demonstrations(data.demonstrations, skip_bad_lines=data.skip_bad_lines)
+        texts, report = read_demonstrations(data.demonstrations, renderer, skip_bad_lines=skips)
         run.count("data.demonstrations", report)
         notes.append(f"{data.demonstrations}: {report}")
         demonstrations, lengths = demonstration_examples(
@@ -276,11 +279,15 @@ def _load_data(config: RMConfig, run: Run, context: Limit) -> _Data:
     )
 
 
-def _text_cautions(records: list[Comparison], units: list[list[Example]]) -> list[Alarm]:
-    texts = [text for record in records for text in record.completions]
+def _text_cautions(
+    records: list[Comparison], units: list[list[Example]], renderer: Renderer
+) -> list[Alarm]:
+    rankings = [([each.text for each in r.completions], r.ranks) for r in records]
+    texts = [text for completions, _ in rankings for text in completions]
     lengths = [len(each.tokens) - each.prompt_length for unit in units for each in unit]
     return [
-        *twin_cautions([(record.completions, record.ranks) for record in records]),
+        *twin_cautions(rankings),
+        *prompt_cautions(renderer, [r.prompt for r in records], texts),
         *response_cautions("completions", texts, lengths),
     ]
 

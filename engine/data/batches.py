@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.data.examples import Example, Shape, Unit, sequences_of
+from engine.data.examples import TRAINED, Example, Shape, Unit, sequences_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,7 +84,7 @@ def shapes_of(units: Units, index: int) -> list[Shape]:
     known = getattr(units, "shapes", None)
     if known is not None:
         return known(index)
-    return [(len(each.tokens), each.prompt_length) for each in sequences_of(units[index])]
+    return [(len(each.tokens), each.num_given) for each in sequences_of(units[index])]
 
 
 def lengths_of(shapes: Sequence[Sequence[Shape]]) -> list[int]:
@@ -300,6 +300,8 @@ def _join(sequences: list[Example], ids: list[int], unit_sizes: list[int]) -> Pa
     prompt_lengths = np.array([sequence.prompt_length for sequence in sequences])
     tokens = np.concatenate([sequence.tokens for sequence in sequences], dtype=np.int64)
     mask = positions >= np.repeat(prompt_lengths, lengths)
+    if TRAINED in sequences[0].fields:
+        mask &= np.concatenate([np.asarray(each.fields[TRAINED], dtype=bool) for each in sequences])
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(positions),

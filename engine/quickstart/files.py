@@ -62,7 +62,7 @@ def write_tokenizer(config: QuickstartConfig, files: Files, path: Path) -> None:
     if path.exists():
         return
     records, _ = read_demonstrations(files.demonstrations, skip_option="")
-    texts = [f"{record.prompt}\n{record.response}" for record in records]
+    texts = [f"{record.prompt.text}\n{record.response.text}" for record in records]
     texts += read_records(
         files.pretraining,
         lambda record: check_text(required(record, "text"), "text"),
