@@ -56,20 +56,24 @@ def lengths_of(kind: str, path: Path, tokenizer: Tokenizer) -> list[Row]:
     records: Sequence[Demonstration | Comparison]
     if kind == "demonstrations":
         demonstrations, _ = read_demonstrations(path)
-        records, answers = demonstrations, [[each.response] for each in demonstrations]
+        records, answers = demonstrations, [[each.response.text] for each in demonstrations]
     else:
         comparisons, _ = read_comparisons(path)
         records = [
             each for each in comparisons if FEWEST_RANKED <= len(each.completions) <= MOST_RANKED
         ]
-        answers = [each.completions for each in records if isinstance(each, Comparison)]
+        answers = [
+            [completion.text for completion in each.completions]
+            for each in records
+            if isinstance(each, Comparison)
+        ]
     if not records:
         raise UserError(
             f"{path} has no {kind.removesuffix('s')}"
             + (f" of {FEWEST_RANKED} to {MOST_RANKED} completions" if kind == "rankings" else "")
         )
     counted = tokenizer.encode_all(text for texts in answers for text in texts)
-    prompts = encode_prompts((record.prompt for record in records), tokenizer)
+    prompts = encode_prompts([record.prompt for record in records], tokenizer)
     return [
         [len(prompt), *(len(next(counted)) + 1 for _ in texts)]  # 1: the end of text
         for prompt, texts in zip(prompts, answers, strict=True)

@@ -38,7 +38,7 @@ def train(config: PPOConfig) -> dict[str, float]:
     # Build. The critic starts from the reward model.
     policy = inputs.start("policy", _build("language", "policy", config, run, inputs))
     critic = inputs.start("reward_model", _build("scalar", "reward_model", config, run, inputs))
-    prompts = load_prompts(config, run, _contexts(inputs))
+    prompts = load_prompts(config, run, inputs.renderer, _contexts(inputs))
     learner = _learner(config, run, policy, critic)
     residency = Residency(
         config.residency, policy=learner.policy, critic=learner.critic, ema=learner.ema

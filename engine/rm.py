@@ -17,6 +17,7 @@ from engine.cautions.of_data import (
     response_cautions,
     twin_cautions,
 )
+from engine.cautions.of_prompts import prompt_cautions
 from engine.cautions.of_settings import (
     interval_cautions,
     rank_cautions,
@@ -31,6 +32,7 @@ from engine.data.examples import Example
 from engine.data.fields import reading_options
 from engine.data.limits import Limit, Limits, context_limit, training_limits
 from engine.data.prompts import hold_out
+from engine.data.renderer import Renderer
 from engine.evidence.keeper import Evidence
 from engine.feed import Feed, pack_for
 from engine.huggingface.model_source import tokenizer_of
@@ -70,7 +72,7 @@ def train(config: RMConfig) -> dict[str, float]:
     if config.init_from:
         inputs.start("init_from", network)
     context = context_limit(size.context_length, can_grow=config.init_from is None)
-    data = _load_data(config, run, context)
+    data = _load_data(config, run, inputs.renderer, context)
     feed = Feed(
         units=data.train,
         batch_size=config.batch_size,
@@ -225,7 +227,7 @@ class _Data:
     """What is amiss with what was read."""
 
 
-def _load_data(config: RMConfig, run: Run, context: Limit) -> _Data:
+def _load_data(config: RMConfig, run: Run, renderer: Renderer, context: Limit) -> _Data:
     """Read training and held-out comparisons, and demonstrations."""
     data = config.data
     limits = training_limits(
@@ -234,15 +236,14 @@ def _load_data(config: RMConfig, run: Run, context: Limit) -> _Data:
     options: dict[str, Any] = {
         "max_length": min(data.max_tokens, context.tokens),
         "max_prompt_length": data.max_prompt_tokens,
-        "prompt_suffix": data.prompt_suffix,
         "too_long": data.too_long,
     }
     reading = reading_options(data)
-    records, report = read_comparisons(data.train, **reading)
+    records, report = read_comparisons(data.train, renderer, **reading)
     run.count("data.train", report)
     notes, num_read = [f"{data.train}: {report}"], len(records)
     if data.valid is not None:
-        held_out, valid_report = read_comparisons(data.valid, **reading)
+        held_out, valid_report = read_comparisons(data.valid, renderer, **reading)
         run.count("data.valid", valid_report)
         notes.append(f"{data.valid}: {valid_report}")
     else:
@@ -265,13 +266,14 @@ def _load_data(config: RMConfig, run: Run, context: Limit) -> _Data:
         fraction=data.valid_fraction,
         num_all=num_read,
     )
-    prompts = [r.prompt for r in records]
-    cautions += overlap_cautions("comparisons", [r.prompt for r in held_out], prompts)
-    cautions += _text_cautions(records, train_units)
+    prompts = {r.prompt.text for r in records}
+    cautions += overlap_cautions("comparisons", [r.prompt.text for r in held_out], prompts)
+    cautions += _text_cautions(records, train_units, renderer)
+    renderer.note([r.prompt for r in records])
     return _Data(
         train=train_units,
         valid=valid_units,
-        demonstrations=_load_demonstrations(config, run, options, limits, notes),
+        demonstrations=_load_demonstrations(config, run, renderer, options, limits, notes),
         notes=notes,
         cautions=cautions,
     )
@@ -291,7 +293,12 @@ def _sharing_note(config: RMConfig, units: list[list[Example]]) -> str:
 
 
 def _load_demonstrations(
-    config: RMConfig, run: Run, options: dict[str, Any], limits: Limits, notes: list[str]
+    config: RMConfig,
+    run: Run,
+    renderer: Renderer,
+    options: dict[str, Any],
+    limits: Limits,
+    notes: list[str],
 ) -> list[Example]:
     """Read the demonstrations whose mean score is to be 0, none where no file is given; adds to the
     notes."""
@@ -299,7 +306,7 @@ def _load_demonstrations(
     if data.demonstrations is None:
         return []
     texts, report = read_demonstrations(
-        data.demonstrations, too_long=data.too_long, skip_bad_lines=data.skip_bad_lines
+        data.demonstrations, renderer, skip_bad_lines=data.skip_bad_lines
     )
     run.count("data.demonstrations", report)
     num_more = len(texts) - data.num_demonstrations
@@ -314,11 +321,15 @@ def _load_demonstrations(
     return examples
 
 
-def _text_cautions(records: list[Comparison], units: list[list[Example]]) -> list[Alarm]:
-    texts = [text for record in records for text in record.completions]
+def _text_cautions(
+    records: list[Comparison], units: list[list[Example]], renderer: Renderer
+) -> list[Alarm]:
+    rankings = [([each.text for each in r.completions], r.ranks) for r in records]
+    texts = [text for completions, _ in rankings for text in completions]
     lengths = [len(each.tokens) - each.prompt_length for unit in units for each in unit]
     return [
-        *twin_cautions([(record.completions, record.ranks) for record in records]),
+        *twin_cautions(rankings),
+        *prompt_cautions(renderer, [r.prompt for r in records], texts),
         *response_cautions("completions", texts, lengths),
     ]
 

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from engine.alarms import Alarm
 from engine.cautions.of_data import held_out_cautions, overlap_cautions, reading_cautions
+from engine.cautions.of_prompts import prompt_cautions
 from engine.cautions.of_settings import evaluation_cautions, room_cautions
 from engine.data.batches import deal, spread
 from engine.data.examples import Example, LengthReport
 from engine.data.fields import reading_options
 from engine.data.limits import prompt_limits
+from engine.data.prompt_format import Prompt
 from engine.data.prompts import hold_out_prompts, prompt_examples, read_prompts
+from engine.data.renderer import Renderer
 from engine.data.tokenizer import Tokenizer
 from engine.generation.generate import Response, generate
 from engine.run import Run
@@ -111,7 +114,9 @@ class Prompts:
     """What is amiss with what was read."""
 
 
-def load_prompts(config: PPOConfig, run: Run, contexts: Mapping[str, int]) -> Prompts:
+def load_prompts(
+    config: PPOConfig, run: Run, renderer: Renderer, contexts: Mapping[str, int]
+) -> Prompts:
     """Read the training prompts and the held-out ones.
 
     contexts: tokens by network, each of which reads prompts and responses. Raises UserError where
@@ -122,26 +127,22 @@ def load_prompts(config: PPOConfig, run: Run, contexts: Mapping[str, int]) -> Pr
         contexts, config.sampling.max_new_tokens, max_prompt_tokens=data.max_prompt_tokens
     )
     options = reading_options(data)
-    texts, report = read_prompts(data.prompts, **options)
+    asked, report = read_prompts(data.prompts, renderer, **options)
     run.count("data.prompts", report)
-    notes, num_read = [f"{data.prompts}: {report}"], len(texts)
+    notes, num_read = [f"{data.prompts}: {report}"], len(asked)
     if data.valid is None:
-        texts, held_out = hold_out_prompts(
-            texts, data.valid_fraction, config.seed, most=data.num_valid
+        asked, held_out = hold_out_prompts(
+            asked, data.valid_fraction, config.seed, most=data.num_valid
         )
     else:
-        read, valid_report = read_prompts(data.valid, **options)
+        read, valid_report = read_prompts(data.valid, renderer, **options)
         run.count("data.valid", valid_report)
         held_out = _distinct(read, data.num_valid, run)
         notes.append(f"{data.valid}: {valid_report}, {len(held_out)} to be answered")
 
-    def encode(name: str, chosen: list[str]) -> tuple[list[Example], LengthReport]:
+    def encode(name: str, chosen: list[Prompt]) -> tuple[list[Example], LengthReport]:
         examples, lengths = prompt_examples(
-            chosen,
-            run.tokenizer,
-            max_prompt_length=limits.prompt.tokens,
-            prompt_suffix=data.prompt_suffix,
-            too_long=data.too_long,
+            chosen, run.tokenizer, max_prompt_length=limits.prompt.tokens, too_long=data.too_long
         )
         if chosen:
             file = "data.valid" if name == "valid" and data.valid else "data.prompts"
@@ -149,9 +150,10 @@ def load_prompts(config: PPOConfig, run: Run, contexts: Mapping[str, int]) -> Pr
             notes.append(f"prompts ({name}): {limits.described(lengths)}")
         return examples, lengths
 
-    prompts, lengths = encode("train", texts)
+    prompts, lengths = encode("train", asked)
     limits.check(lengths, f"--data.prompts {data.prompts}")
     valid, valid_lengths = encode("valid", held_out)
+    renderer.note(asked)
     cautions = [
         *reading_cautions("prompts", report, lengths, limits),
         *room_cautions(config.sampling, limits.prompt, min(contexts.values())),
@@ -163,13 +165,14 @@ def load_prompts(config: PPOConfig, run: Run, contexts: Mapping[str, int]) -> Pr
             fraction=data.valid_fraction,
             num_all=num_read,
         ),
-        *overlap_cautions("examples", held_out, texts),
+        *overlap_cautions("examples", [p.text for p in held_out], {p.text for p in asked}),
+        *prompt_cautions(renderer, asked),
         *evaluation_cautions(config, len(valid)),
     ]
     return Prompts(train=prompts, valid=valid, notes=notes, cautions=cautions)
 
 
-def _distinct(prompts: list[str], most: int, run: Run) -> list[str]:
+def _distinct(prompts: list[Prompt], most: int, run: Run) -> list[Prompt]:
     """Return the first distinct prompts of a file of held-out ones, and note what is left out."""
     distinct = list(dict.fromkeys(prompts))
     run.account.leave_out("data.valid", len(prompts) - len(distinct), "the same prompt again")

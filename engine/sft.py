@@ -7,6 +7,7 @@ give the policy that PPO starts from; pretraining text alone trains the base mod
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from engine.alarms import Alarm, LossAlarms
 from engine.cautions.of_data import (
@@ -18,6 +19,7 @@ from engine.cautions.of_data import (
     repetition_cautions,
     response_cautions,
 )
+from engine.cautions.of_prompts import prompt_cautions
 from engine.cautions.of_settings import (
     interval_cautions,
     rank_cautions,
@@ -33,8 +35,11 @@ from engine.data.demonstrations import (
 )
 from engine.data.examples import Example, LengthReport
 from engine.data.fields import reading_options
+from engine.data.jsonl import ReadReport
 from engine.data.limits import Limit, context_limit, training_limits
+from engine.data.prompt_format import Prompt
 from engine.data.prompts import hold_out
+from engine.data.renderer import Renderer
 from engine.errors import UserError
 from engine.evaluation.selection import epoch_name, load_selection
 from engine.evidence.keeper import Evidence
@@ -76,7 +81,7 @@ def train(config: SFTConfig) -> dict[str, float]:
     if config.init_from:
         inputs.start("init_from", network)
     context = context_limit(size.context_length, can_grow=config.init_from is None)
-    data = _load_data(config, run, context)
+    data = _load_data(config, run, inputs.renderer, context)
     selection = load_selection(config, run, network, data.held_out_prompts, inputs)
     feeds = _feeds(config, data.train, run)
     lead = feeds.get("loss") or feeds["pretrain_loss"]
@@ -244,7 +249,7 @@ class _Data:
 
     train: dict[str, Units] = field(default_factory=dict)
     valid: dict[str, Units] = field(default_factory=dict)
-    held_out_prompts: list[str] = field(default_factory=list)
+    held_out_prompts: list[Prompt] = field(default_factory=list)
     """Of the held-out demonstrations."""
     notes: list[str] = field(default_factory=list)
     """What reading the files is to be told about."""
@@ -252,11 +257,11 @@ class _Data:
     """What is amiss with what was read."""
 
 
-def _load_data(config: SFTConfig, run: Run, context: Limit) -> _Data:
+def _load_data(config: SFTConfig, run: Run, renderer: Renderer, context: Limit) -> _Data:
     """Read demonstrations and pretraining text, the training and the held-out ones."""
     data, loaded = config.data, _Data()
     if data.train is not None:
-        _load_demonstrations(config, run, context, loaded)
+        _load_demonstrations(config, run, renderer, context, loaded)
     wants_pretraining = data.train is None or data.pretraining_fraction > 0
     if wants_pretraining:
         if data.train is None and data.pretraining is None:
@@ -280,16 +285,22 @@ def _load_data(config: SFTConfig, run: Run, context: Limit) -> _Data:
     return loaded
 
 
-def _load_demonstrations(config: SFTConfig, run: Run, context: Limit, loaded: _Data) -> None:
+def _load_demonstrations(
+    config: SFTConfig, run: Run, renderer: Renderer, context: Limit, loaded: _Data
+) -> None:
     """Read the demonstrations into `loaded`, with what there is to say of them."""
     data, path, options = config.data, config.data.train, reading_options(config.data)
     assert path is not None
-    records, report = read_demonstrations(path, **options)
+
+    def read(path: Path) -> tuple[list[Demonstration], ReadReport]:
+        return read_demonstrations(path, renderer, replies=data.replies, **options)
+
+    records, report = read(path)
     run.count("data.train", report)
     loaded.notes.append(f"{path}: {report}")
     num_read = len(records)
     if data.valid is not None:
-        held_out, valid_report = read_demonstrations(data.valid, **options)
+        held_out, valid_report = read(data.valid)
         run.count("data.valid", valid_report)
         loaded.notes.append(f"{data.valid}: {valid_report}")
     else:
@@ -304,7 +315,6 @@ def _load_demonstrations(config: SFTConfig, run: Run, context: Limit, loaded: _D
             run.tokenizer,
             max_length=context.tokens if limits.whole is None else limits.whole.tokens,
             max_prompt_length=data.max_prompt_tokens,
-            prompt_suffix=data.prompt_suffix,
             too_long=data.too_long,
         )
         if chosen:
@@ -319,6 +329,7 @@ def _load_demonstrations(config: SFTConfig, run: Run, context: Limit, loaded: _D
     valid, valid_lengths = encode("valid", held_out)
     if valid:
         loaded.valid["loss"] = valid
+    renderer.note([r.prompt for r in records])
     loaded.cautions.extend(
         [
             *reading_cautions("demonstrations", report, lengths, limits),
@@ -330,16 +341,24 @@ def _load_demonstrations(config: SFTConfig, run: Run, context: Limit, loaded: _D
                 fraction=data.valid_fraction,
                 num_all=num_read,
             ),
-            *overlap_cautions(
-                "demonstrations", [r.prompt for r in held_out], [r.prompt for r in records]
-            ),
-            *response_cautions(
-                "responses",
-                [r.response for r in records],
-                [len(each.tokens) - each.prompt_length for each in examples],
-            ),
+            *_text_cautions(records, held_out, examples, renderer),
         ]
     )
+
+
+def _text_cautions(
+    records: list[Demonstration],
+    held_out: list[Demonstration],
+    examples: list[Example],
+    renderer: Renderer,
+) -> list[Alarm]:
+    texts, responses = {r.prompt.text for r in records}, [r.response.text for r in records]
+    lengths = [len(each.tokens) - each.prompt_length for each in examples]
+    return [
+        *overlap_cautions("demonstrations", [r.prompt.text for r in held_out], texts),
+        *prompt_cautions(renderer, [r.prompt for r in records], responses),
+        *response_cautions("responses", responses, lengths),
+    ]
 
 
 def _cautions(

@@ -138,9 +138,9 @@ def _comparisons_seconds(num_lines: int) -> float:
 
 def _prompts_seconds(num_lines: int) -> float:
     def read(path: Path, tokenizer: Tokenizer) -> None:
-        texts, _ = read_prompts(path)
-        split_by_prompt(texts, 0.1, 0)
-        prompt_examples(texts, tokenizer, max_prompt_length=512)
+        prompts, _ = read_prompts(path)
+        split_by_prompt([prompt.text for prompt in prompts], 0.1, 0)
+        prompt_examples(prompts, tokenizer, max_prompt_length=512)
 
     return _reading_seconds(num_lines, {"prompt": 1}, read)
 

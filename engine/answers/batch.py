@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from engine.answers.asked import asked_examples, chosen_template, read_asked
+from engine.answers.asked import asked_as
 from engine.answers.kept import Answers, Origin, digest_of_prompts, digest_of_weights
 from engine.answers.load import find_weights
 from engine.data.batches import deal
 from engine.data.limits import Limit, Limits
+from engine.data.prompts import prompt_examples, read_prompts
 from engine.data.tokenizer import Tokenizer
 from engine.generation.generate import generate
 from engine.printable import say
@@ -23,15 +24,17 @@ def answer_file(
     What an earlier run of the same settings has answered is kept.
     """
     parallel = network.parallel
-    asked, read_report = read_asked(prompts, config, chosen_template(config, tokenizer))
+    asked, read_report = read_prompts(
+        prompts,
+        asked_as(config, tokenizer),
+        fields=config.fields,
+        skip_bad_lines=config.skip_bad_lines,
+        skip_option="--skip-bad-lines",
+    )
     context_length = network.size.context_length
     limit = Limit(context_length - 1, f"one less than the model's context of {context_length}")
-    examples, length_report = asked_examples(
-        asked,
-        tokenizer,
-        max_length=limit.tokens,
-        suffix=config.prompt_suffix,
-        too_long=config.too_long,
+    examples, length_report = prompt_examples(
+        asked, tokenizer, max_prompt_length=limit.tokens, too_long=config.too_long
     )
     limits = Limits(prompt=limit)
     limits.check(length_report, f"{prompts}")
@@ -63,7 +66,7 @@ def answer_file(
     ):
         index, sample = divmod(response.sample_index, config.num_samples)
         answer = {
-            "prompt": asked[length_report.kept[index]][0],
+            "prompt": asked[length_report.kept[index]].text,
             "response": tokenizer.decode(response.tokens.tolist()),
             "sample": sample,
             "tokens": len(response.tokens),

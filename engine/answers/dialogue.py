@@ -5,9 +5,13 @@ import io
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import torch.distributed as dist
 
-from engine.answers.asked import chosen_template, tokens_of_dialogue
+from engine.answers.asked import asked_as, is_asked_in_texts
+from engine.data.chat import Asked
+from engine.data.examples import encode_prompts
+from engine.data.jsonl import BadRecord
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
 from engine.generation.generate import generate
@@ -16,8 +20,8 @@ from engine.settings.generate import GenerateConfig
 from engine.stop import interruptible
 from engine.training.network import Network
 
-NEXT_TURN = "\n\nUser:"
-"""Where a model that was not taught to stop goes on with the user's part."""
+_HELP = "/new starts over, /help says this, /quit or Ctrl-D ends the dialogue, Ctrl-C an answer."
+_ENDINGS = ("exit", "quit", "/exit", "/quit")
 
 
 def talk(network: Network, tokenizer: Tokenizer, config: GenerateConfig) -> None:
@@ -28,60 +32,102 @@ def talk(network: Network, tokenizer: Tokenizer, config: GenerateConfig) -> None
             f"a dialogue takes one replica, and the layout leaves {parallel.num_replicas}: start "
             "fewer ranks, or raise layout.tp"
         )
+    dialogue = _Dialogue(network, tokenizer, config)
     if parallel.is_writer:
         _take_any_bytes()
-        say("Type a message; /new starts over, Ctrl-C ends an answer, Ctrl-D the dialogue.")
+        say(f"Type a message; {_HELP}")
+        if dialogue.is_in_texts:
+            say(
+                "This model was trained on plain prompts alone: each line is one, as a file's is, "
+                "and it sees none of those before."
+            )
     if parallel.world_size > 1:  # a launcher of several ranks ends all of them at Ctrl-C
-        _take_turns(network, tokenizer, config)
+        dialogue.take_turns()
         return
     with interruptible(), contextlib.suppress(KeyboardInterrupt):  # that came between two answers
-        _take_turns(network, tokenizer, config)
+        dialogue.take_turns()
 
 
-def _take_turns(network: Network, tokenizer: Tokenizer, config: GenerateConfig) -> None:
-    parallel = network.parallel
-    endings = (_TurnEnded, KeyboardInterrupt) if parallel.world_size == 1 else (_TurnEnded,)
-    template = chosen_template(config, tokenizer)
-    next_turn = NEXT_TURN if template is None else ""
-    messages: list[dict[str, str]] = []
-    num_turns = 0
-    while (line := _read_line(parallel.is_writer)) is not None:
-        if line.strip() in ("", "/new"):
-            messages = [] if line.strip() else messages
-            continue
-        messages.append({"role": "user", "content": line})
-        prompt = tokens_of_dialogue(messages, tokenizer, template, config.prompt_suffix)
-        while (
-            len(messages) > 1 and len(prompt) + _room(network, config) > network.size.context_length
-        ):
-            messages = messages[2:]  # forgets the oldest turn and its answer
-            prompt = tokens_of_dialogue(messages, tokenizer, template, config.prompt_suffix)
-        if len(prompt) >= network.size.context_length:
-            messages.pop()
-            _show(f"That is {len(prompt)} tokens, too long for the model.\n", parallel.is_writer)
-            continue
-        screen = _Screen(tokenizer, lambda text: _show(text, parallel.is_writer), next_turn)
+class _Dialogue:
+    """What was said so far, and the model that answers it."""
+
+    def __init__(self, network: Network, tokenizer: Tokenizer, config: GenerateConfig) -> None:
+        self._network, self._tokenizer, self._config = network, tokenizer, config
+        self._renderer = asked_as(config, tokenizer)
+        self._is_writer = network.parallel.is_writer
+        self._messages: list[dict[str, str]] = []
+        form = self._renderer.form
+        self.is_in_texts = is_asked_in_texts(form, config)
+        """Whether each line is a prompt of its own."""
+        in_turns = form.chat == "turns" and not self.is_in_texts
+        # Where a model that was not taught to stop goes on with the user's part.
+        self._next_turn = form.next_turn if in_turns else ""
+
+    def take_turns(self) -> None:
+        """Answer each line until one ends the dialogue."""
+        num_turns = 0
+        while (line := _read_line(self._is_writer)) is not None:
+            said = line.strip()
+            if said in _ENDINGS:
+                return
+            if said in ("", "/new", "/help"):
+                self._messages = [] if said == "/new" else self._messages
+                _show(f"{_HELP}\n" if said == "/help" else "", self._is_writer)
+                continue
+            prompt = self._asked(line)
+            if prompt is not None:
+                self._answer(prompt, num_turns)
+                num_turns += 1
+
+    def _asked(self, line: str) -> np.ndarray | None:
+        """Return the tokens of the dialogue with a line as the user's turn, the oldest forgotten
+        where there is no room for an answer; None, which is said, where it cannot be asked."""
+        before = [] if self.is_in_texts else self._messages
+        self._messages = [*before, {"role": "user", "content": line}]
+        context = self._network.size.context_length
+        room = min(self._config.sampling.max_new_tokens, context // 2)  # to keep free
+        problem = ""
+        try:
+            prompt = self._tokens()
+            while len(self._messages) > 1 and len(prompt) + room > context:
+                self._messages = self._messages[2:]
+                prompt = self._tokens()
+            if len(prompt) < context:
+                return prompt
+            problem = f"is {len(prompt)} tokens, too long for the model"
+        except BadRecord as error:
+            problem = f"cannot be asked: {error}"
+        self._messages.pop()
+        _show(f"That {printable(problem)}.\n", self._is_writer)
+        return None
+
+    def _tokens(self) -> np.ndarray:
+        last = self._messages[-1]["content"]
+        asked = Asked(last) if self.is_in_texts else Asked(messages=self._messages)
+        return next(encode_prompts([self._renderer.prompt(asked)], self._tokenizer))
+
+    def _answer(self, prompt: np.ndarray, number: int) -> None:
+        """Show the answer to a prompt as it comes; number: of the draw."""
+        is_alone = self._network.parallel.world_size == 1
+        endings = (_TurnEnded, KeyboardInterrupt) if is_alone else (_TurnEnded,)
+        screen = _Screen(
+            self._tokenizer, lambda text: _show(text, self._is_writer), self._next_turn
+        )
         with contextlib.suppress(*endings):
             list(
                 generate(
-                    network,
+                    self._network,
                     [prompt],
-                    config.sampling,
-                    eos_id=tokenizer.eos_id,
-                    tokenizer=tokenizer,
-                    seed=config.seed,
-                    sample_indices=[num_turns],
+                    self._config.sampling,
+                    eos_id=self._tokenizer.eos_id,
+                    tokenizer=self._tokenizer,
+                    seed=self._config.seed,
+                    sample_indices=[number],
                     on_tokens=screen.add,
                 )
             )
         screen.finish()
-        messages.append({"role": "assistant", "content": screen.text.strip()})
-        num_turns += 1
-
-
-def _room(network: Network, config: GenerateConfig) -> int:
-    """Return the tokens to keep free for an answer: at most half of the context."""
-    return min(config.sampling.max_new_tokens, network.size.context_length // 2)
+        self._messages.append({"role": "assistant", "content": screen.text.strip()})
 
 
 def _read_line(is_writer: bool) -> str | None:
@@ -118,7 +164,7 @@ class _Screen:
     """Shows an answer as its tokens come, up to where the user's next turn would begin."""
 
     def __init__(
-        self, tokenizer: Tokenizer, show: Callable[[str], None], next_turn: str = NEXT_TURN
+        self, tokenizer: Tokenizer, show: Callable[[str], None], next_turn: str = ""
     ) -> None:
         self.text = ""
         self._next_turn = next_turn

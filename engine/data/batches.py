@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.data.examples import Example, Shape, Unit, begins_alike, sequences_of
+from engine.data.examples import TRAINED, Example, Shape, Unit, begins_alike, sequences_of
 from models.prefixes import Prefixes
 
 
@@ -90,7 +90,7 @@ def shapes_of(units: Units, index: int) -> list[Shape]:
     known = getattr(units, "shapes", None)
     if known is not None:
         return known(index)
-    return [(len(each.tokens), each.prompt_length) for each in sequences_of(units[index])]
+    return [(len(each.tokens), each.num_given) for each in sequences_of(units[index])]
 
 
 def lengths_of(shapes: Sequence[Sequence[Shape]], *, share_prompts: bool = False) -> list[int]:
@@ -344,6 +344,8 @@ def _join(
     parts = [each.tokens[start:] for each, start in zip(sequences, skipped, strict=True)]
     tokens = np.concatenate(parts, dtype=np.int64)
     mask = positions >= np.repeat(prompt_lengths, lengths)
+    if TRAINED in sequences[0].fields:
+        mask &= _join_field(sequences, TRAINED, skipped).numpy()
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(positions),

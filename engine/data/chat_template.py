@@ -11,9 +11,10 @@ text that it writes has a limit, part by part. Memory and time within a part hav
 """
 
 import datetime
+import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
@@ -22,7 +23,6 @@ import jinja2.sandbox
 import jinja2.utils
 import numpy as np
 
-from engine.data.chat import Messages
 from engine.data.codecs import Control
 from engine.data.tokenizer import Tokenizer
 from engine.data.tokenizer_settings import ROLES
@@ -31,6 +31,7 @@ from engine.errors import UserError
 _MOST_CHARACTERS = 1 << 24  # of a dialogue; our choice
 _MAX_REASON = 200  # characters of jinja's own words; our choice
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
+_Message = Mapping[str, Any]
 _MARKS = range(0xE000, 0xF900)  # characters that Unicode leaves to whoever uses them
 
 
@@ -58,14 +59,14 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise self._refused("does not load", error) from None
 
-    def text(self, messages: Messages) -> str:
-        """Return the dialogue as the template writes it, with the assistant's turn open; raises
-        UserError where it refuses the messages, or fails."""
+    def text(self, messages: Sequence[_Message], *, is_open: bool = True) -> str:
+        """Return the dialogue as the template writes it, with the assistant's turn open or not;
+        raises UserError where it refuses the messages, or fails."""
         parts, num_characters = [], 0
         values: dict[str, Any] = {**self._values, "tools": None, "documents": None}
         values |= {"messages": [dict(message) for message in messages]}
         try:
-            for part in self._template.generate(**values, add_generation_prompt=True):
+            for part in self._template.generate(**values, add_generation_prompt=is_open):
                 parts.append(part)
                 num_characters += len(part)
                 if num_characters > _MOST_CHARACTERS:
@@ -76,21 +77,61 @@ class ChatTemplate:
             raise self._refused("does not take this dialogue", ValueError("it writes nothing"))
         return "".join(parts)
 
-    def prompt(self, messages: Messages) -> tuple[str, np.ndarray]:
+    def prompt(self, messages: Sequence[_Message]) -> tuple[str, np.ndarray]:
         """Return the dialogue's text, with the assistant's turn open, and its tokens [n] int64;
         raises UserError as text() does."""
+        mark = self._mark_of(messages)
+        text = self._text(messages, mark, is_open=True)
+        return text.replace(mark, ""), np.asarray(self._tokens(text, mark), dtype=np.int64)
+
+    def reply(self, messages: Sequence[_Message]) -> np.ndarray:
+        """Return the tokens [n] int64 of the last message, the assistant's: those of behind(), up
+        to and with the first that stops a response; without one all, and the end of text."""
+        tokens = self.behind(messages)
+        stops = {self._tokenizer.eos_id, *self._tokenizer.also_stops}
+        end = next((n for n, token in enumerate(tokens, 1) if token in stops), None)
+        ended = [*tokens, self._tokenizer.eos_id] if end is None else tokens[:end]
+        return np.asarray(ended, dtype=np.int64)
+
+    def behind(self, messages: Sequence[_Message]) -> list[int]:
+        """Return all tokens that the template writes behind the prompt which opens the last
+        message's turn; UserError where it writes another prompt before a reply, or none of it."""
+        mark = self._mark_of(messages)
+        opened = self._text(messages[:-1], mark, is_open=True)
+        whole = self._text(messages, mark, is_open=False)
+        if not whole.startswith(opened) or not whole[len(opened) :].strip():
+            raise UserError(
+                f"{self._tokenizer.path}: its chat template writes a reply otherwise than behind "
+                "the turn that it opens for one, so that none can be trained; --data.chat turns "
+                "does without it"
+            )
+        asked, tokens = self._tokens(opened, mark), self._tokens(whole, mark)
+        if tokens[: len(asked)] == asked:
+            return tokens[len(asked) :]
+        return self._tokens(whole[len(opened) :], mark)  # the seam is within a token
+
+    def _mark_of(self, messages: Sequence[_Message]) -> str:
+        """Return the character that is to part the texts of control tokens in messages; "" where
+        none has one."""
         if not any(self._control(message["content"]) for message in messages):
-            text = self.text(messages)
-            return text, np.asarray(self._tokenizer.read_control(text)[0], dtype=np.int64)
+            return ""
         contents = "".join(message["content"] for message in messages)
-        mark = next(chr(code) for code in _MARKS if chr(code) not in contents)
-        text = self.text([m | {"content": self._marked(m["content"], mark)} for m in messages])
+        return next(chr(code) for code in _MARKS if chr(code) not in contents)
+
+    def _text(self, messages: Sequence[_Message], mark: str, *, is_open: bool) -> str:
+        if mark:
+            messages = [{**m, "content": self._marked(m["content"], mark)} for m in messages]
+        return self.text(messages, is_open=is_open)
+
+    def _tokens(self, text: str, mark: str) -> list[int]:
+        """Return the tokens of what the template has written, its own control tokens among them."""
+        if not mark:
+            return self._tokenizer.read_control(text)[0]
         tokens, end = [], 0
         for start, stop, token in self._control(text):  # the template's own
             tokens += [*self._ordinary(text[end:start].replace(mark, "")), token]
             end = stop
-        tokens += self._ordinary(text[end:].replace(mark, ""))
-        return text.replace(mark, ""), np.asarray(tokens, dtype=np.int64)
+        return tokens + self._ordinary(text[end:].replace(mark, ""))
 
     def _marked(self, content: str, mark: str) -> str:
         """Return a message with marks between the characters of control tokens' texts, which are
@@ -115,6 +156,12 @@ class ChatTemplate:
     def _refused(self, what: str, error: BaseException) -> UserError:
         reason = str(error).split("\n", 1)[0].strip()[:_MAX_REASON] or type(error).__name__
         return UserError(f"{self._tokenizer.path}: its chat template {what}: {reason}")
+
+
+def digest_of_template(tokenizer: Tokenizer) -> str:
+    """Return a sha256 of a tokenizer's chat template; "" without one."""
+    source = template_of(tokenizer)
+    return hashlib.sha256(source.encode()).hexdigest() if source else ""
 
 
 def template_of(tokenizer: Tokenizer) -> str | None:

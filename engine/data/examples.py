@@ -1,12 +1,17 @@
 """Tokenised sequences: what a batch is made of, and which are short enough to be in one."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 import numpy as np
 
+from engine.data.prompt_format import Prompt, Reply
 from engine.data.tokenizer import Tokenizer
+from engine.errors import UserError
+
+TRAINED = "trained"
+"""A field of examples [n] bool: which tokens behind the prompt are predicted; without it, all."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -17,8 +22,8 @@ class Example:
     """[n] int64: the prompt's with what begins a text, then the response's, then in training data
     the end of text."""
     prompt_length: int
-    """tokens[prompt_length:] are predicted. It is 1 for plain text, whose first token nothing
-    predicts, and n for a bare prompt."""
+    """tokens[prompt_length:] are predicted, but for those that the field TRAINED leaves out. It is
+    1 for plain text, whose first token nothing predicts, and n for a bare prompt."""
     fields: Mapping[str, np.ndarray | float | int] = field(default_factory=dict)
     """Values that travel along: an array [n] has one a token, a number is one for the sequence."""
 
@@ -28,6 +33,14 @@ class Example:
                 f"prompt_length {self.prompt_length} is not within 1 to {len(self.tokens)} tokens"
             )
 
+    @property
+    def num_given(self) -> int:
+        """Tokens that are not predicted."""
+        if TRAINED not in self.fields:
+            return self.prompt_length
+        trained = np.asarray(self.fields[TRAINED])[self.prompt_length :]
+        return len(self.tokens) - int(trained.sum())
+
 
 # What must stay in one micro-batch: one sequence, or the K completions of one prompt, whose ranking
 # loss needs all K scores.
@@ -36,7 +49,7 @@ AnyUnit = TypeVar("AnyUnit", bound=Unit)
 
 
 Shape = tuple[int, int]
-"""A sequence's tokens and those among them that are its prompt's: all that a plan needs of it."""
+"""A sequence's tokens and those among them that are not predicted: all that a plan needs of it."""
 
 
 def sequences_of(unit: Unit) -> Sequence[Example]:
@@ -138,8 +151,7 @@ def _cut_left(unit: AnyUnit, max_length: int, prompt_limit: int, num_first: int)
         return unit
     cut = [
         replace(
-            each,
-            tokens=np.concatenate([each.tokens[:num_first], each.tokens[num_first + excess :]]),
+            _without(each, num_first, num_first + excess),
             prompt_length=each.prompt_length - excess,
         )
         for each in sequences
@@ -152,22 +164,44 @@ def _cut_right(unit: AnyUnit, max_length: int) -> AnyUnit:
     limit, or has no room for a token."""
     if not isinstance(unit, Example) or not unit.prompt_length < max_length < len(unit.tokens):
         return unit
-    return replace(unit, tokens=unit.tokens[:max_length])
+    return _without(unit, max_length, len(unit.tokens))  # type: ignore[return-value]
 
 
-def join_pair(prompt: np.ndarray, response: list[int], tokenizer: Tokenizer) -> np.ndarray:
-    """Return [n] int64: the prompt's tokens, the response's, and the end of text.
+def _without(example: Example, start: int, end: int) -> Example:
+    """Return a sequence without its tokens from `start` to before `end`, and their values."""
 
-    Prompt and response are encoded apart: a prompt has the same tokens here as in a rollout, where
-    its response does not exist yet.
-    """
-    return np.concatenate([prompt, [*response, tokenizer.eos_id]], dtype=np.int64)
+    def rest(values: np.ndarray) -> np.ndarray:
+        return np.concatenate([values[:start], values[end:]])
+
+    fields = {n: rest(v) if isinstance(v, np.ndarray) else v for n, v in example.fields.items()}
+    return replace(example, tokens=rest(example.tokens), fields=fields)
 
 
 def encode_prompts(
-    prompts: Iterable[str], tokenizer: Tokenizer, suffix: str = ""
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, too_long: TooLong = "drop"
 ) -> Iterator[np.ndarray]:
     """Yield [n] int64 for each prompt: what begins a text, where the tokenizer has that, and its
-    own tokens. `suffix` closes every prompt, such as a newline."""
-    for tokens in tokenizer.encode_all(prompt + suffix for prompt in prompts):
-        yield np.asarray([*tokenizer.bos_ids, *tokens], dtype=np.int64)
+    own tokens with those of its suffix; or those that it has already. UserError where some are
+    dialogues, and are to lose their beginning."""
+    if too_long == "cut-left" and any(prompt.is_dialogue for prompt in prompts):
+        raise UserError(
+            "cut-left is for plain texts: these prompts are read as messages, whose beginning says "
+            "who speaks; drop long ones"
+        )
+    plain = tokenizer.encode_all(p.text + p.suffix for p in prompts if p.tokens is None)
+    for prompt in prompts:
+        if prompt.tokens is None:
+            yield np.asarray([*tokenizer.bos_ids, *next(plain)], dtype=np.int64)
+        else:
+            yield prompt.tokens
+
+
+def encode_replies(replies: Sequence[Reply], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Yield [n] int64 for each reply: its tokens and the end of text; or those that it has already,
+    which a chat template has ended."""
+    plain = tokenizer.encode_all(reply.text for reply in replies if reply.tokens is None)
+    for reply in replies:
+        if reply.tokens is None:
+            yield np.asarray([*next(plain), tokenizer.eos_id], dtype=np.int64)
+        else:
+            yield reply.tokens

@@ -26,14 +26,15 @@ _NOTHING = {
     "comparisons": "has no answers of one prompt that are ranked",
     "prompts": "has no prompts",
 }
+OPTION = "--data.fields"
+"""The stages' option."""
 RowOrBad = tuple[str, Row | BadRecord]
 
 
 class Fields:
     """How one file's rows become records: a callable over its rows, each with where it stands.
 
-    Raises UserError for a choice that is none, for a file that has nothing for the purpose, and for
-    dialogues whose beginning would be cut.
+    Raises UserError for a choice that is none, and for a file that has nothing for the purpose.
     """
 
     def __init__(
@@ -41,11 +42,9 @@ class Fields:
         purpose: Purpose,
         fields: str = "auto",
         *,
-        too_long: str = "drop",
-        option: str = "--data.fields",
+        option: str = OPTION,
     ) -> None:
         self._purpose, self._option = purpose, option
-        self._cuts_left = too_long == "cut-left"
         self._mapping = _parsed(fields, option) if "=" in fields else {}
         if purpose == "text":
             self._mapping = {k: v for k, v in self._mapping.items() if k == "text"}
@@ -101,14 +100,6 @@ class Fields:
             if isinstance(record, LeftOut):
                 self.left_out[record.reason] += 1
                 continue
-            if self._cuts_left and any(
-                isinstance(record.get(key), list) for key in ("prompt", "messages", "chosen")
-            ):
-                option = self._option.replace("fields", "too-long")
-                raise UserError(
-                    f"{where}: a dialogue, whose beginning says who speaks: {option} cut-left is "
-                    "for texts; drop long ones, or leave out their oldest turns"
-                )
             yield where, record
 
     def _ours(self, row: Row, where: str) -> Row:
@@ -204,9 +195,14 @@ class Fields:
         return BadRecord("has no text")
 
 
+def fields_option(skip_option: str) -> str:
+    """Return the option for fields of a command whose option to skip bad lines this is."""
+    return skip_option.replace("skip-bad-lines", "fields") or OPTION
+
+
 def reading_options(data: Any) -> dict[str, Any]:
     """Return what a stage's settings of data say of how its files are read."""
-    return {name: getattr(data, name) for name in ("fields", "too_long", "skip_bad_lines")}
+    return {name: getattr(data, name) for name in ("fields", "skip_bad_lines")}
 
 
 def _wanted(purpose: Purpose) -> str:

@@ -10,10 +10,8 @@ from engine.data.canonical import (
     Row,
     check_no_tools,
     messages_in,
-    opened,
     ranks_of,
 )
-from engine.data.chat import OPEN_TURN
 from engine.data.jsonl import BadRecord, json_type
 from engine.errors import quoted
 
@@ -37,8 +35,8 @@ def claimed_by_plain(row: Row) -> set[str]:
 
 
 def plain(row: Row, purpose: Purpose) -> Sequence[Row | LeftOut]:
-    """Return a row with its messages as all stages read them, ranks for scores, and as a prompt
-    what is asked in it alone."""
+    """Return a row with its messages as all stages read them, and ranks for scores; what is asked
+    in it engine/data/pairs.py says."""
     check_no_tools(row)
     row = {
         key: messages_in(value, key) if key in _MESSAGES else value for key, value in row.items()
@@ -48,36 +46,9 @@ def plain(row: Row, purpose: Purpose) -> Sequence[Row | LeftOut]:
             messages_in(each, f"completions[{index}]") if not isinstance(each, str) else each
             for index, each in enumerate(row["completions"])
         ]
-    if purpose == "prompts":
-        return [_prompt_of(row)]
     if purpose == "comparisons" and "completions" in row:
         return [_with_ranks(row)]
-    if purpose == "comparisons":
-        _check_alike(row)
     return [row]
-
-
-def _prompt_of(row: Row) -> Row:
-    """Return what a row asks, as the other stages read it of the same row."""
-    if "prompt" in row:
-        return {"prompt": row["prompt"]}
-    if "messages" in row:
-        return {"messages": opened(row["messages"])}
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if isinstance(chosen, list):
-        if isinstance(rejected, list) and opened(rejected) != opened(chosen):
-            raise BadRecord("must equal chosen up to the last message", field="rejected")
-        return {"prompt": opened(chosen)}
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        cut = chosen.rfind(OPEN_TURN) + len(OPEN_TURN)
-        if OPEN_TURN in chosen and rejected[:cut] == chosen[:cut]:
-            return {"prompt": chosen[:cut]}
-        raise BadRecord(
-            'is missing; of two texts that begin alike only dialogues ("Assistant:") say where '
-            "their prompt ends before there are answers",
-            field="prompt",
-        )
-    return row
 
 
 def _with_ranks(row: Row) -> Row:
@@ -114,11 +85,3 @@ def _agree(said: Any, ranks: list[int]) -> bool:
         return False
     is_number = all(isinstance(rank, int | float) and rank == rank for rank in said)
     return is_number and ranks_of(said) == ranks
-
-
-def _check_alike(row: Row) -> None:
-    """Raise BadRecord for a pair without a prompt of which one is a dialogue and one is a text."""
-    kinds: dict[type, str] = {list: "a dialogue", str: "a text"}
-    chosen, rejected = (kinds.get(type(row.get(key)), "") for key in ("chosen", "rejected"))
-    if chosen and rejected and chosen != rejected and not {"prompt", "messages"} & row.keys():
-        raise BadRecord(f"is {rejected}, and chosen is {chosen}", field="rejected")

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from engine.data.chat import parse_prompt
 from engine.data.examples import Example, LengthReport, TooLong, drop_long, encode_prompts
-from engine.data.fields import Fields
+from engine.data.fields import Fields, fields_option
 from engine.data.jsonl import SKIP_OPTION, ReadReport, read_records
+from engine.data.pairs import asked_in
+from engine.data.prompt_format import Prompt
+from engine.data.renderer import Renderer
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
 
@@ -17,8 +19,8 @@ class HasPrompt(Protocol):
     """A record of a file of training data: it answers a prompt."""
 
     @property
-    def prompt(self) -> str:
-        """The prompt's text."""
+    def prompt(self) -> Prompt:
+        """The prompt."""
 
 
 AnyRecord = TypeVar("AnyRecord", bound=HasPrompt)
@@ -26,38 +28,40 @@ AnyRecord = TypeVar("AnyRecord", bound=HasPrompt)
 
 def read_prompts(
     path: Path | str,
+    renderer: Renderer | None = None,
     *,
     fields: str = "auto",
-    too_long: TooLong = "drop",
     skip_bad_lines: bool = False,
     skip_option: str = SKIP_OPTION,
-) -> tuple[list[str], ReadReport]:
-    """Read {"prompt"}, {"messages"} or rows of a known shape from .jsonl or .jsonl.gz; fields,
-    too_long: as engine.data.fields. Raises UserError, which names the option that skips bad
-    lines."""
+) -> tuple[list[Prompt], ReadReport]:
+    """Read what records ask from .jsonl or .jsonl.gz: {"prompt"} or {"messages"}, those of the
+    other purposes, or rows of a known shape; raises UserError, which names the options.
+
+    renderer: what makes prompts of them; without one, as by default. fields: as engine.data.fields.
+    """
+    by = renderer or Renderer()
     return read_records(
         path,
-        lambda record: parse_prompt(record)[0],
+        lambda record: by.prompt(asked_in(record)),
         skip_bad_lines=skip_bad_lines,
         skip_option=skip_option,
-        shaping=Fields("prompts", fields, too_long=too_long),
+        shaping=Fields("prompts", fields, option=fields_option(skip_option)),
     )
 
 
 def prompt_examples(
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
     *,
     max_prompt_length: int,
-    prompt_suffix: str = "",
     too_long: TooLong = "drop",
 ) -> tuple[list[Example], LengthReport]:
     """Return the prompts' tokens; those over `max_prompt_length` are dropped and counted, or cut
     on their left (drop_long).
 
-    The report's `kept` says which text each example came from.
+    The report's `kept` says which prompt each example came from.
     """
-    encoded = encode_prompts(prompts, tokenizer, prompt_suffix)
+    encoded = encode_prompts(prompts, tokenizer, too_long)
     examples = [Example(tokens=tokens, prompt_length=len(tokens)) for tokens in encoded]
     return drop_long(
         examples,
@@ -73,7 +77,7 @@ def hold_out(
     """Return the records for training and those held out, each prompt on one side; see
     split_by_prompt. Where that would leave none for training, none is held out; UserError where
     the fraction is all of them."""
-    kept, out = split_by_prompt([record.prompt for record in records], valid_fraction, seed)
+    kept, out = split_by_prompt([record.prompt.text for record in records], valid_fraction, seed)
     if not kept:
         _check_fraction(valid_fraction)
         kept, out = out, kept
@@ -81,18 +85,20 @@ def hold_out(
 
 
 def hold_out_prompts(
-    prompts: Sequence[str], valid_fraction: float, seed: int, *, most: int
-) -> tuple[list[str], list[str]]:
+    prompts: Sequence[Prompt], valid_fraction: float, seed: int, *, most: int
+) -> tuple[list[Prompt], list[Prompt]]:
     """Return the prompts for training and the distinct ones held out, at most so many, as
     split_by_prompt would; of more, those of the lowest hashes. Where none is left for training as
     hold_out."""
-    _, out = split_by_prompt(distinct := list(dict.fromkeys(prompts)), valid_fraction, seed)
-    chosen = set(sorted((distinct[index] for index in out), key=lambda p: _hash(p, seed))[:most])
-    kept = [prompt for prompt in prompts if prompt not in chosen]
+    distinct = list(dict.fromkeys(prompts))
+    _, out = split_by_prompt([prompt.text for prompt in distinct], valid_fraction, seed)
+    texts = sorted((distinct[index].text for index in out), key=lambda text: _hash(text, seed))
+    chosen = set(texts[:most])
+    kept = [prompt for prompt in prompts if prompt.text not in chosen]
     if not kept:
         _check_fraction(valid_fraction)
         return list(prompts), []
-    return kept, [prompt for prompt in distinct if prompt in chosen]
+    return kept, [prompt for prompt in distinct if prompt.text in chosen]
 
 
 def _check_fraction(valid_fraction: float) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.data.examples import Example
 from engine.data.limits import prompt_limits
+from engine.data.prompt_format import Prompt
 from engine.data.prompts import prompt_examples, read_prompts
 from engine.errors import UserError
 from engine.files import replacing
@@ -87,7 +88,7 @@ class EpochSelection:
 
 
 def load_selection(
-    config: SFTConfig, run: Run, policy: Network, held_out: list[str], inputs: Inputs
+    config: SFTConfig, run: Run, policy: Network, held_out: list[Prompt], inputs: Inputs
 ) -> EpochSelection | None:
     """Return what scores the epochs, None where the config has no reward model.
 
@@ -107,7 +108,7 @@ def load_selection(
     )
     if selection.prompts is not None:
         skips = config.data.skip_bad_lines
-        held_out, report = read_prompts(selection.prompts, skip_bad_lines=skips)
+        held_out, report = read_prompts(selection.prompts, inputs.renderer, skip_bad_lines=skips)
         run.count("selection.prompts", report)
     if not held_out:
         raise UserError(
@@ -117,7 +118,6 @@ def load_selection(
         list(dict.fromkeys(held_out))[: selection.num_prompts],
         run.tokenizer,
         max_prompt_length=limits.prompt.tokens,
-        prompt_suffix=config.data.prompt_suffix,
     )
     limits.check(lengths, "held-out prompts to select an epoch by")
     reward_model = build_network("scalar", size, run.parallel, numerics=config.numerics)

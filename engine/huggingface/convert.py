@@ -28,13 +28,15 @@ from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.found import network_at, run_of
 from engine.checkpoints.weights import load_weights
 from engine.claim import claim, holding_claims
+from engine.data.prompt_format import read_prompt_format, write_prompt_format
 from engine.data.tokenizer import Tokenizer
 from engine.environment import rank_of_environment
 from engine.errors import UserError
 from engine.files import sync, sync_folder, write_object, writing
+from engine.huggingface.export_chat import export_chat
 from engine.huggingface.export_files import Exported, index_of, plan_files
 from engine.huggingface.export_tokenizer import export_tokenizer
-from engine.huggingface.folder_tokenizer import template_notes, warn_of_own_tokenizer
+from engine.huggingface.folder_tokenizer import warn_of_own_tokenizer
 from engine.huggingface.forced_class import read_otherwise
 from engine.huggingface.foreign import refuse_foreign
 from engine.huggingface.model_folder import ModelFolder, find_critic, find_model, read_kind
@@ -70,10 +72,6 @@ _KIND_OF: dict[str | None, Kind] = {
     "reward_model": "scalar",
     "critic": "scalar",
 }
-_TEMPLATE_USE = (
-    "goes along, and the stages here train another form: where they were given messages, ask in "
-    "turns ('User: ...'), as recipes/generate.py can, or take the template out"
-)
 _USUAL_ROLE: dict[Kind, str] = {"language": "policy", "scalar": "reward_model"}
 
 
@@ -107,12 +105,15 @@ def import_huggingface(config: ConvertConfig) -> Path:
         warn_of_own_tokenizer(source, tokenizer)
     if parallel.is_writer:
         say_where_scores_are_read(model, tokenizer.eos_id)
+    keeps_format = said_by_first_rank(lambda: "kept" if read_prompt_format(source) else "")
     network = build_network(kind, model.size, parallel, numerics=Numerics(dtype=config.dtype))
     load_huggingface(network, source, model)
     with _becoming(out, parallel) as partial:
         if parallel.is_writer:
             tokenizer.save(partial / "tokenizer")
             save_config(config, partial / "config.json")
+            if keeps_format and (form := read_prompt_format(source)) is not None:
+                write_prompt_format(form, partial)
         checkpointer = Checkpointer(
             directory=partial / "checkpoints",
             parallel=parallel,
@@ -136,7 +137,13 @@ def export_huggingface(config: ConvertConfig) -> Path:
     network = build_network(found.kind, size, parallel, numerics=Numerics(dtype=config.dtype))
     fingerprint = tokenizer.fingerprint()
     load_weights(network, found.folder, role=role, tokenizer_fingerprint=fingerprint)
-    save_huggingface(network, out, tokenizer, file_bytes=int(config.file_gigabytes * 1e9))
+    save_huggingface(
+        network,
+        out,
+        tokenizer,
+        file_bytes=int(config.file_gigabytes * 1e9),
+        run=run_of(found.folder),
+    )
     return out
 
 
@@ -199,15 +206,20 @@ def _not_finite(
 
 @holding_claims()
 def save_huggingface(
-    network: Network, folder: Path, tokenizer: Tokenizer, *, file_bytes: int = 5 * 10**9
+    network: Network,
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    file_bytes: int = 5 * 10**9,
+    run: Path | None = None,
 ) -> None:
     """Write a network as a new Hugging Face folder, whole or not at all; all ranks call it.
 
     A scalar one becomes a sequence classifier of one label, whose scores are equal but for the bias
     that fold_bias leaves, which is said. The first data-parallel replica writes. Each pipeline
     stage has its own files, of at most `file_bytes` bytes or one of our parameters, whose shards
-    meet on the first tensor-parallel rank. Raises UserError for a size that no family of Hugging
-    Face's has.
+    meet on the first tensor-parallel rank. run: whose form of prompts goes along. Raises UserError
+    for a size that no family of Hugging Face's has.
     """
     parallel, size = network.parallel, network.size
     family = _export_family(size)
@@ -220,7 +232,7 @@ def save_huggingface(
     bias = fold_bias(parameters, size, network.dtype, parallel) if scores else 0.0
     with _becoming(folder, parallel) as partial:
         pad = said_by_first_rank(
-            lambda: _write_tokenizer(tokenizer, partial, size, family, scores=scores)
+            lambda: _write_tokenizer(tokenizer, partial, size, family, scores=scores, run=run)
         )
         vocab_size = max(size.vocab_size, int(pad) + 1) if scores else size.vocab_size
         exported = Exported(
@@ -257,14 +269,20 @@ def _config_of(exported: Exported, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _write_tokenizer(
-    tokenizer: Tokenizer, folder: Path, size: GPTSize, family: Family, *, scores: bool
+    tokenizer: Tokenizer,
+    folder: Path,
+    size: GPTSize,
+    family: Family,
+    *,
+    scores: bool,
+    run: Path | None,
 ) -> str:
     """Write the tokenizer, and say what is to be said of it; return the id that a scorer's texts
     are padded with, "" where the model scores none."""
     notes = (
         export_tokenizer(tokenizer, folder, size.context_length),
         read_otherwise(tokenizer, folder, family.model_type),
-        *template_notes(tokenizer, _TEMPLATE_USE),
+        export_chat(run, tokenizer, folder) if run is not None else "",
     )
     for note in notes:
         if note:

@@ -1,12 +1,10 @@
-"""What a Hugging Face folder's own tokenizer says beside the one that is used with its model: that
-it is another, or that a chat template lies there."""
+"""Whether a Hugging Face folder's own tokenizer reads texts as the one used with its model does."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from engine.checkpoints.whole import warn
-from engine.data.chat_template import template_of
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import UserError
 from engine.ranks.first_rank import said_by_first_rank
@@ -48,14 +46,6 @@ def warn_of_own_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
         return ""
 
     said_by_first_rank(compare)
-
-
-def template_notes(tokenizer: Tokenizer, use: str) -> list[str]:
-    """Return what is to be said of a tokenizer that has a chat template. use: what becomes of it
-    and of the texts."""
-    if template_of(tokenizer) is None:
-        return []
-    return [f"{tokenizer.path}: its chat template {use}"]
 
 
 def _reads_as_own(path: Path, tokenizer: Tokenizer) -> bool:

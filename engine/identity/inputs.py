@@ -28,10 +28,10 @@ from engine.checkpoints.sources import (
 )
 from engine.checkpoints.weights import load_weights
 from engine.claim import UNFINISHED
+from engine.data.prompt_format import write_prompt_format
 from engine.errors import UserError, quoted
 from engine.files import sync_folder, writing
 from engine.huggingface.described import stored_size
-from engine.huggingface.folder_tokenizer import template_notes
 from engine.huggingface.foreign import is_foreign
 from engine.huggingface.model_source import digest_of_model, take_model
 from engine.identity.data_files import look_at
@@ -50,6 +50,7 @@ from engine.identity.own_tokenizer import (
     keep_like_tokenizer,
     tokenizer_now,
 )
+from engine.identity.prompt_formats import renderer_of
 from engine.identity.record import (
     IDENTITY,
     Acceptance,
@@ -72,7 +73,6 @@ from engine.settings.size import check_named_size
 from engine.training.network import Network
 from models.sizes import GPTSize
 
-_TEMPLATE_USE = "is kept and exported, not applied: messages go in as turns (User: ...)"
 _POLICY_COPIES = ("policy", "reference")  # the names that the copy of PPO's policy may have
 
 
@@ -83,7 +83,8 @@ class Inputs:
     """
 
     def __init__(self, run: Run, config: RunConfig) -> None:
-        self._run, self._config = run, config
+        self.renderer, self._config, told_of_prompts = renderer_of(run, config)
+        self._run = run
         self._recorded: Identity | None = None  # on the first rank, as all that is read from files
         self._accepted: list[Change] = []
         told = json.loads(said_by_first_rank(self._begin))
@@ -94,13 +95,13 @@ class Inputs:
         with self._saying(settings):
             if settings:  # what else keeps the run from going on is seen with those it had
                 before = {name: old for name, (old, _) in settings.items()}
-                self._config = with_saved_fields(config, before)
+                self._config = with_saved_fields(self._config, before)
             told |= json.loads(said_by_first_rank(self._clear))
             self._networks = networks_of(self._config, told["policy_kept_as"])
             self._sources = self._take(set(told["kept"]))
         told = json.loads(said_by_first_rank(lambda: self._compare(settings)))
-        self.notes: list[str] = told["notes"]
-        """What is to be told of where the networks come from."""
+        self.notes: list[str] = told["notes"] + told_of_prompts
+        """What is to be told of where the networks come from, and of the form of prompts."""
         self.digests: dict[str, str] = told["digests"]
         """Of the networks, by the names of their copies in RUN/sources."""
 
@@ -252,8 +253,7 @@ class Inputs:
         self._accepted = found
         networks = self._now.networks.items()
         digests = {self._networks[name].kept_as: record.xxh3_128 for name, record in networks}
-        notes = self._source_notes() + template_notes(self._run.tokenizer, _TEMPLATE_USE)
-        return json.dumps({"notes": notes, "digests": digests})
+        return json.dumps({"notes": self._source_notes(), "digests": digests})
 
     def _found(self, earlier: Identity) -> Identity:
         """Return what is there."""
@@ -351,6 +351,7 @@ class Inputs:
             self._now, data=data, accepted=(*self._now.accepted, *accepted)
         )
         write_identity(directory, self._now)
+        write_prompt_format(self.renderer.kept(), directory)
         return identity_text(self._now)
 
     def _publish(self) -> None:

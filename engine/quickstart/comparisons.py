@@ -31,7 +31,7 @@ def write_comparisons(config: QuickstartConfig, files: Files, finished: Finished
     title, mine = f"label: {len(repeated)} answers of SFT", len(repeated) // replicas
     with LongWork(title, is_writer=is_writer, total=mine) as work:
         policy = finished.load("sft", "language")
-        answers = iter(finished.answer(policy, repeated, work.advance)[1])
+        answers = iter(finished.answer(policy, finished.prompts(repeated), work.advance)[1])
     rows = []
     with LongWork("label: rank them", is_writer=is_writer, total=len(facts)) as work:
         for listed, k in zip(facts, num_completions, strict=True):

@@ -7,9 +7,12 @@ from torch import Tensor
 
 from engine.checkpoints.found import size_of
 from engine.checkpoints.weights import load_weights
+from engine.data.chat import Asked
 from engine.data.examples import Example, LengthReport
 from engine.data.limits import prompt_limits
+from engine.data.prompt_format import Prompt, read_prompt_format
 from engine.data.prompts import prompt_examples
+from engine.data.renderer import Renderer
 from engine.data.tokenizer import load_tokenizer
 from engine.ranks.parallel import Parallel
 from engine.rollout import Rollout, generate_rollout
@@ -32,7 +35,12 @@ class FinishedStages:
         self.ppo = ppo
         self.seed = seed
         self.tokenizer = load_tokenizer(home / "sft" / "tokenizer")
+        self.renderer = Renderer(read_prompt_format(home / "sft"), self.tokenizer)
         self.context_length = size_of(home / "sft", "policy").context_length
+
+    def prompts(self, texts: Sequence[str]) -> list[Prompt]:
+        """Return plain prompts as the stages read them."""
+        return [self.renderer.prompt(Asked(text)) for text in texts]
 
     def load(self, stage: str, kind: Kind) -> Network:
         """Return the network that a stage ended with."""
@@ -41,12 +49,15 @@ class FinishedStages:
         load_weights(network, path, role=role)
         return network
 
-    def fitting(self, prompts: Sequence[str]) -> list[str]:
+    def fitting(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Return the prompts that leave room for a whole answer; UserError when none does."""
         return [prompts[n] for n in self._encode(prompts)[1].kept]
 
     def answer(
-        self, network: Network, prompts: Sequence[str], on_answer: Callable[[], None] | None = None
+        self,
+        network: Network,
+        prompts: Sequence[Prompt],
+        on_answer: Callable[[], None] | None = None,
     ) -> tuple[Rollout, list[str]]:
         """Return one sampled answer to each of the prompts, which fit, as tokens and as text;
         on_answer() hears of each that this rank has finished."""
@@ -66,18 +77,14 @@ class FinishedStages:
         """Return a network's output [T] for a rollout."""
         return read_rollout(network, rollout, self.ppo.micro_batch_tokens)
 
-    def _encode(self, prompts: Sequence[str]) -> tuple[list[Example], LengthReport]:
-        sampling, data = self.ppo.sampling, self.ppo.data
+    def _encode(self, prompts: Sequence[Prompt]) -> tuple[list[Example], LengthReport]:
         limits = prompt_limits(
             {"policy": self.context_length},
-            sampling.max_new_tokens,
+            self.ppo.sampling.max_new_tokens,
             max_prompt_tokens=self.context_length,  # longer ones are judged too
         )
         examples, lengths = prompt_examples(
-            prompts,
-            self.tokenizer,
-            max_prompt_length=limits.prompt.tokens,
-            prompt_suffix=data.prompt_suffix,
+            prompts, self.tokenizer, max_prompt_length=limits.prompt.tokens
         )
         limits.check(lengths, "prompts")
         return examples, lengths

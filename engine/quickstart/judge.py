@@ -25,11 +25,12 @@ def judge_models(
 
     The judge is the scripted labeler where the prompts list facts, else the reward model.
     """
-    read, _ = read_prompts(files.prompts_valid, skip_option="")  # the quickstart has none
+    # The quickstart has no option that skips lines.
+    read, _ = read_prompts(files.prompts_valid, finished.renderer, skip_option="")
     prompts = finished.fitting(read)[: config.num_judged]
     init = finished.load("sft", "language")
     reward_model = finished.load("rm", "scalar")
-    label = _labeler(config, files, prompts)
+    label = _labeler(config, files, [prompt.text for prompt in prompts])
     text = open_token_file(files.pretraining_valid, finished.tokenizer, config.directory / "tokens")
     held_out = text.sequences(config.pretrain.data.pretraining_tokens)
     judged: dict[str, Any] = {"judge": "labeler" if label else "reward_model"}
@@ -63,7 +64,7 @@ def judge_models(
         judged[name] |= preferred(scores[name], scores["sft"])
     samples = [
         {
-            "prompt": prompt,
+            "prompt": prompt.text,
             "answers": {name: texts[name][i] for name in MODELS},
             "scores": {name: scores[name][i] for name in MODELS},
         }
@@ -93,7 +94,7 @@ def _labeler(
         facts = [parse_facts(prompt) for prompt in prompts]
         if config.data is not None:
             records, _ = read_demonstrations(files.demonstrations)
-            language = e2e_language([(r.prompt, r.response) for r in records])
+            language = e2e_language([(r.prompt.text, r.response.text) for r in records])
     except ValueError:
         return None
     return lambda texts: [score(f, t, language) for f, t in zip(facts, texts, strict=True)]

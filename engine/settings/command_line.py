@@ -18,6 +18,7 @@ import tyro
 from engine.environment import rank_of_environment
 from engine.errors import UserError, cut
 from engine.settings.checks import check_values
+from engine.settings.typed_text import as_typed, is_typed
 
 _Config = TypeVar("_Config")
 
@@ -66,7 +67,7 @@ def as_options(config: Any, values: Mapping[str, Any]) -> str:
 
 def _hint(cls: Any, name: str) -> Any:
     first, _, rest = name.partition(".")
-    hint = typing.get_type_hints(cls)[first]
+    hint = typing.get_type_hints(cls, include_extras=True)[first]
     classes = [c for c in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(c)]
     return _hint(classes[0], rest) if rest and classes else hint
 
@@ -78,7 +79,7 @@ def _option(hint: Any, name: str, value: Any) -> str:
         return option if value else f"--{before}{dot}no-{last}"
     if isinstance(value, list):
         return " ".join((option, *(_for_shell(str(each)) for each in value)))
-    text = _for_shell(str(value))
+    text = _for_shell(as_typed(value) if is_typed(hint) and value is not None else str(value))
     return f"{option}={text}" if text.startswith("-") else f"{option} {text}"
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 from engine.settings.checks import check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.sampling import SamplingConfig
+from engine.settings.typed_text import TypedText
 from engine.settings.waiting import WaitingConfig
 
 
@@ -32,11 +33,17 @@ class GenerateConfig:
     """Replace OUT, whatever it holds."""
     num_samples: int = 1
     """Answers to each prompt."""
-    prompt_suffix: str = "\n"
-    """Closes every prompt, as in training; what a chat template writes is closed already."""
-    chat: Literal["auto", "template", "turns"] = "auto"
-    """How messages are read: by the tokenizer's chat template, or as turns "User: ..." as our
-    stages train them; auto: a Hugging Face folder's by its template, where it has one."""
+    prompt_suffix: TypedText | None = None
+    r"""Closes every plain prompt that is not open; \n is a line break. None: as the source was
+    trained."""
+    chat: Literal["turns", "template"] | None = None
+    """How messages are written: as turns "User: ...", or by the tokenizer's chat template. None: as
+    the source was trained; a Hugging Face folder's by its template, where it has one."""
+    plain_prompts: Literal["text", "message"] | None = None
+    """A plain prompt is read as the text that it is, or as one message of the user's. None: as the
+    source was trained."""
+    system: TypedText | None = None
+    """Put before messages that begin without a system's. None: as the source was trained."""
     fields: str = "auto"
     """Which fields of prompts are read, and as what: auto, by the keys of the first good row; the
     name of a shape (recipes/DATA.md); or OURS=THEIRS, as prompt=question."""

@@ -21,6 +21,8 @@ _MAX_BYTES = 1 << 20  # of a config's file; our choice: ours have a few thousand
 EARLIER = "earlier"
 """In a field's metadata: the value that a file from before the field stands for, where runs of then
 did not do what its default does. So a run is compared, repeated and replayed as what it was."""
+INHERITS = "inherits"
+"""In a field's metadata: None stands for whatever the run has, or the run before it had."""
 
 
 def save_config(config: Any, path: Path) -> None:
@@ -37,8 +39,11 @@ def config_text(config: Any) -> str:
 def changed_fields(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
     """Return {dotted name: (saved, now)} of the fields that differ from what save_config wrote to
     `path`; a field that only one of the two has is left out, but for those with an EARLIER value.
+    So is one that INHERITS and is None.
     """
     now = saved_fields(config)
+    for name in _inherited(config):
+        del now[name]
     saved = _flat(_earlier(config)) | _flat(read_object(path, max_bytes=_MAX_BYTES))
     return {
         name: (saved[name], value)
@@ -104,6 +109,18 @@ def _earlier(config: Any) -> dict[str, Any]:
             found[field.name] = field.metadata[EARLIER]
         elif dataclasses.is_dataclass(value):
             found[field.name] = _earlier(value)
+    return found
+
+
+def _inherited(config: Any, prefix: str = "") -> list[str]:
+    """Return the dotted names of fields that are None and INHERIT."""
+    found = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            found += _inherited(value, f"{name}.")
+        elif value is None and INHERITS in field.metadata:
+            found.append(name)
     return found
 
 

@@ -19,6 +19,7 @@ from engine.data.batches import pack
 from engine.data.beginning_of_text import template
 from engine.data.comparisons import Comparison, comparison_examples
 from engine.data.examples import Example
+from engine.data.prompt_format import Prompt, Reply
 from engine.data.tokenizer import load_tokenizer
 from engine.generation.generate import generate
 from engine.huggingface.convert import load_huggingface, save_huggingface
@@ -193,7 +194,8 @@ def test_a_score_of_a_raw_text_is_that_of_transformers(tmp_path, family, kind):
     parallel = start_parallel(ParallelLayout(), seed=1)
     network = build_network("scalar", read_size(source), parallel, numerics=Numerics())
     load_huggingface(network, source)
-    comparison = Comparison("the mill\n", ["the", "is a mill", "th th"], [1, 2, 3])
+    completions = [Reply(text) for text in ("the", "is a mill", "th th")]
+    comparison = Comparison(Prompt("the mill", "\n"), completions, [1, 2, 3])
     (unit,), _ = comparison_examples([comparison], tokenizer, max_length=64)
     assert {example.tokens[0] for example in unit} == set(tokenizer.bos_ids)
     assert {example.prompt_length for example in unit} == {8}

@@ -42,7 +42,7 @@ def parallel() -> Parallel:
 def scores_of_demonstrations(network: Network, files: Path, count: int) -> torch.Tensor:
     records, _ = read_demonstrations(files / "demonstrations.jsonl")
     tokenizer = load_tokenizer(files / "tokenizer.json")
-    units, _ = demonstration_examples(records[:count], tokenizer, max_length=64, prompt_suffix="\n")
+    units, _ = demonstration_examples(records[:count], tokenizer, max_length=64)
     (batch,) = pack_for(units[:count], network.parallel, 10_000)
     (readings,) = forward(network, [batch])
     return readings[batch.cu_seqlens[1:].long() - 1]

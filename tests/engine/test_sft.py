@@ -116,7 +116,7 @@ def test_held_out_loss_is_of_the_weights_that_are_saved(
     load_weights(network, tmp_path / "run", role="policy")
     records, _ = read_demonstrations(tiny / "demonstrations.jsonl")
     tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
-    units, _ = demonstration_examples(records, tokenizer, max_length=64, prompt_suffix="\n")
+    units, _ = demonstration_examples(records, tokenizer, max_length=64)
     expected = mean_language_loss(network, units, 1000)
     assert rows_of(tmp_path / "run")[-1]["valid/loss"] == pytest.approx(expected, rel=1e-6)
 

@@ -14,7 +14,8 @@ WALK = re.findall(
     r"\S+",
     """
 data/prompts.read_prompts data/jsonl.read_records data/fields.Fields.__call__
-data/plain_rows.plain data/chat.parse_prompt
+data/plain_rows.plain data/pairs.asked_in data/chat.asked_in_prompt
+data/renderer.Renderer.prompt data/prompt_format.PromptFormat.is_open
 data/prompts.prompt_examples data/examples.encode_prompts data/tokenizer.Tokenizer.encode_all
 data/examples.drop_long data/batches.EpochOrder.indices
 rollout.generate_rollout generation/generate.generate generation/scheduler.Scheduler.next_step

@@ -1,5 +1,6 @@
 """Which form messages are read in, and that a model answers as transformers has it answer."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.answers.answer import generate_text
-from engine.answers.asked import chosen_template, tokens_of_dialogue
-from engine.data.demonstrations import demonstration_examples, read_demonstrations
+from engine.answers.asked import asked_as
+from engine.data.chat import Asked
+from engine.data.prompt_format import PromptFormat, write_prompt_format
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 from engine.settings.generate import GenerateConfig
@@ -55,51 +57,38 @@ def test_a_folder_is_asked_by_its_template_and_answers_as_transformers_has_it(fo
     assert plain["prompt"] == "the mill"
 
 
-def test_a_run_is_asked_in_turns_unless_told_otherwise(folder, tiny, tmp_path):
-    run = shutil.copytree(tiny / "policy", tmp_path / "run")
+def test_a_source_is_asked_as_it_was_trained_unless_told_otherwise(folder, tiny, tmp_path, capsys):
     tokenizer = load_tokenizer(folder)
-    assert chosen_template(settings(folder, tmp_path), tokenizer) is not None
-    assert chosen_template(settings(folder, tmp_path, chat="turns"), tokenizer) is None
-    assert chosen_template(settings(run, tmp_path), tokenizer) is None
-    assert chosen_template(settings(run, tmp_path, chat="template"), tokenizer) is not None
+    run = Path(shutil.copytree(tiny / "policy", tmp_path / "run"))
+    assert asked_as(settings(folder, tmp_path), tokenizer).form.chat == "template"
+    assert asked_as(settings(folder, tmp_path, chat="turns"), tokenizer).form.chat == "turns"
     own = load_tokenizer(run / "tokenizer")
+    assert asked_as(settings(run, tmp_path), own).form == PromptFormat()
     with pytest.raises(UserError, match="has no chat template"):
-        chosen_template(settings(run, tmp_path, chat="template"), own)
+        asked_as(settings(run, tmp_path, chat="template"), own)
+    assert capsys.readouterr().err == ""
+    write_prompt_format(PromptFormat(prompt_suffix=" =>", trained_on=("texts",)), run)
+    assert asked_as(settings(run, tmp_path), own).form.prompt_suffix == " =>"
+    assert asked_as(settings(run, tmp_path, prompt_suffix=""), own).form.prompt_suffix == ""
+    said = f"WARNING: {run} was trained to read prompts in another form than it is asked in: "
+    assert f"{said}prompt_suffix ' =>' then, '' now" in capsys.readouterr().err
+    asked_as(settings(run, tmp_path, system="Be."), own)  # of dialogues, which it has not seen
+    assert capsys.readouterr().err == ""
 
 
-def test_a_dialogue_speaks_the_template(folder, tmp_path, monkeypatch, capsys):
-    lines = iter([USER["content"].replace("\n", " ")])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or end_of_input())
-    asked = []
-    template = type(chosen_template(settings(folder, tmp_path), load_tokenizer(folder)))
-    prompt = template.prompt
-    monkeypatch.setattr(template, "prompt", lambda *a: asked.append(list(a[1])) or prompt(*a))
-    generate_text(settings(folder, tmp_path, prompts=None))
-    assert [message["role"] for message in asked[0]] == ["user"]
-
-
-def end_of_input() -> str:
-    raise EOFError
-
-
-def test_turns_have_the_tokens_that_training_gives_them(tiny, tmp_path):
-    tokenizer = load_tokenizer(tiny / "policy" / "tokenizer")
-    reply = {"role": "assistant", "content": "Little."}
-    dialogues = [{"messages": [*messages, reply]} for messages in DIALOGUES]
-    trained, _ = read_demonstrations(write_lines(tmp_path / "trained.jsonl", dialogues))
-    examples, _ = demonstration_examples(trained, tokenizer, max_length=999, prompt_suffix=" the ")
-    for messages, example in zip(DIALOGUES, examples, strict=True):
-        asked = tokens_of_dialogue(messages, tokenizer, None, " the ")
-        assert asked.tolist() == example.tokens[: example.prompt_length].tolist()
-    assert len(asked) > len(tokens_of_dialogue(messages, tokenizer, None, ""))
+def test_a_run_of_before_is_asked_in_the_form_that_it_was_trained_in(tiny, tmp_path):
+    run = Path(shutil.copytree(tiny / "policy", tmp_path / "run"))
+    data = {"train": "chats.jsonl", "prompt_suffix": "\n"}
+    (run / "config.json").write_text(json.dumps({"data": data}))
+    by = asked_as(settings(run, tmp_path), load_tokenizer(run / "tokenizer"))
+    prompt = by.prompt(Asked(messages=[USER]))
+    assert (prompt.text[-12:], prompt.suffix) == ("\n\nAssistant:", "\n")
 
 
 def test_a_dialogue_that_the_template_refuses_is_named_by_its_line(folder, tmp_path):
     only = "{% if messages|length > 1 %}{{ raise_exception('one turn alone') }}{% endif %}a"
     folder_of(folder, only)
-    with pytest.raises(
-        UserError, match=r'asked.jsonl:2: field "messages" is not answered: .*alone'
-    ):
+    with pytest.raises(UserError, match=r'asked.jsonl:2: field "messages" is not taken: .*alone'):
         generate_text(settings(folder, tmp_path))
     generate_text(settings(folder, tmp_path, skip_bad_lines=True))
     assert len(answers(tmp_path / "out.jsonl")) == 2

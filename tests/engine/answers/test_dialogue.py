@@ -1,9 +1,13 @@
 import io
+import shutil
+from pathlib import Path
 
 import pytest
 
 from engine.answers.answer import generate_text
-from engine.answers.dialogue import NEXT_TURN, _Screen, _show, _TurnEnded
+from engine.answers.dialogue import _Screen, _show, _TurnEnded
+from engine.data.prompt_format import PromptFormat, write_prompt_format
+from engine.data.tokenizer import load_tokenizer
 from engine.printable import printable
 from tests.engine.answers.answering import SAMPLING, config
 from tests.hostile import EVERYTHING, dangers
@@ -23,6 +27,56 @@ def test_a_dialogue_answers_until_the_end_of_input(run, tmp_path, monkeypatch, c
     out = capsys.readouterr().out
     assert "too long" in out
     assert len(out.splitlines()) >= 4
+
+
+def talked(source, tmp_path, monkeypatch, lines: list[str], reply: str = " a mill", **options):
+    """What a model is asked that answers every line so: texts, with the tokens of each."""
+    asked, typed = [], iter(lines)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or cut_off())
+
+    def answer(network, prompts, *rest, tokenizer, on_tokens, **others):
+        asked.append((tokenizer.decode(prompts[0].tolist()), prompts[0].tolist()))
+        on_tokens(0, tokenizer.encode(reply))
+        return []
+
+    monkeypatch.setattr("engine.answers.dialogue.generate", answer)
+    generate_text(config(source, tmp_path, prompts=None, **options))
+    return asked
+
+
+def test_a_dialogue_goes_on_until_it_starts_over_or_ends(run, tmp_path, monkeypatch, capsys):
+    lines = ["the", "/help", "pub", "/new", "fish", "exit", "never"]
+    asked = [tokens for _, tokens in talked(run / "policy", tmp_path, monkeypatch, lines)]
+    encode = load_tokenizer(run / "policy" / "tokenizer").encode
+    assert asked == [
+        encode("User: the\n\nAssistant:"),
+        encode("User: the\n\nAssistant: a mill\n\nUser: pub\n\nAssistant:"),
+        encode("User: fish\n\nAssistant:"),
+    ]
+    assert capsys.readouterr().out.count("/new starts over, /help says this, /quit or Ctrl-D") == 2
+
+
+def test_a_model_of_plain_prompts_is_asked_line_by_line_as_a_file_is(
+    run, tmp_path, monkeypatch, capsys
+):
+    source = Path(shutil.copytree(run / "policy", tmp_path / "policy"))
+    write_prompt_format(PromptFormat(prompt_suffix=" the", trained_on=("texts",)), source)
+    asked = talked(source, tmp_path, monkeypatch, ["mill", "pub", "quit"])
+    tokenizer = load_tokenizer(source / "tokenizer")
+    assert [tokens for _, tokens in asked] == [
+        tokenizer.encode("mill the"),
+        tokenizer.encode("pub the"),
+    ]
+    assert capsys.readouterr().out.count("trained on plain prompts alone: each line is one") == 1
+    in_turns = talked(source, tmp_path, monkeypatch, ["mill"], chat="turns")
+    assert in_turns[0][1] == tokenizer.encode("User: mill\n\nAssistant:")
+
+
+def test_a_line_that_becomes_no_token_is_said_and_not_asked(run, tmp_path, monkeypatch, capsys):
+    source = Path(shutil.copytree(run / "policy", tmp_path / "policy"))
+    write_prompt_format(PromptFormat(prompt_suffix="", trained_on=("texts",)), source)
+    assert len(talked(source, tmp_path, monkeypatch, ["\u6f22\u5b57", "mill"])) == 1
+    assert 'That cannot be asked: field "prompt" becomes no token' in capsys.readouterr().out
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_dialogue(run, tmp_path, monkeypatch, capsys):
@@ -61,10 +115,11 @@ def test_the_screen_holds_back_what_may_change_and_stops_at_the_next_turn():
     screen.add(0, [0])
     screen.add(0, [])
     assert "".join(shown) == "Hi."
-    screen = _Screen(Letters(), shown.append)
+    next_turn = PromptFormat().next_turn
+    screen = _Screen(Letters(), shown.append, next_turn)
     shown.clear()
     with pytest.raises(_TurnEnded):
-        for letter in f"Yes.\nNo.{NEXT_TURN} and so on":
+        for letter in f"Yes.\nNo.{next_turn} and so on":
             screen.add(0, [ord(letter)])
     screen.finish()
     assert screen.text == "Yes.\nNo."

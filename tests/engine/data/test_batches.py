@@ -15,10 +15,11 @@ from engine.data.batches import (
     lengths_of,
     micro_batches,
     pack,
+    shapes_of,
     split_by_tokens,
     spread,
 )
-from engine.data.examples import Example, begins_alike
+from engine.data.examples import TRAINED, Example, begins_alike
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
@@ -350,3 +351,15 @@ def test_chosen_units_are_read_when_they_are_asked_for():
     assert [len(chosen[n].tokens) for n in range(2)] == [8, 3]
     assert reads == [2, 0]
     assert [shape[0] for n in range(2) for shape in chosen.shapes(n)] == [8, 3]
+
+
+def test_what_a_field_says_is_not_trained_is_masked_and_not_counted():
+    def example(length: int, trained: list[int]) -> Example:
+        mask = np.isin(np.arange(length), trained)
+        return Example(tokens=np.arange(length), prompt_length=2, fields={TRAINED: mask})
+
+    units = [example(5, [2, 4]), example(4, [3])]
+    batch = pack(units, multiple_of=4)
+    assert batch.targets.tolist() == [2, 4, 8]
+    assert batch.mask.tolist() == [n in (2, 4, 8) for n in range(12)]
+    assert [shapes_of(units, index) for index in (0, 1)] == [[(5, 3)], [(4, 3)]]

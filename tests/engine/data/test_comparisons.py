@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from engine.data.comparisons import Comparison, comparison_examples, read_comparisons
+from engine.data.prompt_format import Prompt, Reply
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
 
@@ -14,6 +15,10 @@ CHAT = "User: Why?\n\nAssistant:"
 HH = "\n\nHuman: Why?\n\nAssistant: Hm.\n\nHuman: Well?\n\nAssistant:"
 
 
+def comparison(prompt: str, completions: list[str], ranks: list[int]) -> Comparison:
+    return Comparison(Prompt(prompt), [Reply(text) for text in completions], ranks)
+
+
 def read_one(tmp_path: Path, record: object) -> Comparison:
     path = tmp_path / "rm.jsonl"
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' + json.dumps(record))
@@ -22,7 +27,9 @@ def read_one(tmp_path: Path, record: object) -> Comparison:
 
 def test_rankings_with_ties_are_read(tmp_path: Path) -> None:
     record = {"prompt": "a", "completions": ["b", "c", "d"], "ranks": [2, 1, 2]}
-    assert read_one(tmp_path, record) == Comparison("a", ["b", "c", "d"], [2, 1, 2])
+    assert read_one(tmp_path, record) == Comparison(
+        Prompt("a", "\n"), [Reply("b"), Reply("c"), Reply("d")], [2, 1, 2]
+    )
 
 
 def test_only_the_order_of_ranks_is_kept(tmp_path: Path) -> None:
@@ -56,8 +63,11 @@ def test_only_the_order_of_ranks_is_kept(tmp_path: Path) -> None:
 def test_pairs_are_comparisons_of_two(
     tmp_path: Path, record: object, expected: tuple[str, str, str]
 ) -> None:
-    prompt, chosen, rejected = expected
-    assert read_one(tmp_path, record) == Comparison(prompt, [chosen, rejected], [1, 2])
+    found = read_one(tmp_path, record)
+    assert (found.prompt.text, *(each.text for each in found.completions)) == expected
+    assert found.ranks == [1, 2]
+    # A suffix closes what stands alone; what is open, or was cut out of two texts, goes on.
+    assert found.prompt.suffix == ("\n" if expected[0] == "a" else "")
 
 
 @pytest.mark.parametrize(
@@ -110,19 +120,23 @@ def test_a_bad_pair_is_named(tmp_path: Path, record: object, problem: str) -> No
 
 
 def test_a_comparison_becomes_sequences_of_one_prompt(tokenizer: Tokenizer) -> None:
-    comparison = Comparison("The Mill", [" is a pub", " is cheap"], [2, 1])
-    [unit], _ = comparison_examples([comparison], tokenizer, max_length=64)
+    ranked = comparison("The Mill", [" is a pub", " is cheap"], [2, 1])
+    [unit], _ = comparison_examples([ranked], tokenizer, max_length=64)
     prompt = tokenizer.encode("The Mill")
-    for example, completion, rank in zip(unit, comparison.completions, [2, 1], strict=True):
-        assert list(example.tokens) == [*prompt, *tokenizer.encode(completion), tokenizer.eos_id]
+    for example, completion, rank in zip(unit, ranked.completions, [2, 1], strict=True):
+        assert list(example.tokens) == [
+            *prompt,
+            *tokenizer.encode(completion.text),
+            tokenizer.eos_id,
+        ]
         assert example.prompt_length == len(prompt)
         assert example.fields == {"ranks": rank}
 
 
 def test_a_comparison_with_one_long_completion_is_dropped_whole(tokenizer: Tokenizer) -> None:
     comparisons = [
-        Comparison("The Mill", ["pub " * 50, "pub"], [1, 2]),
-        Comparison("The Mill", ["cheap", "pub"], [1, 2]),
+        comparison("The Mill", ["pub " * 50, "pub"], [1, 2]),
+        comparison("The Mill", ["cheap", "pub"], [1, 2]),
     ]
     units, report = comparison_examples(comparisons, tokenizer, max_length=50)
     assert report.kept == [1]
@@ -134,11 +148,11 @@ def test_real_comparisons_are_read_as_they_are(data_pack: Path) -> None:
     comparisons, report = read_comparisons(data_pack / "mini" / "comparisons.jsonl")
     assert report.num_read == 180
     lines = (data_pack / "mini" / "comparisons.jsonl").read_text().splitlines()
-    for comparison, line in zip(comparisons, lines, strict=True):
+    for each, line in zip(comparisons, lines, strict=True):
         record = json.loads(line)
-        assert comparison.prompt == record["prompt"]
-        assert comparison.completions == record["completions"]
-        assert comparison.ranks == record["ranks"]
+        assert each.prompt == Prompt(record["prompt"], "\n")
+        assert [completion.text for completion in each.completions] == record["completions"]
+        assert each.ranks == record["ranks"]
 
 
 def test_real_pairs_are_read(data_pack: Path) -> None:

@@ -8,8 +8,17 @@ from engine.data.demonstrations import (
     demonstration_examples,
     read_demonstrations,
 )
+from engine.data.prompt_format import Prompt, Reply
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import UserError
+
+QUESTION = {"role": "user", "content": "Why?"}
+ANSWER = {"role": "assistant", "content": "Because."}
+ASKED = "User: Why?\n\nAssistant:"
+
+
+def demonstration(prompt: str, response: str) -> Demonstration:
+    return Demonstration(Prompt(prompt), Reply(response))
 
 
 def write(path: Path, *records: object) -> Path:
@@ -18,19 +27,17 @@ def write(path: Path, *records: object) -> Path:
 
 
 def test_text_and_messages_are_read(tmp_path: Path) -> None:
-    question = {"role": "user", "content": "Why?"}
-    answer = {"role": "assistant", "content": "Because."}
     path = write(
         tmp_path / "sft.jsonl",
         {"prompt": "a", "response": "b", "source": "ignored"},
-        {"prompt": [question], "response": [answer]},
-        {"messages": [question, answer, question, answer]},
+        {"prompt": [QUESTION], "response": [ANSWER]},
+        {"messages": [QUESTION, ANSWER, QUESTION, ANSWER]},
     )
     demonstrations, report = read_demonstrations(path)
     assert demonstrations == [
-        Demonstration("a", "b"),
-        Demonstration("User: Why?\n\nAssistant:", " Because."),
-        Demonstration("User: Why?\n\nAssistant: Because.\n\nUser: Why?\n\nAssistant:", " Because."),
+        Demonstration(Prompt("a", "\n"), Reply("b")),
+        Demonstration(Prompt(ASKED, is_dialogue=True), Reply(" Because.")),
+        Demonstration(Prompt(f"{ASKED} Because.\n\n{ASKED}", is_dialogue=True), Reply(" Because.")),
     ]
     assert report.num_read == 3
 
@@ -45,6 +52,15 @@ def test_text_and_messages_are_read(tmp_path: Path) -> None:
         ({"prompt": "a", "response": 3}, 'field "response" must be a text or a list of messages'),
         ({"messages": [{"role": "user", "content": "a"}]}, "must be from the assistant"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "needs a user message"),
+        (
+            {
+                "messages": [QUESTION, ANSWER],
+                "chosen": [ANSWER, QUESTION, ANSWER],
+                "rejected": [ANSWER, QUESTION, ANSWER | {"content": "b"}],
+            },
+            'field "messages" must begin as the dialogue that chosen and',
+        ),
+        ({"messages": [QUESTION, ANSWER | {"weight": 0}]}, "has a weight of 0: nothing is trained"),
     ],
 )
 def test_a_bad_record_is_named(tmp_path: Path, record: object, problem: str) -> None:
@@ -56,7 +72,7 @@ def test_a_bad_record_is_named(tmp_path: Path, record: object, problem: str) -> 
 
 def test_an_example_is_prompt_response_and_end_of_text(tokenizer: Tokenizer) -> None:
     [example], report = demonstration_examples(
-        [Demonstration("The Mill", " is a pub.")], tokenizer, max_length=64
+        [demonstration("The Mill", " is a pub.")], tokenizer, max_length=64
     )
     prompt = tokenizer.encode("The Mill")
     assert list(example.tokens) == [*prompt, *tokenizer.encode(" is a pub."), tokenizer.eos_id]
@@ -66,9 +82,9 @@ def test_an_example_is_prompt_response_and_end_of_text(tokenizer: Tokenizer) -> 
 
 def test_too_long_demonstrations_are_dropped(tokenizer: Tokenizer) -> None:
     demonstrations = [
-        Demonstration("The Mill", "pub " * 70),
-        Demonstration("The Mill", "pub"),
-        Demonstration("The Mill " * 50, "pub"),
+        demonstration("The Mill", "pub " * 70),
+        demonstration("The Mill", "pub"),
+        demonstration("The Mill " * 50, "pub"),
     ]
     examples, report = demonstration_examples(
         demonstrations, tokenizer, max_length=60, max_prompt_length=20
@@ -84,7 +100,7 @@ def test_real_demonstrations_survive_the_round_trip(data_pack: Path) -> None:
     assert report.num_read == 200
     examples, lengths = demonstration_examples(demonstrations, gpt2, max_length=1024)
     assert lengths.kept == list(range(200))
-    for demonstration, example in zip(demonstrations, examples, strict=True):
-        assert gpt2.decode(example.tokens) == demonstration.prompt + demonstration.response
-        assert gpt2.decode(example.tokens[: example.prompt_length]) == demonstration.prompt
+    for each, example in zip(demonstrations, examples, strict=True):
+        assert gpt2.decode(example.tokens) == f"{each.prompt.text}\n{each.response.text}"
+        assert gpt2.decode(example.tokens[: example.prompt_length]) == f"{each.prompt.text}\n"
         assert example.tokens[-1] == gpt2.eos_id

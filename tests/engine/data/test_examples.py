@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from engine.data.examples import Example, drop_long, encode_prompts, join_pair
+from engine.data.examples import TRAINED, Example, drop_long, encode_prompts, encode_replies
+from engine.data.prompt_format import Prompt, Reply
 from engine.data.tokenizer import Tokenizer
 from tests.engine.data.made_tokenizer import made_tokenizer
 
@@ -12,27 +13,45 @@ def example(prompt_length: int, length: int) -> Example:
 
 def test_prompt_and_response_are_encoded_apart(tokenizer: Tokenizer) -> None:
     # "pu" + "b" is one piece when it is read as one word.
-    (prompt,) = encode_prompts(["a pu"], tokenizer)
-    tokens = join_pair(prompt, tokenizer.encode("b"), tokenizer)
-    assert tokens.dtype == np.int64
-    assert list(tokens) == [*tokenizer.encode("a pu"), *tokenizer.encode("b"), tokenizer.eos_id]
-    assert list(tokens[:-1]) != tokenizer.encode("a pub")
+    (prompt,) = encode_prompts([Prompt("a pu")], tokenizer)
+    (response,) = encode_replies([Reply("b")], tokenizer)
+    tokens = [*prompt, *response]
+    assert prompt.dtype == response.dtype == np.int64
+    assert tokens == [*tokenizer.encode("a pu"), *tokenizer.encode("b"), tokenizer.eos_id]
+    assert tokens[:-1] != tokenizer.encode("a pub")
 
 
 def test_the_suffix_closes_the_prompt(tokenizer: Tokenizer) -> None:
-    found = encode_prompts(["a pub", "x"], tokenizer, "\n")
-    assert [tokenizer.decode(tokens) for tokens in found] == ["a pub\n", "x\n"]
+    found = encode_prompts([Prompt("a pub", "\n"), Prompt("x")], tokenizer)
+    assert [tokenizer.decode(tokens) for tokens in found] == ["a pub\n", "x"]
+
+
+def test_what_has_its_tokens_keeps_them(tokenizer: Tokenizer) -> None:
+    made = np.array([3, 1, 4])
+    plain, kept = encode_prompts([Prompt("a pub"), Prompt("b", tokens=made)], tokenizer)
+    assert (plain.tolist(), kept.tolist()) == (tokenizer.encode("a pub"), [3, 1, 4])
+    kept, plain = encode_replies([Reply("b", made), Reply("a pub")], tokenizer)
+    assert kept.tolist() == [3, 1, 4]
+    assert plain.tolist() == [*tokenizer.encode("a pub"), tokenizer.eos_id]
 
 
 def test_every_prompt_begins_as_its_tokenizer_has_it() -> None:
     letters = made_tokenizer(lambda texts: [list(map(ord, text)) for text in texts], bos_ids=(7, 9))
-    found = [tokens.tolist() for tokens in encode_prompts(["ab", "", "c"], letters, "\n")]
+    asked = [Prompt("ab", "\n"), Prompt("", "\n"), Prompt("c", "\n")]
+    found = [tokens.tolist() for tokens in encode_prompts(asked, letters)]
     assert found == [[7, 9, 97, 98, 10], [7, 9, 10], [7, 9, 99, 10]]
-    (empty,) = encode_prompts([""], letters)
+    (empty,) = encode_prompts([Prompt("")], letters)
     assert empty.dtype == np.int64
     assert Example(tokens=empty, prompt_length=len(empty)).tokens.tolist() == [7, 9]
-    pair = join_pair(found[0], letters.encode("x"), letters)
-    assert pair.tolist() == [7, 9, 97, 98, 10, 120, letters.eos_id]  # once
+    (reply,) = encode_replies([Reply("x")], letters)
+    assert reply.tolist() == [120, letters.eos_id]  # nothing begins it
+
+
+def test_what_is_not_trained_is_given() -> None:
+    trained = np.array([False, False, True, False, True])
+    whole = Example(tokens=np.arange(5), prompt_length=2)
+    part = Example(tokens=np.arange(5), prompt_length=2, fields={TRAINED: trained})
+    assert (whole.num_given, part.num_given) == (2, 3)
 
 
 def test_what_is_over_a_limit_is_dropped_and_counted() -> None:

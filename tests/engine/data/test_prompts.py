@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.data.demonstrations import Demonstration
+from engine.data.prompt_format import Prompt, Reply
 from engine.data.prompts import (
     hold_out,
     hold_out_prompts,
@@ -22,7 +23,8 @@ def test_text_and_messages_are_read(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     records = [{"prompt": "a"}, {"messages": [{"role": "user", "content": "b"}]}]
     path.write_text("\n".join(json.dumps(record) for record in records))
-    assert read_prompts(path)[0] == ["a", "User: b\n\nAssistant:"]
+    asked = Prompt("User: b\n\nAssistant:", is_dialogue=True)
+    assert read_prompts(path)[0] == [Prompt("a", "\n"), asked]
 
 
 def test_a_bad_prompt_is_named(tmp_path: Path) -> None:
@@ -34,7 +36,7 @@ def test_a_bad_prompt_is_named(tmp_path: Path) -> None:
 
 
 def test_long_prompts_are_dropped_and_the_kept_ones_known(tokenizer: Tokenizer) -> None:
-    prompts = ["The Mill " * 50, "The Mill", "pub"]
+    prompts = [Prompt("The Mill " * 50), Prompt("The Mill"), Prompt("pub")]
     examples, report = prompt_examples(prompts, tokenizer, max_prompt_length=20)
     assert report.kept == [1, 2]
     assert report.num_long_prompts == 1
@@ -44,7 +46,7 @@ def test_long_prompts_are_dropped_and_the_kept_ones_known(tokenizer: Tokenizer) 
 
 def test_what_begins_a_prompt_counts_as_its_tokens() -> None:
     letters = made_tokenizer(lambda texts: [list(map(ord, text)) for text in texts], bos_ids=(7,))
-    examples, report = prompt_examples(["ab", "abc"], letters, max_prompt_length=3)
+    examples, report = prompt_examples([Prompt("ab"), Prompt("abc")], letters, max_prompt_length=3)
     assert [example.tokens.tolist() for example in examples] == [[7, 97, 98]]
     assert (report.num_long_prompts, examples[0].prompt_length) == (1, 3)
 
@@ -75,20 +77,23 @@ def test_no_prompt_is_answered_twice_nor_trained_on_where_it_is_held_out(
 ) -> None:
     _, would_be = split_by_prompt(prompts, valid_fraction, 0)
     would_be_held_out = {prompts[index] for index in would_be}
+    asked = [Prompt(text) for text in prompts]
     num_held_out = min(most, len(would_be_held_out))
     if num_held_out == len(set(prompts)):
         if valid_fraction == 1:
             with pytest.raises(UserError, match="holds out all prompts"):
-                hold_out_prompts(prompts, valid_fraction, 0, most=most)
+                hold_out_prompts(asked, valid_fraction, 0, most=most)
         else:
-            assert hold_out_prompts(prompts, valid_fraction, 0, most=most) == (prompts, [])
+            assert hold_out_prompts(asked, valid_fraction, 0, most=most) == (asked, [])
         return
-    kept, held_out = hold_out_prompts(prompts, valid_fraction, 0, most=most)
+    found = hold_out_prompts(asked, valid_fraction, 0, most=most)
+    kept, held_out = ([prompt.text for prompt in part] for part in found)
     assert len(held_out) == len(set(held_out)) == num_held_out
     assert set(held_out) <= would_be_held_out
     assert kept == [prompt for prompt in prompts if prompt not in held_out]
     # The order of the file decides nothing of it.
-    assert set(hold_out_prompts(prompts[::-1], valid_fraction, 0, most=most)[1]) == set(held_out)
+    other_way = hold_out_prompts(asked[::-1], valid_fraction, 0, most=most)[1]
+    assert {prompt.text for prompt in other_way} == set(held_out)
 
 
 def test_the_fraction_is_about_right_and_the_seed_matters() -> None:
@@ -101,9 +106,9 @@ def test_the_fraction_is_about_right_and_the_seed_matters() -> None:
 
 
 def test_held_out_records_are_the_others_and_some_must_be_left() -> None:
-    records = [Demonstration(prompt=f"prompt {n}", response="") for n in range(50)]
+    records = [Demonstration(Prompt(f"prompt {n}"), Reply("")) for n in range(50)]
     kept, held_out = hold_out(records, 0.3, 0)
-    train, valid = split_by_prompt([record.prompt for record in records], 0.3, 0)
+    train, valid = split_by_prompt([record.prompt.text for record in records], 0.3, 0)
     assert (kept, held_out) == ([records[n] for n in train], [records[n] for n in valid])
     assert kept and held_out
     with pytest.raises(UserError, match="^--data.valid-fraction 1.0 holds out all prompts"):

@@ -11,6 +11,7 @@ import torch
 from engine.checkpoints.checkpointer import Checkpointer
 from engine.checkpoints.found import find_network
 from engine.checkpoints.weights import load_weights
+from engine.data.prompt_format import Prompt
 from engine.data.prompts import prompt_examples
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
@@ -116,7 +117,8 @@ def test_run_is_known_by_the_epoch_of_the_highest_reward(judged: SFTConfig, chos
     judge = build_network("scalar", OTHER_SIZE, parallel, numerics=Numerics())
     load_weights(judge, Path(chosen["reward_model"]), role="reward_model")
     tokenizer = load_tokenizer(judged.directory / "tokenizer")
-    prompts, _ = prompt_examples(PROMPTS, tokenizer, max_prompt_length=36, prompt_suffix="\n")
+    asked = [Prompt(text, "\n") for text in PROMPTS]
+    prompts, _ = prompt_examples(asked, tokenizer, max_prompt_length=36)
     rollout = generate_rollout(
         policy, prompts, SAMPLING, eos_id=tokenizer.eos_id, seed=0, first_sample_index=0
     )

@@ -9,12 +9,11 @@ from engine.quickstart.finished_stages import FinishedStages
 from engine.ranks.start import start_parallel
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
-from engine.settings.ppo import PPOConfig, PPOData
+from engine.settings.ppo import PPOConfig
 from engine.settings.sampling import SamplingConfig
 from tests.tiny import SIZE, weights_of
 
 PPO = PPOConfig(
-    data=PPOData(prompt_suffix="\n"),
     sampling=SamplingConfig(max_new_tokens=12, num_slots=4, cache_gib=0.01),
     micro_batch_tokens=128,
 )
@@ -51,7 +50,7 @@ def test_prompts_that_leave_no_room_for_a_whole_answer_are_left_out(finished: Fi
     num_tokens = {n: len(finished.tokenizer.encode("fish" * n + "\n")) for n in range(1, 80)}
     fits = max(n for n, count in num_tokens.items() if count <= room)
     assert num_tokens[fits] == room
-    prompts = ["fish" * fits, "fish" * (fits + 1), "the mill"]
+    prompts = finished.prompts(["fish" * fits, "fish" * (fits + 1), "the mill"])
     assert finished.fitting(prompts) == [prompts[0], prompts[2]]
     with pytest.raises(UserError, match=f"all 1 .* are too long, 1 with a prompt over {room}"):
         finished.fitting(prompts[1:2])
@@ -60,20 +59,22 @@ def test_prompts_that_leave_no_room_for_a_whole_answer_are_left_out(finished: Fi
 def test_an_answer_is_a_rollouts_response_as_text(finished: FinishedStages):
     heard: list[None] = []
     policy = finished.load("sft", "language")
-    rollout, texts = finished.answer(policy, PROMPTS, lambda: heard.append(None))
+    prompts = finished.prompts(PROMPTS)
+    rollout, texts = finished.answer(policy, prompts, lambda: heard.append(None))
     assert len(texts) == len(heard) == len(PROMPTS)
     for example, prompt, text in zip(rollout.examples, PROMPTS, texts, strict=True):
         tokens, length = example.tokens.tolist(), example.prompt_length
         assert finished.tokenizer.decode(tokens[:length]) == f"{prompt}\n"
         assert finished.tokenizer.decode(tokens[length:]) == text
-    again = finished.answer(policy, PROMPTS)[1]
+    again = finished.answer(policy, prompts)[1]
     assert again == texts
     finished.seed += 1
-    assert finished.answer(policy, PROMPTS)[1] != texts
+    assert finished.answer(policy, prompts)[1] != texts
 
 
 def test_what_a_network_makes_of_answers_does_not_hang_on_the_budget(finished: FinishedStages):
-    rollout, _ = finished.answer(finished.load("sft", "language"), PROMPTS)
+    prompts = finished.prompts(PROMPTS)
+    rollout, _ = finished.answer(finished.load("sft", "language"), prompts)
     reward_model = finished.load("rm", "scalar")
     readings = finished.read(reward_model, rollout)
     assert readings.shape == rollout.response_mask.shape

@@ -23,6 +23,9 @@ class FromAList:
     def load(self, stage: str, kind: str) -> None:
         assert (stage, kind) == ("sft", "language")
 
+    def prompts(self, texts: list[str]) -> list[str]:
+        return texts
+
     def answer(self, policy: None, prompts: list[str], on_answer: Callable[[], None]) -> tuple:
         self.asked = prompts
         for _ in prompts:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.data.prompt_format import OPTIONS
 from engine.errors import UserError
 from engine.quickstart.settings import QuickstartConfig
 from engine.settings.command_line import parse_config
@@ -29,10 +30,10 @@ def test_a_saved_quickstart_reads_back_equal(tmp_path: Path):
     assert load_config(QuickstartConfig, tmp_path / "config.json") == recipe
 
 
-def test_prompts_end_alike_in_all_stages():
+def test_prompts_are_read_by_each_stage_as_by_the_one_before():
     """What SFT has learned to answer is what is compared and sampled."""
-    suffixes = {stage.data.prompt_suffix for stage in (recipe.sft, recipe.rm, recipe.ppo)}
-    assert len(suffixes) == 1
+    stages = (recipe.pretrain, recipe.sft, recipe.rm, recipe.ppo)
+    assert {getattr(stage.data, name) for stage in stages for name in OPTIONS} == {None}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.data.prompt_format import OPTIONS
 from engine.errors import UserError
 from engine.settings.command_line import parse_config
 from engine.settings.generate import GenerateConfig
@@ -12,9 +13,12 @@ from engine.settings.saved import load_config, save_config
 from engine.settings.sft import SFTData
 
 
-def test_a_prompt_ends_as_it_does_in_training():
-    suffixes = {data().prompt_suffix for data in (SFTData, RMData, PPOData)}
-    assert suffixes == {GenerateConfig().prompt_suffix}
+def test_a_prompt_is_read_as_in_training_unless_an_option_says_otherwise():
+    for options in (GenerateConfig(), SFTData(), RMData(), PPOData()):
+        assert {getattr(options, name) for name in OPTIONS} == {None}
+    typed = ["--prompt-suffix", r"\n\n", "--system", r"Be\tbrief\\n.", "--chat", "template"]
+    found = parse_config(GenerateConfig(), typed)
+    assert (found.prompt_suffix, found.system) == ("\n\n", "Be\tbrief\\n.")
 
 
 def test_options_of_the_draws_lie_under_sampling():

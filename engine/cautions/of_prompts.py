@@ -1,0 +1,76 @@
+"""What is amiss between the prompts that a run reads and the form that they are given.
+
+Pure functions, as engine/cautions/of_data.py. Thresholds are our choice.
+"""
+
+from collections.abc import Sequence
+
+from engine.alarms import Alarm
+from engine.data.prompt_format import DIALOGUES, TEXTS, Prompt, PromptFormat
+from engine.data.renderer import Renderer
+from engine.data.tokenizer import Tokenizer
+
+_MOST_SPACED = 0.5  # share of replies that may begin with whitespace behind a suffix of whitespace
+
+
+def prompt_cautions(
+    renderer: Renderer, prompts: Sequence[Prompt], replies: Sequence[str] = ()
+) -> list[Alarm]:
+    """Return what is amiss with a file's prompts, which the renderer has made, and the replies to
+    them."""
+    found = _kind_cautions(renderer.form, prompts) + _seam_cautions(renderer.form, prompts, replies)
+    return found + _suffix_cautions(renderer.tokenizer, prompts)
+
+
+def _kind_cautions(form: PromptFormat, prompts: Sequence[Prompt]) -> list[Alarm]:
+    """Return whether no prompt is of the kind that the run before was trained on."""
+    num_dialogues = sum(prompt.is_dialogue for prompt in prompts)
+    if form.trained_on == (DIALOGUES,) and not num_dialogues:
+        problem, remedy = (
+            "the prompts are plain texts, and the run before was trained on dialogues alone",
+            "--data.plain-prompts message has each read as one message of the user's",
+        )
+    elif form.trained_on == (TEXTS,) and num_dialogues == len(prompts):
+        problem, remedy = (
+            "the prompts are dialogues, and the run before was trained on plain texts alone",
+            "train it on dialogues, or with --data.plain-prompts message; or give plain prompts",
+        )
+    else:
+        return []
+    return [Alarm("prompt_form", f"{problem}: it does not know this form; {remedy}")]
+
+
+def _seam_cautions(
+    form: PromptFormat, prompts: Sequence[Prompt], replies: Sequence[str]
+) -> list[Alarm]:
+    """Return whether whitespace closes prompts whose replies bring their own."""
+    num_closed = sum(prompt.suffix.isspace() and not prompt.is_dialogue for prompt in prompts)
+    num_spaced = sum(reply[:1].isspace() for reply in replies)
+    if not num_closed or num_spaced <= _MOST_SPACED * len(replies):
+        return []
+    suffix = form.prompt_suffix
+    return [
+        Alarm(
+            "prompt_seam",
+            f"{num_spaced} of {len(replies)} replies begin with whitespace, and {suffix!r} closes "
+            f"{num_closed} prompts before them: that is whitespace twice, and a line break within "
+            "a sentence where the reply goes on with it; --data.prompt-suffix '' leaves it out",
+        )
+    ]
+
+
+def _suffix_cautions(tokenizer: Tokenizer | None, prompts: Sequence[Prompt]) -> list[Alarm]:
+    """Return whether a suffix is nothing to the tokenizer."""
+    closed = next((p for p in prompts if p.suffix and p.tokens is None), None)
+    if closed is None or tokenizer is None:
+        return []
+    with_it = tokenizer.encode(closed.text + closed.suffix)
+    if with_it != tokenizer.encode(closed.text):
+        return []
+    return [
+        Alarm(
+            "prompt_suffix",
+            f"the prompt suffix {closed.suffix!r} becomes no token: {tokenizer.path} leaves it "
+            "out, and nothing parts prompts from replies; name another by --data.prompt-suffix",
+        )
+    ]

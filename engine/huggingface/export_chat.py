@@ -1,0 +1,67 @@
+"""How an exported model is asked: by its run's form of prompts, and a chat template that writes it.
+
+    FOLDER/prompt_format.json        for a stage or generate.py that starts from the folder
+    FOLDER/tokenizer_config.json     chat_template, for everybody else
+
+A run that was trained by its tokenizer's template has that; one that was trained in turns gets one
+that writes these turns. A template that was kept and not trained by goes: it would ask wrongly.
+"""
+
+from pathlib import Path
+
+from engine.data.prompt_format import (
+    DIALOGUES,
+    PromptFormat,
+    read_prompt_format,
+    write_prompt_format,
+)
+from engine.data.tokenizer import Tokenizer
+from engine.files import read_object, write_object
+
+_CONFIG = "tokenizer_config.json"
+
+
+def export_chat(run: Path, tokenizer: Tokenizer, folder: Path) -> str:
+    """Write a run's form of prompts into its export, beside the tokenizer's files; return what is
+    to be said of it, "" for nothing. Of a run that was trained on no prompts all stays as it is."""
+    form = read_prompt_format(run)
+    if form is None or not form.trained_on:
+        return ""
+    write_prompt_format(form, folder)
+    if form.chat == "template":
+        return ""
+    settings = read_object(folder / _CONFIG)
+    had = settings.pop("chat_template", None) is not None
+    if DIALOGUES in form.trained_on:
+        settings["chat_template"] = turns_template(form, tokenizer)
+    write_object(folder / _CONFIG, settings)
+    if not had:
+        return ""
+    instead = "one that writes these turns is" if DIALOGUES in form.trained_on else "none is"
+    return (
+        f"{tokenizer.path}: its chat template is left out, for the run was not trained by it; "
+        f"{instead} there instead"
+    )
+
+
+def turns_template(form: PromptFormat, tokenizer: Tokenizer) -> str:
+    """Return a chat template that writes dialogues as they were trained in turns, with what begins
+    a text, and the end of text behind a last reply."""
+    names = {**form.roles, "developer": form.roles["system"]}
+    begin = "".join(tokenizer.bos_text.split(" "))
+    closed = form.prompt_suffix if form.closes_open else ""
+    system = f"{form.roles['system']}: {form.system}{form.separator}" if form.system else ""
+    is_reply = "loop.last and message['role'] == 'assistant'"
+    return (
+        f"{{% set names = {ascii(names)} %}}{{{{ {ascii(begin)} }}}}"
+        "{% if messages[0]['role'] not in ['system', 'developer'] %}"
+        f"{{{{ {ascii(system)} }}}}{{% endif %}}{{% for message in messages %}}"
+        "{% if message['role'] not in names %}"
+        "{{ raise_exception('no such role: ' + message['role']) }}{% endif %}"
+        f"{{% if not loop.first %}}{{{{ {ascii(form.separator)} }}}}{{% endif %}}"
+        "{{ names[message['role']] + ':' }}"
+        f"{{% if {is_reply} %}}{{{{ {ascii(closed)} }}}}{{% endif %}}"
+        "{{ ' ' + message['content'] }}"
+        f"{{% if {is_reply} %}}{{{{ {ascii(tokenizer.eos_text)} }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {ascii(form.open_turn + closed)} }}}}{{% endif %}}"
+    )

@@ -1,0 +1,54 @@
+import pytest
+
+from engine.cautions.of_prompts import prompt_cautions
+from engine.data.prompt_format import DIALOGUES, TEXTS, Prompt, PromptFormat
+from engine.data.renderer import Renderer
+from tests.engine.data.made_tokenizer import made_tokenizer
+
+LETTERS = made_tokenizer(lambda texts: [list(map(ord, text)) for text in texts])
+PLAIN = [Prompt("Why?", "\n")] * 3
+CHATS = [Prompt("User: Why?\n\nAssistant:", is_dialogue=True)] * 3
+
+
+@pytest.mark.parametrize(
+    ("kinds", "prompts", "said"),
+    [
+        ((DIALOGUES,), PLAIN, "plain texts, and the run before was trained on dialogues alone"),
+        ((TEXTS,), CHATS, "dialogues, and the run before was trained on plain texts alone"),
+        ((TEXTS, DIALOGUES), PLAIN, None),
+        ((), CHATS, None),
+        ((DIALOGUES,), [*PLAIN, *CHATS], None),
+        ((TEXTS,), [*PLAIN, *CHATS], None),
+    ],
+)
+def test_a_form_that_the_run_before_has_not_seen_is_said(kinds, prompts, said):
+    found = prompt_cautions(Renderer(PromptFormat(trained_on=kinds), LETTERS), prompts)
+    assert [alarm.name for alarm in found] == (["prompt_form"] if said else [])
+    if said:
+        assert said in found[0].message and "--data.plain-prompts message" in found[0].message
+
+
+@pytest.mark.parametrize(
+    ("prompts", "replies", "is_said"),
+    [
+        (PLAIN, [" So.", " No.", "Yes."], True),
+        (PLAIN, [" So.", "No.", "Yes.", "\tYes."], False),  # no more than half
+        ([Prompt("Why?", " =>")], [" So."], False),
+        ([Prompt("Why?")], [" So."], False),
+        (CHATS, [" So."], False),
+        (PLAIN, [], False),
+    ],
+)
+def test_whitespace_on_both_sides_of_the_seam_is_said(prompts, replies, is_said):
+    found = prompt_cautions(Renderer(None, LETTERS), prompts, replies)
+    assert [alarm.name for alarm in found] == (["prompt_seam"] if is_said else [])
+    if is_said:
+        assert found[0].message.endswith("--data.prompt-suffix '' leaves it out")
+        assert found[0].message.startswith("2 of 3 replies begin with whitespace")
+
+
+def test_a_suffix_that_is_nothing_to_the_tokenizer_is_said():
+    without = made_tokenizer(lambda texts: [list(map(ord, text.strip())) for text in texts])
+    (alarm,) = prompt_cautions(Renderer(None, without), PLAIN)
+    assert alarm.name == "prompt_suffix" and r"'\n' becomes no token" in alarm.message
+    assert prompt_cautions(Renderer(None, without), CHATS) == []

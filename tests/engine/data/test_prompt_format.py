@@ -1,0 +1,152 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.data.prompt_format import (
+    DIALOGUES,
+    TEXTS,
+    Prompt,
+    PromptFormat,
+    format_differences,
+    in_words,
+    prompt_format_beside,
+    prompt_format_of,
+    read_prompt_format,
+    trained_on,
+    write_prompt_format,
+)
+from engine.errors import UserError
+
+TRAINED = PromptFormat(trained_on=(TEXTS, DIALOGUES))
+
+
+def test_a_run_keeps_it_and_its_checkpoints_find_it(tmp_path: Path):
+    form = PromptFormat(
+        prompt_suffix="\n\n###\t",
+        chat="template",
+        chat_template="ab",
+        system="Be\nbrief.",
+        roles={"system": "S", "user": "Human", "assistant": "Assistant"},
+        trained_on=(DIALOGUES,),
+        begins_with=(1, 2),
+        ends_with=0,
+    )
+    assert read_prompt_format(tmp_path) is None
+    write_prompt_format(form, tmp_path)
+    assert read_prompt_format(tmp_path) == form
+    network = tmp_path / "checkpoints" / "step_00000001" / "policy"
+    network.mkdir(parents=True)
+    (network / "network.json").touch()
+    (network.parent / "manifest.json").touch()
+    for path in (tmp_path, network.parent, network):
+        assert prompt_format_beside(path) == form
+    assert prompt_format_beside(tmp_path / "checkpoints") is None  # no part of a run by itself
+
+
+@pytest.mark.parametrize(
+    ("data", "suffix", "kinds"),
+    [
+        ({"prompt_suffix": " =>", "train": "a.jsonl"}, " =>", (TEXTS, DIALOGUES)),
+        ({"prompt_suffix": "", "prompts": "a.jsonl"}, "", (TEXTS, DIALOGUES)),
+        ({"prompt_suffix": "\n", "train": None}, "\n", ()),  # pretraining
+    ],
+)
+def test_a_run_of_before_closed_all_by_its_suffix(tmp_path: Path, data, suffix, kinds):
+    (tmp_path / "config.json").write_text(json.dumps({"data": data}))
+    form = read_prompt_format(tmp_path)
+    assert form == PromptFormat(prompt_suffix=suffix, closes_open=True, trained_on=kinds)
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_type": "gpt2"}, {"data": 3}, {"data": {"prompt_suffix": None}}, {}]
+)
+def test_another_config_says_nothing(tmp_path: Path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_prompt_format(tmp_path) is None
+
+
+def test_a_lost_file_is_told_again_by_the_settings(tmp_path: Path):
+    data = {"prompt_suffix": " ", "chat": "turns", "plain_prompts": "message", "system": "Be."}
+    (tmp_path / "config.json").write_text(json.dumps({"data": data | {"train": "a"}}))
+    assert read_prompt_format(tmp_path) == PromptFormat(
+        prompt_suffix=" ", plain_prompts="message", system="Be.", trained_on=(TEXTS, DIALOGUES)
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt_suffix": 3},
+        {"prompt_suffix": "\ud800"},
+        {"chat": "chatml"},
+        {"chat": []},
+        {"plain_prompts": "messages"},
+        {"roles": {"user": "U"}},
+        {"roles": {"system": "S", "user": 1, "assistant": "A"}},
+        {"closes_open": "yes"},
+        {"trained_on": ["words"]},
+        {"trained_on": "texts"},
+        {"begins_with": [True]},
+        {"ends_with": "a"},
+        {"suffix": "a"},
+    ],
+)
+def test_what_is_no_format_is_named(tmp_path: Path, change):
+    values = dataclasses.asdict(PromptFormat())
+    assert prompt_format_of(json.loads(json.dumps(values))) == PromptFormat()
+    (tmp_path / "prompt_format.json").write_text(json.dumps(values | change))
+    (name,) = change
+    with pytest.raises(UserError, match=rf"prompt_format\.json: (unknown field )?{name}") as error:
+        read_prompt_format(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "change", "found"),
+    [
+        ((), {"prompt_suffix": " ", "chat": "template", "plain_prompts": "message"}, ""),
+        ((TEXTS,), {"prompt_suffix": " ", "chat": "template"}, "prompt_suffix"),
+        ((TEXTS,), {"plain_prompts": "message"}, "plain_prompts"),
+        ((TEXTS,), {"system": "Be brief."}, ""),
+        ((DIALOGUES,), {"prompt_suffix": " ", "plain_prompts": "message"}, ""),
+        ((DIALOGUES,), {"chat": "template", "chat_template": "ab"}, "chat"),
+        ((DIALOGUES,), {"system": "Be brief."}, "system"),
+        ((DIALOGUES,), {"separator": "\n"}, "separator"),
+        ((TEXTS,), {"closes_open": True}, "closes_open"),
+    ],
+)
+def test_what_a_run_was_trained_with_differs_and_nothing_else(kinds, change, found):
+    kept = PromptFormat(trained_on=kinds)
+    assert format_differences(kept, dataclasses.replace(kept, **change)).keys() == {*found.split()}
+
+
+def test_a_plain_prompt_that_was_read_as_a_message_stays_one():
+    kept = PromptFormat(plain_prompts="message", trained_on=(DIALOGUES,))
+    found = format_differences(kept, PromptFormat())
+    assert in_words(found, "then", "now") == "plain_prompts 'message' then, 'text' now"
+
+
+def test_two_templates_differ_where_both_are_known():
+    kept = PromptFormat(chat="template", chat_template="ab", trained_on=(DIALOGUES,))
+    other = dataclasses.replace(kept, chat_template="cd")
+    assert format_differences(kept, other) == {"chat_template": ("ab", "cd")}
+    assert format_differences(kept, dataclasses.replace(kept, chat_template="")) == {}
+    assert kept.having({"chat": "turns"}).chat_template == ""
+    assert kept.having({"chat": "template", "system": None}) == kept
+
+
+def test_a_prompt_is_open_where_it_shows():
+    assert PromptFormat().is_open("\n\nHuman: a\n\nAssistant:")
+    assert PromptFormat().is_open("a\n") and PromptFormat().is_open("a ")
+    assert not PromptFormat().is_open("a")
+    marked = PromptFormat(prompt_suffix="\n\n### Response:\n")  # says more than a space
+    assert not marked.is_open("a\n")
+
+
+def test_kinds_add_up():
+    prompts = [Prompt("a"), Prompt("b", is_dialogue=True)]
+    assert trained_on((), prompts[:1]) == (TEXTS,)
+    assert trained_on((DIALOGUES,), prompts[:1]) == (TEXTS, DIALOGUES)
+    assert trained_on((), []) == ()
