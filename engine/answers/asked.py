@@ -78,7 +78,9 @@ def read_asked(
         parse,
         skip_bad_lines=config.skip_bad_lines,
         skip_option="--skip-bad-lines",
-        shaping=Fields("prompts", config.fields, too_long=config.too_long, option="--fields"),
+        shaping=lambda: Fields(
+            "prompts", config.fields, too_long=config.too_long, option="--fields"
+        ),
     )
 
 

@@ -58,7 +58,7 @@ def read_comparisons(
         path,
         _parse,
         skip_bad_lines=skip_bad_lines,
-        shaping=Fields("comparisons", fields, too_long=too_long),
+        shaping=lambda: Fields("comparisons", fields, too_long=too_long),
     )
 
 

@@ -46,7 +46,7 @@ def read_demonstrations(
         _parse,
         skip_bad_lines=skip_bad_lines,
         skip_option=skip_option,
-        shaping=Fields("demonstrations", fields, too_long=too_long),
+        shaping=lambda: Fields("demonstrations", fields, too_long=too_long),
     )
 
 

@@ -40,7 +40,7 @@ def read_prompts(
         lambda record: parse_prompt(record)[0],
         skip_bad_lines=skip_bad_lines,
         skip_option=skip_option,
-        shaping=Fields("prompts", fields, too_long=too_long),
+        shaping=lambda: Fields("prompts", fields, too_long=too_long),
     )
 
 
