@@ -57,7 +57,7 @@ def read_comparisons(
         path,
         lambda record: _parse(record, by),
         skip_bad_lines=skip_bad_lines,
-        shaping=Fields("comparisons", fields),
+        shaping=lambda: Fields("comparisons", fields),
     )
 
 

@@ -61,7 +61,7 @@ def read_demonstrations(
         lambda record: _parse(record, by, replies),
         skip_bad_lines=skip_bad_lines,
         skip_option=skip_option,
-        shaping=Fields("demonstrations", fields, option=fields_option(skip_option)),
+        shaping=lambda: Fields("demonstrations", fields, option=fields_option(skip_option)),
     )
 
 

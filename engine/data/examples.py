@@ -150,10 +150,7 @@ def _cut_left(unit: AnyUnit, max_length: int, prompt_limit: int, num_first: int)
     if excess <= 0 or shortest - num_first - excess < 1:
         return unit
     cut = [
-        replace(
-            _without(each, num_first, num_first + excess),
-            prompt_length=each.prompt_length - excess,
-        )
+        _without(each, slice(num_first, num_first + excess), each.prompt_length - excess)
         for each in sequences
     ]
     return cut[0] if isinstance(unit, Example) else cut  # type: ignore[return-value]
@@ -164,17 +161,17 @@ def _cut_right(unit: AnyUnit, max_length: int) -> AnyUnit:
     limit, or has no room for a token."""
     if not isinstance(unit, Example) or not unit.prompt_length < max_length < len(unit.tokens):
         return unit
-    return _without(unit, max_length, len(unit.tokens))  # type: ignore[return-value]
+    return _without(unit, slice(max_length, None), unit.prompt_length)  # type: ignore[return-value]
 
 
-def _without(example: Example, start: int, end: int) -> Example:
-    """Return a sequence without its tokens from `start` to before `end`, and their values."""
-
-    def rest(values: np.ndarray) -> np.ndarray:
-        return np.concatenate([values[:start], values[end:]])
-
-    fields = {n: rest(v) if isinstance(v, np.ndarray) else v for n, v in example.fields.items()}
-    return replace(example, tokens=rest(example.tokens), fields=fields)
+def _without(example: Example, gone: slice, prompt_length: int) -> Example:
+    """Return an example without some of its tokens, and without their values in its fields."""
+    fields = {
+        name: np.delete(value, gone) if isinstance(value, np.ndarray) else value
+        for name, value in example.fields.items()
+    }
+    tokens = np.delete(example.tokens, gone)
+    return replace(example, tokens=tokens, prompt_length=prompt_length, fields=fields)
 
 
 def encode_prompts(

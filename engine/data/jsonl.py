@@ -77,8 +77,8 @@ class RecordReader(Generic[_Record]):
     is counted when `skip_bad_lines` is set. A file without one good record raises UserError in both
     cases. Empty lines are no records and no errors. skip_option: what sets `skip_bad_lines` where
     the file is read for a command that has such an option. on_bad is told where each line stands
-    that is skipped, and why. shaping: what makes of the file's rows those that `parse` takes; None:
-    they are so already.
+    that is skipped, and why. shaping: returns what makes of one file's rows those that `parse`
+    takes; None: they are so already.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class RecordReader(Generic[_Record]):
         skip_bad_lines: bool,
         skip_option: str = SKIP_OPTION,
         on_bad: Callable[[str, str], object] = lambda where, why: None,
-        shaping: Shaping | None = None,
+        shaping: Callable[[], Shaping] | None = None,
     ) -> None:
         self.path = Path(path)
         self._name = named(path, MAX_SHOWN_PATH)
@@ -97,7 +97,7 @@ class RecordReader(Generic[_Record]):
         self.where = ""  # the record that came last stood
         self._on_bad = on_bad
         self._parse = parse
-        self._shaping = shaping
+        self._shaping = shaping() if shaping is not None else None
         self._skip_bad_lines = skip_bad_lines
         self._advice = "correct the line" + (f", or pass {skip_option}" if skip_option else "")
         self._num_read = 0
@@ -176,7 +176,7 @@ def read_records(
     *,
     skip_bad_lines: bool,
     skip_option: str = SKIP_OPTION,
-    shaping: Shaping | None = None,
+    shaping: Callable[[], Shaping] | None = None,
 ) -> tuple[list[_Record], ReadReport]:
     """Return all records of a file and the report; UserError where memory does not hold them.
 

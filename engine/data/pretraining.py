@@ -233,7 +233,7 @@ def _open_documents(
     name = source.name.removesuffix(".gz")
     if name.endswith((".jsonl", ".json")):
         return RecordReader(
-            source, _parse, skip_bad_lines=skip_bad_lines, shaping=Fields("text", fields)
+            source, _parse, skip_bad_lines=skip_bad_lines, shaping=lambda: Fields("text", fields)
         )
     if name.endswith(".txt"):
         return _TextFile(source)

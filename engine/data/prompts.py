@@ -45,7 +45,7 @@ def read_prompts(
         lambda record: by.prompt(asked_in(record)),
         skip_bad_lines=skip_bad_lines,
         skip_option=skip_option,
-        shaping=Fields("prompts", fields, option=fields_option(skip_option)),
+        shaping=lambda: Fields("prompts", fields, option=fields_option(skip_option)),
     )
 
 

@@ -17,7 +17,7 @@ PLAIN = "plain"
 Gathering = Callable[[Sequence[tuple[str, Row]]], list[tuple[str, Row | LeftOut]]]
 
 
-class RowShape(NamedTuple):
+class DataShape(NamedTuple):
     """Rows that a public data set has."""
 
     title: str
@@ -103,8 +103,8 @@ _TIES: Mapping[Purpose, str] = {"comparisons": "pairs; ties left out", "prompts"
 _RATED: Mapping[Purpose, str] = {"comparisons": "all answers of a prompt", "prompts": "yes"}
 _PROMPT: Mapping[Purpose, str] = {"prompts": "yes"}
 
-SHAPES: Mapping[str, RowShape] = {
-    PLAIN: RowShape(
+SHAPES: Mapping[str, DataShape] = {
+    PLAIN: DataShape(
         "our own fields, and TRL's",
         "",
         plain,
@@ -114,73 +114,73 @@ SHAPES: Mapping[str, RowShape] = {
             "prompts": "`prompt`, or what is asked in `messages` or a pair",
         },
     ),
-    "alpaca": RowShape(
+    "alpaca": DataShape(
         "Alpaca",
         "instruction, output",
         one(_A.alpaca),
         _ANSWER,
         also="input, system, history",
     ),
-    "alpaca-pair": RowShape(
+    "alpaca-pair": DataShape(
         "LLaMA-Factory's pairs",
         "instruction, chosen, rejected",
         one(_D.alpaca_pair),
         _PAIR,
         also="input, system, history",
     ),
-    "dolly": RowShape("Dolly", "instruction, response", one(_A.dolly), _ANSWER, also="context"),
-    "self-instruct": RowShape(
+    "dolly": DataShape("Dolly", "instruction, response", one(_A.dolly), _ANSWER, also="context"),
+    "self-instruct": DataShape(
         "Self-Instruct's tasks",
         "instruction, instances",
         _A.self_instruct,
         {"demonstrations": "one an instance", "prompts": "one an instance"},
     ),
-    "question-answer": RowShape(
+    "question-answer": DataShape(
         "GSM8K, and other questions with an answer",
         "question, answer",
         one(_A.question_answer),
         _ANSWER,
         fits=_is_text("question", "answer"),
     ),
-    "openorca": RowShape(
+    "openorca": DataShape(
         "OpenOrca", "question, response", one(_A.openorca), _ANSWER, also="system_prompt"
     ),
-    "flan": RowShape("FLAN, Aya", "inputs, targets", one(_A.flan), _ANSWER),
-    "input-output": RowShape(
+    "flan": DataShape("FLAN, Aya", "inputs, targets", one(_A.flan), _ANSWER),
+    "input-output": DataShape(
         "OpenRLHF's SFT rows",
         "input, output",
         one(_A.input_output),
         _ANSWER,
         fits=_is_text("input"),
     ),
-    "completion": RowShape(
+    "completion": DataShape(
         "TRL's prompt-completion and unpaired preference, OpenAI's legacy fine-tuning",
         "prompt, completion",
         one(_A.prompt_completion),
         {"demonstrations": "yes; `label` false is left out", "prompts": "yes"},
         also="label",
     ),
-    "stepwise": RowShape(
+    "stepwise": DataShape(
         "TRL's stepwise supervision", "prompt, completions, labels", one(_A.stepwise), _PROMPT
     ),
-    "tldr": RowShape(
+    "tldr": DataShape(
         "TL;DR, filtered by OpenAI", "subreddit, title, post, summary", one(_A.tldr), _ANSWER
     ),
-    "prompt-label": RowShape(
+    "prompt-label": DataShape(
         "TL;DR, by CarperAI",
         "prompt, label",
         one(_A.prompt_label),
         _ANSWER,
         fits=_is_text("prompt", "label"),
     ),
-    "turns": RowShape(
+    "turns": DataShape(
         "MT-bench, Vicuna's questions",
         "turns",
         one(_A.turns),
         {"prompts": "the first turn"},
         fits=_holds("turns", str),
     ),
-    "helpsteer": RowShape(
+    "helpsteer": DataShape(
         "HelpSteer 1 and 2",
         "prompt, response, helpfulness",
         _A.helpsteer,
@@ -191,7 +191,7 @@ SHAPES: Mapping[str, RowShape] = {
         },
         gather=_A.together,
     ),
-    "truthfulqa": RowShape(
+    "truthfulqa": DataShape(
         "TruthfulQA.csv",
         "Question, Best Answer, Correct Answers, Incorrect Answers",
         _A.truthfulqa,
@@ -201,7 +201,7 @@ SHAPES: Mapping[str, RowShape] = {
             "prompts": "yes",
         },
     ),
-    "sharegpt": RowShape(
+    "sharegpt": DataShape(
         "ShareGPT",
         "conversations",
         one(_D.sharegpt),
@@ -209,34 +209,34 @@ SHAPES: Mapping[str, RowShape] = {
         also="system",
         fits=_holds("conversations", dict),
     ),
-    "sharegpt-pair": RowShape(
+    "sharegpt-pair": DataShape(
         "LLaMA-Factory's pairs of dialogues",
         "conversations, chosen, rejected",
         one(_D.sharegpt_pair),
         _PAIR,
         also="system",
     ),
-    "lima": RowShape(
+    "lima": DataShape(
         "LIMA", "conversations", one(_D.lima), _DIALOGUE, fits=_holds("conversations", str)
     ),
-    "conversation": RowShape(
+    "conversation": DataShape(
         "LMSYS-Chat-1M, WildChat",
         "conversation",
         one(_D.conversation),
         _DIALOGUE,
         fits=_holds("conversation", dict, "role"),
     ),
-    "guanaco": RowShape(
+    "guanaco": DataShape(
         "Guanaco: `### Human:`, `### Assistant:`",
         "text",
         one(_D.guanaco),
         _DIALOGUE,
         fits=lambda row: str(row["text"]).lstrip().startswith("### Human:"),
     ),
-    "context-messages": RowShape(
+    "context-messages": DataShape(
         "OpenRLHF's prompts", "context_messages", one(_D.context_messages), _PROMPT
     ),
-    "pair-with-prompt": RowShape(
+    "pair-with-prompt": DataShape(
         "UltraFeedback binarized: `prompt` beside whole dialogues",
         "prompt, chosen, rejected",
         one(_D.pair_with_prompt),
@@ -247,73 +247,73 @@ SHAPES: Mapping[str, RowShape] = {
         },
         fits=lambda row: isinstance(row["chosen"], list) and len(row["chosen"]) > 1,
     ),
-    "openai-preference": RowShape(
+    "openai-preference": DataShape(
         "OpenAI's preference fine-tuning",
         "input, preferred_output, non_preferred_output",
         one(_D.openai_preference),
         _PAIR,
         fits=_has("input", "messages"),
     ),
-    "nemo": RowShape(
+    "nemo": DataShape(
         "NeMo-RL",
         "context, completions",
         one(_D.nemo),
         _RATED,
         fits=_holds("completions", dict, "rank", "completion"),
     ),
-    "webgpt": RowShape(
+    "webgpt": DataShape(
         "WebGPT comparisons",
         "question, answer_0, answer_1, score_0, score_1",
         one(_R.webgpt),
         _TIES,
         fits=_has("question", "full_text"),
     ),
-    "summaries": RowShape(
+    "summaries": DataShape(
         "summarize-from-feedback", "info, summaries, choice", one(_R.summaries), _PAIR
     ),
-    "shp": RowShape("SHP", "history, human_ref_A, human_ref_B, labels", one(_R.shp), _PAIR),
-    "ultrafeedback": RowShape(
+    "shp": DataShape("SHP", "history, human_ref_A, human_ref_B, labels", one(_R.shp), _PAIR),
+    "ultrafeedback": DataShape(
         "UltraFeedback",
         "instruction, completions",
         one(_R.ultrafeedback),
         {"comparisons": "all answers of a prompt, by their mean rating", "prompts": "yes"},
         fits=_holds("completions", dict, "response"),
     ),
-    "argilla": RowShape(
+    "argilla": DataShape(
         "Argilla's UltraFeedback",
         "instruction, chosen_response, rejected_response",
         one(_R.argilla),
         _PAIR,
     ),
-    "orca-pair": RowShape(
+    "orca-pair": DataShape(
         "orca_dpo_pairs", "question, chosen, rejected", one(_R.orca_pair), _PAIR, also="system"
     ),
-    "helpsteer2-preference": RowShape(
+    "helpsteer2-preference": DataShape(
         "HelpSteer2's preferences",
         "prompt, response_1, response_2, preference_strength",
         one(_R.helpsteer2_preference),
         _TIES,
     ),
-    "helpsteer3": RowShape(
+    "helpsteer3": DataShape(
         "HelpSteer3's preferences",
         "context, response1, response2, overall_preference",
         one(_R.helpsteer3),
         _TIES,
     ),
-    "nectar": RowShape(
+    "nectar": DataShape(
         "Nectar",
         "prompt, answers",
         one(_R.nectar),
         {"comparisons": "seven answers by rank", "prompts": "yes"},
         fits=_holds("answers", dict, "answer", "rank"),
     ),
-    "pku-saferlhf": RowShape(
+    "pku-saferlhf": DataShape(
         "PKU-SafeRLHF",
         "prompt, response_0, response_1, better_response_id",
         one(_R.pku_saferlhf),
         {"comparisons": "pairs, by helpfulness", "prompts": "yes"},
     ),
-    "arena": RowShape(
+    "arena": DataShape(
         "Chatbot Arena, MT-bench's judgments",
         "conversation_a, conversation_b, winner",
         _R.arena,
@@ -322,30 +322,30 @@ SHAPES: Mapping[str, RowShape] = {
             "prompts": "the first turn",
         },
     ),
-    "arena-kaggle": RowShape(
+    "arena-kaggle": DataShape(
         "Chatbot Arena, Kaggle's",
         "prompt, response_a, response_b, winner_model_a, winner_model_b",
         _R.arena_kaggle,
         {"comparisons": "pairs of one turn; ties left out", "prompts": "the first turn"},
     ),
-    "llmbar": RowShape("LLMBar", "input, output_1, output_2, label", one(_R.llmbar), _PAIR),
-    "pandalm": RowShape(
+    "llmbar": DataShape("LLMBar", "input, output_1, output_2, label", one(_R.llmbar), _PAIR),
+    "pandalm": DataShape(
         "PandaLM",
         "instruction, response1, response2, annotator1",
         one(_R.pandalm),
         {"comparisons": "pairs, as most annotators say; ties left out", "prompts": "yes"},
         also="input",
     ),
-    "truthfulqa-choices": RowShape(
+    "truthfulqa-choices": DataShape(
         "TruthfulQA's choices", "question, mc1_targets", one(_R.truthfulqa_choices), _RATED
     ),
-    "stack-exchange-pair": RowShape(
+    "stack-exchange-pair": DataShape(
         "Stack Exchange, paired",
         "question, response_j, response_k",
         one(_R.stack_exchange_pair),
         _PAIR,
     ),
-    "oasst-tree": RowShape(
+    "oasst-tree": DataShape(
         "OpenAssistant, trees",
         "message_tree_id, prompt",
         _T.oasst_tree,
@@ -356,7 +356,7 @@ SHAPES: Mapping[str, RowShape] = {
         },
         fits=lambda row: isinstance(row["prompt"], dict),
     ),
-    "oasst": RowShape(
+    "oasst": DataShape(
         "OpenAssistant, messages",
         "message_id, role, text",
         _T.oasst_tree,
@@ -368,7 +368,7 @@ SHAPES: Mapping[str, RowShape] = {
         also="parent_id, message_tree_id, rank",
         gather=_T.oasst_trees,
     ),
-    "hh": RowShape(
+    "hh": DataShape(
         "HH-RLHF as messages, where it is asked for by name",
         "",
         one(_D.hh),

@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from engine.data.examples import TRAINED, Example, drop_long, encode_prompts, encode_replies
+from engine.data.examples import (
+    TRAINED,
+    Example,
+    TooLong,
+    drop_long,
+    encode_prompts,
+    encode_replies,
+)
 from engine.data.prompt_format import Prompt, Reply
 from engine.data.tokenizer import Tokenizer
 from tests.engine.data.made_tokenizer import made_tokenizer
@@ -102,6 +109,18 @@ def test_the_completions_of_a_prompt_keep_one_prompt() -> None:
     assert short.tokens.tolist() == [2, 3, 4, 5, 6, 7]
     assert long.tokens.tolist() == list(range(2, 11))
     assert (short.prompt_length, long.prompt_length, report.num_cut) == (4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("too_long", "kept"), [("cut-left", [0, 2, 3, 4]), ("cut-right", [0, 1, 2, 3])]
+)
+def test_what_goes_with_a_token_is_cut_with_it(too_long: TooLong, kept: list[int]) -> None:
+    fields = {"weights": np.arange(5) * 0.5, "ranks": 3}
+    whole = Example(tokens=np.arange(5), prompt_length=3, fields=fields)
+    (cut,), _ = drop_long([whole], max_length=4, too_long=too_long, num_first=1)
+    assert cut.tokens.tolist() == kept
+    assert np.asarray(cut.fields["weights"]).tolist() == [0.5 * n for n in kept]
+    assert cut.fields["ranks"] == 3
 
 
 def test_a_response_loses_its_end() -> None:
