@@ -56,9 +56,11 @@ def timed(home: Path) -> dict:
         check=True,
         stdout=subprocess.DEVNULL,
     )
+    seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
-        "seconds": round(time.perf_counter() - start, 1),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3),
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        "peak_mb": round(used.ru_maxrss / 1e3),
         "log_mb": round((home / "log.jsonl").stat().st_size / 1e6),
     }
 

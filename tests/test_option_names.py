@@ -50,10 +50,10 @@ SAID_BY = {
     "engine/replay/": ("replay",),
     "engine/evidence/": ("replay",),
     "engine/preflight/": ("preflight",),
-    "engine/quickstart/": ("quickstart",),
+    "engine/quickstart/": ("quickstart", "generate"),
     "engine/planning/": ("plan", *STAGES),
-    "engine/prepare/tokenizer_training.py": ("tokenizer",),
-    "engine/prepare/": ("prepare",),
+    "engine/prepare/tokenizer_training.py": ("tokenizer", "sft"),
+    "engine/prepare/": ("prepare", "sft"),
     "engine/guide/": ("ppo", "sft", "rm", "generate"),
     "engine/claim.py": ("tokenizer", "prepare"),
 }

@@ -147,3 +147,6 @@ def _show(report: Mapping[str, Any], folder: Path) -> None:
                 "kept: raise --prefix-characters where all prompts have one preamble"
             )
     say(f"{folder}: what was dropped and why is in report.md and dropped.jsonl")
+    if (folder / "sft.train.jsonl").exists() and (folder / "sft.valid.jsonl").exists():
+        say(f"SFT reads them by --data.train {folder}/sft.train.jsonl \\")
+        say(f"    --data.valid {folder}/sft.valid.jsonl")

@@ -75,6 +75,8 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
         f"{config.out}: {tokenizer.vocab_size} entries from {num_bytes / 1e6:.2f} MB of text; "
         f"{bytes_a_token:.2f} bytes a token"
     )
+    say("next: python recipes/sft_tiny.py \\")
+    say(f"    --tokenizer {config.out} --data.train demonstrations.jsonl")
     return config.out
 
 

@@ -123,6 +123,7 @@ def _results(
         if summary.get("judge") == "reward_model":
             say("no independent judge: the reward is of the model that PPO was trained on")
         say(f"report: {home / 'report.html'}")
+        say(f"to ask it: python recipes/generate.py --source {home / 'ppo_ptx'}")
     return summary
 
 
