@@ -179,11 +179,8 @@ def main() -> None:
         micro_batch_tokens=arguments.micro_batch_tokens,
     )
     records = []
-    for named in arguments.rankings:
-        name, _, path = named.partition("=")
-        if not path:
-            raise UserError(f"--rankings {named}: write NAME=FILE")
-        units = read_units(Path(path), tokenizer, job.size.context_length)
+    for name, path in arguments.rankings:
+        units = read_units(path, tokenizer, job.size.context_length)
         record = {"benchmark": "shared_prompts", "rankings": name}
         records.append(record | count_tokens(units) | measure(job, units, parallel))
         console.print(
@@ -220,12 +217,20 @@ def _table(job: Job, records: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def _named_file(text: str) -> tuple[str, Path]:
+    name, _, path = text.partition("=")
+    if not path:
+        raise argparse.ArgumentTypeError(f"{text}: write NAME=FILE")
+    return name, Path(path)
+
+
 def _parse(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser = command("shared_prompts")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--tokenizer", type=Path, required=True, help="file or folder")
-    add("--rankings", nargs="+", required=True, metavar="NAME=FILE", help="comparisons")
+    add("--rankings", nargs="+", type=_named_file, required=True, metavar="NAME=FILE",
+        help="comparisons")  # fmt: skip
     add("--device", choices=("cpu", "cuda"), default=default)
     add("--size", choices=SIZES, default="small", help="with the tokenizer's vocabulary")
     add("--context-length", type=count, default=2048, help="longer sequences are left out")

@@ -70,7 +70,7 @@ def test_command_prints_a_row_a_file_and_keeps_a_record(
     record = json.loads(line)
     assert (record["benchmark"], record["rankings"]) == ("shared_prompts", "places")
     assert str(tiny) not in line  # a record names no folder
-    monkeypatch.setattr("sys.argv", [*words.split()[:6], "--rankings", "places"])
+    monkeypatch.setattr("sys.argv", [*words.split()[:7], "--rankings", "places"])
     with pytest.raises(SystemExit):
         shared_prompts.main()
     assert "write NAME=FILE" in capsys.readouterr().err
