@@ -308,8 +308,8 @@ def _prepared(records: Sequence[Record]) -> str:
     rows = [tuple(kind[key] for key in keys) for kind in last["kinds"]]
     return (
         f"**{last['records']:,} records of {last['log_mb']} MB in {last['seconds'] / 60:.1f} "
-        f"minutes ({last['cpu_seconds'] / 60:.1f} of a core) and {last['peak_mb']} MB of memory; one process on {last['device']}, commit "
-        f"{last['commit']}**\n\n" + _markdown(head, rows)
+        f"minutes ({last['cpu_seconds'] / 60:.1f} of a core) and {last['peak_mb']} MB of memory; "
+        f"one process on {last['device']}, commit {last['commit']}**\n\n" + _markdown(head, rows)
     )
 
 

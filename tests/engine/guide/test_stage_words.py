@@ -51,6 +51,8 @@ def test_an_end_says_where_things_are_in_lines_of_a_terminal(tmp_path):
     again = ending(config, 12, RECIPES / "sft_tiny.py", is_alone=True)
     assert "finished before, at step 12; a higher --epochs goes on" in again[0]
     assert again[1:] == lines[1:]
+    resumed = ending(config, 5, RECIPES / "sft_tiny.py", is_alone=True)
+    assert resumed == lines
     likewise = ending(config, None, RECIPES / "sft_tiny.py", is_alone=False)
     assert likewise[1].startswith("next, started likewise: ")
     ppo = replace(PPO, directory=saved(tmp_path / "ppo", 3))

@@ -89,3 +89,6 @@ def test_duplicates_do_not_count_against_the_cap():
     entries = columns((0, 1, 0), (0, 1, 0), (1, 1, 0), (2, 1, 0))
     found = verdicts(entries, original_of(entries), np.zeros(4), max_prompts_per_user=2)
     assert found.tolist() == [Verdict.KEPT, Verdict.DUPLICATE, Verdict.KEPT, Verdict.OVER_CAP]
+    entries = columns((0, 1, 0), (0, 2, 0), (1, 2, 0))  # user 2 has sent user 1's prompt too
+    found = verdicts(entries, original_of(entries), np.zeros(3), max_prompts_per_user=1)
+    assert found.tolist() == [Verdict.KEPT, Verdict.DUPLICATE, Verdict.KEPT]

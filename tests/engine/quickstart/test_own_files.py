@@ -63,6 +63,13 @@ def test_few_prompts_leave_something_on_either_side(tmp_path, number):
         assert len(lines(kept)) + len(lines(held_out)) == number
 
 
+def test_prompts_that_would_all_be_held_out_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.quickstart.own_files._FRACTION", 1.0)
+    rows = [{"prompt": str(i)} for i in range(9)]
+    kept, held_out = split(tmp_path, prompts=write_lines(tmp_path / "p.jsonl", rows))["prompts"]
+    assert (len(lines(kept)), len(lines(held_out))) == (1, 8)
+
+
 def test_rows_stay_as_they_are_and_dialogues_are_told_apart_by_their_prompt(tmp_path):
     def chat(question: str, answer: str) -> list[dict]:
         roles = {"user": question, "assistant": answer}
