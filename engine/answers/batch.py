@@ -12,6 +12,7 @@ from engine.data.tokenizer import Tokenizer
 from engine.generation.generate import generate
 from engine.printable import say
 from engine.ranks.first_rank import said_by_first_rank
+from engine.ranks.parallel import Parallel
 from engine.settings.generate import GenerateConfig
 from engine.training.network import Network
 
@@ -49,12 +50,7 @@ def answer_file(
     if parallel.is_writer and answers.kept:
         say(f"{config.out}: {len(answers.kept)} of {num_answers} answers are there already")
     missing = [number for number in range(num_answers) if number not in answers.kept]
-    # The samples of a prompt stay on one replica, which computes it once.
-    open_prompts = sorted({number // config.num_samples for number in missing})
-    lengths = [len(examples[index].tokens) for index in open_prompts]
-    dealt = deal(lengths, parallel.num_replicas)[parallel.replica_rank]
-    mine = {open_prompts[n] for n in dealt}
-    numbers = [number for number in missing if number // config.num_samples in mine]
+    numbers = _dealt(missing, [len(each.tokens) for each in examples], config, parallel)
     for response in generate(
         network,
         [examples[number // config.num_samples].tokens for number in numbers],
@@ -78,6 +74,17 @@ def answer_file(
     if parallel.is_writer:
         kept = limits.described(length_report)
         say(f"{config.out}: {num_answers} answers; {read_report}; prompts: {kept}")
+
+
+def _dealt(
+    missing: list[int], lengths: list[int], config: GenerateConfig, parallel: Parallel
+) -> list[int]:
+    """Return which of the missing answers this replica draws. The samples of a prompt stay on one,
+    which computes it once; lengths: of the prompts, in tokens."""
+    open_prompts = sorted({number // config.num_samples for number in missing})
+    dealt = deal([lengths[index] for index in open_prompts], parallel.num_replicas)
+    mine = {open_prompts[n] for n in dealt[parallel.replica_rank]}
+    return [number for number in missing if number // config.num_samples in mine]
 
 
 def _origin(config: GenerateConfig, digest: str) -> Origin:

@@ -45,8 +45,8 @@ def export_chat(run: Path, tokenizer: Tokenizer, folder: Path) -> str:
 
 
 def turns_template(form: PromptFormat, tokenizer: Tokenizer) -> str:
-    """Return a chat template that writes dialogues as they were trained in turns, with what begins
-    a text, and the end of text behind a last reply."""
+    """Return a chat template that writes dialogues as they were trained in turns: what begins a
+    text before them, the end of text behind a last reply."""
     names = {**form.roles, "developer": form.roles["system"]}
     begin = "".join(tokenizer.bos_text.split(" "))
     closed = form.prompt_suffix if form.closes_open else ""

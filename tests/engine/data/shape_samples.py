@@ -651,7 +651,7 @@ COMPARISONS = [
         [{"chosen": "The sky is blue.", "rejected": "The sky is green."}],
         'field "prompt" is missing',
         [{"chosen": "The sky is blue.", "rejected": "The sky is green."}],
-        "is missing; of two texts that begin alike only dialogues",
+        [{"prompt": "The sky is"}],
     ),
     Sample(
         "TRL: preference, conversational",

@@ -11,7 +11,7 @@ from engine.data.fields import Fields
 from engine.data.jsonl import BadRecord
 from engine.data.prompts import read_prompts
 from engine.errors import UserError
-from tests.engine.data.shape_samples import SAMPLES, asked
+from tests.engine.data.shape_samples import SAMPLES
 from tests.tiny import write_lines
 
 ALPACA = {"instruction": "a", "input": "", "output": "b"}
@@ -134,14 +134,6 @@ def test_text_is_its_own_field_or_content_or_what_is_named() -> None:
     (found,) = records("text", [{"role": "user", "content": "a"}])
     assert isinstance(found, BadRecord)
     assert records("demonstrations", [ALPACA], "text=body") == [{"prompt": "a", "response": "b"}]
-
-
-def test_the_beginning_of_a_dialogue_is_not_cut() -> None:
-    shaping = Fields("prompts", too_long="cut-left", option="--fields")
-    rows = shaping([("f:1", {"prompt": "a"}), ("f:2", {"prompt": asked("b")})])
-    assert next(rows) == ("f:1", {"prompt": "a"})
-    with pytest.raises(UserError, match="^f:2: a dialogue, .*: --too-long cut-left is for"):
-        next(rows)
 
 
 def lines_of(path: Path) -> list[Any]:

@@ -11,6 +11,7 @@ from engine.data.examples import (
 )
 from engine.data.prompt_format import Prompt, Reply
 from engine.data.tokenizer import Tokenizer
+from engine.errors import UserError
 from tests.engine.data.made_tokenizer import made_tokenizer
 
 
@@ -134,3 +135,10 @@ def test_a_response_loses_its_end() -> None:
 def test_the_prompt_has_a_token_and_is_within_the_sequence(prompt_length: int) -> None:
     with pytest.raises(ValueError, match="is not within 1 to 4 tokens"):
         example(prompt_length, 4)
+
+
+def test_a_dialogue_does_not_lose_its_beginning(tokenizer: Tokenizer) -> None:
+    prompts = [Prompt("a"), Prompt("User: b\n\nAssistant:", is_dialogue=True)]
+    assert len(list(encode_prompts(prompts[:1], tokenizer, "cut-left"))) == 1
+    with pytest.raises(UserError, match="cut-left is for plain texts"):
+        list(encode_prompts(prompts, tokenizer, "cut-left"))

@@ -43,24 +43,6 @@ def test_scores_that_say_nothing_or_something_else_are_bad(
         plain(row if ranks is None else {**row, "ranks": ranks}, "comparisons")
 
 
-def test_the_prompt_of_a_pair_is_what_both_have_said() -> None:
-    row = {"chosen": asked("a", "b"), "rejected": asked("a", "c")}
-    assert plain(row, "prompts") == [{"prompt": asked("a")}]
-    with pytest.raises(BadRecord, match="must equal chosen up to the last message"):
-        plain({**row, "rejected": asked("x", "c")}, "prompts")
-    texts = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
-    assert plain(texts, "prompts") == [{"prompt": "\n\nHuman: a\n\nAssistant:"}]
-    with pytest.raises(BadRecord, match='"prompt" is missing; of two texts'):
-        plain({**texts, "rejected": "\n\nHuman: x\n\nAssistant: c"}, "prompts")
-
-
-def test_a_dialogue_is_not_compared_with_a_text() -> None:
-    with pytest.raises(BadRecord, match='"rejected" is a text, and chosen is a dialogue'):
-        plain({"chosen": asked("a", "b"), "rejected": "c"}, "comparisons")
-    with pytest.raises(BadRecord, match='"rejected" is a dialogue, and chosen is a text'):
-        plain({"chosen": "c", "rejected": asked("a", "b")}, "comparisons")
-
-
 def test_parts_of_contents_are_joined_in_every_field() -> None:
     parts = [{"role": "assistant", "content": [{"type": "text", "text": "b"}]}]
     row = {"prompt": asked("a"), "completions": [parts, "c"], "ranks": [1, 2]}

@@ -116,7 +116,7 @@ def test_held_out_records_are_the_others_and_some_must_be_left() -> None:
 
 
 def test_few_prompts_that_a_fraction_would_take_all_of_are_trained_on() -> None:
-    records = [Demonstration(prompt="the same", response=str(n)) for n in range(9)]
+    records = [Demonstration(Prompt("the same"), Reply(str(n))) for n in range(9)]
     taken = next(seed for seed in range(99) if split_by_prompt(["the same"], 0.3, seed)[1])
     assert hold_out(records, 0.3, taken) == (records, [])
 
