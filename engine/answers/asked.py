@@ -58,6 +58,11 @@ def _found(source: Path, config: GenerateConfig, tokenizer: Tokenizer) -> dict[s
             f"{source} was trained to read prompts in another form than it is asked in: "
             f"{in_words(found, 'then', 'now')}"
         )
+    if config.system and config.prompts is None and is_asked_in_texts(form, config):
+        warnings.append(
+            "--system goes before dialogues, and this model was trained on plain prompts alone: it "
+            "is in none of them; --chat turns asks in dialogues"
+        )
     return {"format": asdict(form), "warnings": warnings}
 
 

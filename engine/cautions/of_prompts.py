@@ -19,13 +19,20 @@ def prompt_cautions(
     """Return what is amiss with a file's prompts, which the renderer has made, and the replies to
     them."""
     found = _kind_cautions(renderer.form, prompts) + _seam_cautions(renderer.form, prompts, replies)
+    found += _system_cautions(renderer.form, prompts)
     return found + _suffix_cautions(renderer.tokenizer, prompts)
 
 
 def _kind_cautions(form: PromptFormat, prompts: Sequence[Prompt]) -> list[Alarm]:
     """Return whether no prompt is of the kind that the run before was trained on."""
     num_dialogues = sum(prompt.is_dialogue for prompt in prompts)
-    if form.trained_on == (DIALOGUES,) and not num_dialogues:
+    if form.chat == "template" and not form.trained_on and not num_dialogues:
+        problem, remedy = (
+            "the prompts are plain texts, and the tokenizer has a chat template, by which its "
+            "model was trained, if it was to answer",
+            "--data.plain-prompts message has each read as one message of the user's",
+        )
+    elif form.trained_on == (DIALOGUES,) and not num_dialogues:
         problem, remedy = (
             "the prompts are plain texts, and the run before was trained on dialogues alone",
             "--data.plain-prompts message has each read as one message of the user's",
@@ -38,6 +45,19 @@ def _kind_cautions(form: PromptFormat, prompts: Sequence[Prompt]) -> list[Alarm]
     else:
         return []
     return [Alarm("prompt_form", f"{problem}: it does not know this form; {remedy}")]
+
+
+def _system_cautions(form: PromptFormat, prompts: Sequence[Prompt]) -> list[Alarm]:
+    """Return whether a system message has no dialogue to stand before."""
+    if not form.system or any(prompt.is_dialogue for prompt in prompts):
+        return []
+    return [
+        Alarm(
+            "system",
+            "data.system goes before dialogues, and all prompts are plain texts: it is in none of "
+            "them; --data.plain-prompts message has each read as one message of the user's",
+        )
+    ]
 
 
 def _seam_cautions(

@@ -68,6 +68,8 @@ def test_a_model_of_plain_prompts_is_asked_line_by_line_as_a_file_is(
         tokenizer.encode("pub the"),
     ]
     assert capsys.readouterr().out.count("trained on plain prompts alone: each line is one") == 1
+    talked(source, tmp_path, monkeypatch, ["mill"], system="Be brief.")
+    assert "WARNING: --system goes before dialogues" in capsys.readouterr().err
     in_turns = talked(source, tmp_path, monkeypatch, ["mill"], chat="turns")
     assert in_turns[0][1] == tokenizer.encode("User: mill\n\nAssistant:")
 

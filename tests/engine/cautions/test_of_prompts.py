@@ -28,6 +28,22 @@ def test_a_form_that_the_run_before_has_not_seen_is_said(kinds, prompts, said):
         assert said in found[0].message and "--data.plain-prompts message" in found[0].message
 
 
+def test_plain_prompts_for_a_model_that_has_a_chat_template_are_said():
+    by_template = Renderer(PromptFormat(chat="template"))
+    (alarm,) = prompt_cautions(by_template, PLAIN)
+    assert "has a chat template" in alarm.message
+    assert "--data.plain-prompts message" in alarm.message
+    assert prompt_cautions(by_template, CHATS) == []
+    trained = PromptFormat(chat="template", trained_on=(TEXTS,))
+    assert prompt_cautions(Renderer(trained), PLAIN) == []
+
+
+def test_a_system_message_that_is_in_no_prompt_is_said():
+    by = Renderer(PromptFormat(system="Be brief."))
+    assert [alarm.name for alarm in prompt_cautions(by, PLAIN)] == ["system"]
+    assert prompt_cautions(by, [*PLAIN, *CHATS]) == []
+
+
 @pytest.mark.parametrize(
     ("prompts", "replies", "is_said"),
     [
