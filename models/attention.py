@@ -140,12 +140,10 @@ def packed_attention(
     """
     if window is not None and window >= sequences.max_seqlen_kv:
         window = None  # no sequence is longer: the same bits as without
-    # Sequences so short that on a CPU calls cost more than what they compute.
-    is_short = len(query) < _SHORT * (len(sequences.cu_seqlens_q) - 1)
-    if sequences.keys is not None:
-        if is_short and sequences.keys.is_of_row and not query.is_cuda:
-            return _attention_of_groups(query, key, value, sequences.keys, scale, window)
-        key, value = sequences.keys.gather(key, value)
+    if (keys := sequences.keys) is not None:
+        if not query.is_cuda and keys.is_of_row and keys.suits_groups:
+            return _attention_of_groups(query, key, value, keys, scale, window)
+        key, value = keys.gather(key, value)
     if _takes_flash(query.device.type, query.dtype):
         is_even = window is None and _suits_cudnn(sequences, len(query))
         if _flash_attn_varlen is None and is_even:
@@ -153,8 +151,10 @@ def packed_attention(
         return _varlen_attention(query, key, value, sequences, scale, window)
     num_padded = (len(sequences.cu_seqlens_q) - 1) * sequences.max_seqlen_q
     is_whole = sequences.cu_seqlens_kv is sequences.cu_seqlens_q
-    # Padding while it wastes little: on a GPU, and on a CPU where sequences are short. Longer ones
-    # of different lengths go one by one: there padding to 1.4 times the tokens took twice the time.
+    # Padding while it wastes little: on a GPU, and on a CPU where sequences are so short that calls
+    # cost more. Longer ones of different lengths go one by one: there padding to 1.4 times the
+    # tokens took twice the time.
+    is_short = len(query) < _SHORT * (len(sequences.cu_seqlens_q) - 1)
     if is_whole and num_padded <= (2 if query.is_cuda or is_short else 1) * len(query):
         return _padded_attention(query, key, value, sequences, scale, window)
     query_lengths = sequences.cu_seqlens_q.diff().tolist()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.ranks.device import make_deterministic
-from models import attention
+from models import attention, prefixes
 from models.attention import (
     _cudnn_attention,
     _suits_cudnn,
@@ -329,13 +329,13 @@ def shared_and_whole() -> tuple[PackedSequences, PackedSequences, Tensor]:
     return shared, whole, torch.tensor(copies)
 
 
-@pytest.mark.parametrize("short", [0, 1000], ids=["one by one", "a group at once"])
+@pytest.mark.parametrize("call", [-(10**9), 10**9], ids=["one by one", "a group at once"])
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 30])
 @pytest.mark.parametrize("group", [1, 2])
 def test_sequences_that_share_a_prefix_attend_as_whole_ones(
-    group: int, window: int | None, short: int, monkeypatch
+    group: int, window: int | None, call: int, monkeypatch
 ):
-    monkeypatch.setattr(attention, "_SHORT", short)
+    monkeypatch.setattr(prefixes, "_CALL", call)
     shared, whole, copies = shared_and_whole()
     inputs = [x.double() for x in draw(int(shared.cu_seqlens_q[-1]), group=group)]
     out = packed_attention(*inputs, shared, SCALE, window)
@@ -364,7 +364,8 @@ def test_a_group_of_short_sequences_takes_one_call(monkeypatch):
     packed_attention(*inputs, shared, SCALE)
     assert calls == [*(prefix + sum(rests) for prefix, rests in GROUPS), 3]
     calls.clear()
-    monkeypatch.setattr(attention, "_SHORT", 0)
+    monkeypatch.setattr(prefixes, "_CALL", -(10**9))
+    shared, _, _ = shared_and_whole()
     packed_attention(*inputs, shared, SCALE)
     assert calls == shared.cu_seqlens_q.diff().tolist()
 
@@ -378,7 +379,7 @@ def test_flash_attention_is_given_the_keys_of_prefixes(monkeypatch):
 
     monkeypatch.setattr(attention, "_takes_flash", lambda device, dtype: True)
     monkeypatch.setattr(attention, "_flash_attn_varlen", flash)
-    monkeypatch.setattr(attention, "_SHORT", 0)
+    monkeypatch.setattr(prefixes, "_CALL", -(10**9))
     shared, whole, copies = shared_and_whole()
     packed_attention(*draw(int(shared.cu_seqlens_q[-1])), shared, SCALE)
     ((num_queries, num_keys, named),) = calls

@@ -84,6 +84,32 @@ def test_groups_are_told_apart_and_made_once():
     assert found.groups(2)[1] is not sees
 
 
+@pytest.mark.parametrize(
+    ("prefix", "rests", "suits"),
+    [
+        (35, (30,) * 7, True),  # a place's descriptions
+        (14, (13,) * 7, True),  # answers of a sentence
+        (57, (76,) * 5, False),  # solutions step by step
+        (180, (190,) * 3, False),  # replies of an assistant
+        (200, (24,) * 20, True),
+        (16, (24,) * 20, False),  # most pairs would be in vain
+        (5, (3000,), True),  # a sequence alone is one call in either way
+    ],
+)
+def test_a_group_is_one_call_where_calls_and_copies_cost_more(
+    prefix: int, rests: tuple[int, ...], suits: bool
+):
+    own = [prefix + rests[0], *rests[1:], 9, 1, 1]
+    lengths = [0, *[prefix] * (len(rests) - 1), 0, 3, 3]
+    prefixes = Prefixes(
+        starts=torch.zeros(len(own), dtype=torch.int32),
+        lengths=torch.tensor(lengths, dtype=torch.int32),
+        num_keys=sum(own) + sum(lengths),
+    )
+    found = prefixes.keys(torch.tensor([0, *own], dtype=torch.int32).cumsum(0).int())
+    assert found.suits_groups is suits
+
+
 def test_a_completion_sees_the_prefix_and_itself_and_no_other():
     device = torch.device("cpu")
     found = group_sees([5, 1, 2], [0, 3, 3], None, device)

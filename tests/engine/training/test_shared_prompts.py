@@ -22,7 +22,7 @@ from engine.settings.numerics import Numerics
 from engine.training.network import Network, build_network
 from engine.training.passes import finish_gradients, forward, forward_backward
 from engine.training.trainable import make_trainable
-from models import attention
+from models import prefixes
 from models.packed_sequences import PackedSequences
 from models.sizes import GPTSize
 from models.trunk import run_trunk
@@ -132,10 +132,10 @@ def parallel() -> Parallel:
     return start_parallel(ParallelLayout(), seed=0)
 
 
-@pytest.mark.parametrize("short", [0, 1000], ids=["one by one", "a group at once"])
+@pytest.mark.parametrize("call", [-(10**9), 10**9], ids=["one by one", "a group at once"])
 @pytest.mark.parametrize("form", ["gpt3", *FORMS])
-def test_every_form_learns_the_same(form: str, short: int, parallel: Parallel, monkeypatch):
-    monkeypatch.setattr(attention, "_SHORT", short)
+def test_every_form_learns_the_same(form: str, call: int, parallel: Parallel, monkeypatch):
+    monkeypatch.setattr(prefixes, "_CALL", call)
     network = random_network("scalar", parallel, size={"gpt3": SIZE, **FORMS}[form])
     make_trainable(network)
     for budget in BUDGETS:
@@ -162,12 +162,12 @@ def in_fp64(size: GPTSize, batch: PackedBatch, parallel: Parallel) -> tuple[Tens
     return scores, list(torch.autograd.grad((scores * weights).sum(), list(module.parameters())))
 
 
-@pytest.mark.parametrize("short", [0, 1000], ids=["one by one", "a group at once"])
+@pytest.mark.parametrize("call", [-(10**9), 10**9], ids=["one by one", "a group at once"])
 @pytest.mark.parametrize("form", ["gpt3", "llama", "neox", "banded", "opt-350m"])
 def test_in_fp64_nothing_but_its_rounding_is_left(
-    form: str, short: int, parallel: Parallel, monkeypatch
+    form: str, call: int, parallel: Parallel, monkeypatch
 ):
-    monkeypatch.setattr(attention, "_SHORT", short)
+    monkeypatch.setattr(prefixes, "_CALL", call)
     size = {"gpt3": SIZE, **FORMS}[form]
     (alone, gradients), (shared, shared_gradients) = (
         in_fp64(size, pack(comparisons(), multiple_of=1, share_prompts=each), parallel)
