@@ -33,6 +33,7 @@ _MAX_EXPANSION = 100
 _MIN_BOMB_BYTES = 128 << 20
 _MAX_EMPTY_MEMBERS = 1000  # in a row; our choice: block gzip (BGZF) ends with one
 _FILE_ENDINGS = (".json", ".jsonl", ".gz", ".txt", ".csv", ".parquet", ".model", ".bpe")
+_LINES_A_SHARE = 64  # between two times that a share is told
 _PACKED_BYTES = 1 << 16
 _UNPACKED_BYTES = 1 << 17
 _MAX_NAMES = 10_000  # of a folder that are compared with one that is missing
@@ -102,7 +103,7 @@ def read_lines(
 ) -> Iterator[tuple[int, bytes]]:
     """Yield (number from 1, line with its newline) of a plain or gzip file; raises UserError.
 
-    `reached` is told before each line which share of the file has been read. A line over
+    `reached` is told now and then which share of the file has been read. A line over
     MAX_LINE_BYTES is an error; with part_bytes it comes in parts of so many bytes, each with the
     line's number. Errors are also what only takes time: empty lines that outweigh the others by
     megabytes, and gzip data that expand as no text does.
@@ -126,8 +127,10 @@ def read_lines(
                     num_other += len(line)
                 elif (num_empty := num_empty + len(line)) > num_other + _MAX_EMPTY_BYTES:
                     raise UserError(f"{name}:{number}: {num_empty} bytes to here are empty lines")
-                reached(raw.tell() / num_bytes)
+                if part_bytes or number % _LINES_A_SHARE == 0:
+                    reached(raw.tell() / num_bytes)
                 yield number, line
+            reached(1.0)
         except EOFError:
             raise UserError(
                 f"{name}: the gzip data ends early, after line {number}; copy the file again"

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import xxhash
 
+from engine.containers.row import BadRecord, Row, RowOrBad, RowShape
 from engine.errors import UserError, named
 from engine.files import MAX_SHOWN_PATH, read_lines, replacing
 
@@ -19,13 +20,6 @@ SKIP_OPTION = "--data.skip-bad-lines"
 _NUM_FIRST_ERRORS = 5  # enough to see the pattern, few enough to print
 _NUM_SHOWN_KEYS = 8
 _UTF8_BOM = b"\xef\xbb\xbf"  # Windows editors put it before the first line
-
-
-class BadRecord(Exception):
-    """What is wrong with one line, and in which field; RecordReader adds the file and the line."""
-
-    def __init__(self, problem: str, *, field: str | None = None) -> None:
-        super().__init__(f'field "{field}" {problem}' if field else problem)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +47,8 @@ class RecordReader(Generic[_Record]):
     `parse` turns one JSON object into a record or raises BadRecord. A bad line raises UserError, or
     is counted when `skip_bad_lines` is set. A file without one good record raises UserError in both
     cases. Empty lines are no records and no errors. skip_option: what sets `skip_bad_lines` where
-    the file is read for a command that has such an option.
+    the file is read for a command that has such an option. shape: what stands between the file's
+    rows and `parse`; None: each row is parsed as it is.
     """
 
     def __init__(
@@ -63,11 +58,13 @@ class RecordReader(Generic[_Record]):
         *,
         skip_bad_lines: bool,
         skip_option: str = SKIP_OPTION,
+        shape: RowShape | None = None,
     ) -> None:
         self.path = Path(path)
         self._name = named(path, MAX_SHOWN_PATH)
         self.share_read = 0.0  # of the file's bytes
         self._parse = parse
+        self._shape = shape
         self._skip_bad_lines = skip_bad_lines
         self._advice = "correct the line" + (f", or pass {skip_option}" if skip_option else "")
         self._num_read = 0
@@ -76,6 +73,23 @@ class RecordReader(Generic[_Record]):
         self._digest = xxhash.xxh3_128()
 
     def __iter__(self) -> Iterator[_Record]:
+        rows: Iterable[RowOrBad] = self._rows()
+        if self._shape is not None:
+            rows = self._shape(self._good(rows))
+        for where, row in rows:
+            try:
+                if isinstance(row, BadRecord):
+                    raise row
+                record = self._parse(row)
+            except BadRecord as error:
+                self._reject(f"{where}: {error}")
+            else:
+                self._num_read += 1
+                yield record
+        if not self._num_read:
+            raise UserError(self._nothing_read())
+
+    def _rows(self) -> Iterator[RowOrBad]:
         for number, line in read_lines(self.path, self._reached):
             if number == 1:
                 line = line.removeprefix(_UTF8_BOM)
@@ -84,14 +98,17 @@ class RecordReader(Generic[_Record]):
                 continue
             self._digest.update(line + b"\n")
             try:
-                record = self._parse(_parse_object(line))
+                yield f"{self._name}:{number}", _parse_object(line)
             except BadRecord as error:
-                self._reject(f"{self._name}:{number}: {error}")
+                yield f"{self._name}:{number}", error
+
+    def _good(self, rows: Iterable[RowOrBad]) -> Iterator[Row]:
+        """Yield those that are rows; reject the others."""
+        for where, row in rows:
+            if isinstance(row, BadRecord):
+                self._reject(f"{where}: {row}")
             else:
-                self._num_read += 1
-                yield record
-        if not self._num_read:
-            raise UserError(self._nothing_read())
+                yield where, row
 
     def report(self) -> ReadReport:
         """Return the counts so far."""
@@ -126,12 +143,15 @@ def read_records(
     *,
     skip_bad_lines: bool,
     skip_option: str = SKIP_OPTION,
+    shape: RowShape | None = None,
 ) -> tuple[list[_Record], ReadReport]:
     """Return all records of a file and the report; UserError where memory does not hold them.
 
     The options are those of RecordReader.
     """
-    reader = RecordReader(path, parse, skip_bad_lines=skip_bad_lines, skip_option=skip_option)
+    reader = RecordReader(
+        path, parse, skip_bad_lines=skip_bad_lines, skip_option=skip_option, shape=shape
+    )
     try:
         records = list(reader)
     except MemoryError:

@@ -1,9 +1,11 @@
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from engine.containers.row import BadRecord, Row, RowOrBad
 from engine.data.jsonl import ReadReport, check_text, read_records, required
 from engine.errors import UserError
 
@@ -119,3 +121,30 @@ def test_advice_names_the_commands_own_option(tmp_path: Path, option: str, advic
     with pytest.raises(UserError) as error:
         read_texts(tmp_path / "some.jsonl", skip_option=option)
     assert str(error.value).endswith(f"\ncorrect the line{advice}")
+
+
+def test_a_shape_stands_between_rows_and_records(tmp_path: Path) -> None:
+    def shape(rows: Iterator[Row]) -> Iterator[RowOrBad]:
+        for where, row in rows:
+            if "no" in row:
+                yield where, BadRecord("is no use", field="no")
+            for index, text in enumerate(row.get("texts", ())):
+                yield f"{where}, text {index + 1}", {"text": text}
+
+    def read(**options: bool) -> tuple[list[str], ReadReport]:
+        return read_records(
+            path, lambda record: check_text(record["text"], "text"), shape=shape, **options
+        )
+
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"texts": ["a", "b"]}\n{"no": 1}\n{\n{"texts": ["c", ""]}\n')
+    with pytest.raises(UserError, match=r'some\.jsonl:2: field "no" is no use'):
+        read(skip_bad_lines=False)
+    texts, report = read(skip_bad_lines=True)
+    assert texts == ["a", "b", "c"]
+    assert (report.num_read, report.num_bad) == (3, 3)
+    assert [error.partition(": ")[0].rpartition("/")[2] for error in report.first_errors] == [
+        "some.jsonl:2",
+        "some.jsonl:3",
+        "some.jsonl:4, text 2",
+    ]
