@@ -122,7 +122,7 @@ def load_prompts(config: PPOConfig, run: Run, contexts: Mapping[str, int]) -> Pr
     )
     texts, report = read_prompts(data.prompts, skip_bad_lines=data.skip_bad_lines)
     run.count("data.prompts", report)
-    notes, num_read = [f"{data.prompts}: {report}"], len(texts)
+    notes, num_read = report.notes(data.prompts), len(texts)
     if data.valid is None:
         texts, held_out = hold_out_prompts(
             texts, data.valid_fraction, config.seed, most=data.num_valid
@@ -131,7 +131,7 @@ def load_prompts(config: PPOConfig, run: Run, contexts: Mapping[str, int]) -> Pr
         read, valid_report = read_prompts(data.valid, skip_bad_lines=data.skip_bad_lines)
         run.count("data.valid", valid_report)
         held_out = list(dict.fromkeys(read))[: data.num_valid]
-        notes.append(f"{data.valid}: {valid_report}, {len(held_out)} to be answered")
+        notes += valid_report.notes(data.valid, f", {len(held_out)} to be answered")
 
     def encode(name: str, chosen: list[str]) -> tuple[list[Example], LengthReport]:
         examples, lengths = prompt_examples(

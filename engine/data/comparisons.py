@@ -33,7 +33,7 @@ class Comparison:
 def read_comparisons(
     path: Path | str, *, skip_bad_lines: bool = False
 ) -> tuple[list[Comparison], ReadReport]:
-    """Read rankings and pairs from .jsonl or .jsonl.gz, also mixed in one file; raises UserError.
+    """Read rankings and pairs from files of data, also mixed in one file; raises UserError.
 
     A ranking is {"prompt", "completions", "ranks"}. A pair is {"prompt", "chosen", "rejected"}, or
     has the prompt inside. Then chosen and rejected are two chats alike up to the last message, or

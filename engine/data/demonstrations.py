@@ -22,7 +22,7 @@ class Demonstration:
 def read_demonstrations(
     path: Path | str, *, skip_bad_lines: bool = False, skip_option: str = SKIP_OPTION
 ) -> tuple[list[Demonstration], ReadReport]:
-    """Read {"prompt", "response"} or {"messages"} from .jsonl or .jsonl.gz; raises UserError, which
+    """Read {"prompt", "response"} or {"messages"} from files of data; raises UserError, which
     names the option that skips bad lines.
 
     Of `messages` the last one, the assistant's, is the response and all before it the prompt.

@@ -26,7 +26,7 @@ AnyRecord = TypeVar("AnyRecord", bound=HasPrompt)
 def read_prompts(
     path: Path | str, *, skip_bad_lines: bool = False, skip_option: str = SKIP_OPTION
 ) -> tuple[list[str], ReadReport]:
-    """Read {"prompt"} or {"messages"} from .jsonl or .jsonl.gz; raises UserError, which names the
+    """Read {"prompt"} or {"messages"} from files of data; raises UserError, which names the
     option that skips bad lines."""
     return read_records(
         path,
