@@ -2,39 +2,26 @@
 
 import contextlib
 import difflib
-import io
 import itertools
 import json
 import os
 import re
 import stat
 import uuid
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from engine.errors import UserError, named
 
-# The content says whether a file is gzip, not the name: a .gz may have been unpacked in place.
-_GZIP_MAGIC = b"\x1f\x8b"
 _LFS_POINTER = b"version https://git-lfs"
 _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial", re.DOTALL)
 _MAX_JSON_BYTES = 64 << 20  # of a file that is read as one value; our choice: ours are a few MB
-MAX_LINE_BYTES = 16 << 20
-"""Of a line that is read whole. Our choice: several times the longest book, and what a tokenizer
-makes of it (150 bytes a byte, measured) fits a small machine."""
-_MAX_EMPTY_BYTES = 4 << 20  # by which empty lines may outweigh all others; our choice: seconds
-# gzip expands at most 1,030 times, at its fastest 230 times, and text of any use 3 to 30 times:
-# data repeats itself, but less within the 32 KiB that gzip sees. Our choice: from 128 MiB on, what
-# expands 100 times is a bomb.
-_MAX_EXPANSION = 100
-_MIN_BOMB_BYTES = 128 << 20
-_MAX_EMPTY_MEMBERS = 1000  # in a row; our choice: block gzip (BGZF) ends with one
-_FILE_ENDINGS = (".json", ".jsonl", ".gz", ".txt", ".csv", ".parquet", ".model", ".bpe")
-_PACKED_BYTES = 1 << 16
-_UNPACKED_BYTES = 1 << 17
+_FILE_ENDINGS = (
+    *(".json", ".jsonl", ".ndjson", ".gz", ".zst", ".xz", ".bz2", ".txt", ".md", ".csv", ".tsv"),
+    *(".parquet", ".arrow", ".model", ".bpe"),
+)
 _MAX_NAMES = 10_000  # of a folder that are compared with one that is missing
 MAX_SHOWN_PATH = 300
 """Characters of a path in an error."""
@@ -53,14 +40,16 @@ def open_file(path: Path) -> BufferedReader:
             return os.fdopen(number, "rb")
         os.close(number)
     except FileNotFoundError:
-        why = link_to_nothing(path) or f": no such file; {_near_names(path)}"
+        why = link_to_nothing(path) or f": no such file; {near_names(path)}"
         raise UserError(f"{name}{why}") from None
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}") from None
     except ValueError as error:  # a NUL, half of a surrogate pair
         raise UserError(f"{name} cannot be a path: {error}") from None
-    kind = "a folder; name one file in it" if path.is_dir() else "no regular file, and is not read"
-    raise UserError(f"{name} is {kind}")
+    if path.is_dir():
+        raise UserError(f"{name} is a folder; name one file in it")
+    why = ": write what comes through the pipe into a file" if path.is_fifo() else ""
+    raise UserError(f"{name} is no regular file, and is not read{why}")
 
 
 def link_to_nothing(path: Path) -> str:
@@ -79,8 +68,11 @@ def refuse_lfs_pointer(path: Path, content: bytes) -> None:
         raise UserError(f"{name} is a git-lfs pointer and not the file: run `git lfs pull` there")
 
 
-def hub_name(path: Path) -> str:
-    """Return what to say of a path that does not exist and may be a name on Hugging Face's hub."""
+def hub_name(path: Path, option: str = "") -> str:
+    """Return what to say of a path that does not exist and may be a name on Hugging Face's hub.
+
+    option: of `hf download`, for what is no model.
+    """
     is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(path))
     if not is_name or len(path.parts) > 1 and Path(path.parts[0]).exists():
         return ""
@@ -90,117 +82,8 @@ def hub_name(path: Path) -> str:
         return ""
     return (
         "; if that is a name on Hugging Face's hub: nothing here uses the network. "
-        f"`hf download {path}` fetches it and says into which folder; give that one"
+        f"`hf download {option}{path}` fetches it and says into which folder; give that one"
     )
-
-
-def read_lines(
-    path: Path,
-    reached: Callable[[float], object] = lambda share: None,
-    *,
-    part_bytes: int | None = None,
-) -> Iterator[tuple[int, bytes]]:
-    """Yield (number from 1, line with its newline) of a plain or gzip file; raises UserError.
-
-    `reached` is told before each line which share of the file has been read. A line over
-    MAX_LINE_BYTES is an error; with part_bytes it comes in parts of so many bytes, each with the
-    line's number. Errors are also what only takes time: empty lines that outweigh the others by
-    megabytes, and gzip data that expand as no text does.
-    """
-    name = named(path, MAX_SHOWN_PATH)
-    number, num_empty, num_other = 0, 0, 0
-    limit = part_bytes or MAX_LINE_BYTES + 1
-    with open_file(path) as raw:
-        num_bytes = max(1, os.fstat(raw.fileno()).st_size)
-        try:
-            is_gzip = raw.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
-            raw.seek(0)
-            stream = io.BufferedReader(_Unpacked(raw), _UNPACKED_BYTES) if is_gzip else raw
-            ends_line = True
-            while line := stream.readline(limit):
-                number += ends_line
-                ends_line = line.endswith(b"\n")
-                if len(line) > MAX_LINE_BYTES:
-                    raise UserError(f"{name}:{number}: a line of over {MAX_LINE_BYTES} bytes")
-                if not line.isspace():
-                    num_other += len(line)
-                elif (num_empty := num_empty + len(line)) > num_other + _MAX_EMPTY_BYTES:
-                    raise UserError(f"{name}:{number}: {num_empty} bytes to here are empty lines")
-                reached(raw.tell() / num_bytes)
-                yield number, line
-        except EOFError:
-            raise UserError(
-                f"{name}: the gzip data ends early, after line {number}; copy the file again"
-            ) from None
-        except zlib.error as error:
-            raise UserError(
-                f"{name}: damaged gzip data after line {number} ({error}); copy the file again"
-            ) from None
-        except _Bomb as error:
-            raise UserError(
-                f"{name}: {error}, after line {number}; unpack the file, if it is meant so"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{name}: cannot be read: {error.strerror}") from None
-
-
-class _Bomb(Exception):
-    """How gzip data expand as no text does."""
-
-
-class _Unpacked(io.RawIOBase):
-    """The content of gzip data, of all members in turn, unpacked no further than it is read.
-
-    Raises EOFError where the data end early, zlib.error where they are damaged, and _Bomb.
-    """
-
-    def __init__(self, raw: BinaryIO) -> None:
-        super().__init__()
-        self._raw = raw
-        self._packed = b""
-        self._member: Any = None  # zlib's decompressor has no public type
-        self._num_bytes = 0
-        self._num_empty = 0
-        self._is_empty = True
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        """Fill the buffer's beginning; returns how many bytes that are, 0 at the end."""
-        while True:
-            packed = self._packed or self._raw.read(_PACKED_BYTES)
-            if self._member is None:
-                self._packed = packed.lstrip(b"\0")  # padding, where a member could begin
-                if not packed:
-                    return 0
-                if not self._packed:
-                    continue
-                packed, self._member = self._packed, zlib.decompressobj(wbits=31)
-                self._is_empty = True
-            content = self._member.decompress(packed, len(buffer))
-            has_ended = self._member.eof
-            if not (packed or content or has_ended):
-                raise EOFError
-            self._packed = self._member.unused_data if has_ended else self._member.unconsumed_tail
-            self._count(len(content), has_ended)
-            if has_ended:
-                self._member = None
-            if content:
-                buffer[: len(content)] = content
-                return len(content)
-
-    def _count(self, num_new: int, has_ended: bool) -> None:
-        """Raise _Bomb where what has been unpacked so far is no text."""
-        self._num_bytes += num_new
-        self._is_empty = self._is_empty and not num_new
-        if has_ended:
-            self._num_empty = self._num_empty + 1 if self._is_empty else 0
-        if self._num_empty > _MAX_EMPTY_MEMBERS:
-            raise _Bomb(f"gzip data of {self._num_empty} empty members in a row")
-        num_packed = self._raw.tell()
-        if self._num_bytes > max(_MIN_BOMB_BYTES, _MAX_EXPANSION * num_packed):
-            raise _Bomb(f"{num_packed} bytes of gzip data are {self._num_bytes} unpacked")
 
 
 def read_object(path: Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
@@ -305,7 +188,8 @@ def sync_folder(folder: Path) -> None:
         os.close(number)
 
 
-def _near_names(path: Path) -> str:
+def near_names(path: Path) -> str:
+    """Return which names like that of a file that is not there its folder has."""
     folder = named(path.parent, MAX_SHOWN_PATH)
     try:
         names = [entry.name for entry in itertools.islice(os.scandir(path.parent), _MAX_NAMES)]

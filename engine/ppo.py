@@ -17,7 +17,7 @@ from engine.ranks.parallel import Parallel
 from engine.ranks.start import rearranged
 from engine.residency.residency import Residency
 from engine.rollout import generate_rollout, load_prompts
-from engine.run import Run, join_ranks, require_path, stage, start_run
+from engine.run import Run, join_ranks, require_data, stage, start_run
 from engine.score import score_rollout
 from engine.settings.ppo import PPOConfig
 from engine.training.ema import EMA
@@ -152,9 +152,9 @@ def _start(config: PPOConfig, parallel: Parallel) -> tuple[Run, Inputs]:
     """Return the run and what it is made from; UserError for what cannot work, before anything is
     loaded."""
     tokenizer = tokenizer_of(None, config.policy, config.directory, option="policy")
-    require_path(config.data.prompts, "data.prompts")
+    require_data(config.data.prompts, "data.prompts")
     if config.ptx_coef > 0:
-        require_path(config.data.pretraining, "data.pretraining")
+        require_data(config.data.pretraining, "data.pretraining")
     config.check_generation_layout()
     config.sampling.check()
     if config.sampling.temperature <= 0:

@@ -40,7 +40,7 @@ from engine.identity.inputs import Inputs
 from engine.losses import comparison_loss, last_readings, pair_accuracy
 from engine.metrics import RM_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
-from engine.run import Run, join_ranks, require_path, size_named, stage, start_run
+from engine.run import Run, join_ranks, require_data, size_named, stage, start_run
 from engine.settings.evaluation import is_evaluated
 from engine.settings.rm import RMConfig
 from engine.settings.size import check_starts
@@ -59,7 +59,7 @@ def train(config: RMConfig) -> dict[str, float]:
     # The first rank looks at files for all.
     parallel = join_ranks(config)
     check_starts(config.size, config.init_from)
-    require_path(config.data.train, "data.train")
+    require_data(config.data.train, "data.train")
     run = start_run(
         directory=config.directory,
         parallel=parallel,
@@ -241,11 +241,11 @@ def _load_data(config: RMConfig, run: Run, renderer: Renderer, context: Limit) -
     reading = reading_options(data)
     records, report = read_comparisons(data.train, renderer, **reading)
     run.count("data.train", report)
-    notes, num_read = [f"{data.train}: {report}"], len(records)
+    notes, num_read = report.notes(data.train), len(records)
     if data.valid is not None:
         held_out, valid_report = read_comparisons(data.valid, renderer, **reading)
         run.count("data.valid", valid_report)
-        notes.append(f"{data.valid}: {valid_report}")
+        notes += valid_report.notes(data.valid)
     else:
         records, held_out = hold_out(records, data.valid_fraction, config.seed)
     train_units, lengths = comparison_examples(records, run.tokenizer, **options)
@@ -311,7 +311,7 @@ def _load_demonstrations(
     run.count("data.demonstrations", report)
     num_more = len(texts) - data.num_demonstrations
     run.account.leave_out("data.demonstrations", num_more, "beyond data.num_demonstrations")
-    notes.append(f"{data.demonstrations}: {report}")
+    notes += report.notes(data.demonstrations)
     examples, lengths = demonstration_examples(
         texts[: data.num_demonstrations], run.tokenizer, **options
     )

@@ -129,7 +129,7 @@ def load_prompts(
     options = reading_options(data)
     asked, report = read_prompts(data.prompts, renderer, **options)
     run.count("data.prompts", report)
-    notes, num_read = [f"{data.prompts}: {report}"], len(asked)
+    notes, num_read = report.notes(data.prompts), len(asked)
     if data.valid is None:
         asked, held_out = hold_out_prompts(
             asked, data.valid_fraction, config.seed, most=data.num_valid
@@ -138,7 +138,7 @@ def load_prompts(
         read, valid_report = read_prompts(data.valid, renderer, **options)
         run.count("data.valid", valid_report)
         held_out = _distinct(read, data.num_valid, run)
-        notes.append(f"{data.valid}: {valid_report}, {len(held_out)} to be answered")
+        notes += valid_report.notes(data.valid, f", {len(held_out)} to be answered")
 
     def encode(name: str, chosen: list[Prompt]) -> tuple[list[Example], LengthReport]:
         examples, lengths = prompt_examples(

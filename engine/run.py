@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from engine import stop
 from engine.claim import LOCK, claim, holding_claims
+from engine.containers.sources import sources_of
 from engine.data.account import ACCOUNT, Account
 from engine.data.examples import LengthReport
 from engine.data.jsonl import ReadReport
@@ -396,3 +397,14 @@ def require_path(path: Path | None, option: str) -> Path:
         why = link_to_nothing(path) or f": no such file or folder{hub_name(path)}"
         raise UserError(f"--{option} {path}{why}")
     return path
+
+
+def require_data(path: Path | None, option: str) -> None:
+    """Raise UserError naming an option of data where its path is missing, or names nothing that the
+    first rank sees; all call together."""
+    if path is None:
+        raise UserError(f"--{option} is required")
+    try:
+        said_by_first_rank(lambda: "there" if sources_of(path) else "")
+    except UserError as error:
+        raise UserError(f"--{option} {error}") from None

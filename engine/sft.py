@@ -49,7 +49,7 @@ from engine.identity.inputs import Inputs
 from engine.losses import NegativeLogLikelihood, mean_language_loss
 from engine.metrics import SFT_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
-from engine.run import Run, join_ranks, require_path, size_named, stage, start_run
+from engine.run import Run, join_ranks, require_data, size_named, stage, start_run
 from engine.settings.evaluation import is_evaluated
 from engine.settings.sft import SFTConfig
 from engine.settings.size import banded, check_starts
@@ -266,7 +266,7 @@ def _load_data(config: SFTConfig, run: Run, renderer: Renderer, context: Limit) 
     if wants_pretraining:
         if data.train is None and data.pretraining is None:
             raise UserError("--data.train or --data.pretraining is required")
-        require_path(data.pretraining, "data.pretraining")
+        require_data(data.pretraining, "data.pretraining")
         length = min(data.pretraining_tokens, context.tokens)
         for units, path, name in (
             (loaded.train, data.pretraining, "data.pretraining"),
@@ -279,7 +279,7 @@ def _load_data(config: SFTConfig, run: Run, renderer: Renderer, context: Limit) 
                 run.count(name, tokens.report)
                 cut = tokens.sequences if units is loaded.train else tokens.held_out
                 units["pretrain_loss"] = cut(length)
-                loaded.notes.append(f"{path}: {tokens.report}, {len(tokens.tokens)} tokens")
+                loaded.notes.extend(tokens.report.notes(path, f", {len(tokens.tokens)} tokens"))
     if not loaded.valid and data.train is None:
         loaded.cautions.extend(no_held_out_text())
     return loaded
@@ -297,12 +297,12 @@ def _load_demonstrations(
 
     records, report = read(path)
     run.count("data.train", report)
-    loaded.notes.append(f"{path}: {report}")
+    loaded.notes.extend(report.notes(path))
     num_read = len(records)
     if data.valid is not None:
         held_out, valid_report = read(data.valid)
         run.count("data.valid", valid_report)
-        loaded.notes.append(f"{data.valid}: {valid_report}")
+        loaded.notes.extend(valid_report.notes(data.valid))
     else:
         records, held_out = hold_out(records, data.valid_fraction, config.seed)
     loaded.held_out_prompts.extend(r.prompt for r in held_out)

@@ -22,8 +22,9 @@ import xxhash
 
 from engine.checkpoints.manifest import digest_of_file
 from engine.claim import LOCK, claim
+from engine.containers.lines import read_lines
 from engine.errors import UserError
-from engine.files import clear_partials, open_file, read_lines, replacing, writing
+from engine.files import clear_partials, open_file, replacing, writing
 from engine.ranks.first_rank import said_by_first_rank
 from engine.ranks.parallel import Parallel
 from engine.ranks.same_folder import check_same_folder

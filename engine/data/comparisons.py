@@ -42,8 +42,8 @@ def read_comparisons(
     fields: str = "auto",
     skip_bad_lines: bool = False,
 ) -> tuple[list[Comparison], ReadReport]:
-    """Read rankings and pairs from .jsonl or .jsonl.gz, also mixed in one file, or rows of a known
-    shape; fields: as engine.data.fields. Raises UserError.
+    """Read rankings and pairs from files of data, also mixed in one file, or rows of a known shape;
+    fields: as engine.data.fields. Raises UserError.
 
     A ranking is {"prompt", "completions", "ranks"}. A pair is {"prompt", "chosen", "rejected"}, or
     has the prompt inside. Then chosen and rejected are two chats alike up to the last message, or

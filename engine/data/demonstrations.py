@@ -47,9 +47,8 @@ def read_demonstrations(
     skip_bad_lines: bool = False,
     skip_option: str = SKIP_OPTION,
 ) -> tuple[list[Demonstration], ReadReport]:
-    """Read {"prompt", "response"}, {"messages"} or rows of a known shape from .jsonl or .jsonl.gz;
-    fields: as engine.data.fields. Raises UserError, which names the option that skips bad
-    lines.
+    """Read {"prompt", "response"}, {"messages"} or rows of a known shape from files of data;
+    fields: as engine.data.fields. Raises UserError, which names the option that skips bad lines.
 
     Of `messages` the last one, the assistant's, is the response and all before it the prompt.
     renderer: what makes prompts of them; without one, as by default. replies: "all" trains the

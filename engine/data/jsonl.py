@@ -1,17 +1,22 @@
-"""JSON lines in, records out, and back: every bad line is named by file, line number and field."""
+"""Records in, of any container of data, and JSON lines out: every bad row is named by its file, its
+place and its field."""
 
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import xxhash
 
+from engine.containers.json_lines import json_type
+from engine.containers.row import BadRecord, RowOrBad
+from engine.containers.rows import read_rows
+from engine.containers.sources import DataSource, one_source, sources_of
 from engine.errors import UserError, named
-from engine.files import MAX_SHOWN_PATH, read_lines, replacing
+from engine.files import MAX_SHOWN_PATH, replacing
 
 _Record = TypeVar("_Record")
 
@@ -19,19 +24,11 @@ SKIP_OPTION = "--data.skip-bad-lines"
 """The stages' option to skip bad lines."""
 _NUM_FIRST_ERRORS = 5  # enough to see the pattern, few enough to print
 _NUM_SHOWN_KEYS = 8
-_UTF8_BOM = b"\xef\xbb\xbf"  # Windows editors put it before the first line
-
-
-class BadRecord(Exception):
-    """What is wrong with one line, and in which field; RecordReader adds the file and the line."""
-
-    def __init__(self, problem: str, *, field: str | None = None) -> None:
-        super().__init__(f'field "{field}" {problem}' if field else problem)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadReport:
-    """How reading one file went."""
+    """How reading a file went, or several."""
 
     num_read: int
     """Records that were read."""
@@ -46,7 +43,9 @@ class ReadReport:
     left_out: Mapping[str, int] = field(default_factory=dict)
     """What the data set has that is no record, and no bad line either: how many, by why."""
     xxh3_128: str = field(default="", compare=False)
-    """Of the file's lines as they were read; "" where one rank reads for all."""
+    """Of the files' rows as they were read; "" where one rank reads for all."""
+    sources: tuple[tuple[str, str], ...] = ()
+    """Where several were named, or one with a weight: (its name, how reading it went)."""
 
     def __str__(self) -> str:
         parts = [f"{self.num_read} records"]
@@ -57,6 +56,16 @@ class ReadReport:
             parts.append(f"{self.num_bad} bad lines skipped: {self.first_errors[0]}")
         return ", ".join(parts)
 
+    def notes(self, path: object, more: str = "") -> list[str]:
+        """Return what is to be told of the files at a path: one note each, and one of all.
+
+        more: what else there is to say of them.
+        """
+        if not self.sources:
+            return [f"{path}: {self}{more}"]
+        notes = [f"{name}: {said}" for name, said in self.sources]
+        return [*notes, f"{path}: {self.num_read} records in all{more}"]
+
 
 class Shaping(Protocol):
     """What makes records of a file's rows (engine/data/fields.py), and what it says of it."""
@@ -64,26 +73,49 @@ class Shaping(Protocol):
     read_as: str
     left_out: Counter[str]
 
-    def __call__(
-        self, rows: Iterable[tuple[str, dict[str, Any] | BadRecord]]
-    ) -> Iterator[tuple[str, dict[str, Any] | BadRecord]]:
+    def __call__(self, rows: Iterable[RowOrBad]) -> Iterator[RowOrBad]:
         """Yield records, each with where it stands, of rows that have it too."""
 
 
-class RecordReader(Generic[_Record]):
-    """One pass over a .jsonl or .jsonl.gz file; iterate it once, then ask for its report.
+def joined_report(reports: Sequence[tuple[DataSource, ReadReport, int]]) -> ReadReport:
+    """Return the report of several sources, each with its own one and the number of its records
+    that count an epoch."""
+    first_errors = itertools.chain.from_iterable(report.first_errors for _, report, _ in reports)
+    sources = [
+        (source.name, f"{report}" + ("" if source.weight == 1 else f"; {num_taken} an epoch"))
+        for source, report, num_taken in reports
+    ]
+    is_plain = len(reports) == 1 and reports[0][0].weight == 1
+    left_out: Counter[str] = Counter()
+    for _, report, _ in reports:
+        left_out.update(report.left_out)
+    return ReadReport(
+        path=",".join(source.name for source, _, _ in reports),
+        read_as="; ".join(dict.fromkeys(r.read_as for _, r, _ in reports if r.read_as)),
+        left_out=dict(left_out),
+        num_read=sum(report.num_read for _, report, _ in reports),
+        num_bad=sum(report.num_bad for _, report, _ in reports),
+        first_errors=tuple(itertools.islice(first_errors, _NUM_FIRST_ERRORS)),
+        xxh3_128=xxhash.xxh3_128_hexdigest("".join(r.xxh3_128 for _, r, _ in reports).encode()),
+        sources=() if is_plain else tuple(sources),
+    )
 
-    `parse` turns one JSON object into a record or raises BadRecord. A bad line raises UserError, or
-    is counted when `skip_bad_lines` is set. A file without one good record raises UserError in both
-    cases. Empty lines are no records and no errors. skip_option: what sets `skip_bad_lines` where
-    the file is read for a command that has such an option. on_bad is told where each line stands
-    that is skipped, and why. shaping: returns what makes of one file's rows those that `parse`
-    takes; None: they are so already.
+
+class RecordReader(Generic[_Record]):
+    """One pass over a source of data, or all that a path names; iterate it once, then ask for its
+    report.
+
+    `parse` turns a row into a record or raises BadRecord. A bad row raises UserError, or is counted
+    when `skip_bad_lines` is set. A source without one good record raises UserError in both cases.
+    Empty lines are no records and no errors. skip_option: what sets `skip_bad_lines` where the file
+    is read for a command that has such an option. on_bad is told where each row stands that is
+    skipped, and why. shaping: returns what makes of the source's rows those that `parse` takes;
+    None: they are so already.
     """
 
     def __init__(
         self,
-        path: Path | str,
+        source: DataSource | Path | str,
         parse: Callable[[dict[str, Any]], _Record],
         *,
         skip_bad_lines: bool,
@@ -91,22 +123,22 @@ class RecordReader(Generic[_Record]):
         on_bad: Callable[[str, str], object] = lambda where, why: None,
         shaping: Callable[[], Shaping] | None = None,
     ) -> None:
-        self.path = Path(path)
-        self._name = named(path, MAX_SHOWN_PATH)
-        self.share_read = 0.0  # of the file's bytes
+        self.source = source if isinstance(source, DataSource) else one_source(source)
+        self.share_read = 0.0  # of the files
         self.where = ""  # the record that came last stood
         self._on_bad = on_bad
         self._parse = parse
         self._shaping = shaping() if shaping is not None else None
         self._skip_bad_lines = skip_bad_lines
         self._advice = "correct the line" + (f", or pass {skip_option}" if skip_option else "")
+        self._num_files = 0  # that have been read
         self._num_read = 0
         self._num_bad = 0
         self._first_errors: list[str] = []
         self._digest = xxhash.xxh3_128()
 
     def __iter__(self) -> Iterator[_Record]:
-        rows = self._rows()
+        rows: Iterator[RowOrBad] = self._rows()
         for where, row in rows if self._shaping is None else self._shaping(rows):
             self.where = where
             try:
@@ -122,35 +154,25 @@ class RecordReader(Generic[_Record]):
         if not self._num_read:
             raise UserError(self._nothing_read())
 
-    def _rows(self) -> Iterator[tuple[str, dict[str, Any] | BadRecord]]:
-        """Yield the file's objects, each with its line; BadRecord stands for one that is none."""
-        for number, line in read_lines(self.path, self._reached):
-            if number == 1:
-                line = line.removeprefix(_UTF8_BOM)
-            line = line.rstrip()
-            if not line:
-                continue
-            self._digest.update(line + b"\n")
-            where = f"{self._name}:{number}"
-            try:
-                yield where, _parse_object(line)
-            except BadRecord as error:
-                yield where, error
-
     def report(self) -> ReadReport:
         """Return the counts so far."""
         return ReadReport(
             num_read=self._num_read,
             num_bad=self._num_bad,
             first_errors=tuple(self._first_errors),
-            path=str(self.path),
+            path=self.source.name,
             read_as=shaping.read_as if (shaping := self._shaping) else "",
             left_out=dict(shaping.left_out) if shaping else {},
             xxh3_128=self._digest.hexdigest(),
         )
 
+    def _rows(self) -> Iterator[RowOrBad]:
+        for path in self.source.files:
+            yield from read_rows(path, self._reached, self._digest.update)
+            self._num_files += 1
+
     def _reached(self, share: float) -> None:
-        self.share_read = share
+        self.share_read = (self._num_files + share) / len(self.source.files)
 
     def _reject(self, error: str) -> None:
         if not self._skip_bad_lines:
@@ -160,14 +182,13 @@ class RecordReader(Generic[_Record]):
             self._first_errors.append(error)
 
     def _nothing_read(self) -> str:
+        name = named(self.source.name, MAX_SHOWN_PATH)
         if left_out := self.report().left_out:
             said = ", ".join(f"{number} {why}" for why, number in left_out.items())
-            return f"{self._name}: nothing of it is a record; left out: {said}"
+            return f"{name}: nothing of it is a record; left out: {said}"
         if not self._num_bad:
-            return f"{self._name}: the file is empty; it needs one JSON object a line"
-        return (
-            f"{self._name}: all {self._num_bad} lines are bad; the first: {self._first_errors[0]}"
-        )
+            return f"{name}: the file is empty; it needs rows, such as one JSON object a line"
+        return f"{name}: all {self._num_bad} lines are bad; the first: {self._first_errors[0]}"
 
 
 def read_records(
@@ -178,19 +199,40 @@ def read_records(
     skip_option: str = SKIP_OPTION,
     shaping: Callable[[], Shaping] | None = None,
 ) -> tuple[list[_Record], ReadReport]:
-    """Return all records of a file and the report; UserError where memory does not hold them.
+    """Return all records of what a path names (engine/containers/sources.py), each as often as its
+    source's weight has it, and the report; UserError where memory does not hold them.
 
-    The options are those of RecordReader.
+    The options are those of RecordReader. For weights a record is its prompt, or has one as
+    `prompt`.
     """
-    reader = RecordReader(
-        path, parse, skip_bad_lines=skip_bad_lines, skip_option=skip_option, shaping=shaping
-    )
+    found: list[_Record] = []
+    records: list[_Record] = []
+    reports = []
     try:
-        records = list(reader)
+        for source in sources_of(path):
+            reader = RecordReader(
+                source,
+                parse,
+                skip_bad_lines=skip_bad_lines,
+                skip_option=skip_option,
+                shaping=shaping,
+            )
+            records = []
+            records.extend(reader)  # which keeps those that memory holds
+            again = [each for each in records if source.has_once_more(_prompt_of(each))]
+            taken = records * source.num_passes + again
+            found += taken
+            reports.append((source, reader.report(), len(taken)))
     except MemoryError:
-        name, num_read = named(path, MAX_SHOWN_PATH), reader.report().num_read
-        raise UserError(f"{name}: {num_read} records of it fill the memory there is") from None
-    return records, reader.report()
+        name, number = named(path, MAX_SHOWN_PATH), len(found) + len(records)
+        raise UserError(f"{name}: {number} records of it fill the memory there is") from None
+    return found, joined_report(reports)
+
+
+def _prompt_of(record: object) -> str:
+    prompt = getattr(record, "prompt", record)
+    prompt = getattr(prompt, "text", prompt)
+    return prompt if isinstance(prompt, str) else repr(prompt)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -221,29 +263,4 @@ def check_text(value: Any, field: str) -> str:
     except UnicodeEncodeError:
         # JSON can spell it ("\\ud800"), but no tokenizer can turn it into bytes.
         raise BadRecord("holds half of a surrogate pair", field=field) from None
-    return value
-
-
-def json_type(value: Any) -> str:
-    """Return JSON's own word for the type of a parsed value, with its article."""
-    names = {str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    names |= {list: "a list", dict: "an object", type(None): "null"}
-    return names[type(value)]
-
-
-def _parse_object(line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"not UTF-8: byte {error.start + 1} of the line") from None
-    except json.JSONDecodeError as error:
-        raise BadRecord(
-            f"not one JSON object on one line: {error.msg} at column {error.colno}"
-        ) from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
-        raise BadRecord(f"not JSON that can be read: {error}") from None
-    except MemoryError:
-        raise BadRecord("as JSON it takes more memory than there is") from None
-    if not isinstance(value, dict):
-        raise BadRecord(f"must be one JSON object, not {json_type(value)}")
     return value

@@ -9,6 +9,7 @@ import codecs
 import hashlib
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -21,17 +22,24 @@ import numpy as np
 import xxhash
 
 from engine import stop
+from engine.containers.json_lines import UTF8_BOM
+from engine.containers.kinds import ENDINGS, ending_of
+from engine.containers.lines import read_lines
+from engine.containers.packed import beginning_of
+from engine.containers.refused import HEAD_BYTES, refuse_other_kinds
+from engine.containers.sources import DataSource, sources_of
 from engine.data.examples import Example, Shape
 from engine.data.fields import Fields
-from engine.data.jsonl import ReadReport, RecordReader, check_text, required
+from engine.data.jsonl import ReadReport, RecordReader, check_text, joined_report, required
 from engine.data.tokenizer import Tokenizer, in_batches
 from engine.errors import UserError, named
-from engine.files import MAX_SHOWN_PATH, open_file, read_lines, read_object, replacing
+from engine.files import MAX_SHOWN_PATH, open_file, read_object, replacing
 from engine.printable import ERROR_CHARACTERS, say
 
 _PIECE_CHARACTERS = 1 << 16  # a .txt file may not fit in memory
 _PART_BYTES = 1 << 20  # of a line of a .txt file, which may have no other line; our choice
 _SECONDS_A_LINE = 15.0
+_MOST_STEM = 100  # characters of a name, of the 255 that a file's may have
 _CHECKED_BYTES = 1 << 22  # at a time, which caches hold; our choice
 
 
@@ -87,8 +95,8 @@ def open_token_file(
     fields: str = "auto",
     skip_bad_lines: bool = False,
 ) -> TokenFile:
-    """Return the tokens of a .jsonl file of {"text"} or of a .txt file, which is one document; made
-    where `cache_dir` lacks them. Raises UserError."""
+    """Return the tokens of {"text"} in any container, or of .txt and .md files, each of them one
+    document; made where `cache_dir` lacks them. fields: as engine.data.fields. Raises UserError."""
     path = make_token_file(
         source, tokenizer, cache_dir, fields=fields, skip_bad_lines=skip_bad_lines
     )
@@ -105,24 +113,24 @@ def make_token_file(
 ) -> Path:
     """Return the file of a source's tokens, made where it is not there: reads all of the source.
 
-    The source may be gzip. It is encoded on all cores; a long one says now and then how far it is,
-    and a signal that asks the run to stop leaves nothing of it. Its tokens are kept in `cache_dir`
-    under the source's content and the tokenizer's fingerprint, with a checksum: where they are
-    damaged they are made again. Several processes may make them at
+    The source may be several files, as sources_of has them. It is encoded on all cores; a long one
+    says now and then how far it is, and a signal that asks the run to stop leaves nothing of it.
+    Its tokens are kept in `cache_dir` under the source's content and the tokenizer's fingerprint,
+    with a checksum: where they are damaged they are made again. Several processes may make them at
     once: all write the same bytes, each whole; the ranks of a run save the work (engine/run.py).
     Raises UserError.
     """
     source, cache_dir = Path(source), Path(cache_dir)
+    sources = sources_of(source)
     # What is no text is refused before all of it is read for its digest.
-    next(itertools.chain.from_iterable(_open_documents(source, skip_bad_lines, fields)))
-    documents = _open_documents(source, skip_bad_lines, fields)
+    next(itertools.chain.from_iterable(_Documents(sources, skip_bad_lines, fields)))
+    documents = _Documents(sources, skip_bad_lines, fields)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    with open_file(source) as stream:
-        content = hashlib.file_digest(stream, "sha256").hexdigest()
-    key = f"{source.name} {content} {tokenizer.fingerprint()} {skip_bad_lines}"
+    key = f"{source.name} {_content(sources)} {tokenizer.fingerprint()} {skip_bad_lines}"
     if "text=" in fields:  # another field is the text
         key += f" {fields}"
-    stem = f"{source.name.split('.')[0]}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:20]}"
+    stem = source.name.split(".")[0][:_MOST_STEM]
+    stem += f"-{hashlib.sha256(os.fsencode(key)).hexdigest()[:20]}"
     tokens_path = cache_dir / f"{stem}.{dtype.name}"
 
     if not _is_whole(tokens_path, tokenizer.vocab_size):
@@ -159,6 +167,7 @@ def read_token_file(path: Path, source: Path | str) -> TokenFile:
         first_errors=tuple(summary["first_errors"]),
         path=str(source),
         read_as=summary.get("read_as", ""),
+        sources=tuple((name, said) for name, said in summary.get("sources", ())),
     )
     with open_file(path) as stream:
         tokens = np.memmap(stream, dtype=np.dtype(path.suffix[1:]), mode="r")
@@ -226,44 +235,111 @@ def _is_whole(tokens_path: Path, vocab_size: int) -> bool:
     return said == digest.hexdigest()
 
 
-def _open_documents(
-    source: Path, skip_bad_lines: bool, fields: str
-) -> "RecordReader[list[str]] | _TextFile":
-    """Return the source's documents, each as texts to encode one after the other."""
-    name = source.name.removesuffix(".gz")
-    if name.endswith((".jsonl", ".json")):
+def _content(sources: list[DataSource]) -> str:
+    """Return a digest of all that is read of some sources; that of the file, where they are one."""
+    found = []
+    for source in sources:
+        for path in source.files:
+            with open_file(path) as stream:
+                found.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        found.append("" if source.weight == 1 else f"@{source.weight}")
+    return " ".join(part for part in found if part)
+
+
+class _Documents:
+    """The documents of some sources, each as texts to encode one after the other; a source is read
+    as often as its weight says, so that no document stands beside itself."""
+
+    def __init__(self, sources: list[DataSource], skip_bad_lines: bool, fields: str) -> None:
+        self._sources, self._skip_bad_lines, self._fields = sources, skip_bad_lines, fields
+        self._passes = [max(1, math.ceil(source.weight)) for source in sources]
+        self._reports: list[tuple[DataSource, ReadReport, int]] = []
+        self._num_passes = 0  # that are over
+        self._reader: _TextFiles | RecordReader[list[str]] | None = None
+
+    @property
+    def share_read(self) -> float:
+        """Which share of all that is to be read has been."""
+        share = self._reader.share_read if self._reader is not None else 0.0
+        return min(1.0, (self._num_passes + share) / sum(self._passes))
+
+    def __iter__(self) -> Iterator[Iterable[str]]:
+        for source, passes in zip(self._sources, self._passes, strict=True):
+            num_taken = 0
+            for number in range(passes):
+                self._reader = _documents_of(source, self._skip_bad_lines, self._fields)
+                for document in self._reader:
+                    if number < source.num_passes or source.has_once_more("".join(document)):
+                        num_taken += 1
+                        yield document
+                self._num_passes, report = self._num_passes + 1, self._reader.report()
+                self._reader = None
+            self._reports.append((source, report, num_taken))
+
+    def report(self) -> ReadReport:
+        """Return how reading them all went."""
+        return joined_report(self._reports)
+
+
+def _documents_of(
+    source: DataSource, skip_bad_lines: bool, fields: str
+) -> "_TextFiles | RecordReader[list[str]]":
+    are_text = {ending_of(path) in ENDINGS["text"] for path in source.files}
+    name = named(source.name, MAX_SHOWN_PATH)
+    if are_text == {True, False}:
+        raise UserError(f"{name}: text files among others; name them apart, with a comma between")
+    if are_text == {False}:
         return RecordReader(
             source, _parse, skip_bad_lines=skip_bad_lines, shaping=lambda: Fields("text", fields)
         )
-    if name.endswith(".txt"):
-        return _TextFile(source)
-    raise UserError(f"{source}: pretraining text is a .jsonl or .txt file, or one of them with .gz")
+    if source.weight != source.num_passes:
+        raise UserError(
+            f"{name}: a file of text is one document, and cannot count {source.weight} times"
+        )
+    return _TextFiles(source)
 
 
 def _parse(record: dict[str, Any]) -> list[str]:
     return [check_text(required(record, "text"), "text")]
 
 
+class _TextFiles:
+    """Files of plain text, each of which is one document."""
+
+    def __init__(self, source: DataSource) -> None:
+        self._files = [_TextFile(path) for path in source.files]
+        self._num_read = 0
+
+    def __iter__(self) -> Iterator[Iterable[str]]:
+        for file in self._files:
+            yield file.pieces()
+            self._num_read += 1
+
+    @property
+    def share_read(self) -> float:
+        """Which share of the files has been read."""
+        return sum(file.share_read for file in self._files) / len(self._files)
+
+    def report(self) -> ReadReport:
+        """Return how many there are."""
+        return ReadReport(num_read=self._num_read, num_bad=0, first_errors=())
+
+
 class _TextFile:
-    """A plain text file as a source of one document."""
+    """A plain text file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._name = named(path, MAX_SHOWN_PATH)
         self.share_read = 0.0  # of the file's bytes
 
-    def __iter__(self) -> Iterator[Iterable[str]]:
-        yield self._pieces()
-
-    def report(self) -> ReadReport:
-        return ReadReport(num_read=1, num_bad=0, first_errors=(), path=str(self._path))
-
     def _reached(self, share: float) -> None:
         self.share_read = share
 
-    def _pieces(self) -> Iterator[str]:
+    def pieces(self) -> Iterator[str]:
         """Yield the text in parts that end before whitespace, where tokenizers cut anyway. Where a
         line of over _PART_BYTES has none, it is cut where it has so many bytes."""
+        refuse_other_kinds(self._path, beginning_of(self._path, HEAD_BYTES)[1], is_prose=True)
         pending = ""
         is_empty = True
         for text, is_line_end in self._texts():
@@ -285,7 +361,9 @@ class _TextFile:
         try:
             for number, part in read_lines(self._path, self._reached, part_bytes=_PART_BYTES):
                 is_line_end = part.endswith(b"\n")
-                text = decoder.decode(part, final=is_line_end)
+                is_first = number == 1 and not num_bytes
+                content = part.removeprefix(UTF8_BOM) if is_first else part
+                text = decoder.decode(content, final=is_line_end)
                 if "\0" in text:  # such as a file that was lost in a power cut
                     raise UserError(f"{self._name}:{number}: not text: it holds a NUL")
                 yield text, is_line_end or len(part) < _PART_BYTES

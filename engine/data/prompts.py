@@ -34,7 +34,7 @@ def read_prompts(
     skip_bad_lines: bool = False,
     skip_option: str = SKIP_OPTION,
 ) -> tuple[list[Prompt], ReadReport]:
-    """Read what records ask from .jsonl or .jsonl.gz: {"prompt"} or {"messages"}, those of the
+    """Read what records ask from files of data: {"prompt"} or {"messages"}, those of the
     other purposes, or rows of a known shape; raises UserError, which names the options.
 
     renderer: what makes prompts of them; without one, as by default. fields: as engine.data.fields.

@@ -13,12 +13,22 @@ from pathlib import Path
 from engine.checkpoints.manifest import check_files, read_manifest
 from engine.checkpoints.pointers import pointed_checkpoint, steps_in
 from engine.errors import UserError
-from engine.identity.data_files import DataFile, described, described_now
+from engine.identity.data_files import (
+    DataFile,
+    changed_files,
+    described,
+    described_now,
+    without_paths,
+)
 from engine.settings.saved import load_config, save_config
 
 IDENTITY = "identity.json"
 _SHOWN = 8  # characters of a digest; our choice
-_COUNTS = re.compile(r"^\d+ (records|lines|bytes), |, step \d+$| \(commit .*\)$", re.ASCII)
+_COUNTS = re.compile(
+    r"^\d+ (records|lines|bytes)( of \d+ files)?, |, step \d+$"
+    r"| \((commit|changed|added|gone|another order).*\)$",
+    re.ASCII,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +154,7 @@ def identity_text(identity: Identity) -> str:
     """Return what a checkpoint says of its run's identity: the same of any two runs that were made
     from the same, wherever and whenever."""
     networks = {k: replace(n, path="", checkpoint="") for k, n in identity.networks.items()}
-    files = {
-        name: replace(file, path="", mtime_ns=0, ctime_ns=0, inode=0)
-        for name, file in identity.data.items()
-    }
+    files = {name: without_paths(file) for name, file in identity.data.items()}
     kept = replace(
         identity,
         networks=networks,
@@ -187,7 +194,9 @@ def changes(old: Identity, new: Identity) -> list[Change]:
     for name in (*old.data, *(name for name in new.data if name not in old.data)):
         file, now = old.data.get(name), new.data.get(name)
         if (file and file.xxh3_128) != (now and now.xxh3_128):
-            found.append(Change(name=name, old=described(file), new=described_now(now)))
+            more = changed_files(file, now) if file and now else ""
+            said = f"{described_now(now)} ({more})" if more else described_now(now)
+            found.append(Change(name=name, old=described(file), new=said))
     for name in sorted(old.packages.keys() | new.packages.keys()):
         before, after = (versions.get(name, "none") for versions in (old.packages, new.packages))
         if before != after:

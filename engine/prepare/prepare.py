@@ -112,7 +112,7 @@ def _read(
     with LongWork(title, is_writer=True) as work:
         for number, found in enumerate(read_logs(config, readers.append, on_bad)):
             if number % _RECORDS_A_WORD == 0:
-                work.tell(f"{readers[-1].path} {readers[-1].share_read:.0%}")
+                work.tell(f"{readers[-1].source.name} {readers[-1].share_read:.0%}")
             on_record(*found)
     return [reader.report().xxh3_128 for reader in readers]
 

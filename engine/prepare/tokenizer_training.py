@@ -13,11 +13,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.claim import holding_claims, making
+from engine.containers.lines import read_lines
 from engine.data.end_of_text import END_OF_TEXT
 from engine.data.jsonl import BadRecord, RecordReader, check_text, json_type
 from engine.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from engine.errors import UserError, named
-from engine.files import MAX_SHOWN_PATH, read_lines, write_object, writing
+from engine.files import MAX_SHOWN_PATH, write_object, writing
 from engine.printable import say
 from engine.progress import LongWork
 from engine.settings.tokenizer import TokenizerConfig

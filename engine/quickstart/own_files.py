@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoints.manifest import digest_of_file
+from engine.containers.lines import read_lines
 from engine.data.jsonl import RecordReader
 from engine.errors import UserError
-from engine.files import read_lines, read_object, replacing, write_object
+from engine.files import read_object, replacing, write_object
 
 NAMES = ("demonstrations", "comparisons", "prompts", "pretraining")
 """What the stages read, and the beginnings of the files' names."""

@@ -89,6 +89,8 @@ def _problem(value: Any) -> str | None:
         return f"must have at most {_MAX_TEXT} characters"
     if isinstance(value, Path) and ("\0" in text or num_bytes > _MAX_PATH_BYTES):
         return f"must be a path, of at most {_MAX_PATH_BYTES} bytes and without NULs"
-    if isinstance(value, Path) and any(len(os.fsencode(part)) > 255 for part in value.parts):
+    # An option for data may be a list of paths, with commas between them.
+    parts = text.replace("/", ",").split(",") if isinstance(value, Path) else []
+    if any(len(os.fsencode(part)) > 255 for part in parts):
         return "must be a path of names of at most 255 bytes"
     return None

@@ -24,7 +24,8 @@ class GenerateConfig:
     tokenizer: Path | None = None
     """Tokenizer file or folder; none: the one that lies with the source."""
     prompts: Path | None = None
-    """Prompts to answer, .jsonl or .jsonl.gz with {"prompt"} or {"messages"}."""
+    """Prompts to answer, {"prompt"} or {"messages"}, a file in any container, a folder or a list
+    (README.md, Your data)."""
     out: Path = Path("responses.jsonl")
     """Their answers: {"prompt", "response", "sample", "tokens", "logprob", "has_eos"} a line, in
     the prompts' order. Until all are there they are kept in OUT.partial, where the same command

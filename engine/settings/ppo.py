@@ -29,7 +29,8 @@ class PPOData:
     """What the stage reads."""
 
     prompts: Path = Path("data/prompts.jsonl")
-    """Prompts {prompt}, .jsonl or .jsonl.gz."""
+    """Prompts {prompt}, a file in any container, a folder, or "A@2,B@0.5" with weights (README.md,
+    Your data)."""
     valid: Path | None = None
     """Held-out prompts; none: valid_fraction of the training prompts."""
     valid_fraction: float = field(default=0.05, metadata={EARLIER: 0.0})

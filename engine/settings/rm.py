@@ -24,8 +24,8 @@ class RMData:
     """What the stage reads."""
 
     train: Path = Path("data/comparisons.jsonl")
-    """Comparisons {prompt, completions, ranks} or pairs {prompt, chosen, rejected}, .jsonl or
-    .jsonl.gz."""
+    """Comparisons {prompt, completions, ranks} or pairs {prompt, chosen, rejected}, a file in any
+    container, a folder, or "A@2,B@0.5" with weights (README.md, Your data)."""
     valid: Path | None = None
     """Held-out comparisons; none: valid_fraction of the training prompts."""
     valid_fraction: float = 0.05

@@ -16,7 +16,8 @@ from engine.files import MAX_SHOWN_PATH, read_object, replacing
 
 _Config = TypeVar("_Config")
 
-_MAX_BYTES = 1 << 20  # of a config's file; our choice: ours have a few thousand
+_MAX_BYTES = 16 << 20  # of a config's file; our choice: ours have some thousand, and 400 for a
+# file of data, which may be thousands
 
 EARLIER = "earlier"
 """In a field's metadata: the value that a file from before the field stands for, where runs of then

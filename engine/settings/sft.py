@@ -28,13 +28,14 @@ class SFTData:
     """What the stage reads."""
 
     train: Path | None = None
-    """Demonstrations {prompt, response}, .jsonl or .jsonl.gz; none: plain language modelling."""
+    """Demonstrations {prompt, response}, a file in any container, a folder, or "A@2,B@0.5" with
+    weights (README.md, Your data); none: plain language modelling."""
     valid: Path | None = None
     """Held-out demonstrations; none: valid_fraction of the training prompts."""
     valid_fraction: float = 0.05
     """Share of the distinct prompts held out where no valid file is given."""
     pretraining: Path | None = None
-    """Pretraining text {text}, .jsonl or .txt."""
+    """Pretraining text {text}, or .txt and .md; files as those of train."""
     pretraining_valid: Path | None = None
     """Held-out pretraining text."""
     pretraining_fraction: float = 0.0

@@ -137,8 +137,18 @@ def check(name: str, folder: Path, content: bytes) -> Any:
 
 
 def _check_complete(name: str, found: list[Any], content: bytes) -> None:
+    content = content.removeprefix(b"\xef\xbb\xbf")
     if READERS[name].suffix == ".txt":
         assert found == [[*content, _END]]
     else:
-        lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-        assert len(found) == sum(1 for line in lines if line.strip())
+        assert len(found) == _num_objects(content.decode())
+
+
+def _num_objects(text: str) -> int:
+    """Return how many objects JSON has, on a line each, one after the other, or in a list."""
+    values, text = [], text.strip()
+    while text:
+        value, end = json.JSONDecoder().raw_decode(text)
+        values.append(value)
+        text = text[end:].strip()
+    return len(values[0] if isinstance(values[0], list) else values)

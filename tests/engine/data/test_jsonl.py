@@ -1,10 +1,15 @@
 import gzip
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from engine.containers.row import BadRecord, Row, RowOrBad
+from engine.data.demonstrations import read_demonstrations
 from engine.data.jsonl import ReadReport, check_text, read_records, required
+from engine.data.prompts import hold_out
 from engine.errors import UserError
 
 
@@ -35,7 +40,7 @@ def test_records_come_in_order(tmp_path: Path, compress: type) -> None:
         (b'["text"]', "must be one JSON object, not a list"),
         (b'{"txt": "a"}', 'field "text" is missing; there is txt'),
         (b'{"text": 3}', 'field "text" must be a string, not a number'),
-        (b'{"text": null}', 'field "text" must be a string, not null'),
+        (b'{"text": null}', 'field "text" is missing; there is nothing'),
         (b'{"text": " \\n"}', 'field "text" is empty'),
         (b'{"text": "\\ud83d"}', 'field "text" holds half of a surrogate pair'),
         (b'{"text": "\xff"}', "not UTF-8: byte 11 of the line"),
@@ -107,8 +112,9 @@ def test_a_line_that_takes_all_memory_is_bad(
         raise MemoryError
 
     path = tmp_path / "wide.jsonl"
-    path.write_text("{}")
-    monkeypatch.setattr("engine.data.jsonl.json.loads", takes_all)
+    path.write_text("{}\n{}\n")
+    for name in ("json.loads", "_raw_decode"):
+        monkeypatch.setattr(f"engine.containers.json_lines.{name}", takes_all)
     with pytest.raises(UserError, match=r"wide\.jsonl:1: as JSON it takes more memory"):
         read_texts(path)
 
@@ -119,3 +125,90 @@ def test_advice_names_the_commands_own_option(tmp_path: Path, option: str, advic
     with pytest.raises(UserError) as error:
         read_texts(tmp_path / "some.jsonl", skip_option=option)
     assert str(error.value).endswith(f"\ncorrect the line{advice}")
+
+
+def test_a_shape_stands_between_rows_and_records(tmp_path: Path) -> None:
+    def shape(rows: Iterator[Row]) -> Iterator[RowOrBad]:
+        for where, row in rows:
+            if "no" in row:
+                yield where, BadRecord("is no use", field="no")
+            for index, text in enumerate(row.get("texts", ())):
+                yield f"{where}, text {index + 1}", {"text": text}
+
+    def read(**options: bool) -> tuple[list[str], ReadReport]:
+        return read_records(
+            path, lambda record: check_text(record["text"], "text"), shape=shape, **options
+        )
+
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"texts": ["a", "b"]}\n{"no": 1}\n{\n{"texts": ["c", ""]}\n')
+    with pytest.raises(UserError, match=r'some\.jsonl:2: field "no" is no use'):
+        read(skip_bad_lines=False)
+    texts, report = read(skip_bad_lines=True)
+    assert texts == ["a", "b", "c"]
+    assert (report.num_read, report.num_bad) == (3, 3)
+    assert [error.partition(": ")[0].rpartition("/")[2] for error in report.first_errors] == [
+        "some.jsonl:2",
+        "some.jsonl:3",
+        "some.jsonl:4, text 2",
+    ]
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A record with a prompt."""
+
+    prompt: str
+
+
+def test_sources_are_read_in_turn_and_counted_by_their_weights(tmp_path: Path) -> None:
+    for name, number in (("a", 2), ("b", 1000)):
+        lines = (json.dumps({"prompt": f"{name}{n}"}) + "\n" for n in range(number))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines) + "{\n")
+
+    def read(paths: str) -> tuple[list[str], ReadReport]:
+        path = ",".join(f"{tmp_path}/{part}" for part in paths.split(","))
+        records, report = read_records(
+            path, lambda row: Prompted(required(row, "prompt")), skip_bad_lines=True
+        )
+        return [each.prompt for each in records], report
+
+    prompts, report = read("a.jsonl@2,b.jsonl@0.5")
+    assert prompts[:4] == ["a0", "a1", "a0", "a1"]
+    assert 400 < len(prompts) - 4 < 600
+    assert len(set(prompts[4:])) == len(prompts) - 4
+    assert (report.num_read, report.num_bad) == (1002, 2)
+    assert report.notes("data")[0].startswith(f"{tmp_path}/a.jsonl@2: 2 records, 1 bad lines sk")
+    assert report.notes("data")[0].endswith("; 4 an epoch")
+    assert report.notes("data")[1].endswith(f"; {len(prompts) - 4} an epoch")
+    assert report.notes("data")[2] == "data: 1002 records in all"
+
+    again, _ = read("b.jsonl@1.5")
+    assert again[:1000] == [f"b{n}" for n in range(1000)]
+    assert again[1000:] == prompts[4:]  # the same half, and whatever lies beside it
+    both, other = read("a.jsonl,b.jsonl")
+    assert len(both) == 1002
+    assert other.xxh3_128 != read("b.jsonl,a.jsonl")[1].xxh3_128
+    assert [note.rpartition("/")[2] for note in other.notes("x")][2:] == ["x: 1002 records in all"]
+    plain, alone = read("b.jsonl")
+    assert plain == again[:1000] and not alone.sources
+
+
+def test_no_weight_puts_a_prompt_on_both_sides(tmp_path: Path) -> None:
+    texts = [json.dumps({"prompt": f"p{n % 50}", "response": f"r{n}"}) for n in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(texts[:120]))
+    (tmp_path / "b.jsonl").write_text("\n".join(texts[120:]))
+    paths = f"{tmp_path}/a.jsonl@2.5,{tmp_path}/b.jsonl@0.5"
+    records, _ = read_demonstrations(paths)
+    trained, held_out = hold_out(records, 0.3, 1)
+    assert not {r.prompt for r in trained} & {r.prompt for r in held_out}
+    assert len(trained) > 100 and len(held_out) > 20
+
+
+def test_a_report_says_what_a_list_has_bad(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "b.csv").write_text("text\n \n")
+    with pytest.raises(UserError, match=r'b\.csv:2: field "text" is empty'):
+        read_texts(Path(f"{tmp_path}/a.jsonl,{tmp_path}/b.csv"))
+    with pytest.raises(UserError, match=r"b\.csv: all 1 lines are bad"):
+        read_texts(Path(f"{tmp_path}/a.jsonl,{tmp_path}/b.csv"), skip_bad_lines=True)

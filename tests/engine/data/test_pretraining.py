@@ -1,5 +1,6 @@
 import gzip
 import json
+import lzma
 import os
 import re
 import signal
@@ -7,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import xxhash
 
@@ -332,7 +335,10 @@ def test_what_is_no_text_is_refused_before_it_is_read_whole(
         ("a.txt", b" \n", "the file is empty"),
         ("a.txt", b"a\n\xff", r"a\.txt:2: not UTF-8"),
         ("a.jsonl", b"", "the file is empty"),
-        ("a.csv", b"a", r"is a \.jsonl or \.txt file"),
+        ("a.csv", b"a", "the file is empty"),
+        ("a.txt", b"\xef\xbb\xbf", "the file is empty"),
+        ("a.txt", b"%PDF-1.7", r"a\.txt is a PDF"),
+        ("a.csv", b"prompt\na\n", r'a\.csv:2: field "text" is missing; there is prompt'),
         ("a.txt", None, "no such file"),
     ],
 )
@@ -357,3 +363,46 @@ def test_real_text_comes_back(data_pack: Path, tmp_path: Path) -> None:
         ends = np.flatnonzero(tokens == tokenizer.eos_id)
         parts = np.split(tokens, ends + 1)[:-1]
         assert [tokenizer.decode(part) for part in parts] == texts
+
+
+def test_text_comes_from_every_container_and_several_of_them(tmp_path: Path) -> None:
+    def read(name: str) -> tuple[list[int], str]:
+        path = ",".join(f"{tmp_path}/{part}" for part in name.split(","))
+        found = open_token_file(path, letters(()), tmp_path / "cache")
+        return found.tokens.tolist(), str(found.report)
+
+    write(tmp_path / "a.jsonl", ["ab", "c"])
+    (tmp_path / "b.csv").write_text("id,text\n1,ab\n2,c\n")
+    (tmp_path / "c.json").write_text(json.dumps([{"text": "ab"}, {"text": "c"}], indent=1))
+    pq.write_table(pa.table({"text": ["ab", "c"]}), tmp_path / "d.parquet")
+    both = [97, 98, 3, 99, 3]
+    for name in ("a.jsonl", "b.csv", "c.json", "d.parquet"):
+        assert read(name) == (both, "2 records")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "1.md").write_text("\ufeffx", encoding="utf-8")
+    (tmp_path / "notes" / "2.txt").write_bytes(lzma.compress(b"yz"))
+    assert read("notes") == ([120, 3, 121, 122, 3], "2 records")
+    assert read("notes,a.jsonl@2") == ([120, 3, 121, 122, 3, *both, *both], "4 records")
+    write(tmp_path / "e.jsonl", [chr(100 + n) for n in range(20)])
+    tokens, _ = read("e.jsonl@1.5")
+    assert tokens[:40] == read("e.jsonl")[0]
+    assert 6 < len(tokens) - 40 < 34 and set(tokens[40:]) < set(tokens[:40])
+    assert tokens[40:] == read("e.jsonl@.5")[0]
+    with pytest.raises(UserError, match="a file of text is one document, and cannot count 0.5"):
+        read("notes@0.5")
+    (tmp_path / "f.txt").write_text("t")
+    with pytest.raises(UserError, match="text files among others; name them apart"):
+        read("[af].*")
+
+
+def test_a_list_of_texts_says_how_each_was_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", ["ab"])
+    write(tmp_path / "b.jsonl", ["c", "d"])
+    path = Path(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl@3")
+    for _ in range(2):  # as made, and as kept
+        report = open_token_file(path, letters(()), tmp_path / "cache").report
+        assert report.notes("text", ", 8 tokens") == [
+            f"{tmp_path}/a.jsonl: 1 records",
+            f"{tmp_path}/b.jsonl@3: 2 records; 6 an epoch",
+            "text: 3 records in all, 8 tokens",
+        ]

@@ -1,13 +1,24 @@
 import dataclasses
 import gzip
+import json
 import os
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from engine.errors import UserError
 from engine.identity import data_files
-from engine.identity.data_files import described, described_now, look_at
+from engine.identity.data_files import (
+    DataFile,
+    changed_files,
+    described,
+    described_now,
+    look_at,
+    without_paths,
+)
+from engine.identity.record import Identity, changes
+from engine.settings.saved import load_config, save_config
 from tests.tiny import write_lines
 
 
@@ -118,3 +129,72 @@ def test_content_is_described_by_its_records_or_lines(tmp_path: Path):
     text.write_text("all of it\nis one document\n")
     assert described_now(look_at(text)).startswith("26 bytes, ")
     assert described(None) == described_now(None) == "none"
+
+
+def several(folder: Path, **lines: int) -> Path:
+    """Write files of so many lines; return the option that names them all."""
+    for name, number in lines.items():
+        write_lines(folder / f"{name}.jsonl", [{name: n} for n in range(number)])
+    return Path(",".join(f"{folder}/{name}.jsonl" for name in lines))
+
+
+def test_one_file_is_known_as_ever_whatever_names_it(tmp_path: Path):
+    several(tmp_path, a=3)
+    alone = look_at(tmp_path / "a.jsonl")
+    assert not alone.files
+    assert alone.xxh3_128 == xxhash.xxh3_128_hexdigest((tmp_path / "a.jsonl").read_bytes())
+    for named in (tmp_path, tmp_path / "*.jsonl"):
+        assert look_at(named) == dataclasses.replace(alone, path=str(named))
+    assert load_config(DataFile, written(tmp_path, {"path": "a", "bytes": 3})).bytes == 3
+
+
+def written(folder: Path, value: dict) -> Path:
+    (folder / "file.json").write_text(json.dumps(value))
+    return folder / "file.json"
+
+
+def test_several_files_have_one_digest_and_each_its_own(tmp_path: Path):
+    both = look_at(several(tmp_path, a=3, b=2))
+    assert [Path(file.path).name for file in both.files] == ["a.jsonl", "b.jsonl"]
+    assert both.bytes == sum(file.bytes for file in both.files)
+    assert described(both) == f"{both.bytes} bytes of 2 files, {both.xxh3_128[:8]}"
+    assert both.is_still_there()
+    save_config(both, tmp_path / "file.json")
+    assert load_config(DataFile, tmp_path / "file.json") == both
+    others = {
+        named: look_at(Path(",".join(f"{tmp_path}/{part}" for part in named.split(","))))
+        for named in ("b.jsonl,a.jsonl", "a.jsonl@2,b.jsonl", "a.jsonl,b.jsonl@0.5", "a.jsonl@2")
+    }
+    assert len({both.xxh3_128, *(other.xxh3_128 for other in others.values())}) == 5
+    assert changed_files(both, others["b.jsonl,a.jsonl"]) == "another order"
+    assert changed_files(both, others["a.jsonl@2"]) == "changed a.jsonl; gone b.jsonl"
+    (tmp_path / "b.jsonl").write_text("{}\n")
+    assert not both.is_still_there()
+
+
+def test_what_changed_among_several_files_is_said(tmp_path: Path):
+    before = look_at(several(tmp_path, a=3, b=2, c=1))
+    now = look_at(several(tmp_path, a=3, b=4, d=1))
+    assert changed_files(before, now) == "changed b.jsonl; added d.jsonl; gone c.jsonl"
+    kept = without_paths(before)
+    gone = [kept.files[index].xxh3_128[:8] for index in (1, 2)]
+    assert changed_files(kept, now) == f"added b.jsonl, d.jsonl; gone {', '.join(gone)}"
+    assert changed_files(look_at(tmp_path / "a.jsonl"), look_at(tmp_path / "b.jsonl")) == ""
+    assert changed_files(look_at(tmp_path / "a.jsonl"), now) == "added b.jsonl, d.jsonl"
+    identities = [Identity(data={"data.train": file}) for file in (before, now)]
+    [change] = changes(*identities)
+    assert change.new.endswith(" (changed b.jsonl; added d.jsonl; gone c.jsonl)")
+    assert not changes(identities[0], Identity(data={"data.train": kept}))
+
+
+def test_large_files_of_several_are_read_again_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(data_files, "_TRUSTED_BYTES", 4)
+    read, paths = reads(monkeypatch), several(tmp_path, a=3, b=2)
+    first = look_at(paths)
+    write_lines(tmp_path / "b.jsonl", [{"b": "new"}])
+    again = look_at(paths, first)
+    assert [path.name for path in read] == ["a.jsonl", "b.jsonl", "b.jsonl"]
+    assert again.files[0] == first.files[0]
+    assert changed_files(first, again) == "changed b.jsonl"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.files import read_lines
+from engine.containers.lines import read_lines
 from engine.quickstart.e2e_phrases import E2E_PHRASES
 from engine.quickstart.labeler import Language, count_faults, e2e_language, score
 from engine.quickstart.places import parse_facts

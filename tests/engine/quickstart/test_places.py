@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.files import read_lines
+from engine.containers.lines import read_lines
 from engine.quickstart.places import (
     FIELDS,
     Split,

@@ -129,8 +129,8 @@ def test_a_file_from_before_a_field_is_read_as_what_runs_did_then(tmp_path):
 
 
 def test_a_file_of_megabytes_is_no_config(tmp_path):
-    (tmp_path / "c.json").write_text("{}" + " " * 2**20)
-    with pytest.raises(UserError, match=r"c\.json has 1048578 bytes; 1048576 are the most"):
+    (tmp_path / "c.json").write_text("{}" + " " * 2**24)
+    with pytest.raises(UserError, match=r"c\.json has 16777218 bytes; 16777216 are the most"):
         load_config(StageConfig, tmp_path / "c.json")
 
 
