@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.claim import holding_claims, making
+from engine.containers.kinds import ENDINGS, ending_of
 from engine.containers.lines import read_lines
 from engine.data.end_of_text import END_OF_TEXT
 from engine.data.jsonl import BadRecord, RecordReader, check_text, json_type
@@ -98,7 +99,7 @@ def train_fitting(texts: Iterable[str], path: Path, vocab_size: int, *, is_exact
 def texts_of(path: Path, *, skip_bad_lines: bool = False, skip_option: str = "") -> Iterator[str]:
     """Yield the texts of a file of the stages, one a record, of a .txt one a line; raises
     UserError."""
-    if path.name.removesuffix(".gz").endswith(".txt"):
+    if ending_of(path) in ENDINGS["text"]:
         is_empty = True
         for number, line in read_lines(path):
             is_empty = is_empty and line.isspace()

@@ -6,7 +6,7 @@ from pathlib import Path
 from engine.data.jsonl import write_jsonl
 from engine.errors import UserError, quoted
 from engine.prepare.tokenizer_training import texts_of, train_fitting
-from engine.quickstart.own_files import NAMES, endings, is_text, own_files, split_files
+from engine.quickstart.own_files import NAMES, is_text, own_files, split_files
 from engine.quickstart.places import Split, demonstrations, fact_lists, render_facts
 from engine.quickstart.python_text import python_documents, split_documents
 from engine.quickstart.settings import QuickstartConfig
@@ -84,13 +84,13 @@ def _found_in_tree(folder: Path, task: str) -> Files:
 def _own_sources(folder: Path) -> dict[str, Path]:
     found = own_files(folder)
     missing = [
-        f"{n}{' or '.join(e for e in endings(n) if not e.endswith('.gz'))}"
-        for n, path in found.items()
+        f"{name}.jsonl{' or .txt' if name == 'pretraining' else ''}"
+        for name, path in found.items()
         if path is None
     ]
     if missing:
         raise UserError(
-            f"--data {folder}: there is no {', no '.join(missing)} (each may be .gz); README's "
+            f"--data {folder}: there is no {', no '.join(missing)} (or .csv, .parquet and others, packed or not); README's "
             '"Your data" says what is in them'
         )
     return {name: path for name, path in found.items() if path is not None}

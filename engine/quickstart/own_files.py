@@ -1,6 +1,7 @@
 """The four files of README's "Your data" in one folder, and the split that the quickstart makes.
 
-DIR/demonstrations.jsonl  comparisons.jsonl  prompts.jsonl  pretraining.jsonl or .txt; also .gz
+DIR/demonstrations.jsonl  comparisons.jsonl  prompts.jsonl  pretraining.jsonl or .txt, or any other
+                          container of rows (engine/containers/kinds.py), packed or not
 HOME/data/NAME.jsonl  NAME_valid.jsonl    their lines, each prompt on one side
 HOME/data/split.json                      digests of the files that were split
 """
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoints.manifest import digest_of_file
+from engine.containers.kinds import ENDINGS, PACKED_ENDINGS, ending_of
 from engine.containers.lines import read_lines
+from engine.data.canonical import without_nulls
 from engine.data.jsonl import RecordReader
+from engine.data.shapes import PLAIN, SHAPES, recognised
 from engine.errors import UserError
 from engine.files import read_object, replacing, write_object
 
@@ -25,8 +29,9 @@ _TURN = "Assistant:"  # what a dialogue as one text has before its last reply
 
 def endings(name: str) -> tuple[str, ...]:
     """Return the endings that a file of that name may have, the first one there is taken."""
-    plain = (".jsonl", ".txt") if name == "pretraining" else (".jsonl",)
-    return (*plain, *(f"{ending}.gz" for ending in plain))
+    kinds = [kind for kind in ENDINGS if kind != "text" or name == "pretraining"]
+    plain = [ending for kind in kinds for ending in ENDINGS[kind]]
+    return (*plain, *(f"{ending}{packed}" for ending in plain for packed in PACKED_ENDINGS))
 
 
 def own_files(folder: Path) -> dict[str, Path | None]:
@@ -88,8 +93,8 @@ def _split_text(source: Path, train: Path, valid: Path) -> None:
 
 
 def is_text(path: Path) -> bool:
-    """Return whether a file is plain text by its name, and no JSON lines."""
-    return path.name.removesuffix(".gz").endswith(".txt")
+    """Return whether a file is plain text by its name, and has no rows."""
+    return ending_of(path) in ENDINGS["text"]
 
 
 def _hashed(source: Path) -> Iterator[tuple[bytes, int]]:
@@ -103,9 +108,15 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _prompt_of(record: Mapping[str, Any]) -> str:
+def _prompt_of(record: dict[str, Any]) -> str:
     """Return what tells a record's prompt from others: it, or of dialogues and texts with the
-    prompt inside what comes before the last reply."""
+    prompt inside what comes before the last reply; of rows of a public shape what that asks."""
+    row = without_nulls(record)
+    shapes = [SHAPES[name] for name in recognised(row) if name != PLAIN]
+    if len(shapes) == 1 and shapes[0].gather is None and "prompts" in shapes[0].has:
+        return json.dumps(
+            [each for each in shapes[0].read(row, "prompts") if isinstance(each, dict)]
+        )
     for key in ("prompt", "messages", "chosen"):
         value = record.get(key)
         if isinstance(value, str):
