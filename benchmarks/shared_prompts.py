@@ -35,9 +35,9 @@ from engine.losses import comparison_loss
 from engine.ranks.device import DTYPES
 from engine.ranks.parallel import Parallel
 from engine.ranks.start import start_parallel
-from engine.run import size_named
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.size import size_with
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward_backward
@@ -171,7 +171,7 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.tokenizer)
     parallel = start_parallel(ParallelLayout(), seed=0)
     job = Job(
-        size=size_named(arguments.size, tokenizer, arguments.context_length),
+        size=size_with(arguments.size, tokenizer.vocab_size, arguments.context_length),
         numerics=numerics,
         batch_size=arguments.batch_size,
         num_batches=arguments.num_batches,

@@ -40,10 +40,10 @@ from engine.identity.inputs import Inputs
 from engine.losses import comparison_loss, last_readings, pair_accuracy
 from engine.metrics import RM_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
-from engine.run import Run, join_ranks, require_data, size_named, stage, start_run
+from engine.run import Run, join_ranks, require_data, stage, start_run
 from engine.settings.evaluation import is_evaluated
 from engine.settings.rm import RMConfig
-from engine.settings.size import check_starts
+from engine.settings.size import check_starts, size_with
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward, forward_backward
@@ -67,7 +67,8 @@ def train(config: RMConfig) -> dict[str, float]:
     )
     inputs = Inputs(run, config)
     fingerprint = run.tokenizer.fingerprint()
-    size = inputs.size("init_from") if config.init_from else size_named(config.size, run.tokenizer)
+    vocab_size = run.tokenizer.vocab_size
+    size = inputs.size("init_from") if config.init_from else size_with(config.size, vocab_size)
     network = build_network("scalar", size, parallel, numerics=config.numerics)
     if config.init_from:
         inputs.start("init_from", network)

@@ -45,8 +45,6 @@ from engine.ranks.signs import keep_stacks_in
 from engine.ranks.start import start_parallel
 from engine.settings.command_line import as_options
 from engine.settings.saved import changed_fields, save_config
-from engine.settings.size import named_size
-from models.sizes import GPTSize
 
 # What a run may change when it goes on: where and how fast it runs, how long, what it writes. Any
 # other change would make it neither the old run nor the new one.
@@ -82,11 +80,6 @@ class Run:
     tokenizer: Tokenizer
     account: Account = field(default_factory=Account)
     """What was read of the files of data."""
-
-    @property
-    def counts(self) -> dict[str, dict[str, Any]]:
-        """Of each file of data, by its option: records that were read, skipped, kept, dropped."""
-        return self.account.counts
 
     @property
     def _settings(self) -> Path:
@@ -336,13 +329,6 @@ def load_shared_tokenizer(find: Callable[[], Path]) -> Tokenizer:
         for note in tokenizer.notes:
             say(f"WARNING: {path}: {note}", stream=sys.stderr)
     return tokenizer
-
-
-def size_named(name: str, tokenizer: Tokenizer, context_length: int | None = None) -> GPTSize:
-    """Return the size of that name with the tokenizer's vocabulary; raises UserError for an unknown
-    name."""
-    size = dataclasses.replace(named_size(name), vocab_size=tokenizer.vocab_size)
-    return dataclasses.replace(size, context_length=context_length or size.context_length)
 
 
 def has_begun(directory: Path) -> bool:

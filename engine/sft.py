@@ -49,10 +49,10 @@ from engine.identity.inputs import Inputs
 from engine.losses import NegativeLogLikelihood, mean_language_loss
 from engine.metrics import SFT_HEADLINE, Metrics
 from engine.ranks.seeds import seed_for_step
-from engine.run import Run, join_ranks, require_data, size_named, stage, start_run
+from engine.run import Run, join_ranks, require_data, stage, start_run
 from engine.settings.evaluation import is_evaluated
 from engine.settings.sft import SFTConfig
-from engine.settings.size import banded, check_starts
+from engine.settings.size import banded, check_starts, size_with
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import Objective, accumulate
@@ -158,7 +158,7 @@ def train(config: SFTConfig) -> dict[str, float]:
 
 def _new_size(config: SFTConfig, run: Run) -> GPTSize:
     """Return the size of a model that starts from nothing."""
-    return banded(size_named(config.size, run.tokenizer), config.band)
+    return banded(size_with(config.size, run.tokenizer.vocab_size), config.band)
 
 
 def _train_step(

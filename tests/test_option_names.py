@@ -58,7 +58,8 @@ SAID_BY = {
     "engine/claim.py": ("tokenizer", "prepare"),
 }
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:[.-][a-z0-9]+)*")
-NOT_OURS = {"--short", "--max-restarts", "--help"}  # git's, torchrun's, and everybody's
+# git's, torchrun's, hf's, and everybody's
+NOT_OURS = {"--short", "--max-restarts", "--repo-type", "--help"}
 
 
 @functools.cache

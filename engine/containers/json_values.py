@@ -120,6 +120,8 @@ _ROW_LISTS = {
     *("messages", "conversations", "conversation", "dialog", "dialogue", "chosen", "rejected"),
     *(
         "completions",
+        "preferred_output",
+        "non_preferred_output",
         "responses",
         "answers",
         "replies",

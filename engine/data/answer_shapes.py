@@ -19,7 +19,6 @@ from engine.data.canonical import (
     paragraphs,
     ranked,
     text_in,
-    without_nulls,
 )
 from engine.data.jsonl import BadRecord, check_text, json_type, required
 from engine.errors import quoted
@@ -129,7 +128,7 @@ def self_instruct(row: Row, purpose: Purpose) -> Sequence[Row | LeftOut]:
     found = []
     for index, instance in enumerate(objects_in(row, "instances")):
         asked = {"instruction": row.get("instruction"), "input": instance.get("input", "")}
-        exchange = {"prompt": paragraphs(without_nulls(asked), "instruction", "input")}
+        exchange = {"prompt": paragraphs(asked, "instruction", "input")}
         if purpose == "demonstrations":
             exchange["response"] = text_in(instance, "output", within=f"instances[{index}].")
         found.append(of_exchange(exchange, purpose))
@@ -149,7 +148,7 @@ def together(rows: Sequence[tuple[str, Row]]) -> list[tuple[str, Row | LeftOut]]
 def helpsteer(row: Row, purpose: Purpose) -> Sequence[Row | LeftOut]:
     """Return what a prompt's rows {"prompt", "response", "helpfulness"} give: one comparison by
     helpfulness, or a demonstration for each that is helpful enough."""
-    prompt = helpsteer_prompt(without_nulls(row))
+    prompt = helpsteer_prompt(row)
     if purpose == "prompts":
         return [{"prompt": prompt}]
     responses = [text_in(each, "response") for each in row["rows"]]

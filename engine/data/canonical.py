@@ -39,11 +39,6 @@ Read = Callable[[Row, Purpose], Sequence[Row | LeftOut]]
 """From a row to the records it gives for a purpose; raises BadRecord."""
 
 
-def without_nulls(row: Row) -> Row:
-    """Return a row without the fields that are null: `datasets` writes those a row lacks so."""
-    return {key: value for key, value in row.items() if value is not None}
-
-
 def text_in(row: Row, key: str, *, within: str = "") -> str:
     """Return a field that is a text with something in it; BadRecord otherwise."""
     return check_text(required(row, key, within=within), f"{within}{key}")
@@ -224,14 +219,14 @@ def list_in(row: Row, key: str, *, within: str = "") -> list[Any]:
 
 
 def objects_in(row: Row, key: str, *, within: str = "") -> list[Row]:
-    """Return a field that is a list of objects, their nulls left out; BadRecord otherwise."""
+    """Return a field that is a list of objects; BadRecord otherwise."""
     found = list_in(row, key, within=within)
     for index, each in enumerate(found):
         if not isinstance(each, dict):
             raise BadRecord(
                 f"must be an object, not {json_type(each)}", field=f"{within}{key}[{index}]"
             )
-    return [without_nulls(each) for each in found]
+    return found
 
 
 def choice_in(row: Row, key: str, choices: Mapping[Any, float]) -> float:

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from engine.data.canonical import NEEDS, LeftOut, Purpose, Row, without_nulls
+from engine.containers.row import RowOrBad
+from engine.data.canonical import NEEDS, LeftOut, Purpose, Row
 from engine.data.jsonl import BadRecord, required
 from engine.data.shapes import PLAIN, SHAPES, nearly, recognised
 from engine.errors import UserError, named, quoted
@@ -28,7 +29,6 @@ _NOTHING = {
 }
 OPTION = "--data.fields"
 """The stages' option."""
-RowOrBad = tuple[str, Row | BadRecord]
 
 
 class Fields:
@@ -69,7 +69,7 @@ class Fields:
                 yield where, row
                 continue
             try:
-                row = self._ours(without_nulls(row), where)
+                row = self._ours(row, where)
             except BadRecord as error:
                 yield where, error
                 continue

@@ -26,7 +26,6 @@ from engine.data.canonical import (
     pair,
     paragraphs,
     text_in,
-    without_nulls,
 )
 from engine.data.dialogue_shapes import hh_turns
 from engine.data.jsonl import BadRecord, check_text, json_type, required
@@ -58,7 +57,7 @@ def summaries(row: Row) -> Row:
 
 def summary_prompt(row: Row) -> str:
     """Return what `info` asks to be summarised: a post of Reddit, or an article."""
-    info = without_nulls(row["info"])
+    info = row["info"]
     if "article" in info and "post" not in info:
         article = text_in(info, "article", within="info.")
         return f"Article:\n\n{article}\n\nTL;DR:"

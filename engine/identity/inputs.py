@@ -330,7 +330,7 @@ class Inputs:
         ]
 
     def _keep(self, step: int) -> str:
-        directory, counts = self._run.directory, self._run.counts
+        directory, counts = self._run.directory, self._run.account.counts
         if self._recorded is not None:
             folder = self._run.checkpoints / step_name(step)
             found = disagreements(identity_in(folder) or self._recorded, self._recorded)

@@ -90,8 +90,8 @@ def _own_sources(folder: Path) -> dict[str, Path]:
     ]
     if missing:
         raise UserError(
-            f"--data {folder}: there is no {', no '.join(missing)} (or .csv, .parquet and others, packed or not); README's "
-            '"Your data" says what is in them'
+            f"--data {folder}: there is no {', no '.join(missing)} (or .csv, .parquet and others, "
+            'packed or not); README\'s "Your data" says what is in them'
         )
     return {name: path for name, path in found.items() if path is not None}
 

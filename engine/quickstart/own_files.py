@@ -1,9 +1,10 @@
 """The four files of README's "Your data" in one folder, and the split that the quickstart makes.
 
-DIR/demonstrations.jsonl  comparisons.jsonl  prompts.jsonl  pretraining.jsonl or .txt, or any other
-                          container of rows (engine/containers/kinds.py), packed or not
+DIR/demonstrations.jsonl  comparisons.jsonl  prompts.jsonl  pretraining.jsonl or .txt
 HOME/data/NAME.jsonl  NAME_valid.jsonl    their lines, each prompt on one side
 HOME/data/split.json                      digests of the files that were split
+
+Those of DIR may be any other container, packed or not (engine/containers/kinds.py).
 """
 
 import hashlib
@@ -15,7 +16,6 @@ from typing import Any
 from engine.checkpoints.manifest import digest_of_file
 from engine.containers.kinds import ENDINGS, PACKED_ENDINGS, ending_of
 from engine.containers.lines import read_lines
-from engine.data.canonical import without_nulls
 from engine.data.jsonl import RecordReader
 from engine.data.shapes import PLAIN, SHAPES, recognised
 from engine.errors import UserError
@@ -111,11 +111,10 @@ def _hash(text: str) -> int:
 def _prompt_of(record: dict[str, Any]) -> str:
     """Return what tells a record's prompt from others: it, or of dialogues and texts with the
     prompt inside what comes before the last reply; of rows of a public shape what that asks."""
-    row = without_nulls(record)
-    shapes = [SHAPES[name] for name in recognised(row) if name != PLAIN]
+    shapes = [SHAPES[name] for name in recognised(record) if name != PLAIN]
     if len(shapes) == 1 and shapes[0].gather is None and "prompts" in shapes[0].has:
         return json.dumps(
-            [each for each in shapes[0].read(row, "prompts") if isinstance(each, dict)]
+            [each for each in shapes[0].read(record, "prompts") if isinstance(each, dict)]
         )
     for key in ("prompt", "messages", "chosen"):
         value = record.get(key)

@@ -15,6 +15,13 @@ def named_size(name: str) -> GPTSize:
     return SIZES[name]
 
 
+def size_with(name: str, vocab_size: int, context_length: int | None = None) -> GPTSize:
+    """Return the size of that name with a tokenizer's vocabulary; raises UserError for an unknown
+    name."""
+    size = dataclasses.replace(named_size(name), vocab_size=vocab_size)
+    return dataclasses.replace(size, context_length=context_length or size.context_length)
+
+
 def check_starts(size: str, init_from: Path | None) -> None:
     """Raise UserError where a stage has neither a network to start from nor the size of one that
     starts from nothing."""

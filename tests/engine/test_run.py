@@ -20,7 +20,6 @@ from engine.run import (
     Run,
     claim_for_all,
     require_path,
-    size_named,
     stage,
     start_run,
     tokenizer_path,
@@ -29,7 +28,6 @@ from engine.settings.adam import AdamConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.saved import load_config
 from engine.settings.sft import SFTConfig, SFTData
-from models.sizes import SIZES
 from tests.beginnings import POST_PROCESSORS, write_tokenizer_json
 from tests.ranks import run_ranks
 from tests.tiny import EVERY_STEP, write_lines
@@ -272,19 +270,6 @@ def test_missing_tokenizer_leaves_no_folder(tmp_path: Path):
     with pytest.raises(UserError, match=r"nowhere\.model: no such file"):
         start(tmp_path / "nowhere.model", tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_size_takes_the_tokenizers_vocabulary(tiny: Path):
-    tokenizer = load_tokenizer(tiny / "tokenizer.json")
-    size = size_named("125m", tokenizer)
-    assert size.vocab_size == tokenizer.vocab_size == 100
-    assert size.context_length == SIZES["125m"].context_length
-    assert size_named("125m", tokenizer, 128).context_length == 128
-
-
-def test_unknown_size_is_an_error_that_lists_them(tiny: Path):
-    with pytest.raises(UserError, match="no size is named '1.3B'.*1.3b, .*175b"):
-        size_named("1.3B", load_tokenizer(tiny / "tokenizer.json"))
 
 
 def test_required_path(tmp_path: Path):

@@ -13,14 +13,9 @@ from engine.data.canonical import (
     paragraphs,
     ranked,
     ranks_of,
-    without_nulls,
 )
 from engine.data.jsonl import BadRecord
 from tests.engine.data.shape_samples import asked, said
-
-
-def test_a_null_is_a_field_that_is_not_there() -> None:
-    assert without_nulls({"a": None, "b": 0, "c": ""}) == {"b": 0, "c": ""}
 
 
 def test_an_empty_line_joins_what_belongs_to_one_prompt() -> None:

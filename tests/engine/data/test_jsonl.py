@@ -1,12 +1,14 @@
 import gzip
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from engine.containers.row import BadRecord, Row, RowOrBad
+from engine.containers.row import BadRecord, RowOrBad
 from engine.data.demonstrations import read_demonstrations
 from engine.data.jsonl import ReadReport, check_text, read_records, required
 from engine.data.prompts import hold_out
@@ -128,8 +130,17 @@ def test_advice_names_the_commands_own_option(tmp_path: Path, option: str, advic
 
 
 def test_a_shape_stands_between_rows_and_records(tmp_path: Path) -> None:
-    def shape(rows: Iterator[Row]) -> Iterator[RowOrBad]:
-        for where, row in rows:
+    class Shape:
+        read_as, left_out = "", Counter[str]()
+
+        def __call__(self, rows: Iterable[RowOrBad]) -> Iterator[RowOrBad]:
+            for where, row in rows:
+                yield from self.of(where, row)
+
+        def of(self, where: str, row: dict[str, Any] | BadRecord) -> Iterator[RowOrBad]:
+            if isinstance(row, BadRecord):
+                yield where, row
+                return
             if "no" in row:
                 yield where, BadRecord("is no use", field="no")
             for index, text in enumerate(row.get("texts", ())):
@@ -137,7 +148,7 @@ def test_a_shape_stands_between_rows_and_records(tmp_path: Path) -> None:
 
     def read(**options: bool) -> tuple[list[str], ReadReport]:
         return read_records(
-            path, lambda record: check_text(record["text"], "text"), shape=shape, **options
+            path, lambda record: check_text(record["text"], "text"), shaping=Shape, **options
         )
 
     path = tmp_path / "some.jsonl"

@@ -91,7 +91,7 @@ def test_rows_are_what_the_stages_read(tmp_path):
     rows = {name: record.row(name, "log:1") for name in ("sft", "comparisons", "prompts")}
     assert rows["prompts"] == {"prompt": [USER], "id": "log:1", "kind": "chat"}
     paths = {name: write_lines(tmp_path / name, [row]) for name, row in rows.items()}
-    assert read_demonstrations(paths["sft"])[0][0].response == " r"
+    assert read_demonstrations(paths["sft"])[0][0].response.text == " r"
     assert read_comparisons(paths["comparisons"])[0][0].ranks == [2, 1]
     assert len(read_prompts(paths["prompts"])[0]) == 1
 

@@ -63,7 +63,7 @@ def test_the_data_sets_are_what_the_stages_read(tmp_path):
         "report.md",
         "sft.train.jsonl",
     ]
-    assert read_demonstrations(data / "sft.train.jsonl")[0][0].response == "r"
+    assert read_demonstrations(data / "sft.train.jsonl")[0][0].response.text == "r"
     assert rows(data / "prompts.train.jsonl") == [{"prompt": "q", "id": "mine"}]
 
 

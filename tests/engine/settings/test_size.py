@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from engine.settings.size import banded, check_named_size, check_starts, named_size
+from engine.settings.size import banded, check_named_size, check_starts, named_size, size_with
 from models.form import Form
 from models.sizes import SIZES
 
@@ -21,6 +21,14 @@ def test_a_name_of_the_table_is_its_size(name: str):
 def test_unknown_name_is_answered_with_those_there_are(name: str):
     with pytest.raises(UserError, match=f"no size is named {name!r}; the sizes are tiny, .*175b"):
         named_size(name)
+
+
+def test_a_size_has_the_vocabulary_and_context_that_are_asked_for():
+    size = size_with("125m", 100)
+    assert (size.vocab_size, size.context_length) == (100, SIZES["125m"].context_length)
+    assert size_with("125m", 100, 128).context_length == 128
+    with pytest.raises(UserError, match="no size is named '1.3B'.*1.3b, .*175b"):
+        size_with("1.3B", 100)
 
 
 def test_a_stage_has_something_to_start_from():
