@@ -1,7 +1,6 @@
 """Parquet and Arrow files, read through pyarrow some rows at a time, as plain values of Python."""
 
 import datetime
-import decimal
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -227,14 +226,13 @@ def _extension() -> Any:
 def _scalar(value: Any) -> Any:
     if value is None or isinstance(value, str | bool | int):
         return value
-    if isinstance(value, float):
-        return value if value == value else None
+    if hasattr(value, "__float__"):  # a decimal, and numpy's half precision
+        number = float(value)
+        return number if number == number else None
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
-    if isinstance(value, decimal.Decimal):
-        return float(value)
     if isinstance(value, bytes):  # texts of writers that do not say so; pictures stay bytes
         try:
             return value.decode()

@@ -2,6 +2,8 @@
 the file system says of it."""
 
 import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,19 +108,28 @@ def changed_files(old: DataFile, new: DataFile) -> str:
     """
     if not old.files and not new.files:
         return ""
-    sides = [file.files or (file,) for file in (old, new)]
-    contents = [{_content(file) for file in files} for files in sides]
-    names = [{Path(f.path).name for f in files if f.path} for files in sides]
+    before, after = (file.files or (file,) for file in (old, new))
+    names_before = {Path(file.path).name for file in before}
+    names_after = {Path(file.path).name for file in after}
     said: dict[str, list[str]] = {"changed": [], "added": [], "gone": []}
-    for file in sides[1]:
-        if _content(file) not in contents[0]:
-            name = Path(file.path).name
-            said["changed" if name in names[0] else "added"].append(name)
-    for file in sides[0]:
-        if _content(file) not in contents[1] and Path(file.path).name not in names[1]:
-            said["gone"].append(Path(file.path).name or file.xxh3_128[:8])
+    for file in _not_among(before, after):
+        name = Path(file.path).name
+        said["changed" if name in names_before else "added"].append(name)
+    for file in _not_among(after, before):
+        if (name := Path(file.path).name) not in names_after:
+            said["gone"].append(name or file.xxh3_128[:8])
     parts = [f"{what} {', '.join(each[:_SHOWN_FILES])}" for what, each in said.items() if each]
     return "; ".join(parts) or "another order"
+
+
+def _not_among(others: Sequence[DataFile], files: Sequence[DataFile]) -> Iterator[DataFile]:
+    """Yield the files whose content the others have not, or have not as often."""
+    unmatched = Counter(map(_content, others))
+    for file in files:
+        if unmatched[_content(file)]:
+            unmatched[_content(file)] -= 1
+        else:
+            yield file
 
 
 def _content(file: DataFile) -> str:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -37,7 +38,7 @@ def test_values_are_pythons_own(tmp_path: Path):
             "text": pa.array(["é", None]),
             "category": pa.array(["x", "x"]).dictionary_encode(),
             "score": pa.array([math.nan, 0.5]),
-            "half": pa.array([1.5, None], pa.float16()),
+            "half": pa.array([np.float16(1.5), None], pa.float16()),
             "rank": pa.array([2, None]),
             "flag": pa.array([True, False]),
             "at": pa.array([moment, None], pa.timestamp("ns", tz="America/New_York")),

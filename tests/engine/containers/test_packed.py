@@ -1,12 +1,15 @@
 import gzip
 import os
+import random
 from pathlib import Path
 
 import pytest
 
 from engine.containers import packed
 from engine.containers.lines import read_lines
+from engine.containers.packed import beginning_of, packing_of
 from engine.errors import UserError
+from tests.engine.containers.test_rows import PACKINGS
 
 
 def test_gzip_is_recognised_by_content(tmp_path: Path) -> None:
@@ -85,3 +88,70 @@ def test_empty_members_do_not_go_on_for_ever(tmp_path: Path) -> None:
     path.write_bytes(empty * 2000)
     with pytest.raises(UserError, match=r"members\.gz: gzip data of 1001 empty members"):
         list(read_lines(path))
+
+
+OTHERS = [packing for packing in PACKINGS if packing]
+
+
+@pytest.mark.parametrize("packing", OTHERS)
+def test_every_packing_is_told_by_its_content_and_its_members_are_joined(
+    tmp_path: Path, packing: str
+) -> None:
+    pack, path = PACKINGS[packing], tmp_path / "a.jsonl"
+    members = [b"on", b"", b"e\nt", b"wo\n" * 100_000]
+    path.write_bytes(b"".join(map(pack, members)))
+    assert packing_of(path.read_bytes()[:10]) == packing
+    assert b"".join(line for _, line in read_lines(path)) == b"".join(members)
+    assert beginning_of(path, 5) == (packing, b"one\nt")
+    assert packing_of(b"BZh") == packing_of(b"") == packing_of(b"{") == ""
+
+
+@pytest.mark.parametrize("packing", OTHERS)
+def test_every_packing_that_ends_early_is_named(tmp_path: Path, packing: str) -> None:
+    content = random.Random(0).randbytes(300_000).hex().encode()
+    whole, path = PACKINGS[packing](content), tmp_path / "a.jsonl"
+    for num_bytes in (14, 50, len(whole) // 2, len(whole) - 1):
+        for before in (b"", whole):
+            path.write_bytes(before + whole[:num_bytes])
+            with pytest.raises(UserError, match=rf"the {packing} data ends early, after line \d"):
+                list(read_lines(path))
+    assert content.startswith(beginning_of(path, 100)[1])  # what can be had is enough to know it
+
+
+@pytest.mark.parametrize("packing", OTHERS)
+def test_damage_of_every_packing_is_named(tmp_path: Path, packing: str) -> None:
+    whole, path = PACKINGS[packing](b"the mill is a pub\n" * 9), tmp_path / "a.jsonl"
+    path.write_bytes(whole + b"no such data")
+    with pytest.raises(UserError, match=rf"damaged {packing} data after line \d"):
+        list(read_lines(path))
+    drawn, num_refused = random.Random(0), 0
+    for _ in range(100):
+        content = bytearray(whole)
+        content[drawn.randrange(6, len(whole))] ^= 1 << drawn.randrange(8)
+        path.write_bytes(content)
+        try:
+            list(read_lines(path))
+        except UserError as error:
+            num_refused += 1
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+    assert num_refused > (0 if packing == "zstd" else 60)  # pyarrow's frames have no checksum
+
+
+@pytest.mark.parametrize("packing", OTHERS)
+def test_a_bomb_of_every_packing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    monkeypatch.setattr(packed, "_MIN_BOMB_BYTES", 1 << 20)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(PACKINGS[packing](b"x" * 1000 + b"\n" + bytes(30 << 20)))
+    with pytest.raises(UserError, match=rf"\d+ bytes of {packing} data are \d+ unpacked, after"):
+        list(read_lines(path, part_bytes=1 << 20))
+
+
+def test_xz_that_asks_for_much_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "_MAX_XZ_BYTES", 1 << 20)
+    (tmp_path / "a.xz").write_bytes(PACKINGS["xz"](b"x" * 100))  # unpacking takes 8 MiB
+    with pytest.raises(UserError, match=r"a\.xz: damaged xz data .*emory usage limit"):
+        list(read_lines(tmp_path / "a.xz"))

@@ -180,6 +180,8 @@ def test_what_changed_among_several_files_is_said(tmp_path: Path):
     gone = [kept.files[index].xxh3_128[:8] for index in (1, 2)]
     assert changed_files(kept, now) == f"added b.jsonl, d.jsonl; gone {', '.join(gone)}"
     assert changed_files(look_at(tmp_path / "a.jsonl"), look_at(tmp_path / "b.jsonl")) == ""
+    (tmp_path / "e.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())  # the same once more
+    assert changed_files(now, look_at(Path(f"{now.path},{tmp_path}/e.jsonl"))) == "added e.jsonl"
     assert changed_files(look_at(tmp_path / "a.jsonl"), now) == "added b.jsonl, d.jsonl"
     identities = [Identity(data={"data.train": file}) for file in (before, now)]
     [change] = changes(*identities)
