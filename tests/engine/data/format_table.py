@@ -3,7 +3,6 @@
 Each cell is what the readers make of the format's sample lines (shape_samples.py).
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +64,8 @@ def _fields(sample: Sample) -> str:
 
 def _cell(sample: Sample, purpose: Any) -> str:
     shaping = Fields(purpose, sample.fields)
-    rows = ((f"f:{n}", json.loads(json.dumps(row))) for n, row in enumerate(sample.rows, 1))
     try:
-        found = [record for _, record in shaping(rows)]
+        found = [record for _, record in shaping(sample.as_read())]
     except UserError:
         return ""
     if any(isinstance(record, BadRecord) for record in found):

@@ -1,7 +1,10 @@
 """Lines of public data sets in their exact form, texts shortened, and the records that they are."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
+
+from engine.containers.json_lines import without_nulls
 
 
 def said(role: str, content: str) -> dict[str, str]:
@@ -26,6 +29,11 @@ class Sample:
     text: list[dict[str, Any]] | str = 'field "text" is missing'
     fields: str = "auto"
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def as_read(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return the rows as they come of a file: each with its place, and no nulls."""
+        rows = json.loads(json.dumps(self.rows))
+        return [(f"f.jsonl:{n}", without_nulls(row)) for n, row in enumerate(rows, 1)]
 
 
 SKY = "What color is the sky?"

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from engine.containers.json_lines import without_nulls
 from engine.data.canonical import PURPOSES, Purpose
 from engine.data.comparisons import read_comparisons
 from engine.data.demonstrations import read_demonstrations
@@ -28,13 +27,9 @@ READERS: dict[str, Any] = {
 
 def records_of(sample: Sample, purpose: Purpose) -> tuple[Any, Fields]:
     """Return the canonical records of a sample's rows, or the first error as text."""
-    rows = [
-        (f"f.jsonl:{n}", without_nulls(json.loads(json.dumps(row))))
-        for n, row in enumerate(sample.rows, 1)
-    ]
     shaping = Fields(purpose, sample.fields)
     try:
-        found = [record for _, record in shaping(rows)]
+        found = [record for _, record in shaping(sample.as_read())]
     except UserError as error:
         return str(error), shaping
     errors = [str(each) for each in found if isinstance(each, BadRecord)]
