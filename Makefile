@@ -92,7 +92,7 @@ tables: $(STAMP)
 	$(BIN)/python -m benchmarks.tables
 
 formats: $(STAMP)
-	$(BIN)/python -m tests.engine.data.format_table
+	$(BIN)/python -m tests.engine.shapes.format_table
 
 # The rows of one whole run: what fails leaves the table as it was.
 FAMILIES = benchmarks/results/families.jsonl

@@ -29,7 +29,6 @@ from engine.data.batches import lengths_of, shapes_of
 from engine.data.comparisons import Comparison, comparison_examples, read_comparisons
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import Example
-from engine.data.fields import reading_options
 from engine.data.limits import Limit, Limits, context_limit, training_limits
 from engine.data.prompts import hold_out
 from engine.data.renderer import Renderer
@@ -44,6 +43,7 @@ from engine.run import Run, join_ranks, require_data, stage, start_run
 from engine.settings.evaluation import is_evaluated
 from engine.settings.rm import RMConfig
 from engine.settings.size import check_starts, size_with
+from engine.shapes.fields import reading_options
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import forward, forward_backward

@@ -18,7 +18,6 @@ from engine.cautions.of_prompts import prompt_cautions
 from engine.cautions.of_settings import evaluation_cautions, room_cautions
 from engine.data.batches import deal, spread
 from engine.data.examples import Example, LengthReport
-from engine.data.fields import reading_options
 from engine.data.limits import prompt_limits
 from engine.data.prompt_format import Prompt
 from engine.data.prompts import hold_out_prompts, prompt_examples, read_prompts
@@ -28,6 +27,7 @@ from engine.generation.generate import Response, generate
 from engine.run import Run
 from engine.settings.ppo import PPOConfig
 from engine.settings.sampling import SamplingConfig
+from engine.shapes.fields import reading_options
 from engine.training.network import Network
 
 

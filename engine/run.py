@@ -20,9 +20,9 @@ from engine.claim import LOCK, claim, holding_claims
 from engine.containers.sources import sources_of
 from engine.data.account import ACCOUNT, Account
 from engine.data.examples import LengthReport
-from engine.data.jsonl import ReadReport
 from engine.data.limits import Limits
 from engine.data.pretraining import TokenFile, make_token_file, read_token_file
+from engine.data.records import ReadReport
 from engine.data.tokenizer import Tokenizer, make_tokenizer
 from engine.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from engine.data.tokenizer_trial import try_tokenizer

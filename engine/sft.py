@@ -34,11 +34,10 @@ from engine.data.demonstrations import (
     read_demonstrations,
 )
 from engine.data.examples import Example, LengthReport
-from engine.data.fields import reading_options
-from engine.data.jsonl import ReadReport
 from engine.data.limits import Limit, context_limit, training_limits
 from engine.data.prompt_format import Prompt
 from engine.data.prompts import hold_out
+from engine.data.records import ReadReport
 from engine.data.renderer import Renderer
 from engine.errors import UserError
 from engine.evaluation.selection import epoch_name, load_selection
@@ -53,6 +52,7 @@ from engine.run import Run, join_ranks, require_data, stage, start_run
 from engine.settings.evaluation import is_evaluated
 from engine.settings.sft import SFTConfig
 from engine.settings.size import banded, check_starts, size_with
+from engine.shapes.fields import reading_options
 from engine.training.network import Network, build_network
 from engine.training.optimizer import Optimizer
 from engine.training.passes import Objective, accumulate

@@ -290,6 +290,6 @@ def test_the_checks_see_what_they_look_for():
         "engine/dry_run/dry_run.py",
     }
     assert room("engine/stop.py") == "engine/stop.py"
-    assert room("engine/data/jsonl.py") == "engine/data"
+    assert room("engine/data/records.py") == "engine/data"
     assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
     assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == {"a", "b", "c"}

@@ -9,9 +9,9 @@ import numpy as np
 import torch.distributed as dist
 
 from engine.answers.asked import asked_as, is_asked_in_texts
+from engine.containers.row import BadRecord
 from engine.data.chat import Asked
 from engine.data.examples import encode_prompts
-from engine.data.jsonl import BadRecord
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
 from engine.generation.generate import generate

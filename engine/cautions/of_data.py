@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from engine.alarms import Alarm
 from engine.data.examples import LengthReport
-from engine.data.jsonl import ReadReport
 from engine.data.limits import Limits
+from engine.data.records import ReadReport
 
 _MOST_DROPPED = 0.2  # share of the examples that too short a limit, or bad lines, may take
 _MOST_LEFT_OUT = 0.5  # share that a data set's own ties and the like may take

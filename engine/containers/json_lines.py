@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.containers.lines import read_lines
-from engine.containers.row import BadRecord, RowOrBad
+from engine.containers.row import BadRecord, RowOrBad, json_type
 from engine.errors import named
 from engine.files import MAX_SHOWN_PATH
 
@@ -89,13 +89,6 @@ def not_utf8(number: int) -> BadRecord:
     return BadRecord(
         f"not UTF-8: byte {number} of the line (Latin-1? `iconv -f latin1 -t utf-8` makes it UTF-8)"
     )
-
-
-def json_type(value: Any) -> str:
-    """Return JSON's own word for the type of a parsed value, with its article."""
-    names = {str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    names |= {list: "a list", dict: "an object", type(None): "null", bytes: "binary data"}
-    return names[type(value)]
 
 
 def _checked(value: Any) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.containers.json_lines import json_type, only_object
+from engine.containers.json_lines import only_object
 from engine.containers.lines import MAX_EMPTY_BYTES, MAX_LINE_BYTES
 from engine.containers.packed import Content, open_content
-from engine.containers.row import BadRecord, RowOrBad
+from engine.containers.row import BadRecord, RowOrBad, json_type
 from engine.errors import UserError, named, quoted
 from engine.files import MAX_SHOWN_PATH
 

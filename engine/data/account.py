@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.data.examples import LengthReport
-from engine.data.jsonl import ReadReport
 from engine.data.limits import Limits
+from engine.data.records import ReadReport
 
 ACCOUNT = "data.json"
 """The file in a run's folder."""

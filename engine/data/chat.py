@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.data.jsonl import BadRecord, check_text, json_type, required
+from engine.containers.row import BadRecord, check_text, json_type, required
 
 _ROLES = ("system", "user", "assistant")
 _SAME_ROLES = {"developer": "system"}

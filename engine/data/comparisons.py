@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.containers.row import BadRecord, json_type, required
 from engine.data.chat import Asked, parse_reply
 from engine.data.examples import (
     Example,
@@ -16,13 +17,13 @@ from engine.data.examples import (
     encode_prompts,
     encode_replies,
 )
-from engine.data.fields import Fields
-from engine.data.jsonl import BadRecord, ReadReport, json_type, read_records, required
 from engine.data.pairs import are_dialogues, asked_in, split_chats, split_texts
 from engine.data.prompt_format import Prompt, Reply
+from engine.data.records import ReadReport, read_records
 from engine.data.renderer import Renderer
 from engine.data.tokenizer import Tokenizer
 from engine.errors import quoted
+from engine.shapes.fields import Fields
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def read_comparisons(
     skip_bad_lines: bool = False,
 ) -> tuple[list[Comparison], ReadReport]:
     """Read rankings and pairs from files of data, also mixed in one file, or rows of a known shape;
-    fields: as engine.data.fields. Raises UserError.
+    fields: as engine.shapes.fields. Raises UserError.
 
     A ranking is {"prompt", "completions", "ranks"}. A pair is {"prompt", "chosen", "rejected"}, or
     has the prompt inside. Then chosen and rejected are two chats alike up to the last message, or

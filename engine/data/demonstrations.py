@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.containers.row import BadRecord, required
 from engine.data.chat import Asked, check_messages, has, parse_reply, reply_in
 from engine.data.examples import (
     TRAINED,
@@ -17,12 +18,12 @@ from engine.data.examples import (
     encode_prompts,
     encode_replies,
 )
-from engine.data.fields import Fields, fields_option
-from engine.data.jsonl import SKIP_OPTION, BadRecord, ReadReport, read_records, required
 from engine.data.pairs import asked_in
 from engine.data.prompt_format import Prompt, Reply
+from engine.data.records import SKIP_OPTION, ReadReport, read_records
 from engine.data.renderer import Parts, Renderer
 from engine.data.tokenizer import Tokenizer
+from engine.shapes.fields import Fields, fields_option
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def read_demonstrations(
     skip_option: str = SKIP_OPTION,
 ) -> tuple[list[Demonstration], ReadReport]:
     """Read {"prompt", "response"}, {"messages"} or rows of a known shape from files of data;
-    fields: as engine.data.fields. Raises UserError, which names the option that skips bad lines.
+    fields: as engine.shapes.fields. Raises UserError, which names the option that skips bad lines.
 
     Of `messages` the last one, the assistant's, is the response and all before it the prompt.
     renderer: what makes prompts of them; without one, as by default. replies: "all" trains the

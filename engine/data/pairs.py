@@ -4,6 +4,7 @@ import os.path
 import unicodedata
 from typing import Any
 
+from engine.containers.row import BadRecord, check_text, json_type, required
 from engine.data.chat import (
     Asked,
     Messages,
@@ -14,7 +15,6 @@ from engine.data.chat import (
     has,
     reply_in,
 )
-from engine.data.jsonl import BadRecord, check_text, json_type, required
 
 OPEN_TURN = "\n\nAssistant:"
 """What a dialogue in text, as HH-RLHF has them, ends in where a reply is wanted."""

@@ -27,14 +27,15 @@ from engine.containers.kinds import ENDINGS, ending_of
 from engine.containers.lines import read_lines
 from engine.containers.packed import beginning_of
 from engine.containers.refused import HEAD_BYTES, refuse_other_kinds
+from engine.containers.row import check_text, required
 from engine.containers.sources import DataSource, sources_of
 from engine.data.examples import Example, Shape
-from engine.data.fields import Fields
-from engine.data.jsonl import ReadReport, RecordReader, check_text, joined_report, required
+from engine.data.records import ReadReport, RecordReader, joined_report
 from engine.data.tokenizer import Tokenizer, in_batches
 from engine.errors import UserError, named
 from engine.files import MAX_SHOWN_PATH, open_file, read_object, replacing
 from engine.printable import ERROR_CHARACTERS, say
+from engine.shapes.fields import Fields
 
 _PIECE_CHARACTERS = 1 << 16  # a .txt file may not fit in memory
 _PART_BYTES = 1 << 20  # of a line of a .txt file, which may have no other line; our choice
@@ -96,7 +97,7 @@ def open_token_file(
     skip_bad_lines: bool = False,
 ) -> TokenFile:
     """Return the tokens of {"text"} in any container, or of .txt and .md files, each of them one
-    document; made where `cache_dir` lacks them. fields: as engine.data.fields. Raises UserError."""
+    document; made where `cache_dir` lacks them. fields: as engine.shapes.fields; UserError."""
     path = make_token_file(
         source, tokenizer, cache_dir, fields=fields, skip_bad_lines=skip_bad_lines
     )

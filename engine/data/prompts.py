@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from engine.data.examples import Example, LengthReport, TooLong, drop_long, encode_prompts
-from engine.data.fields import Fields, fields_option
-from engine.data.jsonl import SKIP_OPTION, ReadReport, read_records
 from engine.data.pairs import asked_in
 from engine.data.prompt_format import Prompt
+from engine.data.records import SKIP_OPTION, ReadReport, read_records
 from engine.data.renderer import Renderer
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
+from engine.shapes.fields import Fields, fields_option
 
 
 class HasPrompt(Protocol):
@@ -37,7 +37,8 @@ def read_prompts(
     """Read what records ask from files of data: {"prompt"} or {"messages"}, those of the
     other purposes, or rows of a known shape; raises UserError, which names the options.
 
-    renderer: what makes prompts of them; without one, as by default. fields: as engine.data.fields.
+    renderer: what makes prompts of them; without one, as by default. fields: as
+    engine.shapes.fields.
     """
     by = renderer or Renderer()
     return read_records(

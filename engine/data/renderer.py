@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from engine.containers.row import BadRecord
 from engine.data.chat import Asked
 from engine.data.chat_template import ChatTemplate, digest_of_template
-from engine.data.jsonl import BadRecord
 from engine.data.prompt_format import Prompt, PromptFormat, Reply, trained_on
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from engine.containers.row import BadRecord, check_text, json_type, required
 from engine.data.chat import check_messages
-from engine.data.jsonl import BadRecord, RecordReader, check_text, json_type, required
+from engine.data.records import RecordReader
 from engine.settings.prepare import LogFields, PrepareConfig
 
 SETS = ("sft", "comparisons", "prompts")

@@ -17,7 +17,7 @@ from typing import Any
 
 from engine.checkpoints.manifest import digest_of_file
 from engine.claim import holding_claims, making
-from engine.data.jsonl import RecordReader
+from engine.data.records import RecordReader
 from engine.data.tokenizer import load_tokenizer
 from engine.environment import world_size_of_environment
 from engine.errors import UserError

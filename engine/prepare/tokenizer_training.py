@@ -15,8 +15,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from engine.claim import holding_claims, making
 from engine.containers.kinds import ENDINGS, ending_of
 from engine.containers.lines import read_lines
+from engine.containers.row import BadRecord, check_text, json_type
 from engine.data.end_of_text import END_OF_TEXT
-from engine.data.jsonl import BadRecord, RecordReader, check_text, json_type
+from engine.data.records import RecordReader
 from engine.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from engine.errors import UserError, named
 from engine.files import MAX_SHOWN_PATH, write_object, writing

@@ -4,7 +4,7 @@ import itertools
 
 import torch.distributed as dist
 
-from engine.data.jsonl import write_jsonl
+from engine.data.records import write_jsonl
 from engine.progress import LongWork
 from engine.quickstart.files import Files
 from engine.quickstart.finished_stages import FinishedStages

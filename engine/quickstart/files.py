@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from engine.data.jsonl import write_jsonl
+from engine.data.records import write_jsonl
 from engine.errors import UserError, quoted
 from engine.prepare.tokenizer_training import texts_of, train_fitting
 from engine.quickstart.own_files import NAMES, is_text, own_files, split_files

@@ -16,10 +16,10 @@ from typing import Any
 from engine.checkpoints.manifest import digest_of_file
 from engine.containers.kinds import ENDINGS, PACKED_ENDINGS, ending_of
 from engine.containers.lines import read_lines
-from engine.data.jsonl import RecordReader
-from engine.data.shapes import PLAIN, SHAPES, recognised
+from engine.data.records import RecordReader
 from engine.errors import UserError
 from engine.files import read_object, replacing, write_object
+from engine.shapes.shapes import PLAIN, SHAPES, recognised
 
 NAMES = ("demonstrations", "comparisons", "prompts", "pretraining")
 """What the stages read, and the beginnings of the files' names."""

@@ -9,7 +9,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.settings.rm import RMData
-from tests.engine.data.shape_samples import asked, said
+from tests.engine.shapes.shape_samples import asked, said
 from tests.tiny import ppo_config, rm_config, sft_config, train, write_lines
 
 

@@ -21,8 +21,8 @@ from engine.cautions.of_settings import (
     rank_cautions,
 )
 from engine.data.examples import LengthReport
-from engine.data.jsonl import ReadReport
 from engine.data.limits import Limit, Limits
+from engine.data.records import ReadReport
 from engine.settings.adam import AdamConfig
 from engine.settings.saving import SaveConfig
 from tests.tiny import SIZE, ppo_config, rm_config, sft_config, train, train_until, write_lines

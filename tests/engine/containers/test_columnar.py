@@ -181,6 +181,6 @@ def test_a_cut_file_is_said_to_be_cut(tmp_path: Path):
 
 
 def test_pyarrow_is_not_imported_for_lines():
-    code = "import engine.data.jsonl, sys; print(*(m for m in sys.modules if 'pyarrow' in m))"
+    code = "import engine.data.records, sys; print(*(m for m in sys.modules if 'pyarrow' in m))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.containers.json_lines import json_type, only_object, parse_object, without_nulls
-from engine.containers.row import BadRecord
+from engine.containers.json_lines import only_object, parse_object, without_nulls
+from engine.containers.row import BadRecord, json_type
 from tests.engine.containers.test_rows import read
 
 

@@ -1,7 +1,7 @@
 from engine.data.account import Account
 from engine.data.examples import LengthReport
-from engine.data.jsonl import ReadReport
 from engine.data.limits import Limit, Limits
+from engine.data.records import ReadReport
 
 LIMITS = Limits(prompt=Limit(128, "data.max_prompt_tokens"), whole=Limit(256, "the context"))
 

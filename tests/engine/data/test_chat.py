@@ -1,7 +1,7 @@
 import pytest
 
+from engine.containers.row import BadRecord
 from engine.data.chat import Asked, check_messages, parse_reply
-from engine.data.jsonl import BadRecord
 from engine.data.pairs import asked_in
 
 SYSTEM = {"role": "system", "content": "Be brief."}

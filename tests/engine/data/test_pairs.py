@@ -2,8 +2,8 @@
 
 import pytest
 
+from engine.containers.row import BadRecord
 from engine.data.chat import Asked
-from engine.data.jsonl import BadRecord
 from engine.data.pairs import asked_in, split_chats, split_texts
 
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -2,9 +2,9 @@ import math
 
 import pytest
 
+from engine.containers.row import BadRecord
 from engine.data.comparisons import read_comparisons
 from engine.data.demonstrations import read_demonstrations
-from engine.data.jsonl import BadRecord
 from engine.data.prompts import read_prompts
 from engine.prepare.logs import parse_log, read_logs
 from engine.settings.prepare import LogFields, PrepareConfig

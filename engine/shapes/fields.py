@@ -1,6 +1,6 @@
 """Which fields of a file's rows are read, and as what: --data.fields.
 
-"auto": the first good row says which shape the file's rows have (engine/data/shapes.py), once for
+"auto": the first good row says which shape the file's rows have (engine/shapes/shapes.py), once for
 all. NAME: they have that shape. "prompt=question.text,response=answers.0": these fields are ours,
 and others that are ours by name stay. A dot leads into an object or a list, where no field has that
 name.
@@ -11,11 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from engine.containers.row import RowOrBad
-from engine.data.canonical import NEEDS, LeftOut, Purpose, Row
-from engine.data.jsonl import BadRecord, required
-from engine.data.shapes import PLAIN, SHAPES, nearly, recognised
+from engine.containers.row import BadRecord, RowOrBad, required
 from engine.errors import UserError, named, quoted
+from engine.shapes.canonical import NEEDS, LeftOut, Purpose, Row
+from engine.shapes.shapes import PLAIN, SHAPES, nearly, recognised
 
 OURS = (
     *("prompt", "response", "messages", "completions", "ranks", "scores", "chosen", "rejected"),

@@ -1,4 +1,4 @@
-"""The table of formats in recipes/DATA.md: `python -m tests.engine.data.format_table` writes it.
+"""The table of formats in recipes/DATA.md: `python -m tests.engine.shapes.format_table` writes it.
 
 Each cell is what the readers make of the format's sample lines (shape_samples.py).
 """
@@ -6,13 +6,13 @@ Each cell is what the readers make of the format's sample lines (shape_samples.p
 from pathlib import Path
 from typing import Any
 
-from engine.data.canonical import PURPOSES
-from engine.data.fields import Fields
-from engine.data.jsonl import BadRecord
-from engine.data.shapes import PLAIN, SHAPES
+from engine.containers.row import BadRecord
 from engine.errors import UserError
 from engine.printable import say
-from tests.engine.data.shape_samples import ANSWERS, COMPARISONS, DIALOGUES, Sample
+from engine.shapes.canonical import PURPOSES
+from engine.shapes.fields import Fields
+from engine.shapes.shapes import PLAIN, SHAPES
+from tests.engine.shapes.shape_samples import ANSWERS, COMPARISONS, DIALOGUES, Sample
 
 PAGE = Path(__file__).parents[3] / "recipes" / "DATA.md"
 BEGIN, END = "<!-- formats: by make formats -->\n", "<!-- end of formats -->\n"

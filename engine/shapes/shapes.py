@@ -7,9 +7,9 @@ the row, and more, is meant; a row of two shapes neither of which does so is amb
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from engine.data import answer_shapes, dialogue_shapes, ranking_shapes, tree_shapes
-from engine.data.canonical import LeftOut, Purpose, Read, Row, one
-from engine.data.plain_rows import claimed_by_plain, plain
+from engine.shapes import answer_shapes, dialogue_shapes, ranking_shapes, tree_shapes
+from engine.shapes.canonical import LeftOut, Purpose, Read, Row, one
+from engine.shapes.plain_rows import claimed_by_plain, plain
 
 PLAIN = "plain"
 """The shape of rows in our own fields."""

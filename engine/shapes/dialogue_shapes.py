@@ -3,8 +3,10 @@
 import re
 from typing import Any
 
-from engine.data.answer_shapes import alpaca_dialogue
-from engine.data.canonical import (
+from engine.containers.row import BadRecord, check_text, json_type, required
+from engine.errors import quoted
+from engine.shapes.answer_shapes import alpaca_dialogue
+from engine.shapes.canonical import (
     Row,
     check_no_tools,
     list_in,
@@ -16,8 +18,6 @@ from engine.data.canonical import (
     paragraphs,
     text_in,
 )
-from engine.data.jsonl import BadRecord, check_text, json_type, required
-from engine.errors import quoted
 
 # Who speaks, in the words of ShareGPT, of its copies and of NeMo.
 _ROLES = {

@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from engine.data.canonical import (
+from engine.containers.row import BadRecord, json_type
+from engine.errors import quoted
+from engine.shapes.canonical import (
     LeftOut,
     Purpose,
     Row,
@@ -12,8 +14,6 @@ from engine.data.canonical import (
     messages_in,
     ranks_of,
 )
-from engine.data.jsonl import BadRecord, json_type
-from engine.errors import quoted
 
 FORMS = (
     {"prompt", "response"},

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
+from engine.containers.row import BadRecord
 from engine.data.comparisons import read_comparisons
 from engine.data.demonstrations import read_demonstrations
-from engine.data.fields import Fields
-from engine.data.jsonl import BadRecord
 from engine.data.prompts import read_prompts
 from engine.errors import UserError
-from tests.engine.data.shape_samples import SAMPLES
+from engine.shapes.fields import Fields
+from tests.engine.shapes.shape_samples import SAMPLES
 from tests.tiny import write_lines
 
 ALPACA = {"instruction": "a", "input": "", "output": "b"}

@@ -5,16 +5,16 @@
     prompts          {"prompt"} or {"messages"}
     text             {"text"}
 
-A prompt is a text or a list of messages. Rows of a shape (engine/data/shapes.py) become an exchange
-first, with whatever of these fields they have, from which each purpose takes its own. So one row
-has one prompt for all of them.
+A prompt is a text or a list of messages. Rows of a shape (engine/shapes/shapes.py) become an
+exchange first, with whatever of these fields they have, from which each purpose takes its own. So
+one row has one prompt for all of them.
 """
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from engine.data.jsonl import BadRecord, check_text, json_type, required
+from engine.containers.row import BadRecord, check_text, json_type, required
 from engine.errors import quoted
 
 Row = dict[str, Any]

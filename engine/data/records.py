@@ -11,7 +11,6 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import xxhash
 
-from engine.containers.json_lines import json_type
 from engine.containers.row import BadRecord, RowOrBad
 from engine.containers.rows import read_rows
 from engine.containers.sources import DataSource, one_source, sources_of
@@ -23,7 +22,6 @@ _Record = TypeVar("_Record")
 SKIP_OPTION = "--data.skip-bad-lines"
 """The stages' option to skip bad lines."""
 _NUM_FIRST_ERRORS = 5  # enough to see the pattern, few enough to print
-_NUM_SHOWN_KEYS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,7 @@ class ReadReport:
 
 
 class Shaping(Protocol):
-    """What makes records of a file's rows (engine/data/fields.py), and what it says of it."""
+    """What makes records of a file's rows (engine/shapes/fields.py), and what it says of it."""
 
     read_as: str
     left_out: Counter[str]
@@ -239,28 +237,3 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line, the file whole or not at all."""
     with replacing(path) as stream:
         stream.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-
-
-def required(record: dict[str, Any], key: str, *, within: str = "") -> Any:
-    """Return record[key]; BadRecord when it is missing. `within` is the path to a nested object."""
-    if key not in record:
-        names = [named(name) for name in itertools.islice(record, _NUM_SHOWN_KEYS)]
-        if len(record) > len(names):
-            names[-1] += f" and {len(record) - len(names)} more"
-        keys = ", ".join(names) or "nothing"
-        raise BadRecord(f"is missing; there is {keys}", field=f"{within}{key}")
-    return record[key]
-
-
-def check_text(value: Any, field: str) -> str:
-    """Return `value` when it is a text with something in it; BadRecord otherwise."""
-    if not isinstance(value, str):
-        raise BadRecord(f"must be a string, not {json_type(value)}", field=field)
-    if not value.strip():
-        raise BadRecord("is empty", field=field)
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        # JSON can spell it ("\\ud800"), but no tokenizer can turn it into bytes.
-        raise BadRecord("holds half of a surrogate pair", field=field) from None
-    return value

@@ -2,10 +2,10 @@ import copy
 
 import pytest
 
-from engine.data.canonical import LeftOut
-from engine.data.jsonl import BadRecord
-from engine.data.tree_shapes import oasst_tree, oasst_trees
-from tests.engine.data.shape_samples import OASST_ROWS, OASST_TREE, SKY
+from engine.containers.row import BadRecord
+from engine.shapes.canonical import LeftOut
+from engine.shapes.tree_shapes import oasst_tree, oasst_trees
+from tests.engine.shapes.shape_samples import OASST_ROWS, OASST_TREE, SKY
 
 
 def test_rows_of_messages_make_the_same_trees() -> None:

@@ -1,6 +1,7 @@
 import pytest
 
-from engine.data.canonical import (
+from engine.containers.row import BadRecord
+from engine.shapes.canonical import (
     LeftOut,
     choice_in,
     list_in,
@@ -14,8 +15,7 @@ from engine.data.canonical import (
     ranked,
     ranks_of,
 )
-from engine.data.jsonl import BadRecord
-from tests.engine.data.shape_samples import asked, said
+from tests.engine.shapes.shape_samples import asked, said
 
 
 def test_an_empty_line_joins_what_belongs_to_one_prompt() -> None:

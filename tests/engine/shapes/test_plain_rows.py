@@ -1,8 +1,8 @@
 import pytest
 
-from engine.data.jsonl import BadRecord
-from engine.data.plain_rows import claimed_by_plain, plain
-from tests.engine.data.shape_samples import asked
+from engine.containers.row import BadRecord
+from engine.shapes.plain_rows import claimed_by_plain, plain
+from tests.engine.shapes.shape_samples import asked
 
 NEITHER = "says another order than ranks do"
 

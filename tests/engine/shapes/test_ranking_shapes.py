@@ -1,17 +1,15 @@
-import copy
 from typing import Any
 
 import pytest
 
-from engine.data.jsonl import BadRecord
-from engine.data.ranking_shapes import arena_kaggle, pandalm, summaries, ultrafeedback, webgpt
-from tests.engine.data.shape_samples import COMPARISONS
+from engine.containers.row import BadRecord
+from engine.shapes.ranking_shapes import arena_kaggle, pandalm, summaries, ultrafeedback, webgpt
+from tests.engine.shapes.shape_samples import COMPARISONS
 
 
 def row_of(format_: str) -> dict[str, Any]:
     """Return a copy of a sample's first row, without its nulls."""
-    row = next(sample.rows[0] for sample in COMPARISONS if sample.format == format_)
-    return copy.deepcopy(row)
+    return next(each for each in COMPARISONS if each.format == format_).as_read()[0][1]
 
 
 def test_ratings_decide_and_not_the_number_that_is_known_to_be_wrong() -> None:

@@ -1,6 +1,7 @@
 import pytest
 
-from engine.data.answer_shapes import (
+from engine.containers.row import BadRecord
+from engine.shapes.answer_shapes import (
     alpaca,
     helpsteer_prompt,
     openorca,
@@ -10,9 +11,8 @@ from engine.data.answer_shapes import (
     truthfulqa,
     turns,
 )
-from engine.data.canonical import LeftOut
-from engine.data.jsonl import BadRecord
-from tests.engine.data.shape_samples import asked
+from engine.shapes.canonical import LeftOut
+from tests.engine.shapes.shape_samples import asked
 
 
 def test_a_system_message_makes_a_dialogue_of_all_rows() -> None:

@@ -9,8 +9,9 @@ import re
 from collections import Counter
 from typing import Any
 
-from engine.data.answer_shapes import helpsteer_prompt, tldr_prompt
-from engine.data.canonical import (
+from engine.containers.row import BadRecord, check_text, json_type, required
+from engine.shapes.answer_shapes import helpsteer_prompt, tldr_prompt
+from engine.shapes.canonical import (
     LeftOut,
     Purpose,
     Row,
@@ -27,8 +28,7 @@ from engine.data.canonical import (
     paragraphs,
     text_in,
 )
-from engine.data.dialogue_shapes import hh_turns
-from engine.data.jsonl import BadRecord, check_text, json_type, required
+from engine.shapes.dialogue_shapes import hh_turns
 
 _ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 

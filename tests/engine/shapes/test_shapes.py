@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from engine.data.canonical import PURPOSES, Purpose
+from engine.containers.row import BadRecord
 from engine.data.comparisons import read_comparisons
 from engine.data.demonstrations import read_demonstrations
-from engine.data.fields import Fields
-from engine.data.jsonl import BadRecord
 from engine.data.pairs import asked_in
 from engine.data.prompts import read_prompts
-from engine.data.shapes import SHAPES, recognised
 from engine.errors import UserError
-from tests.engine.data.format_table import BEGIN, END, PAGE, table
-from tests.engine.data.shape_samples import SAMPLES, Sample
+from engine.shapes.canonical import PURPOSES, Purpose
+from engine.shapes.fields import Fields
+from engine.shapes.shapes import SHAPES, recognised
+from tests.engine.shapes.format_table import BEGIN, END, PAGE, table
+from tests.engine.shapes.shape_samples import SAMPLES, Sample
 
 READERS: dict[str, Any] = {
     "demonstrations": read_demonstrations,

@@ -1,8 +1,8 @@
 import pytest
 
-from engine.data.dialogue_shapes import guanaco, hh, hh_turns, pair_with_prompt, sharegpt
-from engine.data.jsonl import BadRecord
-from tests.engine.data.shape_samples import asked
+from engine.containers.row import BadRecord
+from engine.shapes.dialogue_shapes import guanaco, hh, hh_turns, pair_with_prompt, sharegpt
+from tests.engine.shapes.shape_samples import asked
 
 
 @pytest.mark.parametrize(

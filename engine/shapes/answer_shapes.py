@@ -1,12 +1,14 @@
 """Rows of one answer to a prompt, or of prompts alone, as public data sets have them.
 
-Each function turns a row into its exchange (engine/data/canonical.py), and says which fields it
+Each function turns a row into its exchange (engine/shapes/canonical.py), and says which fields it
 reads. An empty line joins what a data set keeps apart of one prompt.
 """
 
 from collections.abc import Sequence
 
-from engine.data.canonical import (
+from engine.containers.row import BadRecord, check_text, json_type, required
+from engine.errors import quoted
+from engine.shapes.canonical import (
     LeftOut,
     Purpose,
     Row,
@@ -20,8 +22,6 @@ from engine.data.canonical import (
     ranked,
     text_in,
 )
-from engine.data.jsonl import BadRecord, check_text, json_type, required
-from engine.errors import quoted
 
 HELPFUL = 3.0
 """Least helpfulness, of 0 to 4, of an answer of HelpSteer that is imitated; our choice."""

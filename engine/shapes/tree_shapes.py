@@ -5,9 +5,9 @@ A message: {"message_id", "text", "role": "prompter" or "assistant", "rank", "de
 
 from collections.abc import Iterator, Sequence
 
-from engine.data.canonical import LeftOut, Purpose, Row, message, number_in, ranked, text_in
-from engine.data.jsonl import BadRecord, required
+from engine.containers.row import BadRecord, required
 from engine.errors import quoted
+from engine.shapes.canonical import LeftOut, Purpose, Row, message, number_in, ranked, text_in
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 _MAX_DEPTH = 200  # of replies to replies; our choice, several times OpenAssistant's deepest

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from engine.containers.row import BadRecord, RowOrBad
+from engine.containers.row import BadRecord, RowOrBad, check_text, required
 from engine.data.demonstrations import read_demonstrations
-from engine.data.jsonl import ReadReport, check_text, read_records, required
 from engine.data.prompts import hold_out
+from engine.data.records import ReadReport, read_records
 from engine.errors import UserError
 
 
