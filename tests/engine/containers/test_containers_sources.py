@@ -71,6 +71,8 @@ def test_a_weight_is_passes_and_a_share_of_the_prompts():
     assert chosen == [p for p in reversed(prompts) if source.has_once_more(p)][::-1]
     half = DataSource(name="b", files=(), weight=0.5)
     assert all(half.has_once_more(prompt) for prompt in chosen)  # more of them, and none is lost
+    # sha256("weight prompt N") below half of its range: the same on any machine, at any time.
+    assert [n for n in range(10) if half.has_once_more(f"prompt {n}")] == [3, 5]
     assert not any(DataSource(name="c", files=(), weight=3.0).has_once_more(p) for p in prompts)
 
 

@@ -9,7 +9,7 @@ from tests.engine.containers.test_rows import read
 
 def test_lines_are_named_by_their_numbers(tmp_path: Path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": \n[1]\n{"a": "\xe9"}\n')
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1, "b": null}\r\n\n  \n{"a": \n[1]\n{"a": "\xe9"}\n')
     places, rows = read(path)
     assert places == [":1", ":4", ":5", ":6"]
     assert rows[0] == {"a": 1}
