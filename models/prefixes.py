@@ -92,13 +92,15 @@ class SequenceKeys:
     @functools.cached_property
     def index(self) -> Tensor:
         """[T_kv] int64: the token of the row that a key is."""
-        counts, bounds = self.counts.long(), self.bounds.long()
-        numbers = torch.arange(len(counts), device=counts.device)
-        owner = torch.repeat_interleave(numbers, counts, output_size=self.num_keys)
-        number = torch.arange(len(owner), device=counts.device) - bounds[owner]
-        length = self.prefixes.lengths.long()[owner]
-        own_start = self.cu_seqlens.long()[owner] - length
-        return number + torch.where(number < length, self.prefixes.starts.long()[owner], own_start)
+        numbers = torch.arange(len(self.counts), device=self.counts.device)
+        owner = torch.repeat_interleave(numbers, self.counts.long(), output_size=self.num_keys)
+        starts, lengths = self.prefixes.starts, self.prefixes.lengths
+        first, start, length, own = (
+            values.index_select(0, owner).long()
+            for values in (self.bounds, starts, lengths, self.cu_seqlens)
+        )
+        number = torch.arange(len(owner), device=owner.device) - first
+        return number + torch.where(number < length, start, own - length)
 
     @functools.cached_property
     def _by_token(self) -> Tensor:
@@ -192,7 +194,9 @@ class _Gather(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, None, None]:
         index, by_token = ctx.saved_tensors
         tokens = torch.arange(ctx.num_tokens + 1, device=index.device)
-        offsets = torch.searchsorted(index[by_token], tokens)  # [T+1], of each token's keys
+        offsets = torch.searchsorted(
+            index.index_select(0, by_token), tokens
+        )  # [T+1], of each token's keys
 
         def total(grad: Tensor) -> Tensor:
             summed = torch.promote_types(grad.dtype, torch.float32)

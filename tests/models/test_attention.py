@@ -247,6 +247,27 @@ def test_torch_takes_our_call_of_its_flash_attention(heads, window, monkeypatch)
     assert (out.shape, out.dtype, out.device.type) == (query.shape, query.dtype, "cuda")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs it")
+def test_torchs_flash_attention_takes_prefixes_and_asks_the_device_for_nothing(monkeypatch):
+    monkeypatch.setattr(attention, "_flash_attn_varlen", None)
+    real, whole, _ = shared_and_whole()
+    assert real.keys is not None
+    num_keys, num_tokens = real.keys.prefixes.num_keys, int(real.cu_seqlens_q[-1])
+    with FakeTensorMode(), torch.no_grad():  # numbers of a tensor that is not there are an error
+        query, key = (
+            torch.empty(num_tokens, n, 64, device="cuda:0", dtype=torch.bfloat16) for n in (3, 1)
+        )
+        bounds, lengths = (
+            torch.empty(len(real.cu_seqlens_q) - n, device="cuda:0", dtype=torch.int32)
+            for n in (0, 1)
+        )
+        there = Prefixes(starts=lengths, lengths=lengths, num_keys=num_keys)
+        sequences = PackedSequences.of(bounds, whole.max_seqlen_q, None, there)
+        assert sequences.keys is not None and len(sequences.keys.index) == num_keys
+        out = packed_attention(query, key, key, sequences, SCALE)
+    assert (out.shape, out.dtype, out.device.type) == (query.shape, query.dtype, "cuda")
+
+
 def test_flash_attention_is_told_of_a_window_that_hides_something(monkeypatch):
     calls = []
 
