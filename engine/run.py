@@ -53,7 +53,7 @@ MANNER = (
     *("eval_every", "saving", "num_shown", "show_every"),
     *("num_slots", "prefill_tokens", "block_size", "cache_fraction", "cache_gib", "steps_per_sync"),
     *("cuda_graphs", "micro_batch_tokens", "recompute", "gradient_accumulation_fusion"),
-    *("deterministic", "recheck_every", "compare_every", "spikes", "waiting"),
+    *("share_prompts", "deterministic", "recheck_every", "compare_every", "spikes", "waiting"),
     *("max_skipped_steps", "accept_changed"),
 )
 """Settings of where and how fast a run goes, and of what it writes beside its result."""

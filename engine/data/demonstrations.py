@@ -125,7 +125,9 @@ def _parse(record: dict[str, Any], renderer: Renderer, replies: str) -> Demonstr
 def _response(record: dict[str, Any], asked: Asked) -> tuple[str, Any]:
     """Return what the response says, and the weight of its message, None without one."""
     if has(record, "response") or not has(record, "messages"):
-        return parse_reply(required(record, "response"), "response"), None
+        response = required(record, "response")
+        content = parse_reply(response, "response")
+        return content, None if isinstance(response, str) else response[0].get("weight")
     *before, last = check_messages(record["messages"], "messages")
     content = reply_in(last, "messages[-1]")
     if asked.field != "messages" and before != asked.messages:

@@ -2,6 +2,7 @@
 
 import os.path
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 from engine.containers.row import BadRecord, check_text, json_type, required
@@ -44,7 +45,7 @@ def are_dialogues(record: dict[str, Any]) -> bool:
 def split_chats(record: dict[str, Any]) -> tuple[Asked, list[str]]:
     """Return prompt and replies of two chats that are alike up to their last message."""
     chosen, rejected = (_chat(record, name) for name in ("chosen", "rejected"))
-    if chosen[:-1] != rejected[:-1]:
+    if _said(chosen[:-1]) != _said(rejected[:-1]):
         raise BadRecord("must equal chosen up to the last message", field="rejected")
     asked = asked_by(chosen[:-1], "chosen")
     # Some sets repeat the prompt beside the dialogues; one that says something else is a mistake.
@@ -88,9 +89,12 @@ def _is_in(part: Asked, whole: Asked) -> bool:
     """Return whether what a field asks is said in a dialogue."""
     if not part.messages:
         return any(part.text in message["content"] for message in whole.messages)
-    said = [(message["role"], message["content"]) for message in whole.messages]
-    asked = [(message["role"], message["content"]) for message in part.messages]
+    said, asked = _said(whole.messages), _said(part.messages)
     return any(said[n : n + len(asked)] == asked for n in range(len(said)))
+
+
+def _said(messages: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in messages]
 
 
 def _last_boundary(first: str, second: str) -> int:

@@ -16,6 +16,7 @@ from engine.data.prompt_format import (
     write_prompt_format,
 )
 from engine.data.tokenizer import Tokenizer
+from engine.errors import quoted
 from engine.files import read_object, write_object
 
 _CONFIG = "tokenizer_config.json"
@@ -29,7 +30,7 @@ def export_chat(run: Path, tokenizer: Tokenizer, folder: Path) -> str:
         return ""
     write_prompt_format(form, folder)
     if form.chat == "template":
-        return ""
+        return _system_missing(form, tokenizer)
     settings = read_object(folder / _CONFIG)
     had = settings.pop("chat_template", None) is not None
     if DIALOGUES in form.trained_on:
@@ -41,6 +42,16 @@ def export_chat(run: Path, tokenizer: Tokenizer, folder: Path) -> str:
     return (
         f"{tokenizer.path}: its chat template is left out, for the run was not trained by it; "
         f"{instead} there instead"
+    )
+
+
+def _system_missing(form: PromptFormat, tokenizer: Tokenizer) -> str:
+    """Return what whoever asks an export must add: a template writes the messages it is given."""
+    if not form.system:
+        return ""
+    return (
+        f"{tokenizer.path}: its chat template writes no system message by itself, and the run was "
+        f"trained with one: give {quoted(form.system)} as the first message"
     )
 
 

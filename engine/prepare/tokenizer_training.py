@@ -24,6 +24,8 @@ from engine.files import MAX_SHOWN_PATH, write_object, writing
 from engine.printable import say
 from engine.progress import LongWork
 from engine.settings.tokenizer import TokenizerConfig
+from engine.shapes.canonical import Purpose
+from engine.shapes.shapes import PLAIN, SHAPES, recognised
 
 _TEXTS = ("prompt", "response", "completions", "chosen", "rejected", "messages", "text")
 _SMALLEST, _LARGEST = 512, 32_000  # of a vocabulary that is chosen by the text; our choice
@@ -105,7 +107,7 @@ def texts_of(path: Path, *, skip_bad_lines: bool = False, skip_option: str = "")
         for number, line in read_lines(path):
             is_empty = is_empty and line.isspace()
             try:
-                yield line.decode()
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 where = f"{named(path, MAX_SHOWN_PATH)}:{number}"
                 raise UserError(f"{where}: not UTF-8: byte {error.start + 1} of the line") from None
@@ -117,6 +119,14 @@ def texts_of(path: Path, *, skip_bad_lines: bool = False, skip_option: str = "")
 
 def _text_of(record: dict[str, Any]) -> str:
     """Return all that a record says, part below part; BadRecord where it says nothing."""
+    found = [
+        part
+        for each in _canonical(record)
+        for name in _TEXTS
+        for part in _parts(each.get(name), name)
+    ]
+    if found:
+        return "\n".join(found)
     found = [part for name in _TEXTS for part in _parts(record.get(name), name)]
     if not found:
         raise BadRecord(
@@ -124,6 +134,21 @@ def _text_of(record: dict[str, Any]) -> str:
             f"{', '.join(named(key) for key in list(record)[:8]) or 'nothing'}"
         )
     return "\n".join(found)
+
+
+def _canonical(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a row of a public data set gives the stages; nothing of one in our own fields, or
+    where several rows make a record."""
+    shapes = [SHAPES[name] for name in recognised(record) if name != PLAIN]
+    if len(shapes) != 1 or shapes[0].gather is not None:
+        return []
+    purposes: tuple[Purpose, ...] = ("comparisons", "demonstrations", "prompts")
+    for purpose in purposes:
+        if purpose in shapes[0].has:
+            found = [each for each in shapes[0].read(record, purpose) if isinstance(each, dict)]
+            if found:
+                return found
+    return []
 
 
 def _parts(value: Any, field: str) -> list[str]:

@@ -1,7 +1,7 @@
 """The four files of README's "Your data" in one folder, and the split that the quickstart makes.
 
 DIR/demonstrations.jsonl  comparisons.jsonl  prompts.jsonl  pretraining.jsonl or .txt
-HOME/data/NAME.jsonl  NAME_valid.jsonl    their lines, each prompt on one side
+HOME/data/NAME.jsonl  NAME_valid.jsonl    their records, each prompt on one side
 HOME/data/split.json                      digests of the files that were split
 
 Those of DIR may be any other container, packed or not (engine/containers/kinds.py).
@@ -16,30 +16,41 @@ from typing import Any
 from engine.checkpoints.manifest import digest_of_file
 from engine.containers.kinds import ENDINGS, PACKED_ENDINGS, ending_of
 from engine.containers.lines import read_lines
+from engine.containers.row import check_text
+from engine.data.pairs import asked_in
 from engine.data.records import RecordReader
 from engine.errors import UserError
 from engine.files import read_object, replacing, write_object
-from engine.shapes.shapes import PLAIN, SHAPES, recognised
+from engine.shapes.canonical import Purpose
+from engine.shapes.fields import Fields
 
 NAMES = ("demonstrations", "comparisons", "prompts", "pretraining")
 """What the stages read, and the beginnings of the files' names."""
 _FRACTION = 0.1  # of the distinct prompts that are held out; our choice
-_TURN = "Assistant:"  # what a dialogue as one text has before its last reply
+_PURPOSES: Mapping[str, Purpose] = {
+    "demonstrations": "demonstrations",
+    "comparisons": "comparisons",
+    "prompts": "prompts",
+    "pretraining": "text",
+}
 
 
 def endings(name: str) -> tuple[str, ...]:
-    """Return the endings that a file of that name may have, the first one there is taken."""
+    """Return the endings that a file of that name may have."""
     kinds = [kind for kind in ENDINGS if kind != "text" or name == "pretraining"]
     plain = [ending for kind in kinds for ending in ENDINGS[kind]]
     return (*plain, *(f"{ending}{packed}" for ending in plain for packed in PACKED_ENDINGS))
 
 
 def own_files(folder: Path) -> dict[str, Path | None]:
-    """Return {name: file} of a folder, None for one that is not there."""
+    """Return {name: file} of a folder, None for one that is not there; UserError for two."""
     found: dict[str, Path | None] = {}
     for name in NAMES:
-        paths = (folder / f"{name}{ending}" for ending in endings(name))
-        found[name] = next((path for path in paths if path.exists()), None)
+        paths = [folder / f"{name}{ending}" for ending in endings(name)]
+        paths = [path for path in paths if path.exists()]
+        if len(paths) > 1:
+            raise UserError(f"{paths[0]} and {paths[1]}: one file of {name} is read; take one away")
+        found[name] = paths[0] if paths else None
     return found
 
 
@@ -60,25 +71,25 @@ def split_files(sources: Mapping[str, Path], targets: Mapping[str, tuple[Path, P
                 )
     for name, path in sources.items():
         if not all(target.exists() for target in targets[name]):
-            _split(path, *targets[name])
+            _split(path, name, *targets[name])
     write_object(record, digests)
 
 
-def _split(source: Path, train: Path, valid: Path) -> None:
-    """Hold out the lines of about a tenth of a file's prompts, at least one prompt: those of the
+def _split(source: Path, name: str, train: Path, valid: Path) -> None:
+    """Hold out the records of about a tenth of a file's prompts, at least one prompt: those of the
     lowest hashes, so that a prompt of two files is on one side in both. Of a .txt the last tenth of
     the lines, for it is one text."""
     if is_text(source):
         _split_text(source, train, valid)
         return
-    hashes = sorted({number for _, number in _hashed(source)})
+    hashes = sorted({number for _, number in _hashed(source, name)})
     if len(hashes) < 2:
         raise UserError(f"{source}: one prompt or text; two or more can be split")
     limit = max(int(_FRACTION * 2**64), hashes[0] + 1)
     if limit > hashes[-1]:  # a few prompts, all of low hashes
         limit = hashes[-1]
     with replacing(train) as kept, replacing(valid) as held_out:
-        for line, number in _hashed(source):
+        for line, number in _hashed(source, name):
             (held_out if number < limit else kept).write(line + b"\n")
 
 
@@ -97,31 +108,26 @@ def is_text(path: Path) -> bool:
     return ending_of(path) in ENDINGS["text"]
 
 
-def _hashed(source: Path) -> Iterator[tuple[bytes, int]]:
-    """Yield each line and the hash of its prompt, or of the text that it is."""
-    reader = RecordReader(source, lambda record: record, skip_bad_lines=False, skip_option="")
-    for record in reader:
-        yield json.dumps(record, ensure_ascii=False).encode(), _hash(_prompt_of(record))
+def _hashed(source: Path, name: str) -> Iterator[tuple[bytes, int]]:
+    """Yield each record and the hash of what it asks, or of the text that it is."""
+    reader = RecordReader(
+        source,
+        lambda record: (record, _asked(record)),
+        skip_bad_lines=False,
+        skip_option="",
+        shaping=lambda: Fields(_PURPOSES[name], option=""),
+    )
+    for record, asked in reader:
+        yield json.dumps(record, ensure_ascii=False).encode(), _hash(asked)
 
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _prompt_of(record: dict[str, Any]) -> str:
-    """Return what tells a record's prompt from others: it, or of dialogues and texts with the
-    prompt inside what comes before the last reply; of rows of a public shape what that asks."""
-    shapes = [SHAPES[name] for name in recognised(record) if name != PLAIN]
-    if len(shapes) == 1 and shapes[0].gather is None and "prompts" in shapes[0].has:
-        return json.dumps(
-            [each for each in shapes[0].read(record, "prompts") if isinstance(each, dict)]
-        )
-    for key in ("prompt", "messages", "chosen"):
-        value = record.get(key)
-        if isinstance(value, str):
-            return value.rpartition(_TURN)[0] or value if key == "chosen" else value
-        if isinstance(value, list):
-            replied = bool(value) and isinstance(value[-1], dict)
-            is_reply = replied and value[-1].get("role") == "assistant"
-            return json.dumps(value[:-1] if is_reply else value)
-    return json.dumps(record.get("text"))
+def _asked(record: dict[str, Any]) -> str:
+    """Return what a record asks, in any of its forms, or the text that it is."""
+    if "text" in record:
+        return check_text(record["text"], "text")
+    asked = asked_in(record)
+    return "\n".join([asked.text, *(each["content"] for each in asked.messages)]).strip()

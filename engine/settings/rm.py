@@ -100,7 +100,8 @@ class RMConfig:
     """Token budget of one forward pass on one rank; a prompt's completions stay in one."""
     share_prompts: bool = field(default=True, metadata={EARLIER: False})
     """Compute a prompt once for all its completions, which go on from it; otherwise once for each.
-    Our choice: scores and gradients are the same but for rounding, and tokens are spared."""
+    Our choice: scores and gradients are the same but for rounding, and tokens are spared; a run may
+    go on with the other."""
     adam: AdamConfig = field(default_factory=lambda: AdamConfig(lr=9e-6))
     """Optimizer (paper, C.2: lr 9e-6, cosine to 10%)."""
     alarms: LossAlarmConfig = field(default_factory=LossAlarmConfig)

@@ -51,7 +51,7 @@ def _of_sharegpt(row: Row) -> list[dict[str, str]]:
     return found
 
 
-def _turn(value: Any, field: str) -> dict[str, str]:
+def _turn(value: Any, field: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRecord(f"must be an object, not {json_type(value)}", field=field)
     key, content = ("from", "value") if "from" in value else ("role", "content")
@@ -63,7 +63,8 @@ def _turn(value: Any, field: str) -> dict[str, str]:
             "and their answers are not trained here",
             field=f"{field}.{key}",
         )
-    return message(known, text_in(value, content, within=f"{field}."))
+    found: dict[str, Any] = message(known, text_in(value, content, within=f"{field}."))
+    return found | ({"weight": value["weight"]} if "weight" in value else {})
 
 
 def lima(row: Row) -> Row:

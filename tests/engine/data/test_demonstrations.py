@@ -104,3 +104,12 @@ def test_real_demonstrations_survive_the_round_trip(data_pack: Path) -> None:
         assert gpt2.decode(example.tokens) == f"{each.prompt.text}\n{each.response.text}"
         assert gpt2.decode(example.tokens[: example.prompt_length]) == f"{each.prompt.text}\n"
         assert example.tokens[-1] == gpt2.eos_id
+
+
+def test_a_response_of_weight_0_is_not_trained(tmp_path: Path) -> None:
+    reply = {"role": "assistant", "content": "a", "weight": 0}
+    row = {"prompt": [{"role": "user", "content": "q"}], "response": [reply]}
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match="d.jsonl:1: .*has a weight of 0"):
+        read_demonstrations(path)

@@ -118,3 +118,11 @@ def test_what_asks_nothing_or_two_things_is_named(record, problem):
     with pytest.raises(BadRecord, match=problem):
         asked = asked_in(record)
         split_chats(record) if asked.field == "chosen" and not asked.is_cut else None
+
+
+def test_what_else_messages_have_makes_no_other_dialogue() -> None:
+    asks = [{"role": "user", "content": "q", "id": 1}, {"role": "user", "content": "q", "id": 2}]
+    said = [{"role": "assistant", "content": text} for text in ("a", "b")]
+    asked, replies = split_chats({"chosen": [asks[0], said[0]], "rejected": [asks[1], said[1]]})
+    assert [message["content"] for message in asked.messages] == ["q"]
+    assert replies == ["a", "b"]

@@ -117,6 +117,13 @@ def test_a_template_that_was_not_trained_by_does_not_stay(tmp_path, form, templa
     assert ("its chat template is left out" in note) == (template == "turns")  # it is there anew
 
 
+def test_a_system_message_that_no_template_writes_is_told(tmp_path):
+    tokenizer = load_tokenizer(folder_of(tmp_path / "theirs", TEMPLATES["chatml"]))
+    form = PromptFormat(chat="template", trained_on=("dialogues",), system="Be brief.")
+    out = exported(tmp_path, tokenizer, form)
+    assert "give 'Be brief.' as the first message" in export_chat(tmp_path / "run", tokenizer, out)
+
+
 def test_an_export_and_its_import_are_asked_as_the_run_was_trained(tiny, tmp_path):
     run = Path(shutil.copytree(tiny / "policy", tmp_path / "run"))
     form = PromptFormat(prompt_suffix=" =>", system="Be.", trained_on=("dialogues", "texts"))

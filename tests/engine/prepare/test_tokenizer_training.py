@@ -99,6 +99,21 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, problem):
         list(texts_of(tmp_path / name))
 
 
+def test_rows_of_public_data_sets_give_all_that_the_stages_read(tmp_path):
+    rows = [{"instruction": "add", "input": "1 2", "output": "3"}, {"instruction": "b"}]
+    rows[1]["output"] = "c"
+    path = write_lines(tmp_path / "alpaca.jsonl", rows)
+    assert list(texts_of(path)) == ["add\n\n1 2\n3", "b\nc"]
+    pair = {"prompt": "p", "response_1": "x", "response_2": "y", "preference_strength": -1}
+    path = write_lines(tmp_path / "pairs.jsonl", [pair])
+    assert list(texts_of(path)) == ["User: p\nx\ny"]
+
+
+def test_the_mark_that_begins_a_file_is_no_text(tmp_path):
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfFirst\n")
+    assert list(texts_of(tmp_path / "b.txt")) == ["First\n"]
+
+
 def test_only_so_much_is_read_of_each_file_and_that_is_said(files, tmp_path, capsys):
     config = TokenizerConfig(files=files, out=tmp_path / "made", max_megabytes=0.02)
     train_tokenizer(config)

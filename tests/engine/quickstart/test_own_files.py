@@ -9,6 +9,10 @@ from engine.quickstart.own_files import NAMES, is_text, own_files, split_files
 from tests.tiny import write_lines
 
 
+def say(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -88,7 +92,7 @@ def test_rows_stay_as_they_are_and_dialogues_are_told_apart_by_their_prompt(tmp_
     asked = [{row["chosen"][0]["content"] for row in side} for side in found]
     assert asked[0].isdisjoint(asked[1])
     texts = [
-        {"chosen": f"Human: {i}\n\nAssistant: {a}", "rejected": "r"}
+        {"chosen": f"Human: {i}\n\nAssistant: {a}", "rejected": f"Human: {i}\n\nAssistant: r"}
         for i in range(60)
         for a in "xy"
     ]
@@ -97,6 +101,50 @@ def test_rows_stay_as_they_are_and_dialogues_are_told_apart_by_their_prompt(tmp_
     kept, held_out = split(tmp_path / "other", comparisons=path)["comparisons"]
     asked = [{row["chosen"].partition("\n")[0] for row in lines(p)} for p in (kept, held_out)]
     assert asked[0].isdisjoint(asked[1])
+
+
+def test_a_prompt_is_on_one_side_whatever_form_the_files_have(tmp_path):
+    questions = [f"What is {n}?" for n in range(80)]
+    sources = {
+        "demonstrations": [{"instruction": q, "output": "a"} for q in questions],
+        "comparisons": [
+            {"chosen": [ask, say("x")], "rejected": [ask, say("y")]}
+            for ask in ({"role": "user", "content": q} for q in questions)
+        ],
+        "prompts": [{"prompt": q} for q in questions],
+    }
+    paths = {n: write_lines(tmp_path / f"{n}.jsonl", rows) for n, rows in sources.items()}
+    found = split(tmp_path, **paths)
+    sides = [
+        {each["prompt"] for name in ("demonstrations", "prompts") for each in lines(found[name][n])}
+        | {each["chosen"][0]["content"] for each in lines(found["comparisons"][n])}
+        for n in (0, 1)
+    ]
+    assert sides[0].isdisjoint(sides[1])
+    assert sides[0] | sides[1] == set(questions)
+
+
+def test_what_several_rows_make_is_split_whole(tmp_path):
+    rows = []
+    for n in range(40):
+        asks = {"message_id": f"q{n}", "parent_id": None, "role": "prompter", "text": f"q{n}"}
+        rows.append(asks)
+        rows += [
+            {"message_id": f"a{n}{k}", "parent_id": f"q{n}", "role": "assistant", "text": f"a{k}"}
+            | {"rank": k}
+            for k in range(3)
+        ]
+    path = write_lines(tmp_path / "c.jsonl", [row | {"lang": "en"} for row in rows])
+    sides = split(tmp_path, comparisons=path)["comparisons"]
+    assert sum(len(lines(side)) for side in sides) == 40
+    assert {len(each["completions"]) for side in sides for each in lines(side)} == {3}
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    for ending in (".jsonl", ".csv"):
+        (tmp_path / f"prompts{ending}").write_text("x")
+    with pytest.raises(UserError, match=r"prompts.jsonl and .*prompts.csv: one file of prompts"):
+        own_files(tmp_path)
 
 
 def test_of_a_text_the_end_is_held_out(tmp_path):

@@ -23,6 +23,13 @@ def test_a_turn_that_is_none_is_named(turn: object, said: str) -> None:
         sharegpt({"conversations": [turn]})
 
 
+def test_a_turn_keeps_its_weight() -> None:
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]
+    (first, last) = sharegpt({"conversations": turns})["messages"]
+    assert "weight" not in first
+    assert last == {"role": "assistant", "content": "b", "weight": 0}
+
+
 def test_tools_are_refused() -> None:
     with pytest.raises(BadRecord, match='"tools" describes tools'):
         sharegpt({"conversations": [{"from": "human", "value": "a"}], "tools": "[{}]"})
