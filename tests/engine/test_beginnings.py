@@ -205,7 +205,7 @@ def test_a_score_of_a_raw_text_is_that_of_transformers(tmp_path, family, kind):
     theirs = AutoTokenizer.from_pretrained(out)
     model = AutoModelForSequenceClassification.from_pretrained(out).eval()
     end = "" if kind == "around" else EOS
-    texts = [f"{comparison.prompt}{each}{end}" for each in comparison.completions]
+    texts = [f"the mill\n{each.text}{end}" for each in completions]
     given = theirs(texts, return_tensors="pt", padding=True, padding_side="right")
     with torch.no_grad():
         scores = model(given["input_ids"], attention_mask=given["attention_mask"]).logits[:, 0]

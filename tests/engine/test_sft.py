@@ -10,7 +10,8 @@ from engine.checkpoints.found import size_of
 from engine.checkpoints.weights import load_weights
 from engine.data.batches import EpochOrder, pack
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
-from engine.data.examples import Example
+from engine.data.examples import TRAINED, Example
+from engine.data.renderer import Renderer
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 from engine.feed import Feed
@@ -41,6 +42,7 @@ from tests.tiny import (
     train,
     train_until,
     weights_of,
+    write_lines,
 )
 
 
@@ -118,6 +120,38 @@ def test_held_out_loss_is_of_the_weights_that_are_saved(
     units, _ = demonstration_examples(records, tokenizer, max_length=64)
     expected = mean_language_loss(network, units, 1000)
     assert rows_of(tmp_path / "run")[-1]["valid/loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_all_replies_of_a_dialogue_share_the_loss_by_their_tokens(
+    tiny: Path, tmp_path: Path, parallel: Parallel
+):
+    user, reply = ({"role": role, "content": "the mill"} for role in ("user", "assistant"))
+    lines = [{"messages": [user, reply, user, reply | {"content": "is a pub"}]}] * 2
+    path = write_lines(tmp_path / "chats.jsonl", lines)
+    config = sft_config(tiny, tmp_path / "run", epochs=1.0)
+    data = dataclasses.replace(
+        config.data, train=path, valid=path, replies="all", pretraining_fraction=0.0
+    )
+    train(dataclasses.replace(config, data=data))
+    network = build_network("language", SIZE, parallel, numerics=Numerics())
+    load_weights(network, tmp_path / "run", role="policy")
+    tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
+    by = Renderer(None, tokenizer)
+    (both, _), _ = demonstration_examples(
+        read_demonstrations(path, by, replies="all")[0], tokenizer, max_length=64
+    )
+    (last, _), _ = demonstration_examples(
+        read_demonstrations(path, by)[0], tokenizer, max_length=64
+    )
+    trained = np.flatnonzero(both.fields[TRAINED])
+    end = int(trained[np.flatnonzero(np.diff(trained) > 1)[0]]) + 1  # of the first reply
+    first = Example(tokens=both.tokens[:end], prompt_length=both.prompt_length)
+    parts = [
+        (mean_language_loss(network, [e], 1000), len(e.tokens) - e.num_given) for e in (first, last)
+    ]
+    assert sum(count for _, count in parts) == len(trained)
+    expected = sum(mean * count for mean, count in parts) / len(trained)
+    assert rows_of(tmp_path / "run")[-1]["valid/loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_model_from_nothing_pretrains_on_text_alone(tiny: Path, tmp_path: Path):
