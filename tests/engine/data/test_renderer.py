@@ -272,3 +272,23 @@ def test_a_template_that_rewrites_earlier_replies_trains_the_last_alone(tmp_path
     assert len(read_demonstrations(lines, by)[0]) == 1
     with pytest.raises(UserError, match="otherwise where another follows; --data.replies last"):
         read_demonstrations(lines, by, replies="all")
+
+
+def test_a_token_with_more_than_a_reply_in_it_is_none_of_it(tmp_path):
+    """ ": " is one piece here, which nobody draws: a prompt ends in the colon. So is "." with a line
+    break behind a reply."""
+    pieces = {": ": 900, ".\n": 901}
+
+    def encode(text: str) -> list[int]:
+        found, at = [], 0
+        while at < len(text):
+            step = 2 if text[at : at + 2] in pieces else 1
+            found.append(pieces.get(text[at : at + step], ord(text[at])))
+            at += step
+        return found
+
+    joined = made_tokenizer(lambda texts: [encode(text) for text in texts])
+    messages = [USER, REPLY, AGAIN, OTHER]
+    first, last = trained_parts(tmp_path / "a.jsonl", joined, PromptFormat(), messages)
+    assert first == encode("Little")
+    assert last == [*encode(" More.\n\nMuch more."), joined.eos_id]
