@@ -66,9 +66,7 @@ class Job:
 def read_units(path: Path, tokenizer: Tokenizer, context_length: int) -> list[Unit]:
     """Return a file's comparisons that fit into the context. Raises UserError where none does."""
     records, _ = read_comparisons(path)
-    units, _ = comparison_examples(
-        records, tokenizer, max_length=context_length, prompt_suffix="\n"
-    )
+    units, _ = comparison_examples(records, tokenizer, max_length=context_length)
     if not units:
         raise UserError(f"{path}: no comparison fits into {context_length} tokens")
     return units
