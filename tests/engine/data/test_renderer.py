@@ -275,8 +275,7 @@ def test_a_template_that_rewrites_earlier_replies_trains_the_last_alone(tmp_path
 
 
 def test_a_token_with_more_than_a_reply_in_it_is_none_of_it(tmp_path):
-    """ ": " is one piece here, which nobody draws: a prompt ends in the colon. So is "." with a line
-    break behind a reply."""
+    # ": " is one piece here, which nobody draws: a prompt ends in the colon. So is ".\n".
     pieces = {": ": 900, ".\n": 901}
 
     def encode(text: str) -> list[int]:
