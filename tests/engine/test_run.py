@@ -171,7 +171,7 @@ def read_prompts_of_this_rank(files: Path, directory: Path) -> str:
     write_lines(prompts, lines[:: -1 if dist.get_rank() else 1])
     same, report = read_prompts(files / "prompts.jsonl")
     run.count("data.valid", report)
-    assert len(same) == run.counts["data.valid"]["records"]
+    assert len(same) == run.account.counts["data.valid"]["records"]
     try:
         run.count("data.prompts", read_prompts(prompts)[1])
     except UserError as error:

@@ -3,7 +3,10 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from engine.data.chat import Asked
 from engine.data.prompt_format import (
     DIALOGUES,
     TEXTS,
@@ -17,7 +20,9 @@ from engine.data.prompt_format import (
     trained_on,
     write_prompt_format,
 )
+from engine.data.renderer import Renderer
 from engine.errors import UserError
+from tests.fuzzing import fuzzed
 
 TRAINED = PromptFormat(trained_on=(TEXTS, DIALOGUES))
 
@@ -150,3 +155,26 @@ def test_kinds_add_up():
     assert trained_on((), prompts[:1]) == (TEXTS,)
     assert trained_on((DIALOGUES,), prompts[:1]) == (TEXTS, DIALOGUES)
     assert trained_on((), []) == ()
+
+
+NAMES = [field.name for field in dataclasses.fields(PromptFormat)]
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+VALUES |= st.sampled_from(["turns", "template", "message", TEXTS])
+VALUES |= st.lists(VALUES, max_size=3) | st.dictionaries(st.text(max_size=9), VALUES, max_size=3)
+
+
+@pytest.mark.fuzz
+@fuzzed
+@given(values=st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), VALUES, max_size=4))
+def test_any_file_is_a_format_or_refused_in_a_line(tmp_path_factory, values):
+    folder = tmp_path_factory.mktemp("fuzzed")
+    (folder / "prompt_format.json").write_text(json.dumps(values))
+    try:
+        form = read_prompt_format(folder)
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 2000
+    else:
+        prompt = Renderer(dataclasses.replace(form, chat="turns")).prompt(Asked("Why?"))
+        (prompt.text + prompt.suffix).encode()
+        write_prompt_format(form, folder)
+        assert read_prompt_format(folder) == form

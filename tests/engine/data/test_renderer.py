@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from engine.containers.row import BadRecord
 from engine.data.chat import Asked
 from engine.data.chat_template import digest_of_template
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import TRAINED
+from engine.data.jsonl import BadRecord
 from engine.data.prompt_format import DIALOGUES, TEXTS, Prompt, PromptFormat, Reply
 from engine.data.prompts import read_prompts
 from engine.data.renderer import Renderer
@@ -275,8 +275,7 @@ def test_a_template_that_rewrites_earlier_replies_trains_the_last_alone(tmp_path
 
 
 def test_a_token_with_more_than_a_reply_in_it_is_none_of_it(tmp_path):
-    """ ": " is one piece here, which nobody draws: a prompt ends in the colon. So is "." with the
-    line break behind a reply."""
+    # ": " is one piece here, which nobody draws: a prompt ends in the colon. So is ".\n".
     pieces = {": ": 900, ".\n": 901}
 
     def encode(text: str) -> list[int]:
