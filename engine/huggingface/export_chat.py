@@ -1,4 +1,4 @@
-"""How an exported model is asked: by its run's form of prompts, and a chat template that writes it.
+"""How an exported model is asked: its run's form of prompts, and a chat template of that form.
 
     FOLDER/prompt_format.json        for a stage or generate.py that starts from the folder
     FOLDER/tokenizer_config.json     chat_template, for everybody else
@@ -45,8 +45,8 @@ def export_chat(run: Path, tokenizer: Tokenizer, folder: Path) -> str:
 
 
 def turns_template(form: PromptFormat, tokenizer: Tokenizer) -> str:
-    """Return a chat template that writes dialogues as they were trained in turns, with what begins
-    a text, and the end of text behind a last reply."""
+    """Return a chat template that writes dialogues as they were trained in turns: what begins a
+    text before them, the end of text behind a last reply."""
     names = {**form.roles, "developer": form.roles["system"]}
     begin = "".join(tokenizer.bos_text.split(" "))
     closed = form.prompt_suffix if form.closes_open else ""
