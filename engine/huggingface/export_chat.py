@@ -1,4 +1,4 @@
-"""How an exported model is asked: by its run's form of prompts, and a chat template that writes it.
+"""How an exported model is asked: its run's form of prompts, and a chat template of that form.
 
     FOLDER/prompt_format.json        for a stage or generate.py that starts from the folder
     FOLDER/tokenizer_config.json     chat_template, for everybody else
