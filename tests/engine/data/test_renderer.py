@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from engine.containers.row import BadRecord
 from engine.data.chat import Asked
 from engine.data.chat_template import digest_of_template
 from engine.data.demonstrations import demonstration_examples, read_demonstrations
 from engine.data.examples import TRAINED
-from engine.data.jsonl import BadRecord
 from engine.data.prompt_format import DIALOGUES, TEXTS, Prompt, PromptFormat, Reply
 from engine.data.prompts import read_prompts
 from engine.data.renderer import Renderer
