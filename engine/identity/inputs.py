@@ -105,6 +105,11 @@ class Inputs:
         self.digests: dict[str, str] = told["digests"]
         """Of the networks, by the names of their copies in RUN/sources."""
 
+    @property
+    def config(self) -> RunConfig:
+        """The stage's settings, with those that it has of the run before."""
+        return self._config
+
     def size(self, name: str) -> GPTSize:
         """Return the size of a network, by the name of its option."""
         with self._naming(name):

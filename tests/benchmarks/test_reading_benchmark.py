@@ -10,5 +10,6 @@ def test_every_container_holds_the_same_records(tmp_path: Path):
     assert len(paths) == 10
     for path in paths:
         found, _ = read_demonstrations(path)
-        assert [{"prompt": each.prompt, "response": each.response} for each in found] == records
+        texts = [{"prompt": each.prompt.text, "response": each.response.text} for each in found]
+        assert texts == records
     assert seconds_to_read(paths[0]) > 0
