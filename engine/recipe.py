@@ -27,7 +27,7 @@ from engine.environment import (
     world_size_of_environment,
 )
 from engine.errors import UserError, quoted
-from engine.guide.stage_words import beginning, ending, newest_step, recipe_of_process
+from engine.guide.stage_words import ending, newest_step, recipe_of_process
 from engine.planning.sizes import StageConfig
 from engine.printable import (
     ERROR_CHARACTERS,
@@ -186,15 +186,13 @@ def _call(train: Callable[[_Config], object] | str, config: _Config) -> None:
 
 
 def _call_stage(train: Callable[[_Config], object] | str, config: Any) -> None:
-    """Call a stage, and say from what it starts and what comes next."""
+    """Call a stage, and say where things are and what comes next."""
     is_stage = isinstance(config, StageConfig)
     if not is_stage:
         _call(train, config)
         return
     is_writer = rank_of_environment() == 0
     step = newest_step(config.directory)
-    if is_writer:
-        say(beginning(config, step))
     _call(train, config)
     if is_writer:
         is_alone = world_size_of_environment() == 1

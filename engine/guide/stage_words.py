@@ -1,5 +1,4 @@
-"""What a stage's recipe says before its first step and behind its last: from what, where it is, and
-what comes next.
+"""What a stage's recipe says behind its last step: where things are, and what comes next.
 
 Imports neither torch nor megatron: it is said before they are there.
 """
@@ -29,19 +28,6 @@ def newest_step(directory: Path) -> int | None:
     except UserError:
         return None
     return int(step) if step.isascii() and step.isdigit() else None
-
-
-def beginning(config: StageConfig, step: int | None) -> str:
-    """Return from what a run starts, or behind which step it goes on."""
-    if step is not None:
-        return f"{_shown(config.directory)}: goes on behind step {step}"
-    if isinstance(config, PPOConfig):
-        start = f"from {_shown(config.policy)} against {_shown(config.reward_model)}"
-    elif config.init_from is not None:
-        start = f"from {_shown(config.init_from)}"
-    else:
-        start = "from nothing"
-    return f"{_shown(config.directory)}: {start}"
 
 
 def ending(

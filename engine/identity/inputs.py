@@ -39,6 +39,7 @@ from engine.identity.held_to import HeldTo, at_odds, held_to, odds_in_words
 from engine.identity.made_from import (
     NamedNetwork,
     RunConfig,
+    beginning,
     files_of,
     names_of,
     networks_of,
@@ -83,7 +84,8 @@ class Inputs:
     """
 
     def __init__(self, run: Run, config: RunConfig) -> None:
-        self.renderer, self._config, told_of_prompts = renderer_of(run, config)
+        # The settings have from here on what they take over from the run before.
+        self.renderer, self.config, told_of_prompts = renderer_of(run, config)
         self._run = run
         self._recorded: Identity | None = None  # on the first rank, as all that is read from files
         self._accepted: list[Change] = []
@@ -95,20 +97,15 @@ class Inputs:
         with self._saying(settings):
             if settings:  # what else keeps the run from going on is seen with those it had
                 before = {name: old for name, (old, _) in settings.items()}
-                self._config = with_saved_fields(self._config, before)
+                self.config = with_saved_fields(self.config, before)
             told |= json.loads(said_by_first_rank(self._clear))
-            self._networks = networks_of(self._config, told["policy_kept_as"])
+            self._networks = networks_of(self.config, told["policy_kept_as"])
             self._sources = self._take(set(told["kept"]))
         told = json.loads(said_by_first_rank(lambda: self._compare(settings)))
         self.notes: list[str] = told["notes"] + told_of_prompts
         """What is to be told of where the networks come from, and of the form of prompts."""
         self.digests: dict[str, str] = told["digests"]
         """Of the networks, by the names of their copies in RUN/sources."""
-
-    @property
-    def config(self) -> RunConfig:
-        """The stage's settings, with those that it has of the run before."""
-        return self._config
 
     def size(self, name: str) -> GPTSize:
         """Return the size of a network, by the name of its option."""
@@ -137,20 +134,21 @@ class Inputs:
         """Write what the run is made from into its folder, and its settings, now that all is loaded
         and it goes on from `step`; each checkpoint has it too. UserError where data was written to
         meanwhile."""
+        self.notes.insert(0, beginning(self.config, step if self.goes_on else None))
         checkpointer.texts[IDENTITY] = said_by_first_rank(lambda: self._keep(step))
-        self._run.write_settings(self._config, self._known)
+        self._run.write_settings(self.config, self._known)
 
     def _begin(self) -> str:
         """Read what the run's folder says, for all ranks."""
-        known = names_of(type(self._config))
-        unknown = [name for name in self._config.accept_changed if name not in known]
+        known = names_of(type(self.config))
+        unknown = [name for name in self.config.accept_changed if name not in known]
         if unknown:
             raise UserError(
                 f"--accept-changed {quoted(unknown[0])}: no such name; there are {', '.join(known)}"
             )
         found = HeldTo(identity=None, settings={}, known=())
         if goes_on := has_begun(self._run.directory):
-            found = held_to(self._run, self._config)
+            found = held_to(self._run, self.config)
         self._recorded = found.identity
         return json.dumps({"goes_on": goes_on, "known": found.known, "settings": found.settings})
 
@@ -163,10 +161,10 @@ class Inputs:
                 remove(directory / "sources")
         kept = [path.parent.name for path in (directory / "sources").glob(f"*/{MANIFEST}")]
         policy_kept_as = self._policy_kept_as(kept)
-        networks = networks_of(self._config, policy_kept_as)
+        networks = networks_of(self.config, policy_kept_as)
         others = [name for name, network in networks.items() if self._is_another(name, network)]
         if {"policy", "reference"} & {*others}:  # what their paths mean now decides anew
-            policy_kept_as, networks = "", networks_of(self._config)
+            policy_kept_as, networks = "", networks_of(self.config)
         dropped = {networks[name].kept_as for name in others}
         kept = [name for name in kept if name not in dropped]
         return json.dumps({"kept": kept, "policy_kept_as": policy_kept_as})
@@ -179,7 +177,7 @@ class Inputs:
         except UserError as error:
             if not settings:
                 raise
-            raise UserError(f"{refusal(self._run, self._config, settings, [])}\n{error}") from None
+            raise UserError(f"{refusal(self._run, self.config, settings, [])}\n{error}") from None
 
     def _is_another(self, name: str, network: NamedNetwork) -> bool:
         """Return whether an option now has another path, and another network is there: what the run
@@ -190,7 +188,7 @@ class Inputs:
         if Path(known.path).absolute() == network.path.absolute():
             return False
         if not network.path.exists():
-            is_policy = name == "reference" and getattr(self._config, name) is None
+            is_policy = name == "reference" and getattr(self.config, name) is None
             option = "policy" if is_policy else name.replace("_", "-")
             raise UserError(f"--{option} {network.path}: no such file or folder")
         if is_foreign(network.path):
@@ -231,12 +229,12 @@ class Inputs:
             source = take_source(path, network.role, folder, strict=network.strict)
             keep_like_tokenizer(Path(source.checkpoint), folder, network.role, self._run)
             return source
-        return take_model(path, network.role, folder, self._run, self._config)
+        return take_model(path, network.role, folder, self._run, self.config)
 
     def _origin(self, name: str) -> tuple[str, Path]:
         """Return the option whose path a network's copy is taken from, and that path: one copy for
         policy and reference is the reference, which counts to the end."""
-        is_named = getattr(self._config, "reference", None) is not None
+        is_named = getattr(self.config, "reference", None) is not None
         option = "reference" if is_named and self._networks[name].kept_as == "reference" else name
         return option, self._networks[option].path
 
@@ -253,7 +251,7 @@ class Inputs:
                 neither = {c.name for c in changes(saved, self._now)}
                 names = {c.name for c in apart}
                 found = [c for c in found if c.name in neither or c.name not in names]
-        if refused := refusal(self._run, self._config, settings, found, odds):
+        if refused := refusal(self._run, self.config, settings, found, odds):
             raise UserError(refused)
         self._accepted = found
         networks = self._now.networks.items()
@@ -263,14 +261,14 @@ class Inputs:
     def _found(self, earlier: Identity) -> Identity:
         """Return what is there."""
         return Identity(
-            stage=stage_of(self._config),
+            stage=stage_of(self.config),
             networks={name: self._record(name, earlier) for name in self._networks},
             data={
                 name: look_at(path, earlier.data.get(name))
-                for name, path in files_of(self._config).items()
+                for name, path in files_of(self.config).items()
             },
             tokenizer=tokenizer_now(
-                self._run, getattr(self._config, "tokenizer", None), earlier.tokenizer
+                self._run, getattr(self.config, "tokenizer", None), earlier.tokenizer
             ),
             packages=package_versions(),
             code=Code(xxh3_128=code_digest(), commit=code_commit()),

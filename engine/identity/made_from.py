@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.errors import named
+from engine.files import MAX_SHOWN_PATH
 from engine.process.software import PACKAGES
 from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
@@ -129,3 +131,16 @@ def names_of(kind: type[RunConfig]) -> tuple[str, ...]:
     """Return all names that --accept-changed may give for a stage. The tokenizer is none: a run
     keeps its own."""
     return (*_NAMES[kind], "code", "python", *PACKAGES)
+
+
+def beginning(config: RunConfig, step: int | None) -> str:
+    """Return from what a run starts, or behind which step it goes on."""
+    where = named(config.directory, MAX_SHOWN_PATH)
+    if step is not None:
+        return f"{where}: goes on behind step {step}"
+    if isinstance(config, PPOConfig):
+        policy = named(config.policy, MAX_SHOWN_PATH)
+        return f"{where}: from {policy} against {named(config.reward_model, MAX_SHOWN_PATH)}"
+    if config.init_from is not None:
+        return f"{where}: from {named(config.init_from, MAX_SHOWN_PATH)}"
+    return f"{where}: from nothing"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.guide.stage_words import beginning, ending, newest_step, next_command
+from engine.guide.stage_words import ending, newest_step, next_command
 from engine.plan_command import load_recipe
 from engine.settings.command_line import parse_config
 from engine.settings.ppo import PPOConfig, PPOData
@@ -34,14 +34,6 @@ def test_the_newest_step_is_that_of_latest(tmp_path):
     assert newest_step(saved(tmp_path, 12)) == 12
     (tmp_path / "checkpoints/latest").write_text("odd")
     assert newest_step(tmp_path) is None
-
-
-def test_a_start_says_from_what_and_a_resume_behind_which_step():
-    assert beginning(RM, None) == "runs/rm: from runs/sft"
-    assert beginning(SFT, None) == "runs/a b: from nothing"
-    ppo = replace(PPO, policy=Path("runs/sft"), reward_model=Path("runs/rm"))
-    assert beginning(ppo, None) == "runs/ppo: from runs/sft against runs/rm"
-    assert beginning(ppo, 7) == "runs/ppo: goes on behind step 7"
 
 
 def test_an_end_says_where_things_are_in_lines_of_a_terminal(tmp_path):

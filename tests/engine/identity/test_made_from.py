@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.identity.made_from import files_of, names_of, networks_of
+from engine.identity.made_from import beginning, files_of, names_of, networks_of
 from engine.settings.ppo import PPOConfig, PPOData
 from engine.settings.rm import RMConfig, RMData
 from engine.settings.saving import SaveConfig
@@ -102,3 +102,12 @@ def test_every_name_can_be_accepted(kind: type):
     assert own == {name for name in names if "." in name or "_" in name or name in own}
     assert {"code", "python", "torch", "megatron-core"} <= {*names} - own
     assert "tokenizer" not in names
+
+
+def test_a_start_says_from_what_and_a_resume_behind_which_step():
+    rm = RMConfig(directory=Path("runs/rm"), init_from=Path("runs/sft"))
+    assert beginning(rm, None) == "runs/rm: from runs/sft"
+    assert beginning(SFTConfig(directory=Path("runs/a b")), None) == "runs/a b: from nothing"
+    ppo = PPOConfig(directory=Path("runs/ppo"), policy=Path("runs/sft"), reward_model=Path("r"))
+    assert beginning(ppo, None) == "runs/ppo: from runs/sft against r"
+    assert beginning(ppo, 7) == "runs/ppo: goes on behind step 7"
