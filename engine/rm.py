@@ -267,8 +267,8 @@ def _load_data(config: RMConfig, run: Run, renderer: Renderer, context: Limit) -
         fraction=data.valid_fraction,
         num_all=num_read,
     )
-    prompts = {r.prompt.text for r in records}
-    cautions += overlap_cautions("comparisons", [r.prompt.text for r in held_out], prompts)
+    prompts = {r.prompt.key for r in records}
+    cautions += overlap_cautions("comparisons", [r.prompt.key for r in held_out], prompts)
     cautions += _text_cautions(records, train_units, renderer)
     renderer.note([r.prompt for r in records])
     return _Data(

@@ -165,7 +165,7 @@ def load_prompts(
             fraction=data.valid_fraction,
             num_all=num_read,
         ),
-        *overlap_cautions("examples", [p.text for p in held_out], {p.text for p in asked}),
+        *overlap_cautions("examples", [p.key for p in held_out], {p.key for p in asked}),
         *prompt_cautions(renderer, asked),
         *evaluation_cautions(config, len(valid)),
     ]

@@ -352,10 +352,10 @@ def _text_cautions(
     examples: list[Example],
     renderer: Renderer,
 ) -> list[Alarm]:
-    texts, responses = {r.prompt.text for r in records}, [r.response.text for r in records]
+    texts, responses = {r.prompt.key for r in records}, [r.response.text for r in records]
     lengths = [len(each.tokens) - each.prompt_length for each in examples]
     return [
-        *overlap_cautions("demonstrations", [r.prompt.text for r in held_out], texts),
+        *overlap_cautions("demonstrations", [r.prompt.key for r in held_out], texts),
         *prompt_cautions(renderer, [r.prompt for r in records], responses),
         *response_cautions("responses", responses, lengths),
     ]

@@ -16,9 +16,10 @@ import numpy as np
 
 from engine.errors import UserError, named, quoted
 from engine.files import MAX_SHOWN_PATH, read_object, replacing
+from engine.settings.prompt_options import PromptOptions
 
 PROMPT_FORMAT = "prompt_format.json"
-OPTIONS = ("prompt_suffix", "chat", "plain_prompts", "system")
+OPTIONS = tuple(each.name for each in fields(PromptOptions))
 """The fields that a stage has options for."""
 TEXTS, DIALOGUES = "texts", "dialogues"
 _MAX_BYTES = 1 << 20  # of such a file, which has a few hundred; our choice
@@ -93,6 +94,12 @@ class Prompt:
     is_dialogue: bool = False
     tokens: np.ndarray | None = field(default=None, compare=False, repr=False)
     """[n] int64, with what begins a text, where more than the text decides them."""
+
+    @property
+    def key(self) -> str:
+        """What a prompt is known by where the held-out ones are told from the others: whitespace at
+        its end may be the suffix."""
+        return self.text.rstrip()
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def hold_out(
     """Return the records for training and those held out, each prompt on one side; see
     split_by_prompt. Where that would leave none for training, none is held out; UserError where
     the fraction is all of them."""
-    kept, out = split_by_prompt([record.prompt.text for record in records], valid_fraction, seed)
+    kept, out = split_by_prompt([record.prompt.key for record in records], valid_fraction, seed)
     if not kept:
         _check_fraction(valid_fraction)
         kept, out = out, kept
@@ -91,15 +91,17 @@ def hold_out_prompts(
     """Return the prompts for training and the distinct ones held out, at most so many, as
     split_by_prompt would; of more, those of the lowest hashes. Where none is left for training as
     hold_out."""
-    distinct = list(dict.fromkeys(prompts))
-    _, out = split_by_prompt([prompt.text for prompt in distinct], valid_fraction, seed)
-    texts = sorted((distinct[index].text for index in out), key=lambda text: _hash(text, seed))
-    chosen = set(texts[:most])
-    kept = [prompt for prompt in prompts if prompt.text not in chosen]
+    distinct: dict[str, Prompt] = {}
+    for prompt in prompts:
+        distinct.setdefault(prompt.key, prompt)
+    keys = list(distinct)
+    _, out = split_by_prompt(keys, valid_fraction, seed)
+    chosen = set(sorted((keys[index] for index in out), key=lambda key: _hash(key, seed))[:most])
+    kept = [prompt for prompt in prompts if prompt.key not in chosen]
     if not kept:
         _check_fraction(valid_fraction)
         return list(prompts), []
-    return kept, [prompt for prompt in distinct if prompt.text in chosen]
+    return kept, [prompt for key, prompt in distinct.items() if key in chosen]
 
 
 def _check_fraction(valid_fraction: float) -> None:

@@ -13,19 +13,19 @@ from engine.settings.checks import check_numbers
 from engine.settings.kl import KLConfig
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.prompt_options import PromptOptions
 from engine.settings.residency import ResidencyConfig
 from engine.settings.sampling import SamplingConfig
-from engine.settings.saved import EARLIER, INHERITS
+from engine.settings.saved import EARLIER
 from engine.settings.saving import SaveConfig
 from engine.settings.spikes import SpikeConfig
-from engine.settings.typed_text import TypedText
 from engine.settings.waiting import WaitingConfig
 
 EosRule = Literal["none", "penalty", "replace"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOData:
+class PPOData(PromptOptions):
     """What the stage reads."""
 
     prompts: Path = Path("data/prompts.jsonl")
@@ -48,22 +48,6 @@ class PPOData:
     paper's compute suggests."""
     max_prompt_tokens: int = 1024
     """Longer prompts are dropped and counted (paper, app. C: over 1k tokens)."""
-    prompt_suffix: TypedText | None = field(default=None, metadata={INHERITS: True})
-    r"""Closes every plain prompt that is not open; \n is a line break. None: as the run before has
-    it, else \n. Our choice: the separator is not stated."""
-    chat: Literal["turns", "template"] | None = field(
-        default=None, metadata={INHERITS: True, EARLIER: "turns"}
-    )
-    """How messages are written: as turns "User: ...", or by the tokenizer's chat template. None: as
-    the run before has it; a Hugging Face folder's by its template, where it has one."""
-    plain_prompts: Literal["text", "message"] | None = field(
-        default=None, metadata={INHERITS: True, EARLIER: "text"}
-    )
-    """A plain prompt is read as the text that it is, or as one message of the user's. None: as the
-    run before has it, else text."""
-    system: TypedText | None = field(default=None, metadata={INHERITS: True, EARLIER: ""})
-    """Put before messages that begin without a system's. None: as the run before has it, else
-    nothing."""
     fields: str = field(default="auto", metadata={EARLIER: "auto"})
     """Which fields of prompts are read, and as what: auto, by the keys of the first good row; the
     name of a shape (recipes/DATA.md); or OURS=THEIRS,... as prompt=question. text=THEIRS names the

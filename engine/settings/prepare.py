@@ -44,7 +44,7 @@ class PrepareConfig:
     """One preparation."""
 
     logs: tuple[Path, ...] = ()
-    """Raw logs, JSON lines, plain or gzip, in the order of time."""
+    """Raw logs, in any container of rows (recipes/DATA.md), in the order of time."""
     out: Path | None = None
     """The folder to make."""
     fields: LogFields = field(default_factory=LogFields)

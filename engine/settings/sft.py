@@ -15,16 +15,16 @@ from engine.settings.alarms import LossAlarmConfig
 from engine.settings.checks import check_epochs, check_numbers
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
+from engine.settings.prompt_options import PromptOptions
 from engine.settings.sampling import SamplingConfig
-from engine.settings.saved import EARLIER, INHERITS
+from engine.settings.saved import EARLIER
 from engine.settings.saving import SaveConfig
 from engine.settings.spikes import SpikeConfig
-from engine.settings.typed_text import TypedText
 from engine.settings.waiting import WaitingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTData:
+class SFTData(PromptOptions):
     """What the stage reads."""
 
     train: Path | None = None
@@ -48,22 +48,6 @@ class SFTData:
     max_tokens: int = 2048
     """Longer sequences, prompt and response together, are dropped and counted (paper, app. C: 2k
     context)."""
-    prompt_suffix: TypedText | None = field(default=None, metadata={INHERITS: True})
-    r"""Closes every plain prompt that is not open; \n is a line break. None: as the run before has
-    it, else \n. Our choice: the separator is not stated."""
-    chat: Literal["turns", "template"] | None = field(
-        default=None, metadata={INHERITS: True, EARLIER: "turns"}
-    )
-    """How messages are written: as turns "User: ...", or by the tokenizer's chat template. None: as
-    the run before has it; a Hugging Face folder's by its template, where it has one."""
-    plain_prompts: Literal["text", "message"] | None = field(
-        default=None, metadata={INHERITS: True, EARLIER: "text"}
-    )
-    """A plain prompt is read as the text that it is, or as one message of the user's. None: as the
-    run before has it, else text."""
-    system: TypedText | None = field(default=None, metadata={INHERITS: True, EARLIER: ""})
-    """Put before messages that begin without a system's. None: as the run before has it, else
-    nothing."""
     replies: Literal["last", "all"] = field(default="last", metadata={EARLIER: "last"})
     """Which of the assistant's messages are trained; one with a weight of 0 is not. Our choice: the
     paper's demonstrations have one response."""

@@ -26,14 +26,13 @@ _NOTHING = {
     "comparisons": "has no answers of one prompt that are ranked",
     "prompts": "has no prompts",
 }
-OPTION = "--data.fields"
-"""The stages' option."""
 
 
 class Fields:
     """How one file's rows become records: a callable over its rows, each with where it stands.
 
-    Raises UserError for a choice that is none, and for a file that has nothing for the purpose.
+    option: names the fields; "" for a command that has none. Raises UserError for a choice that is
+    none, and for a file that has nothing for the purpose.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class Fields:
         purpose: Purpose,
         fields: str = "auto",
         *,
-        option: str = OPTION,
+        option: str = "--data.fields",
     ) -> None:
         self._purpose, self._option = purpose, option
         self._mapping = _parsed(fields, option) if "=" in fields else {}
@@ -125,10 +124,8 @@ class Fields:
         if len(found) == 1:
             return found[0]
         if len(found) > 1:
-            raise BadRecord(
-                f"may be of {' or '.join(found)}; name one: {self._option} {found[0]}, or the "
-                f"fields: {self._option} {NEEDS[self._purpose]}"
-            )
+            advice = f"; name one: {self._option} {found[0]}, or the fields" if self._option else ""
+            raise BadRecord(f"may be of {' or '.join(found)}{advice}{self._advice(': ')}")
         raise self._unknown(row)
 
     def _unknown(self, row: Row) -> BadRecord:
@@ -139,10 +136,12 @@ class Fields:
         try:
             required(row, key)
         except BadRecord as error:
-            return BadRecord(
-                f"{error}{known}; name the fields by {self._option} {NEEDS[self._purpose]}"
-            )
+            return BadRecord(f"{error}{known}{self._advice('; name the fields by ')}")
         return BadRecord(f"is of no known shape; there is {_keys(row)}{known}")
+
+    def _advice(self, words: str) -> str:
+        """Return how fields are named, behind some words; "" for a command without the option."""
+        return f"{words}{self._option} {NEEDS[self._purpose]}" if self._option else ""
 
     def _check_plain(self, row: Row) -> None:
         """Raise BadRecord for a row in our own fields that lacks those of the purpose."""
@@ -190,13 +189,14 @@ class Fields:
         try:
             required(row, "text")
         except BadRecord as error:
-            return BadRecord(f"{error}; name it by {self._option} {NEEDS['text']}")
+            return BadRecord(f"{error}{self._advice('; name it by ')}")
         return BadRecord("has no text")
 
 
 def fields_option(skip_option: str) -> str:
-    """Return the option for fields of a command whose option to skip bad lines this is."""
-    return skip_option.replace("skip-bad-lines", "fields") or OPTION
+    """Return the option for fields of a command whose option to skip bad lines this is; "" for one
+    that has none."""
+    return skip_option.replace("skip-bad-lines", "fields")
 
 
 def reading_options(data: Any) -> dict[str, Any]:

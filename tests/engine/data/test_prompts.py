@@ -124,3 +124,14 @@ def test_few_prompts_that_a_fraction_would_take_all_of_are_trained_on() -> None:
 def test_real_prompts_are_read(data_pack: Path) -> None:
     prompts, report = read_prompts(data_pack / "mini" / "prompts.jsonl")
     assert report.num_read == len(prompts) == 200
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_prompts_that_whitespace_alone_tells_apart_are_on_one_side(seed: int) -> None:
+    prompts = [Prompt(f"question {n}{end}") for n in range(40) for end in ("", "\n")]
+    kept, out = hold_out([Demonstration(each, Reply("a")) for each in prompts], 0.2, seed)
+    assert {each.prompt.key for each in kept}.isdisjoint(each.prompt.key for each in out)
+    trained, held_out = hold_out_prompts(prompts, 0.2, seed, most=5)
+    assert {each.key for each in trained}.isdisjoint(each.key for each in held_out)
+    assert len(held_out) <= 5
+    assert len(trained) == len(prompts) - 2 * len(held_out)

@@ -189,3 +189,9 @@ def test_the_pack_itself_is_read_as_it_was(data_pack: Path) -> None:
             rows = lines_of(path)
             assert records(purpose, rows) == rows
             assert len(read_prompts(path)[0]) == len(rows)
+
+
+def test_a_command_without_the_option_does_not_name_it() -> None:
+    said = [str(each) for _, each in Fields("demonstrations", option="")([("f:1", {"a": "b"})])]
+    assert said == ['field "prompt" is missing; there is a']
+    assert "--" not in said[0]
