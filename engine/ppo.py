@@ -65,13 +65,7 @@ def train(config: PPOConfig) -> dict[str, float]:
     )
     progress = checkpointer.resume() or {"step": 0}
     keeps: dict[str, Kept] = {"kl_coef": kl, "alarms": alarms, "skipped_rollouts": learner.rollouts}
-    learner.evidence = Evidence(
-        stage="ppo",
-        config=inputs.config,
-        run=run,
-        checkpointer=checkpointer,
-        sources=inputs.digests,
-    )
+    learner.evidence = Evidence("ppo", inputs.config, run, checkpointer, inputs.digests)
     course = Course(checkpointer, config.spikes, progress, config.iterations, keeps)
     inputs.keep(progress["step"], checkpointer)
     run.leave_if_asked()

@@ -100,7 +100,7 @@ def train(config: RMConfig) -> dict[str, float]:
     inputs.keep(progress["step"], checkpointer)
     run.leave_if_asked()
 
-    evidence = Evidence(stage="rm", config=inputs.config, run=run, checkpointer=checkpointer)
+    evidence = Evidence("rm", inputs.config, run, checkpointer)
     values: dict[str, float] = progress.get("metrics", {})
     metrics = Metrics(
         config.directory,

@@ -106,7 +106,7 @@ def train(config: SFTConfig) -> dict[str, float]:
     inputs.keep(progress["step"], checkpointer)
     run.leave_if_asked()
 
-    evidence = Evidence(stage="sft", config=inputs.config, run=run, checkpointer=checkpointer)
+    evidence = Evidence("sft", inputs.config, run, checkpointer)
     values: dict[str, float] = progress.get("metrics", {})
     metrics = Metrics(
         config.directory,

@@ -27,7 +27,7 @@ from engine.settings.saved import config_text
 from engine.training.skipped import SkippedSteps
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Evidence:
     """What a run keeps of its skipped steps; all ranks make it, and call it, together."""
 

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from engine import progress
+from engine.data.prompt_format import Prompt
 from engine.progress import SECONDS_A_LINE, LongWork
 from engine.quickstart.comparisons import write_comparisons
 from engine.quickstart.files import find_files
@@ -149,7 +150,8 @@ def test_the_same_texts_are_written_with_and_without_a_listener(home: Path):
     parallel = start_parallel(ParallelLayout(), seed=0)
     finished = FinishedStages(home, parallel, recipe.numerics, ppo, seed=3)
     network = finished.load("sft", "language")
-    prompts = ["the mill is", "a cheap pub near the river", "the mill is", "fish"]
+    asked = ("the mill is", "a cheap pub near the river", "the mill is", "fish")
+    prompts = [Prompt(text) for text in asked]
     heard: list[None] = []
     texts = finished.answer(network, prompts, lambda: heard.append(None))[1]
     assert texts == finished.answer(network, prompts)[1]

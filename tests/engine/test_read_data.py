@@ -128,7 +128,7 @@ def test_prompts_of_ppo_are_cut_and_dialogues_are_not(tiny: Path, tmp_path: Path
         "dropped_for": {},
     }
     write_lines(path, [*rows, {"prompt": [said("user", "the mill")]}])
-    with pytest.raises(UserError, match=r"prompts\.jsonl:17: a dialogue, whose beginning says who"):
+    with pytest.raises(UserError, match="cut-left is for plain texts"):
         other = dataclasses.replace(config, directory=tmp_path / "other")
         train(with_data(other, prompts=path, too_long="cut-left"))
 

@@ -150,10 +150,12 @@ def test_what_is_computed_again_is_the_same(recompute: str, parallel: Parallel):
     assert_alike(network, 100)
 
 
-def in_fp64(size: GPTSize, batch: PackedBatch, parallel: Parallel) -> tuple[Tensor, list[Tensor]]:
+def in_fp64(
+    size: GPTSize, batch: PackedBatch, parallel: Parallel, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Tensor, list[Tensor]]:
     """Return the scores in fp64, and the gradients of some weighted sum of them."""
     module = random_network("scalar", parallel, size=size).modules[0].double().requires_grad_()
-    module.config.params_dtype = torch.float64  # of the rotations
+    monkeypatch.setattr(module.config, "params_dtype", torch.float64)  # of the rotations
     sequences = PackedSequences.of(batch.cu_seqlens, batch.max_seqlen, None, batch.prefixes)
     hidden = run_trunk(module, batch.tokens, batch.positions, sequences)[:, 0]
     head = module.scalar_head
@@ -170,7 +172,7 @@ def test_in_fp64_nothing_but_its_rounding_is_left(
     monkeypatch.setattr(prefixes, "_CALL", call)
     size = {"gpt3": SIZE, **FORMS}[form]
     (alone, gradients), (shared, shared_gradients) = (
-        in_fp64(size, pack(comparisons(), multiple_of=1, share_prompts=each), parallel)
+        in_fp64(size, pack(comparisons(), multiple_of=1, share_prompts=each), parallel, monkeypatch)
         for each in (False, True)
     )
     torch.testing.assert_close(shared, alone, rtol=0, atol=1e-12)
