@@ -26,7 +26,7 @@ from rich.text import Text
 from engine.alarms import Alarm
 from engine.claim import check_claim
 from engine.files import open_file, replacing, writing
-from engine.printable import ERROR_CHARACTERS, open_console, printable, say
+from engine.printable import ERROR_CHARACTERS, open_console, printable, say, short_number
 from engine.ranks.signs import end_training, in_phase, reach_step
 
 SFT_HEADLINE = (
@@ -202,7 +202,7 @@ class Metrics:
     def _show_line(self, step: int, row: Mapping[str, float]) -> None:
         keys = [key for key in self._headline or row if key in row]
         line = f"{self._title} {step + 1}/{self._num_steps}  "
-        line += "  ".join(f"{key} {row[key]:.4g}" for key in keys)
+        line += "  ".join(f"{key} {short_number(row[key])}" for key in keys)
         if self._progress:
             self._progress.update(self._progress.task_ids[0], completed=step + 1)
         else:
@@ -213,7 +213,8 @@ class Metrics:
 
     def _show(self, line: str, style: str = "") -> None:
         shown = printable(line, limit=_LINE_CHARACTERS, one_line=True)
-        self._console.print(Text(shown, style=style), soft_wrap=True)
+        is_log = not self._progress  # whose lines do not break; a screen's do between words
+        self._console.print(Text(shown, style=style), soft_wrap=is_log)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
@@ -238,9 +239,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 def plot_curves(run_dir: Path) -> Path | None:
     """Draw every key against the step into run_dir/curves.png; None when nothing was logged.
-
-    Memory is left out: it is the same in every iteration, and memory.txt has it as a table.
-    """
+    Memory is left out: it is the same in every iteration, and memory.txt has it as a table."""
     from matplotlib.figure import Figure  # a second that a run need not pay at its start
 
     rows = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
@@ -390,7 +389,8 @@ def _title(name: str) -> str:
 
 
 def _cell(value: str | float) -> str:
-    return printable(value, limit=_CELL_CHARACTERS) if isinstance(value, str) else f"{value:.4g}"
+    text = value if isinstance(value, str) else short_number(value)
+    return printable(text, limit=_CELL_CHARACTERS)
 
 
 def _synchronize() -> None:

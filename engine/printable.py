@@ -36,6 +36,12 @@ _VISIBLE |= frozenset("\U000110bd\U000110cd")
 _BLANK = frozenset("\u115f\u1160\u3164\uffa0\u17b4\u17b5")
 
 
+def short_number(value: float) -> str:
+    """Four digits, as 0.0001235; all before the point where there are more, as 10,350, below a
+    thousand millions."""
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
 def printable(text: str, *, limit: int | None = None, one_line: bool = False) -> str:
     """Return a text in which nothing is hidden, and nothing is a command to a terminal.
 

@@ -24,7 +24,7 @@ from engine.checkpoints.recorded import check_counts, check_progress
 from engine.checkpoints.retention import step_of
 from engine.errors import UserError, named, quoted
 from engine.files import read_object
-from engine.printable import ERROR_CHARACTERS, open_console, printable, say
+from engine.printable import ERROR_CHARACTERS, open_console, printable, say, short_number
 from engine.process.streams import make_streams_last
 from engine.settings.command_line import parse_config
 
@@ -146,7 +146,7 @@ def _show(folder: Path, console: Console) -> None:
     console.print(table)
     if manifest.step is not None:
         shown = _metrics(folder).items()
-        say("  ".join(f"{named(key)} {value:.4g}" for key, value in shown))
+        say("  ".join(f"{named(key)} {short_number(value)}" for key, value in shown))
 
 
 def _is_pointed(folder: Path, pointer: str) -> bool:

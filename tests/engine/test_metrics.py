@@ -1,4 +1,5 @@
 import errno
+import functools
 import io
 import json
 import math
@@ -320,6 +321,23 @@ def test_a_runs_name_is_no_markup_on_a_terminal(tmp_path, capsys, monkeypatch):
     screen = capsys.readouterr().out
     assert "[red]{x}$\\x1b[2J" in screen
     assert "\x1b[2J" not in screen
+
+
+def test_a_terminals_lines_break_between_words(tmp_path, capsys, monkeypatch):
+    values = {f"train/number_{n}": 12345.6 * n for n in range(6)}
+    for name, width in (("terminal", 40), ("log", None)):
+        with monkeypatch.context() as changed:
+            if width is not None:
+                console = functools.partial(
+                    open_console, force_terminal=True, width=width, color_system=None
+                )
+                changed.setattr(metrics_file, "open_console", console)
+            with Metrics(tmp_path / name, is_writer=True, num_steps=1) as metrics:
+                metrics.log(0, values)
+        screen = capsys.readouterr().out
+        assert screen.split().count("61,728") == 1  # whole, on one of the lines
+        num_lines = sum("number" in line for line in screen.splitlines())
+        assert (num_lines > 3) == (width is not None)
 
 
 def test_a_key_is_no_formula(tmp_path):

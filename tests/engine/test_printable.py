@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.printable import accept_any_text, open_console, printable, say
+from engine.printable import accept_any_text, open_console, printable, say, short_number
 from tests.fuzzing import fuzzed
 from tests.hostile import COMMANDS, dangers
 
@@ -24,6 +24,22 @@ ORDINARY = (
     "👍🏽 👩‍💻 👨‍👩‍👧‍👦 ❤️‍🔥 🏳️‍🌈 1️⃣ 🇩🇪",
     "\ufffd e\u0301 \u06dd",
 )
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.00012345678, "0.0001235"),
+        (9999.4, "9999"),
+        (10350.2, "10,350"),
+        (-1234567.0, "-1,234,567"),
+        (2e12, "2e+12"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_a_number_is_short_and_a_count_has_no_exponent(value: float, shown: str):
+    assert short_number(value) == shown
 
 
 @pytest.mark.parametrize("text", ORDINARY)
