@@ -139,18 +139,20 @@ class PlannedNetwork:
             for pp_rank in range(self.layout.pp)
         ]
 
-    def activation_bytes(self, pp_rank: int, rows: int, row_tokens: float) -> int:
+    def activation_bytes(
+        self, pp_rank: int, rows: int, row_tokens: float, copied_keys: float = 0.0
+    ) -> int:
         """Return the bytes kept for the backward pass of `rows` rows in the pipeline, at the most
-        that a stage has in flight."""
+        that a stage has in flight; copied_keys: of a token, see workload.Batch."""
         layout, recompute = self.layout, self.numerics.recompute
         chunk_layers = self.size.num_layers // (layout.pp * layout.virtual_pp)
         in_flight = _chunks_in_flight(layout, pp_rank, rows)
-        whole, shared = self._layer_bytes_a_token(), self._shared_bytes_a_token()
+        whole, shared = self._layer_bytes_a_token(), self._shared_bytes_a_token(copied_keys)
         if recompute == "full":
             # The input of every layer, and all of the one that is being computed again.
             kept = self._sequence_share(self.element_bytes * self.size.hidden_size)
             a_token = in_flight * chunk_layers * kept + whole + shared
-        elif recompute == "selective":  # attention again, and with it what cp ranks gather
+        elif recompute == "selective":  # attention again, and with it what it gathers
             a_token = in_flight * chunk_layers * whole + shared
         else:
             a_token = in_flight * chunk_layers * (whole + shared)
@@ -158,17 +160,22 @@ class PlannedNetwork:
         a_token += self._projection_bytes_a_token(pp_rank, in_flight / layout.virtual_pp)
         return round(a_token * row_tokens / layout.cp)
 
-    def workspace_bytes(self, pp_rank: int, row_tokens: float, *, trains: bool) -> int:
-        """Return an estimate of what comes and goes within a layer and in the head."""
+    def workspace_bytes(
+        self, pp_rank: int, row_tokens: float, copied_keys: float = 0.0, *, trains: bool
+    ) -> int:
+        """Return an estimate of what comes and goes within a layer and in the head; copied_keys: of
+        a token, see workload.Batch."""
         size, tp, cp, width = self.size, self.layout.tp, self.layout.cp, self.element_bytes
         hidden, held_tokens = size.hidden_size, row_tokens / cp
         # Gathered input, the MLP's two wide tensors, the layer's output and their gradients.
         wide = (size.fc1_width + size.ffn_size) / tp
         a_token = width * (4 * hidden + wide) * (2 if trains else 1)
-        total = a_token * held_tokens
+        keys = size.num_kv_heads * size.head_dim
+        # Of copied keys and values the gradients, where there are more of them than of the MLP's.
+        copied = 2 * keys * copied_keys / tp if trains else 0
+        total = max(a_token, width * (4 * hidden + copied)) * held_tokens
         if cp > 1:
             # The row's keys and values as they arrive and in their order; the gradients of both.
-            keys = size.num_kv_heads * size.head_dim
             total += width * keys * 4 / tp * (2 if trains else 1) * row_tokens
         if trains and self.numerics.gradient_accumulation_fusion is False:
             # The widest matrix's gradient, before it adds.
@@ -242,14 +249,16 @@ class PlannedNetwork:
             kept += self._sequence_share(self.element_bytes * size.hidden_size)
         return kept
 
-    def _shared_bytes_a_token(self) -> float:
-        """What a layer keeps besides of each token that a rank holds, where ranks share rows.
+    def _shared_bytes_a_token(self, copied_keys: float) -> float:
+        """What a layer keeps besides of each token that a rank holds, where ranks share rows, or
+        sequences their beginning: so many copies of keys and values a token.
 
         The keys and values of all these ranks, and the attention's output once more: attention
-        keeps it in two pieces, the projection after it in one.
+        keeps it in two pieces, the projection after it in one. Both at once is the most there is.
         """
         cp, size = self.layout.cp, self.size
-        heads = 2 * cp * size.num_kv_heads + size.num_heads if cp > 1 else 0
+        gathered = 2 * cp * size.num_kv_heads + size.num_heads if cp > 1 else 0
+        heads = gathered + 2 * copied_keys * size.num_kv_heads
         return heads * size.head_dim * self.element_bytes / self.layout.tp
 
     def _sequence_share(self, num_bytes: float) -> float:

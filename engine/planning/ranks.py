@@ -218,9 +218,10 @@ def _working_bytes(
     count = sum(math.ceil(tokens / budget) for tokens in most)
     longest = max(batch.limit for batch in batches)
     tokens = min(max(budget, longest), max(most))
+    copied_keys = max(batch.copied_keys for batch in batches)
     return {
-        "activations": network.activation_bytes(stage, count, tokens),
-        "workspace": network.workspace_bytes(stage, tokens, trains=True),
+        "activations": network.activation_bytes(stage, count, tokens, copied_keys),
+        "workspace": network.workspace_bytes(stage, tokens, copied_keys, trains=True),
     }
 
 

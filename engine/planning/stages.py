@@ -103,21 +103,21 @@ def estimate_sft(config: SFTConfig, cluster: Cluster, workload: Workload, sizes:
 
 
 def estimate_rm(config: RMConfig, cluster: Cluster, workload: Workload, sizes: Sizes) -> Estimate:
-    """Estimate the reward model's training; a prompt's answers stay in one row, and may share it.
-
-    The copies that attention makes of a shared prompt's keys and values are not counted.
-    """
+    """Estimate the reward model's training; a prompt's answers stay in one row."""
     network = _network("scalar", sizes.reward_model, config, cluster)
     answer = workload.comparison_prompt_tokens + workload.response_tokens
     longest = min(config.data.max_tokens, network.size.context_length)
-    num_prompts = 1 if config.share_prompts else workload.completions
+    keys = workload.completions * answer  # each answer sees its prompt, wherever that is computed
+    tokens = keys
+    if config.share_prompts:
+        tokens -= (workload.completions - 1) * workload.comparison_prompt_tokens
     batch = Batch(
         count=config.batch_size,
-        mean_tokens=num_prompts * workload.comparison_prompt_tokens
-        + workload.completions * workload.response_tokens,
+        mean_tokens=tokens,
         limit=workload.most_completions * longest,
         span=answer,
         sequences=workload.completions,
+        copied_keys=keys / tokens if config.share_prompts else 0.0,
     )
     steps = config.epochs * workload.comparisons / config.batch_size
     return _training(network, cluster, [batch], config.micro_batch_tokens, steps)

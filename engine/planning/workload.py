@@ -64,6 +64,8 @@ class Batch:
     """Share of the tokens that are predicted, which the head computes."""
     sequences: float | None = None
     """Mean sequences of one that share tokens; none: as many as its tokens make, span each."""
+    copied_keys: float = 0.0
+    """Keys that attention copies for a token, as it does where sequences share tokens."""
 
     @property
     def tokens(self) -> float:
@@ -73,7 +75,8 @@ class Batch:
     def padded(self, context: int) -> "Batch":
         """Return the batch with every sequence filled up to the context, and nothing shared."""
         tokens = (self.sequences or self.mean_tokens / self.span) * context
-        return dataclasses.replace(self, mean_tokens=tokens, limit=tokens, span=context)
+        whole = {"mean_tokens": tokens, "limit": tokens, "span": context}
+        return dataclasses.replace(self, **whole, copied_keys=0.0)
 
     def longest(self) -> float:
         """Return the expected longest: lengths as if drawn from a geometric distribution, which is
