@@ -117,7 +117,8 @@ def list_field(record: dict[str, Any]) -> str:
 
 # Of a row: what has one of these is no object around the rows.
 _ROW_LISTS = {
-    *("messages", "conversations", "conversation", "dialog", "dialogue", "chosen", "rejected"),
+    *("messages", "conversations", "conversation", "conversation_a", "conversation_b"),
+    *("dialog", "dialogue", "chosen", "rejected"),
     *(
         "completions",
         "preferred_output",

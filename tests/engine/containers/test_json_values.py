@@ -10,6 +10,7 @@ from engine.containers.json_values import list_field
 from engine.containers.rows import read_rows
 from engine.errors import UserError
 from tests.engine.containers.test_rows import read
+from tests.engine.shapes.shape_samples import SAMPLES, Sample
 
 
 def test_records_are_named_by_number_and_line(tmp_path: Path):
@@ -111,3 +112,8 @@ def test_the_field_with_the_rows_is_told_from_a_rows_own_lists():
     assert list_field({"completions": ["a"], "ranks": [1]}) == ""
     assert list_field({"data": ["a"]}) == ""
     assert list_field({}) == ""
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.format)
+def test_a_published_row_alone_is_no_object_around_rows(sample: Sample):
+    assert {list_field(row) for row in sample.rows} == {""}
