@@ -33,7 +33,7 @@ def talk(network: Network, tokenizer: Tokenizer, config: GenerateConfig) -> None
     if parallel.num_replicas > 1:
         raise UserError(
             f"a dialogue takes one replica, and the layout leaves {parallel.num_replicas}: start "
-            "fewer ranks, or raise layout.tp"
+            "fewer ranks, or raise --layout.tp"
         )
     dialogue = _Dialogue(network, tokenizer, config)
     if parallel.is_writer:
