@@ -75,7 +75,7 @@ _MESSAGES = {
         "pays for length (or against it), or the score is added to more than the last token"
     ),
     "clip_fraction": (
-        "{value:.0%} of the ratios are clipped: the policy's learning rate or ppo_epochs is too "
+        "{value:.0%} of the ratios are clipped: the policy's learning rate or --ppo-epochs is too "
         "high, or advantages are not whitened"
     ),
     "skipped_steps": (

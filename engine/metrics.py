@@ -141,12 +141,14 @@ class Metrics:
         """Show lines that belong to no step, such as what was read and dropped.
 
         cautions: what the run's settings do badly. They are recorded as alarms of its first step;
-        what an earlier start has recorded is not said again.
+        what an earlier start has recorded is not said again, and nothing of a run that is through.
         """
         if not self._is_writer:
             return
         for line in lines:
             self._show(line, style="dim")
+        if self._first_step >= self._num_steps:
+            return
         path = self._run_dir / "alarms.jsonl"  # rid of damaged lines
         rows = [json.loads(line) for line in _lines(path)] if path.exists() else []
         recorded = {(str(row.get("name")), str(row.get("message"))) for row in rows}

@@ -152,11 +152,14 @@ def _start(config: PPOConfig, parallel: Parallel) -> tuple[Run, Inputs]:
     tokenizer = tokenizer_of(None, config.policy, config.directory, option="policy")
     require_data(config.data.prompts, "data.prompts")
     if config.ptx_coef > 0:
-        require_data(config.data.pretraining, "data.pretraining")
+        try:
+            require_data(config.data.pretraining, "data.pretraining")
+        except UserError as error:
+            raise UserError(f"{error}; or give --ptx-coef 0, which reads none") from None
     config.check_generation_layout()
     config.sampling.check()
     if config.sampling.temperature <= 0:
-        raise UserError("sampling.temperature must be positive: PPO needs samples, not a maximum")
+        raise UserError("--sampling.temperature must be positive: PPO needs samples, not a maximum")
     run = start_run(directory=config.directory, parallel=parallel, tokenizer=tokenizer)
     inputs = Inputs(run, config)
     readers = ("policy", "reference", "reward_model")
@@ -222,7 +225,7 @@ def _parallel_of(kind: Kind, config: PPOConfig, run: Run, inputs: Inputs) -> Par
         config.critic_layout.check(inputs.size("reward_model"))
         return rearranged(run.parallel, config.critic_layout)
     except UserError as error:
-        raise UserError(f"critic_layout: {error}") from None
+        raise UserError(f"--critic-layout: {error}".replace("--layout.", "")) from None
 
 
 def _pretraining_feed(config: PPOConfig, run: Run, policy: Network) -> Feed | None:

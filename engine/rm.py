@@ -311,7 +311,7 @@ def _load_demonstrations(
     )
     run.count("data.demonstrations", report)
     num_more = len(texts) - data.num_demonstrations
-    run.account.leave_out("data.demonstrations", num_more, "beyond data.num_demonstrations")
+    run.account.leave_out("data.demonstrations", num_more, "beyond --data.num-demonstrations")
     notes += report.notes(data.demonstrations)
     examples, lengths = demonstration_examples(
         texts[: data.num_demonstrations], run.tokenizer, **options
@@ -343,5 +343,5 @@ def _cautions(config: RMConfig, feed: Feed, num_steps: int, size: GPTSize) -> li
         *schedule_cautions("adam", config.adam, num_steps, size if config.init_from else None),
         *interval_cautions(config.saving, config.eval_every, num_steps),
         *repetition_cautions({"comparisons": reading}),
-        *rank_cautions("batch_size", config.batch_size, feed.parallel.dp),
+        *rank_cautions("--batch-size", config.batch_size, feed.parallel.dp),
     ]

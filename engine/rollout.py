@@ -176,7 +176,7 @@ def _distinct(prompts: list[Prompt], most: int, run: Run) -> list[Prompt]:
     """Return the first distinct prompts of a file of held-out ones, and note what is left out."""
     distinct = list(dict.fromkeys(prompts))
     run.account.leave_out("data.valid", len(prompts) - len(distinct), "the same prompt again")
-    run.account.leave_out("data.valid", len(distinct) - most, "beyond data.num_valid")
+    run.account.leave_out("data.valid", len(distinct) - most, "beyond --data.num-valid")
     return distinct[:most]
 
 

@@ -370,7 +370,10 @@ def tokenizer_path(
     ):
         return directory
     if tokenizer is None and init_from is None:
-        raise UserError("--tokenizer is required where no --init-from brings one")
+        raise UserError(
+            "--tokenizer is required where no --init-from brings one; recipes/tokenizer.py makes "
+            "one of your own texts"
+        )
     return require_path(tokenizer or init_from, option if tokenizer is None else "tokenizer")
 
 

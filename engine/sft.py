@@ -221,7 +221,7 @@ def _feeds(config: SFTConfig, units: dict[str, Units], run: Run) -> dict[str, Fe
     if "pretrain_loss" not in units:
         sizes["loss"] = config.batch_size
     if "loss" in units and sizes["loss"] < 1:
-        raise UserError(f"batch_size {config.batch_size} leaves no room for demonstrations")
+        raise UserError(f"--batch-size {config.batch_size} leaves no room for demonstrations")
     return {
         name: Feed(
             units=source,
@@ -377,5 +377,5 @@ def _cautions(
         *schedule_cautions("adam", config.adam, num_steps, size if config.init_from else None),
         *interval_cautions(config.saving, config.eval_every, num_steps),
         *repetition_cautions(readings),
-        *rank_cautions("batch_size", config.batch_size, lead.parallel.dp),
+        *rank_cautions("--batch-size", config.batch_size, lead.parallel.dp),
     ]

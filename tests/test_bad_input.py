@@ -162,7 +162,7 @@ def test_prompts_over_the_limit(tiny: Path, fails: Callable, tmp_path: Path, cap
     for stage, option in (("sft", "demonstrations"), ("rm", "comparisons"), ("ppo", "prompts")):
         error = fails(stage, "--data.max-prompt-tokens", 1)
         assert "examples are too long" in error
-        assert "over 1 tokens (data.max_prompt_tokens)" in error
+        assert "over 1 tokens (--data.max-prompt-tokens)" in error
         # One among good ones is dropped and counted.
         longest = max(
             (tiny / f"{option}.jsonl").read_text().splitlines(),
@@ -361,8 +361,8 @@ def test_policy_in_the_place_of_the_reward_model(tiny: Path, fails: Callable):
         (["--layout.tp", "3"], "layout tp 3"),
         (["--layout.tp", "0"], "layout.tp must be at least 1"),
         (["--layout.pp", "2"], "1 ranks cannot be split"),
-        (["--layout.virtual-pp", "2"], "virtual_pp needs"),
-        (["--layout.sequence-parallel"], "sequence_parallel needs layout.tp > 1"),
+        (["--layout.virtual-pp", "2"], "virtual-pp needs"),
+        (["--layout.sequence-parallel"], "sequence-parallel needs --layout.tp > 1"),
     ],
 )
 @pytest.mark.parametrize("stage", STAGES)
@@ -381,7 +381,7 @@ def test_unknown_option(stage: str, fails: Callable):
     ("stage", "options", "cause"),
     [
         ("sft", ["--batch-size", "0"], "batch"),
-        ("sft", ["--batch-size", "1"], "batch_size 1 leaves no room for demonstrations"),
+        ("sft", ["--batch-size", "1"], "batch-size 1 leaves no room for demonstrations"),
         ("sft", ["--epochs", "0"], "epochs"),
         ("sft", ["--epochs", "inf"], "epochs must be finite"),
         ("sft", ["--micro-batch-tokens", "0"], "micro"),
@@ -397,7 +397,7 @@ def test_unknown_option(stage: str, fails: Callable):
         ("rm", ["--batch-size", "0"], "batch"),
         ("rm", ["--epochs", "-1"], "epochs"),
         ("rm", ["--keep", "0"], "keep"),
-        ("ppo", ["--minibatch-size", "3"], "must be a multiple of minibatch_size 3"),
+        ("ppo", ["--minibatch-size", "3"], "must be a multiple of --minibatch-size 3"),
         ("ppo", ["--minibatch-size", "0"], "minibatch"),
         ("ppo", ["--rollout-batch-size", "0"], "rollout"),
         ("ppo", ["--iterations", "0"], "iterations"),
@@ -408,10 +408,10 @@ def test_unknown_option(stage: str, fails: Callable):
         ("ppo", ["--cliprange", "-0.1"], "cliprange"),
         ("ppo", ["--kl.horizon", "0"], "horizon"),
         ("ppo", ["--kl.coef", "inf"], "kl.coef must be finite"),
-        ("ppo", ["--eos-penalty", "nan"], "eos_penalty"),
+        ("ppo", ["--eos-penalty", "nan"], "eos-penalty"),
         ("ppo", ["--alarms.patience", "0"], "alarms.patience must be at least 1"),
         ("ppo", ["--sampling.temperature", "0"], "temperature must be positive"),
-        ("ppo", ["--sampling.top-p", "0"], "top_p"),
+        ("ppo", ["--sampling.top-p", "0"], "top-p"),
         ("ppo", ["--ptx-examples-per-episode", "0"], "ptx"),
     ],
 )

@@ -15,7 +15,7 @@ from engine.stop import leaving_at_signals
 def generate_text(config: GenerateConfig) -> None:
     """Answer the prompts of a file, or the user's in the terminal. Raises UserError."""
     if config.num_samples < 1:
-        raise UserError(f"num_samples must be at least 1, got {config.num_samples}")
+        raise UserError(f"--num-samples must be at least 1, got {config.num_samples}")
     config.sampling.check()
     network, tokenizer = load_model(config)
     try:

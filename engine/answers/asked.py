@@ -15,6 +15,7 @@ import torch.distributed as dist
 from engine.data.chat_template import digest_of_template
 from engine.data.prompt_format import (
     OPTIONS,
+    TEXTS,
     PromptFormat,
     format_differences,
     in_words,
@@ -58,7 +59,7 @@ def _found(source: Path, config: GenerateConfig, tokenizer: Tokenizer) -> dict[s
             f"{source} was trained to read prompts in another form than it is asked in: "
             f"{in_words(found, 'then', 'now')}"
         )
-    if config.system and config.prompts is None and is_asked_in_texts(form, config):
+    if config.system and config.prompts is None and asks_texts(form, config):
         warnings.append(
             "--system goes before dialogues, and this model was trained on plain prompts alone: it "
             "is in none of them; --chat turns asks in dialogues"
@@ -66,7 +67,10 @@ def _found(source: Path, config: GenerateConfig, tokenizer: Tokenizer) -> dict[s
     return {"format": asdict(form), "warnings": warnings}
 
 
-def is_asked_in_texts(form: PromptFormat, config: GenerateConfig) -> bool:
-    """Return whether a dialogue is plain prompts, one by one: the model was trained on nothing
-    else, and no other form is asked for."""
-    return form.trained_on == ("texts",) and config.chat is None and form.plain_prompts == "text"
+def asks_texts(form: PromptFormat, config: GenerateConfig) -> bool:
+    """Return whether a dialogue is asked in plain prompts: the model was trained on nothing else,
+    and no other form is asked for. They are dialogues in text where those it was trained on were;
+    else each line is one."""
+    if form.trained_on != (TEXTS,) or config.chat is not None or config.plain_prompts == "message":
+        return False
+    return bool(form.text_turns) or form.plain_prompts == "text"

@@ -35,10 +35,14 @@ def answer_file(
     context_length = network.size.context_length
     limit = Limit(context_length - 1, f"one less than the model's context of {context_length}")
     examples, length_report = prompt_examples(
-        asked, tokenizer, max_prompt_length=limit.tokens, too_long=config.too_long
+        asked,
+        tokenizer,
+        max_prompt_length=limit.tokens,
+        too_long=config.too_long,
+        cut_option="--too-long",
     )
     limits = Limits(prompt=limit)
-    limits.check(length_report, f"{prompts}")
+    limits.check(length_report, f"--prompts {prompts}", "--too-long")
     digest = digest_of_prompts([e.tokens for e in examples], tokenizer.fingerprint())
     origin = _origin(config, digest)
     num_answers = len(examples) * config.num_samples

@@ -2,13 +2,14 @@
 
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Callable
 
 import numpy as np
 import torch.distributed as dist
 
-from engine.answers.asked import asked_as, is_asked_in_texts
+from engine.answers.asked import asked_as, asks_texts
 from engine.containers.row import BadRecord
 from engine.data.chat import Asked
 from engine.data.examples import encode_prompts
@@ -22,6 +23,8 @@ from engine.training.network import Network
 
 _HELP = "/new starts over, /help says this, /quit or Ctrl-D ends the dialogue, Ctrl-C an answer."
 _ENDINGS = ("exit", "quit", "/exit", "/quit")
+_COMMAND = re.compile(r"/[A-Za-z]+")
+"""What looks like a command: a path has another slash, and a sentence a space."""
 
 
 def talk(network: Network, tokenizer: Tokenizer, config: GenerateConfig) -> None:
@@ -30,13 +33,13 @@ def talk(network: Network, tokenizer: Tokenizer, config: GenerateConfig) -> None
     if parallel.num_replicas > 1:
         raise UserError(
             f"a dialogue takes one replica, and the layout leaves {parallel.num_replicas}: start "
-            "fewer ranks, or raise layout.tp"
+            "fewer ranks, or raise --layout.tp"
         )
     dialogue = _Dialogue(network, tokenizer, config)
     if parallel.is_writer:
         _take_any_bytes()
         say(f"Type a message; {_HELP}")
-        if dialogue.is_in_texts:
+        if dialogue.is_by_lines:
             say(
                 "This model was trained on plain prompts alone: each line is one, as a file's is, "
                 "and it sees none of those before."
@@ -56,12 +59,14 @@ class _Dialogue:
         self._renderer = asked_as(config, tokenizer)
         self._is_writer = network.parallel.is_writer
         self._messages: list[dict[str, str]] = []
-        form = self._renderer.form
-        self.is_in_texts = is_asked_in_texts(form, config)
+        form, in_texts = self._renderer.form, asks_texts(self._renderer.form, config)
+        self._is_in_text = in_texts and bool(form.text_turns)
+        self.is_by_lines = in_texts and not form.text_turns
         """Whether each line is a prompt of its own."""
-        in_turns = form.chat == "turns" and not self.is_in_texts
         # Where a model that was not taught to stop goes on with the user's part.
-        self._next_turn = form.next_turn if in_turns else ""
+        self._next_turn = form.next_turn if form.chat == "turns" and not in_texts else ""
+        if self._is_in_text:
+            self._next_turn = form.next_text_turn
 
     def take_turns(self) -> None:
         """Answer each line until one ends the dialogue."""
@@ -74,6 +79,9 @@ class _Dialogue:
                 self._messages = [] if said == "/new" else self._messages
                 _show(f"{_HELP}\n" if said == "/help" else "", self._is_writer)
                 continue
+            if _COMMAND.fullmatch(said):
+                _show(f"{printable(said)}: no such command; {_HELP}\n", self._is_writer)
+                continue
             prompt = self._asked(line)
             if prompt is not None:
                 self._answer(prompt, num_turns)
@@ -82,7 +90,7 @@ class _Dialogue:
     def _asked(self, line: str) -> np.ndarray | None:
         """Return the tokens of the dialogue with a line as the user's turn, the oldest forgotten
         where there is no room for an answer; None, which is said, where it cannot be asked."""
-        before = [] if self.is_in_texts else self._messages
+        before = [] if self.is_by_lines else self._messages
         self._messages = [*before, {"role": "user", "content": line}]
         context = self._network.size.context_length
         room = min(self._config.sampling.max_new_tokens, context // 2)  # to keep free
@@ -102,8 +110,11 @@ class _Dialogue:
         return None
 
     def _tokens(self) -> np.ndarray:
-        last = self._messages[-1]["content"]
-        asked = Asked(last) if self.is_in_texts else Asked(messages=self._messages)
+        asked = Asked(messages=self._messages)
+        if self.is_by_lines:
+            asked = Asked(self._messages[-1]["content"])
+        elif self._is_in_text:
+            asked = Asked(self._renderer.form.in_text(self._messages), is_cut=True)
         return next(encode_prompts([self._renderer.prompt(asked)], self._tokenizer))
 
     def _answer(self, prompt: np.ndarray, number: int) -> None:

@@ -21,6 +21,8 @@ _MOST_READINGS = {
     "prompts": (20.0, "the paper's 256k episodes answer each of 31k prompts 8 times (C.4, A.3)"),
     "pretraining sequences": (16.0, "little is gained from there on (Muennighoff et al. 2023)"),
 }
+_FEW = 100  # examples, of which a model learns little but these
+_PAPER = {"demonstrations": "13k", "comparisons": "33k"}  # prompts of each (A.3, Table 6)
 _MANY, _LONG = 10, 16  # so many responses of so many tokens are not of one length by chance
 _MOST_CUT = 0.5  # share of the responses that may have exactly the longest one's tokens
 _END_MARKS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -50,10 +52,12 @@ def held_out_cautions(
     if num_kept:
         return []
     if num_dropped:
-        where = f"--data.valid {path}" if path is not None else f"data.valid_fraction {fraction:g}"
+        where = (
+            f"--data.valid {path}" if path is not None else f"--data.valid-fraction {fraction:g}"
+        )
         problem = f"all {num_dropped} held-out {what} are too long ({where})"
     else:
-        problem = f"no {what} are held out (data.valid_fraction {fraction:g} of {num_all})"
+        problem = f"no {what} are held out (--data.valid-fraction {fraction:g} of {num_all})"
     return [
         Alarm(
             "held_out",
@@ -130,14 +134,14 @@ def reading_cautions(
                 "dropped",
                 f"{lengths.num_dropped} of {num_all} {what} ({lengths.num_dropped / num_all:.0%}) "
                 f"are too long and dropped: {limits.dropped(lengths)}; raise what limits them, or "
-                "cut the texts",
+                "cut them by --data.too-long",
             )
         )
     return found
 
 
 def repetition_cautions(readings: Mapping[str, Reading]) -> list[Alarm]:
-    """Return what is read very often, or is fewer than a batch; keys are those of
+    """Return what is read very often, is fewer than a batch, or few; keys are those of
     _MOST_READINGS."""
     found = []
     for what, reading in readings.items():
@@ -157,6 +161,14 @@ def repetition_cautions(readings: Mapping[str, Reading]) -> list[Alarm]:
                     f"{reading.num_different} {what} are fewer than a batch of "
                     f"{reading.batch_size}: each step takes all of them once; lower it, or "
                     "give more",
+                )
+            )
+        elif what in _PAPER and reading.num_different < _FEW:
+            found.append(
+                Alarm(
+                    "small_data",
+                    f"{reading.num_different} {what} are few: a model learns little but these; "
+                    f"the paper has those of {_PAPER[what]} prompts (A.3); give more",
                 )
             )
     return found

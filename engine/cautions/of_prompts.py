@@ -10,7 +10,8 @@ from engine.data.prompt_format import DIALOGUES, TEXTS, Prompt, PromptFormat
 from engine.data.renderer import Renderer
 from engine.data.tokenizer import Tokenizer
 
-_MOST_SPACED = 0.5  # share of replies that may begin with whitespace behind a suffix of whitespace
+_MOST_SPACED = 0.5  # share of replies that may begin, or of prompts that may end, with whitespace
+# beside a suffix of whitespace
 
 
 def prompt_cautions(
@@ -30,21 +31,41 @@ def _kind_cautions(form: PromptFormat, prompts: Sequence[Prompt]) -> list[Alarm]
         problem, remedy = (
             "the prompts are plain texts, and the tokenizer has a chat template, by which its "
             "model was trained, if it was to answer",
-            "--data.plain-prompts message has each read as one message of the user's",
+            _as_messages(form),
         )
     elif form.trained_on == (DIALOGUES,) and not num_dialogues:
         problem, remedy = (
             "the prompts are plain texts, and the run before was trained on dialogues alone",
-            "--data.plain-prompts message has each read as one message of the user's",
+            _as_messages(form),
         )
     elif form.trained_on == (TEXTS,) and num_dialogues == len(prompts):
         problem, remedy = (
             "the prompts are dialogues, and the run before was trained on plain texts alone",
             "train it on dialogues, or with --data.plain-prompts message; or give plain prompts",
         )
+    elif (
+        form.trained_on == (TEXTS,)
+        and form.text_turns
+        and not any(form.text_turns_of(prompt.text) for prompt in prompts)
+    ):
+        asked = form.in_text([{"role": "user", "content": "..."}])
+        problem, remedy = (
+            "no prompt is a dialogue in text, and the run before was trained on such alone",
+            f"write prompts as {asked!r}",
+        )
     else:
         return []
     return [Alarm("prompt_form", f"{problem}: it does not know this form; {remedy}")]
+
+
+def _as_messages(form: PromptFormat) -> str:
+    """Return how plain prompts are made messages."""
+    if form.plain_prompts == "message":
+        return (
+            "they are cut out of pairs, which stay texts with --data.plain-prompts message too: "
+            "give a `prompt` beside chosen and rejected, or --data.fields hh for HH-RLHF's"
+        )
+    return "--data.plain-prompts message has each read as one message of the user's"
 
 
 def _system_cautions(form: PromptFormat, prompts: Sequence[Prompt]) -> list[Alarm]:
@@ -54,8 +75,8 @@ def _system_cautions(form: PromptFormat, prompts: Sequence[Prompt]) -> list[Alar
     return [
         Alarm(
             "system",
-            "data.system goes before dialogues, and all prompts are plain texts: it is in none of "
-            "them; --data.plain-prompts message has each read as one message of the user's",
+            "--data.system goes before dialogues, and all prompts are plain texts: it is in none "
+            f"of them; {_as_messages(form)}",
         )
     ]
 
@@ -63,12 +84,21 @@ def _system_cautions(form: PromptFormat, prompts: Sequence[Prompt]) -> list[Alar
 def _seam_cautions(
     form: PromptFormat, prompts: Sequence[Prompt], replies: Sequence[str]
 ) -> list[Alarm]:
-    """Return whether whitespace closes prompts whose replies bring their own."""
-    num_closed = sum(prompt.suffix.isspace() and not prompt.is_dialogue for prompt in prompts)
+    """Return whether whitespace closes prompts that bring their own, or whose replies do."""
+    closed = [p for p in prompts if p.suffix.isspace() and not p.is_dialogue]
+    num_closed, suffix = len(closed), form.prompt_suffix
+    num_ended = sum(prompt.text[-1:].isspace() for prompt in closed)
+    if num_ended > _MOST_SPACED * len(prompts):
+        return [
+            Alarm(
+                "prompt_seam",
+                f"{num_ended} of {len(prompts)} prompts end in whitespace, and {suffix!r} closes "
+                "them all the same; --data.prompt-suffix '' leaves it out",
+            )
+        ]
     num_spaced = sum(reply[:1].isspace() for reply in replies)
     if not num_closed or num_spaced <= _MOST_SPACED * len(replies):
         return []
-    suffix = form.prompt_suffix
     return [
         Alarm(
             "prompt_seam",

@@ -43,23 +43,23 @@ def schedule_cautions(
 ) -> list[Alarm]:
     """Return what is amiss with an optimizer's learning rate over a run of num_steps. start: the
     size of the trained network that is gone on from; None: it starts from nothing."""
-    found = []
+    found, option = [], option.replace("_", "-")
     if adam.warmup >= num_steps:
         first = adam.warmup_start
         share = first + (1.0 - first) * (num_steps - 1) / adam.warmup
         found.append(
             Alarm(
                 "warmup",
-                f"{option}.warmup {adam.warmup} outlasts the run of {num_steps} {counted}: the "
-                f"learning rate ends at {share * adam.lr:.3g} and never reaches {option}.lr "
-                f"{adam.lr:g}; lower {option}.warmup, or train longer",
+                f"--{option}.warmup {adam.warmup} outlasts the run of {num_steps} {counted}: the "
+                f"learning rate ends at {share * adam.lr:.3g} and never reaches --{option}.lr "
+                f"{adam.lr:g}; lower --{option}.warmup, or train longer",
             )
         )
     if adam.warmup and adam.warmup_start == 0.0:
         found.append(
             Alarm(
                 "zero_lr",
-                f"{option}.warmup_start 0 gives the first of the {counted} a learning rate of "
+                f"--{option}.warmup-start 0 gives the first of the {counted} a learning rate of "
                 "0, and it teaches nothing; the paper starts at 0.1 (C.4)",
             )
         )
@@ -67,7 +67,7 @@ def schedule_cautions(
         found.append(
             Alarm(
                 "large_lr",
-                f"{option}.lr {adam.lr:g} moves each weight by about so much a step, where most "
+                f"--{option}.lr {adam.lr:g} moves each weight by about so much a step, where most "
                 f"begin within {_MOST_LR}: the model will be lost; the paper's are below 1e-5",
             )
         )
@@ -77,10 +77,10 @@ def schedule_cautions(
             found.append(
                 Alarm(
                     "large_lr",
-                    f"{option}.lr {adam.lr:g} is for a model that starts from nothing: this one is "
-                    f"trained already, and of width {start.hidden_size}, where more than "
-                    f"{most:.2g} undoes what it has learned; lower {option}.lr, the paper goes on "
-                    "at about 1e-5 (C.1 to C.4)",
+                    f"--{option}.lr {adam.lr:g} is for a model that starts from nothing: this one "
+                    f"is trained already, and of width {start.hidden_size}, where more than "
+                    f"{most:.2g} undoes what it has learned; lower --{option}.lr, the paper goes "
+                    "on at about 1e-5 (C.1 to C.4)",
                 )
             )
     return found
@@ -91,31 +91,32 @@ def interval_cautions(saving: SaveConfig, eval_every: int | None, num_steps: int
     found = []
     if saving.save_every > num_steps:
         others = (
-            f"the only ones before it are those of save_every_minutes {saving.save_every_minutes:g}"
+            "the only ones before it are those of --save-every-minutes "
+            f"{saving.save_every_minutes:g}"
             if saving.save_every_minutes
             else "a run that is killed has none"
         )
         found.append(
             Alarm(
                 "save_every",
-                f"save_every {saving.save_every} is beyond the run's {num_steps} steps: a "
-                f"checkpoint is due at its end, and {others}; lower save_every",
+                f"--save-every {saving.save_every} is beyond the run's {num_steps} steps: a "
+                f"checkpoint is due at its end, and {others}; lower --save-every",
             )
         )
     elif not saving.save_every and not saving.save_every_minutes:
         found.append(
             Alarm(
                 "no_saves",
-                "save_every 0 and save_every_minutes 0 write a checkpoint at the end alone: a run "
-                "that is killed has none; set one of them",
+                "--save-every 0 and --save-every-minutes 0 write a checkpoint at the end alone: a "
+                "run that is killed has none; set one of them",
             )
         )
     if eval_every and eval_every > num_steps:
         found.append(
             Alarm(
                 "eval_every",
-                f"eval_every {eval_every} is beyond the run's {num_steps} steps: held-out numbers "
-                "come at its end alone, and make no curve; lower eval_every",
+                f"--eval-every {eval_every} is beyond the run's {num_steps} steps: held-out "
+                "numbers come at its end alone, and make no curve; lower --eval-every",
             )
         )
     return found
@@ -148,30 +149,30 @@ def ppo_cautions(
         adam = getattr(config, option)
         found += schedule_cautions(option, adam, config.iterations, size, "iterations")
     found += interval_cautions(config.saving, config.eval_every, config.iterations)
-    found += rank_cautions("minibatch_size", config.minibatch_size, parallel.dp)
-    found += rank_cautions("rollout_batch_size", config.rollout_batch_size, parallel.num_replicas)
+    found += rank_cautions("--minibatch-size", config.minibatch_size, parallel.dp)
+    found += rank_cautions("--rollout-batch-size", config.rollout_batch_size, parallel.num_replicas)
     found += _episode_cautions(config, num_prompts)
     if num_sequences:
         batch = config.ptx_examples_per_episode * config.minibatch_size
         taken = config.iterations * config.num_updates * min(batch, num_sequences)
-        reading = Reading(num_sequences, batch, taken, "Lower ptx_examples_per_episode")
+        reading = Reading(num_sequences, batch, taken, "Lower --ptx-examples-per-episode")
         found += repetition_cautions({"pretraining sequences": reading})
     found += _sampling_cautions(config.sampling)
     if config.kl.coef == 0:
         found.append(
             Alarm(
                 "kl_coef",
-                "kl.coef 0: nothing holds the policy near the reference, and it will find what the "
-                "reward model pays for and no reader wants; the paper has 0.02 (C.4)",
+                "--kl.coef 0: nothing holds the policy near the reference, and it will find what "
+                "the reward model pays for and no reader wants; the paper has 0.02 (C.4)",
             )
         )
     if config.num_updates > _MOST_UPDATES:
         found.append(
             Alarm(
                 "many_updates",
-                f"{config.num_updates} optimizer steps on each rollout (ppo_epochs x "
-                "rollout_batch_size / minibatch_size), the last of them far from the policy that "
-                "drew it; the paper has 8 (C.4): raise minibatch_size",
+                f"{config.num_updates} optimizer steps on each rollout (--ppo-epochs x "
+                "--rollout-batch-size / --minibatch-size), the last of them far from the policy "
+                "that drew it; the paper has 8 (C.4): raise --minibatch-size",
             )
         )
     share = config.ema_decay ** (config.iterations * config.num_updates)
@@ -179,7 +180,7 @@ def ppo_cautions(
         found.append(
             Alarm(
                 "average",
-                f"ema_decay {config.ema_decay:g} leaves the averaged weights {share:.0%} the "
+                f"--ema-decay {config.ema_decay:g} leaves the averaged weights {share:.0%} the "
                 f"policy's start after {config.iterations * config.num_updates} optimizer steps: "
                 "lower it, or take the policy and not its average (role ema)",
             )
@@ -195,7 +196,7 @@ def _episode_cautions(config: PPOConfig, num_prompts: int) -> list[Alarm]:
         found.append(
             Alarm(
                 "small_data",
-                f"{num_prompts} prompts are fewer than rollout_batch_size {batch}: each is "
+                f"{num_prompts} prompts are fewer than --rollout-batch-size {batch}: each is "
                 f"answered {batch / num_prompts:.3g} times in one iteration; lower it, or give "
                 "more prompts",
             )
@@ -210,9 +211,9 @@ def room_cautions(sampling: SamplingConfig, prompt: Limit, context_length: int) 
     return [
         Alarm(
             "prompt_room",
-            f"prompts have at most {prompt}, beside sampling.max_new_tokens "
+            f"prompts have at most {prompt}, beside --sampling.max-new-tokens "
             f"{sampling.max_new_tokens} in a context of {context_length}; longer ones are dropped: "
-            "lower max_new_tokens, or raise data.max_prompt_tokens",
+            "lower --sampling.max-new-tokens, or raise --data.max-prompt-tokens",
         )
     ]
 
@@ -238,8 +239,8 @@ def evaluation_cautions(config: PPOConfig, num_held_out: int) -> list[Alarm]:
             Alarm(
                 "evaluation",
                 f"{num_held_out} held-out prompts are answered {times} times: {share:.0%} of the "
-                "run's responses, and nothing is learned from them; lower data.num_valid, or raise "
-                "eval_every",
+                "run's responses, and nothing is learned from them; lower --data.num-valid, or "
+                "raise --eval-every",
             )
         )
     return found
@@ -251,25 +252,26 @@ def _sampling_cautions(sampling: SamplingConfig) -> list[Alarm]:
         found.append(
             Alarm(
                 "greedy",
-                "sampling.top_k 1 draws the likeliest token each time: PPO has no other answers to "
-                "compare; set it to 0",
+                "--sampling.top-k 1 draws the likeliest token each time: PPO has no other answers "
+                "to compare; set it to 0",
             )
         )
     elif sampling.top_k or sampling.top_p < 1.0:
         found.append(
             Alarm(
                 "cut_distribution",
-                f"sampling.top_k {sampling.top_k} and sampling.top_p {sampling.top_p:g} draw from "
-                "another distribution than the one whose log-probs are scored: the KL comes out "
-                "wrong, often below 0; the paper draws from all of it (top_k 0, top_p 1)",
+                f"--sampling.top-k {sampling.top_k} and --sampling.top-p {sampling.top_p:g} draw "
+                "from another distribution than the one whose log-probs are scored: the KL comes "
+                "out wrong, often below 0; the paper draws from all of it (top_k 0, top_p 1)",
             )
         )
     if sampling.min_new_tokens >= sampling.max_new_tokens:
         found.append(
             Alarm(
                 "no_end",
-                f"sampling.min_new_tokens {sampling.min_new_tokens} lets no response end before "
-                f"max_new_tokens {sampling.max_new_tokens}: none learns to end; lower it",
+                f"--sampling.min-new-tokens {sampling.min_new_tokens} lets no response end before "
+                f"--sampling.max-new-tokens {sampling.max_new_tokens}: none learns to end; lower "
+                "it",
             )
         )
     return found

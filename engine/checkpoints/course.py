@@ -112,7 +112,7 @@ class Course:
                 self._end(
                     f"{said}, as the {watch.spiked.in_a_row} steps of the {role} before and with "
                     "it were: this is no spike, but a new level",
-                    "spikes.norm_factor, loss_factor or max_in_a_row",
+                    "--spikes.norm-factor, --spikes.loss-factor or --spikes.max-in-a-row",
                 )
         if any(watches[role].spiked.total == 1 for role, _ in spikes):
             said += "; later ones are counted in the metrics named spiked_steps"

@@ -8,7 +8,7 @@ import numpy as np
 
 from engine.data.prompt_format import Prompt, Reply
 from engine.data.tokenizer import Tokenizer
-from engine.errors import UserError
+from engine.errors import UserError, quoted
 
 TRAINED = "trained"
 """A field of examples [n] bool: which tokens behind the prompt are predicted; without it, all."""
@@ -59,6 +59,8 @@ def sequences_of(unit: Unit) -> Sequence[Example]:
 
 TooLong = Literal["drop", "cut-left", "cut-right"]
 """What becomes of a unit that is too long."""
+CUT_OPTION = "--data.too-long"
+"""The stages' option that says so."""
 
 
 def begins_alike(sequences: Sequence[Example]) -> bool:
@@ -175,15 +177,20 @@ def _without(example: Example, gone: slice, prompt_length: int) -> Example:
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt], tokenizer: Tokenizer, too_long: TooLong = "drop"
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    too_long: TooLong = "drop",
+    option: str = CUT_OPTION,
 ) -> Iterator[np.ndarray]:
     """Yield [n] int64 for each prompt: what begins a text, where the tokenizer has that, and its
     own tokens with those of its suffix; or those that it has already. UserError where some are
-    dialogues, and are to lose their beginning."""
-    if too_long == "cut-left" and any(prompt.is_dialogue for prompt in prompts):
+    dialogues, and are to lose their beginning by the option."""
+    dialogues = [prompt.text for prompt in prompts if prompt.is_dialogue]
+    if too_long == "cut-left" and dialogues:
         raise UserError(
-            "cut-left is for plain texts: these prompts are read as messages, whose beginning says "
-            "who speaks; drop long ones"
+            f"{option} cut-left is for plain texts: {len(dialogues)} of {len(prompts)} prompts are "
+            "read as messages, whose beginning says who speaks, the first "
+            f"{quoted(dialogues[0])}; give {option} drop"
         )
     plain = tokenizer.encode_all(p.text + p.suffix for p in prompts if p.tokens is None)
     for prompt in prompts:

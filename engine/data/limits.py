@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.data.examples import LengthReport
+from engine.data.examples import CUT_OPTION, LengthReport
 from engine.errors import UserError
 from models.sizes import SIZES
 
@@ -14,7 +14,7 @@ class Limit(NamedTuple):
 
     tokens: int
     source: str
-    """The setting, or whose context, with what has a longer one."""
+    """The option, or whose context, with what has a longer one."""
 
     def __str__(self) -> str:
         return f"{self.tokens} tokens ({self.source})"
@@ -52,19 +52,22 @@ class Limits:
         dropped = self.dropped(report)
         return f"{report}: {dropped}" if dropped else str(report)
 
-    def check(self, report: LengthReport, what: str) -> None:
-        """Raise UserError where all examples were too long; `what` names them."""
+    def check(self, report: LengthReport, what: str, cut: str = CUT_OPTION) -> None:
+        """Raise UserError where all examples were too long; `what` names them. cut: the option that
+        cuts them; "": there is none."""
         if report.num_dropped and not report.kept:
+            remedy = f", or cut them by {cut}" if cut else ""
             raise UserError(
-                f"{what}: all {report.num_dropped} examples are too long, {self.dropped(report)}"
+                f"{what}: all {report.num_dropped} examples are too long, {self.dropped(report)}; "
+                f"raise what limits them{remedy}"
             )
 
 
 def training_limits(*, max_tokens: int, max_prompt_tokens: int, context: Limit) -> Limits:
     """Return what of the settings and of the context binds in SFT and RM."""
     return Limits(
-        prompt=_smallest(context, Limit(max_prompt_tokens, "data.max_prompt_tokens")),
-        whole=_smallest(context, Limit(max_tokens, "data.max_tokens")),
+        prompt=_smallest(context, Limit(max_prompt_tokens, "--data.max-prompt-tokens")),
+        whole=_smallest(context, Limit(max_tokens, "--data.max-tokens")),
     )
 
 
@@ -89,13 +92,13 @@ def prompt_limits(
     """
     whose = min(contexts, key=lambda name: contexts[name])
     room = contexts[whose] - max_new_tokens
-    option = f"{prefix}sampling.max_new_tokens {max_new_tokens}"
+    option = f"--{prefix}sampling.max-new-tokens {max_new_tokens}"
     if room < 1:
         raise UserError(
             f"{option} leaves no room for a prompt in the {whose}'s context of {contexts[whose]}"
         )
     left = Limit(room, f"what {option} leaves of the {whose}'s context of {contexts[whose]}")
-    return Limits(prompt=_smallest(left, Limit(max_prompt_tokens, "data.max_prompt_tokens")))
+    return Limits(prompt=_smallest(left, Limit(max_prompt_tokens, "--data.max-prompt-tokens")))
 
 
 def _smallest(first: Limit, second: Limit) -> Limit:

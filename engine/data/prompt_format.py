@@ -7,7 +7,9 @@ Later stages and generate.py have it from the run before them (engine/identity/p
 
 import json
 import os
-from collections.abc import Collection, Mapping
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,14 @@ from engine.settings.prompt_options import PromptOptions
 PROMPT_FORMAT = "prompt_format.json"
 OPTIONS = tuple(each.name for each in fields(PromptOptions))
 """The fields that a stage has options for."""
+CLOSING = ("closes_open", "leaves_spaced")
+"""The fields in which versions differ: what of prompts the suffix closes."""
 TEXTS, DIALOGUES = "texts", "dialogues"
 _MAX_BYTES = 1 << 20  # of such a file, which has a few hundred; our choice
 _CHOICES = {"chat": ("turns", "template"), "plain_prompts": ("text", "message")}
 _ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
+_TEXT_TURN = re.compile(r"(\n\n)?(Human|User):(?= )")
+"""What a dialogue in text begins with: HH-RLHF's "\n\nHuman:", or as others have written it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +38,7 @@ class PromptFormat:
     """How plain prompts and dialogues become the text that a model reads."""
 
     prompt_suffix: str = "\n"
-    """Closes a plain prompt that is not open already."""
+    """Closes a plain prompt that is not open; see closing()."""
     plain_prompts: str = "text"
     """"text": a plain prompt is the text that it is; "message": one message of the user's."""
     chat: str = "turns"
@@ -48,8 +54,14 @@ class PromptFormat:
     closes_open: bool = False
     """Whether the suffix closes what is open too: dialogues, prompts cut out of pairs. So it was in
     runs of before there was this file."""
+    leaves_spaced: bool = False
+    """Whether whitespace at a prompt's end stands for a suffix of whitespace, and another suffix is
+    written again where it is there. So it was in runs whose file has not this field."""
     trained_on: tuple[str, ...] = ()
     """What the run, and those before it, were trained on: texts, dialogues or both."""
+    text_turns: str = ""
+    """What the user's first turn begins with where most of the run's plain prompts are dialogues in
+    text: "Human:", behind an empty line in HH-RLHF's; "" where most are none."""
     begins_with: tuple[int, ...] = ()
     """For people: the ids that the tokenizer puts before a text."""
     ends_with: int | None = None
@@ -69,11 +81,40 @@ class PromptFormat:
         """Where the user's next turn begins."""
         return f"{self.separator}{self.roles['user']}:"
 
-    def is_open(self, text: str) -> bool:
-        """Return whether a plain prompt takes no suffix: a dialogue in text that ends in the open
-        turn; or it ends in whitespace, and more is all that the suffix is."""
-        ends_in_space = text[-1:].isspace() and self.prompt_suffix.isspace()
-        return text.endswith(self.open_turn) or ends_in_space
+    def closing(self, text: str) -> str:
+        """Return what closes a plain prompt: nothing where it ends in the open turn, else what of
+        the suffix it does not end in already: all of that, or whitespace that it begins with. So a
+        closed prompt ends in the suffix, once."""
+        suffix = self.prompt_suffix
+        if self.closes_open:
+            return suffix
+        if text.endswith(self.open_turn):
+            return ""
+        if self.leaves_spaced:
+            return "" if text[-1:].isspace() and suffix.isspace() else suffix
+        if text.endswith(suffix):
+            return ""
+        num_spaces = len(suffix) - len(suffix.lstrip())
+        there = (n for n in range(num_spaces, 0, -1) if text.endswith(suffix[:n]))
+        return suffix[next(there, 0) :]
+
+    def text_turns_of(self, text: str) -> str:
+        """Return what the user's first turn begins with in a plain prompt that is a dialogue in
+        text and ends in the open turn; "" in any other."""
+        found = _TEXT_TURN.match(text) if text.endswith(self.open_turn) else None
+        return found[0] if found else ""
+
+    @property
+    def next_text_turn(self) -> str:
+        """Where the user's next turn begins in a dialogue in text."""
+        return self.separator + self.text_turns.lstrip()
+
+    def in_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return a dialogue of user and assistant as the run's dialogues in text are written, with
+        the reply open."""
+        begin = {"user": self.next_text_turn, "assistant": self.open_turn}
+        turns = "".join(f"{begin[m['role']]} {m['content']}" for m in messages)
+        return f"{self.text_turns}{turns.removeprefix(self.next_text_turn)}{self.open_turn}"
 
     def having(self, options: Mapping[str, str | None]) -> "PromptFormat":
         """Return the format with the options that are not None; another `chat` has no template that
@@ -145,7 +186,8 @@ def prompt_format_beside(path: Path) -> PromptFormat | None:
 
 def format_differences(kept: PromptFormat, now: PromptFormat) -> dict[str, tuple[Any, Any]]:
     """Return {field: (kept, now)} of what a run was trained with and is otherwise now; nothing that
-    it was not trained on counts."""
+    it was not trained on counts. Nor does what closes some prompts alone: each says so itself
+    (engine/data/renderer.py)."""
     names: list[str] = []
     if TEXTS in kept.trained_on:
         names += ["prompt_suffix", "plain_prompts"]
@@ -154,7 +196,6 @@ def format_differences(kept: PromptFormat, now: PromptFormat) -> dict[str, tuple
     if DIALOGUES in kept.trained_on:
         names += ["chat", "chat_template", "system", "roles", "separator"]
         names += ["prompt_suffix"] if kept.closes_open and TEXTS not in kept.trained_on else []
-    names += ["closes_open"] if kept.trained_on else []
     found = {name: (getattr(kept, name), getattr(now, name)) for name in names}
     if "" in found.get("chat_template", ()) or "chat" in found and kept.chat != now.chat:
         found.pop("chat_template", None)
@@ -174,6 +215,16 @@ def trained_on(before: Collection[str], prompts: Collection[Prompt]) -> tuple[st
     return tuple(kind for kind in (TEXTS, DIALOGUES) if kind in kinds | set(before))
 
 
+def text_turns_in(form: PromptFormat, prompts: Collection[Prompt]) -> str:
+    """Return what the dialogues in text begin with that most of the plain prompts are, "" where
+    most are none; the format's own where there are no plain prompts."""
+    texts = [prompt.text for prompt in prompts if not prompt.is_dialogue]
+    if not texts:
+        return form.text_turns
+    ((begin, number),) = Counter(map(form.text_turns_of, texts)).most_common(1)
+    return begin if number > len(texts) / 2 else ""
+
+
 def _of_settings(path: Path) -> PromptFormat | None:
     """Return the format that a stage's config.json has, None where it is none's."""
     if not os.path.lexists(path):
@@ -191,6 +242,7 @@ def _of_settings(path: Path) -> PromptFormat | None:
             {
                 **values,
                 "closes_open": "chat" not in data,
+                "leaves_spaced": False,
                 "trained_on": [TEXTS, DIALOGUES] if was_asked else [],
             }
         )
@@ -222,7 +274,7 @@ def prompt_format_of(values: Mapping[str, Any]) -> PromptFormat:
         if not is_sound:
             raise ValueError(f"{name} cannot be {quoted(value)}")
     found: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
-    return PromptFormat(**found)
+    return PromptFormat(**{"leaves_spaced": True} | found)
 
 
 def _is_text(value: Any) -> bool:

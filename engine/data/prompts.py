@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from engine.data.examples import Example, LengthReport, TooLong, drop_long, encode_prompts
+from engine.data.examples import (
+    CUT_OPTION,
+    Example,
+    LengthReport,
+    TooLong,
+    drop_long,
+    encode_prompts,
+)
 from engine.data.pairs import asked_in
 from engine.data.prompt_format import Prompt
 from engine.data.records import SKIP_OPTION, ReadReport, read_records
@@ -56,13 +63,14 @@ def prompt_examples(
     *,
     max_prompt_length: int,
     too_long: TooLong = "drop",
+    cut_option: str = CUT_OPTION,
 ) -> tuple[list[Example], LengthReport]:
     """Return the prompts' tokens; those over `max_prompt_length` are dropped and counted, or cut
-    on their left (drop_long).
+    on their left (drop_long), as the option says.
 
     The report's `kept` says which prompt each example came from.
     """
-    encoded = encode_prompts(prompts, tokenizer, too_long)
+    encoded = encode_prompts(prompts, tokenizer, too_long, cut_option)
     examples = [Example(tokens=tokens, prompt_length=len(tokens)) for tokens in encoded]
     return drop_long(
         examples,

@@ -12,12 +12,12 @@ turn that the reply fills, and the reply begins with the space after the colon:
 where | is the seam between prompt and response. There are no special tokens: a base model reads it
 as text. A chat template (engine/data/chat_template.py) writes its own, and ends a reply itself.
 
-A plain prompt is closed by the suffix, unless it is open: that is seen in the prompt alone, as
-whoever answers has nothing else. One that was cut out of a pair goes on where it was cut.
+A plain prompt is closed by the suffix, once, unless it is open: that is seen in the prompt alone,
+as whoever answers has nothing else. One that was cut out of a pair goes on where it was cut.
 """
 
 import os.path
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -26,9 +26,17 @@ import numpy as np
 from engine.containers.row import BadRecord
 from engine.data.chat import Asked
 from engine.data.chat_template import ChatTemplate, digest_of_template
-from engine.data.prompt_format import Prompt, PromptFormat, Reply, trained_on
+from engine.data.prompt_format import (
+    DIALOGUES,
+    TEXTS,
+    Prompt,
+    PromptFormat,
+    Reply,
+    text_turns_in,
+    trained_on,
+)
 from engine.data.tokenizer import Tokenizer
-from engine.errors import UserError
+from engine.errors import UserError, quoted
 
 _FIRST = 16  # characters of a prompt that mostly have a token; our choice
 _Made = TypeVar("_Made")
@@ -40,11 +48,17 @@ class Renderer:
     """A format, with the tokenizer that it is for."""
 
     def __init__(
-        self, form: PromptFormat | None = None, tokenizer: Tokenizer | None = None
+        self,
+        form: PromptFormat | None = None,
+        tokenizer: Tokenizer | None = None,
+        others: Mapping[str, PromptFormat] | None = None,
     ) -> None:
-        """Without a tokenizer there are texts alone. Raises UserError where its chat template is
-        wanted, and it has none, or another than the format's."""
+        """Without a tokenizer there are texts alone. others: the formats of networks that read the
+        same prompts, by their options. Raises UserError where its chat template is wanted, and it
+        has none, or another than the format's."""
         self.form = form or PromptFormat()
+        self._others = others or {}
+        self._text_turns = self.form.text_turns
         self.seen: tuple[str, ...] = ()
         """What note() was told of: texts, dialogues."""
         self.tokenizer = tokenizer
@@ -60,35 +74,32 @@ class Renderer:
     def note(self, prompts: Sequence[Prompt]) -> None:
         """Have the run remember what it was trained on."""
         self.seen = trained_on(self.seen, prompts)
+        self._text_turns = text_turns_in(self.form, prompts)
 
     def kept(self) -> PromptFormat:
         """Return the format as the run keeps it."""
         tokenizer = self.tokenizer
         seen = trained_on((*self.form.trained_on, *self.seen), ())
+        form = replace(self.form, trained_on=seen, text_turns=self._text_turns)
         if tokenizer is None:
-            return replace(self.form, trained_on=seen)
+            return form
         return replace(
-            self.form,
+            form,
             chat_template=digest_of_template(tokenizer) if self._template else "",
-            trained_on=seen,
             begins_with=tuple(tokenizer.bos_ids),
             ends_with=tokenizer.eos_id,
         )
 
     def prompt(self, asked: Asked) -> Prompt:
         """Return what a record asks; BadRecord where the template does not take it, or no token
-        comes of it."""
+        comes of it. UserError where one of the others reads it otherwise."""
         messages = self._messages(asked)
         if messages and self._template is not None:
             text, tokens = self._taken(lambda t: t.prompt(messages), asked)
             return Prompt(text, is_dialogue=True, tokens=tokens)
-        if messages:
-            text = self._turns(messages)
-            suffix = self.form.prompt_suffix if self.form.closes_open else ""
-        else:
-            text = asked.text
-            is_open = asked.is_cut or self.form.is_open(text)
-            suffix = self.form.prompt_suffix if self.form.closes_open or not is_open else ""
+        text = self._turns(messages) if messages else asked.text
+        suffix = _closing(self.form, asked, text, is_dialogue=bool(messages))
+        self._check_others(asked, text, suffix, is_dialogue=bool(messages))
         self._check_tokens(text + suffix, asked)
         return Prompt(text, suffix, is_dialogue=bool(messages))
 
@@ -119,6 +130,18 @@ class Renderer:
         ]
         found = tuple((start, end) for start, end in parts if start < end)
         return Prompt(prompt.text, prompt.suffix, prompt.is_dialogue, tokens), found
+
+    def _check_others(self, asked: Asked, text: str, suffix: str, *, is_dialogue: bool) -> None:
+        """Raise UserError where another network was trained to read a prompt otherwise closed."""
+        for option, form in self._others.items():
+            theirs = _closing(form, asked, text, is_dialogue=is_dialogue)
+            is_known = (DIALOGUES if is_dialogue else TEXTS) in form.trained_on
+            if is_known and theirs != suffix:
+                raise UserError(
+                    f"{option} was trained by another version, which closes the prompt "
+                    f"{quoted(text)} by {theirs!r}, and this run by {suffix!r}: train that one "
+                    "anew, or leave such prompts out"
+                )
 
     def _messages(self, asked: Asked) -> list[dict[str, Any]]:
         """Return what is asked as messages; an empty list where it is a text."""
@@ -182,3 +205,9 @@ class Renderer:
                 field=asked.field,
             )
         return start, end
+
+
+def _closing(form: PromptFormat, asked: Asked, text: str, *, is_dialogue: bool) -> str:
+    """Return what a format puts behind the text of what is asked."""
+    goes_on = is_dialogue or asked.is_cut
+    return "" if goes_on and not form.closes_open else form.closing(text)

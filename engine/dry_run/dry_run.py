@@ -113,15 +113,15 @@ def check_batches(config: StageConfig, sizes: Sizes, num_gpus: int) -> list[str]
     if isinstance(config, PPOConfig):
         return _check_ppo_batches(config, sizes, num_gpus)
     data, trained = config.data, sizes.trained_network
-    notes = _check_fits("data.max_tokens", data.max_tokens, trained)
+    notes = _check_fits("--data.max-tokens", data.max_tokens, trained)
     if isinstance(config, SFTConfig) and config.data.pretraining_fraction > 0:
-        notes += _check_fits("data.pretraining_tokens", config.data.pretraining_tokens, trained)
+        notes += _check_fits("--data.pretraining-tokens", config.data.pretraining_tokens, trained)
     if data.max_prompt_tokens >= data.max_tokens:
         raise UserError(
-            f"data.max_prompt_tokens {data.max_prompt_tokens} leaves no room for a response in "
-            f"data.max_tokens {data.max_tokens}"
+            f"--data.max-prompt-tokens {data.max_prompt_tokens} leaves no room for a response in "
+            f"--data.max-tokens {data.max_tokens}"
         )
-    _check_shares("batch_size", config.batch_size, dp)
+    _check_shares("--batch-size", config.batch_size, dp)
     _check_budget(config.micro_batch_tokens, min(data.max_tokens, trained.size.context_length))
     items = "prompts with all their answers" if isinstance(config, RMConfig) else "sequences"
     return [
@@ -152,21 +152,21 @@ def _check_ppo_batches(config: PPOConfig, sizes: Sizes, num_gpus: int) -> list[s
         longest = context
     elif longest > context:
         raise UserError(
-            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + sampling.max_new_tokens "
+            f"--data.max-prompt-tokens {config.data.max_prompt_tokens} + --sampling.max-new-tokens "
             f"{config.sampling.max_new_tokens} = {longest} exceed the context of {context} tokens: "
             "lower one of them"
         )
-    _check_shares("minibatch_size", config.minibatch_size, dp)
+    _check_shares("--minibatch-size", config.minibatch_size, dp)
     if config.critic_layout is not None:
         critic_dp = config.critic_layout.dp(num_gpus)
-        _check_shares("minibatch_size", config.minibatch_size, critic_dp, "the critic's dp")
+        _check_shares("--minibatch-size", config.minibatch_size, critic_dp, "the critic's dp")
     lines = [
         f"batch: {config.rollout_batch_size} episodes an iteration in {config.num_updates} updates "
         f"of {config.minibatch_size}, {config.minibatch_size // dp} a rank (dp {dp})"
     ]
     if config.ptx_coef > 0:
         notes += _check_fits(
-            "data.pretraining_tokens", config.data.pretraining_tokens, sizes.trained_network
+            "--data.pretraining-tokens", config.data.pretraining_tokens, sizes.trained_network
         )
         longest = max(longest, min(config.data.pretraining_tokens, context))
         num_examples = config.ptx_examples_per_episode * config.minibatch_size
@@ -189,7 +189,7 @@ def _check_shares(name: str, count: int, dp: int, dp_name: str = "dp") -> None:
 def _check_budget(micro_batch_tokens: int, longest: int) -> None:
     if micro_batch_tokens < longest:
         raise UserError(
-            f"micro_batch_tokens {micro_batch_tokens} must be at least {longest}, "
+            f"--micro-batch-tokens {micro_batch_tokens} must be at least {longest}, "
             "the tokens of the longest sequence"
         )
 

@@ -119,7 +119,7 @@ def load_selection(
         run.tokenizer,
         max_prompt_length=limits.prompt.tokens,
     )
-    limits.check(lengths, "held-out prompts to select an epoch by")
+    limits.check(lengths, "held-out prompts to select an epoch by", cut="")
     reward_model = build_network("scalar", size, run.parallel, numerics=config.numerics)
     inputs.load("selection.reward_model", reward_model)  # the same for all epochs
     return EpochSelection(

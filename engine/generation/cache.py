@@ -84,8 +84,8 @@ def choose_cache(
     if num_usable < blocks_per_sequence:
         raise UserError(
             f"the key-value cache has room for {num_usable * config.block_size} tokens, and one "
-            f"sequence may need {max_length}: raise sampling.cache_gib or cache_fraction, or lower "
-            "max_new_tokens"
+            f"sequence may need {max_length}: raise --sampling.cache-gib or "
+            "--sampling.cache-fraction, or lower --sampling.max-new-tokens"
         )
     # A GPU's kernel reads scattered blocks as fast, and its memory is dear.
     has_room = num_usable == num_sequences * blocks_per_sequence

@@ -36,7 +36,10 @@ def tokenizer_now(run: Run, given: Path | None, earlier: TokenizerRecord) -> Tok
             "--directory"
         )
     record = replace(earlier, sha256=sha256)
-    if given is None or not given.exists():
+    if given is None:
+        return record
+    if not given.exists():
+        _check_gone(given, earlier)
         return record
     path = tokenizer_beside(given)
     try:
@@ -51,6 +54,14 @@ def tokenizer_now(run: Run, given: Path | None, earlier: TokenizerRecord) -> Tok
             "folder, or begin in a new --directory"
         )
     return replace(record, path=str(given), given=digest)
+
+
+def _check_gone(given: Path, earlier: TokenizerRecord) -> None:
+    """Raise UserError where nothing is at the path that --tokenizer names, and it is not the one
+    that the run was given: that may have gone since."""
+    known = {given.absolute(), given.absolute() / "tokenizer"}
+    if not earlier.path or Path(earlier.path).absolute() not in known:
+        raise UserError(f"--tokenizer {given}: no such file or folder{_HINT}")
 
 
 def keep_like_tokenizer(checkpoint: Path, copy: Path, role: str, run: Run) -> None:

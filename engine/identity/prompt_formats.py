@@ -2,6 +2,7 @@
 
 What the run before was trained with is no matter of choice: another format is an error, for the
 model would be asked what it was not taught to read. So is another reward model's or reference's.
+Versions have closed some prompts otherwise: where a file has such a prompt, that is an error too.
 """
 
 import json
@@ -10,6 +11,7 @@ from typing import Any
 
 from engine.data.chat_template import ChatTemplate, digest_of_template, template_of
 from engine.data.prompt_format import (
+    CLOSING,
     OPTIONS,
     PromptFormat,
     format_differences,
@@ -21,7 +23,7 @@ from engine.data.prompt_format import (
 from engine.data.renderer import Renderer
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
-from engine.identity.made_from import RunConfig, networks_of
+from engine.identity.made_from import NamedNetwork, RunConfig, networks_of
 from engine.ranks.first_rank import said_by_first_rank
 from engine.run import Run, has_begun
 from engine.settings.command_line import as_options
@@ -37,7 +39,8 @@ def renderer_of(run: Run, config: RunConfig) -> tuple[Renderer, RunConfig, list[
     """
     told = json.loads(said_by_first_rank(lambda: json.dumps(_found(run, config))))
     form, notes = prompt_format_of(told["format"]), told["notes"]
-    renderer = Renderer(form, run.tokenizer)
+    others = {option: prompt_format_of(theirs) for option, theirs in told["others"].items()}
+    renderer = Renderer(form, run.tokenizer, others)
     if form.chat == "turns" and template_of(run.tokenizer) is not None:
         notes.append(
             f"{run.tokenizer.path}: its chat template is not applied: messages go in as turns "
@@ -64,7 +67,7 @@ def _found(run: Run, config: RunConfig) -> dict[str, Any]:
     options = {name: getattr(config.data, name) for name in OPTIONS}
     own = read_prompt_format(run.directory) if has_begun(run.directory) else None
     if own is not None:
-        return {"format": asdict(own.having(options)), "notes": []}
+        return {"format": asdict(own.having(options)), "others": {}, "notes": []}
     networks = networks_of(config)
     formats = {name: prompt_format_beside(network.path) for name, network in networks.items()}
     notes: list[str] = []
@@ -76,16 +79,24 @@ def _found(run: Run, config: RunConfig) -> dict[str, Any]:
     form = kept.having(options)
     if form.chat == "template":
         form = replace(form, chat_template=digest_of_template(run.tokenizer))
+    others = {}
     for name, network in networks.items():
         theirs = formats[name]
         if theirs is not None:
             _check(config, name, theirs, form, kept)
+            if any(getattr(theirs, each) != getattr(form, each) for each in CLOSING):
+                others[_option(name, network)] = asdict(theirs)
         elif name not in _FIRST and network.path.exists():
             notes.append(
                 f"{network.path}: nothing says in which form it was trained to read prompts; this "
                 f"run has {_told(form)}"
             )
-    return {"format": asdict(form), "notes": notes}
+    return {"format": asdict(form), "others": others, "notes": notes}
+
+
+def _option(name: str, network: NamedNetwork) -> str:
+    """Return the option that names a network, as it is given."""
+    return f"--{name.replace('_', '-')} {network.path}"
 
 
 def _check(
@@ -101,10 +112,9 @@ def _check(
     if options and not format_differences(kept, form.having(options)):
         wanted = as_options(config, {f"data.{each}": value for each, value in options.items()})
         remedy = f"give {wanted}, or {remedy}"
-    path = networks_of(config)[name].path
     raise UserError(
-        f"--{name.replace('_', '-')} {path} was trained to read prompts in another form than this "
-        f"run's: {in_words(found, 'there', 'here')}; {remedy}"
+        f"{_option(name, networks_of(config)[name])} was trained to read prompts in another form "
+        f"than this run's: {in_words(found, 'there', 'here')}; {remedy}"
     )
 
 

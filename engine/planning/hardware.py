@@ -124,6 +124,7 @@ class Assumptions:
     def __post_init__(self) -> None:
         check_numbers(
             self,
+            "assumptions.",
             positive="compute memory links",
             not_negative="latency_us layer_launch_us graph_launch_us look_us reserved_gb",
             shares="compute memory links",

@@ -63,7 +63,7 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
         tokenizer = load_tokenizer(folder)
         if config.vocab_size is not None and tokenizer.vocab_size != config.vocab_size:
             raise UserError(
-                f"vocab_size {config.vocab_size} does not fit the training text, which gives "
+                f"--vocab-size {config.vocab_size} does not fit the training text, which gives "
                 f"{tokenizer.vocab_size}: give --vocab-size {tokenizer.vocab_size}, or more text"
             )
         bytes_a_token = _checked(tokenizer, texts)
@@ -207,7 +207,7 @@ def _train_byte_level(texts: Iterable[str], path: Path, vocab_size: int) -> None
     """Train byte pairs over bytes, cut into words as GPT-2's are, and write a tokenizer.json."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
-        raise UserError(f"vocab_size must be over {len(alphabet)}, one a byte, got {vocab_size}")
+        raise UserError(f"--vocab-size must be over {len(alphabet)}, one a byte, got {vocab_size}")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from engine.data.comparisons import read_comparisons
 from engine.data.demonstrations import read_demonstrations
 from engine.data.pretraining import open_token_file
 from engine.data.tokenizer import load_tokenizer
@@ -14,12 +15,15 @@ from engine.settings.rm import RMConfig
 from engine.settings.sft import SFTConfig
 
 _MOST_EPOCHS = 16.0
+_LEAST_LOOKS = 1.5  # at what is held out, before the end; examples that are too long are no steps
 
 
 def pretraining_stage(config: QuickstartConfig, files: Files) -> SFTConfig:
     """Return the base model's pretraining, over as many tokens as the config says."""
     home, path = config.directory, config.directory / "tokenizer.model"
     text = open_token_file(files.pretraining, load_tokenizer(path), home / "tokens")
+    epochs = _epochs(config, config.num_pretraining_tokens / len(text.tokens))
+    length = config.pretrain.data.pretraining_tokens
     data = replace(
         config.pretrain.data,
         pretraining=files.pretraining,
@@ -29,7 +33,8 @@ def pretraining_stage(config: QuickstartConfig, files: Files) -> SFTConfig:
         config.pretrain,
         directory=home / "base",
         tokenizer=path,
-        epochs=_epochs(config, config.num_pretraining_tokens / len(text.tokens)),
+        epochs=epochs,
+        eval_every=_eval_every(config.pretrain, epochs * len(text.tokens) / length),
         data=data,
         **_of_all(config, config.pretrain),
     )
@@ -37,6 +42,8 @@ def pretraining_stage(config: QuickstartConfig, files: Files) -> SFTConfig:
 
 def sft_stage(config: QuickstartConfig, files: Files) -> SFTConfig:
     """Return the fine-tuning of the base model on demonstrations and pretraining text."""
+    num_examples = len(read_demonstrations(files.demonstrations)[0])
+    epochs = _epochs(config, config.num_demonstrations / num_examples)
     data = replace(
         config.sft.data,
         train=files.demonstrations,
@@ -48,9 +55,8 @@ def sft_stage(config: QuickstartConfig, files: Files) -> SFTConfig:
         config.sft,
         directory=config.directory / "sft",
         init_from=config.directory / "base",
-        epochs=_epochs(
-            config, config.num_demonstrations / len(read_demonstrations(files.demonstrations)[0])
-        ),
+        epochs=epochs,
+        eval_every=_eval_every(config.sft, epochs * num_examples),
         data=data,
         **_of_all(config, config.sft),
     )
@@ -68,6 +74,9 @@ def rm_stage(config: QuickstartConfig, files: Files) -> RMConfig:
         config.rm,
         directory=config.directory / "rm",
         init_from=config.directory / "sft",
+        eval_every=_eval_every(
+            config.rm, config.rm.epochs * len(read_comparisons(files.comparisons)[0])
+        ),
         data=data,
         **_of_all(config, config.rm),
     )
@@ -98,6 +107,13 @@ def _epochs(config: QuickstartConfig, epochs: float) -> float:
     its demonstrations (C.1), however few they are."""
     has_own_files = config.data is not None and not is_tree(config.data)
     return min(epochs, _MOST_EPOCHS) if has_own_files else epochs
+
+
+def _eval_every(stage: SFTConfig | RMConfig, num_examples: float) -> int | None:
+    """Return the steps between held-out numbers in a stage that reads about so many examples: the
+    config's, unless the run is hardly as long; then about ten times."""
+    num_steps = num_examples / stage.batch_size
+    return stage.eval_every if (stage.eval_every or 0) * _LEAST_LOOKS <= num_steps else None
 
 
 def _of_all(config: QuickstartConfig, stage: RunConfig) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def make_deterministic() -> None:
     workspace = _variable("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at its first product
     if workspace not in _WORKSPACES:
         raise UserError(
-            f"CUBLAS_WORKSPACE_CONFIG is {workspace!r}, and numerics.deterministic needs "
+            f"CUBLAS_WORKSPACE_CONFIG is {workspace!r}, and --numerics.deterministic needs "
             f"{' or '.join(_WORKSPACES)}"
         )
     # Read when ranks first communicate. torch sets ^NVLS itself, which leaves NVLSTree.
@@ -119,8 +119,8 @@ def make_deterministic() -> None:
     if not (named >= _IN_SWITCHES if algorithms.startswith("^") else named <= _IN_ORDER):
         raise UserError(
             f"NCCL_ALGO is {algorithms!r}, which may leave sums to the switches, whose order is "
-            "not known;\nnumerics.deterministic needs ^NVLS,NVLSTree, or some of Ring, Tree, PAT, "
-            "CollnetDirect and CollnetChain"
+            "not known;\n--numerics.deterministic needs ^NVLS,NVLSTree, or some of Ring, Tree, "
+            "PAT, CollnetDirect and CollnetChain"
         )
     torch.use_deterministic_algorithms(True)
     # What torch.empty gives would be filled at every call, which nothing here reads.

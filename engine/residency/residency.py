@@ -43,9 +43,9 @@ Load = Callable[[Network | None], Network]
 """Loads a model's weights into the network it is given, or into one that it builds."""
 
 _ADVICE = {
-    "rollout": "lower sampling.cache_fraction, num_slots or prefill_tokens",
-    "score": "lower micro_batch_tokens",
-    "update": "lower micro_batch_tokens, or recompute activations (numerics.recompute full)",
+    "rollout": "lower --sampling.cache-fraction, --sampling.num-slots or --sampling.prefill-tokens",
+    "score": "lower --micro-batch-tokens",
+    "update": "lower --micro-batch-tokens, or recompute activations (--numerics.recompute full)",
 }
 
 
@@ -143,7 +143,7 @@ class Residency:
         try:
             refit = Refit(self._models["policy"].network, layout, numerics=numerics)
         except UserError as error:
-            raise UserError(f"generation_layout: {error}") from None
+            raise UserError(f"--generation-layout: {error}".replace("--layout.", "")) from None
         self._refit = refit
         self._models["generation"] = _Model(
             network=refit.network, expected=model_bytes(refit.network)

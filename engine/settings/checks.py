@@ -1,4 +1,4 @@
-"""Values of a config that mean nothing or fit nowhere, refused by the field's name."""
+"""Values of a config that mean nothing or fit nowhere, refused by the field's option."""
 
 import dataclasses
 import math
@@ -14,6 +14,11 @@ MAX_EPOCHS = 1e9
 _MAX_INT = 2**62  # our choice: what steps, stages and ranks add to a seed keeps it within 64 bits
 _MAX_TEXT = 1 << 16  # characters; our choice: more is a file
 _MAX_PATH_BYTES = 3072  # of the 4096 that Linux takes: what lies below a folder has the others
+
+
+def option_of(name: str) -> str:
+    """Return the option of a field, by its dotted name."""
+    return f"--{name.replace('_', '-')}"
 
 
 def check_numbers(
@@ -38,21 +43,23 @@ def check_numbers(
     ]
     for names, holds, wanted in rules:
         for name in names.split():
-            value = getattr(config, name)
+            value, said = getattr(config, name), f"{prefix}{name}"
+            if not prefix.endswith(" "):  # else whose it is, of an option that may be of several
+                said = option_of(said)
             if value is not None and not holds(value):  # NaN keeps no rule
-                raise UserError(f"{prefix}{name} must be {wanted}, got {quoted(value)}")
+                raise UserError(f"{said} must be {wanted}, got {quoted(value)}")
             if value == math.inf:
-                raise UserError(f"{prefix}{name} must be finite, got {value}")
+                raise UserError(f"{said} must be finite, got {value}")
 
 
 def check_epochs(epochs: float) -> None:
     """Raise UserError for epochs whose steps are too many to be counted."""
     if epochs > MAX_EPOCHS:
-        raise UserError(f"epochs must be at most {MAX_EPOCHS:g}, got {epochs}")
+        raise UserError(f"--epochs must be at most {MAX_EPOCHS:g}, got {epochs}")
 
 
 def check_values(value: Any, name: str = "", *, nameless: tuple[str, ...] = ()) -> None:
-    """Raise UserError for what no run could hold, by its dotted name in a config.
+    """Raise UserError for what no run could hold, by its option.
 
     That are NaN, infinity and numbers over 62 bits, texts that are not Unicode or very
     long, and what can be no path. The parts `nameless` are left out of names.
@@ -70,7 +77,7 @@ def check_values(value: Any, name: str = "", *, nameless: tuple[str, ...] = ()) 
         problem = _problem(value)
         if problem is not None:
             shown = quoted(str(value) if isinstance(value, Path) else value)
-            raise UserError(f"{name} {problem}, got {shown}")
+            raise UserError(f"{option_of(name)} {problem}, got {shown}")
 
 
 def _problem(value: Any) -> str | None:

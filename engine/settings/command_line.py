@@ -10,6 +10,7 @@ import shlex
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import docstring_parser
@@ -54,7 +55,22 @@ def parse_config(default: _Config, arguments: Sequence[str] | None = None) -> _C
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
     check_values(found, nameless=_NAMELESS)
-    return found
+    return _at_home(found)
+
+
+def _at_home(value: Any) -> Any:
+    """Return a value with the home folder for each ~ that begins a path, in all that it holds; a
+    shell leaves it in --out=~/a, and behind a comma."""
+    if isinstance(value, Path):
+        return Path(",".join(map(os.path.expanduser, str(value).split(","))))
+    if isinstance(value, tuple):
+        return tuple(map(_at_home, value))
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    found = {name: _at_home(part) for name, part in parts.items()}
+    changes = {name: part for name, part in found.items() if part != parts[name]}
+    return dataclasses.replace(value, **changes) if changes else value
 
 
 def as_options(config: Any, values: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ class KLConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "kl.", counts="horizon", positive="target", not_negative="coef")
         if self.control == "adaptive" and self.coef == 0:
-            raise UserError("kl.coef 0 stays 0 whatever kl.control adaptive multiplies it by")
+            raise UserError("--kl.coef 0 stays 0 whatever --kl.control adaptive multiplies it by")
 
     def check_batch(self, num_responses: int) -> None:
         """Raise UserError where an iteration of so many responses could turn coef to 0 or below: a
@@ -37,7 +37,7 @@ class KLConfig:
         most = MAX_KL_ERROR * num_responses
         if self.control == "adaptive" and self.horizon <= most:
             raise UserError(
-                f"kl.horizon {self.horizon} must be over {MAX_KL_ERROR} x rollout_batch_size "
+                f"--kl.horizon {self.horizon} must be over {MAX_KL_ERROR} x --rollout-batch-size "
                 f"{num_responses} = {most:g}: the coefficient's factor, 1 - {MAX_KL_ERROR} x "
-                "rollout_batch_size / horizon at the least, must stay positive"
+                "--rollout-batch-size / --kl.horizon at the least, must stay positive"
             )

@@ -68,29 +68,29 @@ class ParallelLayout:
         """Raise UserError where this layout cannot hold a model of that size."""
         self._check_degrees()
         if size.num_heads % self.tp:
-            raise UserError(f"layout.tp {self.tp} must divide the model's {size.num_heads} heads")
+            raise UserError(f"--layout.tp {self.tp} must divide the model's {size.num_heads} heads")
         if size.num_kv_heads % self.tp:
             raise UserError(
-                f"layout.tp {self.tp} must divide the {size.num_kv_heads} heads of keys and "
+                f"--layout.tp {self.tp} must divide the {size.num_kv_heads} heads of keys and "
                 "values, which are not copied; take a smaller tp, and pp"
             )
         if size.ffn_size % self.tp:
             raise UserError(
-                f"layout.tp {self.tp} must divide the {size.ffn_size} columns of the model's MLP"
+                f"--layout.tp {self.tp} must divide the {size.ffn_size} columns of the model's MLP"
             )
         if size.padded_vocab_size % self.tp:
             raise UserError(
-                f"layout.tp {self.tp} must divide the padded vocabulary {size.padded_vocab_size}"
+                f"--layout.tp {self.tp} must divide the padded vocabulary {size.padded_vocab_size}"
             )
         if size.padded_vocab_size // self.tp % VOCAB_GROUP:
             raise UserError(
-                f"layout.tp {self.tp} cuts the padded vocabulary {size.padded_vocab_size} into "
+                f"--layout.tp {self.tp} cuts the padded vocabulary {size.padded_vocab_size} into "
                 f"shards that are no multiples of {VOCAB_GROUP}, which sampling draws together"
             )
         chunks = self.pp * self.virtual_pp
         if size.num_layers % chunks:
             raise UserError(
-                f"pp {self.pp} x virtual_pp {self.virtual_pp} must divide the "
+                f"--layout.pp {self.pp} x --layout.virtual-pp {self.virtual_pp} must divide the "
                 f"{size.num_layers} layers"
             )
 
@@ -115,8 +115,8 @@ class ParallelLayout:
     def _check_degrees(self) -> None:
         check_numbers(self, "layout.", counts="tp pp virtual_pp cp bucket_elements")
         if self.virtual_pp > 1 and self.pp == 1:
-            raise UserError("layout.virtual_pp needs layout.pp > 1")
+            raise UserError("--layout.virtual-pp needs --layout.pp > 1")
         if self.sequence_parallel and self.tp == 1:
-            raise UserError("layout.sequence_parallel needs layout.tp > 1")
+            raise UserError("--layout.sequence-parallel needs --layout.tp > 1")
         if self.overlap_param_gather and self.overlap_grad_reduce is False:
-            raise UserError("layout.overlap_param_gather needs layout.overlap_grad_reduce")
+            raise UserError("--layout.overlap-param-gather needs --layout.overlap-grad-reduce")

@@ -37,6 +37,6 @@ class Numerics:
         check_numbers(self, "numerics.", not_negative="recheck_every compare_every")
         if self.recheck_every and not self.deterministic:
             raise UserError(
-                f"numerics.recheck_every {self.recheck_every} wants numerics.deterministic: "
+                f"--numerics.recheck-every {self.recheck_every} wants --numerics.deterministic: "
                 "without it sound passes differ in their last bits"
             )

@@ -180,8 +180,8 @@ class PPOConfig:
         check_numbers(self, counts="micro_batch_tokens ptx_examples_per_episode")
         if self.rollout_batch_size % self.minibatch_size:
             raise UserError(
-                f"rollout_batch_size {self.rollout_batch_size} must be a multiple of "
-                f"minibatch_size {self.minibatch_size}"
+                f"--rollout-batch-size {self.rollout_batch_size} must be a multiple of "
+                f"--minibatch-size {self.minibatch_size}"
             )
         self.kl.check_batch(self.rollout_batch_size)
 
@@ -203,4 +203,4 @@ class PPOConfig:
         try:
             self.layout.check_refit(self.generation_layout)
         except UserError as error:
-            raise UserError(f"generation_layout: {error}") from None
+            raise UserError(f"--generation-layout: {error}".replace("--layout.", "")) from None

@@ -89,11 +89,11 @@ class PrepareConfig:
         )
         if self.valid_fraction + self.test_fraction >= 1:
             raise UserError(
-                f"valid_fraction {self.valid_fraction} and test_fraction {self.test_fraction} "
+                f"--valid-fraction {self.valid_fraction} and --test-fraction {self.test_fraction} "
                 "leave nothing for training"
             )
         for region in self.phone_regions:
             if len(region) != 2 or not (region.isascii() and region.isupper()):
                 raise UserError(
-                    f"phone_regions wants countries of two capital letters, got {quoted(region)}"
+                    f"--phone-regions wants countries of two capital letters, got {quoted(region)}"
                 )

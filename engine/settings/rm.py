@@ -55,8 +55,8 @@ class RMData(PromptOptions):
         check_numbers(self, "data.", counts="num_demonstrations", shares="valid_fraction")
         if self.too_long == "cut-right":
             raise UserError(
-                "data.too_long cut-right takes the end off a completion, where its score is read; "
-                "give drop or cut-left"
+                "--data.too-long cut-right takes the end off a completion, where its score is "
+                "read; give drop or cut-left"
             )
 
 

@@ -1,13 +1,17 @@
 """How responses are drawn. Imports neither torch nor megatron."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.errors import UserError
+from engine.settings.checks import option_of
 
 GPU_STEPS_PER_SYNC = 8
 """steps_per_sync where it is left open on a GPU, where a look waits for all it was given: our
 choice."""
+_COUNTS = "max_new_tokens num_slots prefill_tokens block_size"
+_NOT_NEGATIVE = "temperature top_k min_new_tokens cache_gib steps_per_sync"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +49,19 @@ class SamplingConfig:
 
     def check(self) -> None:
         """Raise UserError for a value that means nothing."""
-        for name in ("max_new_tokens", "num_slots", "prefill_tokens", "block_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"sampling.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("temperature", "top_k", "min_new_tokens", "cache_gib", "steps_per_sync"):
-            if not getattr(self, name) >= 0:  # NaN is not either
-                raise UserError(f"sampling.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("top_p", "cache_fraction"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"sampling.{name} must lie in (0, 1], got {getattr(self, name)}")
+        rules: list[tuple[str, Callable[[float], bool], str]] = [
+            (_COUNTS, lambda value: value >= 1, "be at least 1"),
+            (_NOT_NEGATIVE, lambda value: value >= 0, "not be negative"),  # NaN is neither
+            ("top_p cache_fraction", lambda value: 0 < value <= 1, "lie in (0, 1]"),
+        ]
+        for names, holds, wanted in rules:
+            for name in names.split():
+                if not holds(value := getattr(self, name)):
+                    raise UserError(f"{option_of(f'sampling.{name}')} must {wanted}, got {value}")
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(
-                f"sampling.min_new_tokens {self.min_new_tokens} is more than "
-                f"max_new_tokens {self.max_new_tokens}"
+                f"--sampling.min-new-tokens {self.min_new_tokens} is more than "
+                f"--sampling.max-new-tokens {self.max_new_tokens}"
             )
 
     def greedy(self) -> "SamplingConfig":

@@ -4,7 +4,7 @@ neither torch nor megatron."""
 from dataclasses import dataclass
 
 from engine.errors import UserError
-from engine.settings.checks import check_numbers
+from engine.settings.checks import check_numbers, option_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,4 +43,6 @@ class SaveConfig:
         for name in ("keep_lowest", "keep_highest"):
             metric = getattr(self, name)
             if metric and not (metric.isprintable() and "/" in metric):
-                raise UserError(f"{name} must name a metric such as valid/loss, got {metric!r}")
+                raise UserError(
+                    f"{option_of(name)} must name a metric such as valid/loss, got {metric!r}"
+                )

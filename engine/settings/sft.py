@@ -68,7 +68,7 @@ class SFTData(PromptOptions):
         check_numbers(self, "data.", shares="valid_fraction")
         if not 0.0 <= self.pretraining_fraction < 1.0:
             raise UserError(
-                f"data.pretraining_fraction must be in [0, 1), got {self.pretraining_fraction}"
+                f"--data.pretraining-fraction must be in [0, 1), got {self.pretraining_fraction}"
             )
 
 
@@ -156,7 +156,7 @@ class SFTConfig:
         check_epochs(self.epochs)
         if self.band and self.init_from is not None:
             raise UserError(
-                f"band {self.band} is of a model that starts from nothing; with init_from that "
+                f"--band {self.band} is of a model that starts from nothing; with --init-from that "
                 "model's own layers count: leave one of the two out"
             )
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.errors import UserError
-from engine.settings.checks import check_numbers
+from engine.settings.checks import check_numbers, option_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,11 @@ class SpikeConfig:
         for name in ("norm_factor", "loss_factor"):
             if 0 < getattr(self, name) <= 1:
                 raise UserError(
-                    f"spikes.{name} must be above 1, got {getattr(self, name)}: half of all steps "
-                    "are above their median"
+                    f"{option_of(f'spikes.{name}')} must be above 1, got {getattr(self, name)}: "
+                    "half of all steps are above their median"
                 )
         if self.warmup > self.window:
             raise UserError(
-                f"spikes.warmup {self.warmup} is more than the spikes.window {self.window} that "
-                "is remembered: no step would be judged"
+                f"--spikes.warmup {self.warmup} is more than the --spikes.window {self.window} "
+                "that is remembered: no step would be judged"
             )

@@ -23,7 +23,7 @@ _REMEDY = (
     "Nothing of this step was applied, and what was saved before is as it was. A device or its "
     "memory is at fault there, or a kernel that is not deterministic: if the same command, which "
     "goes on from the newest checkpoint, ends so at another step, leave that node out; if at the "
-    "same one on other nodes too, it is a kernel, and numerics.recheck_every 0 goes on without"
+    "same one on other nodes too, it is a kernel, and --numerics.recheck-every 0 goes on without"
 )
 
 

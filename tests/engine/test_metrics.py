@@ -150,6 +150,16 @@ def test_alarms_go_to_a_file_and_the_screen(tmp_path, capsys):
     assert "ALARM pad_leak: look at the mask" in capsys.readouterr().out
 
 
+def test_a_run_that_is_through_has_no_cautions(tmp_path, capsys):
+    for first_step in (2, 1):
+        with Metrics(tmp_path, is_writer=True, num_steps=2, first_step=first_step) as metrics:
+            metrics.note("what was read", cautions=[Alarm("warmup", "too long")])
+        said = capsys.readouterr().out
+        assert "what was read" in said
+        assert ("WARNING warmup" in said) == (first_step == 1)
+        assert (tmp_path / "alarms.jsonl").exists() == (first_step == 1)
+
+
 def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
     run_dir = tmp_path / "run"
     with Metrics(run_dir, is_writer=False, num_steps=1) as metrics:

@@ -28,6 +28,7 @@ GOOD = {"role": "assistant", "content": "Little."}
 BAD = {"role": "assistant", "content": "Much."}
 AGAIN = {"role": "user", "content": "And the system?"}
 HH = "\n\nHuman: What does it cost?\n\nAssistant: Why?\n\nHuman: So.\n\nAssistant:"
+NAMES = {"user": "Human", "assistant": "Assistant"}
 SAME = {"response": " Little.", "chosen": " Little.", "rejected": " Much."}
 
 
@@ -43,7 +44,8 @@ def dialogue_of(*messages: dict[str, str]) -> dict[str, Any]:
 # By form: a record, and what it asks: a text with its suffix, or messages.
 FORMS: dict[str, tuple[dict[str, Any], str | list[dict[str, str]]]] = {
     "plain": ({"prompt": "The mill", **SAME}, "The mill\n"),
-    "plain, open": ({"prompt": "The mill is ", **SAME}, "The mill is "),
+    "plain, spaced": ({"prompt": "The mill is ", **SAME}, "The mill is \n"),
+    "plain, closed": ({"prompt": "The mill is\n", **SAME}, "The mill is\n"),
     "HH in text": ({"prompt": HH, **SAME}, HH),
     "one turn": (dialogue_of(USER), [USER]),
     "turns": (dialogue_of(USER, GOOD, AGAIN), [USER, GOOD, AGAIN]),
@@ -105,38 +107,45 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[int]]]:
 @pytest.fixture(params=["turns", "template"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """A folder with a run of each stage, on records of all forms; each from the one before."""
-    folder = tmp_path / "theirs"
+    records = [record for record, _ in FORMS.values()]
+    chat = None if request.param == "template" else "turns"
+    train_stages(tmp_path, [FORMS[name][0] for name in IN_SFT], records, chat)
+    yield tmp_path
+
+
+def train_stages(
+    path: Path, demonstrations: list[dict], records: list[dict], chat: str | None
+) -> None:
+    """Run each stage, from the one before; the first from a folder with a chat template."""
+    folder = path / "theirs"
     save_family("llama", folder, max_position_embeddings=512)
     folder_of(folder, TEMPLATES["chatml"], eos_token="<|im_end|>")
     for name in ("config.json", "generation_config.json"):
         content = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps(content | {"eos_token_id": 2}))
-    records = [record for record, _ in FORMS.values()]
-    write_lines(tmp_path / "sft.jsonl", [FORMS[name][0] for name in IN_SFT])
-    write_lines(tmp_path / "all.jsonl", records)
-    chat = None if request.param == "template" else "turns"
-    config: Any = sft_config(tmp_path, tmp_path / "sft", init_from=folder, epochs=0.1, batch_size=2)
-    data = {"train": tmp_path / "sft.jsonl", "pretraining": None, "pretraining_fraction": 0.0}
+    write_lines(path / "sft.jsonl", demonstrations)
+    write_lines(path / "all.jsonl", records)
+    config: Any = sft_config(path, path / "sft", init_from=folder, epochs=0.1, batch_size=2)
+    data = {"train": path / "sft.jsonl", "pretraining": None, "pretraining_fraction": 0.0}
     train(changed(config, chat=chat, valid_fraction=0.0, **data))
-    config = rm_config(tmp_path, tmp_path / "rm", init_from=tmp_path / "sft", epochs=0.1)
+    config = rm_config(path, path / "rm", init_from=path / "sft", epochs=0.1)
     config = dataclasses.replace(config, batch_size=2)
-    data = {"train": tmp_path / "all.jsonl", "demonstrations": None}
+    data = {"train": path / "all.jsonl", "demonstrations": None}
     train(changed(config, valid_fraction=0.0, **data))
     config = ppo_config(
-        tmp_path,
-        tmp_path / "ppo",
-        policy=tmp_path / "sft",
+        path,
+        path / "ppo",
+        policy=path / "sft",
         reference=None,
-        reward_model=tmp_path / "rm",
+        reward_model=path / "rm",
         sampling=SamplingConfig(max_new_tokens=2, cache_gib=0.01),
         iterations=1,
         rollout_batch_size=2,
         minibatch_size=2,
         ptx_coef=0.0,
     )
-    data = {"prompts": tmp_path / "all.jsonl", "pretraining_valid": None}
+    data = {"prompts": path / "all.jsonl", "pretraining_valid": None}
     train(changed(config, valid_fraction=0.0, **data))
-    yield tmp_path
 
 
 def changed(config: Any, **data: Any) -> Any:
@@ -191,3 +200,18 @@ def test_every_form_is_the_same_tokens_everywhere(seen, run, monkeypatch):
         else:
             opened = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
             assert by_form[name] == opened["input_ids"], name
+
+
+def test_a_dialogue_is_asked_as_the_texts_of_hh_rlhf_were_trained(seen, tmp_path, monkeypatch):
+    dialogues = [[USER], [USER, GOOD, AGAIN], [USER, GOOD, AGAIN, BAD, USER]]
+    texts = [
+        "".join(f"\n\n{NAMES[m['role']]}: {m['content']}" for m in messages) + "\n\nAssistant:"
+        for messages in dialogues
+    ]
+    pairs = [{"chosen": f"{text} Little.", "rejected": f"{text} Much."} for text in texts]
+    train_stages(tmp_path, [{"prompt": text, "response": " So."} for text in texts], pairs, None)
+    tokenizer = load_tokenizer(tmp_path / "theirs")
+    expected = [[*tokenizer.bos_ids, *tokenizer.encode(text)] for text in texts]
+    assert seen["sft"] == seen["rm"] == seen["ppo"] == expected
+    for stage in ("sft", "ppo"):
+        assert [talked(tmp_path / stage, each, monkeypatch) for each in dialogues] == expected

@@ -15,7 +15,7 @@ WALK = re.findall(
     """
 data/prompts.read_prompts data/records.read_records shapes/fields.Fields.__call__
 shapes/plain_rows.plain data/pairs.asked_in data/chat.asked_in_prompt
-data/renderer.Renderer.prompt data/prompt_format.PromptFormat.is_open
+data/renderer.Renderer.prompt data/prompt_format.PromptFormat.closing
 data/prompts.prompt_examples data/examples.encode_prompts data/tokenizer.Tokenizer.encode_all
 data/examples.drop_long data/batches.EpochOrder.indices
 rollout.generate_rollout generation/generate.generate generation/scheduler.Scheduler.next_step

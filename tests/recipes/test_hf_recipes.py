@@ -122,7 +122,7 @@ def test_a_dry_run_takes_the_folders_size_of_which_only_the_config_is_there(
     assert f"{size}; as {tmp_path} says" in said
     with pytest.raises(SystemExit):
         run_stage(pytest.fail, config_of(stage), [*words, "--layout.pp", "3", "--dry-run", "6"])
-    assert "pp 3 x virtual_pp 1 must divide the 4 layers" in capsys.readouterr().err
+    assert "pp 3 x --layout.virtual-pp 1 must divide the 4 layers" in capsys.readouterr().err
 
 
 def test_more_tensor_parallelism_than_heads_of_keys_is_refused(

@@ -74,6 +74,35 @@ def test_a_model_of_plain_prompts_is_asked_line_by_line_as_a_file_is(
     assert in_turns[0][1] == tokenizer.encode("User: mill\n\nAssistant:")
 
 
+@pytest.mark.parametrize("plain", ["text", "message"])
+def test_a_model_of_dialogues_in_text_is_asked_in_their_turns(plain, run, tmp_path, monkeypatch):
+    source = Path(shutil.copytree(run / "policy", tmp_path / "policy"))
+    form = PromptFormat(text_turns="\n\nHuman:", trained_on=("texts",), plain_prompts=plain)
+    write_prompt_format(form, source)
+    ends: list[str] = []
+    monkeypatch.setattr(
+        "engine.answers.dialogue._Screen", lambda *given: ends.append(given[2]) or _Screen(*given)
+    )
+    asked = talked(source, tmp_path, monkeypatch, ["mill", "pub", "/new", "fish"])
+    assert ends == ["\n\nHuman:"] * 3
+    encode = load_tokenizer(source / "tokenizer").encode
+    assert [tokens for _, tokens in asked] == [
+        encode("\n\nHuman: mill\n\nAssistant:"),
+        encode("\n\nHuman: mill\n\nAssistant: a mill\n\nHuman: pub\n\nAssistant:"),
+        encode("\n\nHuman: fish\n\nAssistant:"),
+    ]
+    in_turns = talked(source, tmp_path, monkeypatch, ["mill"], chat="turns")
+    assert in_turns[0][1] == encode("User: mill\n\nAssistant:")
+
+
+def test_a_command_that_is_none_is_said_and_not_asked(run, tmp_path, monkeypatch, capsys):
+    lines = ["/foo", "/New", "/usr/bin", "/ a", "quit"]
+    assert len(talked(run / "policy", tmp_path, monkeypatch, lines)) == 2
+    out = capsys.readouterr().out
+    assert "/foo: no such command; /new starts over, /help says this, /quit" in out
+    assert out.count("no such command") == 2
+
+
 def test_a_line_that_becomes_no_token_is_said_and_not_asked(run, tmp_path, monkeypatch, capsys):
     source = Path(shutil.copytree(run / "policy", tmp_path / "policy"))
     write_prompt_format(PromptFormat(prompt_suffix="", trained_on=("texts",)), source)

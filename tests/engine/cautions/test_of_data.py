@@ -46,7 +46,7 @@ def test_nothing_held_out():
         )
 
     assert found(1, 7) == []
-    assert "no demonstrations are held out (data.valid_fraction 0.05 of 30)" in only(found(0, 0))
+    assert "no demonstrations are held out (--data.valid-fraction 0.05 of 30)" in only(found(0, 0))
     message = only(found(0, 3, "v.jsonl"))
     assert "all 3 held-out demonstrations are too long (--data.valid v.jsonl)" in message
     assert names(no_held_out_text()) == ["held_out"]
@@ -100,10 +100,17 @@ def test_much_that_is_cut_or_left_out():
     [("demonstrations", 20), ("comparisons", 4), ("prompts", 20), ("pretraining sequences", 16)],
 )
 def test_what_is_read_very_often(what: str, most: int):
-    assert repetition_cautions({what: Reading(50, 50, 50 * most, "Lower epochs")}) == []
-    message = only(repetition_cautions({what: Reading(50, 50, 2000, "Lower epochs")}))
-    assert f"each of 50 {what} is read 40 times" in message
+    assert repetition_cautions({what: Reading(100, 50, 100 * most, "Lower epochs")}) == []
+    message = only(repetition_cautions({what: Reading(100, 50, 4000, "Lower epochs")}))
+    assert f"each of 100 {what} is read 40 times" in message
     assert "Lower epochs, or give more of them" in message
+
+
+@pytest.mark.parametrize(("what", "most"), [("demonstrations", "13k"), ("comparisons", "33k")])
+def test_few_examples_are_said(what: str, most: str):
+    message = only(repetition_cautions({what: Reading(99, 8, 99, "Lower epochs")}))
+    assert message.startswith(f"99 {what} are few: ")
+    assert f"the paper has those of {most} prompts" in message
 
 
 def test_fewer_than_a_batch():
@@ -147,8 +154,8 @@ def test_a_run_says_them_once_and_a_resume_what_is_new(tiny: Path, tmp_path: Pat
     )
     train_until(config, 2)
     found = recorded(tmp_path)
-    assert [row["name"] for row in found] == ["held_out", "warmup"]
-    assert [row["step"] for row in found] == [0, 0]
+    assert [row["name"] for row in found] == ["held_out", "warmup", "small_data"]
+    assert [row["step"] for row in found] == [0, 0, 0]
     out = capsys.readouterr().out
     assert out.count("WARNING held_out: no demonstrations are held out") == 1
     assert out.index("WARNING warmup") < out.index("1/4")  # before the first step
@@ -156,7 +163,7 @@ def test_a_run_says_them_once_and_a_resume_what_is_new(tiny: Path, tmp_path: Pat
     assert "WARNING" not in capsys.readouterr().out
     assert recorded(tmp_path) == found
     train(dataclasses.replace(config, epochs=30.0))
-    assert [row["name"] for row in recorded(tmp_path)] == ["held_out", "warmup", "repeated"]
+    assert [row["name"] for row in recorded(tmp_path)][3:] == ["repeated"]
 
 
 def test_a_held_out_part_that_is_too_long_ends_no_run(tiny: Path, tmp_path: Path, capsys):
@@ -193,7 +200,7 @@ def test_ppo_says_what_it_trains_on_of_what_it_holds_out(tiny: Path, tmp_path: P
     data = dataclasses.replace(data, valid=None, valid_fraction=0.0)
     train(ppo_config(tiny, tmp_path / "none", data=data, iterations=1))
     (message,) = (r["message"] for r in recorded(tmp_path / "none") if r["name"] == "held_out")
-    assert message.startswith("no prompts are held out (data.valid_fraction 0 of 24)")
+    assert message.startswith("no prompts are held out (--data.valid-fraction 0 of 24)")
 
 
 @pytest.mark.parametrize("role", ["reward_model", "reference"])

@@ -38,6 +38,32 @@ def test_plain_prompts_for_a_model_that_has_a_chat_template_are_said():
     assert prompt_cautions(Renderer(trained), PLAIN) == []
 
 
+def test_pairs_that_stay_texts_are_not_told_to_be_messages_again():
+    form = PromptFormat(chat="template", plain_prompts="message", system="Be brief.")
+    cut = [Prompt("\n\nHuman: Why?\n\nAssistant:")]
+    found = prompt_cautions(Renderer(form), cut)
+    assert [alarm.name for alarm in found] == ["prompt_form", "system"]
+    for alarm in found:
+        assert "cut out of pairs, which stay texts" in alarm.message
+        assert "--data.fields hh" in alarm.message and "has each read" not in alarm.message
+
+
+def test_prompts_that_are_no_dialogues_in_text_are_said_to_a_run_of_such():
+    form = PromptFormat(trained_on=(TEXTS,), text_turns="\n\nHuman:")
+    (alarm,) = prompt_cautions(Renderer(form, LETTERS), PLAIN)
+    assert r"write prompts as '\n\nHuman: ...\n\nAssistant:'" in alarm.message
+    turns = [*PLAIN, Prompt("\n\nHuman: Why?\n\nAssistant:")]
+    assert prompt_cautions(Renderer(form, LETTERS), turns) == []
+
+
+def test_whitespace_that_closes_prompts_which_end_in_whitespace_is_said():
+    spaced = Prompt("Why? ", "\n")
+    (alarm,) = prompt_cautions(Renderer(None, LETTERS), [spaced, spaced, PLAIN[0]])
+    assert alarm.name == "prompt_seam"
+    assert alarm.message.startswith("2 of 3 prompts end in whitespace, and '\\n' closes them")
+    assert prompt_cautions(Renderer(None, LETTERS), [spaced, PLAIN[0]]) == []
+
+
 def test_a_system_message_that_is_in_no_prompt_is_said():
     by = Renderer(PromptFormat(system="Be brief."))
     assert [alarm.name for alarm in prompt_cautions(by, PLAIN)] == ["system"]

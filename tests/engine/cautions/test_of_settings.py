@@ -40,7 +40,7 @@ def test_a_warm_up_must_end_within_the_run():
     assert schedule_cautions("adam", adam, 21) == []
     message = only(schedule_cautions("adam", adam, 20))
     assert "adam.warmup 20 outlasts the run of 20 steps" in message
-    assert "ends at 0.000955 and never reaches adam.lr 0.001" in message  # 0.1 + 0.9 x 19 / 20
+    assert "ends at 0.000955 and never reaches --adam.lr 0.001" in message  # 0.1 + 0.9 x 19 / 20
 
 
 def test_rates_that_teach_nothing_or_too_much():
@@ -101,7 +101,7 @@ def test_intervals_beyond_the_run():
     assert interval_cautions(SaveConfig(save_every=22), 22, 22) == []
     found = interval_cautions(SaveConfig(save_every=23), 23, 22)
     assert names(found) == ["save_every", "eval_every"]
-    assert "save_every 23 is beyond the run's 22 steps" in found[0].message
+    assert "save-every 23 is beyond the run's 22 steps" in found[0].message
     never = SaveConfig(save_every_minutes=0.0)
     assert names(interval_cautions(never, None, 22)) == ["no_saves"]
     assert interval_cautions(SaveConfig(), 0, 22) == []

@@ -16,10 +16,10 @@ def report(num_kept: int, num_long_prompts: int, num_long_sequences: int) -> Len
 def test_the_limit_that_binds_is_named():
     context = context_limit(256, can_grow=True)
     limits = training_limits(max_tokens=1024, max_prompt_tokens=128, context=context)
-    assert limits.prompt == Limit(128, "data.max_prompt_tokens")
+    assert limits.prompt == Limit(128, "--data.max-prompt-tokens")
     assert limits.whole == Limit(256, "the model's context; --size small has 512")
     limits = training_limits(max_tokens=100, max_prompt_tokens=128, context=context)
-    assert limits.whole == Limit(100, "data.max_tokens")
+    assert limits.whole == Limit(100, "--data.max-tokens")
     # Of equal ones the context: to raise the setting would not help.
     limits = training_limits(max_tokens=256, max_prompt_tokens=256, context=context)
     assert limits.whole == limits.prompt == context
@@ -40,7 +40,8 @@ def test_nothing_left_is_an_error_that_says_what_and_why():
         limits.check(report(0, 0, 8), "--data.train a.jsonl")
     assert str(error.value) == (
         "--data.train a.jsonl: all 8 examples are too long, 8 over 256 tokens (the model's "
-        "context; --size small has 512) in all"
+        "context; --size small has 512) in all; raise what limits them, or cut them "
+        "by --data.too-long"
     )
     with pytest.raises(UserError, match="all 3 .* 1 with a prompt over 128 tokens .*, 2 over 256"):
         limits.check(report(0, 1, 2), "x")
@@ -63,15 +64,15 @@ def test_prompts_leave_a_response_room_in_the_shortest_context():
     limits = prompt_limits(contexts, 64, max_prompt_tokens=128)
     assert limits == Limits(
         prompt=Limit(
-            32, "what sampling.max_new_tokens 64 leaves of the reward model's context of 96"
+            32, "what --sampling.max-new-tokens 64 leaves of the reward model's context of 96"
         )
     )
     assert prompt_limits(contexts, 64, max_prompt_tokens=20).prompt == Limit(
-        20, "data.max_prompt_tokens"
+        20, "--data.max-prompt-tokens"
     )
     with pytest.raises(UserError) as error:
         prompt_limits(contexts, 96, max_prompt_tokens=128, prefix="selection.")
     assert str(error.value) == (
-        "selection.sampling.max_new_tokens 96 leaves no room for a prompt in the reward model's "
+        "--selection.sampling.max-new-tokens 96 leaves no room for a prompt in the reward model's "
         "context of 96"
     )

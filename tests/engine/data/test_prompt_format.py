@@ -17,6 +17,7 @@ from engine.data.prompt_format import (
     prompt_format_beside,
     prompt_format_of,
     read_prompt_format,
+    text_turns_in,
     trained_on,
     write_prompt_format,
 )
@@ -24,6 +25,7 @@ from engine.data.renderer import Renderer
 from engine.errors import UserError
 from tests.fuzzing import fuzzed
 
+HH, OPEN = "\n\nHuman: ", "\n\nAssistant:"
 TRAINED = PromptFormat(trained_on=(TEXTS, DIALOGUES))
 
 
@@ -119,7 +121,7 @@ def test_what_is_no_format_is_named(tmp_path: Path, change):
         ((DIALOGUES,), {"chat": "template", "chat_template": "ab"}, "chat"),
         ((DIALOGUES,), {"system": "Be brief."}, "system"),
         ((DIALOGUES,), {"separator": "\n"}, "separator"),
-        ((TEXTS,), {"closes_open": True}, "closes_open"),
+        ((TEXTS, DIALOGUES), {"closes_open": True, "leaves_spaced": True}, ""),  # a prompt's matter
     ],
 )
 def test_what_a_run_was_trained_with_differs_and_nothing_else(kinds, change, found):
@@ -142,12 +144,67 @@ def test_two_templates_differ_where_both_are_known():
     assert kept.having({"chat": "template", "system": None}) == kept
 
 
-def test_a_prompt_is_open_where_it_shows():
-    assert PromptFormat().is_open("\n\nHuman: a\n\nAssistant:")
-    assert PromptFormat().is_open("a\n") and PromptFormat().is_open("a ")
-    assert not PromptFormat().is_open("a")
-    marked = PromptFormat(prompt_suffix="\n\n### Response:\n")  # says more than a space
-    assert not marked.is_open("a\n")
+@pytest.mark.parametrize(
+    ("suffix", "text", "closed"),
+    [
+        ("\n", "a", "a\n"),
+        ("\n", "a\n", "a\n"),
+        ("\n", "a ", "a \n"),
+        ("\n", "a\n\n", "a\n\n"),
+        ("\n\n", "a\n", "a\n\n"),
+        (" =>", "a", "a =>"),
+        (" =>", "a ", "a =>"),
+        (" =>", "a =>", "a =>"),
+        ("\n\n### Response:\n", "a\n", "a\n\n### Response:\n"),
+        ("\n\n### Response:\n", "a\n\n### Response:\n", "a\n\n### Response:\n"),
+        ("=>", "1 + 1 =", "1 + 1 ==>"),
+        ("", "a ", "a "),
+        (" =>", f"{HH}Why?{OPEN}", f"{HH}Why?{OPEN}"),
+    ],
+)
+def test_a_closed_prompt_ends_in_the_suffix_once(suffix, text, closed):
+    form = PromptFormat(prompt_suffix=suffix)
+    assert text + form.closing(text) == closed
+    assert form.closing(closed) == ""
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "closing"),
+    [("\n", "a ", ""), ("\n\n", "a\n", ""), (" =>", "a =>", " =>"), (" =>", f"{HH}a{OPEN}", "")],
+)
+def test_a_file_of_before_closes_as_it_did(tmp_path: Path, suffix, text, closing):
+    values = dataclasses.asdict(PromptFormat(prompt_suffix=suffix))
+    del values["leaves_spaced"], values["text_turns"]
+    (tmp_path / "prompt_format.json").write_text(json.dumps(values))
+    form = read_prompt_format(tmp_path)
+    assert form.closing(text) == closing
+    write_prompt_format(form, tmp_path)
+    assert read_prompt_format(tmp_path) == form
+
+
+def test_dialogues_in_text_are_known_by_their_beginning_and_end():
+    form = PromptFormat()
+    assert form.text_turns_of(f"{HH}a{OPEN}") == "\n\nHuman:"
+    assert form.text_turns_of(f"Human: a{OPEN}") == "Human:"
+    assert form.text_turns_of(f"{HH}a") == form.text_turns_of(f"a{OPEN}") == ""
+    texts = [Prompt(f"{HH}a{OPEN}")]
+    assert text_turns_in(form, texts * 2 + [Prompt("a")]) == "\n\nHuman:"
+    assert text_turns_in(form, [*texts, Prompt("a")]) == ""
+    kept = PromptFormat(text_turns="Human:")
+    assert text_turns_in(kept, [Prompt("a", is_dialogue=True)]) == "Human:"
+    assert text_turns_in(kept, [Prompt("a")]) == ""
+
+
+@pytest.mark.parametrize("begin", ["\n\nHuman:", "Human:", "User:"])
+def test_a_dialogue_in_text_is_written_as_its_file_has_it(begin: str):
+    form = PromptFormat(text_turns=begin)
+    said = [{"role": "user", "content": "a"}]
+    assert form.in_text(said) == f"{begin} a{OPEN}"
+    said += [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    name = begin.strip()
+    assert form.in_text(said) == f"{begin} a{OPEN} b\n\n{name} c{OPEN}"
+    assert form.text_turns_of(form.in_text(said)) == begin
+    assert form.next_text_turn == f"\n\n{name}"
 
 
 def test_kinds_add_up():

@@ -75,7 +75,9 @@ def test_a_dialogue_is_rendered_with_the_reply_open():
     [
         ("Why?", False, "\n", True),
         ("Why?", True, "\n", False),  # "The sky is| blue"
-        ("Why? ", False, "\n", False),
+        ("Why? ", False, "\n", True),
+        ("Why?\n", False, "\n", False),
+        ("Why?\n", True, " =>", False),
         ("Why?\n", False, " =>", True),
         (HH, False, "\n", False),
         (HH, False, " =>", False),
@@ -90,6 +92,20 @@ def test_a_plain_prompt_is_closed_unless_it_is_open(text, is_cut, suffix, closed
     assert old.prompt(question) == Prompt(text, suffix)
     assert old.prompt(asked(USER)).suffix == suffix  # as runs of before had it
     assert old.reply(question, "x") == Reply("x")
+
+
+def test_who_closes_a_prompt_otherwise_is_named_with_it():
+    old = PromptFormat(closes_open=True, trained_on=(TEXTS, DIALOGUES))
+    by = Renderer(PromptFormat(), others={"--reward-model runs/rm": old})
+    assert by.prompt(Asked("Why?")) == Prompt("Why?", "\n")
+    said = (
+        r"--reward-model runs/rm was trained by another version, .*Assistant:' by '\\n', and .* ''"
+    )
+    for question in (asked(USER), Asked("Why?", is_cut=True), Asked(HH)):
+        with pytest.raises(UserError, match=said if not question.is_cut else "Why.*by '\\\\n'"):
+            by.prompt(question)
+    texts = Renderer(PromptFormat(), others={"it": PromptFormat(closes_open=True)})
+    assert texts.prompt(asked(USER)).suffix == ""  # that one has learned from no dialogue
 
 
 def test_a_system_message_is_put_before_dialogues_that_have_none():

@@ -143,7 +143,7 @@ def test_other_ranks_of_the_launch_are_silent(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layout": ParallelLayout(tp=8)}, "policy and reference: layout.tp 8 must divide"),
+        ({"layout": ParallelLayout(tp=8)}, "policy and reference: --layout.tp 8 must divide"),
         ({"critic_layout": ParallelLayout(pp=8)}, "critic and reward model: pp 8 .* must divide"),
         ({"layout": ParallelLayout(tp=3)}, "must divide them"),
         ({"size": "huge"}, "no size is named 'huge'"),
@@ -179,14 +179,14 @@ def test_run_that_needs_more_memory_is_refused_after_its_plan(capsys):
     [
         ("ppo", {"rollout_batch_size": 36, "minibatch_size": 12}, {}, "multiple of dp 8"),
         ("ppo", {"minibatch_size": 4} | CRITIC_DP8, {}, "of the critic's dp 8"),
-        ("ppo", {"micro_batch_tokens": 200}, {}, "micro_batch_tokens 200 must be at least 224"),
+        ("ppo", {"micro_batch_tokens": 200}, {}, "micro-batch-tokens 200 must be at least 224"),
         ("ppo", {}, {"max_prompt_tokens": 200}, "200 .* 96 = 296 exceed the context of 256"),
-        ("ppo", {}, {"pretraining_tokens": 512}, "data.pretraining_tokens 512 is more than"),
-        ("sft", {"batch_size": 12}, {}, "batch_size 12 must be a multiple of dp 8"),
-        ("sft", {}, {"max_tokens": 512}, "data.max_tokens 512 is more than"),
+        ("ppo", {}, {"pretraining_tokens": 512}, "data.pretraining-tokens 512 is more than"),
+        ("sft", {"batch_size": 12}, {}, "batch-size 12 must be a multiple of dp 8"),
+        ("sft", {}, {"max_tokens": 512}, "data.max-tokens 512 is more than"),
         ("sft", {}, {"max_prompt_tokens": 256}, "leaves no room for a response"),
-        ("init", {}, {"pretraining_tokens": 512}, "data.pretraining_tokens 512 is more than"),
-        ("rm", {"micro_batch_tokens": 128}, {}, "micro_batch_tokens 128 must be at least 256"),
+        ("init", {}, {"pretraining_tokens": 512}, "data.pretraining-tokens 512 is more than"),
+        ("rm", {"micro_batch_tokens": 128}, {}, "micro-batch-tokens 128 must be at least 256"),
     ],
 )
 def test_batch_that_does_not_fit_is_refused(stage, changes, data, message):
@@ -222,10 +222,10 @@ def test_generation_in_a_layout_of_its_own_is_built_too(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("generation: ") and "tp 2 x pp 1 x dp 2" in line for line in lines)
     bad = dataclasses.replace(config, generation_layout=ParallelLayout(tp=8))
-    with pytest.raises(UserError, match="generation: layout.tp 8 must divide"):
+    with pytest.raises(UserError, match="generation: --layout.tp 8 must divide"):
         dry_run(bad, 8)
     staged = dataclasses.replace(config, generation_layout=ParallelLayout(pp=4))
-    with pytest.raises(UserError, match="generation_layout: .* without pipeline, not to pp 4"):
+    with pytest.raises(UserError, match="--generation-layout: .* without pipeline, not to pp 4"):
         dry_run(staged, 4)
 
 

@@ -14,7 +14,7 @@ from engine.data.prompt_format import PromptFormat, read_prompt_format, write_pr
 from engine.data.renderer import Renderer
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.huggingface.convert import convert
-from engine.huggingface.export_chat import export_chat, turns_template
+from engine.huggingface.export_chat import export_chat, text_template, turns_template
 from engine.huggingface.export_tokenizer import export_tokenizer
 from engine.settings.convert import ConvertConfig
 from engine.settings.generate import GenerateConfig
@@ -28,6 +28,7 @@ USER = {"role": "user", "content": "Why does 'the mill' cost {{ 3 }}?\n\u6f22"}
 REPLY = {"role": "assistant", "content": "So."}
 DIALOGUES = [[USER], [SYSTEM, USER], [USER, REPLY, USER], [SYSTEM, USER, REPLY, USER]]
 TURNS = PromptFormat(trained_on=("dialogues",))
+IN_TEXT = PromptFormat(trained_on=("texts",), text_turns="\n\nHuman:")
 FORMS = {
     "turns": TURNS,
     "a system": PromptFormat(system="Be 'kind'.\n\U0001f600", trained_on=("dialogues",)),
@@ -103,18 +104,40 @@ def test_a_sentencepiece_model_is_asked_alike(tmp_path, tokenizer):
         (PromptFormat(chat="template", trained_on=("dialogues",)), "theirs"),
         (TURNS, "turns"),
         (PromptFormat(trained_on=("texts",)), None),
+        (PromptFormat(chat="template", chat_template="ab", trained_on=("texts",)), None),
+        (IN_TEXT, "text"),
     ],
 )
 def test_a_template_that_was_not_trained_by_does_not_stay(tmp_path, form, template):
     tokenizer = load_tokenizer(folder_of(tmp_path / "theirs", TEMPLATES["chatml"]))
     out = exported(tmp_path, tokenizer, form)
     found = json.loads((out / "tokenizer_config.json").read_text()).get("chat_template")
-    wanted = {"theirs": TEMPLATES["chatml"], "turns": turns_template(TURNS, tokenizer), None: None}
+    wanted = {
+        "theirs": TEMPLATES["chatml"],
+        "turns": turns_template(TURNS, tokenizer),
+        "text": text_template(IN_TEXT, tokenizer),
+        None: None,
+    }
     assert found == wanted[template]
     kept = form if form is not None and form.trained_on else None
+    if kept is not None and template is None:
+        kept = dataclasses.replace(kept, chat="turns", chat_template="")
     assert read_prompt_format(out) == kept
+    (out / "tokenizer_config.json").write_text(json.dumps({"chat_template": "theirs"}))
     note = export_chat(tmp_path / "run", tokenizer, out)
-    assert ("its chat template is left out" in note) == (template == "turns")  # it is there anew
+    assert ("its chat template is left out" in note) == (template != "theirs")
+    assert ("ask in plain prompts, closed by '\\n'" in note) == (template is None)
+
+
+def test_dialogues_in_text_are_those_of_transformers_by_the_template_that_is_written(tmp_path):
+    tokenizer = load_tokenizer(folder_of(tmp_path / "theirs", TEMPLATES["chatml"]))
+    theirs = AutoTokenizer.from_pretrained(exported(tmp_path, tokenizer, IN_TEXT))
+    for messages in (DIALOGUES[0], DIALOGUES[2]):
+        opened = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        asked = tokenizer.encode(IN_TEXT.in_text(messages))
+        assert opened["input_ids"] == [*tokenizer.bos_ids, *asked]
+    with pytest.raises(Exception, match="no such role: system"):
+        theirs.apply_chat_template(DIALOGUES[1])
 
 
 def test_a_system_message_that_no_template_writes_is_told(tmp_path):

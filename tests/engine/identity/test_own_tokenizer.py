@@ -24,6 +24,18 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+def test_a_path_with_nothing_there_is_refused_unless_it_was_given_before(directory: Path):
+    before, run = recorded(directory), run_in(directory)
+    nowhere = directory.parent / "nowhere.json"
+    for earlier in (before, TokenizerRecord()):
+        with pytest.raises(
+            UserError, match=r"--tokenizer .*nowhere.json: no such file or folder; "
+        ):
+            tokenizer_now(run, nowhere, earlier)
+    (directory.parent / "first.json").unlink()
+    assert tokenizer_now(run, directory.parent / "first.json", before) == before
+
+
 def run_in(directory: Path, tokenizer: Path | None = None) -> Any:
     own = load_tokenizer(tokenizer or directory / "tokenizer")
     return SimpleNamespace(directory=directory, tokenizer=own)

@@ -13,7 +13,7 @@ from engine.errors import UserError
 from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
 from engine.settings.sft import SelectionConfig, SFTConfig
-from tests.tiny import ppo_config, rm_config, sft_config, train
+from tests.tiny import ppo_config, rm_config, sft_config, train, write_lines
 
 BOTH = ("texts", "dialogues")
 
@@ -112,6 +112,24 @@ def test_networks_of_ppo_were_trained_in_one_form(tiny, tmp_path, policy):
     reference = kept(tmp_path / "reference", other, tiny / "reference")
     with pytest.raises(UserError, match="--reference .* '' there, ' =>' here; train that one in"):
         train(dataclasses.replace(config, reference=reference))
+
+
+def test_a_reward_model_of_before_goes_with_a_new_policy_where_nothing_differs(tiny, tmp_path):
+    form = PromptFormat(trained_on=("texts",))
+    policy = kept(tmp_path / "policy", form, tiny / "policy")
+    reward_model = Path(shutil.copytree(tiny / "reward_model", tmp_path / "rm"))
+    data = {"train": "comparisons.jsonl", "prompt_suffix": "\n"}
+    (reward_model / "config.json").write_text(json.dumps({"data": data}))
+    config = ppo(tiny, tmp_path / "ppo")
+    config = dataclasses.replace(config, policy=policy, reward_model=reward_model)
+    asked = {"messages": [{"role": "user", "content": "mill"}]}
+    dialogues = write_lines(tmp_path / "dialogues.jsonl", [asked])
+    with pytest.raises(UserError, match="--reward-model .*rm was trained by another version, "):
+        train(changed(config, prompts=dialogues))
+    train(config)
+    assert not read_prompt_format(config.directory).closes_open
+    (reward_model / "config.json").unlink()
+    train(dataclasses.replace(config, iterations=2))
 
 
 def test_a_policy_of_dialogues_takes_plain_prompts_as_its_reward_model_does(tiny, tmp_path):

@@ -69,5 +69,5 @@ def test_price_that_is_none_is_an_error(price: float):
     ("name", "value"), [("links", 0.0), ("memory", 1.01), ("latency_us", -1.0)]
 )
 def test_assumption_that_means_nothing_is_an_error(name: str, value: float):
-    with pytest.raises(UserError, match=f"{name} must be"):
+    with pytest.raises(UserError, match=f"{name.replace('_', '-')} must be"):
         Assumptions(**{name: value})

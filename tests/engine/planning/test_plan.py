@@ -214,7 +214,7 @@ def test_plan_needs_no_torch_and_is_printed():
         (["sft_6b", "--gpu", "v100"], "no GPU is named 'v100'; the GPUs are a100, h100"),
         (["sft_6b", "--gpus", "0"], "--gpus must be at least 1, got 0"),
         (["sft_6b", "--gpus", "12"], "12 ranks cannot be split"),
-        (["sft_6b", "--layout.tp", "3"], "layout.tp 3 must divide the model's 32 heads"),
+        (["sft_6b", "--layout.tp", "3"], "--layout.tp 3 must divide the model's 32 heads"),
         (["sft_6b", "--size", "7b"], "no size is named '7b'"),
         (["sft_6b", "--no-such-option"], "no-such-option"),
         (["ppo_6b", "--size", ""], "a plan needs --size, for --policy runs/init_6b is not there"),

@@ -61,5 +61,5 @@ def test_longer_responses_take_longer():
 
 @pytest.mark.parametrize("name", ["comparisons", "completions", "response_tokens"])
 def test_workload_without_examples_is_refused(name: str):
-    with pytest.raises(UserError, match=f"workload.{name} must be"):
+    with pytest.raises(UserError, match=f"workload.{name.replace('_', '-')} must be"):
         Workload(**{name: 0})

@@ -63,6 +63,14 @@ def test_passes_are_as_many_as_the_counts_need(config: QuickstartConfig, files: 
     assert pretraining_stage(twice, files).epochs == 2.0
 
 
+def test_held_out_numbers_come_within_a_short_run(config: QuickstartConfig, files: Files):
+    stages = {"pretrain": pretraining_stage, "sft": sft_stage, "rm": rm_stage}
+    for name, make in stages.items():
+        for every, found in ((1, 1), (0, 0), (None, None), (10**6, None)):
+            stage = dataclasses.replace(getattr(config, name), eval_every=every)
+            assert make(dataclasses.replace(config, **{name: stage}), files).eval_every == found
+
+
 def test_ppo_has_pretraining_gradients_under_one_of_its_names(config, files: Files):
     with_ptx, without = (ppo_stage(config, files, name) for name in ("ppo_ptx", "ppo"))
     assert (with_ptx.ptx_coef, without.ptx_coef) == (config.ppo.ptx_coef, 0.0)

@@ -76,7 +76,7 @@ class Job:
 def test_what_no_run_could_hold_is_named(job: Job, cause: str):
     with pytest.raises(UserError) as error:
         check_values(job, nameless=("stage",))
-    assert str(error.value).startswith(cause)
+    assert str(error.value).startswith(f"--{cause}")
     assert len(str(error.value)) < 300
 
 

@@ -10,6 +10,7 @@ from engine.settings.command_line import as_options, parse_config
 from engine.settings.layout import ParallelLayout
 from engine.settings.ppo import PPOConfig
 from engine.settings.saved import changed_fields, save_config
+from engine.settings.tokenizer import TokenizerConfig
 from tests.engine.settings.small_stage import DataConfig, Rule, StageConfig, fails_with
 
 ROOT = Path(__file__).parents[3]
@@ -25,6 +26,16 @@ def test_options_replace_fields_of_the_default():
 
 def test_no_option_leaves_the_default():
     assert parse_config(StageConfig(steps=7), []) == StageConfig(steps=7)
+
+
+def test_home_is_meant_by_a_tilde_before_any_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["--data.prompts=~/a.jsonl@2,~/b,c~", "--policy", "~", "--directory=x/~"]
+    found = parse_config(PPOConfig(), words)
+    assert str(found.data.prompts) == "/home/me/a.jsonl@2,/home/me/b,c~"
+    assert (found.policy, found.directory) == (Path("/home/me"), Path("x/~"))
+    files = parse_config(TokenizerConfig(), ["--files", "~/a", "b"]).files
+    assert files == (Path("/home/me/a"), Path("b"))
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_a_horizon_must_outlast_an_iteration(horizon: int, fits: bool):
         return
     with pytest.raises(UserError) as error:
         config.check_batch(64)
-    assert f"kl.horizon {horizon} must be over 0.2 x rollout_batch_size 64 = 12.8" in str(
+    assert f"kl.horizon {horizon} must be over 0.2 x --rollout-batch-size 64 = 12.8" in str(
         error.value
     )
 

@@ -16,12 +16,14 @@ def test_what_is_not_said_is_fp32_with_nothing_computed_again():
 
 
 def test_passes_are_computed_twice_in_deterministic_mode_alone():
-    with pytest.raises(UserError, match="recheck_every 5 wants numerics.deterministic"):
+    with pytest.raises(UserError, match="recheck-every 5 wants --numerics.deterministic"):
         Numerics(recheck_every=5)
     assert Numerics(recheck_every=5, deterministic=True).recheck_every == 5
     assert Numerics(compare_every=5).compare_every == 5
     for name in ("recheck_every", "compare_every"):
-        with pytest.raises(UserError, match=f"numerics.{name} must be at least 0"):
+        with pytest.raises(
+            UserError, match=f"numerics.{name.replace('_', '-')} must be at least 0"
+        ):
             Numerics(**{name: -1}, deterministic=True)
 
 

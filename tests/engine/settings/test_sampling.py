@@ -27,13 +27,13 @@ from engine.settings.sampling import SamplingConfig
 )
 def test_number_that_means_nothing_is_refused(name: str, value: float, rule: str):
     config = dataclasses.replace(SamplingConfig(), **{name: value})
-    with pytest.raises(UserError, match=f"sampling.{name} must {rule}"):
+    with pytest.raises(UserError, match=f"sampling.{name.replace('_', '-')} must {rule}"):
         config.check()
 
 
 def test_a_response_cannot_be_longer_at_the_least_than_at_the_most():
     SamplingConfig(min_new_tokens=64).check()
-    with pytest.raises(UserError, match="min_new_tokens 65 is more than max_new_tokens 64"):
+    with pytest.raises(UserError, match="min-new-tokens 65 is more than --sampling.max-new"):
         SamplingConfig(min_new_tokens=65).check()
 
 

@@ -10,17 +10,17 @@ from engine.settings.alarms import AlarmConfig
     ("change", "cause"),
     [
         ({"patience": 0}, "alarms.patience must be at least 1, got 0"),
-        ({"max_kl": 0.0}, "alarms.max_kl must be positive, got 0.0"),
-        ({"max_length_drift": -1.0}, "alarms.max_length_drift must be positive, got -1.0"),
-        ({"value_loss_factor": math.inf}, "alarms.value_loss_factor must be finite, got inf"),
-        ({"min_eos_rate": 1.5}, "alarms.min_eos_rate must be from 0 to 1, got 1.5"),
-        ({"max_clip_fraction": -0.5}, "alarms.max_clip_fraction must be from 0 to 1, got -0.5"),
+        ({"max_kl": 0.0}, "alarms.max-kl must be positive, got 0.0"),
+        ({"max_length_drift": -1.0}, "alarms.max-length-drift must be positive, got -1.0"),
+        ({"value_loss_factor": math.inf}, "alarms.value-loss-factor must be finite, got inf"),
+        ({"min_eos_rate": 1.5}, "alarms.min-eos-rate must be from 0 to 1, got 1.5"),
+        ({"max_clip_fraction": -0.5}, "alarms.max-clip-fraction must be from 0 to 1, got -0.5"),
     ],
 )
 def test_a_limit_that_means_nothing_is_an_error(change: dict[str, float], cause: str):
     with pytest.raises(UserError) as error:
         AlarmConfig(**change)
-    assert str(error.value) == cause
+    assert str(error.value) == f"--{cause}"
 
 
 def test_limits_that_are_never_reached_turn_an_alarm_off():

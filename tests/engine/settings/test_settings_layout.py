@@ -29,13 +29,16 @@ def test_world_that_the_model_does_not_divide_is_an_error():
     ("layout", "cause"),
     [
         (ParallelLayout(tp=3), "tp 3 must divide the model's 4 heads"),
-        (ParallelLayout(pp=3), "pp 3 x virtual_pp 1 must divide the 4 layers"),
-        (ParallelLayout(pp=2, virtual_pp=4), "pp 2 x virtual_pp 4 must divide the 4 layers"),
-        (ParallelLayout(virtual_pp=2), "virtual_pp needs layout.pp > 1"),
-        (ParallelLayout(sequence_parallel=True), "sequence_parallel needs layout.tp > 1"),
+        (ParallelLayout(pp=3), "pp 3 x --layout.virtual-pp 1 must divide the 4 layers"),
+        (
+            ParallelLayout(pp=2, virtual_pp=4),
+            "--layout.virtual-pp 4 must divide the 4 layers",
+        ),
+        (ParallelLayout(virtual_pp=2), "virtual-pp needs --layout.pp > 1"),
+        (ParallelLayout(sequence_parallel=True), "sequence-parallel needs --layout.tp > 1"),
         (
             ParallelLayout(overlap_grad_reduce=False, overlap_param_gather=True),
-            "overlap_param_gather needs layout.overlap_grad_reduce",
+            "overlap-param-gather needs --layout.overlap-grad-reduce",
         ),
         (ParallelLayout(tp=0), "layout.tp must be at least 1, got 0"),
         (ParallelLayout(pp=-1), "layout.pp must be at least 1, got -1"),

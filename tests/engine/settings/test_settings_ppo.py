@@ -32,38 +32,38 @@ def test_learning_rates_are_constant_after_ten_iterations_from_a_tenth():
     ("change", "cause"),
     [
         ({"iterations": 0}, "iterations must be at least 1, got 0"),
-        ({"ppo_epochs": 0}, "ppo_epochs must be at least 1, got 0"),
-        ({"show_every": 0}, "show_every must be at least 1, got 0"),
-        ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1, got 0"),
-        ({"ptx_examples_per_episode": 0}, "ptx_examples_per_episode must be at least 1, got 0"),
+        ({"ppo_epochs": 0}, "ppo-epochs must be at least 1, got 0"),
+        ({"show_every": 0}, "show-every must be at least 1, got 0"),
+        ({"micro_batch_tokens": 0}, "micro-batch-tokens must be at least 1, got 0"),
+        ({"ptx_examples_per_episode": 0}, "ptx-examples-per-episode must be at least 1, got 0"),
         ({"cliprange": 0.0}, "cliprange must be positive, got 0.0"),
-        ({"value_cliprange": 0.0}, "value_cliprange must be positive, got 0.0"),
-        ({"eos_penalty": -1.0}, "eos_penalty must be at least 0, got -1.0"),
-        ({"ptx_coef": -1.0}, "ptx_coef must be at least 0, got -1.0"),
-        ({"num_shown": -1}, "num_shown must be at least 0, got -1"),
-        ({"eval_every": -1}, "eval_every must be at least 0, got -1"),
+        ({"value_cliprange": 0.0}, "value-cliprange must be positive, got 0.0"),
+        ({"eos_penalty": -1.0}, "eos-penalty must be at least 0, got -1.0"),
+        ({"ptx_coef": -1.0}, "ptx-coef must be at least 0, got -1.0"),
+        ({"num_shown": -1}, "num-shown must be at least 0, got -1"),
+        ({"eval_every": -1}, "eval-every must be at least 0, got -1"),
         ({"gamma": 1.1}, "gamma must be from 0 to 1, got 1.1"),
         ({"lam": 1.1}, "lam must be from 0 to 1, got 1.1"),
-        ({"ema_decay": 1.1}, "ema_decay must be from 0 to 1, got 1.1"),
+        ({"ema_decay": 1.1}, "ema-decay must be from 0 to 1, got 1.1"),
     ],
 )
 def test_a_number_that_means_nothing_is_an_error(change: dict[str, float], cause: str):
     with pytest.raises(UserError) as error:
         PPOConfig(**change)
-    assert str(error.value) == cause
+    assert str(error.value) == f"--{cause}"
 
 
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        ({"valid_fraction": 1.5}, "data.valid_fraction must be from 0 to 1, got 1.5"),
-        ({"num_valid": 0}, "data.num_valid must be at least 1, got 0"),
+        ({"valid_fraction": 1.5}, "data.valid-fraction must be from 0 to 1, got 1.5"),
+        ({"num_valid": 0}, "data.num-valid must be at least 1, got 0"),
     ],
 )
 def test_a_held_out_part_that_means_nothing_is_an_error(change: dict[str, float], cause: str):
     with pytest.raises(UserError) as error:
         PPOData(**change)
-    assert str(error.value) == cause
+    assert str(error.value) == f"--{cause}"
 
 
 def test_no_value_clip_and_no_pretraining_gradients_are_choices():
@@ -90,7 +90,7 @@ def test_a_layout_to_generate_in_is_one_that_weights_can_be_copied_to():
     pipeline = ParallelLayout(pp=2)
     PPOConfig(layout=pipeline, generation_layout=ParallelLayout(tp=2)).check_generation_layout()
     same = PPOConfig(layout=ParallelLayout(tp=2), generation_layout=ParallelLayout(tp=2))
-    with pytest.raises(UserError, match="^generation_layout: tp 2 x pp 1 is the layout that"):
+    with pytest.raises(UserError, match="^--generation-layout: tp 2 x pp 1 is the layout that"):
         same.check_generation_layout()
-    with pytest.raises(UserError, match="^generation_layout: weights are copied to a layout with"):
+    with pytest.raises(UserError, match="^--generation-layout: weights are copied to a layout"):
         PPOConfig(generation_layout=pipeline).check_generation_layout()

@@ -17,7 +17,7 @@ def test_nothing_leaves_the_gpu_unless_it_is_told_to():
 def test_a_bucket_moves_something_and_wastes_no_pinned_memory():
     mib = ResidencyConfig().bucket_mib
     assert mib & (mib - 1) == 0  # a power of two
-    with pytest.raises(UserError, match="residency.bucket_mib must be at least 1, got 0"):
+    with pytest.raises(UserError, match="residency.bucket-mib must be at least 1, got 0"):
         ResidencyConfig(bucket_mib=0)
 
 

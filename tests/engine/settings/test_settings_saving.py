@@ -3,6 +3,7 @@ import math
 import pytest
 
 from engine.errors import UserError
+from engine.settings.checks import option_of
 from engine.settings.saving import SaveConfig
 
 
@@ -23,7 +24,7 @@ def test_by_default_the_last_two_are_kept_and_written_beside_training():
 )
 def test_number_that_cannot_be_is_an_error(name: str, values: list):
     for value in values:
-        with pytest.raises(UserError, match=name):
+        with pytest.raises(UserError, match=name.replace("_", "-")):
             SaveConfig(**{name: value})
 
 
@@ -31,5 +32,5 @@ def test_number_that_cannot_be_is_an_error(name: str, values: list):
 def test_metric_is_named_as_metrics_are(name: str):
     SaveConfig(**{name: "valid/loss"})
     for value in ("loss", "valid/\x1b[2J", "a\nb/c"):
-        with pytest.raises(UserError, match=f"{name} must name a metric such as valid/loss"):
+        with pytest.raises(UserError, match=f"{option_of(name)} must name a metric such as"):
             SaveConfig(**{name: value})

@@ -33,7 +33,7 @@ def test_by_default_every_step_is_taken():
 )
 def test_number_that_cannot_be_is_an_error(name: str, values: list):
     for value in values:
-        with pytest.raises(UserError, match=f"spikes.{name} "):
+        with pytest.raises(UserError, match=f"spikes.{name.replace('_', '-')} "):
             SpikeConfig(**{name: value})
 
 

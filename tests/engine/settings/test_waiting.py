@@ -8,7 +8,7 @@ from engine.settings.waiting import WaitingConfig
 @pytest.mark.parametrize("name", ["join_seconds", "silence_seconds"])
 def test_waiting_must_be_for_some_time(name: str):
     for value in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(UserError, match=f"waiting.{name}"):
+        with pytest.raises(UserError, match=f"waiting.{name.replace('_', '-')}"):
             WaitingConfig(**{name: value})
 
 
