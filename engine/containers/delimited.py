@@ -2,23 +2,18 @@
 a quoted cell has line ends in it."""
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.containers.json_lines import UTF8_BOM, not_utf8, without_nulls
+from engine.containers.json_lines import UTF8_BOM, not_utf8
 from engine.containers.lines import MAX_LINE_BYTES, read_lines
 from engine.containers.row import BadRecord, RowOrBad
-from engine.errors import UserError, cut, named, quoted
+from engine.errors import UserError, named, quoted
 from engine.files import MAX_SHOWN_PATH
 
 _MAX_COLUMNS = 4096  # our choice: public sets have up to a hundred
-# Cells of these columns are JSON where they begin as a list or an object does. Any other cell is
-# text: a prompt may be "[1, 2]".
-_LISTS = {"messages", "conversations", "conversation", "completions", "ranks", "scores"}
-_PERHAPS_CHATS = {"prompt", "response", "chosen", "rejected", "completion"}  # where all have a role
 
 
 def delimited_rows(
@@ -29,7 +24,7 @@ def delimited_rows(
     delimiter: str,
 ) -> Iterator[RowOrBad]:
     """Yield the rows of a file, without the cells that are empty; options and errors as those of
-    read_rows. All cells are text, but for the lists in some columns."""
+    read_rows. All cells are text; engine/shapes/held_lists.py knows which of them are lists."""
     lines = _Lines(path, reached, seen)
     csv.field_size_limit(MAX_LINE_BYTES)  # the library's own is 128 KiB, for all of a process
     header: list[str] = []
@@ -133,21 +128,4 @@ def _row(header: list[str], cells: list[str]) -> dict[str, Any] | BadRecord:
         if cell == "":
             continue
         row[name] = cell
-        if cell[0] in "[{" and (name in _LISTS or name in _PERHAPS_CHATS):
-            try:
-                row[name] = _parsed(name, cell)
-            except BadRecord as error:
-                return error
     return row
-
-
-def _parsed(name: str, cell: str) -> Any:
-    try:
-        value = without_nulls(json.loads(cell))
-    except (ValueError, RecursionError) as error:
-        if name in _PERHAPS_CHATS:
-            return cell
-        how = " (Python's way to write a list? write it by json.dumps)" if "'" in cell else ""
-        raise BadRecord(f"is no JSON: {cut(str(error))}{how}", field=name) from None
-    is_chat = isinstance(value, list) and all(isinstance(e, dict) and "role" in e for e in value)
-    return value if name in _LISTS or is_chat and value else cell

@@ -16,6 +16,7 @@ from engine.containers.rows import read_rows
 from engine.containers.sources import DataSource, one_source, sources_of
 from engine.errors import UserError, named
 from engine.files import MAX_SHOWN_PATH, replacing
+from engine.shapes.held_lists import with_lists
 
 _Record = TypeVar("_Record")
 
@@ -166,7 +167,8 @@ class RecordReader(Generic[_Record]):
 
     def _rows(self) -> Iterator[RowOrBad]:
         for path in self.source.files:
-            yield from read_rows(path, self._reached, self._digest.update)
+            for where, row in read_rows(path, self._reached, self._digest.update):
+                yield where, row if isinstance(row, BadRecord) else _with_lists(row)
             self._num_files += 1
 
     def _reached(self, share: float) -> None:
@@ -187,6 +189,13 @@ class RecordReader(Generic[_Record]):
         if not self._num_bad:
             return f"{name}: the file is empty; it needs rows, such as one JSON object a line"
         return f"{name}: all {self._num_bad} lines are bad; the first: {self._first_errors[0]}"
+
+
+def _with_lists(row: dict[str, Any]) -> dict[str, Any] | BadRecord:
+    try:
+        return with_lists(row)
+    except BadRecord as error:
+        return error
 
 
 def read_records(

@@ -14,6 +14,7 @@ from typing import Any
 from engine.containers.row import BadRecord, RowOrBad, required
 from engine.errors import UserError, named, quoted
 from engine.shapes.canonical import NEEDS, LeftOut, Purpose, Row
+from engine.shapes.held_lists import with_lists
 from engine.shapes.shapes import PLAIN, SHAPES, nearly, recognised
 
 OURS = (
@@ -171,7 +172,7 @@ class Fields:
 
     def _mapped(self, row: Row) -> Row:
         kept = {key: row[key] for key in OURS if key in row and key not in self._mapping}
-        return kept | {ours: _at(row, theirs) for ours, theirs in self._mapping.items()}
+        return with_lists(kept | {ours: _at(row, theirs) for ours, theirs in self._mapping.items()})
 
     def _text(self, row: Row) -> Row:
         """Return a row of text; code and some books have it as `content`."""

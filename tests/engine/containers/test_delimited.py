@@ -18,22 +18,9 @@ def test_rows_are_named_by_their_first_lines(tmp_path: Path):
     assert read(path) == ([":2", ":5"], [{"prompt": "a\nb", "response": "c"}, {"prompt": 'd "e"'}])
 
 
-def test_lists_in_cells_are_parsed_and_texts_are_not(tmp_path: Path):
-    path = written(
-        tmp_path / "a.tsv",
-        "prompt\tcompletions\tranks\tchosen\n"
-        '[1]\t["a", "b"]\t[1, 2]\t[{"role": "user", "content": "x", "name": null}]\n'
-        "{not\t['a', 'b']\t1\t[\n",
-    )
-    _, rows = read(path)
-    assert rows[0] == {
-        "prompt": "[1]",
-        "completions": ["a", "b"],
-        "ranks": [1, 2],
-        "chosen": [{"role": "user", "content": "x"}],
-    }
-    assert rows[1].startswith('field "completions" is no JSON: Expecting value')
-    assert rows[1].endswith("(Python's way to write a list? write it by json.dumps)")
+def test_all_cells_are_text(tmp_path: Path):
+    path = written(tmp_path / "a.tsv", "prompt\tcompletions\tranks\n[1]\t[2, 3]\t1\n")
+    assert read(path)[1] == [{"prompt": "[1]", "completions": "[2, 3]", "ranks": "1"}]
 
 
 def test_a_bad_row_is_named_and_the_next_is_read(tmp_path: Path):
