@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.containers.json_lines import only_object
+from engine.containers.json_lines import ENCODING_ADVICE, only_object
 from engine.containers.lines import MAX_EMPTY_BYTES, MAX_LINE_BYTES
 from engine.containers.packed import Content, open_content
 from engine.containers.row import BadRecord, RowOrBad, json_type
@@ -229,5 +229,5 @@ class _Text:
             self.line += self._text.count("\n", self._at) + error.object.count(
                 b"\n", 0, error.start
             )
-            self.fail("not UTF-8 (Latin-1? `iconv -f latin1 -t utf-8` makes it UTF-8)")
+            self.fail(f"not UTF-8 ({ENCODING_ADVICE})")
         self._text, self._at = self._text[self._at :] + new, 0

@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.claim import holding_claims, making
+from engine.containers.json_lines import not_utf8
 from engine.containers.kinds import ENDINGS, ending_of
 from engine.containers.lines import read_lines
 from engine.containers.row import BadRecord, check_text, json_type
@@ -110,7 +111,7 @@ def texts_of(path: Path, *, skip_bad_lines: bool = False, skip_option: str = "")
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 where = f"{named(path, MAX_SHOWN_PATH)}:{number}"
-                raise UserError(f"{where}: not UTF-8: byte {error.start + 1} of the line") from None
+                raise UserError(f"{where}: {not_utf8(error.start + 1)}") from None
         if is_empty:
             raise UserError(f"{named(path, MAX_SHOWN_PATH)}: the file is empty; it needs text")
         return

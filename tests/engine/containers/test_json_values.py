@@ -98,7 +98,7 @@ def test_a_huge_record_and_empty_space_are_refused(tmp_path: Path, monkeypatch: 
 def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_bytes(b'[\n{"a": 1},\n{"a": "\xe9"}]')
-    with pytest.raises(UserError, match=r"a\.json:3: not UTF-8 \(Latin-1\?"):
+    with pytest.raises(UserError, match=r"a\.json:3: not UTF-8 \(Latin-1 or"):
         list(read_rows(path))
 
 

@@ -61,19 +61,21 @@ def test_a_table_is_told_by_its_name_or_its_tabs(tmp_path: Path):
     assert kind(tmp_path, "prompt\tresponse\n", "a.csv") == ("delimited", "\t")
     assert kind(tmp_path, "prompt\n", "a.tsv.gz") == ("delimited", "\t")
     assert kind(tmp_path, "id\tprompt\n", "a.data") == ("delimited", "\t")
-    for name, content, said in (
-        ("a.jsonl", "prompt,response\na,b\n", r"looks like CSV: have its name end in \.csv"),
-        ("a", '"question","id"\n', "looks like CSV"),
-        ("a.json", "prompt\tresponse\na\tb\n", r"looks like TSV: have its name end in \.tsv"),
-    ):
-        with pytest.raises(UserError, match=said):
-            kind(tmp_path, content, name)
     assert kind(tmp_path, "hello, world\n") == ("lines", "")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a", "a.txt", "a.parquet", "a.json"])
+def test_a_table_with_names_that_are_known_is_one_by_any_name(tmp_path: Path, name: str):
+    assert kind(tmp_path, "prompt,response\na,b\n", name) == ("delimited", ",")
+    assert kind(tmp_path, '"question";"id"\n', name) == ("delimited", ";")
+    assert kind(tmp_path, "prompt\tresponse\rx", name) == ("delimited", "\t")
+    assert kind(tmp_path, "my prompt, response\n", "a.jsonl") == ("lines", "")
+    assert kind(tmp_path, "text, and more text\n", "a.txt") == ("lines", "")
+    assert kind(tmp_path, "prompt,response\n", "a.tsv") == ("delimited", ",")
+
+
 def test_a_name_that_its_content_does_not_have_is_said(tmp_path: Path):
-    with pytest.raises(UserError, match=r"a\.parquet is called \.parquet, and is JSON: rename it"):
-        kind(tmp_path, GOOD, "a.parquet")
+    assert kind(tmp_path, GOOD, "a.parquet") == ("lines", "")
     with pytest.raises(UserError, match=r"called \.arrow, and is no such file, or a damaged one"):
         kind(tmp_path, "some text", "a.arrow")
 

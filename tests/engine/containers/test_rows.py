@@ -80,6 +80,9 @@ TEXTS: dict[str, tuple[str, bytes]] = {
     "CSV": (".csv", b"\xef\xbb\xbf" + csv_of(",")),
     "TSV": (".tsv", csv_of("\t")),
     "TSV by another name": (".csv", csv_of("\t")),
+    "CSV by another name": (".jsonl", csv_of(",")),
+    "CSV with semicolons": (".csv", csv_of(";")),
+    "CSV of old Macs": (".csv", csv_of(",").replace(b"\r\n", b"\r")),
 }
 COLUMNAR: dict[str, tuple[str, bytes]] = {
     "parquet": (".parquet", columnar(pa.parquet.write_table)),
