@@ -145,7 +145,7 @@ class RecordReader(Generic[_Record]):
                     raise row
                 record = self._parse(row)
             except BadRecord as error:
-                self._reject(f"{where}: {error}")
+                self._reject(where, error)
                 self._on_bad(where, str(error))
             else:
                 self._num_read += 1
@@ -174,12 +174,14 @@ class RecordReader(Generic[_Record]):
     def _reached(self, share: float) -> None:
         self.share_read = (self._num_files + share) / len(self.source.files)
 
-    def _reject(self, error: str) -> None:
+    def _reject(self, where: str, error: BadRecord) -> None:
+        said = f"{where}: {error}"
         if not self._skip_bad_lines:
-            raise UserError(f"{error}\n{self._advice}") from None
+            advice = "" if error.says_remedy else f"\n{self._advice}"
+            raise UserError(f"{said}{advice}") from None
         self._num_bad += 1
         if len(self._first_errors) < _NUM_FIRST_ERRORS:
-            self._first_errors.append(error)
+            self._first_errors.append(said)
 
     def _nothing_read(self) -> str:
         name = named(self.source.name, MAX_SHOWN_PATH)
