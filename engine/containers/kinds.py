@@ -53,8 +53,9 @@ def ending_of(path: Path | str) -> str:
 def kind_of(path: Path) -> tuple[str, str]:
     """Return which container a file is, and in which form.
 
-    ("lines", ""), ("values", "list" | "objects" | "object"), ("delimited", the delimiter) or
-    ("columnar", "parquet" | "arrow" | "arrow stream"). Raises UserError for a file that is none.
+    ("lines", ""), ("values", "list" | "objects" | "object"), ("delimited", the delimiter),
+    ("prompts", "") or ("columnar", "parquet" | "arrow" | "arrow stream"). Raises UserError for a
+    file that is none.
     """
     name, ending = named(path, MAX_SHOWN_PATH), ending_of(path)
     packing, head = beginning_of(path, HEAD_BYTES)
@@ -75,6 +76,13 @@ def kind_of(path: Path) -> tuple[str, str]:
             f"{name} is called {ending}, and is no such file, or a damaged one: rename it after "
             "what it is, or download it again"
         )
+    if head.strip() and found[0] == "lines" and ending in ENDINGS["text"]:
+        if ending != ".txt":
+            raise UserError(
+                f"{name} is plain text, which is read as pretraining text; prompts may be lines of "
+                "a .txt, and all else wants rows"
+            )
+        return "prompts", ""
     return found
 
 
@@ -152,7 +160,8 @@ def _is_whole_object(line: str) -> bool:
 def _is_around_rows(only: dict[str, Any], name: str) -> bool:
     """Return whether a file's only object has the rows in a field; UserError where it has columns,
     as pandas writes them unless it is told otherwise."""
-    if only and all(isinstance(value, dict) and "0" in value for value in only.values()):
+    is_split = "columns" in only and isinstance(only.get("data"), list) and not list_field(only)
+    if is_split or only and all(isinstance(v, dict) and "0" in v for v in only.values()):
         raise UserError(
             f"{name} holds columns and not rows, as pandas' to_json writes them: write it with "
             "orient='records', lines=True"

@@ -111,3 +111,17 @@ def test_the_field_with_the_rows_is_told_from_a_rows_own_lists():
     assert list_field({"completions": ["a"], "ranks": [1]}) == ""
     assert list_field({"data": ["a"]}) == ""
     assert list_field({}) == ""
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_of_the_hubs_viewer_are_read_and_cut_ones_are_bad(tmp_path: Path, indent: int | None):
+    rows = [
+        {"row_idx": 0, "row": {"prompt": "a", "row": None}, "truncated_cells": []},
+        {"row_idx": 1, "row": {"prompt": "b"}, "truncated_cells": ["prompt"]},
+    ]
+    page = {"features": [{"name": "prompt"}], "rows": rows, "num_rows_total": 2}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(page, indent=indent))
+    _, (first, second) = read(path)
+    assert first == {"prompt": "a"}
+    assert second.startswith("the hub's viewer has cut ['prompt'] short: download")

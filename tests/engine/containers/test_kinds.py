@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import json
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def test_a_table_with_names_that_are_known_is_one_by_any_name(tmp_path: Path, na
     assert kind(tmp_path, '"question";"id"\n', name) == ("delimited", ";")
     assert kind(tmp_path, "prompt\tresponse\rx", name) == ("delimited", "\t")
     assert kind(tmp_path, "my prompt, response\n", "a.jsonl") == ("lines", "")
-    assert kind(tmp_path, "text, and more text\n", "a.txt") == ("lines", "")
+    assert kind(tmp_path, "text, and more text\n", "a.txt") == ("prompts", "")
     assert kind(tmp_path, "prompt,response\n", "a.tsv") == ("delimited", ",")
 
 
@@ -89,8 +90,9 @@ def test_packed_parquet_is_to_be_unpacked(tmp_path: Path):
 
 def test_columns_of_pandas_are_refused(tmp_path: Path):
     columns = {"prompt": {"0": "a", "1": "b"}, "response": {"0": "c", "1": "d"}}
-    for indent in (None, 1):
-        (tmp_path / "a.json").write_text(json.dumps(columns, indent=indent))
+    split = {"columns": ["prompt", "response"], "index": [0], "data": [["a", "c"]]}
+    for indent, table in itertools.product((None, 1), (columns, split)):
+        (tmp_path / "a.json").write_text(json.dumps(table, indent=indent))
         with pytest.raises(UserError, match="columns and not rows, as pandas' to_json writes them"):
             list(read_rows(tmp_path / "a.json"))
 
