@@ -83,7 +83,8 @@ def _of_one_split(folder: Path, files: list[Path], split: str | None) -> list[Pa
 
 def _several(folder: Path, splits: list[str]) -> str:
     listed = ", ".join(map(named, splits)) or "none that it names"
-    example = named(folder / (splits[0] if splits else "SPLIT"), MAX_SHOWN_PATH)
+    usual = "train" if "train" in splits else splits[0] if splits else "SPLIT"
+    example = named(folder / usual, MAX_SHOWN_PATH)
     return (
         f"{named(folder, MAX_SHOWN_PATH)} is a folder of several splits ({listed}): name one, such "
         f"as {example}"

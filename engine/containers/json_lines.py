@@ -13,6 +13,9 @@ from engine.files import MAX_SHOWN_PATH
 _raw_decode = json.JSONDecoder().raw_decode
 UTF8_BOM = b"\xef\xbb\xbf"
 """Windows editors put it before the first line; it is no text."""
+# Windows' own has Latin-1's letters, and quotes where that has control characters.
+ENCODING_ADVICE = "Latin-1 or Windows'? `iconv -f cp1252 -t utf-8` makes it UTF-8"
+"""What to do with text that is no UTF-8."""
 
 
 def json_line_rows(
@@ -86,9 +89,7 @@ def without_nulls(value: Any) -> Any:
 
 def not_utf8(number: int) -> BadRecord:
     """Return what is wrong with a line whose byte of that number is none of UTF-8's."""
-    return BadRecord(
-        f"not UTF-8: byte {number} of the line (Latin-1? `iconv -f latin1 -t utf-8` makes it UTF-8)"
-    )
+    return BadRecord(f"not UTF-8: byte {number} of the line ({ENCODING_ADVICE})")
 
 
 def _checked(value: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.containers.json_lines import only_object
+from engine.containers.json_lines import ENCODING_ADVICE, only_object
 from engine.containers.lines import MAX_EMPTY_BYTES, MAX_LINE_BYTES
 from engine.containers.packed import Content, open_content
 from engine.containers.row import BadRecord, RowOrBad, json_type
@@ -21,6 +21,7 @@ _GAP = re.compile(r"[ \t\n\r]*")
 _NEAR = 20  # characters to both sides of an error that it quotes
 _DECODER = json.JSONDecoder()
 _LIST = "data"  # the field that is the rows, whatever else an object has
+_VIEWER = ("features", "rows")  # of an object of the viewer on Hugging Face's hub
 
 
 def json_value_rows(
@@ -43,7 +44,7 @@ def json_value_rows(
             reached(content.share())
             where = f"{name}: record {number} (line {line})"
             try:
-                yield where, only_object(value)
+                yield where, only_object(_of_viewer(value) if form == "object" else value)
             except BadRecord as error:
                 yield where, error
 
@@ -84,7 +85,8 @@ def _items_of_field(text: "_Text") -> Iterator[_Value]:
         if not isinstance(key, str):
             text.fail(f"a field's name must be a string, not {json_type(key)}")
         text.take(":")
-        if text.next() == "[" and (key == _LIST or text.next_within() == "{"):
+        is_list = text.next() == "[" and (key == _LIST or text.next_within() == "{")
+        if is_list and key != _VIEWER[0]:
             if found:
                 text.fail(
                     f'"{named(found)}" and "{named(key)}" are two lists of objects; write the one '
@@ -102,6 +104,18 @@ def _items_of_field(text: "_Text") -> Iterator[_Value]:
         text.fail("more follows the object")
 
 
+def _of_viewer(value: Any) -> Any:
+    """Return the row within what the hub's viewer says of it, {"row_idx", "row",
+    "truncated_cells"}; any other value as it is. BadRecord where it has cut the row."""
+    if not isinstance(value, dict) or "row_idx" not in value or "row" not in value:
+        return value
+    if cut_short := value.get("truncated_cells"):
+        raise BadRecord(
+            f"the hub's viewer has cut {quoted(cut_short)} short: download the data set's files"
+        )
+    return value["row"]
+
+
 def list_field(record: dict[str, Any]) -> str:
     """Return the field of a file's only object that is the list of its rows; "" where the object is
     a row itself."""
@@ -111,6 +125,8 @@ def list_field(record: dict[str, Any]) -> str:
     ]
     if _LIST in with_objects:
         return _LIST
+    if set(_VIEWER) <= set(with_objects):
+        return _VIEWER[1]
     is_row = len(lists) > len(with_objects) or record.keys() & (_ROW_LISTS | _ROW_TEXTS)
     return with_objects[0] if with_objects and not is_row else ""
 
@@ -230,5 +246,5 @@ class _Text:
             self.line += self._text.count("\n", self._at) + error.object.count(
                 b"\n", 0, error.start
             )
-            self.fail("not UTF-8 (Latin-1? `iconv -f latin1 -t utf-8` makes it UTF-8)")
+            self.fail(f"not UTF-8 ({ENCODING_ADVICE})")
         self._text, self._at = self._text[self._at :] + new, 0

@@ -1,4 +1,4 @@
-"""Which container a file is: its content says so, and its name where the content does not."""
+"""Which container a file is: its content says so, and its name where that does not."""
 
 import json
 import re
@@ -32,7 +32,14 @@ _COLUMNAR = {
 _FIELDS = {
     *("prompt", "response", "completion", "text", "question", "answer", "instruction", "input"),
     *("output", "messages", "chosen", "rejected", "completions", "ranks", "query"),
+    *("conversations", "conversation", "inputs", "targets", "context", "label", "scores"),
 }
+"""Names that a header has of which a table is known, whatever its own name is."""
+_WORD = re.compile(r"\w[\w.-]*")
+DELIMITERS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
+"""Of cells, and what they are called."""
+SAYS_DELIMITER = re.compile(r"sep=(.)", re.IGNORECASE)
+"""Excel's first line, which is no header."""
 
 
 def ending_of(path: Path | str) -> str:
@@ -46,8 +53,9 @@ def ending_of(path: Path | str) -> str:
 def kind_of(path: Path) -> tuple[str, str]:
     """Return which container a file is, and in which form.
 
-    ("lines", ""), ("values", "list" | "objects" | "object"), ("delimited", the delimiter) or
-    ("columnar", "parquet" | "arrow" | "arrow stream"). Raises UserError for a file that is none.
+    ("lines", ""), ("values", "list" | "objects" | "object"), ("delimited", the delimiter),
+    ("prompts", "") or ("columnar", "parquet" | "arrow" | "arrow stream"). Raises UserError for a
+    file that is none.
     """
     name, ending = named(path, MAX_SHOWN_PATH), ending_of(path)
     packing, head = beginning_of(path, HEAD_BYTES)
@@ -58,17 +66,24 @@ def kind_of(path: Path) -> tuple[str, str]:
             return "columnar", form
     refuse_other_kinds(path, head)
     text = head.removeprefix(UTF8_BOM).lstrip()
-    if head and ending in ENDINGS["parquet"] + ENDINGS["Arrow"]:
-        what = "JSON" if text[:1] in (b"{", b"[") else "no such file, or a damaged one"
-        raise UserError(
-            f"{name} is called {ending}, and is {what}: rename it after what it is, or download it "
-            "again"
-        )
     if text[:1] == b"[":
         return _kind_of_list(text)
     if text[:1] == b"{":
         return _kind_of_objects(path, name)
-    return _kind_by_name(text, name, ending)
+    found = _kind_by_name(text, ending)
+    if head and found[0] == "lines" and ending in ENDINGS["parquet"] + ENDINGS["Arrow"]:
+        raise UserError(
+            f"{name} is called {ending}, and is no such file, or a damaged one: rename it after "
+            "what it is, or download it again"
+        )
+    if head.strip() and found[0] == "lines" and ending in ENDINGS["text"]:
+        if ending != ".txt":
+            raise UserError(
+                f"{name} is plain text, which is read as pretraining text; prompts may be lines of "
+                "a .txt, and all else wants rows"
+            )
+        return "prompts", ""
+    return found
 
 
 def _kind_of_list(text: bytes) -> tuple[str, str]:
@@ -145,7 +160,8 @@ def _is_whole_object(line: str) -> bool:
 def _is_around_rows(only: dict[str, Any], name: str) -> bool:
     """Return whether a file's only object has the rows in a field; UserError where it has columns,
     as pandas writes them unless it is told otherwise."""
-    if only and all(isinstance(value, dict) and "0" in value for value in only.values()):
+    is_split = "columns" in only and isinstance(only.get("data"), list) and not list_field(only)
+    if is_split or only and all(isinstance(v, dict) and "0" in v for v in only.values()):
         raise UserError(
             f"{name} holds columns and not rows, as pandas' to_json writes them: write it with "
             "orient='records', lines=True"
@@ -153,15 +169,33 @@ def _is_around_rows(only: dict[str, Any], name: str) -> bool:
     return bool(list_field(only))
 
 
-def _kind_by_name(text: bytes, name: str, ending: str) -> tuple[str, str]:
-    """Return what a file is that begins as no JSON does."""
-    header = text.partition(b"\n")[0].decode("utf-8", "replace")
+def _kind_by_name(text: bytes, ending: str) -> tuple[str, str]:
+    """Return what a file is that begins as no JSON does: a table where its name says so or its
+    header does, else lines."""
+    header = text.partition(b"\n")[0].partition(b"\r")[0].decode("utf-8", "replace")
     if ending in ENDINGS["CSV"]:
-        return "delimited", "\t" if "\t" in header or ending != ".csv" else ","
-    for delimiter, kind in (("\t", ".tsv"), (",", ".csv")):
-        cells = [cell.strip().strip('"') for cell in header.split(delimiter)]
-        if len(cells) > 1 and _FIELDS & set(cells):
-            if kind == ".tsv" and ending not in ENDINGS["JSON"]:
-                return "delimited", "\t"
-            raise UserError(f"{name} looks like {kind[1:].upper()}: have its name end in {kind}")
+        return "delimited", _delimiter(header, ending)
+    for delimiter in DELIMITERS:
+        cells = _cells(header, delimiter)
+        num_known = len(_FIELDS & set(cells))
+        # A line of prose may be "text, and more text".
+        if len(cells) > 1 and (num_known > 1 or num_known and all(map(_WORD.fullmatch, cells))):
+            return "delimited", delimiter
     return "lines", ""
+
+
+def _delimiter(header: str, ending: str) -> str:
+    """Return what stands between the cells of a table: what Excel's first line says, or what gives
+    a header the most names that are known."""
+    if said := SAYS_DELIMITER.fullmatch(header.strip()):
+        return said[1] if said[1] in DELIMITERS else ","
+    usual = "\t" if "\t" in header or ending != ".csv" else ","
+    order = (usual, *(each for each in DELIMITERS if each != usual))
+    best = max(order, key=lambda each: len(_FIELDS & set(_cells(header, each))))
+    if len(_cells(header, best)) > 1 or ";" not in header:
+        return best
+    return ";"
+
+
+def _cells(header: str, delimiter: str) -> list[str]:
+    return [cell.strip().strip('"') for cell in header.split(delimiter)]

@@ -9,10 +9,16 @@ _NUM_SHOWN_KEYS = 8
 
 
 class BadRecord(Exception):
-    """What is wrong with one row or record, and in which field; who reads it adds where it is."""
+    """What is wrong with one row or record, and in which field; who reads it adds where it is.
 
-    def __init__(self, problem: str, *, field: str | None = None) -> None:
+    says_remedy: the problem says what to do, and correcting the line is not it.
+    """
+
+    def __init__(
+        self, problem: str, *, field: str | None = None, says_remedy: bool = False
+    ) -> None:
         super().__init__(f'field "{field}" {problem}' if field else problem)
+        self.says_remedy = says_remedy
 
 
 RowOrBad = tuple[str, dict[str, Any] | BadRecord]

@@ -8,6 +8,7 @@ from engine.containers.delimited import delimited_rows
 from engine.containers.json_lines import json_line_rows
 from engine.containers.json_values import json_value_rows
 from engine.containers.kinds import kind_of
+from engine.containers.prompt_lines import prompt_line_rows
 from engine.containers.row import RowOrBad
 
 
@@ -27,6 +28,8 @@ def read_rows(
         return json_line_rows(path, reached, seen)
     if kind == "values":
         return json_value_rows(path, reached, seen, form=form)
+    if kind == "prompts":
+        return prompt_line_rows(path, reached, seen)
     if kind == "delimited":
         return delimited_rows(path, reached, seen, delimiter=form)
     return columnar_rows(path, reached, seen, form=form)

@@ -47,6 +47,8 @@ def check_messages(value: Any, field: str) -> Messages:
     """Return `value` when it is a list of {"role", "content"}, a developer's as the system's;
     BadRecord otherwise."""
     if not isinstance(value, list) or not value:
+        if isinstance(value, str):
+            raise BadRecord("must be a list of messages, and is a text", field=field)
         kind = "an empty list" if value == [] else json_type(value)
         raise BadRecord(f"must be a text or a list of messages, not {kind}", field=field)
     return [_check_message(message, f"{field}[{index}]") for index, message in enumerate(value)]

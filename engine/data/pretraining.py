@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from engine import stop
-from engine.containers.json_lines import UTF8_BOM
+from engine.containers.json_lines import UTF8_BOM, not_utf8
 from engine.containers.kinds import ENDINGS, ending_of
 from engine.containers.lines import read_lines
 from engine.containers.packed import beginning_of
@@ -373,9 +373,7 @@ class _TextFile:
         except UnicodeDecodeError as error:
             # The decoder held back the first bytes of a character that a part had cut.
             number_of_byte = num_bytes - len(decoder.getstate()[0]) + error.start + 1
-            raise UserError(
-                f"{self._name}:{number}: not UTF-8: byte {number_of_byte} of the line"
-            ) from None
+            raise UserError(f"{self._name}:{number}: {not_utf8(number_of_byte)}") from None
 
 
 def _end_of_piece(text: str, is_line_end: bool) -> int:

@@ -16,6 +16,7 @@ from engine.containers.rows import read_rows
 from engine.containers.sources import DataSource, one_source, sources_of
 from engine.errors import UserError, named
 from engine.files import MAX_SHOWN_PATH, replacing
+from engine.shapes.held_lists import with_lists
 
 _Record = TypeVar("_Record")
 
@@ -144,7 +145,7 @@ class RecordReader(Generic[_Record]):
                     raise row
                 record = self._parse(row)
             except BadRecord as error:
-                self._reject(f"{where}: {error}")
+                self._reject(where, error)
                 self._on_bad(where, str(error))
             else:
                 self._num_read += 1
@@ -166,18 +167,21 @@ class RecordReader(Generic[_Record]):
 
     def _rows(self) -> Iterator[RowOrBad]:
         for path in self.source.files:
-            yield from read_rows(path, self._reached, self._digest.update)
+            for where, row in read_rows(path, self._reached, self._digest.update):
+                yield where, row if isinstance(row, BadRecord) else _with_lists(row)
             self._num_files += 1
 
     def _reached(self, share: float) -> None:
         self.share_read = (self._num_files + share) / len(self.source.files)
 
-    def _reject(self, error: str) -> None:
+    def _reject(self, where: str, error: BadRecord) -> None:
+        said = f"{where}: {error}"
         if not self._skip_bad_lines:
-            raise UserError(f"{error}\n{self._advice}") from None
+            advice = "" if error.says_remedy else f"\n{self._advice}"
+            raise UserError(f"{said}{advice}") from None
         self._num_bad += 1
         if len(self._first_errors) < _NUM_FIRST_ERRORS:
-            self._first_errors.append(error)
+            self._first_errors.append(said)
 
     def _nothing_read(self) -> str:
         name = named(self.source.name, MAX_SHOWN_PATH)
@@ -187,6 +191,13 @@ class RecordReader(Generic[_Record]):
         if not self._num_bad:
             return f"{name}: the file is empty; it needs rows, such as one JSON object a line"
         return f"{name}: all {self._num_bad} lines are bad; the first: {self._first_errors[0]}"
+
+
+def _with_lists(row: dict[str, Any]) -> dict[str, Any] | BadRecord:
+    try:
+        return with_lists(row)
+    except BadRecord as error:
+        return error
 
 
 def read_records(

@@ -13,9 +13,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.claim import holding_claims, making
+from engine.containers.json_lines import not_utf8
 from engine.containers.kinds import ENDINGS, ending_of
 from engine.containers.lines import read_lines
 from engine.containers.row import BadRecord, check_text, json_type
+from engine.containers.sources import one_source
 from engine.data.end_of_text import END_OF_TEXT
 from engine.data.records import RecordReader
 from engine.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -110,11 +112,18 @@ def texts_of(path: Path, *, skip_bad_lines: bool = False, skip_option: str = "")
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 where = f"{named(path, MAX_SHOWN_PATH)}:{number}"
-                raise UserError(f"{where}: not UTF-8: byte {error.start + 1} of the line") from None
+                raise UserError(f"{where}: {not_utf8(error.start + 1)}") from None
         if is_empty:
             raise UserError(f"{named(path, MAX_SHOWN_PATH)}: the file is empty; it needs text")
         return
-    yield from RecordReader(path, _text_of, skip_bad_lines=skip_bad_lines, skip_option=skip_option)
+    source = one_source(path)
+    if all(ending_of(file) in ENDINGS["text"] for file in source.files):
+        for file in source.files:
+            yield from texts_of(file)
+        return
+    yield from RecordReader(
+        source, _text_of, skip_bad_lines=skip_bad_lines, skip_option=skip_option
+    )
 
 
 def _text_of(record: dict[str, Any]) -> str:

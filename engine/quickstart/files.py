@@ -51,7 +51,11 @@ def find_files(config: QuickstartConfig) -> Files:
 
 def is_tree(folder: Path) -> bool:
     """Return whether a data folder has its files by stage and split, and is not flat."""
-    has_flat = any(own_files(folder).values())
+    # A tree has folders of comparisons and of prompts too.
+    has_flat = any(
+        path is not None and (path.is_file() or name not in _PATTERNS.values())
+        for name, path in own_files(folder).items()
+    )
     return not has_flat and any((folder / name).is_dir() for name in _PATTERNS.values())
 
 
@@ -84,14 +88,14 @@ def _found_in_tree(folder: Path, task: str) -> Files:
 def _own_sources(folder: Path) -> dict[str, Path]:
     found = own_files(folder)
     missing = [
-        f"{name}.jsonl{' or .txt' if name == 'pretraining' else ''}"
+        f"{name}.jsonl{' or .txt' if name in ('prompts', 'pretraining') else ''}"
         for name, path in found.items()
         if path is None
     ]
     if missing:
         raise UserError(
             f"--data {folder}: there is no {', no '.join(missing)} (or .csv, .parquet and others, "
-            'packed or not); README\'s "Your data" says what is in them'
+            'packed or not, or a folder of that name); README\'s "Your data" says what is in them'
         )
     return {name: path for name, path in found.items() if path is not None}
 

@@ -4,19 +4,22 @@ DIR/demonstrations.jsonl  comparisons.jsonl  prompts.jsonl  pretraining.jsonl or
 HOME/data/NAME.jsonl  NAME_valid.jsonl    their records, each prompt on one side
 HOME/data/split.json                      digests of the files that were split
 
-Those of DIR may be any other container, packed or not (engine/containers/kinds.py).
+Those of DIR may be any other container, packed or not (engine/containers/kinds.py), or a folder of
+that name, as an option for data takes it.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.checkpoints.manifest import digest_of_file
+from engine.containers.json_lines import ENCODING_ADVICE
 from engine.containers.kinds import ENDINGS, PACKED_ENDINGS, ending_of
-from engine.containers.lines import read_lines
-from engine.containers.row import check_text
+from engine.containers.lines import MAX_LINE_BYTES, read_lines
+from engine.containers.row import BadRecord, check_text
+from engine.containers.sources import one_source
 from engine.data.pairs import asked_in
 from engine.data.records import RecordReader
 from engine.errors import UserError
@@ -37,21 +40,34 @@ _PURPOSES: Mapping[str, Purpose] = {
 
 def endings(name: str) -> tuple[str, ...]:
     """Return the endings that a file of that name may have."""
-    kinds = [kind for kind in ENDINGS if kind != "text" or name == "pretraining"]
-    plain = [ending for kind in kinds for ending in ENDINGS[kind]]
+    texts = {"pretraining": ENDINGS["text"], "prompts": (".txt",)}
+    of_kinds = {**ENDINGS, "text": texts.get(name, ())}
+    plain = [ending for kind in of_kinds for ending in of_kinds[kind]]
     return (*plain, *(f"{ending}{packed}" for ending in plain for packed in PACKED_ENDINGS))
 
 
 def own_files(folder: Path) -> dict[str, Path | None]:
-    """Return {name: file} of a folder, None for one that is not there; UserError for two."""
+    """Return {name: file} of a folder, or a folder of that name where there is no file, None for
+    what is not there; UserError for two files."""
     found: dict[str, Path | None] = {}
     for name in NAMES:
         paths = [folder / f"{name}{ending}" for ending in endings(name)]
         paths = [path for path in paths if path.exists()]
         if len(paths) > 1:
             raise UserError(f"{paths[0]} and {paths[1]}: one file of {name} is read; take one away")
-        found[name] = paths[0] if paths else None
+        inner = folder / name
+        found[name] = paths[0] if paths else inner if inner.is_dir() else None
     return found
+
+
+def _files_of(path: Path) -> tuple[Path, ...]:
+    """Return the files of one of the four; UserError for a folder of several splits."""
+    try:
+        return one_source(path).files
+    except UserError as error:
+        if not path.is_dir():
+            raise
+        raise UserError(f"{error}; to take it, let {path} be that one, or a link to it") from None
 
 
 def split_files(sources: Mapping[str, Path], targets: Mapping[str, tuple[Path, Path]]) -> None:
@@ -60,7 +76,7 @@ def split_files(sources: Mapping[str, Path], targets: Mapping[str, tuple[Path, P
     targets: (to train on, held out) by name. UserError where they are of other sources by now.
     """
     record = next(iter(targets.values()))[0].parent / "split.json"
-    digests = {name: digest_of_file(path).xxh3_128 for name, path in sources.items()}
+    digests = {name: _digest(path) for name, path in sources.items()}
     if record.exists():
         before = read_object(record)
         for name, path in sources.items():
@@ -75,12 +91,17 @@ def split_files(sources: Mapping[str, Path], targets: Mapping[str, tuple[Path, P
     write_object(record, digests)
 
 
+def _digest(source: Path) -> str:
+    digests = [digest_of_file(file).xxh3_128 for file in _files_of(source)]
+    return digests[0] if len(digests) == 1 else " ".join(digests)
+
+
 def _split(source: Path, name: str, train: Path, valid: Path) -> None:
     """Hold out the records of about a tenth of a file's prompts, at least one prompt: those of the
-    lowest hashes, so that a prompt of two files is on one side in both. Of a .txt the last tenth of
-    the lines, for it is one text."""
-    if is_text(source):
-        _split_text(source, train, valid)
+    lowest hashes, so that a prompt of two files is on one side in both. Of a .txt of pretraining
+    text the last tenth of the lines, for it is one text."""
+    if name == "pretraining" and is_text(source):
+        _split_text(_files_of(source)[0], train, valid)
         return
     hashes = sorted({number for _, number in _hashed(source, name)})
     if len(hashes) < 2:
@@ -103,22 +124,51 @@ def _split_text(source: Path, train: Path, valid: Path) -> None:
             (held_out if number > last_kept else kept).write(line)
 
 
-def is_text(path: Path) -> bool:
-    """Return whether a file is plain text by its name, and has no rows."""
+def is_text(source: Path) -> bool:
+    """Return whether one of the four is a file of plain text by its name, and has no rows."""
+    files = _files_of(source)
+    return len(files) == 1 and _is_text_file(files[0])
+
+
+def _is_text_file(path: Path) -> bool:
     return ending_of(path) in ENDINGS["text"]
 
 
 def _hashed(source: Path, name: str) -> Iterator[tuple[bytes, int]]:
     """Yield each record and the hash of what it asks, or of the text that it is."""
-    reader = RecordReader(
-        source,
-        lambda record: (record, _asked(record)),
-        skip_bad_lines=False,
-        skip_option="",
-        shaping=lambda: Fields(_PURPOSES[name], option=""),
-    )
-    for record, asked in reader:
+    files = _files_of(source)
+    records: Iterable[tuple[dict[str, Any], str]]
+    if name == "pretraining" and all(map(_is_text_file, files)):
+        records = (({"text": text}, text) for text in map(_whole_text, files))
+    else:
+        records = RecordReader(
+            source,
+            lambda record: (record, _asked(record)),
+            skip_bad_lines=False,
+            skip_option="",
+            shaping=lambda: Fields(_PURPOSES[name], option=""),
+        )
+    for record, asked in records:
         yield json.dumps(record, ensure_ascii=False).encode(), _hash(asked)
+
+
+def _whole_text(path: Path) -> str:
+    """Return a file of plain text, which becomes a record."""
+    content = bytearray()
+    for number, line in read_lines(path):
+        content += line
+        if len(content) > MAX_LINE_BYTES:
+            raise UserError(
+                f"{path}:{number}: over {MAX_LINE_BYTES} bytes, in a folder of texts; part it, or "
+                "join all of them into one file"
+            )
+    try:
+        return check_text(content.decode("utf-8-sig"), "text")
+    except UnicodeDecodeError as error:
+        line_number = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line_number}: not UTF-8 ({ENCODING_ADVICE})") from None
+    except BadRecord as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _hash(text: str) -> int:

@@ -21,8 +21,9 @@ class QuickstartConfig:
     """Everything is written below it; finished stages of an earlier start are kept."""
     data: Path | None = None
     """Folder of files to train on instead of the made ones: demonstrations.jsonl,
-    comparisons.jsonl, prompts.jsonl and pretraining.jsonl or .txt, or other containers of rows by
-    these names (recipes/DATA.md); a tenth of the prompts is held out. Or a tree with its own split:
+    comparisons.jsonl, prompts.jsonl and pretraining.jsonl or .txt, or other containers of rows or
+    folders by these names (recipes/DATA.md); a tenth of the prompts is held out. Or a tree with its
+    own split:
     {sft,comparisons,prompts}/TASK*.{train,val}.jsonl[.gz] and pretrain/{train,val}.jsonl[.gz]."""
     task: str = "e2e"
     """Which files of a tree: their names begin with it."""

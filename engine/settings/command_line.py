@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import os
 import shlex
 import sys
@@ -24,6 +25,7 @@ from engine.settings.typed_text import as_typed, is_typed
 _Config = TypeVar("_Config")
 
 _NAMELESS = ("stage", "plan", "config")  # parts of a job whose options have no prefix
+_MAX_JOINED = 200
 _MAX_PROBLEM = 800  # characters of tyro's words, which may hold all of a long option
 
 
@@ -47,7 +49,7 @@ def parse_config(default: _Config, arguments: Sequence[str] | None = None) -> _C
     except SystemExit as stop:
         if stop.code:
             printed.seek(0)
-            raise UserError(_parse_message(printed.read())) from None
+            raise UserError(_parse_message(printed.read(), named)) from None
         if rank_of_environment() == 0:
             try:
                 parse()  # --help: once more, for the terminal to see
@@ -146,7 +148,7 @@ def _with_named_parts(default: _Config, arguments: Sequence[str], prefix: str = 
     return dataclasses.replace(default, **changes) if changes else default  # type: ignore[type-var]
 
 
-def _parse_message(box: str) -> str:
+def _parse_message(box: str, arguments: Sequence[str]) -> str:
     """Return tyro's error box as two lines: what is wrong, and what was perhaps meant."""
     lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
     blocks: list[list[str]] = [[]]  # the box separates its parts with ruled lines
@@ -159,4 +161,45 @@ def _parse_message(box: str) -> str:
     advice = "run with --help to see every option"
     if len(blocks) > 1 and blocks[1][:1] == ["Perhaps you meant:"]:
         advice = f"perhaps you meant {blocks[1][1]}; {advice}"
+    if problem.startswith("Unrecognized options: "):
+        advice = _second_value(arguments, problem.partition(": ")[2]) or advice
     return f"{problem}\n{advice}"
+
+
+def _second_value(arguments: Sequence[str], unknown: str) -> str:
+    """Return what to say of a word that follows the value of an option that takes one, such as a
+    second file; "" where the first of the unknown words is no such one.
+
+    unknown: the words, as tyro lists them.
+    """
+    words = [part for word in arguments for part in _parts_of_option(word)]
+    for index, word in enumerate(words):
+        if word.startswith("-") or not unknown.startswith(word):
+            continue
+        before = list(itertools.takewhile(_is_value, reversed(words[:index])))
+        if not before or len(before) == index or _is_number(word):
+            return ""
+        option = words[index - len(before) - 1]
+        values = [*reversed(before), *itertools.takewhile(_is_value, words[index:])]
+        joined = _for_shell(",".join(value.strip(",") for value in values))
+        return (
+            f"{option} takes one value: files are joined by commas, {option} "
+            f"{cut(joined, _MAX_JOINED)}; a pattern is quoted, and a text with blanks"
+        )
+    return ""
+
+
+def _parts_of_option(word: str) -> list[str]:
+    """Return a word, or the two that "--option=value" is."""
+    return word.split("=", 1) if word.startswith("--") else [word]
+
+
+def _is_value(word: str) -> bool:
+    return not word.startswith("--")
+
+
+def _is_number(word: str) -> bool:
+    with contextlib.suppress(ValueError):
+        float(word)
+        return True
+    return False

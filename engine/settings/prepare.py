@@ -44,7 +44,8 @@ class PrepareConfig:
     """One preparation."""
 
     logs: tuple[Path, ...] = ()
-    """Raw logs, in any container of rows (recipes/DATA.md), in the order of time."""
+    """Raw logs, in any container of rows or folders of them (recipes/DATA.md), in the order of
+    time."""
     out: Path | None = None
     """The folder to make."""
     fields: LogFields = field(default_factory=LogFields)

@@ -13,7 +13,8 @@ class TokenizerConfig:
 
     files: tuple[Path, ...] = ()
     """The files that the stages will read: demonstrations, comparisons, prompts, pretraining text,
-    .txt or any container of rows (recipes/DATA.md). All that the stages read of them is used."""
+    .txt or any container of rows, or folders (recipes/DATA.md). All that the stages read of them is
+    used."""
     out: Path = Path("runs/tokenizer")
     """The folder to make; --tokenizer of a stage takes it."""
     vocab_size: int | None = None

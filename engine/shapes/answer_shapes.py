@@ -12,6 +12,7 @@ from engine.shapes.canonical import (
     LeftOut,
     Purpose,
     Row,
+    is_true,
     list_in,
     message,
     messages_in,
@@ -87,9 +88,7 @@ def prompt_completion(row: Row) -> Row:
     prompt = messages_in(required(row, "prompt"), "prompt")
     completion = messages_in(required(row, "completion"), "completion")
     found = {"prompt": prompt, "response": completion}
-    if "label" in row and not isinstance(row["label"], bool):
-        raise BadRecord(f"must be true or false, not {quoted(row['label'])}", field="label")
-    if row.get("label", True):
+    if "label" not in row or is_true(row, "label"):
         return found
     return found | {"unfit": "completions labelled false"}
 

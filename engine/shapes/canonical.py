@@ -230,9 +230,28 @@ def objects_in(row: Row, key: str, *, within: str = "") -> list[Row]:
 
 
 def choice_in(row: Row, key: str, choices: Mapping[Any, float]) -> float:
-    """Return what a field's value stands for; BadRecord for a value that stands for nothing."""
+    """Return what a field's value stands for, also one in quotes; BadRecord for a value that stands
+    for nothing."""
     value = required(row, key)
+    if isinstance(value, str) and value not in choices:
+        value = {str(choice): choice for choice in choices}.get(value.strip(), value)
     if isinstance(value, list | dict) or value not in choices:
         names = ", ".join(quoted(choice) for choice in choices)
         raise BadRecord(f"must be one of {names}, not {quoted(value)}", field=key)
     return choices[value]
+
+
+def is_true(row: Row, key: str) -> bool:
+    """Return a field that is true or false, also as tables have it: in quotes, or 1 or 0; BadRecord
+    otherwise."""
+    value = required(row, key)
+    word = value.strip().lower() if isinstance(value, str) else value
+    if isinstance(word, list | dict) or word not in _TRUTHS:
+        raise BadRecord(f"must be true or false, not {quoted(value)}", field=key)
+    return _TRUTHS[word]
+
+
+_TRUTHS: Mapping[Any, bool] = {
+    **{True: True, False: False},  # to which 1 and 0 are equal
+    **{"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False},
+}

@@ -8,12 +8,14 @@ name.
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.containers.row import BadRecord, RowOrBad, required
 from engine.errors import UserError, named, quoted
 from engine.shapes.canonical import NEEDS, LeftOut, Purpose, Row
+from engine.shapes.held_lists import with_lists
+from engine.shapes.readers import purposes_of, read_by
 from engine.shapes.shapes import PLAIN, SHAPES, nearly, recognised
 
 OURS = (
@@ -21,11 +23,13 @@ OURS = (
     "text",
 )
 """Fields that a mapping may fill."""
-_NOTHING = {
+NOTHING: Mapping[Purpose, str] = {
     "demonstrations": "has no answer to imitate",
     "comparisons": "has no answers of one prompt that are ranked",
     "prompts": "has no prompts",
+    "text": "has no text",
 }
+"""What is said of data that has nothing for a purpose."""
 
 
 class Fields:
@@ -129,19 +133,32 @@ class Fields:
         raise self._unknown(row)
 
     def _unknown(self, row: Row) -> BadRecord:
-        """Return what is to be said of a row whose fields are of no shape."""
+        """Return what is to be said of a row whose fields are of no shape, or for another stage."""
+        if (for_others := purposes_of(row)) and self._purpose not in for_others:
+            return self._for_others(row, for_others)
         key = "prompt" if "prompt" not in row else _wanted(self._purpose)
         near = [f"{name} ({SHAPES[name].keys})" for name in nearly(row)]
         known = f"; a known shape that is near: {', '.join(near)}" if near else ""
+        if alike := _alike_but_for_case(row):
+            known = "; names are told apart by their capitals and blanks"
+        advice = self._advice("; name the fields by ", alike)
         try:
             required(row, key)
         except BadRecord as error:
-            return BadRecord(f"{error}{known}{self._advice('; name the fields by ')}")
+            return BadRecord(f"{error}{known}{advice}")
         return BadRecord(f"is of no known shape; there is {_keys(row)}{known}")
 
-    def _advice(self, words: str) -> str:
+    def _for_others(self, row: Row, purposes: Sequence[Purpose]) -> BadRecord:
+        said = read_by(purposes, with_options=bool(self._option))
+        return BadRecord(
+            f"{NOTHING[self._purpose]}; there is {_keys(row)}: {said}"
+            f"{self._advice('; or name the fields by ')}",
+            says_remedy=True,
+        )
+
+    def _advice(self, words: str, fields: str = "") -> str:
         """Return how fields are named, behind some words; "" for a command without the option."""
-        return f"{words}{self._option} {NEEDS[self._purpose]}" if self._option else ""
+        return f"{words}{self._option} {fields or NEEDS[self._purpose]}" if self._option else ""
 
     def _check_plain(self, row: Row) -> None:
         """Raise BadRecord for a row in our own fields that lacks those of the purpose."""
@@ -157,8 +174,8 @@ class Fields:
         shape = SHAPES[self._name or PLAIN]
         if self._purpose not in shape.has:
             raise UserError(
-                f"{where}: a file of {shape.title} ({self._name}) "
-                f"{_NOTHING.get(self._purpose, 'has none')}; it has {', '.join(shape.has)}"
+                f"{where}: a file of {shape.title} ({self._name}) {NOTHING[self._purpose]}; it has "
+                f"{read_by(shape.has, with_options=bool(self._option))}"
             )
 
     def _say(self, row: Row) -> None:
@@ -171,7 +188,7 @@ class Fields:
 
     def _mapped(self, row: Row) -> Row:
         kept = {key: row[key] for key in OURS if key in row and key not in self._mapping}
-        return kept | {ours: _at(row, theirs) for ours, theirs in self._mapping.items()}
+        return with_lists(kept | {ours: _at(row, theirs) for ours, theirs in self._mapping.items()})
 
     def _text(self, row: Row) -> Row:
         """Return a row of text; code and some books have it as `content`."""
@@ -186,6 +203,8 @@ class Fields:
         return row
 
     def _missing_text(self, row: Row) -> BadRecord:
+        if for_others := purposes_of(row):
+            return self._for_others(row, for_others)
         try:
             required(row, "text")
         except BadRecord as error:
@@ -211,6 +230,12 @@ def _wanted(purpose: Purpose) -> str:
 def _keys(row: Row) -> str:
     names = [named(key) for key in list(row)[:8]]
     return ", ".join(names) or "nothing"
+
+
+def _alike_but_for_case(row: Row) -> str:
+    """Return the mapping of fields that are ours but for capitals and blanks; "" without any."""
+    alike = {key.strip().lower(): key for key in row if key not in OURS}
+    return ",".join(f"{ours}={alike[ours]}" for ours in OURS if ours in alike)
 
 
 def _at(row: Row, path: str) -> Any:

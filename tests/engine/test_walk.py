@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 WALK = re.findall(
     r"\S+",
     """
-data/prompts.read_prompts data/records.read_records shapes/fields.Fields.__call__
-shapes/plain_rows.plain data/pairs.asked_in data/chat.asked_in_prompt
+data/prompts.read_prompts data/records.read_records shapes/held_lists.with_lists
+shapes/fields.Fields.__call__ shapes/plain_rows.plain data/pairs.asked_in data/chat.asked_in_prompt
 data/renderer.Renderer.prompt data/prompt_format.PromptFormat.closing
 data/prompts.prompt_examples data/examples.encode_prompts data/tokenizer.Tokenizer.encode_all
 data/examples.drop_long data/batches.EpochOrder.indices

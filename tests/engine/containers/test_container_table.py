@@ -1,5 +1,6 @@
 """The documents' table of containers is what reading each of them gives."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,11 @@ def cases(folder: Path) -> Iterator[tuple[str, Path]]:
     for form, (ending, content) in {**TEXTS, **COLUMNAR}.items():
         (folder / f"a{ending}").write_bytes(content)
         yield form, folder / f"a{ending}"
+    (folder / "a.txt").write_text("What is a?\nWhat is b?\n")
+    yield "plain text, a prompt a line (as pretraining text: one document)", folder / "a.txt"
+    row = {"row_idx": 0, "row": {"prompt": "a"}, "truncated_cells": []}
+    (folder / "a.json").write_text(json.dumps({"features": [{"name": "prompt"}], "rows": [row]}))
+    yield "rows of the viewer on Hugging Face's hub", folder / "a.json"
     for packing, pack in list(PACKINGS.items())[1:]:
         (folder / "a.jsonl").write_bytes(pack(TEXTS["JSON lines"][1]))
         yield f"any of these texts packed by {packing}", folder / "a.jsonl"

@@ -99,7 +99,7 @@ def test_a_huge_record_and_empty_space_are_refused(tmp_path: Path, monkeypatch: 
 def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_bytes(b'[\n{"a": 1},\n{"a": "\xe9"}]')
-    with pytest.raises(UserError, match=r"a\.json:3: not UTF-8 \(Latin-1\?"):
+    with pytest.raises(UserError, match=r"a\.json:3: not UTF-8 \(Latin-1 or"):
         list(read_rows(path))
 
 
@@ -117,3 +117,17 @@ def test_the_field_with_the_rows_is_told_from_a_rows_own_lists():
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.format)
 def test_a_published_row_alone_is_no_object_around_rows(sample: Sample):
     assert {list_field(row) for row in sample.rows} == {""}
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_of_the_hubs_viewer_are_read_and_cut_ones_are_bad(tmp_path: Path, indent: int | None):
+    rows = [
+        {"row_idx": 0, "row": {"prompt": "a", "row": None}, "truncated_cells": []},
+        {"row_idx": 1, "row": {"prompt": "b"}, "truncated_cells": ["prompt"]},
+    ]
+    page = {"features": [{"name": "prompt"}], "rows": rows, "num_rows_total": 2}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(page, indent=indent))
+    _, (first, second) = read(path)
+    assert first == {"prompt": "a"}
+    assert second.startswith("the hub's viewer has cut ['prompt'] short: download")

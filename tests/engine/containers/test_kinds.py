@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import json
 from pathlib import Path
 
@@ -61,19 +62,21 @@ def test_a_table_is_told_by_its_name_or_its_tabs(tmp_path: Path):
     assert kind(tmp_path, "prompt\tresponse\n", "a.csv") == ("delimited", "\t")
     assert kind(tmp_path, "prompt\n", "a.tsv.gz") == ("delimited", "\t")
     assert kind(tmp_path, "id\tprompt\n", "a.data") == ("delimited", "\t")
-    for name, content, said in (
-        ("a.jsonl", "prompt,response\na,b\n", r"looks like CSV: have its name end in \.csv"),
-        ("a", '"question","id"\n', "looks like CSV"),
-        ("a.json", "prompt\tresponse\na\tb\n", r"looks like TSV: have its name end in \.tsv"),
-    ):
-        with pytest.raises(UserError, match=said):
-            kind(tmp_path, content, name)
     assert kind(tmp_path, "hello, world\n") == ("lines", "")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a", "a.txt", "a.parquet", "a.json"])
+def test_a_table_with_names_that_are_known_is_one_by_any_name(tmp_path: Path, name: str):
+    assert kind(tmp_path, "prompt,response\na,b\n", name) == ("delimited", ",")
+    assert kind(tmp_path, '"question";"id"\n', name) == ("delimited", ";")
+    assert kind(tmp_path, "prompt\tresponse\rx", name) == ("delimited", "\t")
+    assert kind(tmp_path, "my prompt, response\n", "a.jsonl") == ("lines", "")
+    assert kind(tmp_path, "text, and more text\n", "a.txt") == ("prompts", "")
+    assert kind(tmp_path, "prompt,response\n", "a.tsv") == ("delimited", ",")
+
+
 def test_a_name_that_its_content_does_not_have_is_said(tmp_path: Path):
-    with pytest.raises(UserError, match=r"a\.parquet is called \.parquet, and is JSON: rename it"):
-        kind(tmp_path, GOOD, "a.parquet")
+    assert kind(tmp_path, GOOD, "a.parquet") == ("lines", "")
     with pytest.raises(UserError, match=r"called \.arrow, and is no such file, or a damaged one"):
         kind(tmp_path, "some text", "a.arrow")
 
@@ -87,8 +90,9 @@ def test_packed_parquet_is_to_be_unpacked(tmp_path: Path):
 
 def test_columns_of_pandas_are_refused(tmp_path: Path):
     columns = {"prompt": {"0": "a", "1": "b"}, "response": {"0": "c", "1": "d"}}
-    for indent in (None, 1):
-        (tmp_path / "a.json").write_text(json.dumps(columns, indent=indent))
+    split = {"columns": ["prompt", "response"], "index": [0], "data": [["a", "c"]]}
+    for indent, table in itertools.product((None, 1), (columns, split)):
+        (tmp_path / "a.json").write_text(json.dumps(table, indent=indent))
         with pytest.raises(UserError, match="columns and not rows, as pandas' to_json writes them"):
             list(read_rows(tmp_path / "a.json"))
 

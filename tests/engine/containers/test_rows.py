@@ -16,6 +16,7 @@ import pytest
 
 from engine.containers.row import BadRecord
 from engine.containers.rows import read_rows
+from engine.shapes.held_lists import with_lists
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "Where is\nthe mill?", "response": 'By "the" river, é \U0001f600'},
@@ -79,6 +80,9 @@ TEXTS: dict[str, tuple[str, bytes]] = {
     "CSV": (".csv", b"\xef\xbb\xbf" + csv_of(",")),
     "TSV": (".tsv", csv_of("\t")),
     "TSV by another name": (".csv", csv_of("\t")),
+    "CSV by another name": (".jsonl", csv_of(",")),
+    "CSV with semicolons": (".csv", csv_of(";")),
+    "CSV of old Macs": (".csv", csv_of(",").replace(b"\r\n", b"\r")),
 }
 COLUMNAR: dict[str, tuple[str, bytes]] = {
     "parquet": (".parquet", columnar(pa.parquet.write_table)),
@@ -101,7 +105,7 @@ def test_every_form_of_text_is_read_plain_and_packed(form: str, packing: str, tm
     ending, content = TEXTS[form]
     path = tmp_path / f"data{ending}"  # whatever the name says of packing
     path.write_bytes(PACKINGS[packing](content))
-    assert read(path)[1] == ROWS
+    assert [with_lists(row) for row in read(path)[1]] == ROWS
 
 
 @pytest.mark.parametrize("form", COLUMNAR)

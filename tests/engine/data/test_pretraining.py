@@ -338,7 +338,7 @@ def test_what_is_no_text_is_refused_before_it_is_read_whole(
         ("a.csv", b"a", "the file is empty"),
         ("a.txt", b"\xef\xbb\xbf", "the file is empty"),
         ("a.txt", b"%PDF-1.7", r"a\.txt is a PDF"),
-        ("a.csv", b"prompt\na\n", r'a\.csv:2: field "text" is missing; there is prompt'),
+        ("a.csv", b"prompt\na\n", r"a\.csv:2: has no text; there is prompt"),
         ("a.txt", None, "no such file"),
     ],
 )

@@ -147,6 +147,54 @@ def test_two_files_of_one_name_are_refused(tmp_path):
         own_files(tmp_path)
 
 
+def test_a_folder_stands_for_a_file_where_there_is_none(tmp_path):
+    for name in NAMES:
+        (tmp_path / name).mkdir()
+    (tmp_path / "prompts.txt").write_text("".join(f"What is {i}?\n" for i in range(30)))
+    for part in range(2):
+        rows = [{"prompt": f"q {part} {i}", "response": "r"} for i in range(20)]
+        write_lines(tmp_path / f"demonstrations/train-0000{part}-of-00002.jsonl", rows)
+        (tmp_path / f"pretraining/{part}.txt").write_text(f"The text of {part}.\nIt is long.\n")
+    (tmp_path / "demonstrations/README.md").write_text("# Mine")
+    found = own_files(tmp_path)
+    assert found["prompts"] == tmp_path / "prompts.txt"
+    assert found["comparisons"] == tmp_path / "comparisons"
+    sides = split(tmp_path, **{n: p for n, p in found.items() if n != "comparisons"})
+    assert sum(len(lines(side)) for side in sides["demonstrations"]) == 40
+    assert sum(len(lines(side)) for side in sides["prompts"]) == 30
+    assert sorted(each["text"] for side in sides["pretraining"] for each in lines(side)) == [
+        f"The text of {part}.\nIt is long.\n" for part in range(2)
+    ]
+    (tmp_path / "pretraining/0.txt").write_text("Another.\n")
+    with pytest.raises(UserError, match="pretraining: other content than that which"):
+        split(tmp_path, pretraining=tmp_path / "pretraining")
+    write_lines(tmp_path / "demonstrations/test.jsonl", [{"prompt": "q", "response": "r"}])
+    with pytest.raises(
+        UserError, match=r"\(test, train\): .*/train; to take it, let .*demonstrations be"
+    ):
+        split(tmp_path / "other", demonstrations=tmp_path / "demonstrations")
+
+
+def test_a_folder_of_one_text_is_that_text(tmp_path):
+    (tmp_path / "pretraining").mkdir()
+    (tmp_path / "pretraining/book.txt").write_text("".join(f"line {i}\n" for i in range(50)))
+    assert is_text(tmp_path / "pretraining")
+    kept, held_out = split(tmp_path, pretraining=tmp_path / "pretraining")["pretraining"]
+    assert (len(kept.read_text().splitlines()), len(held_out.read_text().splitlines())) == (45, 5)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"a\n\xe9", "b.txt:2: not UTF-8"), (b" \n", 'b.txt: field "text" is empty')],
+)
+def test_a_text_of_a_folder_that_is_none_is_named(tmp_path, content, said):
+    (tmp_path / "pretraining").mkdir()
+    (tmp_path / "pretraining/a.txt").write_text("text")
+    (tmp_path / "pretraining/b.txt").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        split(tmp_path, pretraining=tmp_path / "pretraining")
+
+
 def test_of_a_text_the_end_is_held_out(tmp_path):
     path = tmp_path / "pretraining.txt"
     path.write_text("".join(f"line {i}\n" for i in range(50)))

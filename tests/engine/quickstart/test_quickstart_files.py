@@ -76,6 +76,9 @@ def test_a_flat_folder_is_split_into_the_runs_own(tmp_path: Path):
     config = tiny_config(tmp_path / "run", flat_folder(tmp_path / "data"))
     assert not is_tree(config.data)
     assert is_tree(data_folder(tmp_path / "tree"))
+    for name in ("demonstrations", "comparisons", "prompts"):  # a tree has the last two as well
+        (tmp_path / "folders" / name).mkdir(parents=True)
+    assert not is_tree(tmp_path / "folders")
     files = find_files(config)
     assert files.pretraining == tmp_path / "run/data/pretraining.txt"
     split_own_files(config, files)

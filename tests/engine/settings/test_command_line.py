@@ -159,3 +159,22 @@ def test_help_ends_quietly_when_its_reader_leaves():
     done = help_of("ppo_tiny.py", then=" | head -1")
     assert done.stdout.startswith("usage: ")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "joined"),
+    [
+        (["--data.path", "a.jsonl", "b.jsonl"], "a.jsonl,b.jsonl"),
+        (["--data.path=a.jsonl", "b.jsonl"], "a.jsonl,b.jsonl"),
+        (["--data.path", "a.jsonl,", "b.jsonl", "c d"], "'a.jsonl,b.jsonl,c d'"),
+    ],
+)
+def test_a_second_file_is_told_of_commas(words, joined, capsys):
+    wanted = f"--data.path takes one value: files are joined by commas, --data.path {joined};"
+    for after in ([], ["--lr", "2"]):
+        assert wanted in fails_with(capsys, [*words, *after])
+
+
+def test_a_second_number_or_a_word_without_an_option_is_not(capsys):
+    for words in (["--lr", "2", "3"], ["a.jsonl"], ["--data.skip-bad-lines", "a"]):
+        assert "commas" not in fails_with(capsys, words)

@@ -26,7 +26,7 @@ class Sample:
     comparisons: list[dict[str, Any]] | str
     prompts: list[dict[str, Any]] | str
     shape: str = "plain"
-    text: list[dict[str, Any]] | str = 'field "text" is missing'
+    text: list[dict[str, Any]] | str = "has no text; there is"
     fields: str = "auto"
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -40,8 +40,9 @@ SKY = "What color is the sky?"
 BLUE, GREEN = "It is blue.", "It is green."
 NO_ANSWER = "has no answer to imitate"
 NO_RANKS = "has no answers of one prompt that are ranked"
-NO_RESPONSE = 'field "response" is missing'
-NO_COMPLETIONS = 'field "completions" is missing'
+NO_RESPONSE = "has no answer to imitate; there is"
+NO_COMPLETIONS = "has no answers of one prompt that are ranked; there is"
+NO_PROMPTS = "has no prompts; there is"
 SYSTEM = said("system", "Be brief.")
 
 
@@ -417,18 +418,18 @@ ANSWERS = [
     Sample(
         "text (TRL, C4, FineWeb)",
         [{"text": "The sky is blue.", "url": "https://example.org"}],
-        NO_RESPONSE.replace("response", "prompt"),
-        'field "prompt" is missing',
-        'field "prompt" is missing',
+        NO_RESPONSE,
+        NO_COMPLETIONS,
+        NO_PROMPTS,
         "",
         text=[{"text": "The sky is blue."}],
     ),
     Sample(
         "content (The Stack)",
         [{"content": "print(1)", "lang": "Python", "size": 8}],
-        'field "prompt" is missing',
-        'field "prompt" is missing',
-        'field "prompt" is missing',
+        NO_RESPONSE,
+        NO_COMPLETIONS,
+        NO_PROMPTS,
         "",
         text=[{"text": "print(1)"}],
     ),
@@ -462,7 +463,7 @@ DIALOGUES = [
             }
         ],
         [{"messages": [SYSTEM, *asked("What color\nis the sky?", BLUE)]}],
-        'field "prompt" is missing',
+        NO_COMPLETIONS,
         [{"messages": [SYSTEM, *asked("What color\nis the sky?")]}],
     ),
     Sample(
@@ -482,7 +483,7 @@ DIALOGUES = [
             }
         ],
         "of a content's parts only texts are read",
-        'field "prompt" is missing',
+        NO_COMPLETIONS,
         "of a content's parts only texts are read",
     ),
     Sample(
@@ -506,7 +507,7 @@ DIALOGUES = [
             }
         ],
         'field "tools" describes tools',
-        'field "prompt" is missing',
+        NO_COMPLETIONS,
         'field "tools" describes tools',
     ),
     Sample(
@@ -657,7 +658,7 @@ COMPARISONS = [
     Sample(
         "TRL: preference, implicit prompt",
         [{"chosen": "The sky is blue.", "rejected": "The sky is green."}],
-        'field "prompt" is missing',
+        NO_RESPONSE,
         [{"chosen": "The sky is blue.", "rejected": "The sky is green."}],
         [{"prompt": "The sky is"}],
     ),
@@ -683,14 +684,14 @@ COMPARISONS = [
     Sample(
         "TRL: preference, conversational, implicit prompt (OpenRLHF, Skywork)",
         [{"chosen": asked(SKY, BLUE), "rejected": asked(SKY, GREEN)}],
-        'field "prompt" is missing',
+        NO_RESPONSE,
         [{"chosen": asked(SKY, BLUE), "rejected": asked(SKY, GREEN)}],
         _ASKED_CHAT,
     ),
     Sample(
         "HH-RLHF",
         [{"chosen": f"{_HH} Blue.", "rejected": f"{_HH} Green."}],
-        'field "prompt" is missing',
+        NO_RESPONSE,
         [{"chosen": f"{_HH} Blue.", "rejected": f"{_HH} Green."}],
         [{"prompt": _HH}],
     ),

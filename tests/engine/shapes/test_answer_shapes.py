@@ -25,7 +25,10 @@ def test_a_system_message_makes_a_dialogue_of_all_rows() -> None:
         openorca({"question": "a", "response": "b", "system_prompt": []})
 
 
-def test_a_label_is_true_or_false() -> None:
+@pytest.mark.parametrize("labels", [(True, False), ("True", "false"), (" 1", "0"), (1.0, 0)])
+def test_a_label_is_true_or_false(labels: tuple[object, object]) -> None:
+    found = [prompt_completion({"prompt": "a", "completion": "b", "label": x}) for x in labels]
+    assert ["unfit" in each for each in found] == [False, True]
     with pytest.raises(BadRecord, match="\"label\" must be true or false, not 'good'"):
         prompt_completion({"prompt": "a", "completion": "b", "label": "good"})
 

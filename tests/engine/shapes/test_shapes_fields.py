@@ -95,8 +95,11 @@ def test_unknown_and_ambiguous_rows_say_what_to_type() -> None:
         "truthfulqa-choices (question, mc1_targets); name the fields by --data.fields "
         "prompt=...,response=..."
     )
-    (found,) = records("comparisons", [{"prompt": "a", "answer": "b"}])
-    assert str(found).startswith('field "completions" is missing; there is prompt, answer')
+    (found,) = records("demonstrations", [{"Prompt": "a", " response": "b", "id": 1}])
+    assert str(found) == (
+        'field "prompt" is missing; there is Prompt,  response, id; names are told apart by their '
+        "capitals and blanks; name the fields by --data.fields prompt=Prompt,response= response"
+    )
     (found,) = records("prompts", [{**ALPACA, "question": "a", "answer": "b"}])
     assert str(found) == (
         "may be of alpaca or question-answer; name one: --data.fields alpaca, or the fields: "
@@ -112,7 +115,8 @@ def test_a_file_without_anything_for_the_purpose_is_an_error_at_once(tmp_path: P
         read_comparisons(path, skip_bad_lines=True)
     assert str(error.value) == (
         f"{path}:1: a file of Alpaca (alpaca) has no answers of one prompt that are ranked; it has "
-        "demonstrations, prompts"
+        "demonstrations, which recipes/sft_*.py --data.train reads; and prompts, which "
+        "recipes/ppo_*.py --data.prompts reads"
     )
 
 
@@ -195,3 +199,35 @@ def test_a_command_without_the_option_does_not_name_it() -> None:
     said = [str(each) for _, each in Fields("demonstrations", option="")([("f:1", {"a": "b"})])]
     assert said == ['field "prompt" is missing; there is a']
     assert "--" not in said[0]
+
+
+@pytest.mark.parametrize(
+    ("purpose", "row", "said"),
+    [
+        (
+            "demonstrations",
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            "has no answer to imitate; there is prompt, chosen, rejected: comparisons, which "
+            "recipes/rm_*.py --data.train reads; or name the fields by --data.fields "
+            "prompt=...,response=...",
+        ),
+        (
+            "comparisons",
+            {"messages": []},
+            "has no answers of one prompt that are ranked; there is messages: demonstrations, ",
+        ),
+        (
+            "prompts",
+            {"text": "a"},
+            "has no prompts; there is text: pretraining text, which --dat",
+        ),
+        ("text", {"prompt": "a"}, "has no text; there is prompt: prompts, which recipes/ppo_*.py"),
+        ("text", ALPACA, "has no text; there is instruction, input, output: demonstrations, "),
+    ],
+)
+def test_a_row_for_another_stage_says_which(
+    purpose: Any, row: Any, said: str, tmp_path: Path
+) -> None:
+    (found,) = records(purpose, [row])
+    assert str(found).startswith(said)
+    assert found.says_remedy
