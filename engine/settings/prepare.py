@@ -9,6 +9,7 @@ from typing import Literal
 
 from engine.errors import UserError, quoted
 from engine.settings.checks import check_numbers
+from engine.settings.saved import EARLIER
 
 PersonalKind = Literal["email", "iban", "card", "ssn", "ip", "phone"]
 """What the filter of personal data looks for."""
@@ -16,14 +17,18 @@ PersonalKind = Literal["email", "iban", "card", "ssn", "ip", "phone"]
 
 @dataclass(frozen=True, kw_only=True)
 class LogFields:
-    """What a log calls its fields; only the prompt, or messages in its stead, must be there."""
+    """What a log calls its fields; only the prompt, or messages in its stead, must be there. A dot
+    leads into an object, as in meta.user. A field that is named here and in no line is an error.
+    Where no label is named, rows of public data sets are known too (recipes/DATA.md)."""
 
     prompt: str = "prompt"
     """The prompt: a text, or a list of {"role", "content"}."""
     messages: str = "messages"
-    """Instead of the prompt: a dialogue; one that ends with the assistant has its response too."""
+    """Instead of the prompt: a dialogue; one that ends with the assistant has its response too, the
+    last reply whose "weight" is not 0."""
     user: str = "user"
-    """Who sent it: a text or a number. Without one, a prompt is a user by itself."""
+    """Who sent it: a text or a whole number; 7, 7.0 and "7.0" are one. Without one, or with nan,
+    null or none, a prompt is a user by itself."""
     id: str = "id"
     """What the record is called in the outputs; without one, FILE:LINE."""
     time: str = "time"
@@ -34,9 +39,16 @@ class LogFields:
     response: str = "response"
     """A labeler's demonstration. "demonstration" is taken too."""
     completions: str = "completions"
-    """Answers that were ranked; "chosen" and "rejected" are taken for two."""
+    """Answers that were ranked."""
     ranks: str = "ranks"
     """Their ranks, 1 is best."""
+    scores: str = field(default="scores", metadata={EARLIER: "scores"})
+    """Instead of ranks: ratings of the answers, the highest is the best."""
+    chosen: str = field(default="chosen", metadata={EARLIER: "chosen"})
+    """Instead of completions: the better of two answers, a text or messages; the prompt may be
+    within both."""
+    rejected: str = field(default="rejected", metadata={EARLIER: "rejected"})
+    """The other one."""
 
 
 @dataclass(frozen=True, kw_only=True)
