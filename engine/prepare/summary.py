@@ -28,7 +28,8 @@ REASONS = {
 _MOST_NAMES = 1000  # different use cases that are told apart; our choice
 _OTHER = "(others)"
 _NUM_SHOWN = 20  # rows of a table of languages or use cases; our choice
-_CELL_CHARACTERS = 40
+_CELL_CHARACTERS = 40  # of a screen
+_PAGE_CHARACTERS = 200  # of a page
 
 
 class TextTable(NamedTuple):
@@ -169,7 +170,7 @@ def in_markdown(report: Mapping[str, Any], remarks: Iterable[str]) -> str:
     for table in tables(report):
         lines = [table.heads, ["---"] * len(table.heads), *table.rows]
         parts.append(f"## {table.title}\n")
-        parts += [f"| {' | '.join(map(_cell, cells))} |" for cells in lines]
+        parts += [f"| {' | '.join(_cell(c, _PAGE_CHARACTERS) for c in cells)} |" for cells in lines]
         parts.append("")
     return "\n".join(parts)
 
@@ -184,8 +185,8 @@ def for_screen(table: TextTable) -> Table:
     return shown
 
 
-def _cell(text: str) -> str:
-    return printable(text, limit=_CELL_CHARACTERS, one_line=True).replace("|", "\\|")
+def _cell(text: str, limit: int = _CELL_CHARACTERS) -> str:
+    return printable(text, limit=limit, one_line=True).replace("|", "\\|")
 
 
 def _number(value: int) -> str:
