@@ -53,13 +53,14 @@ SAID_BY = {
     "engine/quickstart/": ("quickstart", "generate"),
     "engine/planning/": ("plan", *STAGES),
     "engine/prepare/tokenizer_training.py": ("tokenizer", "sft"),
+    "engine/prepare/ending.py": ("prepare", "tokenizer", "sft", "ppo"),
     "engine/prepare/": ("prepare", "sft"),
     "engine/guide/": ("ppo", "sft", "rm", "generate"),
     "engine/claim.py": ("tokenizer", "prepare"),
 }
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:[.-][a-z0-9]+)*")
-# git's, torchrun's, hf's, and everybody's
-NOT_OURS = {"--short", "--max-restarts", "--repo-type", "--help"}
+# git's, torchrun's, hf's, everybody's, and the beginning of prepare's
+NOT_OURS = {"--short", "--max-restarts", "--repo-type", "--help", "--fields"}
 
 
 @functools.cache

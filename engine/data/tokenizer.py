@@ -22,6 +22,7 @@ from engine.data.tokenizer_trial import try_tokenizer
 from engine.errors import UserError
 from engine.files import replacing
 
+_SPACE_MARK = "\u2581"  # sentencepiece writes a space as this character
 BATCH_CHARACTERS = 1 << 22  # work for a hundred cores, and a few hundred MB of ids
 Piece = TypeVar("Piece", str, str | tuple[int, ...])
 
@@ -198,13 +199,18 @@ def make_tokenizer(files: TokenizerFiles) -> Tokenizer:
     return Tokenizer(codec, files.path, beside)
 
 
-def train_sentencepiece(texts: Iterable[str], path: Path | str, *, vocab_size: int) -> Tokenizer:
+def train_sentencepiece(
+    texts: Iterable[str], path: Path | str, *, vocab_size: int, with_space: bool = False
+) -> Tokenizer:
     """Train byte pairs with byte fallback on `texts`, write the model to `path` and return it.
 
     decode(encode(text)) == text for every text: nothing is normalised and no whitespace is dropped.
-    The same texts give the same file. Raises UserError when `vocab_size` does not fit the texts.
+    That wants a space among the texts' characters; with_space: whether they have one or not. The
+    same texts give the same file. Raises UserError when `vocab_size` does not fit the texts.
     """
     model = io.BytesIO()
+    # Unless it is wanted it is not named: the option stands in the file, which others may have.
+    required: dict[str, Any] = {"required_chars": _SPACE_MARK} if with_space else {}
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
@@ -224,6 +230,7 @@ def train_sentencepiece(texts: Iterable[str], path: Path | str, *, vocab_size: i
             eos_piece=END_OF_TEXT,
             num_threads=1,
             minloglevel=2,
+            **required,
         )
     except RuntimeError as error:
         reason = str(error).rsplit("] ", 1)[-1].split(" --", 1)[0] or "there is no text"

@@ -1,8 +1,8 @@
-"""Which entries are kept, and on which side of the split: arithmetic on columns.
+"""Which entries are kept: arithmetic on columns.
 
-In this order: duplicates go, then what is over a user's cap; a user's side is drawn; held-out
-prompts that are trained on in another data set go. Personal data are looked for behind that, in
-what is left (engine/prepare/prepare.py).
+In this order: duplicates go, then what is over a user's cap; a user's side is drawn
+(engine/prepare/split.py); held-out prompts that are trained on in another data set go. Personal
+data are looked for behind that, in what is left (engine/prepare/prepare.py).
 
 **Duplicates.** Of a data set's prompts that share their first n characters one is kept, the
 earliest. To share n characters is an equivalence, so equal hashes of the first n find it: no more
@@ -15,9 +15,6 @@ from enum import IntEnum
 import numpy as np
 
 from engine.prepare.entries import Entries
-
-SPLITS = ("train", "valid", "test")
-"""The sides, and parts of their files' names."""
 
 
 class Verdict(IntEnum):
@@ -60,21 +57,22 @@ def over_cap(entries: Entries, is_kept: np.ndarray, most: int) -> np.ndarray:
     return over
 
 
-def side_of(user: np.ndarray, *, valid_fraction: float, test_fraction: float) -> np.ndarray:
-    """Return [n] which of SPLITS each entry is in: a user's hash says so, so that all of a user's
-    prompts are on one side, and stay there when others come and go."""
-    draw = user / 2.0**64
-    return np.where(draw < test_fraction, 2, np.where(draw < test_fraction + valid_fraction, 1, 0))
-
-
-def verdicts(
-    entries: Entries, original: np.ndarray, side: np.ndarray, *, max_prompts_per_user: int
+def first_verdicts(
+    entries: Entries, original: np.ndarray, *, max_prompts_per_user: int
 ) -> np.ndarray:
-    """Return [n] a Verdict for each entry, before anybody looks for personal data."""
+    """Return [n] a Verdict for each entry, before anybody knows its side."""
     found = np.full(len(original), Verdict.KEPT, dtype=np.uint8)
     found[original != np.arange(len(original))] = Verdict.DUPLICATE
     found[over_cap(entries, found == Verdict.KEPT, max_prompts_per_user)] = Verdict.OVER_CAP
-    is_kept = found == Verdict.KEPT
+    return found
+
+
+def verdicts_of(entries: Entries, first: np.ndarray, side: np.ndarray) -> np.ndarray:
+    """Return [n] a Verdict for each entry, before anybody looks for personal data.
+
+    first: [n] the first verdicts; side: [n] which side of the split.
+    """
+    found, is_kept = first.copy(), first == Verdict.KEPT
     trained = np.unique(entries.prompt[is_kept & (side == 0)])
     found[is_kept & (side != 0) & np.isin(entries.prompt, trained)] = Verdict.TRAINED_ON
     return found

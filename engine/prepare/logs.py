@@ -1,14 +1,25 @@
 """Raw logs as records: what a line of a log says, and for which data sets it is."""
 
-import datetime
-import math
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from engine.containers.row import BadRecord, check_text, json_type, required
-from engine.data.chat import check_messages
+from engine.containers.row import BadRecord
+from engine.data.chat import Messages
 from engine.data.records import RecordReader
+from engine.prepare.labels import labels_of
+from engine.prepare.log_fields import (
+    ABOUT,
+    FieldsSeen,
+    are_named,
+    in_their_words,
+    name_in,
+    other_names,
+    time_in,
+    user_in,
+    values_of,
+)
 from engine.settings.prepare import LogFields, PrepareConfig
 
 SETS = ("sft", "comparisons", "prompts")
@@ -21,8 +32,10 @@ _LIMIT_KIND = 80  # characters of a use case's name; our choice
 class LogRecord:
     """What one line of a log says."""
 
-    prompt: str | list[dict[str, str]]
+    prompt: str | Messages
     """A text, or a dialogue up to the response."""
+    is_cut: bool
+    """Whether the prompt is what two texts have in common."""
     user: str | None
     id: str | None
     time: float
@@ -31,6 +44,8 @@ class LogRecord:
     response: str | None
     completions: list[str] | None
     ranks: list[int] | None
+    left_out: tuple[tuple[str, str], ...]
+    """(data set, why) of labels from which nothing is learned: ties, replies of weight 0."""
 
     def sets(self) -> list[str]:
         """Return the data sets that it is for: those of its labels, or as a prompt alone."""
@@ -55,20 +70,16 @@ class LogRecord:
 
     def changed(self, change: Callable[[str], str]) -> "LogRecord":
         """Return the record with each of its texts changed."""
-        prompt: str | list[dict[str, str]]
+        prompt: str | Messages
         if isinstance(self.prompt, str):
             prompt = change(self.prompt)
         else:
             prompt = [{**message, "content": change(message["content"])} for message in self.prompt]
-        return LogRecord(
+        return dataclasses.replace(
+            self,
             prompt=prompt,
-            user=self.user,
-            id=self.id,
-            time=self.time,
-            kind=self.kind,
             response=None if self.response is None else change(self.response),
             completions=None if self.completions is None else list(map(change, self.completions)),
-            ranks=self.ranks,
         )
 
     def texts(self) -> list[str]:
@@ -81,6 +92,10 @@ class LogRecord:
         found: dict[str, Any] = {"prompt": self.prompt}
         if name == "sft":
             found["response"] = self.response
+        elif name == "comparisons" and self.is_cut:  # so that a stage knows that it was
+            assert isinstance(self.prompt, str) and self.completions is not None
+            texts = [self.prompt + text for text in self.completions]
+            found = dict(zip(("chosen", "rejected"), texts, strict=True))
         elif name == "comparisons":
             found |= {"completions": self.completions, "ranks": self.ranks}
         found["id"] = where if self.id is None else self.id
@@ -91,16 +106,17 @@ def read_logs(
     config: PrepareConfig,
     reading: Callable[[RecordReader[LogRecord]], object],
     on_bad: Callable[[str, str], object],
+    seen: FieldsSeen | None = None,
 ) -> Iterator[tuple[str, LogRecord]]:
     """Yield (FILE:LINE, record) of all logs, in their order; raises UserError.
 
     reading is told of each file's reader before its first line, and on_bad of each bad line that is
-    skipped: where it stands, and why.
+    skipped: where it stands, and why. seen: counts the fields.
     """
     for path in config.logs:
         reader = RecordReader(
             path,
-            lambda row: parse_log(row, config.fields),
+            lambda row: parse_log(row, config.fields, seen),
             skip_bad_lines=config.skip_bad_lines,
             skip_option=_SKIP_OPTION,
             on_bad=on_bad,
@@ -110,90 +126,27 @@ def read_logs(
             yield reader.where, record
 
 
-def parse_log(row: dict[str, Any], fields: LogFields) -> LogRecord:
-    """Return what a line says; BadRecord, which names the field, where that cannot be read."""
-    prompt, response = _dialogue(row, fields)
-    return LogRecord(
-        prompt=prompt,
-        user=_name(row, fields.user),
-        id=_name(row, fields.id),
-        time=_time(row.get(fields.time), fields.time),
-        kind=None if (kind := _name(row, fields.kind)) is None else kind[:_LIMIT_KIND],
-        response=response,
-        **_ranking(row, fields),
-    )
-
-
-def _dialogue(
-    row: dict[str, Any], fields: LogFields
-) -> tuple[str | list[dict[str, str]], str | None]:
-    """Return the prompt, and the response where there is one."""
-    name = fields.messages if fields.messages in row and fields.prompt not in row else fields.prompt
-    prompt = required(row, name)
-    given = fields.response if row.get(fields.response) is not None else "demonstration"
-    response = row.get(given)
-    if response is not None:
-        check_text(response, given)
-    if isinstance(prompt, str):
-        return check_text(prompt, name), response
-    messages = check_messages(prompt, name)
-    if messages[-1]["role"] == "assistant":
-        if response is not None:
-            raise BadRecord(f'ends with the assistant, and there is "{given}" too', field=name)
-        messages, response = messages[:-1], messages[-1]["content"]
-    if not messages or messages[-1]["role"] != "user":
-        raise BadRecord("needs a user message right before the reply", field=name)
-    return messages, response
-
-
-def _ranking(row: dict[str, Any], fields: LogFields) -> dict[str, Any]:
-    """Return the completions and their ranks, None and None where there are none."""
-    if row.get("chosen") is not None or row.get("rejected") is not None:
-        pair = [check_text(required(row, name), name) for name in ("chosen", "rejected")]
-        return {"completions": pair, "ranks": [1, 2]}
-    completions = row.get(fields.completions)
-    if completions is None:
-        if row.get(fields.ranks) is not None:
-            raise BadRecord(f'is there without "{fields.completions}"', field=fields.ranks)
-        return {"completions": None, "ranks": None}
-    if not isinstance(completions, list) or len(completions) < 2:
-        raise BadRecord("must be a list of two texts or more", field=fields.completions)
-    for index, text in enumerate(completions):
-        check_text(text, f"{fields.completions}[{index}]")
-    ranks = required(row, fields.ranks)
-    if not isinstance(ranks, list) or not all(type(rank) is int and rank >= 0 for rank in ranks):
-        raise BadRecord("must be a list of whole numbers from 0 up", field=fields.ranks)
-    if len(ranks) != len(completions):
-        raise BadRecord(
-            f"has {len(ranks)} for {len(completions)} {fields.completions}", field=fields.ranks
-        )
-    if len(set(ranks)) < 2:
-        raise BadRecord("are all equal: nothing is learned from a tie", field=fields.ranks)
-    if len(set(completions)) < 2:
-        raise BadRecord("has the same text each time", field=fields.completions)
-    order = sorted(set(ranks))
-    return {"completions": completions, "ranks": [order.index(rank) + 1 for rank in ranks]}
-
-
-def _name(row: dict[str, Any], field: str) -> str | None:
-    value = row.get(field)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise BadRecord(f"must be a text or a whole number, not {json_type(value)}", field=field)
-    return check_text(str(value), field)
-
-
-def _time(value: Any, field: str) -> float:
-    """Return seconds; a time without its zone is taken for one of UTC."""
-    if value is None:
-        return math.inf
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
-        return float(value)
+def parse_log(row: dict[str, Any], names: LogFields, seen: FieldsSeen | None = None) -> LogRecord:
+    """Return what a line says, and count its fields; BadRecord, which names the field, where that
+    cannot be read."""
+    values, others = values_of(row, names), other_names(names)
+    ours = {name: value for name, value in values.items() if name not in ABOUT}
+    taken = {*others, *others.values()}
+    rest = {key: value for key, value in row.items() if key not in taken}
     try:
-        found = datetime.datetime.fromisoformat(value)
-    except (TypeError, ValueError):
-        raise BadRecord("must be a number, or a time as 2021-03-04T12:00:00", field=field) from None
-    if found.tzinfo is None:
-        found = found.replace(tzinfo=datetime.UTC)
-    return found.timestamp()
+        labels, shape, read = labels_of(rest | ours, are_named=are_named(names))
+    except BadRecord as error:
+        raise in_their_words(error, row, names) from None
+    about = {name: name_in(values.get(name), getattr(names, name)) for name in ("id", "kind")}
+    record = LogRecord(
+        **vars(labels),
+        user=user_in(values.get("user"), names.user),
+        id=about["id"],
+        time=time_in(values.get("time"), names.time),
+        kind=None if about["kind"] is None else about["kind"][:_LIMIT_KIND],
+    )
+    if seen is not None:
+        if record.user is None:
+            values.pop("user", None)
+        seen.add(row, values, read, shape, names)
+    return record

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,10 +10,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from engine.files import replacing
-from engine.prepare.choice import SPLITS, Verdict
+from engine.prepare.choice import Verdict
 from engine.prepare.entries import Entries
 from engine.prepare.logs import SETS, LogRecord
-from engine.prepare.personal import PersonalData
+from engine.prepare.personal import PersonalData, num_reserved_emails
+from engine.prepare.split import SPLITS, Moved
 from engine.prepare.summary import Summary
 from engine.settings.prepare import PrepareConfig
 
@@ -36,6 +37,13 @@ class Decided:
     """[n] which of SPLITS."""
     verdict: np.ndarray
     """[n] a Verdict."""
+    moved: Sequence[Moved] = ()
+    """Of few users, who were moved to an empty side."""
+
+    def split_as_object(self) -> dict[str, Any]:
+        """Return how it was split, as report.json has it."""
+        moved = [{"set": each.dataset, "split": each.split, "of": each.of} for each in self.moved]
+        return {"by": "user" if self.entries.is_by_user else "prompt", "moved": moved}
 
 
 class Outputs:
@@ -82,10 +90,14 @@ class Outputs:
         if Verdict.KEPT in verdicts and self._is_searched(split):
             assert self._personal is not None
             kinds = {found.kind for text in record.texts() for found in self._personal.find(text)}
+            self._summary.reserved_emails += sum(map(num_reserved_emails, record.texts()))
             if kinds:
                 self._summary.personal(kinds)
                 if self._config.personal == "mask":
                     record, kinds = record.changed(self._personal.masked), set()
+        for name, why in record.left_out:
+            self._summary.read[name] += 1
+            self._drop(name, "left_out", where, record, why=why)
         language = ""
         if Verdict.KEPT in verdicts and not kinds:
             language = self._language(record.prompt_text())
@@ -98,13 +110,17 @@ class Outputs:
                 self._write(f"{name}.{split}.jsonl", record.row(name, where))
                 continue
             reason = "personal" if verdict == Verdict.KEPT else _REASONS[Verdict(verdict)]
-            self._summary.drop(name, reason)
-            row: dict[str, Any] = {"where": where, "id": record.id, "set": name, "reason": reason}
+            more: dict[str, Any] = {}
             if reason == "personal":
-                row["kinds"] = sorted(kinds)
+                more["kinds"] = sorted(kinds)
             elif reason == "duplicate":
-                row["of"] = self._chosen.entries.where(self._chosen.original[index])
-            self._write(_DROPPED, row)
+                more["of"] = self._chosen.entries.where(self._chosen.original[index])
+            self._drop(name, reason, where, record, **more)
+
+    def _drop(self, name: str, reason: str, where: str, record: LogRecord, **more: Any) -> None:
+        self._summary.drop(name, reason)
+        row = {"where": where, "id": record.id, "set": name, "reason": reason}
+        self._write(_DROPPED, row | more)
 
     def _is_searched(self, split: str) -> bool:
         everywhere = self._config.personal_splits == "all"

@@ -176,6 +176,12 @@ def _is_97(written: str) -> bool:
     return int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1
 
 
+def num_reserved_emails(text: str) -> int:
+    """Return how many addresses a text has at domains that are reserved for examples."""
+    found = _EMAIL.finditer(text) if "@" in text else ()
+    return sum(_RESERVED.search(match[1].lower()) is not None for match in found)
+
+
 def _emails(text: str) -> Iterator[tuple[int, int]]:
     for match in _EMAIL.finditer(text) if "@" in text else ():
         domain = match[1].lower()

@@ -22,13 +22,16 @@ from engine.data.tokenizer import load_tokenizer
 from engine.environment import world_size_of_environment
 from engine.errors import UserError
 from engine.files import read_object, replacing, write_object
-from engine.prepare.choice import original_of, side_of, verdicts
+from engine.prepare.choice import Verdict, first_verdicts, original_of, verdicts_of
+from engine.prepare.ending import next_commands, remarks, wrapped
 from engine.prepare.entries import EntryList
 from engine.prepare.languages import open_languages
 from engine.prepare.lengths import measures_of
+from engine.prepare.log_fields import FieldsSeen
 from engine.prepare.logs import LogRecord, read_logs
 from engine.prepare.outputs import Decided, Outputs, largest_duplicates
 from engine.prepare.personal import PersonalData
+from engine.prepare.split import filled, side_of
 from engine.prepare.summary import Summary, for_screen, in_markdown, tables
 from engine.printable import open_console, say
 from engine.progress import LongWork
@@ -37,7 +40,6 @@ from engine.settings.saved import changed_fields, save_config
 
 _MAX_LOGS = 1 << 16
 _NUM_LARGEST = 10  # groups of duplicates that the report names; our choice
-_MOST_ALIKE = 0.1  # share of a data set with one beginning that is not warned of; our choice
 _NUM_TABLES = 3  # of the report on screen; our choice
 _RECORDS_A_WORD = 1000  # between two looks at how far the reading is
 
@@ -64,21 +66,24 @@ def prepare(config: PrepareConfig) -> Path:
     if os.path.lexists(config.out):
         _check_same(config, config.out, logs)
         say(f"{config.out}: finished already, of these logs and settings")
+        _say_next(config.out)
         return config.out
+    seen = FieldsSeen()
     with making(config.out) as folder:
-        chosen, first_digests = _choose(config)
+        chosen, first_digests = _choose(config, seen)
         outputs = Outputs(config, chosen, summary, personal, language)
         with outputs.within(folder):
             digests = _read(config, "prepare: write", outputs.record, outputs.bad_line)
         if digests != first_digests:
             raise UserError("a log was changed while it was read; start again")
         alike = largest_duplicates(chosen, _NUM_LARGEST)
-        report = {"logs": logs, **summary.as_object(), "largest_duplicates": alike}
+        report = {"logs": logs, "fields": seen.as_object(), "split": chosen.split_as_object()}
+        report |= {**summary.as_object(), "largest_duplicates": alike}
         write_object(folder / "report.json", report)
         with replacing(folder / "report.md") as stream:
-            stream.write(in_markdown(report).encode())
+            stream.write(in_markdown(report, remarks(report, config)).encode())
         save_config(config, folder / "config.json")
-    _show(report, config.out)
+    _show(report, config, config.out)
     return config.out
 
 
@@ -88,17 +93,27 @@ def _encode(path: Path) -> Callable[[str], list[int]]:
     return load_tokenizer(own if own.exists() else path).encode
 
 
-def _choose(config: PrepareConfig) -> tuple[Decided, list[str]]:
-    """Read the logs, and choose; return the logs' digests too."""
+def _choose(config: PrepareConfig, seen: FieldsSeen) -> tuple[Decided, list[str]]:
+    """Read the logs, counting their fields, and choose; return the logs' digests too."""
     found = EntryList(prefix_characters=config.prefix_characters, seed=config.seed)
-    digests = _read(config, "prepare: read", found.add, lambda *bad: None)
+    digests = _read(config, "prepare: read", found.add, lambda *bad: None, seen)
+    seen.check(config.fields)
     entries = found.entries()
     original = original_of(entries)
-    side = side_of(
-        entries.user, valid_fraction=config.valid_fraction, test_fraction=config.test_fraction
+    first = first_verdicts(entries, original, max_prompts_per_user=config.max_prompts_per_user)
+    side, moved = filled(
+        entries,
+        first == Verdict.KEPT,
+        side_of(
+            entries.divided,
+            valid_fraction=config.valid_fraction,
+            test_fraction=config.test_fraction,
+        ),
+        has_valid=config.valid_fraction > 0,
     )
-    verdict = verdicts(entries, original, side, max_prompts_per_user=config.max_prompts_per_user)
-    return Decided(entries=entries, original=original, side=side, verdict=verdict), digests
+    verdict = verdicts_of(entries, first, side)
+    chosen = Decided(entries=entries, original=original, side=side, verdict=verdict, moved=moved)
+    return chosen, digests
 
 
 def _read(
@@ -106,11 +121,12 @@ def _read(
     title: str,
     on_record: Callable[[str, LogRecord], object],
     on_bad: Callable[[str, str], object],
+    seen: FieldsSeen | None = None,
 ) -> list[str]:
     """Read all logs once, saying how far it is; return their digests as they were read."""
     readers: list[RecordReader[LogRecord]] = []
     with LongWork(title, is_writer=True) as work:
-        for number, found in enumerate(read_logs(config, readers.append, on_bad)):
+        for number, found in enumerate(read_logs(config, readers.append, on_bad, seen)):
             if number % _RECORDS_A_WORD == 0:
                 work.tell(f"{readers[-1].source.name} {readers[-1].share_read:.0%}")
             on_record(*found)
@@ -135,18 +151,16 @@ def _digests(logs: list[Any]) -> list[Any]:
     return [log.get("xxh3_128") if isinstance(log, dict) else None for log in logs]
 
 
-def _show(report: Mapping[str, Any], folder: Path) -> None:
-    """Say what came of it: the first of the report's tables, and what is odd."""
+def _show(report: Mapping[str, Any], config: PrepareConfig, folder: Path) -> None:
+    """Say what came of it: the first of the report's tables, what is odd, what comes next."""
     for table in itertools.islice(tables(report), _NUM_TABLES):
         open_console().print(for_screen(table))
-    for found in report["largest_duplicates"]:
-        share = found["times"] / report["sets"][found["set"]]["read"]
-        if share > _MOST_ALIKE:
-            say(
-                f"WARNING: {share:.0%} of {found['set']} begin as {found['kept']}, which alone is "
-                "kept: raise --prefix-characters where all prompts have one preamble"
-            )
+    for remark in remarks(report, config):
+        say(wrapped(remark))
     say(f"{folder}: what was dropped and why is in report.md and dropped.jsonl")
-    if (folder / "sft.train.jsonl").exists() and (folder / "sft.valid.jsonl").exists():
-        say(f"SFT reads them by --data.train {folder}/sft.train.jsonl \\")
-        say(f"    --data.valid {folder}/sft.valid.jsonl")
+    _say_next(folder)
+
+
+def _say_next(folder: Path) -> None:
+    for line in next_commands(folder):
+        say(line)

@@ -5,29 +5,31 @@ the names of the logs as they were given.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
 
-from engine.prepare.choice import SPLITS
 from engine.prepare.lengths import LENGTH_COLUMNS, Lengths, Measures
 from engine.prepare.logs import SETS, LogRecord
+from engine.prepare.split import SPLITS
 from engine.printable import printable
 
 REASONS = {
     "duplicate": "shares a long beginning with an earlier prompt",
     "over_cap": "its user has more prompts than are kept",
     "trained_on": "held out here, and trained on in another data set",
-    "personal": "has personal data",
+    "personal": "has personal data; addresses at example.com and the like are nobody's, and stay",
+    "left_out": "its label teaches nothing (a tie, a reply not to be trained); its prompt stays",
     "bad_line": "could not be read",
 }
 """Why a record was dropped, and what that means."""
 _MOST_NAMES = 1000  # different use cases that are told apart; our choice
 _OTHER = "(others)"
 _NUM_SHOWN = 20  # rows of a table of languages or use cases; our choice
-_CELL_CHARACTERS = 40
+_CELL_CHARACTERS = 40  # of a screen
+_PAGE_CHARACTERS = 200  # of a page
 
 
 class TextTable(NamedTuple):
@@ -43,6 +45,7 @@ class Summary:
 
     def __init__(self, measures: Measures) -> None:
         self.read: Counter[str] = Counter()
+        self.reserved_emails = 0
         self._kept: Counter[tuple[str, str]] = Counter()
         self._users: dict[tuple[str, str], set[int]] = defaultdict(set)
         self._dropped: Counter[tuple[str, str]] = Counter()
@@ -87,6 +90,7 @@ class Summary:
             "sets": {name: self._set(name) for name in SETS if self.read[name]},
             "bad_lines": self._dropped["", "bad_line"],
             "records_with_personal_data": dict(sorted(self._personal.items())),
+            "reserved_emails": self.reserved_emails,
             "languages": _nested(self._languages),
             "kinds": _nested(self._kinds),
             "lengths": dict(lengths),
@@ -118,7 +122,8 @@ def tables(report: Mapping[str, Any]) -> Iterator[TextTable]:
             rows.append((f"dropped: {reason}", *map(_number, counts)))
     for split in SPLITS:
         rows.append((f"kept: {split}", *(_number(sets[n]["kept"][split]) for n in sets)))
-    rows.append(("users kept", *(_number(sum(sets[n]["users"].values())) for n in sets)))
+    if report["split"]["by"] == "user":
+        rows.append(("users kept", *(_number(sum(sets[n]["users"].values())) for n in sets)))
     if report["bad_lines"]:
         rows.append(("bad lines", _number(report["bad_lines"]), *([""] * (len(sets) - 1))))
     yield TextTable("Kept and dropped", heads, rows)
@@ -155,15 +160,17 @@ def _length_tables(
         yield TextTable(f"{title}, in {measure}", ("data set", column, "n", *LENGTH_COLUMNS), rows)
 
 
-def in_markdown(report: Mapping[str, Any]) -> str:
-    """Return the report as Markdown, with what each reason means."""
+def in_markdown(report: Mapping[str, Any], remarks: Iterable[str]) -> str:
+    """Return the report as Markdown, with what is odd of it and what each reason means."""
     parts = ["# What was kept, and what was dropped and why\n"]
+    parts += [f"- {printable(remark, one_line=True)}" for remark in remarks]
+    parts.append("\nWhy a record was dropped:\n")
     parts += [f"- `{reason}`: {meaning}" for reason, meaning in REASONS.items()]
     parts.append("\nEach dropped record is a line of dropped.jsonl. Texts are in neither file.\n")
     for table in tables(report):
         lines = [table.heads, ["---"] * len(table.heads), *table.rows]
         parts.append(f"## {table.title}\n")
-        parts += [f"| {' | '.join(map(_cell, cells))} |" for cells in lines]
+        parts += [f"| {' | '.join(_cell(c, _PAGE_CHARACTERS) for c in cells)} |" for cells in lines]
         parts.append("")
     return "\n".join(parts)
 
@@ -178,8 +185,8 @@ def for_screen(table: TextTable) -> Table:
     return shown
 
 
-def _cell(text: str) -> str:
-    return printable(text, limit=_CELL_CHARACTERS, one_line=True).replace("|", "\\|")
+def _cell(text: str, limit: int = _CELL_CHARACTERS) -> str:
+    return printable(text, limit=limit, one_line=True).replace("|", "\\|")
 
 
 def _number(value: int) -> str:

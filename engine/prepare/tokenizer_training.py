@@ -5,7 +5,8 @@ OUT/trained_on.json                      of which files, and how well it does
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from engine.data.records import RecordReader
 from engine.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from engine.errors import UserError, named
 from engine.files import MAX_SHOWN_PATH, write_object, writing
+from engine.prepare.labels import labels_of
 from engine.printable import say
 from engine.progress import LongWork
 from engine.settings.tokenizer import TokenizerConfig
@@ -41,7 +43,9 @@ _HARD_TEXTS = (
     "x" * 300,
     "0123456789 3.14 10,000",
 )
-_HIGHEST = re.compile(r"<= (\d+)")  # what sentencepiece says that a vocabulary may be
+# What sentencepiece says that a vocabulary may be at most, and must be at least.
+_HIGHEST, _LOWEST = re.compile(r"<= (\d+)"), re.compile(r"required_chars\. \d+ vs (\d+)")
+_FEWEST_ENTRIES = 2  # of which sentencepiece says how many there must be
 
 
 @holding_claims()
@@ -64,10 +68,7 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
         work.tell("check")
         tokenizer = load_tokenizer(folder)
         if config.vocab_size is not None and tokenizer.vocab_size != config.vocab_size:
-            raise UserError(
-                f"--vocab-size {config.vocab_size} does not fit the training text, which gives "
-                f"{tokenizer.vocab_size}: give --vocab-size {tokenizer.vocab_size}, or more text"
-            )
+            raise UserError(_too_large(config.vocab_size, tokenizer.vocab_size))
         bytes_a_token = _checked(tokenizer, texts)
         facts = {
             "files": [str(path) for path in config.files],
@@ -79,26 +80,46 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
     for path in cut:
         say(f"{path}: not all of it was read (--max-megabytes {config.max_megabytes:g})")
     say(
-        f"{config.out}: {tokenizer.vocab_size} entries from {num_bytes / 1e6:.2f} MB of text; "
+        f"{config.out}: {tokenizer.vocab_size} entries from {_amount(num_bytes)} of text; "
         f"{bytes_a_token:.2f} bytes a token"
     )
-    say("next: python recipes/sft_tiny.py \\")
-    say(f"    --tokenizer {config.out} --data.train demonstrations.jsonl")
+    say(f"next: python recipes/sft_tiny.py --tokenizer {shlex.quote(str(config.out))} \\")
+    say(f"    {_next_data(config.files)}")
     return config.out
 
 
-def train_fitting(texts: Iterable[str], path: Path, vocab_size: int, *, is_exact: bool) -> None:
+def train_fitting(
+    texts: Iterable[str], path: Path, vocab_size: int, *, is_exact: bool, with_space: bool = False
+) -> None:
     """Train a sentencepiece model of so many entries, or where not exact, of as many as the texts
-    give. Raises UserError. `texts` is read once or twice."""
+    give, or want for their characters. Raises UserError. `texts` is read once or a few times."""
+    size = max(vocab_size, _FEWEST_ENTRIES)
     try:
-        train_sentencepiece(texts, path, vocab_size=vocab_size)
+        tokenizer = train_sentencepiece(texts, path, vocab_size=size, with_space=with_space)
     except UserError as error:
-        highest = _HIGHEST.search(str(error))
-        if is_exact and highest:
-            raise UserError(f"{error}; give --vocab-size {highest[1]}, or more text") from None
-        if highest is None:
+        highest, lowest = _HIGHEST.search(str(error)), _LOWEST.search(str(error))
+        if highest is None and lowest is None:
             raise
-        train_sentencepiece(texts, path, vocab_size=int(highest[1]))
+        if is_exact and highest:
+            raise UserError(_too_large(vocab_size, int(highest[1]))) from None
+        if is_exact and lowest:
+            raise UserError(
+                f"--vocab-size {vocab_size} is too few: this text wants {lowest[1]} at least, the "
+                f"256 bytes, two marks and its characters; give --vocab-size {lowest[1]} or more"
+            ) from None
+        fitting = int(highest[1]) if highest else vocab_size + int(lowest[1] if lowest else 0)
+        train_fitting(texts, path, fitting, is_exact=False, with_space=with_space)
+    else:
+        # Of a script that has none, or few.
+        if not with_space and tokenizer.decode(tokenizer.encode(" ")) != " ":
+            train_fitting(texts, path, vocab_size, is_exact=is_exact, with_space=True)
+
+
+def _too_large(vocab_size: int, highest: int) -> str:
+    return (
+        f"--vocab-size {vocab_size} does not fit the training text, which gives {highest} at most: "
+        f"give --vocab-size {highest} or less, leave the option out, or give more text"
+    )
 
 
 def texts_of(path: Path, *, skip_bad_lines: bool = False, skip_option: str = "") -> Iterator[str]:
@@ -208,6 +229,37 @@ class _Texts:
                 return
 
 
+def _amount(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.2f} MB" if num_bytes >= 1e5 else f"{num_bytes:,} bytes"
+
+
+def _next_data(files: Sequence[Path]) -> str:
+    """Return the option by which SFT reads the first of the files that it can: demonstrations, else
+    text to pretrain on."""
+    for option, is_for in (("--data.train", _has_response), ("--data.pretraining", _has_text)):
+        for path in files:
+            if _first_is(path, is_for):
+                return f"{option} {shlex.quote(str(path))}"
+    return "--data.train demonstrations.jsonl"
+
+
+def _first_is(path: Path, is_for: Callable[[dict[str, Any]], bool]) -> bool:
+    if ending_of(path) in ENDINGS["text"]:
+        return is_for is _has_text
+    try:
+        return next(iter(RecordReader(path, is_for, skip_bad_lines=False)))
+    except UserError:
+        return False
+
+
+def _has_response(row: dict[str, Any]) -> bool:
+    return labels_of(row, are_named=False)[0].response is not None
+
+
+def _has_text(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("text", row.get("content")), str)
+
+
 def _size_for(num_bytes: int) -> int:
     return min(_LARGEST, max(_SMALLEST, num_bytes // _BYTES_AN_ENTRY))
 
@@ -216,7 +268,10 @@ def _train_byte_level(texts: Iterable[str], path: Path, vocab_size: int) -> None
     """Train byte pairs over bytes, cut into words as GPT-2's are, and write a tokenizer.json."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
-        raise UserError(f"--vocab-size must be over {len(alphabet)}, one a byte, got {vocab_size}")
+        raise UserError(
+            f"--vocab-size {vocab_size} is too few: byte_level wants {len(alphabet) + 1} at least, "
+            "one a byte and the end of text"
+        )
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

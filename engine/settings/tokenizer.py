@@ -18,8 +18,9 @@ class TokenizerConfig:
     out: Path = Path("runs/tokenizer")
     """The folder to make; --tokenizer of a stage takes it."""
     vocab_size: int | None = None
-    """Entries of the vocabulary, bytes and end of text among them; none: one to a kilobyte of text,
-    from 512 to 32,000, or as many as the text gives. Our choice; GPT-3 has 50,257."""
+    """Entries of the vocabulary, at least the 256 bytes, the end of text and, of sentencepiece, the
+    characters of the text. None: one to a kilobyte of text, from 512 to 32,000, or as many as the
+    text gives or its characters want. Our choice; GPT-3 has 50,257."""
     kind: Literal["sentencepiece", "byte_level"] = "sentencepiece"
     """sentencepiece: byte pairs over characters, rare ones spelled in bytes; byte_level: over
     bytes, as GPT-2's, in a tokenizer.json."""

@@ -313,3 +313,12 @@ def test_a_run_keeps_no_end_that_is_beyond_the_model(tmp_path: Path, tokenizer: 
     assert load_tokenizer(tmp_path / "run").kept("generation_config.json") == {
         "eos_token_id": tokenizer.eos_id
     }
+
+
+def test_a_space_is_a_character_of_texts_without_one_where_it_is_asked_for(tmp_path):
+    text = "".join(chr(0x4E00 + i) for i in range(40))
+    options = {"path": tmp_path / "t.model", "vocab_size": 310}
+    tokenizer = train_sentencepiece([text], **options)
+    assert tokenizer.decode(tokenizer.encode(" a  b")) != " a  b"
+    tokenizer = train_sentencepiece([text], **options, with_space=True)
+    assert tokenizer.decode(tokenizer.encode(" a  b")) == " a  b"

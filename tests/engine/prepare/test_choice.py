@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 
-from engine.prepare.choice import SPLITS, Verdict, original_of, over_cap, side_of, verdicts
+from engine.prepare.choice import Verdict, first_verdicts, original_of, over_cap, verdicts_of
 from engine.prepare.entries import Entries, EntryList
 from engine.prepare.logs import parse_log
 from engine.settings.prepare import LogFields
@@ -21,7 +21,9 @@ def columns(*rows: tuple, dataset: int = 2) -> Entries:
         dataset=np.full(n, dataset, dtype=np.uint8),
         prompt=prompt.astype(np.int64),
         user=user.astype(np.uint64),
+        divided=user.astype(np.uint64),
         time=time.astype(float),
+        is_by_user=True,
     )
 
 
@@ -64,31 +66,21 @@ def test_the_cap_counts_a_users_different_kept_prompts_in_the_order_of_their_has
     assert over_cap(columns(*rows), np.zeros(6, dtype=bool), 1).sum() == 0
 
 
-def test_a_user_is_on_one_side_and_the_sides_have_their_shares():
-    users = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)
-    side = side_of(users, valid_fraction=0.1, test_fraction=0.05)
-    assert np.array_equal(side, side_of(users, valid_fraction=0.1, test_fraction=0.05))
-    shares = np.bincount(side) / len(users)
-    assert SPLITS == ("train", "valid", "test")
-    assert np.abs(shares - [0.85, 0.1, 0.05]).max() < 0.01
-    ends = np.array([0, 2**64 - 1], dtype=np.uint64)
-    assert side_of(ends, valid_fraction=0.0, test_fraction=0.0).tolist() == [0, 0]
-
-
 def test_a_held_out_prompt_that_another_data_set_trains_on_is_dropped():
     entries = columns((0, 1, 0), (0, 2, 0), (1, 2, 0))
     entries.dataset[:] = [0, 2, 2]
     original = original_of(entries)
-    found = verdicts(entries, original, np.array([0, 1, 1]), max_prompts_per_user=9)
+    first = first_verdicts(entries, original, max_prompts_per_user=9)
+    found = verdicts_of(entries, first, np.array([0, 1, 1]))
     assert found.tolist() == [Verdict.KEPT, Verdict.TRAINED_ON, Verdict.KEPT]
-    found = verdicts(entries, original, np.array([1, 1, 1]), max_prompts_per_user=9)
+    found = verdicts_of(entries, first, np.array([1, 1, 1]))
     assert found.tolist() == [Verdict.KEPT] * 3
 
 
 def test_duplicates_do_not_count_against_the_cap():
     entries = columns((0, 1, 0), (0, 1, 0), (1, 1, 0), (2, 1, 0))
-    found = verdicts(entries, original_of(entries), np.zeros(4), max_prompts_per_user=2)
+    found = first_verdicts(entries, original_of(entries), max_prompts_per_user=2)
     assert found.tolist() == [Verdict.KEPT, Verdict.DUPLICATE, Verdict.KEPT, Verdict.OVER_CAP]
     entries = columns((0, 1, 0), (0, 2, 0), (1, 2, 0))  # user 2 has sent user 1's prompt too
-    found = verdicts(entries, original_of(entries), np.zeros(3), max_prompts_per_user=1)
+    found = first_verdicts(entries, original_of(entries), max_prompts_per_user=1)
     assert found.tolist() == [Verdict.KEPT, Verdict.DUPLICATE, Verdict.KEPT]

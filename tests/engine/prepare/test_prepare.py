@@ -8,7 +8,7 @@ from benchmarks.prepare import found_against_planted
 from engine.data.demonstrations import read_demonstrations
 from engine.errors import UserError
 from engine.prepare.prepare import prepare
-from engine.settings.prepare import PrepareConfig
+from engine.settings.prepare import LogFields, PrepareConfig
 from tests.tiny import write_lines
 
 LABELS = {"response": "r", "completions": ["a", "b"], "ranks": [1, 2]}
@@ -174,3 +174,51 @@ def test_what_is_missing_is_said_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one process prepares data"):
         prepare(config(tmp_path, {"prompt": "p"}))
+
+
+def test_each_of_few_users_is_on_one_side_and_none_is_empty(tmp_path, capsys):
+    records = [{"prompt": f"{i}", "user": i % 2, "response": "r"} for i in range(20)]
+    prepare(config(tmp_path, *records, valid_fraction=0.1, test_fraction=0.05))
+    numbers = [len(rows(tmp_path / f"data/sft.{side}.jsonl")) for side in ("train", "valid")]
+    assert numbers == [10, 10]
+    assert "python recipes/sft_tiny.py" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("user", [{}, {"user": 1}, {"user": "nan"}])
+def test_of_one_user_or_of_nobody_prompts_are_split(tmp_path, user, capsys):
+    records = [{"prompt": f"{i}", **user} for i in range(40)]
+    prepare(config(tmp_path, *records, valid_fraction=0.2))
+    assert 2 < len(rows(tmp_path / "data/prompts.valid.jsonl")) < 16
+    said = " ".join(capsys.readouterr().out.split())
+    assert "so the split is by prompt" in said
+    assert "so the split is by prompt" in (tmp_path / "data/report.md").read_text()
+
+
+def test_a_field_that_no_line_has_leaves_nothing(tmp_path):
+    found = config(tmp_path, {"prompt": "p"}, fields=LogFields(user="customer"))
+    with pytest.raises(UserError, match="--fields.user customer: none of the 1 lines has it"):
+        prepare(found)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_label_that_teaches_nothing_is_in_the_report_and_its_prompt_in_its_file(tmp_path):
+    prepare(config(tmp_path, {"prompt": "p", "completion": "c", "label": False}))
+    (dropped,) = rows(tmp_path / "data/dropped.jsonl")
+    assert (dropped["set"], dropped["reason"]) == ("sft", "left_out")
+    assert dropped["why"] == "completions labelled false"
+    assert len(rows(tmp_path / "data/prompts.train.jsonl")) == 1
+    report = json.loads((tmp_path / "data/report.json").read_text())
+    assert report["sets"]["sft"]["dropped"] == {"left_out": 1}
+
+
+def test_addresses_of_reserved_domains_are_counted(tmp_path, capsys):
+    prepare(config(tmp_path, {"prompt": "to ann@example.com and bob@mail.example.org"}))
+    assert "2 addresses at domains that are reserved" in capsys.readouterr().out
+
+
+def test_a_list_of_json_is_a_log_too(tmp_path):
+    log = tmp_path / "log.json"
+    log.write_text('[{"prompt": "a"}, {"prompt": "a"}]')
+    prepare(PrepareConfig(logs=(log,), out=tmp_path / "data", languages=False))
+    (dropped,) = rows(tmp_path / "data/dropped.jsonl")
+    assert dropped["of"] == f"{log}: record 1"

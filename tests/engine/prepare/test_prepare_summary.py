@@ -38,9 +38,15 @@ def test_counts_are_by_data_set_side_and_reason():
     assert {row["split"] for row in found["lengths"]["responses"]} == {"train", "test"}
 
 
+def page_of(report: dict, *remarks: str) -> str:
+    return in_markdown(report | {"largest_duplicates": [], "split": {"by": "user"}}, remarks)
+
+
 def test_the_page_says_all_of_it():
-    page = in_markdown({**summary(), "largest_duplicates": []})
+    page = page_of(summary(), "a remark")
     for text in (
+        "- a remark\n",
+        "| users kept | 2 | 1 |",
         "| read | 4 | 2 |",
         "| dropped: duplicate | 1 | 0 |",
         "| kept: train | 2 | 1 |",
@@ -49,6 +55,8 @@ def test_the_page_says_all_of_it():
         "- `personal`: has personal data",
     ):
         assert text in page, text
+    by_prompt = summary() | {"largest_duplicates": [], "split": {"by": "prompt"}}
+    assert "users kept" not in in_markdown(by_prompt, ())
 
 
 def test_names_from_a_log_are_harmless():
@@ -56,6 +64,8 @@ def test_names_from_a_log_are_harmless():
     found.read["prompts"] = 1
     record = parse_log({"prompt": "a", "kind": EVERYTHING[:60] + "|"}, LogFields())
     found.keep("prompts", "train", record, user=1, language="")
-    page = in_markdown({**found.as_object(), "largest_duplicates": []})
+    page = page_of(found.as_object(), EVERYTHING)
     assert dangers(page) == dangers("")
-    assert len(list(tables({**found.as_object(), "largest_duplicates": []}))) == 5
+    assert (
+        len(list(tables({**found.as_object(), "largest_duplicates": [], "split": {"by": ""}}))) == 5
+    )

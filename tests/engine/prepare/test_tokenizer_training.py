@@ -47,10 +47,14 @@ def test_a_vocabulary_is_as_large_as_asked_or_an_error_says_what_fits(files, tmp
     )
     assert load_tokenizer(out).vocab_size == 400
     large = TokenizerConfig(files=files, out=tmp_path / "b", kind=kind, vocab_size=50_000)
-    with pytest.raises(UserError, match=r"vocab_size 50000 does not fit .*give --vocab-size \d+"):
+    with pytest.raises(
+        UserError, match=r"--vocab-size 50000 does not fit .*give --vocab-size \d+ or"
+    ):
         train_tokenizer(large)
-    with pytest.raises(UserError, match="vocab_size"):
-        train_tokenizer(TokenizerConfig(files=files, out=tmp_path / "c", kind=kind, vocab_size=200))
+    for size in (1, 2, 200, 256):
+        small = TokenizerConfig(files=files, out=tmp_path / "c", kind=kind, vocab_size=size)
+        with pytest.raises(UserError, match=rf"^--vocab-size {size} is too few: .* wants (\d+) at"):
+            train_tokenizer(small)
     names = {path.name for path in tmp_path.iterdir() if path.suffix != ".jsonl"}
     assert names == {"a"}, "a mistake left something"
 
@@ -145,3 +149,29 @@ def test_fitting_reads_again_only_where_the_size_may_change(tmp_path):
     assert load_tokenizer(tmp_path / "t.model").vocab_size < 400
     with pytest.raises(UserError, match="give --vocab-size"):
         train_fitting(texts, tmp_path / "t.model", 9000, is_exact=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_script_of_many_characters_has_room_for_them_where_no_size_is_asked_for(tmp_path, kind):
+    text = "".join(chr(0x4E00 + i) for i in range(1500))
+    path = write_lines(tmp_path / "zh.jsonl", [{"text": text}])
+    out = train_tokenizer(TokenizerConfig(files=(path,), out=tmp_path / "made", kind=kind))
+    tokenizer = load_tokenizer(out)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "rows, option",
+    [
+        ([{"prompt": "a prompt"}], "--data.train demonstrations.jsonl"),
+        ([{"prompt": "a prompt", "response": "words"}], "--data.train {path}"),
+        ([{"messages": [{"role": "user", "content": "words"}]}], "--data.train demonstrations"),
+        ([{"text": "some words"}], "--data.pretraining {path}"),
+    ],
+)
+def test_the_next_command_names_a_file_that_sft_reads(tmp_path, rows, option, capsys):
+    path = write_lines(tmp_path / "a file.jsonl", rows)
+    train_tokenizer(TokenizerConfig(files=(path,), out=tmp_path / "made"))
+    said = capsys.readouterr().out
+    assert option.format(path=f"'{path}'") in said
+    assert "bytes of text" in said
