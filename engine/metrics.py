@@ -147,13 +147,12 @@ class Metrics:
             return
         for line in lines:
             self._show(line, style="dim")
-        if self._first_step >= self._num_steps:
-            return
+        is_through = self._first_step >= self._num_steps
         path = self._run_dir / "alarms.jsonl"  # rid of damaged lines
         rows = [json.loads(line) for line in _lines(path)] if path.exists() else []
         recorded = {(str(row.get("name")), str(row.get("message"))) for row in rows}
         for name, message in dict.fromkeys(cautions):
-            if (name, message) not in recorded:
+            if not is_through and (name, message) not in recorded:
                 row = {"step": self._first_step, "name": name, "message": message}
                 self._append("alarms", row)
                 self._show(f"WARNING {name}: {message}", style="bold yellow")
