@@ -64,7 +64,7 @@ def _of_split(split: Mapping[str, Any], seen: Mapping[str, Any]) -> Iterator[str
         yield f"lines without a user: {number:,}; each of their prompts is a user by itself"
     for moved in split["moved"]:
         yield (
-            f"{moved['set']}: of {moved['of']:,} {split['by']}s the hashes put none into "
+            f"{moved['set']}: by the hashes of {moved['of']:,} {split['by']}(s) none was for "
             f"{moved['split']}, so one was moved there"
         )
 

@@ -4,6 +4,7 @@ One way for all of them, the stages' (engine/shapes, engine/data/chat.py): so a 
 stage would read it, and a form that is not taken is refused by its name.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from engine.containers.row import BadRecord, required
 from engine.data.chat import Asked, Messages, asked_by, check_messages, has, parse_reply
 from engine.data.pairs import are_dialogues, asked_in, split_chats, split_texts
 from engine.shapes.canonical import LeftOut, Purpose, Row, opened
-from engine.shapes.plain_rows import plain
+from engine.shapes.plain_rows import claimed_by_plain, plain
 from engine.shapes.shapes import PLAIN, SHAPES, nearly, recognised
 
 _LABELS = ("prompt", "messages", "response", "completions", "ranks", "scores", "chosen", "rejected")
@@ -54,6 +55,8 @@ def labels_of(row: Row, *, are_named: bool) -> tuple[Labels, str, set[str]]:
 
 
 def _shape_of(row: Row) -> str:
+    if not _may_be_of_a_set(frozenset(row)) and claimed_by_plain(row):
+        return PLAIN
     names = recognised(row)
     if names == ["prompt-label"]:  # of a log, where both are likely
         raise BadRecord(
@@ -71,6 +74,12 @@ def _shape_of(row: Row) -> str:
     except BadRecord as error:
         raise BadRecord(f"{error}{known}; name it by --fields.prompt") from None
     return PLAIN  # a prompt of a form that its reader will refuse by its field
+
+
+@functools.lru_cache(maxsize=1024)
+def _may_be_of_a_set(keys: frozenset[str]) -> bool:
+    """Return whether a row of these fields needs a look at their values: most logs' does not."""
+    return any(shape.keys and keys.issuperset(shape.keys.split(", ")) for shape in SHAPES.values())
 
 
 def _of_shape(row: Row, name: str, left_out: list[tuple[str, str]]) -> Row:

@@ -12,6 +12,7 @@ FEWEST_LETTERS = 4
 LEAST_CONFIDENCE = 0.5
 """Of a language that is said: py3langid's probability, which it tempers by the text's length. Our
 choice: below it, short English is Zulu, Sotho or Catalan as often as English."""
+_MOST_CHARACTERS = 500  # of a text that are looked at; our choice: of so many it is sure
 _NO_LANGUAGE = "zxx"  # ISO 639-3's code
 
 
@@ -28,6 +29,7 @@ def open_languages() -> Callable[[str], str]:
     identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
     def language(text: str) -> str:
+        text = text[:_MOST_CHARACTERS]
         letters = itertools.islice(filter(str.isalpha, text), FEWEST_LETTERS)
         if sum(1 for _ in letters) < FEWEST_LETTERS:
             return UNDETERMINED

@@ -1,11 +1,11 @@
 """What a log calls its fields: their values, who a user is, and how many lines have which."""
 
 import datetime
+import functools
 import math
 import re
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import asdict, fields
 from typing import Any
 
 from engine.containers.row import BadRecord, check_text, json_type, required
@@ -14,7 +14,7 @@ from engine.settings.prepare import LogFields
 
 ABOUT = ("user", "id", "time", "kind")
 """What is said about a record, not in it."""
-_DEFAULTS = asdict(LogFields())
+_DEFAULTS = vars(LogFields())
 _MOST_NAMES = 1000  # fields of all lines that are told apart; our choice
 _NUM_SHOWN = 8
 _WHOLE = re.compile(r"([+-]?\d+)\.0*")  # as pandas writes a column of numbers with a gap
@@ -23,18 +23,18 @@ _NOBODY = ("", "nan", "null", "none", "<na>")  # as pandas, SQL and Python write
 
 def are_named(names: LogFields) -> bool:
     """Return whether somebody said what a prompt, or one of its labels, is called."""
-    given = asdict(names)
-    return any(given[name] != _DEFAULTS[name] for name in given if name not in ABOUT)
+    return any(ours not in ABOUT for ours in other_names(names))
 
 
+@functools.cache
 def other_names(names: LogFields) -> dict[str, str]:
     """Return {our name: theirs} of the fields that somebody named."""
-    return {ours: theirs for ours, theirs in asdict(names).items() if theirs != _DEFAULTS[ours]}
+    return {ours: theirs for ours, theirs in vars(names).items() if theirs != _DEFAULTS[ours]}
 
 
 def values_of(row: dict[str, Any], names: LogFields) -> dict[str, Any]:
     """Return {our name: value} of the fields that a line has; null and NaN are none."""
-    found = {field.name: _at(row, getattr(names, field.name)) for field in fields(names)}
+    found = {ours: _at(row, theirs) for ours, theirs in vars(names).items()}
     return {ours: value for ours, value in found.items() if value is not None}
 
 
@@ -112,7 +112,7 @@ class FieldsSeen:
     ) -> None:
         """Count a line; values: which of our fields it has; read: what it calls the labels that
         were read; shape: "" for our own fields."""
-        paths = asdict(names).values()
+        paths = vars(names).values()
         read = {*read, *paths, *(path.partition(".")[0] for path in paths)}
         self._lines += 1
         self._with.update(list(values))

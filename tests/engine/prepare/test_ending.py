@@ -38,7 +38,7 @@ def test_of_what_is_as_it_should_be_nothing_is_said():
         ({"fields": {"with_field": {"user": 3}}}, "lines without a user: 1; each"),
         (
             {"split": {"by": "user", "moved": [{"set": "sft", "split": "valid", "of": 3}]}},
-            "sft: of 3 users the hashes put none into valid, so one was moved there",
+            r"sft: by the hashes of 3 user\(s\) none was for valid, so one was moved there",
         ),
         ({"fields": {"not_read": {"rating": 2}}}, r"fields that were not read .*: rating \(2\)"),
         ({"fields": {"read_as": {"alpaca": 3}}}, "read as alpaca: 3 of 4 lines"),
