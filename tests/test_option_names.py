@@ -54,12 +54,13 @@ SAID_BY = {
     "engine/planning/": ("plan", *STAGES),
     "engine/prepare/tokenizer_training.py": ("tokenizer", "sft"),
     "engine/prepare/": ("prepare", "sft"),
+    "engine/settings/prepare.py": ("prepare",),
     "engine/guide/": ("ppo", "sft", "rm", "generate"),
     "engine/claim.py": ("tokenizer", "prepare"),
 }
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:[.-][a-z0-9]+)*")
-# git's, torchrun's, hf's, and everybody's
-NOT_OURS = {"--short", "--max-restarts", "--repo-type", "--help"}
+# git's, torchrun's, hf's, everybody's, and the beginning of several
+NOT_OURS = {"--short", "--max-restarts", "--repo-type", "--help", "--layout"}
 
 
 @functools.cache
