@@ -140,19 +140,18 @@ class Metrics:
     def note(self, *lines: str, cautions: Sequence[Alarm] = ()) -> None:
         """Show lines that belong to no step, such as what was read and dropped.
 
-        cautions: what the run's settings do badly. They are recorded as alarms of its first step;
-        what an earlier start has recorded is not said again, and nothing of a run that is through.
+        cautions: what the run's settings do badly, unless it is through. They are recorded as
+        alarms of its first step; what an earlier start has recorded is not said again.
         """
         if not self._is_writer:
             return
         for line in lines:
             self._show(line, style="dim")
-        is_through = self._first_step >= self._num_steps
         path = self._run_dir / "alarms.jsonl"  # rid of damaged lines
         rows = [json.loads(line) for line in _lines(path)] if path.exists() else []
         recorded = {(str(row.get("name")), str(row.get("message"))) for row in rows}
-        for name, message in dict.fromkeys(cautions):
-            if not is_through and (name, message) not in recorded:
+        for name, message in dict.fromkeys(cautions if self._first_step < self._num_steps else ()):
+            if (name, message) not in recorded:
                 row = {"step": self._first_step, "name": name, "message": message}
                 self._append("alarms", row)
                 self._show(f"WARNING {name}: {message}", style="bold yellow")

@@ -225,7 +225,7 @@ def _parallel_of(kind: Kind, config: PPOConfig, run: Run, inputs: Inputs) -> Par
         config.critic_layout.check(inputs.size("reward_model"))
         return rearranged(run.parallel, config.critic_layout)
     except UserError as error:
-        raise UserError(f"--critic-layout: {error}".replace("--layout.", "")) from None
+        raise UserError(f"critic_layout: {error}".replace("--layout.", "")) from None
 
 
 def _pretraining_feed(config: PPOConfig, run: Run, policy: Network) -> Feed | None:

@@ -55,12 +55,13 @@ SAID_BY = {
     "engine/prepare/tokenizer_training.py": ("tokenizer", "sft"),
     "engine/prepare/ending.py": ("prepare", "tokenizer", "sft", "ppo"),
     "engine/prepare/": ("prepare", "sft"),
+    "engine/settings/prepare.py": ("prepare",),
     "engine/guide/": ("ppo", "sft", "rm", "generate"),
     "engine/claim.py": ("tokenizer", "prepare"),
 }
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:[.-][a-z0-9]+)*")
-# git's, torchrun's, hf's, everybody's, and the beginning of prepare's
-NOT_OURS = {"--short", "--max-restarts", "--repo-type", "--help", "--fields"}
+# git's, torchrun's, hf's, everybody's, and the beginning of several
+NOT_OURS = {"--short", "--max-restarts", "--repo-type", "--help", "--layout", "--fields"}
 
 
 @functools.cache

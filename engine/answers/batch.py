@@ -1,6 +1,7 @@
 """A file of prompts, answered by a checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
 from engine.answers.asked import asked_as
 from engine.answers.kept import Answers, Origin, digest_of_prompts, digest_of_weights
@@ -34,12 +35,9 @@ def answer_file(
     )
     context_length = network.size.context_length
     limit = Limit(context_length - 1, f"one less than the model's context of {context_length}")
+    options: dict[str, Any] = {"too_long": config.too_long, "cut_option": "--too-long"}
     examples, length_report = prompt_examples(
-        asked,
-        tokenizer,
-        max_prompt_length=limit.tokens,
-        too_long=config.too_long,
-        cut_option="--too-long",
+        asked, tokenizer, max_prompt_length=limit.tokens, **options
     )
     limits = Limits(prompt=limit)
     limits.check(length_report, f"--prompts {prompts}", "--too-long")

@@ -143,7 +143,7 @@ class Residency:
         try:
             refit = Refit(self._models["policy"].network, layout, numerics=numerics)
         except UserError as error:
-            raise UserError(f"--generation-layout: {error}".replace("--layout.", "")) from None
+            raise UserError(f"generation_layout: {error}".replace("--layout.", "")) from None
         self._refit = refit
         self._models["generation"] = _Model(
             network=refit.network, expected=model_bytes(refit.network)

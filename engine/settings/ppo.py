@@ -203,4 +203,4 @@ class PPOConfig:
         try:
             self.layout.check_refit(self.generation_layout)
         except UserError as error:
-            raise UserError(f"--generation-layout: {error}".replace("--layout.", "")) from None
+            raise UserError(f"generation_layout: {error}".replace("--layout.", "")) from None

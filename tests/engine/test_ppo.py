@@ -77,7 +77,7 @@ def test_generation_layout_that_cannot_be_filled_is_refused_before_loading(
 ):
     monkeypatch.setattr("engine.identity.inputs.load_weights", pytest.fail)
     config = ppo_config(tiny, tmp_path, generation_layout=ParallelLayout(pp=2))
-    with pytest.raises(UserError, match="^--generation-layout: "):
+    with pytest.raises(UserError, match="^generation_layout: "):
         train(config)
 
 
@@ -123,19 +123,19 @@ def test_run_records_every_phase(tiny: Path, tmp_path: Path):
         ({"size": "7b"}, "no size is named '7b'"),
         ({"size": "6b"}, "the policy has 4 layers of width 32 .* a 6b has 32 of 4096"),
         ({"reward_model_size": "6b"}, "the reward_model has 4 layers of width 32"),
-        ({"critic_layout": ParallelLayout(tp=3)}, "--critic-layout: tp 3 must divide"),
-        ({"critic_layout": ParallelLayout(pp=2)}, "--critic-layout: 1 ranks cannot be split"),
-        ({"generation_layout": ParallelLayout(tp=3)}, "--generation-layout: tp 3 must divide"),
+        ({"critic_layout": ParallelLayout(tp=3)}, "critic_layout: tp 3 must divide"),
+        ({"critic_layout": ParallelLayout(pp=2)}, "critic_layout: 1 ranks cannot be split"),
+        ({"generation_layout": ParallelLayout(tp=3)}, "generation_layout: tp 3 must divide"),
         (
             {"generation_layout": ParallelLayout(tp=2)},
-            "--generation-layout: 1 ranks cannot",
+            "generation_layout: 1 ranks cannot",
         ),
-        ({"generation_layout": ParallelLayout(pp=2)}, "--generation-layout: .* without pipeline"),
+        ({"generation_layout": ParallelLayout(pp=2)}, "generation_layout: .* without pipeline"),
         (
             {"generation_layout": ParallelLayout(cp=2)},
-            "--generation-layout: .* context paral",
+            "generation_layout: .* context paral",
         ),
-        ({"generation_layout": ParallelLayout()}, "--generation-layout: .* would gain nothing"),
+        ({"generation_layout": ParallelLayout()}, "generation_layout: .* would gain nothing"),
     ],
 )
 def test_impossible_config_is_an_error(changes: dict, cause: str, tiny: Path, tmp_path: Path):

@@ -144,7 +144,10 @@ def test_other_ranks_of_the_launch_are_silent(capsys, monkeypatch):
     ("changes", "message"),
     [
         ({"layout": ParallelLayout(tp=8)}, "policy and reference: --layout.tp 8 must divide"),
-        ({"critic_layout": ParallelLayout(pp=8)}, "critic and reward model: pp 8 .* must divide"),
+        (
+            {"critic_layout": ParallelLayout(pp=8)},
+            "critic and reward model: --layout.pp 8 .* must",
+        ),
         ({"layout": ParallelLayout(tp=3)}, "must divide them"),
         ({"size": "huge"}, "no size is named 'huge'"),
         ({"size": ""}, "a plan needs --size, for --policy runs/init_tiny is not there"),
@@ -200,8 +203,8 @@ def test_batch_that_does_not_fit_is_refused(stage, changes, data, message):
 @pytest.mark.parametrize(
     ("stage", "said"),
     [
-        ("sft", "data.max_tokens 1024 is more than the context of 64 tokens, which counts"),
-        ("rm", "data.max_tokens 1024 is more than the context of 64 tokens, which counts"),
+        ("sft", "--data.max-tokens 1024 is more than the context of 64 tokens, which counts"),
+        ("rm", "--data.max-tokens 1024 is more than the context of 64 tokens, which counts"),
         ("ppo", "prompts over 48 tokens are dropped: the context has 64"),
     ],
 )
@@ -225,7 +228,7 @@ def test_generation_in_a_layout_of_its_own_is_built_too(capsys):
     with pytest.raises(UserError, match="generation: --layout.tp 8 must divide"):
         dry_run(bad, 8)
     staged = dataclasses.replace(config, generation_layout=ParallelLayout(pp=4))
-    with pytest.raises(UserError, match="--generation-layout: .* without pipeline, not to pp 4"):
+    with pytest.raises(UserError, match="generation_layout: .* without pipeline, not to pp 4"):
         dry_run(staged, 4)
 
 

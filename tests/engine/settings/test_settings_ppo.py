@@ -90,7 +90,7 @@ def test_a_layout_to_generate_in_is_one_that_weights_can_be_copied_to():
     pipeline = ParallelLayout(pp=2)
     PPOConfig(layout=pipeline, generation_layout=ParallelLayout(tp=2)).check_generation_layout()
     same = PPOConfig(layout=ParallelLayout(tp=2), generation_layout=ParallelLayout(tp=2))
-    with pytest.raises(UserError, match="^--generation-layout: tp 2 x pp 1 is the layout that"):
+    with pytest.raises(UserError, match="^generation_layout: tp 2 x pp 1 is the layout that"):
         same.check_generation_layout()
-    with pytest.raises(UserError, match="^--generation-layout: weights are copied to a layout"):
+    with pytest.raises(UserError, match="^generation_layout: weights are copied to a layout"):
         PPOConfig(generation_layout=pipeline).check_generation_layout()
