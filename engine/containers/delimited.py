@@ -170,8 +170,8 @@ class _Lines:
 
 
 def _parted(lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-    """Yield numbered lines; of a file whose first line ends as those of old Macs do, in a carriage
-    return alone, each part up to one is a line."""
+    """Yield numbered lines. Old Macs end theirs in a carriage return alone: where the first line
+    has one, each part up to one is a line."""
     parts, number = False, 0
     for number_before, line in lines:
         if number_before == 1:
@@ -202,5 +202,7 @@ def _row(header: list[str], cells: list[str], delimiter: str) -> dict[str, Any] 
         if len(cells) < len(header):
             listed = ", ".join(map(named, header[len(cells) :][:4]))
             return BadRecord(f"{said} {len(header)}: there is none for {listed}")
-        return BadRecord(f"{said} {len(header)}: quote cells with {DELIMITERS[delimiter]} in them")
+        return BadRecord(
+            f'{said} {len(header)}: quote cells with {DELIMITERS[delimiter]} in them, by "'
+        )
     return {name: cell for name, cell in zip(header, cells, strict=True) if name and cell != ""}

@@ -33,7 +33,9 @@ def files_of_folder(folder: Path, split: str | None = None) -> list[Path]:
         listed = (
             [each for each in splits if isinstance(each, str)] if isinstance(splits, list) else []
         )
-        raise UserError(_several(folder, listed))
+        if len(listed) != 1 or os.path.basename(listed[0]) != listed[0]:
+            raise UserError(_several(folder, listed))
+        folder = folder / listed[0]
     if (folder / "state.json").exists():
         return _saved_files(folder)
     kinds: dict[str, list[Path]] = defaultdict(list)

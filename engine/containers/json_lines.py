@@ -59,8 +59,9 @@ def parse_object(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise not_utf8(error.start + 1) from None
     except json.JSONDecodeError as error:
+        how = " (Python's way to write it? write it by json.dumps)" if line[1:2] == b"'" else ""
         raise BadRecord(
-            f"not one JSON object on one line: {error.msg} at column {error.colno}"
+            f"not one JSON object on one line: {error.msg} at column {error.colno}{how}"
         ) from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
         raise BadRecord(f"not JSON that can be read: {error}") from None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.containers.folders import files_of_folder, has_split
-from engine.errors import UserError, named
+from engine.errors import UserError, named, quoted
 from engine.files import MAX_SHOWN_PATH, hub_name, link_to_nothing, near_names
 
 _WEIGHT = re.compile(r"(.+)@(\d+(\.\d*)?|\.\d+)", re.DOTALL)
@@ -140,5 +140,11 @@ def _why_missing(path: Path) -> str:
         )
     if why := link_to_nothing(path):
         return why
+    before, _, weight = name.rpartition("@")
+    if before and os.path.lexists(before):
+        return f": {quoted(weight)} is no weight of {named(before)}; write @2, or @0.5 for a half"
+    parts = re.split(r"[;:\s]+", name.strip())
+    if len(parts) > 1 and all(map(os.path.lexists, parts)):
+        return ": several files are joined by commas"
     hub = hub_name(path, "--repo-type dataset ")
     return f": no such file or folder{hub or '; ' + near_names(path)}"

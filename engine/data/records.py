@@ -189,7 +189,8 @@ class RecordReader(Generic[_Record]):
             said = ", ".join(f"{number} {why}" for why, number in left_out.items())
             return f"{name}: nothing of it is a record; left out: {said}"
         if not self._num_bad:
-            return f"{name}: the file is empty; it needs rows, such as one JSON object a line"
+            needs = "it needs rows, such as one JSON object a line"
+            return f"{name}: the file is empty, or has a header alone; {needs}"
         return f"{name}: all {self._num_bad} lines are bad; the first: {self._first_errors[0]}"
 
 

@@ -60,6 +60,7 @@ class Fields:
             self._name = PLAIN
         self.read_as = ""
         """In words, once a row was read; "" for our own fields."""
+        self._has_good = False  # rows; then one without an answer lacks it, and is for no other
         self.left_out: Counter[str] = Counter()
         """Of what a data set has, how many are no record, by why."""
 
@@ -121,6 +122,7 @@ class Fields:
             others = [name for name in recognised(row) if name != self._name]
             said = f"of the shape {others[0]}" if others else f"of no shape; there is {_keys(row)}"
             raise BadRecord(f"is {said}, in a file of {SHAPES[self._name].title}")
+        self._has_good = True
         return row
 
     def _decided(self, row: Row) -> str:
@@ -134,10 +136,12 @@ class Fields:
 
     def _unknown(self, row: Row) -> BadRecord:
         """Return what is to be said of a row whose fields are of no shape, or for another stage."""
-        if (for_others := purposes_of(row)) and self._purpose not in for_others:
+        for_others = purposes_of(row)
+        if for_others and self._purpose not in for_others and not self._has_good:
             return self._for_others(row, for_others)
         key = "prompt" if "prompt" not in row else _wanted(self._purpose)
-        near = [f"{name} ({SHAPES[name].keys})" for name in nearly(row)]
+        names = [] if self._has_good else nearly(row)
+        near = [f"{name} ({SHAPES[name].keys})" for name in names]
         known = f"; a known shape that is near: {', '.join(near)}" if near else ""
         if alike := _alike_but_for_case(row):
             known = "; names are told apart by their capitals and blanks"
@@ -200,10 +204,11 @@ class Fields:
             return {"text": row["content"]}
         if "text" not in row:
             raise self._missing_text(row)
+        self._has_good = True
         return row
 
     def _missing_text(self, row: Row) -> BadRecord:
-        if for_others := purposes_of(row):
+        if not self._has_good and (for_others := purposes_of(row)):
             return self._for_others(row, for_others)
         try:
             required(row, "text")

@@ -80,3 +80,33 @@ def test_files_that_are_read_once_have_no_weights(folder: Path):
     assert one_source("a.jsonl,c").files == (Path("a.jsonl"), Path("c/x.csv"))
     with pytest.raises(UserError, match="a.jsonl@2: a weight has no sense here"):
         one_source("a.jsonl@2,c")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a.jsonl@", "'' is no weight of a.jsonl; write @2"),
+        ("a.jsonl@-1", "'-1' is no weight of a.jsonl"),
+        ("b.jsonl,a.jsonl@x", "'x' is no weight of a.jsonl"),
+        ("a.jsonl b.jsonl", "a.jsonl b.jsonl: several files are joined by commas"),
+        ("a.jsonl; b.jsonl", "several files are joined by commas"),
+        ("a.jsonl@0", "a weight must be over 0"),
+    ],
+)
+def test_a_list_that_is_written_otherwise_is_told_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+):
+    monkeypatch.chdir(tmp_path)
+    for each in ("a.jsonl", "b.jsonl"):
+        (tmp_path / each).write_text("{}")
+    with pytest.raises(UserError) as error:
+        sources_of(name)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a@b.jsonl", "a@2", "a, b.jsonl", "[1].jsonl", "a b*.jsonl"])
+def test_a_file_of_that_very_name_is_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("{}")
+    (source,) = sources_of(name)
+    assert (source.files, source.weight) == ((Path(name),), 1.0)

@@ -29,7 +29,7 @@ def test_a_bad_row_is_named_and_the_next_is_read(tmp_path: Path):
     )
     places, rows = read(path)
     assert places == [":2", ":3", ":4", ":5", ":6", ":8"]
-    assert rows[0] == "3 cells under a header of 2: quote cells with commas in them"
+    assert rows[0] == '3 cells under a header of 2: quote cells with commas in them, by "'
     assert rows[1] == "1 cell under a header of 2: there is none for response"
     assert rows[2].startswith("not one row of CSV: ',' expected after '\"'")
     assert rows[3].startswith("not UTF-8: byte 1 of the line")

@@ -123,3 +123,12 @@ def test_files_of_several_folders_are_not_joined(tmp_path: Path):
     assert names(made(tmp_path / "b", "snapshots/0a1b/data/x.parquet")) == [
         "snapshots/0a1b/data/x.parquet"
     ]
+
+
+def test_a_saved_set_of_one_split_is_that_split(tmp_path: Path):
+    save_to_disk(tmp_path / "train", 1)
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    assert files_of_folder(tmp_path) == files_of_folder(tmp_path / "train")
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["../train"]}')
+    with pytest.raises(UserError, match="several splits"):
+        files_of_folder(tmp_path)

@@ -40,3 +40,9 @@ def test_types_have_jsons_words():
         *("a string", "a boolean", "a number", "a number", "a list", "an object", "null"),
         "binary data",
     ]
+
+
+def test_a_dict_of_pythons_is_told(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("{'a': 1}\n")
+    assert read(path)[1][0].endswith("(Python's way to write it? write it by json.dumps)")

@@ -231,3 +231,14 @@ def test_a_row_for_another_stage_says_which(
     (found,) = records(purpose, [row])
     assert str(found).startswith(said)
     assert found.says_remedy
+
+
+def test_a_row_that_lacks_a_field_among_good_ones_is_for_no_other_stage() -> None:
+    good = {"prompt": "a", "response": "b"}
+    first, _, last = records("demonstrations", [{"prompt": "a"}, good, {"prompt": "a"}])
+    assert "which recipes/ppo_*.py --data.prompts reads" in str(first)
+    assert str(last).startswith('field "response" is missing; there is prompt; name the fields by')
+    assert not last.says_remedy
+    first, _, last = records("text", [good, {"text": "a"}, good])
+    assert "which recipes/sft_*.py" in str(first)
+    assert str(last).startswith('field "text" is missing')
