@@ -140,9 +140,9 @@ def test_bad_prompt_and_bad_pretraining_text(fails: Callable, tmp_path: Path):
     path = line_file(tmp_path, json.dumps({"prompt": "the mill"}), json.dumps({"text": "x"}))
     assert f'{path}:2: field "prompt" is missing' in fails("ppo", "--data.prompts", path)
     assert f'{path}:2: field "prompt" is missing' in fails("ppo", "--data.valid", path)
-    assert f'{path}:1: has no text' in fails("ppo", "--data.pretraining", path)
-    assert f'{path}:1: has no text' in fails("ppo", "--data.pretraining-valid", path)
-    assert f'{path}:1: has no text' in fails("sft", "--data.pretraining", path)
+    assert f"{path}:1: has no text" in fails("ppo", "--data.pretraining", path)
+    assert f"{path}:1: has no text" in fails("ppo", "--data.pretraining-valid", path)
+    assert f"{path}:1: has no text" in fails("sft", "--data.pretraining", path)
 
 
 def test_bad_lines_are_skipped_on_request(tiny: Path, tmp_path: Path, capsys):
