@@ -511,7 +511,7 @@ def test_interrupt_ends_a_dialogue_politely(tiny: Path, tmp_path: Path):
     words = ["recipes/generate.py", "--source", str(tiny / "policy")]
     run = start(words, tmp_path, stdin=subprocess.PIPE)
     try:
-        until(lambda: "Ctrl-D the dialogue" in run.said())
+        until(lambda: "Ctrl-D ends the dialogue" in run.said())
         time.sleep(0.5)
         run.process.send_signal(signal.SIGINT)
         assert run.wait(60) == 0
