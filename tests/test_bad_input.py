@@ -179,7 +179,7 @@ def test_prompts_over_the_limit(tiny: Path, fails: Callable, tmp_path: Path, cap
         )
         capsys.readouterr()
         train(dataclasses.replace(config, data=data))
-        assert "1 dropped for a long prompt" in capsys.readouterr().out
+        assert "1 dropped: 1 with a prompt over" in capsys.readouterr().out
 
 
 HOSTILE = "\x1b]52;c;eA==\x07\x9b2J\u202e"

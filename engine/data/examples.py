@@ -90,13 +90,6 @@ class LengthReport:
         """Units that were too long."""
         return self.num_long_prompts + self.num_long_sequences
 
-    def __str__(self) -> str:
-        cut = f" ({self.num_cut} of them cut)" if self.num_cut else ""
-        return (
-            f"{len(self.kept)} kept{cut}, {self.num_long_prompts} dropped for a long prompt, "
-            f"{self.num_long_sequences} for a long prompt and response"
-        )
-
 
 def drop_long(
     units: Sequence[AnyUnit],

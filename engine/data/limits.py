@@ -48,9 +48,11 @@ class Limits:
         )
 
     def described(self, report: LengthReport) -> str:
-        """Return what a report says, with the limits that were passed."""
-        dropped = self.dropped(report)
-        return f"{report}: {dropped}" if dropped else str(report)
+        """Return how many were kept, cut and dropped, with the limits that were passed."""
+        cut = f" ({report.num_cut} of them cut)" if report.num_cut else ""
+        dropped = f", {report.num_dropped} dropped: {self.dropped(report)}"
+        none = "" if report.num_cut else ", none too long"
+        return f"{len(report.kept)} kept{cut}{dropped if report.num_dropped else none}"
 
     def check(self, report: LengthReport, what: str, cut: str = CUT_OPTION) -> None:
         """Raise UserError where all examples were too long; `what` names them. cut: the option that

@@ -25,7 +25,7 @@ def test_a_file_of_prompts_is_answered_in_order(run, tmp_path, capsys):
     ]
     assert all(1 <= a["tokens"] <= 6 and a["logprob"] < 0 for a in found)
     assert found[0]["response"] != found[1]["response"]
-    assert "1 dropped for a long prompt" in capsys.readouterr().out
+    assert "1 dropped: 1 with a prompt over" in capsys.readouterr().out
 
 
 def test_the_same_network_in_another_folder_goes_on_and_another_does_not(

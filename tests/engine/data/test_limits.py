@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from engine.data.examples import LengthReport
@@ -51,10 +53,13 @@ def test_what_is_said_of_lengths_has_the_limits_that_were_passed():
     limits = Limits(prompt=Limit(56, "the room"), whole=Limit(256, "the context"))
     assert limits.counts(report(5, 3, 0)) == {"a prompt over 56 tokens (the room)": 3}
     assert limits.counts(report(5, 0, 2)) == {"over 256 tokens (the context) in all": 2}
-    assert limits.described(report(5, 0, 0)) == str(report(5, 0, 0))
-    assert limits.described(report(5, 3, 0)) == (
-        "5 kept, 3 dropped for a long prompt, 0 for a long prompt and response: "
-        "3 with a prompt over 56 tokens (the room)"
+    assert limits.described(report(5, 0, 0)) == "5 kept, none too long"
+    assert limits.described(dataclasses.replace(report(5, 0, 0), num_cut=2)) == (
+        "5 kept (2 of them cut)"
+    )
+    assert limits.described(report(5, 3, 2)) == (
+        "5 kept, 5 dropped: 3 with a prompt over 56 tokens (the room), "
+        "2 over 256 tokens (the context) in all"
     )
     assert str(limits) == "a prompt of 56 tokens (the room) and 256 tokens (the context) in all"
 
