@@ -1,7 +1,7 @@
 """The reward model, trained on rankings of K answers (InstructGPT 3.5 and C.2)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from engine.cautions.of_data import (
     response_cautions,
     twin_cautions,
 )
-from engine.cautions.of_prompts import prompt_cautions
+from engine.cautions.of_prompts import kind_cautions, prompt_cautions
 from engine.cautions.of_settings import (
     interval_cautions,
     rank_cautions,
@@ -220,12 +220,12 @@ class _Data:
 
     train: list[list[Example]]
     valid: list[list[Example]]
-    demonstrations: list[Example]
-    """Whose mean score is to be 0."""
     notes: list[str]
     """What reading the files is to be told about."""
     cautions: list[Alarm]
     """What is amiss with what was read."""
+    demonstrations: list[Example] = field(default_factory=list)
+    """Whose mean score is to be 0."""
 
 
 def _load_data(config: RMConfig, run: Run, renderer: Renderer, context: Limit) -> _Data:
@@ -271,13 +271,9 @@ def _load_data(config: RMConfig, run: Run, renderer: Renderer, context: Limit) -
     cautions += overlap_cautions("comparisons", [r.prompt.key for r in held_out], prompts)
     cautions += _text_cautions(records, train_units, renderer)
     renderer.note([r.prompt for r in records])
-    return _Data(
-        train=train_units,
-        valid=valid_units,
-        demonstrations=_load_demonstrations(config, run, renderer, options, limits, notes),
-        notes=notes,
-        cautions=cautions,
-    )
+    loaded = _Data(train=train_units, valid=valid_units, notes=notes, cautions=cautions)
+    _load_demonstrations(loaded, config, run, renderer, options, limits)
+    return loaded
 
 
 def _sharing_note(config: RMConfig, units: list[list[Example]]) -> str:
@@ -294,32 +290,33 @@ def _sharing_note(config: RMConfig, units: list[list[Example]]) -> str:
 
 
 def _load_demonstrations(
+    loaded: _Data,
     config: RMConfig,
     run: Run,
     renderer: Renderer,
     options: dict[str, Any],
     limits: Limits,
-    notes: list[str],
-) -> list[Example]:
-    """Read the demonstrations whose mean score is to be 0, none where no file is given; adds to the
-    notes."""
+) -> None:
+    """Add the demonstrations whose mean score is to be 0, where a file is given."""
     data = config.data
     if data.demonstrations is None:
-        return []
+        return
     texts, report = read_demonstrations(
         data.demonstrations, renderer, skip_bad_lines=data.skip_bad_lines
     )
     run.count("data.demonstrations", report)
     num_more = len(texts) - data.num_demonstrations
     run.account.leave_out("data.demonstrations", num_more, "beyond --data.num-demonstrations")
-    notes += report.notes(data.demonstrations)
+    loaded.notes.extend(report.notes(data.demonstrations))
+    prompts = [text.prompt for text in texts]
+    loaded.cautions.extend(kind_cautions(renderer.kept(), prompts, "this reward model"))
     examples, lengths = demonstration_examples(
         texts[: data.num_demonstrations], run.tokenizer, **options
     )
+    loaded.demonstrations.extend(examples)
     run.count("data.demonstrations", lengths, limits=limits)
-    notes.append(f"demonstrations: {limits.described(lengths)}")
+    loaded.notes.append(f"demonstrations: {limits.described(lengths)}")
     limits.check(lengths, f"--data.demonstrations {data.demonstrations}")
-    return examples
 
 
 def _text_cautions(

@@ -6,16 +6,19 @@ which was exported there, or else its tokenizer's chat template.
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from engine.cautions.of_prompts import kind_cautions
 from engine.data.chat_template import digest_of_template
 from engine.data.prompt_format import (
     OPTIONS,
     TEXTS,
+    Prompt,
     PromptFormat,
     format_differences,
     in_words,
@@ -43,6 +46,13 @@ def asked_as(config: GenerateConfig, tokenizer: Tokenizer) -> Renderer:
         for warning in told["warnings"]:
             say(f"WARNING: {warning}", stream=sys.stderr)
     return Renderer(prompt_format_of(told["format"]), tokenizer)
+
+
+def warn_of_kinds(config: GenerateConfig, form: PromptFormat, prompts: Sequence[Prompt]) -> None:
+    """Say on the first rank where many prompts are of no kind that the source was trained on."""
+    if dist.get_rank() == 0:
+        for caution in kind_cautions(form, prompts, f"--source {config.source}", prefix=""):
+            say(f"WARNING: {caution.message}", stream=sys.stderr)
 
 
 def _found(source: Path, config: GenerateConfig, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from engine.answers.asked import asked_as
+from engine.answers.asked import asked_as, warn_of_kinds
 from engine.answers.kept import Answers, Origin, digest_of_prompts, digest_of_weights
 from engine.answers.load import find_weights
 from engine.data.batches import deal
@@ -26,13 +26,15 @@ def answer_file(
     What an earlier run of the same settings has answered is kept.
     """
     parallel = network.parallel
+    renderer = asked_as(config, tokenizer)
     asked, read_report = read_prompts(
         prompts,
-        asked_as(config, tokenizer),
+        renderer,
         fields=config.fields,
         skip_bad_lines=config.skip_bad_lines,
         skip_option="--skip-bad-lines",
     )
+    warn_of_kinds(config, renderer.form, asked)
     context_length = network.size.context_length
     limit = Limit(context_length - 1, f"one less than the model's context of {context_length}")
     options: dict[str, Any] = {"too_long": config.too_long, "cut_option": "--too-long"}

@@ -12,6 +12,7 @@ from engine.data.tokenizer import Tokenizer
 
 _MOST_SPACED = 0.5  # share of replies that may begin, or of prompts that may end, with whitespace
 # beside a suffix of whitespace
+_MOST_STRANGE = 0.05  # share of prompts that may be of another kind
 
 
 def prompt_cautions(
@@ -19,53 +20,78 @@ def prompt_cautions(
 ) -> list[Alarm]:
     """Return what is amiss with a file's prompts, which the renderer has made, and the replies to
     them."""
-    found = _kind_cautions(renderer.form, prompts) + _seam_cautions(renderer.form, prompts, replies)
-    found += _system_cautions(renderer.form, prompts)
+    form = renderer.form
+    found = kind_cautions(form, prompts)
+    for option, other in renderer.others.items():
+        if (other.trained_on, other.text_turns) != (form.trained_on, form.text_turns):
+            found += kind_cautions(other, prompts, option)
+    found += _mixture_cautions(form, prompts) + _seam_cautions(form, prompts, replies)
+    found += _system_cautions(form, prompts)
     return found + _suffix_cautions(renderer.tokenizer, prompts)
 
 
-def _kind_cautions(form: PromptFormat, prompts: Sequence[Prompt]) -> list[Alarm]:
-    """Return whether no prompt is of the kind that the run before was trained on."""
-    num_dialogues = sum(prompt.is_dialogue for prompt in prompts)
-    if form.chat == "template" and not form.trained_on and not num_dialogues:
-        problem, remedy = (
-            "the prompts are plain texts, and the tokenizer has a chat template, by which its "
-            "model was trained, if it was to answer",
-            _as_messages(form),
+def kind_cautions(
+    form: PromptFormat,
+    prompts: Sequence[Prompt],
+    whose: str = "the run before",
+    prefix: str = "data.",
+) -> list[Alarm]:
+    """Return whether many of the prompts are of no kind that a model was trained on. whose: what it
+    is called; prefix: of the options that say how prompts are read."""
+    texts = [prompt for prompt in prompts if not prompt.is_dialogue]
+    as_messages = _as_messages(form, prefix)
+    if form.chat == "template" and not form.trained_on:
+        strange, kind, known = texts, "plain texts", "by its tokenizer's chat template, if at all"
+        remedy = as_messages
+    elif form.trained_on == (DIALOGUES,):
+        strange, kind, known = texts, "plain texts", "on dialogues alone"
+        remedy = as_messages
+    elif form.trained_on == (TEXTS,) and len(prompts) - len(texts) > _MOST_STRANGE * len(prompts):
+        strange = [prompt for prompt in prompts if prompt.is_dialogue]
+        kind, known = "dialogues", "on plain texts alone"
+        remedy = (
+            f"train it on dialogues, or with --{prefix}plain-prompts message; or give plain prompts"
         )
-    elif form.trained_on == (DIALOGUES,) and not num_dialogues:
-        problem, remedy = (
-            "the prompts are plain texts, and the run before was trained on dialogues alone",
-            _as_messages(form),
-        )
-    elif form.trained_on == (TEXTS,) and num_dialogues == len(prompts):
-        problem, remedy = (
-            "the prompts are dialogues, and the run before was trained on plain texts alone",
-            "train it on dialogues, or with --data.plain-prompts message; or give plain prompts",
-        )
-    elif (
-        form.trained_on == (TEXTS,)
-        and form.text_turns
-        and not any(form.text_turns_of(prompt.text) for prompt in prompts)
-    ):
-        asked = form.in_text([{"role": "user", "content": "..."}])
-        problem, remedy = (
-            "no prompt is a dialogue in text, and the run before was trained on such alone",
-            f"write prompts as {asked!r}",
-        )
+    elif form.trained_on == (TEXTS,) and form.text_turns:
+        strange = [prompt for prompt in texts if not form.text_turns_of(prompt.text)]
+        kind, known = "no dialogues in text", "mostly on such"
+        remedy = f"write prompts as {form.in_text([{'role': 'user', 'content': '...'}])!r}"
     else:
         return []
-    return [Alarm("prompt_form", f"{problem}: it does not know this form; {remedy}")]
+    if len(strange) <= _MOST_STRANGE * len(prompts):
+        return []
+    counted = "all" if len(strange) == len(prompts) else f"{len(strange)} of {len(prompts)}"
+    return [
+        Alarm(
+            "prompt_form",
+            f"{counted} prompts are {kind}, and {whose} was trained {known}: it does not know this "
+            f"form; {remedy}",
+        )
+    ]
 
 
-def _as_messages(form: PromptFormat) -> str:
+def _mixture_cautions(form: PromptFormat, prompts: Sequence[Prompt]) -> list[Alarm]:
+    """Return whether a file teaches two forms, where each is more than a few of its prompts."""
+    num_texts = sum(not prompt.is_dialogue for prompt in prompts)
+    if min(num_texts, len(prompts) - num_texts) <= _MOST_STRANGE * len(prompts):
+        return []
+    return [
+        Alarm(
+            "two_forms",
+            f"{num_texts} of {len(prompts)} prompts are plain texts, and the others dialogues: the "
+            f"model learns two forms; {_as_messages(form)}",
+        )
+    ]
+
+
+def _as_messages(form: PromptFormat, prefix: str = "data.") -> str:
     """Return how plain prompts are made messages."""
     if form.plain_prompts == "message":
         return (
-            "they are cut out of pairs, which stay texts with --data.plain-prompts message too: "
-            "give a `prompt` beside chosen and rejected, or --data.fields hh for HH-RLHF's"
+            f"they are cut out of pairs, and stay texts with --{prefix}plain-prompts message too: "
+            f"give a `prompt` beside chosen and rejected, or --{prefix}fields hh for HH-RLHF's"
         )
-    return "--data.plain-prompts message has each read as one message of the user's"
+    return f"--{prefix}plain-prompts message has each read as one message of the user's"
 
 
 def _system_cautions(form: PromptFormat, prompts: Sequence[Prompt]) -> list[Alarm]:

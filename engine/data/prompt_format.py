@@ -62,6 +62,8 @@ class PromptFormat:
     text_turns: str = ""
     """What the user's first turn begins with where most of the run's plain prompts are dialogues in
     text: "Human:", behind an empty line in HH-RLHF's; "" where most are none."""
+    text_end: str = ""
+    """What stands behind the open turn in most of those: a space, or nothing."""
     begins_with: tuple[int, ...] = ()
     """For people: the ids that the tokenizer puts before a text."""
     ends_with: int | None = None
@@ -88,7 +90,7 @@ class PromptFormat:
         suffix = self.prompt_suffix
         if self.closes_open:
             return suffix
-        if text.endswith(self.open_turn):
+        if (text if self.leaves_spaced else text.rstrip(" ")).endswith(self.open_turn):
             return ""
         if self.leaves_spaced:
             return "" if text[-1:].isspace() and suffix.isspace() else suffix
@@ -101,7 +103,7 @@ class PromptFormat:
     def text_turns_of(self, text: str) -> str:
         """Return what the user's first turn begins with in a plain prompt that is a dialogue in
         text and ends in the open turn; "" in any other."""
-        found = _TEXT_TURN.match(text) if text.endswith(self.open_turn) else None
+        found = _TEXT_TURN.match(text) if text.rstrip(" ").endswith(self.open_turn) else None
         return found[0] if found else ""
 
     @property
@@ -114,7 +116,8 @@ class PromptFormat:
         the reply open."""
         begin = {"user": self.next_text_turn, "assistant": self.open_turn}
         turns = "".join(f"{begin[m['role']]} {m['content']}" for m in messages)
-        return f"{self.text_turns}{turns.removeprefix(self.next_text_turn)}{self.open_turn}"
+        turns = turns.removeprefix(self.next_text_turn)
+        return f"{self.text_turns}{turns}{self.open_turn}{self.text_end}"
 
     def having(self, options: Mapping[str, str | None]) -> "PromptFormat":
         """Return the format with the options that are not None; another `chat` has no template that
@@ -215,14 +218,18 @@ def trained_on(before: Collection[str], prompts: Collection[Prompt]) -> tuple[st
     return tuple(kind for kind in (TEXTS, DIALOGUES) if kind in kinds | set(before))
 
 
-def text_turns_in(form: PromptFormat, prompts: Collection[Prompt]) -> str:
-    """Return what the dialogues in text begin with that most of the plain prompts are, "" where
-    most are none; the format's own where there are no plain prompts."""
+def having_text_turns(form: PromptFormat, prompts: Collection[Prompt]) -> PromptFormat:
+    """Return the format with what the dialogues in text begin and end with that most of the plain
+    prompts are, nothing where most are none; the format itself where there are no plain prompts."""
     texts = [prompt.text for prompt in prompts if not prompt.is_dialogue]
     if not texts:
-        return form.text_turns
+        return form
     ((begin, number),) = Counter(map(form.text_turns_of, texts)).most_common(1)
-    return begin if number > len(texts) / 2 else ""
+    if not begin or number <= len(texts) / 2:
+        return replace(form, text_turns="", text_end="")
+    ends = (text[len(text.rstrip(" ")) :] for text in texts if form.text_turns_of(text) == begin)
+    ((end, _),) = Counter(ends).most_common(1)
+    return replace(form, text_turns=begin, text_end=end)
 
 
 def _of_settings(path: Path) -> PromptFormat | None:

@@ -27,12 +27,13 @@ from engine.containers.row import BadRecord
 from engine.data.chat import Asked
 from engine.data.chat_template import ChatTemplate, digest_of_template
 from engine.data.prompt_format import (
+    CLOSING,
     DIALOGUES,
     TEXTS,
     Prompt,
     PromptFormat,
     Reply,
-    text_turns_in,
+    having_text_turns,
     trained_on,
 )
 from engine.data.tokenizer import Tokenizer
@@ -57,8 +58,14 @@ class Renderer:
         same prompts, by their options. Raises UserError where its chat template is wanted, and it
         has none, or another than the format's."""
         self.form = form or PromptFormat()
-        self._others = others or {}
-        self._text_turns = self.form.text_turns
+        self.others = dict(others or {})
+        """The formats of networks that read the same prompts, by their options."""
+        self._closing_otherwise = {
+            option: other
+            for option, other in self.others.items()
+            if any(getattr(other, each) != getattr(self.form, each) for each in CLOSING)
+        }
+        self._noted = self.form
         self.seen: tuple[str, ...] = ()
         """What note() was told of: texts, dialogues."""
         self.tokenizer = tokenizer
@@ -74,13 +81,13 @@ class Renderer:
     def note(self, prompts: Sequence[Prompt]) -> None:
         """Have the run remember what it was trained on."""
         self.seen = trained_on(self.seen, prompts)
-        self._text_turns = text_turns_in(self.form, prompts)
+        self._noted = having_text_turns(self.form, prompts)
 
     def kept(self) -> PromptFormat:
         """Return the format as the run keeps it."""
         tokenizer = self.tokenizer
         seen = trained_on((*self.form.trained_on, *self.seen), ())
-        form = replace(self.form, trained_on=seen, text_turns=self._text_turns)
+        form = replace(self._noted, trained_on=seen)
         if tokenizer is None:
             return form
         return replace(
@@ -133,7 +140,7 @@ class Renderer:
 
     def _check_others(self, asked: Asked, text: str, suffix: str, *, is_dialogue: bool) -> None:
         """Raise UserError where another network was trained to read a prompt otherwise closed."""
-        for option, form in self._others.items():
+        for option, form in self._closing_otherwise.items():
             theirs = _closing(form, asked, text, is_dialogue=is_dialogue)
             is_known = (DIALOGUES if is_dialogue else TEXTS) in form.trained_on
             if is_known and theirs != suffix:

@@ -11,7 +11,6 @@ from typing import Any
 
 from engine.data.chat_template import ChatTemplate, digest_of_template, template_of
 from engine.data.prompt_format import (
-    CLOSING,
     OPTIONS,
     PromptFormat,
     format_differences,
@@ -23,6 +22,7 @@ from engine.data.prompt_format import (
 from engine.data.renderer import Renderer
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UserError
+from engine.huggingface.foreign import is_foreign
 from engine.identity.made_from import NamedNetwork, RunConfig, networks_of
 from engine.ranks.first_rank import said_by_first_rank
 from engine.run import Run, has_begun
@@ -84,9 +84,9 @@ def _found(run: Run, config: RunConfig) -> dict[str, Any]:
         theirs = formats[name]
         if theirs is not None:
             _check(config, name, theirs, form, kept)
-            if any(getattr(theirs, each) != getattr(form, each) for each in CLOSING):
+            if name not in _FIRST:
                 others[_option(name, network)] = asdict(theirs)
-        elif name not in _FIRST and network.path.exists():
+        elif network.path.exists() and not (name in _FIRST and is_foreign(network.path)):
             notes.append(
                 f"{network.path}: nothing says in which form it was trained to read prompts; this "
                 f"run has {_told(form)}"

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from engine.answers.answer import generate_text
+from engine.data.prompt_format import PromptFormat, write_prompt_format
 from engine.errors import UserError
 from engine.generation.generate import generate
 from engine.settings.generate import GenerateConfig
@@ -26,6 +27,14 @@ def test_a_file_of_prompts_is_answered_in_order(run, tmp_path, capsys):
     assert all(1 <= a["tokens"] <= 6 and a["logprob"] < 0 for a in found)
     assert found[0]["response"] != found[1]["response"]
     assert "1 dropped: 1 with a prompt over" in capsys.readouterr().out
+
+
+def test_prompts_of_a_kind_that_was_never_trained_are_told(run, tmp_path, capsys):
+    source = shutil.copytree(run / "policy", tmp_path / "texts")
+    write_prompt_format(PromptFormat(trained_on=("dialogues",)), source)
+    generate_text(config(source, tmp_path))
+    told = "prompts are plain texts, and --source "
+    assert told in (said := capsys.readouterr().err) and "; --plain-prompts message" in said
 
 
 def test_the_same_network_in_another_folder_goes_on_and_another_does_not(

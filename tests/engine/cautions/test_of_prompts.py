@@ -17,8 +17,8 @@ CHATS = [Prompt("User: Why?\n\nAssistant:", is_dialogue=True)] * 3
         ((TEXTS,), CHATS, "dialogues, and the run before was trained on plain texts alone"),
         ((TEXTS, DIALOGUES), PLAIN, None),
         ((), CHATS, None),
-        ((DIALOGUES,), [*PLAIN, *CHATS], None),
-        ((TEXTS,), [*PLAIN, *CHATS], None),
+        ((DIALOGUES,), [*PLAIN[:1], *CHATS * 7], None),  # one in 22 is little
+        ((TEXTS,), [*PLAIN * 7, *CHATS[:1]], None),
     ],
 )
 def test_a_form_that_the_run_before_has_not_seen_is_said(kinds, prompts, said):
@@ -28,10 +28,34 @@ def test_a_form_that_the_run_before_has_not_seen_is_said(kinds, prompts, said):
         assert said in found[0].message and "--data.plain-prompts message" in found[0].message
 
 
+def test_prompts_of_another_form_are_counted_where_others_are_known():
+    mixed = [*PLAIN, *CHATS]
+    for kinds, said in (((DIALOGUES,), "3 of 6 prompts are plain texts"), ((TEXTS,), "dialogues")):
+        found = prompt_cautions(Renderer(PromptFormat(trained_on=kinds), LETTERS), mixed)
+        assert [alarm.name for alarm in found] == ["prompt_form", "two_forms"]
+        assert said in found[0].message
+        assert "3 of 6 prompts are plain texts, and the others dialogues" in found[1].message
+    seen = PromptFormat(trained_on=(TEXTS, DIALOGUES))
+    assert prompt_cautions(Renderer(seen, LETTERS), [PLAIN[0], *CHATS * 7]) == []
+
+
+def test_each_network_that_reads_the_prompts_is_asked():
+    chats, turns = PromptFormat(trained_on=(DIALOGUES,)), "\n\nHuman:"
+    others = {
+        "--reward-model a": chats,
+        "--reference b": PromptFormat(trained_on=(TEXTS,)),  # as the run's own
+        "--reference c": PromptFormat(trained_on=(TEXTS,), text_turns=turns),
+    }
+    by = Renderer(PromptFormat(trained_on=(TEXTS,)), LETTERS, others)
+    first, second = prompt_cautions(by, PLAIN)
+    assert "plain texts, and --reward-model a was trained on dialogues alone" in first.message
+    assert "no dialogues in text, and --reference c was trained mostly on such" in second.message
+
+
 def test_plain_prompts_for_a_model_that_has_a_chat_template_are_said():
     by_template = Renderer(PromptFormat(chat="template"))
     (alarm,) = prompt_cautions(by_template, PLAIN)
-    assert "has a chat template" in alarm.message
+    assert "by its tokenizer's chat template, if at all" in alarm.message
     assert "--data.plain-prompts message" in alarm.message
     assert prompt_cautions(by_template, CHATS) == []
     trained = PromptFormat(chat="template", trained_on=(TEXTS,))
@@ -44,7 +68,7 @@ def test_pairs_that_stay_texts_are_not_told_to_be_messages_again():
     found = prompt_cautions(Renderer(form), cut)
     assert [alarm.name for alarm in found] == ["prompt_form", "system"]
     for alarm in found:
-        assert "cut out of pairs, which stay texts" in alarm.message
+        assert "cut out of pairs, and stay texts" in alarm.message
         assert "--data.fields hh" in alarm.message and "has each read" not in alarm.message
 
 
@@ -52,7 +76,7 @@ def test_prompts_that_are_no_dialogues_in_text_are_said_to_a_run_of_such():
     form = PromptFormat(trained_on=(TEXTS,), text_turns="\n\nHuman:")
     (alarm,) = prompt_cautions(Renderer(form, LETTERS), PLAIN)
     assert r"write prompts as '\n\nHuman: ...\n\nAssistant:'" in alarm.message
-    turns = [*PLAIN, Prompt("\n\nHuman: Why?\n\nAssistant:")]
+    turns = [PLAIN[0], *[Prompt("\n\nHuman: Why?\n\nAssistant:")] * 20]
     assert prompt_cautions(Renderer(form, LETTERS), turns) == []
 
 
@@ -67,7 +91,7 @@ def test_whitespace_that_closes_prompts_which_end_in_whitespace_is_said():
 def test_a_system_message_that_is_in_no_prompt_is_said():
     by = Renderer(PromptFormat(system="Be brief."))
     assert [alarm.name for alarm in prompt_cautions(by, PLAIN)] == ["system"]
-    assert prompt_cautions(by, [*PLAIN, *CHATS]) == []
+    assert prompt_cautions(by, [*PLAIN[:1], *CHATS * 7]) == []
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from engine.data.prompt_format import (
     Prompt,
     PromptFormat,
     format_differences,
+    having_text_turns,
     in_words,
     prompt_format_beside,
     prompt_format_of,
     read_prompt_format,
-    text_turns_in,
     trained_on,
     write_prompt_format,
 )
@@ -188,11 +188,21 @@ def test_dialogues_in_text_are_known_by_their_beginning_and_end():
     assert form.text_turns_of(f"Human: a{OPEN}") == "Human:"
     assert form.text_turns_of(f"{HH}a") == form.text_turns_of(f"a{OPEN}") == ""
     texts = [Prompt(f"{HH}a{OPEN}")]
-    assert text_turns_in(form, texts * 2 + [Prompt("a")]) == "\n\nHuman:"
-    assert text_turns_in(form, [*texts, Prompt("a")]) == ""
-    kept = PromptFormat(text_turns="Human:")
-    assert text_turns_in(kept, [Prompt("a", is_dialogue=True)]) == "Human:"
-    assert text_turns_in(kept, [Prompt("a")]) == ""
+    assert having_text_turns(form, texts * 2 + [Prompt("a")]).text_turns == "\n\nHuman:"
+    assert having_text_turns(form, [*texts, Prompt("a")]) == form
+    kept = PromptFormat(text_turns="Human:", text_end=" ")
+    assert having_text_turns(kept, [Prompt("a", is_dialogue=True)]) == kept
+    assert having_text_turns(kept, [Prompt("a")]) == form
+
+
+def test_an_open_turn_may_have_a_space_behind_it():
+    form = PromptFormat()
+    text = f"{HH}a{OPEN} "
+    assert form.closing(text) == ""
+    assert dataclasses.replace(form, leaves_spaced=True, prompt_suffix=" =>").closing(text) == " =>"
+    kept = having_text_turns(form, [Prompt(text)] * 2 + [Prompt(f"{HH}b{OPEN}"), Prompt("a")])
+    assert (kept.text_turns, kept.text_end) == ("\n\nHuman:", " ")
+    assert kept.in_text([{"role": "user", "content": "a"}]) == text
 
 
 @pytest.mark.parametrize("begin", ["\n\nHuman:", "Human:", "User:"])

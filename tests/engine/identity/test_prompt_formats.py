@@ -65,6 +65,23 @@ def policy(tiny: Path, tmp_path: Path) -> Path:
     )
 
 
+def test_a_copied_checkpoint_that_says_nothing_is_told(tiny, tmp_path, policy, capsys):
+    for source, is_told in ((tiny / "policy", True), (policy, False)):
+        config = rm(tiny, tmp_path / f"rm_{is_told}", prompt_suffix=" =>")
+        train(dataclasses.replace(config, init_from=source))
+        assert ("nothing says in which form" in capsys.readouterr().out) == is_told
+
+
+def test_demonstrations_of_another_kind_than_the_comparisons_are_told(tiny, tmp_path, capsys):
+    said = {"role": "user", "content": "the mill"}
+    chats = [{"prompt": [said], "completions": ["a", "b"], "ranks": [1, 2]}] * 4
+    plain = [{"prompt": "the mill", "response": "a pub"}] * 4
+    config = rm(tiny, tmp_path / "rm", train=write_lines(tmp_path / "chats.jsonl", chats))
+    train(changed(config, demonstrations=write_lines(tmp_path / "plain.jsonl", plain)))
+    told = "all prompts are plain texts, and this reward model was trained on dialogues alone"
+    assert told in capsys.readouterr().out
+
+
 def test_a_stage_has_the_format_of_the_run_before(tiny, tmp_path, policy):
     config = dataclasses.replace(rm(tiny, tmp_path / "rm"), init_from=policy)
     train(config)
