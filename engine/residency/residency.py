@@ -29,6 +29,7 @@ from engine.residency.ledger import Ledger
 from engine.residency.refit import Refit
 from engine.residency.seat import Seat, weights_of
 from engine.residency.sharded import ShardedWeights
+from engine.settings.checks import option_of
 from engine.settings.layout import ParallelLayout
 from engine.settings.numerics import Numerics
 from engine.settings.residency import ResidencyConfig
@@ -347,5 +348,6 @@ def _advice(config: ResidencyConfig, phase: str) -> str:
         "score": ("optimizer", "reward_model", "reference"),
         "update": ("reward_model", "reference"),
     }[phase]
-    left = [f"residency.{name} host" for name in helping if getattr(config, name) != "host"]
-    return "set " + ", ".join(left) + "; or " + _ADVICE[phase] if left else _ADVICE[phase]
+    left = [name for name in helping if getattr(config, name) != "host"]
+    advice = ", ".join(f"{option_of(f'residency.{name}')} host" for name in left)
+    return f"set {advice}; or {_ADVICE[phase]}" if left else _ADVICE[phase]

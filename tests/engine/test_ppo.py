@@ -116,9 +116,9 @@ def test_run_records_every_phase(tiny: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
-        ({"minibatch_size": 3}, "rollout_batch_size 8 must be a multiple of minibatch_size 3"),
+        ({"minibatch_size": 3}, "--rollout-batch-size 8 must be a multiple of --minibatch-size 3"),
         ({"sampling": SamplingConfig(temperature=0.0)}, "sampling.temperature must be positive"),
-        ({"sampling": SamplingConfig(max_new_tokens=64)}, "max_new_tokens 64 leaves no room"),
+        ({"sampling": SamplingConfig(max_new_tokens=64)}, "max-new-tokens 64 leaves no room"),
         ({"reward_model": Path("nowhere")}, "--reward-model nowhere: no such file or folder"),
         ({"size": "7b"}, "no size is named '7b'"),
         ({"size": "6b"}, "the policy has 4 layers of width 32 .* a 6b has 32 of 4096"),

@@ -86,7 +86,7 @@ def test_every_limit_that_was_passed_is_kept_with_its_number(tiny: Path, tmp_pat
         "cut": 0,
         "dropped": 5,
         "dropped_for": {
-            "a prompt over 20 tokens (data.max_prompt_tokens)": 3,
+            "a prompt over 20 tokens (--data.max-prompt-tokens)": 3,
             "over 64 tokens (the model's context) in all": 2,
         },
     }
@@ -112,7 +112,7 @@ def test_what_is_too_long_is_cut_where_that_is_asked_for(
 
 
 def test_the_end_of_a_completion_is_not_cut():
-    with pytest.raises(UserError, match="too_long cut-right takes the end off a completion"):
+    with pytest.raises(UserError, match="--data.too-long cut-right takes the end off a completion"):
         RMData(too_long="cut-right")
 
 
@@ -148,7 +148,7 @@ def test_what_of_a_held_out_file_is_not_answered_is_told(tiny: Path, tmp_path: P
     train(with_data(config, valid=path, num_valid=3))
     assert account_of(tmp_path / "run")["data.valid"]["left_out"] == {
         "the same prompt again": 4,
-        "beyond data.num_valid": 2,
+        "beyond --data.num-valid": 2,
     }
 
 

@@ -27,9 +27,9 @@ def test_weights_that_are_not_finite_are_a_mistake(dialogue, run, tmp_path, monk
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"num_samples": 0}, "num_samples"),
+        ({"num_samples": 0}, "--num-samples must"),
         ({"source": None}, "--source is required"),
-        ({"sampling": SamplingConfig(top_p=0.0)}, "top_p"),
+        ({"sampling": SamplingConfig(top_p=0.0)}, "--sampling.top-p must"),
     ],
 )
 def test_a_mistake_is_named(run, tmp_path, change, match):

@@ -195,7 +195,11 @@ def test_new_level_ends_the_run_and_keeps_the_last_good_checkpoint(
     config = spiky_config(stage, tiny, tmp_path, spikes=spikes)
     with pytest.raises(UserError) as error:
         train(config)
-    for words in ("a new level", str(tmp_path / "checkpoints/step_00000004"), "norm_factor"):
+    for words in (
+        "a new level",
+        str(tmp_path / "checkpoints/step_00000004"),
+        "--spikes.norm-factor",
+    ):
         assert words in str(error.value)
     assert sum(result.was_skipped for result in results) == 2
     taken = SpikeConfig(policy="none")

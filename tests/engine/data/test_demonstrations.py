@@ -45,7 +45,7 @@ def test_text_and_messages_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
-        ({"prompt": "a"}, "has no answer to imitate; there is prompt"),
+        ({"prompt": "a"}, 'field "response" is missing; there is prompt'),
         ({"response": "a"}, 'field "prompt" is missing; there is response'),
         ({"prompt": "a", "response": ""}, 'field "response" is empty'),
         ({"prompt": "", "response": "a"}, 'field "prompt" is empty'),

@@ -297,7 +297,7 @@ def test_the_network_trains_again_after_generation(network):
     [
         ([[]], {}, "sample 0 is empty"),
         ([[1], [2] * CONTEXT], {}, "sample 1 has 224 tokens"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
+        ([[1]], {"max_new_tokens": 0}, "--sampling.max-new-tokens must"),
         ([[1]], {"cache_gib": 1e-9}, "cache has room for 0 tokens"),
     ],
 )

@@ -80,7 +80,7 @@ def assert_bad_input_ends_every_rank(network: Network) -> None:
     mistakes = [
         ([np.array([], dtype=np.int64)], SAMPLED, "is empty"),
         ([np.arange(CONTEXT)], SAMPLED, "no room"),
-        ([np.arange(9)], dataclasses.replace(SAMPLED, max_new_tokens=0), "max_new_tokens"),
+        ([np.arange(9)], dataclasses.replace(SAMPLED, max_new_tokens=0), "max-new-tokens"),
         ([np.arange(9)], dataclasses.replace(SAMPLED, cache_gib=1e-9), "room for 0 tokens"),
     ]
     for prompts, config, words in mistakes:

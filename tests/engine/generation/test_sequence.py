@@ -4,6 +4,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.generation.sequence import LiveSequence
+from engine.settings.checks import option_of
 from engine.settings.sampling import SamplingConfig
 
 
@@ -24,7 +25,7 @@ from engine.settings.sampling import SamplingConfig
     ],
 )
 def test_a_meaningless_setting_is_named(change):
-    with pytest.raises(UserError, match=next(iter(change))):
+    with pytest.raises(UserError, match=option_of(f"sampling.{next(iter(change))}")):
         dataclasses.replace(SamplingConfig(), **change).check()
 
 

@@ -40,8 +40,8 @@ def test_prompts_are_read_by_each_stage_as_by_the_one_before():
     ("options", "cause"),
     [
         (["--seed", "-1"], "seed must be at least 0, got -1"),
-        (["--num-prompts", "0"], "num_prompts must be at least 1, got 0"),
-        (["--faults-per-level", "nan"], "faults_per_level must be at least 0, got nan"),
+        (["--num-prompts", "0"], "--num-prompts must be at least 1, got 0"),
+        (["--faults-per-level", "nan"], "--faults-per-level must be at least 0, got nan"),
         (["--task", "/etc/x"], "task '/etc/x' must be the beginning of file names"),
         (["--task", "**"], r"task '\*\*' must be the beginning of file names"),
     ],

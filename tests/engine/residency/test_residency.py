@@ -151,7 +151,8 @@ def test_out_of_memory_is_told_with_the_ledger_and_what_to_change(parallel: Para
     assert lines[1].split() == ["MiB", *PHASES, "host"]
     assert any(line.startswith("policy optimizer") for line in lines)
     assert lines[-1] == (
-        "set residency.reward_model host, residency.reference host; or lower micro_batch_tokens"
+        "set --residency.reward-model host, --residency.reference host; "
+        "or lower --micro-batch-tokens"
     )
     with pytest.raises(ValueError, match="other"), case.residency.score():
         raise ValueError("other errors pass")
