@@ -17,7 +17,7 @@ from engine.data.examples import (
     encode_prompts,
     encode_replies,
 )
-from engine.data.pairs import are_dialogues, asked_in, split_chats, split_texts
+from engine.data.pairs import are_dialogues, asked_in, split_chats, split_texts, without_prompt
 from engine.data.prompt_format import Prompt, Reply
 from engine.data.records import ReadReport, read_records
 from engine.data.renderer import Renderer
@@ -101,7 +101,7 @@ def comparison_examples(
 def _parse(record: dict[str, Any], renderer: Renderer) -> Comparison:
     is_pair = "chosen" in record or "rejected" in record
     asked, contents, ranks = _parse_pair(record) if is_pair else _parse_ranking(record)
-    completions = [renderer.reply(asked, content) for content in contents]
+    completions = [renderer.reply(asked, each) for each in without_prompt(asked, contents)]
     return Comparison(renderer.prompt(asked), completions, ranks)
 
 

@@ -18,7 +18,7 @@ from engine.data.examples import (
     encode_prompts,
     encode_replies,
 )
-from engine.data.pairs import asked_in
+from engine.data.pairs import asked_in, without_prompt
 from engine.data.prompt_format import Prompt, Reply
 from engine.data.records import SKIP_OPTION, ReadReport, read_records
 from engine.data.renderer import Parts, Renderer
@@ -126,7 +126,7 @@ def _response(record: dict[str, Any], asked: Asked) -> tuple[str, Any]:
     """Return what the response says, and the weight of its message, None without one."""
     if has(record, "response") or not has(record, "messages"):
         response = required(record, "response")
-        content = parse_reply(response, "response")
+        (content,) = without_prompt(asked, [parse_reply(response, "response")])
         return content, None if isinstance(response, str) else response[0].get("weight")
     *before, last = check_messages(record["messages"], "messages")
     content = reply_in(last, "messages[-1]")

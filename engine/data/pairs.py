@@ -19,6 +19,7 @@ from engine.data.chat import (
 
 OPEN_TURN = "\n\nAssistant:"
 """What a dialogue in text, as HH-RLHF has them, ends in where a reply is wanted."""
+_MIN_REPEATED = 12  # characters
 # Scripts whose words no space parts: Thai and Lao, Myanmar, Khmer; Chinese and Japanese are wide.
 _UNSPACED = (range(0x0E00, 0x0F00), range(0x1000, 0x10A0), range(0x1780, 0x1800))
 
@@ -73,6 +74,21 @@ def split_texts(record: dict[str, Any]) -> tuple[Asked, list[str]]:
         raise BadRecord("is missing, and chosen and rejected begin differently", field="prompt")
     replies = [check_text(chosen[cut:], "chosen"), check_text(rejected[cut:], "rejected")]
     return Asked(chosen[:cut], field="chosen", is_cut=True), replies
+
+
+def without_prompt(asked: Asked, replies: list[str]) -> list[str]:
+    """Return replies behind a prompt; where all begin with it as a text, what they say after it.
+
+    One reply does so by mistake where the prompt is a dialogue in text; several also where it is of
+    some length, our choice, for answers may well begin as a word of theirs does.
+    """
+    is_dialogue = asked.text.rstrip().endswith(OPEN_TURN)
+    is_long = len(replies) > 1 and len(asked.text.strip()) >= _MIN_REPEATED
+    if asked.is_cut or not asked.text or not (is_dialogue or is_long):
+        return replies
+    behind = [reply.removeprefix(asked.text) for reply in replies]
+    is_repeated = all(b != reply and b.strip() for b, reply in zip(behind, replies, strict=True))
+    return behind if is_repeated else replies
 
 
 def _chat(record: dict[str, Any], name: str) -> Messages:

@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.containers.row import BadRecord, required
 from engine.data.chat import Asked, Messages, asked_by, check_messages, has, parse_reply
-from engine.data.pairs import are_dialogues, asked_in, split_chats, split_texts
+from engine.data.pairs import are_dialogues, asked_in, split_chats, split_texts, without_prompt
 from engine.shapes.canonical import LeftOut, Purpose, Row, opened
 from engine.shapes.plain_rows import claimed_by_plain, plain
 from engine.shapes.shapes import PLAIN, SHAPES, nearly, recognised
@@ -128,8 +128,8 @@ def _parsed(row: Row, left_out: list[tuple[str, str]]) -> Labels:
     completions, ranks = _ranking(row, asked)
     return Labels(
         prompt=[_without_more(each) for each in asked.messages] or asked.text,
-        response=response,
-        completions=completions,
+        response=None if response is None else without_prompt(asked, [response])[0],
+        completions=None if completions is None else without_prompt(asked, completions),
         ranks=ranks,
         is_cut=asked.is_cut,
         left_out=tuple(left_out),

@@ -5,6 +5,7 @@ reads. An empty line joins what a data set keeps apart of one prompt.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from engine.containers.row import BadRecord, check_text, json_type, required
 from engine.errors import quoted
@@ -33,10 +34,16 @@ def alpaca(row: Row) -> Row:
 
     {"instruction", "input", "output"}, and perhaps "system" and "history" (LLaMA-Factory).
     """
-    prompt, response = paragraphs(row, "instruction", "input"), text_in(row, "output")
-    if "system" not in row and not row.get("history"):
-        return {"prompt": prompt, "response": response}
-    return {"prompt": alpaca_dialogue(row, prompt), "response": response}
+    return {"prompt": instructed(row), "response": text_in(row, "output")}
+
+
+def instructed(row: Row) -> Any:
+    """Return what an instruction asks, with its `input` or `context`; a dialogue where there are
+    `system` or `history`."""
+    if row.get("input") and row.get("context"):
+        raise BadRecord("stands beside input: which is first is not known", field="context")
+    prompt = paragraphs(row, "instruction", "input", "context")
+    return alpaca_dialogue(row, prompt) if "system" in row or row.get("history") else prompt
 
 
 def alpaca_dialogue(row: Row, prompt: str) -> list[dict[str, str]]:
@@ -52,11 +59,9 @@ def alpaca_dialogue(row: Row, prompt: str) -> list[dict[str, str]]:
 
 
 def dolly(row: Row) -> Row:
-    """Return the exchange of {"instruction", "context", "response"}."""
-    return {
-        "prompt": paragraphs(row, "instruction", "context"),
-        "response": text_in(row, "response"),
-    }
+    """Return the exchange of {"instruction", "context", "response"}; copies of Alpaca call
+    `response` its output."""
+    return {"prompt": instructed(row), "response": text_in(row, "response")}
 
 
 def question_answer(row: Row) -> Row:

@@ -5,7 +5,7 @@ from typing import Any
 
 from engine.containers.row import BadRecord, check_text, json_type, required
 from engine.errors import quoted
-from engine.shapes.answer_shapes import alpaca_dialogue
+from engine.shapes.answer_shapes import instructed
 from engine.shapes.canonical import (
     Row,
     check_no_tools,
@@ -15,7 +15,6 @@ from engine.shapes.canonical import (
     number_in,
     objects_in,
     opened,
-    paragraphs,
     text_in,
 )
 
@@ -171,11 +170,8 @@ def openai_preference(row: Row) -> Row:
 
 def alpaca_pair(row: Row) -> Row:
     """Return the exchange of {"instruction", "input", "chosen", "rejected"}: LLaMA-Factory's."""
-    prompt: Any = paragraphs(row, "instruction", "input")
-    if "system" in row or row.get("history"):
-        prompt = alpaca_dialogue(row, prompt)
     answers = [text_in(row, key) for key in ("chosen", "rejected")]
-    return {"prompt": prompt, "completions": answers, "ranks": [1, 2]}
+    return {"prompt": instructed(row), "completions": answers, "ranks": [1, 2]}
 
 
 def nemo(row: Row) -> Row:

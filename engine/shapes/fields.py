@@ -15,6 +15,14 @@ from engine.containers.row import BadRecord, RowOrBad, required
 from engine.errors import UserError, named, quoted
 from engine.shapes.canonical import NEEDS, LeftOut, Purpose, Row
 from engine.shapes.held_lists import with_lists
+from engine.shapes.prompt_parts import (
+    SYSTEMS,
+    asked_of,
+    check_all_said,
+    is_said,
+    unread_parts,
+    with_system,
+)
 from engine.shapes.readers import purposes_of, read_by
 from engine.shapes.shapes import PLAIN, SHAPES, nearly, recognised
 
@@ -53,6 +61,7 @@ class Fields:
         else:
             self._mapping.pop("text", None)
         self._name: str | None = None
+        self._is_open = fields == "auto"
         if fields != "auto" and "=" not in fields:
             _check_name(fields, option)
             self._name = fields
@@ -95,7 +104,7 @@ class Fields:
 
     def _records(self, where: str, row: Row) -> Iterator[RowOrBad]:
         try:
-            found = SHAPES[self._name or PLAIN].read(row, self._purpose)
+            found = self._with_all_parts(row)
         except BadRecord as error:
             yield where, error
             return
@@ -104,6 +113,31 @@ class Fields:
                 self.left_out[record.reason] += 1
                 continue
             yield where, record
+
+    def _with_all_parts(self, row: Row) -> Sequence[Row | LeftOut]:
+        """Return the records of a row, with what its shape does not read of its prompt; BadRecord
+        where that cannot be. Who names a shape or fields has chosen what is left out; a system
+        prompt is by a mapping alone.
+        """
+        shape = SHAPES[self._name or PLAIN]
+        found = shape.read(row, self._purpose)
+        read = shape.claimed(row) or OURS
+        unread = [] if self._mapping else unread_parts(row, read)
+        if not unread:
+            return found
+        systems = [key for key in unread if key in SYSTEMS and isinstance(row[key], str)]
+        asked = asked_of(row) if shape is SHAPES[PLAIN] else shape.read(row, "prompts")
+        if self._is_open:
+            others = [key for key in unread if key not in systems]
+            check_all_said(row, others, asked, self._advice("name the fields by ", behind=", or "))
+        for key in systems:
+            if is_said(row[key], asked):
+                continue
+            found = [
+                record if isinstance(record, LeftOut) else with_system(record, key, row[key])
+                for record in found
+            ]
+        return found
 
     def _ours(self, row: Row, where: str) -> Row:
         """Return a row of the file's shape, which the first one decides."""
@@ -122,6 +156,10 @@ class Fields:
             others = [name for name in recognised(row) if name != self._name]
             said = f"of the shape {others[0]}" if others else f"of no shape; there is {_keys(row)}"
             raise BadRecord(f"is {said}, in a file of {SHAPES[self._name].title}")
+        if SHAPES[self._name].gather is not None and self._is_open:
+            unread = unread_parts(row, SHAPES[self._name].claimed(row))
+            advice = self._advice("name the fields by ", behind=", or ")
+            check_all_said(row, unread, row.get("prompt"), advice)
         self._has_good = True
         return row
 
@@ -160,9 +198,10 @@ class Fields:
             says_remedy=True,
         )
 
-    def _advice(self, words: str, fields: str = "") -> str:
-        """Return how fields are named, behind some words; "" for a command without the option."""
-        return f"{words}{self._option} {fields or NEEDS[self._purpose]}" if self._option else ""
+    def _advice(self, words: str, fields: str = "", *, behind: str = "") -> str:
+        """Return how fields are named, between some words; "" for a command without the option."""
+        named_by = f"{words}{self._option} {fields or NEEDS[self._purpose]}{behind}"
+        return named_by if self._option else ""
 
     def _check_plain(self, row: Row) -> None:
         """Raise BadRecord for a row in our own fields that lacks those of the purpose."""

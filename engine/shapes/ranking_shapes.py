@@ -116,9 +116,10 @@ def argilla(row: Row) -> Row:
 
 
 def orca_pair(row: Row) -> Row:
-    """Return the exchange of {"system", "question", "chosen", "rejected"}: orca_dpo_pairs."""
+    """Return the exchange of {"system", "question", "chosen", "rejected"}: orca_dpo_pairs, whose
+    copies call the question `input`."""
     system = row.get("system")
-    dialogue = [message("user", text_in(row, "question"))]
+    dialogue = [message("user", text_in(row, "question" if "question" in row else "input"))]
     if isinstance(system, str) and system.strip():
         dialogue.insert(0, message("system", system))
     answers = [answer_in(row, side) for side in ("chosen", "rejected")]

@@ -119,16 +119,22 @@ SHAPES: Mapping[str, DataShape] = {
         "instruction, output",
         one(_A.alpaca),
         _ANSWER,
-        also="input, system, history",
+        also="input, context, system, history",
     ),
     "alpaca-pair": DataShape(
         "LLaMA-Factory's pairs",
         "instruction, chosen, rejected",
         one(_D.alpaca_pair),
         _PAIR,
-        also="input, system, history",
+        also="input, context, system, history",
     ),
-    "dolly": DataShape("Dolly", "instruction, response", one(_A.dolly), _ANSWER, also="context"),
+    "dolly": DataShape(
+        "Dolly",
+        "instruction, response",
+        one(_A.dolly),
+        _ANSWER,
+        also="context, input, system, history",
+    ),
     "self-instruct": DataShape(
         "Self-Instruct's tasks",
         "instruction, instances",
@@ -287,6 +293,13 @@ SHAPES: Mapping[str, DataShape] = {
     ),
     "orca-pair": DataShape(
         "orca_dpo_pairs", "question, chosen, rejected", one(_R.orca_pair), _PAIR, also="system"
+    ),
+    "input-pair": DataShape(
+        "orca_dpo_pairs, distilled by Argilla",
+        "input, chosen, rejected",
+        one(_R.orca_pair),
+        _PAIR,
+        also="system",
     ),
     "helpsteer2-preference": DataShape(
         "HelpSteer2's preferences",

@@ -58,6 +58,7 @@ def test_only_the_order_of_ranks_is_kept(tmp_path: Path) -> None:
             ("The sky is", " blue.", " black."),
         ),
         ({"chosen": "Sky?\nblue", "rejected": "Sky?\nblack"}, ("Sky?\n", "blue", "black")),
+        ({"prompt": HH, "chosen": HH + " Yes", "rejected": HH + " No"}, (HH, " Yes", " No")),
     ],
 )
 def test_pairs_are_comparisons_of_two(

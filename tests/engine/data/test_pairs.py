@@ -4,7 +4,7 @@ import pytest
 
 from engine.containers.row import BadRecord
 from engine.data.chat import Asked
-from engine.data.pairs import asked_in, split_chats, split_texts
+from engine.data.pairs import asked_in, split_chats, split_texts, without_prompt
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Why?"}
@@ -126,3 +126,21 @@ def test_what_else_messages_have_makes_no_other_dialogue() -> None:
     asked, replies = split_chats({"chosen": [asks[0], said[0]], "rejected": [asks[1], said[1]]})
     assert [message["content"] for message in asked.messages] == ["q"]
     assert replies == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "replies", "behind"),
+    [
+        ("\n\nHuman: a\n\nAssistant:", ["{p} b", "{p} c"], [" b", " c"]),
+        ("\n\nHuman: a\n\nAssistant:", ["{p} b"], [" b"]),
+        ("Why is the sky blue?", ["{p} Light.", "{p} Air."], [" Light.", " Air."]),
+        ("Why is the sky blue?", ["{p} Light."], ["{p} Light."]),
+        ("Why is the sky blue?", ["{p} Light.", "Air."], ["{p} Light.", "Air."]),
+        ("Why is the sky blue?", ["{p} Light.", "{p}"], ["{p} Light.", "{p}"]),
+        ("Yes", ["Yes, so.", "Yes, no."], ["Yes, so.", "Yes, no."]),
+    ],
+)
+def test_a_prompt_that_the_replies_repeat_is_no_part_of_them(prompt, replies, behind):
+    said = [reply.format(p=prompt) for reply in replies]
+    found = without_prompt(Asked(prompt), said)
+    assert found == [reply.format(p=prompt) for reply in behind]

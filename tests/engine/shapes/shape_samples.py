@@ -287,6 +287,14 @@ ANSWERS = [
         "dolly",
     ),
     Sample(
+        "Alpaca, its output called response",
+        [{"instruction": "Name the color.", "input": "sky", "response": "blue"}],
+        [{"prompt": "Name the color.\n\nsky", "response": "blue"}],
+        NO_RANKS,
+        [{"prompt": "Name the color.\n\nsky"}],
+        "dolly",
+    ),
+    Sample(
         "GSM8K",
         [{"question": "2 apples and 3 more?", "answer": "2+3=<<2+3=5>>5\n#### 5"}],
         [{"prompt": "2 apples and 3 more?", "response": "2+3=<<2+3=5>>5\n#### 5"}],
@@ -1179,6 +1187,25 @@ COMPARISONS = [
         [ranking([SYSTEM, *asked(SKY)], [BLUE, GREEN], [1, 2])],
         [{"prompt": [SYSTEM, *asked(SKY)]}],
         "orca-pair",
+    ),
+    Sample(
+        "orca_dpo_pairs, distilled (Argilla)",
+        [
+            {
+                "system": "Be brief.",
+                "input": SKY,
+                "chosen": BLUE,
+                "rejected": GREEN,
+                "generations": [BLUE, GREEN],
+                "order": ["a", "b"],
+                "status": "unchanged",
+                "chosen_score": 9.0,
+            }
+        ],
+        NO_ANSWER,
+        [ranking([SYSTEM, *asked(SKY)], [BLUE, GREEN], [1, 2])],
+        [{"prompt": [SYSTEM, *asked(SKY)]}],
+        "input-pair",
     ),
     Sample(
         "Alpaca pairs (LLaMA-Factory)",
