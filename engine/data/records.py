@@ -240,8 +240,9 @@ def read_records(
 
 
 def _prompt_of(record: object) -> str:
+    """Return what a record's prompt is known by, as where prompts are held out: Prompt.key."""
     prompt = getattr(record, "prompt", record)
-    prompt = getattr(prompt, "text", prompt)
+    prompt = getattr(prompt, "key", prompt)
     return prompt if isinstance(prompt, str) else repr(prompt)
 
 
