@@ -5,7 +5,7 @@ import itertools
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from engine.containers.kinds import ENDINGS, ending_of
@@ -13,6 +13,7 @@ from engine.errors import UserError, named
 from engine.files import MAX_SHOWN_PATH, read_object
 
 _MAX_FILES = 100_000  # that a folder is looked through for
+_NUM_SHOWN = 8  # splits in an error; our choice
 _SHARD = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})(-[0-9a-f]+)?")  # the hub's names
 _SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval", "heldout"}
 _ABOUT = re.compile(  # the data, and none of it
@@ -71,11 +72,12 @@ def _of_one_split(folder: Path, files: list[Path], split: str | None) -> list[Pa
     for path in files:
         by_split[_split_of(path, folder)].append(path)
     if split is None and len(by_split) > 1:
-        raise UserError(_several(folder, [each or "(without one)" for each in by_split]))
+        raise UserError(_several(folder, _named_splits(folder, by_split)))
     chosen = sorted(by_split[split] if split is not None else files)
     parents = {path.parent for path in chosen}
     if len(parents) > 1:
-        listed = ", ".join(named(parent, MAX_SHOWN_PATH) for parent in sorted(parents)[:8])
+        names = [_files_alone(parent, chosen) for parent in sorted(parents)[:_NUM_SHOWN]]
+        listed = ", ".join(named(name, MAX_SHOWN_PATH) for name in names)
         raise UserError(
             f"{named(folder, MAX_SHOWN_PATH)} has data in several folders: name one of {listed}"
         )
@@ -83,8 +85,31 @@ def _of_one_split(folder: Path, files: list[Path], split: str | None) -> list[Pa
     return chosen
 
 
+def _files_alone(parent: Path, files: Sequence[Path]) -> Path:
+    """Return what names the files right in a folder, without those below it."""
+    here = next(path for path in files if path.parent == parent)
+    has_more = any(parent in path.parent.parents for path in files)
+    return parent / f"*{ending_of(here)}" if has_more else parent
+
+
+def _named_splits(folder: Path, by_split: Mapping[str, Sequence[Path]]) -> list[str]:
+    """Return what names each split below the folder: its own name where that is looked for, else
+    its files."""
+    found = []
+    for split, files in by_split.items():
+        if has_split(folder, split):
+            found.append(split)
+        elif split:  # of numbered parts, whose name is no usual one
+            within = min(path.parent for path in files).relative_to(folder)
+            found.append(str(within / f"{split}-*"))
+        else:
+            found += [str(path.relative_to(folder)) for path in files]
+    return found
+
+
 def _several(folder: Path, splits: list[str]) -> str:
-    listed = ", ".join(map(named, splits)) or "none that it names"
+    listed = ", ".join(map(named, splits[:_NUM_SHOWN])) or "none that it names"
+    listed += f" and {len(splits) - _NUM_SHOWN} more" if len(splits) > _NUM_SHOWN else ""
     usual = "train" if "train" in splits else splits[0] if splits else "SPLIT"
     example = named(folder / usual, MAX_SHOWN_PATH)
     return (

@@ -30,6 +30,11 @@ class DataSource:
     """How often each record counts an epoch; of a fraction, for a share of the prompts."""
 
     @property
+    def path(self) -> str:
+        """The name without its weight."""
+        return self.name if self.weight == 1 else self.name.rpartition("@")[0]
+
+    @property
     def num_passes(self) -> int:
         """How often all of its records count."""
         return int(self.weight)

@@ -24,14 +24,7 @@ class Account:
     def add_read(self, name: str, found: ReadReport) -> None:
         """Note how reading a file went."""
         self._counts(name).update(records=found.num_read, skipped=found.num_bad)
-        self.files[name] = {
-            "path": found.path,
-            "read_as": found.read_as or "plain",
-            "records": found.num_read,
-            "bad_lines": found.num_bad,
-            "first_errors": list(found.first_errors),
-            "left_out": dict(found.left_out),
-        }
+        self.files[name] = found.as_object()
 
     def add_lengths(self, name: str, found: LengthReport, part: str, limits: Limits | None) -> None:
         """Note how much of a file's part, such as "train", was within the limits."""

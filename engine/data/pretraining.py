@@ -169,6 +169,7 @@ def read_token_file(path: Path, source: Path | str) -> TokenFile:
         path=str(source),
         read_as=summary.get("read_as", ""),
         sources=tuple((name, said) for name, said in summary.get("sources", ())),
+        parts=tuple(summary.get("parts", ())),
     )
     with open_file(path) as stream:
         tokens = np.memmap(stream, dtype=np.dtype(path.suffix[1:]), mode="r")

@@ -45,6 +45,8 @@ class ReadReport:
     """Of the files' rows as they were read; "" where one rank reads for all."""
     sources: tuple[tuple[str, str], ...] = ()
     """Where several were named, or one with a weight: (its name, how reading it went)."""
+    parts: tuple[Mapping[str, Any], ...] = ()
+    """The same in full: each one's as_object(), its weight and how many records count an epoch."""
 
     def __str__(self) -> str:
         parts = [f"{self.num_read} records"]
@@ -54,6 +56,18 @@ class ReadReport:
         if self.num_bad:
             parts.append(f"{self.num_bad} bad lines skipped: {self.first_errors[0]}")
         return ", ".join(parts)
+
+    def as_object(self) -> dict[str, Any]:
+        """Return what was read and what was not, with every number and reason."""
+        found = {
+            "path": self.path,
+            "read_as": self.read_as or "plain",
+            "records": self.num_read,
+            "bad_lines": self.num_bad,
+            "first_errors": list(self.first_errors),
+            "left_out": dict(self.left_out),
+        }
+        return found | ({"parts": [dict(part) for part in self.parts]} if self.parts else {})
 
     def notes(self, path: object, more: str = "") -> list[str]:
         """Return what is to be told of the files at a path: one note each, and one of all.
@@ -84,6 +98,11 @@ def joined_report(reports: Sequence[tuple[DataSource, ReadReport, int]]) -> Read
         (source.name, f"{report}" + ("" if source.weight == 1 else f"; {num_taken} an epoch"))
         for source, report, num_taken in reports
     ]
+    parts = [
+        report.as_object()
+        | {"path": source.path, "weight": source.weight, "records_an_epoch": num_taken}
+        for source, report, num_taken in reports
+    ]
     is_plain = len(reports) == 1 and reports[0][0].weight == 1
     left_out: Counter[str] = Counter()
     for _, report, _ in reports:
@@ -97,6 +116,7 @@ def joined_report(reports: Sequence[tuple[DataSource, ReadReport, int]]) -> Read
         first_errors=tuple(itertools.islice(first_errors, _NUM_FIRST_ERRORS)),
         xxh3_128=xxhash.xxh3_128_hexdigest("".join(r.xxh3_128 for _, r, _ in reports).encode()),
         sources=() if is_plain else tuple(sources),
+        parts=() if is_plain else tuple(parts),
     )
 
 
@@ -240,8 +260,9 @@ def read_records(
 
 
 def _prompt_of(record: object) -> str:
+    """Return what a record's prompt is known by, as where prompts are held out: Prompt.key."""
     prompt = getattr(record, "prompt", record)
-    prompt = getattr(prompt, "text", prompt)
+    prompt = getattr(prompt, "key", prompt)
     return prompt if isinstance(prompt, str) else repr(prompt)
 
 

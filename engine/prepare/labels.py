@@ -120,11 +120,8 @@ def _parsed(row: Row, left_out: list[tuple[str, str]]) -> Labels:
     assert not isinstance(ours, LeftOut)
     response, row = _response(ours, left_out)
     asked = asked_in(row)
-    if asked.field == "chosen" and response is not None and has(row, "messages"):
-        before = check_messages(row["messages"], "messages")
-        if list(map(_said, before)) != list(map(_said, asked.messages)):
-            problem = "must begin as the dialogue that chosen and rejected share"
-            raise BadRecord(problem, field="messages")
+    if response is not None and has(row, "messages"):
+        _check_agree(ours, row)
     completions, ranks = _ranking(row, asked)
     return Labels(
         prompt=[_without_more(each) for each in asked.messages] or asked.text,
@@ -134,6 +131,21 @@ def _parsed(row: Row, left_out: list[tuple[str, str]]) -> Labels:
         is_cut=asked.is_cut,
         left_out=tuple(left_out),
     )
+
+
+def _check_agree(whole: Row, row: Row) -> None:
+    """Raise BadRecord where the response answers another prompt than what is compared.
+
+    row: the whole one, its messages up to the response.
+    """
+    compared = [name for name in ("chosen", "completions") if has(whole, name)]
+    if not compared or (asked := asked_in(whole)).field == "prompt":  # then nobody reads messages
+        return
+    before = check_messages(row["messages"], "messages")
+    if list(map(_said, before)) != list(map(_said, asked.messages)):
+        what = "chosen and rejected share" if compared[0] == "chosen" else "completions answer"
+        problem = f"must begin as the dialogue that {what}, up to the last reply that is trained"
+        raise BadRecord(problem, field="messages")
 
 
 def _said(message: dict[str, Any]) -> tuple[str, str]:

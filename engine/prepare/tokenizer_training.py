@@ -45,6 +45,7 @@ _HARD_TEXTS = (
 )
 # What sentencepiece says that a vocabulary may be at most, and must be at least.
 _HIGHEST, _LOWEST = re.compile(r"<= (\d+)"), re.compile(r"required_chars\. \d+ vs (\d+)")
+_NULS = re.compile(r"[\0\s]*")
 _FEWEST_ENTRIES = 2  # of which sentencepiece says how many there must be
 
 
@@ -207,10 +208,19 @@ class _Texts:
             yield from self._of(path)
 
     def measure(self) -> tuple[int, list[Path]]:
-        """Return the bytes of all of it, and the files that have more."""
+        """Return the bytes of all of it, and the files that have more; UserError for a file of NULs
+        alone."""
         num_bytes, cut = 0, []
         for path in self._config.files:
-            num_here = sum(len(text.encode()) for text in self._of(path))
+            num_here, has_text = 0, False
+            for text in self._of(path):
+                num_here += len(text.encode())
+                has_text = has_text or not _NULS.fullmatch(text)
+            if not has_text:
+                raise UserError(
+                    f"{named(path, MAX_SHOWN_PATH)}: NUL characters (U+0000) alone are no text, as "
+                    "a copy leaves them that was cut off: leave the file out, or write it again"
+                )
             num_bytes += num_here
             if num_here > self._most():
                 cut.append(path)

@@ -132,7 +132,7 @@ def context_messages(row: Row) -> Row:
 def pair_with_prompt(row: Row) -> Row:
     """Return the exchange of {"prompt", "chosen", "rejected"} where both are whole dialogues, whose
     turns before the last are the prompt: UltraFeedback binarized. `messages` is the dialogue to
-    imitate."""
+    imitate, which has to ask the same."""
     chosen, rejected = (messages_in(row[key], key) for key in ("chosen", "rejected"))
     if not isinstance(rejected, list):
         raise BadRecord("must be a dialogue, as chosen is", field="rejected")
@@ -148,9 +148,23 @@ def pair_with_prompt(row: Row) -> Row:
         "completions": [[chosen[-1]], [rejected[-1]]],
         "ranks": [1, 2],
     }
-    if "messages" in row:
+    if row.get("messages") is not None:
         found["messages"] = messages_in(row["messages"], "messages")
+        if _said(opened(found["messages"])) != _said(found["prompt"]):
+            raise BadRecord(
+                "must begin as the dialogue that chosen and rejected share", field="messages"
+            )
     return found
+
+
+def _said(messages: Any) -> Any:
+    """Return who says what; what is no dialogue as it is."""
+    if not isinstance(messages, list):
+        return messages
+    return [
+        (each.get("role"), each.get("content")) if isinstance(each, dict) else each
+        for each in messages
+    ]
 
 
 def _says(contents: list[Any], prompt: str) -> bool:

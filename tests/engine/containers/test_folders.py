@@ -125,6 +125,38 @@ def test_files_of_several_folders_are_not_joined(tmp_path: Path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("files", "listed", "example"),
+    [
+        (("more.jsonl", "my_test_prompts.jsonl"), "more.jsonl, test", "more.jsonl"),
+        (("extra.jsonl", "test.jsonl", "train.jsonl"), "extra.jsonl, test, train", "train"),
+        (
+            ("data/a-00000-of-00001.parquet", "data/b-00000-of-00001.parquet"),
+            "data/a-*, data/b-*",
+            "data/a-*",
+        ),
+    ],
+)
+def test_the_split_that_an_error_names_is_there(
+    tmp_path: Path, files: tuple[str, ...], listed: str, example: str
+):
+    folder = made(tmp_path / "a", *files)
+    with pytest.raises(UserError) as error:
+        names(folder)
+    assert str(error.value) == (
+        f"{folder} is a folder of several splits ({listed}): name one, such as {folder}/{example}"
+    )
+    for part in listed.split(", "):
+        assert len(sources_of(folder / part)[0].files) == 1
+
+
+def test_the_folders_that_an_error_names_can_be_named(tmp_path: Path):
+    folder = made(tmp_path / "a", "train/a.jsonl", "train/sub/b.jsonl")
+    with pytest.raises(UserError, match=r"name one of .*/train/\*\.jsonl, .*/train/sub$"):
+        names(folder)
+    assert len(sources_of(folder / "train/*.jsonl")[0].files) == 1
+
+
 def test_a_saved_set_of_one_split_is_that_split(tmp_path: Path):
     save_to_disk(tmp_path / "train", 1)
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')

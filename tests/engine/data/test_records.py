@@ -216,6 +216,15 @@ def test_no_weight_puts_a_prompt_on_both_sides(tmp_path: Path) -> None:
     assert len(trained) > 100 and len(held_out) > 20
 
 
+def test_a_weight_draws_prompts_that_are_one_text_together(tmp_path: Path) -> None:
+    ends = ("", "\n", " ")
+    rows = [{"prompt": f"p{n}{end}", "response": "r"} for n in range(40) for end in ends]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    records, _ = read_demonstrations(f"{tmp_path}/a.jsonl@0.5")
+    drawn = Counter(each.prompt.key for each in records)
+    assert 10 < len(drawn) < 30 and set(drawn.values()) == {len(ends)}
+
+
 def test_a_report_says_what_a_list_has_bad(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "b.csv").write_text("text\n \n")

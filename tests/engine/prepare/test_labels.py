@@ -18,6 +18,7 @@ def assistant(text: str, **more) -> dict:
     return {"role": "assistant", "content": text, **more}
 
 
+LONG = [user("q"), assistant("a"), user("r")]
 HH = "\n\nHuman: hi there\n\nAssistant:"
 ROWS = {
     "pair of chats": {
@@ -130,6 +131,19 @@ def test_who_spoke_is_not_kept_in_a_message():
         (
             ROWS["pair of chats"] | {"messages": [user("other"), assistant("a")]},
             "must begin as the dialogue",
+        ),
+        (
+            ROWS["pair with its dialogue"] | {"messages": [user("other"), assistant("a")]},
+            '"messages" must begin as the dialogue that chosen and rejected share',
+        ),
+        (
+            {
+                "prompt": "r",
+                "messages": [*LONG, assistant("c", weight=0)],
+                "chosen": [*LONG, assistant("c")],
+                "rejected": [*LONG, assistant("d")],
+            },
+            '"messages" must begin as .* completions answer, up to the last reply that is trained',
         ),
         ({"text": "p"}, 'field "prompt" is missing; there is text.*name it by --fields.prompt'),
     ],

@@ -113,6 +113,16 @@ def test_rows_of_public_data_sets_give_all_that_the_stages_read(tmp_path):
     assert list(texts_of(path)) == ["User: p\nx\ny"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_nuls_is_named(files, tmp_path, kind):
+    (tmp_path / "nul.txt").write_bytes(b"\0\0\n\0\n")
+    config = TokenizerConfig(files=(*files, tmp_path / "nul.txt"), out=tmp_path / "a", kind=kind)
+    with pytest.raises(UserError, match=r"nul\.txt: NUL characters \(U\+0000\) alone are no text"):
+        train_tokenizer(config)
+    (tmp_path / "nul.txt").write_bytes(b"\0\0\na\0\n")
+    assert train_tokenizer(config) == tmp_path / "a"
+
+
 def test_the_mark_that_begins_a_file_is_no_text(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfFirst\n")
     assert list(texts_of(tmp_path / "b.txt")) == ["First\n"]

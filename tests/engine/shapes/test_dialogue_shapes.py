@@ -62,3 +62,14 @@ def test_a_prompt_beside_dialogues_is_in_them() -> None:
         pair_with_prompt({**row, "prompt": "a", "rejected": "c"})
     with pytest.raises(BadRecord, match='"rejected" must equal chosen up to the last message'):
         pair_with_prompt({**row, "prompt": "a", "rejected": asked("x", "c")})
+
+
+@pytest.mark.parametrize(
+    "messages", [asked("x", "b"), [{"role": "system", "content": "S"}, *asked("a", "b")]]
+)
+def test_a_dialogue_beside_a_pair_asks_the_same(messages: list) -> None:
+    row = {"prompt": "a", "chosen": asked("a", "b"), "rejected": asked("a", "c")}
+    for same in (asked("a"), asked("a", "d")):
+        assert pair_with_prompt({**row, "messages": same})["messages"] == same
+    with pytest.raises(BadRecord, match='"messages" must begin as the dialogue that chosen and'):
+        pair_with_prompt({**row, "messages": messages})
