@@ -93,6 +93,6 @@ def test_tp_that_does_not_divide_the_heads_is_one_error_of_all_ranks(tiny: Path,
     assert done.returncode != 0
     # torchrun's report repeats it for each rank, as the reason why that one failed.
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: layout.tp 3 must divide the model's 4 heads"]
+    assert errors == ["error: --layout.tp 3 must divide the model's 4 heads"]
     assert str(ROOT / "engine") not in done.stderr  # no traceback of ours
     assert not (tmp_path / "run").exists()
