@@ -13,7 +13,7 @@ from engine.containers.row import BadRecord, required
 from engine.data.chat import Asked, Messages, asked_by, check_messages, has, parse_reply
 from engine.data.pairs import are_dialogues, asked_in, split_chats, split_texts, without_prompt
 from engine.shapes.canonical import LeftOut, Purpose, Row, opened
-from engine.shapes.plain_rows import claimed_by_plain, plain
+from engine.shapes.plain_rows import as_ours, claimed_by_plain
 from engine.shapes.shapes import PLAIN, SHAPES, nearly, recognised
 
 _LABELS = ("prompt", "messages", "response", "completions", "ranks", "scores", "chosen", "rejected")
@@ -116,9 +116,7 @@ def _only(records: Sequence[Row | LeftOut], name: str) -> Row | LeftOut:
 
 def _parsed(row: Row, left_out: list[tuple[str, str]]) -> Labels:
     """Return what a row in our fields says."""
-    (ours,) = plain(row, "comparisons")
-    assert not isinstance(ours, LeftOut)
-    response, row = _response(ours, left_out)
+    response, row = _response(as_ours(row, "comparisons"), left_out)
     asked = asked_in(row)
     if response is not None and has(row, "messages"):
         _check_agree(ours, row)

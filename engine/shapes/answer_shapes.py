@@ -10,6 +10,7 @@ from typing import Any
 from engine.containers.row import BadRecord, check_text, json_type, required
 from engine.errors import quoted
 from engine.shapes.canonical import (
+    UNFIT,
     LeftOut,
     Purpose,
     Row,
@@ -95,7 +96,7 @@ def prompt_completion(row: Row) -> Row:
     found = {"prompt": prompt, "response": completion}
     if "label" not in row or is_true(row, "label"):
         return found
-    return found | {"unfit": "completions labelled false"}
+    return found | {"unfit": UNFIT}
 
 
 def stepwise(row: Row) -> Row:

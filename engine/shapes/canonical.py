@@ -234,11 +234,21 @@ def choice_in(row: Row, key: str, choices: Mapping[Any, float]) -> float:
     for nothing."""
     value = required(row, key)
     if isinstance(value, str) and value not in choices:
-        value = {str(choice): choice for choice in choices}.get(value.strip(), value)
+        words = {str(choice): choice for choice in choices}
+        words |= {f"{choice}.0": choice for choice in choices if isinstance(choice, int)}
+        value = words.get(value.strip(), value)
     if isinstance(value, list | dict) or value not in choices:
         names = ", ".join(quoted(choice) for choice in choices)
         raise BadRecord(f"must be one of {names}, not {quoted(value)}", field=key)
     return choices[value]
+
+
+def is_labelled_false(row: Row) -> bool:
+    """Return whether a row's `label` says that its answer is a bad one; one that is neither true
+    nor false, such as a class, says nothing."""
+    label = row.get("label")
+    word = label.strip().lower() if isinstance(label, str) else label
+    return not isinstance(word, list | dict) and _TRUTHS.get(word) is False
 
 
 def is_true(row: Row, key: str) -> bool:
@@ -251,6 +261,7 @@ def is_true(row: Row, key: str) -> bool:
     return _TRUTHS[word]
 
 
+UNFIT = "completions labelled false"
 _TRUTHS: Mapping[Any, bool] = {
     **{True: True, False: False},  # to which 1 and 0 are equal
     **{"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False},

@@ -31,6 +31,7 @@ OURS = (
     "text",
 )
 """Fields that a mapping may fill."""
+_PAIR, _RANKING = {"chosen", "rejected"}, {"completions", "ranks", "scores"}
 NOTHING: Mapping[Purpose, str] = {
     "demonstrations": "has no answer to imitate",
     "comparisons": "has no answers of one prompt that are ranked",
@@ -230,7 +231,10 @@ class Fields:
             self.read_as = f"{self._name}: {', '.join(map(named, fields))}"
 
     def _mapped(self, row: Row) -> Row:
-        kept = {key: row[key] for key in OURS if key in row and key not in self._mapping}
+        kept = {key: row[key] for key in (*OURS, "label") if key in row}
+        for one, other in (_PAIR, _RANKING), (_RANKING, _PAIR):
+            if one & self._mapping.keys():  # who names one of the two means it
+                kept = {key: value for key, value in kept.items() if key not in other}
         return with_lists(kept | {ours: _at(row, theirs) for ours, theirs in self._mapping.items()})
 
     def _text(self, row: Row) -> Row:

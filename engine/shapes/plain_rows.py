@@ -1,17 +1,19 @@
 """Rows in the project's own fields, which are Hugging Face TRL's too: they go on as they are."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from engine.containers.row import BadRecord, json_type
 from engine.errors import quoted
 from engine.shapes.canonical import (
+    UNFIT,
     LeftOut,
     Purpose,
     Row,
     check_no_tools,
+    is_labelled_false,
     messages_in,
+    number_in,
     ranks_of,
 )
 
@@ -31,10 +33,18 @@ def claimed_by_plain(row: Row) -> set[str]:
     """Return the fields of a row that are ours, none where it is no row of ours."""
     if isinstance(row.get("prompt"), dict):  # a tree's
         return set()
-    return set().union(*(form for form in FORMS if form <= row.keys()))
+    found = set().union(*(form for form in FORMS if form <= row.keys()))
+    return found | {"label"} if "response" in found and is_labelled_false(row) else found
 
 
 def plain(row: Row, purpose: Purpose) -> Sequence[Row | LeftOut]:
+    """Return a row as as_ours() does, but where its `label` says that it is not to be imitated."""
+    if purpose == "demonstrations" and is_labelled_false(row):
+        return [LeftOut(UNFIT)]
+    return [as_ours(row, purpose)]
+
+
+def as_ours(row: Row, purpose: Purpose) -> Row:
     """Return a row with its messages as all stages read them, and ranks for scores; what is asked
     in it engine/data/pairs.py says."""
     check_no_tools(row)
@@ -47,22 +57,29 @@ def plain(row: Row, purpose: Purpose) -> Sequence[Row | LeftOut]:
             for index, each in enumerate(row["completions"])
         ]
     if purpose == "comparisons" and "completions" in row:
-        return [_with_ranks(row)]
-    return [row]
+        return _with_ranks(row)
+    return row
 
 
 def _with_ranks(row: Row) -> Row:
     """Return a comparison with ranks for its scores: the highest is the best, equal ones tie."""
+    pairs, rankings = row.keys() & {"chosen", "rejected"}, row.keys() & {"ranks", "scores"}
+    if pairs and rankings:
+        names = ", ".join(sorted(pairs) + ["completions", *sorted(rankings)])
+        raise BadRecord(
+            f"has a pair and a ranking ({names}): drop one of them, or name the other's fields by "
+            "--data.fields chosen=chosen,rejected=rejected or completions=completions",
+            says_remedy=True,
+        )
+    row = {**row}
+    if isinstance(row.get("ranks"), list):
+        row["ranks"] = [_unquoted(rank) for rank in row["ranks"]]
     if "scores" not in row:
         return row
-    row, scores = {**row}, row["scores"]
-    del row["scores"]
+    scores = row.pop("scores")
     if not isinstance(scores, list):
         raise BadRecord(f"must be a list, not {json_type(scores)}", field="scores")
-    for index, score in enumerate(scores):
-        is_number = isinstance(score, int | float) and not isinstance(score, bool)
-        if not is_number or not abs(score) < math.inf:  # NaN is not either
-            raise BadRecord(f"must be a number, not {quoted(score)}", field=f"scores[{index}]")
+    scores = [number_in({f"scores[{n}]": each}, f"scores[{n}]") for n, each in enumerate(scores)]
     num_completions = len(row["completions"]) if isinstance(row["completions"], list) else 0
     if len(scores) != num_completions:
         raise BadRecord(
@@ -77,6 +94,14 @@ def _with_ranks(row: Row) -> Row:
     if "ranks" in row and not _agree(row["ranks"], ranks):
         raise BadRecord("says another order than ranks do", field="scores")
     return {**row, "ranks": ranks}
+
+
+def _unquoted(value: Any) -> Any:
+    """Return the number that a text is, as tables have it; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _agree(said: Any, ranks: list[int]) -> bool:

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from engine.containers.row import BadRecord, check_text, json_type, required
+from engine.containers.row import BadRecord, check_text, json_type
 from engine.shapes.answer_shapes import helpsteer_prompt, tldr_prompt
 from engine.shapes.canonical import (
     LeftOut,
@@ -30,6 +30,7 @@ from engine.shapes.canonical import (
 )
 from engine.shapes.dialogue_shapes import hh_turns
 
+_TARGETS = ("choices", "labels")
 _ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 
 
@@ -228,13 +229,18 @@ def truthfulqa_choices(row: Row) -> Row:
     """Return the exchange of {"question", "mc1_targets"}: {ANSWER: 1 or 0}, or {"choices",
     "labels"} as on Hugging Face's hub."""
     targets: Any = row["mc1_targets"]
-    if "choices" in targets:
-        targets = dict(zip(targets["choices"], required(targets, "labels"), strict=False))
-    labels = {key: number_in(targets, key, within="mc1_targets.") for key in targets}
+    if isinstance(targets, dict) and "choices" not in targets:
+        targets = {"choices": list(targets), "labels": list(targets.values())}
+    if not isinstance(targets, dict):
+        raise BadRecord(f"must be an object, not {json_type(targets)}", field="mc1_targets")
+    choices, labels = (list_in(targets, key, within="mc1_targets.") for key in _TARGETS)
+    if len(choices) != len(labels):
+        problem = f"has {len(labels)} labels for {len(choices)} choices"
+        raise BadRecord(problem, field="mc1_targets")
     return {
         "prompt": text_in(row, "question"),
-        "completions": [check_text(key, "mc1_targets") for key in labels],
-        "scores": list(labels.values()),
+        "completions": [check_text(each, "mc1_targets") for each in choices],
+        "scores": [number_in({"label": each}, "label", within="mc1_targets.") for each in labels],
     }
 
 

@@ -7,7 +7,16 @@ from collections.abc import Iterator, Sequence
 
 from engine.containers.row import BadRecord, required
 from engine.errors import quoted
-from engine.shapes.canonical import LeftOut, Purpose, Row, message, number_in, ranked, text_in
+from engine.shapes.canonical import (
+    LeftOut,
+    Purpose,
+    Row,
+    is_true,
+    message,
+    number_in,
+    ranked,
+    text_in,
+)
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 _MAX_DEPTH = 200  # of replies to replies; our choice, several times OpenAssistant's deepest
@@ -38,15 +47,19 @@ def oasst_tree(row: Row, purpose: Purpose) -> Sequence[Row | LeftOut]:
 
 def _num_deleted(node: Row) -> int:
     """Return the deleted messages of a tree; of their replies nothing is said."""
-    if node.get("deleted"):
+    if _is_deleted(node):
         return 1
     return sum(_num_deleted(each) for each in node.get("replies") or [] if isinstance(each, dict))
+
+
+def _is_deleted(node: Row) -> bool:
+    return "deleted" in node and node["deleted"] is not None and is_true(node, "deleted")
 
 
 def _best_path(root: Row) -> list[dict[str, str]]:
     """Return the dialogue that follows the best-ranked reply each time, to the last assistant's."""
     path: list[dict[str, str]] = []
-    node: Row | None = None if root.get("deleted") else root
+    node: Row | None = None if _is_deleted(root) else root
     while node is not None and len(path) < _MAX_DEPTH:
         path.append(_message(node))
         replies = _replies(node)
@@ -63,7 +76,7 @@ def _asked(
     """Yield (dialogue, answers) of every message of a prompter's in a tree."""
     if len(before) >= _MAX_DEPTH:
         raise BadRecord(f"is over {_MAX_DEPTH} messages deep", field="prompt")
-    if node.get("deleted"):
+    if _is_deleted(node):
         return
     dialogue = [*before, _message(node)]
     replies = _replies(node)
@@ -77,7 +90,7 @@ def _replies(node: Row) -> list[Row]:
     found = node.get("replies") or []
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
         raise BadRecord("must be a list of messages", field="replies")
-    return [each for each in found if not each.get("deleted")]
+    return [each for each in found if not _is_deleted(each)]
 
 
 def _rank(node: Row) -> float:

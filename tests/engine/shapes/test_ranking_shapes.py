@@ -3,7 +3,15 @@ from typing import Any
 import pytest
 
 from engine.containers.row import BadRecord
-from engine.shapes.ranking_shapes import arena_kaggle, pandalm, summaries, ultrafeedback, webgpt
+from engine.shapes.ranking_shapes import (
+    arena_kaggle,
+    pandalm,
+    shp,
+    summaries,
+    truthfulqa_choices,
+    ultrafeedback,
+    webgpt,
+)
 from tests.engine.shapes.shape_samples import COMPARISONS
 
 
@@ -47,3 +55,15 @@ def test_a_field_that_is_wrong_is_named_with_its_path() -> None:
     kaggle = row_of("Chatbot Arena, Kaggle's")
     with pytest.raises(BadRecord, match='"prompt" must be a list of texts in JSON'):
         arena_kaggle({**kaggle, "prompt": "What?"}, "prompts")
+
+
+def test_choices_without_labels_are_an_error() -> None:
+    row = {"question": "a", "mc1_targets": {"choices": ["b", "c", "d"], "labels": [0, 1]}}
+    with pytest.raises(BadRecord, match='"mc1_targets" has 2 labels for 3 choices'):
+        truthfulqa_choices(row)
+
+
+def test_choices_are_read_as_tables_have_them() -> None:
+    row = {"history": "a", "human_ref_A": "b", "human_ref_B": "c"}
+    for label in (1, "1", "1.0", 1.0):
+        assert shp({**row, "labels": label})["scores"] == [1, -1]

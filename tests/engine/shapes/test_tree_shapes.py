@@ -5,7 +5,7 @@ import pytest
 from engine.containers.row import BadRecord
 from engine.shapes.canonical import LeftOut
 from engine.shapes.tree_shapes import oasst_tree, oasst_trees
-from tests.engine.shapes.shape_samples import OASST_ROWS, OASST_TREE, SKY
+from tests.engine.shapes.shape_samples import OASST_ROWS, OASST_TREE, SKY, asked
 
 
 def test_rows_of_messages_make_the_same_trees() -> None:
@@ -50,3 +50,13 @@ def test_what_is_no_tree_is_bad() -> None:
         deep = {"role": "prompter", "text": SKY, "replies": [deep]}
     with pytest.raises(BadRecord, match="is over 200 messages deep"):
         oasst_tree({"prompt": deep}, "prompts")
+
+
+def test_deleted_is_true_or_false_in_quotes_too() -> None:
+    tree = {"prompt": {"text": "q", "role": "prompter", "deleted": "False", "replies": []}}
+    answer = {"text": "a", "role": "assistant", "rank": 0}
+    tree["prompt"]["replies"] = [{**answer, "deleted": "True"}, {**answer, "deleted": "False"}]
+    assert oasst_tree(tree, "demonstrations")[1:] == [{"messages": asked("q", "a")}]
+    tree["prompt"]["deleted"] = "perhaps"
+    with pytest.raises(BadRecord, match='"deleted" must be true or false'):
+        oasst_tree(tree, "demonstrations")
