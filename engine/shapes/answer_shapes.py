@@ -14,6 +14,7 @@ from engine.shapes.canonical import (
     LeftOut,
     Purpose,
     Row,
+    answer_in,
     is_true,
     list_in,
     message,
@@ -35,7 +36,7 @@ def alpaca(row: Row) -> Row:
 
     {"instruction", "input", "output"}, and perhaps "system" and "history" (LLaMA-Factory).
     """
-    return {"prompt": instructed(row), "response": text_in(row, "output")}
+    return {"prompt": instructed(row), "response": answer_in(row, "output")}
 
 
 def instructed(row: Row) -> Any:
@@ -62,30 +63,30 @@ def alpaca_dialogue(row: Row, prompt: str) -> list[dict[str, str]]:
 def dolly(row: Row) -> Row:
     """Return the exchange of {"instruction", "context", "response"}; copies of Alpaca call
     `response` its output."""
-    return {"prompt": instructed(row), "response": text_in(row, "response")}
+    return {"prompt": instructed(row), "response": answer_in(row, "response")}
 
 
 def question_answer(row: Row) -> Row:
     """Return the exchange of {"question", "answer"}, such as GSM8K's, whose marks of a calculator
     stay."""
-    return {"prompt": text_in(row, "question"), "response": text_in(row, "answer")}
+    return {"prompt": text_in(row, "question"), "response": answer_in(row, "answer")}
 
 
 def openorca(row: Row) -> Row:
     """Return the exchange of {"system_prompt", "question", "response"}, a dialogue in all rows,
     though some have no system prompt."""
     prompt = [*_system(row, "system_prompt"), message("user", text_in(row, "question"))]
-    return {"prompt": prompt, "response": text_in(row, "response")}
+    return {"prompt": prompt, "response": answer_in(row, "response")}
 
 
 def flan(row: Row) -> Row:
     """Return the exchange of {"inputs", "targets"}."""
-    return {"prompt": text_in(row, "inputs"), "response": text_in(row, "targets")}
+    return {"prompt": text_in(row, "inputs"), "response": answer_in(row, "targets")}
 
 
 def input_output(row: Row) -> Row:
     """Return the exchange of {"input", "output"}."""
-    return {"prompt": text_in(row, "input"), "response": text_in(row, "output")}
+    return {"prompt": text_in(row, "input"), "response": answer_in(row, "output")}
 
 
 def prompt_completion(row: Row) -> Row:
@@ -135,7 +136,7 @@ def self_instruct(row: Row, purpose: Purpose) -> Sequence[Row | LeftOut]:
         asked = {"instruction": row.get("instruction"), "input": instance.get("input", "")}
         exchange = {"prompt": paragraphs(asked, "instruction", "input")}
         if purpose == "demonstrations":
-            exchange["response"] = text_in(instance, "output", within=f"instances[{index}].")
+            exchange["response"] = answer_in(instance, "output", within=f"instances[{index}].")
         found.append(of_exchange(exchange, purpose))
     return found
 
@@ -156,7 +157,7 @@ def helpsteer(row: Row, purpose: Purpose) -> Sequence[Row | LeftOut]:
     prompt = helpsteer_prompt(row)
     if purpose == "prompts":
         return [{"prompt": prompt}]
-    responses = [text_in(each, "response") for each in row["rows"]]
+    responses = [answer_in(each, "response") for each in row["rows"]]
     scores = [number_in(each, "helpfulness") for each in row["rows"]]
     if purpose == "comparisons":
         return [ranked(prompt, responses, scores)]

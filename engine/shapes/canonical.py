@@ -45,10 +45,17 @@ def text_in(row: Row, key: str, *, within: str = "") -> str:
 
 
 def answer_in(row: Row, key: str, *, within: str = "") -> str:
-    """Return a field that is an answer; it may be empty, as some models' are, and ranked() leaves
-    its comparison out."""
+    """Return a field that is an answer; it may be empty, as some models' are: ranked() and
+    of_exchange() leave out what it belongs to."""
     value = required(row, key, within=within)
-    return "" if value == "" else text_in(row, key, within=within)
+    return "" if is_blank(value) else text_in(row, key, within=within)
+
+
+def is_blank(answer: Any) -> bool:
+    """Return whether an answer, a text or a list of one message, says nothing."""
+    if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict):
+        answer = answer[0].get("content")
+    return isinstance(answer, str) and not answer.strip()
 
 
 def paragraphs(row: Row, *keys: str) -> str:
@@ -148,7 +155,10 @@ def of_exchange(found: Row, purpose: Purpose) -> Row | LeftOut:
             found["prompt"], found["completions"], found.get("scores"), found.get("ranks")
         )
     if purpose == "prompts":
-        return {"prompt": found["prompt"] if "prompt" in found else opened(found["messages"])}
+        asked = found["prompt"] if "prompt" in found else opened(found["messages"])
+        return LeftOut(EMPTY) if _has_blank_answer(asked) else {"prompt": asked}
+    if _has_blank_answer(found.get("messages")) or is_blank(found.get("response")):
+        return LeftOut(EMPTY)
     if "unfit" in found:
         return LeftOut(found["unfit"])
     if "messages" in found:
@@ -162,6 +172,13 @@ def of_exchange(found: Row, purpose: Purpose) -> Row | LeftOut:
     return {"prompt": prompt, "response": response}
 
 
+def _has_blank_answer(messages: Any) -> bool:
+    return isinstance(messages, list) and any(
+        isinstance(each, dict) and each.get("role") == "assistant" and is_blank([each])
+        for each in messages
+    )
+
+
 def ranked(
     prompt: Any,
     completions: list[Any],
@@ -171,7 +188,7 @@ def ranked(
     """Return a comparison by scores (higher is better) or ranks (lower is), where it says
     something."""
     values = ranks if scores is None else [-score for score in scores]
-    if "" in completions:
+    if any(map(is_blank, completions)):
         return LeftOut("comparisons with an empty answer")
     if len(completions) < 2:
         return LeftOut("prompts with one answer alone")
@@ -261,6 +278,7 @@ def is_true(row: Row, key: str) -> bool:
     return _TRUTHS[word]
 
 
+EMPTY = "empty answers"
 UNFIT = "completions labelled false"
 _TRUTHS: Mapping[Any, bool] = {
     **{True: True, False: False},  # to which 1 and 0 are equal

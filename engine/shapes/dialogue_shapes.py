@@ -8,7 +8,9 @@ from engine.errors import quoted
 from engine.shapes.answer_shapes import instructed
 from engine.shapes.canonical import (
     Row,
+    answer_in,
     check_no_tools,
+    is_blank,
     list_in,
     message,
     messages_in,
@@ -62,7 +64,8 @@ def _turn(value: Any, field: str) -> dict[str, Any]:
             "and their answers are not trained here",
             field=f"{field}.{key}",
         )
-    found: dict[str, Any] = message(known, text_in(value, content, within=f"{field}."))
+    read = answer_in if known == "assistant" else text_in
+    found: dict[str, Any] = message(known, read(value, content, within=f"{field}."))
     return found | ({"weight": value["weight"]} if "weight" in value else {})
 
 
@@ -73,7 +76,10 @@ def lima(row: Row) -> Row:
     roles = ("user", "assistant")
     return {
         "messages": [
-            message(roles[index % 2], check_text(text, f"conversations[{index}]"))
+            message(
+                roles[index % 2],
+                "" if index % 2 and is_blank(text) else check_text(text, f"conversations[{index}]"),
+            )
             for index, text in enumerate(texts)
         ]
     }
@@ -96,7 +102,9 @@ def hh(row: Row) -> Row:
     sides = [_spoken(text_in(row, key), _HH, key) for key in ("chosen", "rejected")]
     for key, side in zip(("chosen", "rejected"), sides, strict=True):
         if side[-1]["role"] != "assistant":
-            raise BadRecord("ends without a reply", field=key)
+            if not row[key].rstrip().endswith("\n\nAssistant:"):
+                raise BadRecord("ends without a reply", field=key)
+            side.append(message("assistant", ""))
     if sides[0][:-1] != sides[1][:-1]:
         raise BadRecord("must equal chosen up to the last turn", field="rejected")
     answers = [side[-1]["content"] for side in sides]
@@ -184,7 +192,7 @@ def openai_preference(row: Row) -> Row:
 
 def alpaca_pair(row: Row) -> Row:
     """Return the exchange of {"instruction", "input", "chosen", "rejected"}: LLaMA-Factory's."""
-    answers = [text_in(row, key) for key in ("chosen", "rejected")]
+    answers = [answer_in(row, key) for key in ("chosen", "rejected")]
     return {"prompt": instructed(row), "completions": answers, "ranks": [1, 2]}
 
 

@@ -26,6 +26,7 @@ FORMS = (
     {"prompt"},
 )
 """Fields that a row of ours has."""
+_OPEN_TURN = "\n\nAssistant:"
 _MESSAGES = ("messages", "prompt", "response", "chosen", "rejected")
 
 
@@ -41,7 +42,24 @@ def plain(row: Row, purpose: Purpose) -> Sequence[Row | LeftOut]:
     """Return a row as as_ours() does, but where its `label` says that it is not to be imitated."""
     if purpose == "demonstrations" and is_labelled_false(row):
         return [LeftOut(UNFIT)]
+    if (prompt := _prompt_of_empty(row)) and purpose != "demonstrations":
+        is_asked = purpose == "prompts"
+        return [{"prompt": prompt} if is_asked else LeftOut("comparisons with an empty answer")]
     return [as_ours(row, purpose)]
+
+
+def _prompt_of_empty(row: Row) -> str:
+    """Return what two dialogues of HH-RLHF's share where one ends in an empty reply; "" for any
+    other row."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    has_prompt = "prompt" in row or "messages" in row
+    if has_prompt or not isinstance(chosen, str) or not isinstance(rejected, str):
+        return ""
+    (before, turn, first), (other, _, second) = (
+        each.rpartition(_OPEN_TURN) for each in (chosen, rejected)
+    )
+    is_shared = bool(turn) and before == other
+    return before + turn if is_shared and not (first.strip() and second.strip()) else ""
 
 
 def as_ours(row: Row, purpose: Purpose) -> Row:

@@ -15,6 +15,7 @@ from engine.shapes.canonical import (
     ranked,
     ranks_of,
 )
+from engine.shapes.fields import Fields
 from tests.engine.shapes.shape_samples import asked, said
 
 
@@ -112,3 +113,41 @@ def test_numbers_lists_and_choices_are_checked() -> None:
     for value in (2, [0], None):
         with pytest.raises(BadRecord, match='"a" must be one of 0, 1, not'):
             choice_in({"a": value}, "a", {0: -1, 1: 5})
+
+
+_HUMAN = "\n\nHuman: a\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("purpose", "row", "fields"),
+    [
+        ("demonstrations", {"instruction": "a", "input": "", "output": " "}, "auto"),
+        ("demonstrations", {"instruction": "a", "response": ""}, "auto"),
+        ("demonstrations", {"question": "a", "answer": ""}, "auto"),
+        ("demonstrations", {"prompt": "a", "completion": ""}, "auto"),
+        ("demonstrations", {"conversations": ["a", ""]}, "auto"),
+        (
+            "demonstrations",
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}]},
+            "auto",
+        ),
+        ("comparisons", {"chosen": f"{_HUMAN} b", "rejected": _HUMAN}, "auto"),
+        ("comparisons", {"chosen": f"{_HUMAN} b", "rejected": _HUMAN}, "hh"),
+        ("comparisons", {"instruction": "a", "chosen": "b", "rejected": ""}, "auto"),
+        (
+            "comparisons",
+            {
+                "prompt": "a",
+                "chosen": [said("user", "a"), said("assistant", "b")],
+                "rejected": [said("user", "a"), said("assistant", "")],
+            },
+            "auto",
+        ),
+    ],
+)
+def test_an_empty_answer_is_left_out_and_its_prompt_stays(purpose, row, fields) -> None:
+    shaping = Fields(purpose, fields)
+    assert list(shaping([("f:1", row)])) == []
+    assert [why for why in shaping.left_out if "empty answer" in why]
+    (found,) = Fields("prompts", fields)([("f:1", row)])
+    assert found[1]["prompt"] in ("a", _HUMAN, [said("user", "a")])

@@ -48,7 +48,11 @@ def test_turns_of_text_are_messages() -> None:
 def test_pairs_of_text_differ_in_the_last_turn_alone() -> None:
     good = "\n\nHuman: a\n\nAssistant: b"
     with pytest.raises(BadRecord, match='"rejected" ends without a reply'):
-        hh({"chosen": good, "rejected": "\n\nHuman: a\n\nAssistant:"})
+        hh({"chosen": good, "rejected": "\n\nHuman: a"})
+    assert hh({"chosen": good, "rejected": "\n\nHuman: a\n\nAssistant:"})["completions"] == [
+        "b",
+        "",
+    ]
     with pytest.raises(BadRecord, match='"rejected" must equal chosen up to the last turn'):
         hh({"chosen": good, "rejected": "\n\nHuman: x\n\nAssistant: b"})
 
