@@ -2,7 +2,8 @@
 
 python recipes/tokenizer.py --files demonstrations.jsonl pretraining.jsonl
 Give all files that the stages will read. It makes runs/tokenizer, which every stage's --tokenizer
-takes. A model from elsewhere brings its own and wants none.
+takes. --fields is what --data.fields is to the stages: the fields of files that have other names.
+A model from elsewhere brings its own tokenizer and wants none.
 """
 
 from engine.recipe import run_stage

@@ -116,7 +116,8 @@ def _only(records: Sequence[Row | LeftOut], name: str) -> Row | LeftOut:
 
 def _parsed(row: Row, left_out: list[tuple[str, str]]) -> Labels:
     """Return what a row in our fields says."""
-    response, row = _response(as_ours(row, "comparisons"), left_out)
+    ours = as_ours(row, "comparisons")
+    response, row = _response(ours, left_out)
     asked = asked_in(row)
     if response is not None and has(row, "messages"):
         _check_agree(ours, row)

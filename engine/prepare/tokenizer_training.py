@@ -29,9 +29,12 @@ from engine.printable import say
 from engine.progress import LongWork
 from engine.settings.tokenizer import TokenizerConfig
 from engine.shapes.canonical import Purpose
-from engine.shapes.shapes import PLAIN, SHAPES, recognised
+from engine.shapes.fields import choice_of, value_at
+from engine.shapes.held_lists import with_lists
+from engine.shapes.shapes import PLAIN, SHAPES, DataShape, recognised
 
 _TEXTS = ("prompt", "response", "completions", "chosen", "rejected", "messages", "text")
+_PAIR = {"chosen", "rejected"}
 _SMALLEST, _LARGEST = 512, 32_000  # of a vocabulary that is chosen by the text; our choice
 _BYTES_AN_ENTRY = 1000  # our choice: the quickstart's, 1,400 entries for a megabyte and a half
 _CHECKED_BYTES = 1 << 20  # of text that goes through the tokenizer and back
@@ -55,11 +58,13 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
     also where the folder is there."""
     if not config.files:
         raise UserError("--files FILE [FILE ...] is required: the files that the stages will read")
+    by = _RecordTexts(config.fields, "--fields")
+    texts = _Texts(config, by)
     for path in config.files:
-        next(iter(texts_of(path, skip_bad_lines=config.skip_bad_lines)))  # each is one that is read
-    texts = _Texts(config)
+        next(texts.of(path))  # each is one that is read
     with making(config.out) as folder, LongWork("tokenizer: train", is_writer=True) as work:
         num_bytes, cut = texts.measure()
+        by.check_used()
         wanted = config.vocab_size or _size_for(num_bytes)
         if config.kind == "byte_level":
             _train_byte_level(texts, folder / "tokenizer.json", wanted)
@@ -77,6 +82,8 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
             "entries": tokenizer.vocab_size,
             "bytes_a_token": round(bytes_a_token, 3),
         }
+        if config.fields != "auto":
+            facts["fields"] = config.fields
         write_object(folder / "trained_on.json", facts)
     for path in cut:
         say(f"{path}: not all of it was read (--max-megabytes {config.max_megabytes:g})")
@@ -85,7 +92,7 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
         f"{bytes_a_token:.2f} bytes a token"
     )
     say(f"next: python recipes/sft_tiny.py --tokenizer {shlex.quote(str(config.out))} \\")
-    say(f"    {_next_data(config.files)}")
+    say(f"    {_next_data(config.files, by)}")
     return config.out
 
 
@@ -123,9 +130,15 @@ def _too_large(vocab_size: int, highest: int) -> str:
     )
 
 
-def texts_of(path: Path, *, skip_bad_lines: bool = False, skip_option: str = "") -> Iterator[str]:
+def texts_of(
+    path: Path,
+    *,
+    skip_bad_lines: bool = False,
+    skip_option: str = "",
+    text_of: Callable[[dict[str, Any]], str] | None = None,
+) -> Iterator[str]:
     """Yield the texts of a file of the stages, one a record, of a .txt one a line; raises
-    UserError."""
+    UserError. text_of: what a record says, or raises BadRecord; None: as by its fields."""
     if ending_of(path) in ENDINGS["text"]:
         is_empty = True
         for number, line in read_lines(path):
@@ -144,39 +157,91 @@ def texts_of(path: Path, *, skip_bad_lines: bool = False, skip_option: str = "")
             yield from texts_of(file)
         return
     yield from RecordReader(
-        source, _text_of, skip_bad_lines=skip_bad_lines, skip_option=skip_option
+        source,
+        text_of or _RecordTexts("auto"),
+        skip_bad_lines=skip_bad_lines,
+        skip_option=skip_option,
     )
 
 
-def _text_of(record: dict[str, Any]) -> str:
-    """Return all that a record says, part below part; BadRecord where it says nothing."""
-    found = [
-        part
-        for each in _canonical(record)
-        for name in _TEXTS
-        for part in _parts(each.get(name), name)
-    ]
-    if found:
-        return "\n".join(found)
-    found = [part for name in _TEXTS for part in _parts(record.get(name), name)]
-    if not found:
-        raise BadRecord(
-            f"none of the fields {', '.join(_TEXTS)}; there is "
-            f"{', '.join(named(key) for key in list(record)[:8]) or 'nothing'}"
-        )
-    return "\n".join(found)
+class _RecordTexts:
+    """What a record says, by the choice of fields, where it has them."""
+
+    def __init__(self, fields: str, option: str = "") -> None:
+        """option: names the fields; "" for a command that has none."""
+        self.fields, self._option = fields, option
+        self._name, mapping = choice_of(fields, option)
+        text = {ours: theirs for ours, theirs in mapping.items() if ours == "text"}
+        others = {ours: theirs for ours, theirs in mapping.items() if ours != "text"}
+        self._groups = (others, text)  # as files have them, pretraining text apart
+        self._is_used = fields == "auto"
+        self._first: list[str] = []
+
+    def __call__(self, record: dict[str, Any]) -> str:
+        """Return all of it, part below part; BadRecord where it says nothing."""
+        chosen = self.chosen(record)
+        self._is_used = self._is_used or bool(chosen)
+        self._first = self._first or list(record)
+        for rows in (chosen or _canonical(record), [record]):
+            found = [
+                part for row in rows for name in _TEXTS for part in _parts(row.get(name), name)
+            ]
+            if found:
+                return "\n".join(found)
+        advice = f"; name them by {self._option} OURS=THEIRS,..." if self._option else ""
+        there = _keys(list(record))
+        raise BadRecord(f"none of the fields {', '.join(_TEXTS)}; there is {there}{advice}")
+
+    def chosen(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return what the choice makes of a record, nothing where it has none of the fields;
+        BadRecord where it has some."""
+        if self._name == PLAIN:
+            return [record]
+        if self._name is not None:
+            shape = SHAPES[self._name]
+            is_of = shape.claimed(record) or (not shape.keys and record.keys() >= _PAIR)
+            return (_given(shape, record) or [record]) if is_of else []
+        found: dict[str, Any] = {}
+        for group in self._groups:
+            if any(_leads(record, theirs) for theirs in group.values()):
+                found |= {ours: value_at(record, theirs) for ours, theirs in group.items()}
+        kept = {name: record[name] for name in _TEXTS if name in record}
+        return [with_lists(kept | found)] if found else []
+
+    def check_used(self) -> None:
+        """Raise UserError for a choice that no record had the fields of."""
+        if not self._is_used:
+            raise UserError(
+                f"{self._option} {named(self.fields)}: no record of the files has such fields; "
+                f"there is {_keys(self._first)}"
+            )
+
+
+def _leads(record: dict[str, Any], path: str) -> bool:
+    try:
+        return value_at(record, path) is not None
+    except BadRecord:
+        return False
+
+
+def _keys(names: Sequence[str]) -> str:
+    return ", ".join(map(named, names[:8])) or "nothing"
 
 
 def _canonical(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what a row of a public data set gives the stages; nothing of one in our own fields, or
     where several rows make a record."""
     shapes = [SHAPES[name] for name in recognised(record) if name != PLAIN]
-    if len(shapes) != 1 or shapes[0].gather is not None:
+    return _given(shapes[0], record) if len(shapes) == 1 else []
+
+
+def _given(shape: DataShape, record: dict[str, Any]) -> list[dict[str, Any]]:
+    if shape.gather is not None:
         return []
     purposes: tuple[Purpose, ...] = ("comparisons", "demonstrations", "prompts")
     for purpose in purposes:
-        if purpose in shapes[0].has:
-            found = [each for each in shapes[0].read(record, purpose) if isinstance(each, dict)]
+        if purpose in shape.has:
+            found = [each for each in shape.read(record, purpose) if isinstance(each, dict)]
             if found:
                 return found
     return []
@@ -200,12 +265,12 @@ class _Texts:
     """The texts to train on, of each file a like share of what is read at most; iterate it anew for
     each pass."""
 
-    def __init__(self, config: TokenizerConfig) -> None:
-        self._config = config
+    def __init__(self, config: TokenizerConfig, by: _RecordTexts) -> None:
+        self._config, self._by = config, by
 
     def __iter__(self) -> Iterator[str]:
         for path in self._config.files:
-            yield from self._of(path)
+            yield from self.of(path)
 
     def measure(self) -> tuple[int, list[Path]]:
         """Return the bytes of all of it, and the files that have more; UserError for a file of NULs
@@ -213,7 +278,7 @@ class _Texts:
         num_bytes, cut = 0, []
         for path in self._config.files:
             num_here, has_text = 0, False
-            for text in self._of(path):
+            for text in self.of(path):
                 num_here += len(text.encode())
                 has_text = has_text or not _NULS.fullmatch(text)
             if not has_text:
@@ -229,10 +294,15 @@ class _Texts:
     def _most(self) -> float:
         return self._config.max_megabytes * 1e6 / len(self._config.files)
 
-    def _of(self, path: Path) -> Iterator[str]:
+    def of(self, path: Path) -> Iterator[str]:
+        """Yield those of one file."""
         num_here = 0
-        skips = self._config.skip_bad_lines
-        for text in texts_of(path, skip_bad_lines=skips, skip_option="--skip-bad-lines"):
+        for text in texts_of(
+            path,
+            skip_bad_lines=self._config.skip_bad_lines,
+            skip_option="--skip-bad-lines",
+            text_of=self._by,
+        ):
             num_here += len(text.encode())
             yield text
             if num_here > self._most():
@@ -243,23 +313,29 @@ def _amount(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.2f} MB" if num_bytes >= 1e5 else f"{num_bytes:,} bytes"
 
 
-def _next_data(files: Sequence[Path]) -> str:
+def _next_data(files: Sequence[Path], by: _RecordTexts) -> str:
     """Return the option by which SFT reads the first of the files that it can: demonstrations, else
     text to pretrain on."""
     for option, is_for in (("--data.train", _has_response), ("--data.pretraining", _has_text)):
         for path in files:
-            if _first_is(path, is_for):
-                return f"{option} {shlex.quote(str(path))}"
+            row = _first_row(path)
+            try:
+                chosen = by.chosen(row)
+                if is_for(chosen[0] if chosen else row):
+                    more = f" --data.fields {shlex.quote(by.fields)}" if chosen else ""
+                    return f"{option} {shlex.quote(str(path))}{more}"
+            except BadRecord:
+                continue
     return "--data.train demonstrations.jsonl"
 
 
-def _first_is(path: Path, is_for: Callable[[dict[str, Any]], bool]) -> bool:
+def _first_row(path: Path) -> dict[str, Any]:
     if ending_of(path) in ENDINGS["text"]:
-        return is_for is _has_text
+        return {"text": ""}
     try:
-        return next(iter(RecordReader(path, is_for, skip_bad_lines=False)))
+        return next(iter(RecordReader(path, dict[str, Any], skip_bad_lines=False)))
     except UserError:
-        return False
+        return {}
 
 
 def _has_response(row: dict[str, Any]) -> bool:

@@ -15,6 +15,10 @@ class TokenizerConfig:
     """The files that the stages will read: demonstrations, comparisons, prompts, pretraining text,
     .txt or any container of rows, or folders (recipes/DATA.md). All that the stages read of them is
     used."""
+    fields: str = "auto"
+    """Which fields are read, and as what: auto, by each record's fields; a shape's name
+    (recipes/DATA.md); or OURS=THEIRS,..., as prompt=question,text=body. It is for the records that
+    have such fields; the others are read as by auto."""
     out: Path = Path("runs/tokenizer")
     """The folder to make; --tokenizer of a stage takes it."""
     vocab_size: int | None = None

@@ -56,18 +56,13 @@ class Fields:
         option: str = "--data.fields",
     ) -> None:
         self._purpose, self._option = purpose, option
-        self._mapping = _parsed(fields, option) if "=" in fields else {}
+        name, self._mapping = choice_of(fields, option)
         if purpose == "text":
             self._mapping = {k: v for k, v in self._mapping.items() if k == "text"}
         else:
             self._mapping.pop("text", None)
-        self._name: str | None = None
+        self._name = PLAIN if self._mapping else name
         self._is_open = fields == "auto"
-        if fields != "auto" and "=" not in fields:
-            _check_name(fields, option)
-            self._name = fields
-        elif self._mapping:
-            self._name = PLAIN
         self.read_as = ""
         """In words, once a row was read; "" for our own fields."""
         self._has_good = False  # rows; then one without an answer lacks it, and is for no other
@@ -235,13 +230,14 @@ class Fields:
         for one, other in (_PAIR, _RANKING), (_RANKING, _PAIR):
             if one & self._mapping.keys():  # who names one of the two means it
                 kept = {key: value for key, value in kept.items() if key not in other}
-        return with_lists(kept | {ours: _at(row, theirs) for ours, theirs in self._mapping.items()})
+        found = {ours: value_at(row, theirs) for ours, theirs in self._mapping.items()}
+        return with_lists(kept | found)
 
     def _text(self, row: Row) -> Row:
         """Return a row of text; code and some books have it as `content`."""
         if self._mapping:
             self.read_as = f"text={self._mapping['text']}"
-            return {"text": _at(row, self._mapping["text"])}
+            return {"text": value_at(row, self._mapping["text"])}
         if "text" not in row and isinstance(row.get("content"), str) and "role" not in row:
             self.read_as = "text=content"
             return {"text": row["content"]}
@@ -258,6 +254,17 @@ class Fields:
         except BadRecord as error:
             return BadRecord(f"{error}{self._advice('; name it by ')}")
         return BadRecord("has no text")
+
+
+def choice_of(fields: str, option: str) -> tuple[str | None, dict[str, str]]:
+    """Return the name of the shape that is chosen, None without one, and {ours: theirs} of a
+    mapping; UserError for what is neither."""
+    if "=" in fields:
+        return None, _parsed(fields, option)
+    if fields == "auto":
+        return None, {}
+    _check_name(fields, option)
+    return fields, {}
 
 
 def fields_option(skip_option: str) -> str:
@@ -286,7 +293,7 @@ def _alike_but_for_case(row: Row) -> str:
     return ",".join(f"{ours}={alike[ours]}" for ours in OURS if ours in alike)
 
 
-def _at(row: Row, path: str) -> Any:
+def value_at(row: Row, path: str) -> Any:
     """Return what a dotted path leads to; BadRecord where it leads to nothing."""
     if path in row:
         return row[path]

@@ -113,6 +113,60 @@ def test_rows_of_public_data_sets_give_all_that_the_stages_read(tmp_path):
     assert list(texts_of(path)) == ["User: p\nx\ny"]
 
 
+def test_fields_are_named_where_the_files_have_them(tmp_path, capsys):
+    asked = [{"q": {"text": f"what {text}"}, "a": [f"it is {text}"], "id": "x"} for text in TEXT]
+    qa = write_lines(tmp_path / "qa.jsonl", asked)
+    body = write_lines(tmp_path / "body.jsonl", [{"body": text} for text in TEXT])
+    ours = write_lines(tmp_path / "ours.jsonl", [{"prompt": t, "response": "yes"} for t in TEXT])
+    fields = "prompt=q.text,response=a.0,text=body"
+    config = TokenizerConfig(files=(body, qa, ours), fields=fields, out=tmp_path / "a")
+    train_tokenizer(config)
+    num_bytes = sum(len(f"what {t}\nit is {t}{t}{t}\nyes".encode()) for t in TEXT)
+    facts = json.loads((tmp_path / "a" / "trained_on.json").read_text())
+    assert (facts["bytes"], facts["fields"]) == (num_bytes, fields)
+    assert f"--data.train {qa} --data.fields {fields}" in capsys.readouterr().out
+    train_tokenizer(TokenizerConfig(files=(body,), fields="text=body", out=tmp_path / "b"))
+    assert f"--data.pretraining {body} --data.fields text=body" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "fields, row, problem",
+    [
+        ("auto", {"q": "a"}, "there is q; name them by --fields OURS=THEIRS"),
+        ("prompt=q,response=x", {"q": "a"}, 'a.jsonl:1: field "x" is missing; there is q'),
+        ("promt=q", {"q": "a"}, "--fields promt=q: 'promt' is no field of ours"),
+        ("alpcaa", {"q": "a"}, "--fields alpcaa: no such shape; perhaps alpaca"),
+        ("text=body", {"prompt": "p"}, "--fields text=body: no record .* there is prompt"),
+        ("alpaca", {"prompt": "p"}, "--fields alpaca: no record .* there is prompt"),
+    ],
+)
+def test_fields_that_no_record_has_are_told(tmp_path, fields, row, problem):
+    path = write_lines(tmp_path / "a.jsonl", [row])
+    config = TokenizerConfig(files=(path,), fields=fields, out=tmp_path / "made")
+    with pytest.raises(UserError, match=problem):
+        train_tokenizer(config)
+
+
+@pytest.mark.parametrize(
+    "fields, row, text",
+    [
+        (
+            "hh",
+            {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+            "User: q\na\nb",
+        ),
+        ("helpsteer", {"prompt": "p", "response": "r", "helpfulness": 3}, "p\nr"),
+        ("plain", {"instruction": "i", "output": "o", "text": "t"}, "t"),
+        ("alpaca", {"instruction": "i", "output": "o", "text": "t"}, "i\no"),
+    ],
+)
+def test_a_shape_is_named_as_for_the_stages(tmp_path, fields, row, text):
+    path = write_lines(tmp_path / "a.jsonl", [row] * 400)
+    train_tokenizer(TokenizerConfig(files=(path,), fields=fields, out=tmp_path / "made"))
+    facts = json.loads((tmp_path / "made" / "trained_on.json").read_text())
+    assert facts["bytes"] == 400 * len(text)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_of_nuls_is_named(files, tmp_path, kind):
     (tmp_path / "nul.txt").write_bytes(b"\0\0\n\0\n")
