@@ -68,7 +68,7 @@ def look_at(path: Path, earlier: DataFile | None = None) -> DataFile:
     """
     named = [(file, source.weight) for source in sources_of(path) for file in source.files]
     if len(named) == 1 and named[0][1] == 1:
-        return replace(_look_at_file(named[0][0], earlier), path=str(path))
+        return _look_at_file(named[0][0], earlier)
     known = {file.path: file for file in earlier.files} if earlier is not None else {}
     files = tuple(
         replace(_look_at_file(file, known.get(str(file))), weight=weight) for file, weight in named
