@@ -129,12 +129,13 @@ def reading_cautions(
             )
         )
     if lengths.num_dropped > _MOST_DROPPED * num_all:
+        remedy = "" if lengths.num_cut else ", or cut them by --data.too-long"
         found.append(
             Alarm(
                 "dropped",
                 f"{lengths.num_dropped} of {num_all} {what} ({lengths.num_dropped / num_all:.0%}) "
-                f"are too long and dropped: {limits.dropped(lengths)}; raise what limits them, or "
-                "cut them by --data.too-long",
+                f"are too long and dropped: {limits.dropped(lengths)}; raise what limits "
+                f"them{remedy}",
             )
         )
     return found

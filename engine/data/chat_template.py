@@ -42,7 +42,10 @@ class ChatTemplate:
         """Raises UserError for a tokenizer without a template, or with one that does not load."""
         source = template_of(tokenizer)
         if source is None:
-            raise UserError(f"{tokenizer.path} has no chat template")
+            raise UserError(
+                f"{tokenizer.path} has no chat template: give a tokenizer that has one, or have "
+                "dialogues read as turns"
+            )
         tokenizer.read_control("")  # or it cannot
         self._tokenizer = tokenizer
         settings = tokenizer.kept("tokenizer_config.json")

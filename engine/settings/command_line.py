@@ -177,7 +177,7 @@ def _second_value(arguments: Sequence[str], unknown: str) -> str:
         if word.startswith("-") or not unknown.startswith(word):
             continue
         before = list(itertools.takewhile(_is_value, reversed(words[:index])))
-        if not before or len(before) == index or _is_number(word):
+        if not before or len(before) == index or any(map(_is_number, (word, *before))):
             return ""
         option = words[index - len(before) - 1]
         values = [*reversed(before), *itertools.takewhile(_is_value, words[index:])]

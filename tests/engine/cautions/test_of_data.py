@@ -76,6 +76,7 @@ def test_many_lines_and_examples_that_are_left_out():
     assert "17 of 80 prompts (21%) are too long and dropped: 17 with a prompt over 5 tokens " in (
         dropped.message
     )
+    assert dropped.message.endswith("or cut them by --data.too-long")
 
 
 def test_much_that_is_cut_or_left_out():

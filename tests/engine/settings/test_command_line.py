@@ -176,5 +176,6 @@ def test_a_second_file_is_told_of_commas(words, joined, capsys):
 
 
 def test_a_second_number_or_a_word_without_an_option_is_not(capsys):
-    for words in (["--lr", "2", "3"], ["a.jsonl"], ["--data.skip-bad-lines", "a"]):
+    others = (["--lr", "2", "a.jsonl"], ["a.jsonl"], ["--data.skip-bad-lines", "a"])
+    for words in (["--lr", "2", "3"], *others):
         assert "commas" not in fails_with(capsys, words)
