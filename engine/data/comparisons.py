@@ -99,10 +99,17 @@ def comparison_examples(
 
 
 def _parse(record: dict[str, Any], renderer: Renderer) -> Comparison:
+    asked, contents, ranks = parse_comparison(record)
+    completions = [renderer.reply(asked, content) for content in contents]
+    return Comparison(renderer.prompt(asked), completions, ranks)
+
+
+def parse_comparison(record: dict[str, Any]) -> tuple[Asked, list[str], list[int]]:
+    """Return what a record in our fields asks, its completions, and their ranks from 1, which is
+    best; BadRecord, which names the field, where it compares nothing."""
     is_pair = "chosen" in record or "rejected" in record
     asked, contents, ranks = _parse_pair(record) if is_pair else _parse_ranking(record)
-    completions = [renderer.reply(asked, each) for each in without_prompt(asked, contents)]
-    return Comparison(renderer.prompt(asked), completions, ranks)
+    return asked, without_prompt(asked, contents), ranks
 
 
 def _parse_ranking(record: dict[str, Any]) -> tuple[Asked, list[str], list[int]]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.containers.row import BadRecord, required
-from engine.data.chat import Asked, Messages, asked_by, check_messages, has, parse_reply
-from engine.data.pairs import are_dialogues, asked_in, split_chats, split_texts, without_prompt
+from engine.data.chat import Messages, asked_by, check_messages, has, parse_reply
+from engine.data.comparisons import parse_comparison
+from engine.data.pairs import asked_in, without_prompt
 from engine.shapes.canonical import LeftOut, Purpose, Row, opened
 from engine.shapes.plain_rows import as_ours, claimed_by_plain
 from engine.shapes.shapes import PLAIN, SHAPES, nearly, recognised
@@ -121,11 +122,11 @@ def _parsed(row: Row, left_out: list[tuple[str, str]]) -> Labels:
     asked = asked_in(row)
     if response is not None and has(row, "messages"):
         _check_agree(ours, row)
-    completions, ranks = _ranking(row, asked)
+    completions, ranks = _ranking(row)
     return Labels(
         prompt=[_without_more(each) for each in asked.messages] or asked.text,
         response=None if response is None else without_prompt(asked, [response])[0],
-        completions=None if completions is None else without_prompt(asked, completions),
+        completions=completions,
         ranks=ranks,
         is_cut=asked.is_cut,
         left_out=tuple(left_out),
@@ -190,46 +191,16 @@ def _dialogue_of(row: Row) -> str | None:
     return "prompt" if isinstance(row.get("prompt"), list) and is_prompt_alone else None
 
 
-def _ranking(row: Row, asked: Asked) -> tuple[list[str] | None, list[int] | None]:
+def _ranking(row: Row) -> tuple[list[str] | None, list[int] | None]:
     """Return the completions and their ranks, None and None where there are none."""
-    if has(row, "chosen") or has(row, "rejected"):
-        pair = [required(row, name) for name in ("chosen", "rejected")]
-        if are_dialogues(row):
-            _, replies = split_chats(row)
-        elif asked.is_cut:
-            _, replies = split_texts(row)
-        else:
-            names = ("chosen", "rejected")
-            replies = [parse_reply(value, n) for value, n in zip(pair, names, strict=True)]
-        if replies[0] == replies[1]:
-            raise BadRecord("is the same text as chosen", field="rejected")
-        return replies, [1, 2]
-    if not has(row, "completions"):
+    if not any(has(row, name) for name in ("chosen", "rejected", "completions")):
         for name in ("ranks", "scores"):
             if has(row, name):
                 raise BadRecord('is there without "completions"', field=name)
         return None, None
-    completions = row["completions"]
-    if not isinstance(completions, list) or len(completions) < 2:
-        raise BadRecord("must be a list of two texts or more", field="completions")
-    texts = [parse_reply(text, f"completions[{n}]") for n, text in enumerate(completions)]
     try:
-        return texts, _ranks(required(row, "ranks"), texts)
+        return parse_comparison(row)[1:]
     except BadRecord as error:
-        is_missing = "ranks" not in row
         advice = "; name it by --fields.ranks, or by --fields.scores where higher is better"
-        raise BadRecord(f"{error}{advice if is_missing else ''}") from None
-
-
-def _ranks(ranks: Any, completions: Sequence[str]) -> list[int]:
-    is_list = isinstance(ranks, list)
-    if not is_list or not all(type(n) in (int, float) and n >= 0 and n % 1 == 0 for n in ranks):
-        raise BadRecord("must be a list of whole numbers from 0 up", field="ranks")
-    if len(ranks) != len(completions):
-        raise BadRecord(f"has {len(ranks)} for {len(completions)} completions", field="ranks")
-    if len(set(ranks)) < 2:
-        raise BadRecord("are all equal: nothing is learned from a tie", field="ranks")
-    if len(set(completions)) < 2:
-        raise BadRecord("has the same text each time", field="completions")
-    order = sorted(set(ranks))
-    return [order.index(rank) + 1 for rank in ranks]
+        is_named = "ranks" in row or not has(row, "completions")
+        raise BadRecord(f"{error}{'' if is_named else advice}") from None
