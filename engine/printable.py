@@ -20,6 +20,8 @@ ERROR_CHARACTERS = 4000
 """The most of an error that is shown, our choice: more than any of ours has."""
 TRACEBACK_CHARACTERS = 40_000
 """The most of a traceback, our choice: hundreds of lines, first and last."""
+TERMINAL_COLUMNS = 79
+"""Of the narrowest terminal that lines are broken for."""
 
 _CANDIDATE = re.compile(r"[^\n\t -~]")
 # Invisible, yet a part of words and emoji: non-joiner, joiner, Mongolian vowel separator.
@@ -34,6 +36,19 @@ _VISIBLE = frozenset("\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u08
 _VISIBLE |= frozenset("\U000110bd\U000110cd")
 # Letters and marks by category that show nothing: Hangul fillers, two Khmer vowels.
 _BLANK = frozenset("\u115f\u1160\u3164\uffa0\u17b4\u17b5")
+
+
+def command_lines(begin: str, *options: str) -> list[str]:
+    """Return a command in lines of a terminal's width, which a shell reads as one; no line parts an
+    option, which is quoted, from its value."""
+    lines = [begin]
+    for option in options:
+        if len(lines[-1]) + len(option) + 3 > TERMINAL_COLUMNS:
+            lines[-1] += " \\"
+            lines.append(f"    {option}")
+        else:
+            lines[-1] += f" {option}"
+    return lines
 
 
 def short_number(value: float) -> str:

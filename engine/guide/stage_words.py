@@ -11,10 +11,10 @@ from pathlib import Path
 from engine.errors import UserError, named
 from engine.files import MAX_SHOWN_PATH, open_file
 from engine.planning.sizes import StageConfig
+from engine.printable import command_lines
 from engine.settings.ppo import PPOConfig
 from engine.settings.rm import RMConfig
 
-_COLUMNS = 79  # of a terminal
 _NAME_BYTES = 100  # of what `latest` says
 _OWN_SIZES = ("tiny", "hf")  # recipes whose PPO starts from SFT; the paper's have an init policy
 
@@ -47,7 +47,8 @@ def ending(
     following = next_command(config, recipe)
     if following:
         words = ["python", *following] if is_alone else following
-        lines += _wrapped(f"next{'' if is_alone else ', started likewise'}: ", words)
+        begin = "next:" if is_alone else "next, started likewise:"
+        lines += command_lines(begin, *_options([shlex.quote(word) for word in words]))
     return lines
 
 
@@ -83,18 +84,6 @@ def next_command(config: StageConfig, recipe: Path) -> list[str]:
 def recipe_of_process() -> Path:
     """Return the file that this process was started with."""
     return Path(sys.argv[0])
-
-
-def _wrapped(begin: str, words: Sequence[str]) -> list[str]:
-    """Return a command in lines of a terminal's width, which a shell reads as one."""
-    lines = [begin.rstrip()]
-    for option in _options([shlex.quote(word) for word in words]):
-        if len(lines[-1]) + len(option) + 3 > _COLUMNS:
-            lines[-1] += " \\"
-            lines.append(f"    {option}")
-        else:
-            lines[-1] += f" {option}"
-    return lines
 
 
 def _options(words: Sequence[str]) -> list[str]:

@@ -8,9 +8,9 @@ from typing import Any
 
 from engine.prepare.log_fields import other_names
 from engine.prepare.split import SPLITS
+from engine.printable import TERMINAL_COLUMNS, command_lines
 from engine.settings.prepare import LogFields, PrepareConfig
 
-_COLUMNS = 79  # of a terminal
 _MOST_ALIKE = 0.1  # share of a data set with one beginning that is not warned of; our choice
 _FEW_ALIKE = 5  # records of one beginning, below which it may be chance; our choice
 _MOST_HELD_OUT = 0.5  # share of a data set that is not warned of; our choice
@@ -100,13 +100,13 @@ def next_commands(folder: Path) -> list[str]:
     def stage(recipe: str, name: str, train: str, *first: str) -> list[str]:
         options = [*option(train, f"{name}.train"), *option("--data.valid", f"{name}.valid")]
         is_there = (folder / f"{name}.train.jsonl").is_file()
-        return _wrapped(f"python recipes/{recipe}.py", *first, *options) if is_there else []
+        return command_lines(f"python recipes/{recipe}.py", *first, *options) if is_there else []
 
     files = [f"{name}.train" for name in ("sft", "comparisons", "prompts")]
     paths = {file: found[0].strip() for file in files if (found := option("", file))}
     if not paths:
         return []
-    lines = _wrapped("python recipes/tokenizer.py --files", *paths.values())
+    lines = command_lines("python recipes/tokenizer.py --files", *paths.values())
     lines += stage("sft_tiny", "sft", "--data.train", "--tokenizer runs/tokenizer")
     if "sft.train" in paths:
         lines += stage("rm_tiny", "comparisons", "--data.train")
@@ -122,17 +122,9 @@ def next_commands(folder: Path) -> list[str]:
 def wrapped(text: str) -> str:
     """Return a sentence in lines of a terminal's width, no word of it broken."""
     return textwrap.fill(
-        text, _COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        text,
+        TERMINAL_COLUMNS,
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
     )
-
-
-def _wrapped(*words: str) -> list[str]:
-    """Return a command in lines of a terminal's width, which a shell reads as one."""
-    lines = [words[0]]
-    for word in words[1:]:
-        if len(lines[-1]) + len(word) + 3 > _COLUMNS:
-            lines[-1] += " \\"
-            lines.append(f"    {word}")
-        else:
-            lines[-1] += f" {word}"
-    return lines

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.printable import accept_any_text, open_console, printable, say, short_number
+from engine.printable import (
+    TERMINAL_COLUMNS,
+    accept_any_text,
+    command_lines,
+    open_console,
+    printable,
+    say,
+    short_number,
+)
 from tests.fuzzing import fuzzed
 from tests.hostile import COMMANDS, dangers
 
@@ -144,3 +152,12 @@ def test_what_is_said_is_cut_and_escaped(capsys):
     assert not printed.out
     assert "\x1b" not in printed.err
     assert len(printed.err) <= 61
+
+
+def test_a_command_is_broken_between_options_and_read_as_one():
+    options = [f"--option-{n} {'x' * 20}" for n in range(5)]
+    lines = command_lines("next: python recipes/sft_tiny.py", *options)
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= TERMINAL_COLUMNS
+    command = "\n".join(lines).replace("\\\n", "")
+    assert command.split() == " ".join(["next: python recipes/sft_tiny.py", *options]).split()
