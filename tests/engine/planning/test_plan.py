@@ -72,6 +72,9 @@ def test_prompts_of_rankings_are_counted_once_where_they_are_shared():
     assert shared.pf_days < 0.55 * alone.pf_days
     assert shared.padded_pf_days == pytest.approx(alone.padded_pf_days)
     assert shared.step_seconds < 0.65 * alone.step_seconds
+    # Rows are as long, and attention copies two keys for each of their tokens.
+    held = [p.estimate.ranks[0].phases["train"]["activations"] for p in (shared, alone)]
+    assert 1.1 * held[1] < held[0] < 1.5 * held[1]
 
 
 @pytest.mark.parametrize(
